@@ -1,0 +1,66 @@
+# Run `make help` for the targets. Everything is installed into .venv and nothing outside the repository is touched.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+# Targets share one virtual environment, and two pips must not write to it at once.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint types docs figures clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.stamp-dev ## create .venv with everything that development needs
+
+# torch first and on its own, at the one tested version: a looser request may resolve to another build of it, with
+# gigabytes of GPU libraries. To choose a build, set pip's own index options in the environment.
+$(VENV)/.stamp-torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.stamp-plot: $(VENV)/.stamp-torch pyproject.toml
+	$(INSTALL) -e '.[plot]'
+	touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
+	$(INSTALL) -e '.[test]'
+	touch $(VENV)/.stamp-plot $@
+
+# dev holds what the smaller extras hold, so it satisfies their stamps too.
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml
+	$(INSTALL) -e '.[dev]'
+	touch $(VENV)/.stamp-plot $(VENV)/.stamp-test $@
+
+demo: $(VENV)/.stamp-plot ## compare solvers; tables and figures go to build/demo
+	$(BIN)/iia-ode compare --out build/demo
+
+# One thread each: the default gives every worker a pool as wide as the machine.
+test: $(VENV)/.stamp-test ## run the tests (PYTEST_ARGS="-k name" to choose)
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.stamp-dev ## check types
+	$(BIN)/mypy iia_ode
+
+# -E: a page whose own text has not changed must be executed again too.
+docs: $(VENV)/.stamp-dev ## build the documentation, executing its pages, into build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -b html -d build/doctrees docs build/docs
+
+figures: demo ## remake the figures that the documentation shows
+	mkdir -p docs/images
+	cp build/demo/compare.png docs/images/compare.png
+
+clean: ## remove what was built and cached; .venv stays
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find iia_ode tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

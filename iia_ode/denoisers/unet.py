@@ -1,0 +1,178 @@
+"""A small class-conditional U-Net with EDM preconditioning [Karras et al. 2022, section 5 and table 1]."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+
+__all__ = ["EDMDenoiser", "UNet"]
+
+
+class _ResBlock(nn.Module):
+    """Two 3x3 convolutions whose second normalisation is scaled and shifted by the noise-and-class embedding."""
+
+    def __init__(self, c_in: int, c_out: int, emb: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.affine = nn.Linear(emb, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = _Attention(c_out) if attention else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]  # the bias exists: it is not switched off above
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(self.dropout(F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))))
+        out: Tensor = self.attention(self.skip(x) + h)
+        return out
+
+
+class _Attention(nn.Module):
+    """Single-head self-attention over all pixels, residual, zero at initialisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]  # the bias exists: it is not switched off above
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        out: Tensor = x + self.out(h)
+        return out
+
+
+class UNet(nn.Module):
+    """U-Net over square images; resolution halves after every level but the last.
+
+    Parameters
+    ----------
+    image_channels : channels of the images.
+    channels : width of each level, finest first; multiples of 8.
+    blocks : residual blocks a level on the way down (one more on the way up).
+    classes : number of class labels; label ``classes`` is the null label of unconditional use.
+    embedding : width of the noise-and-class embedding.
+    dropout : dropout rate inside the residual blocks, in training only.
+
+    Self-attention sits on the coarsest level.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 1,
+        channels: tuple[int, ...] = (48, 96),
+        blocks: int = 2,
+        classes: int = 10,
+        embedding: int = 128,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.classes = classes
+        self.config = {
+            "image_channels": image_channels,
+            "channels": list(channels),
+            "blocks": blocks,
+            "classes": classes,
+            "embedding": embedding,
+            "dropout": dropout,
+        }
+        # Fixed, low frequencies: the network must be a smooth function of the noise level for an ODE solver to bite.
+        self.register_buffer("frequencies", math.pi / 4 * torch.arange(1, 17), persistent=False)
+        self.noise_embedding = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.class_embedding = nn.Embedding(classes + 1, embedding)
+        self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, width = [channels[0]], channels[0]
+        for level, c in enumerate(channels):
+            coarsest = level == len(channels) - 1
+            for _ in range(blocks):
+                self.down.append(_ResBlock(width, c, embedding, dropout, attention=coarsest))
+                skips.append(width := c)
+            if not coarsest:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        for level, c in reversed(list(enumerate(channels))):
+            for _ in range(blocks + 1):
+                coarsest = level == len(channels) - 1
+                self.up.append(_ResBlock(width + skips.pop(), c, embedding, dropout, attention=coarsest))
+                width = c
+            if level:
+                self.up.append(nn.ConvTranspose2d(c, c, 2, stride=2))
+        self.norm, self.head = nn.GroupNorm(8, width), nn.Conv2d(width, image_channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # the bias exists: it is not switched off above
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
+        """Raw network output for images x [B, C, H, W], noise input c_noise [B] and integer labels [B]."""
+        angle = c_noise[:, None] * self.frequencies
+        emb = self.noise_embedding(torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype))
+        emb = F.silu(emb + self.class_embedding(class_labels))
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, _ResBlock) else layer(h)
+            skips.append(h)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, _ResBlock) else layer(h)
+        out: Tensor = self.head(F.silu(self.norm(h)))
+        return out
+
+
+class EDMDenoiser(nn.Module):
+    """Denoiser D(x, sigma) = c_skip x + c_out F(c_in x, c_noise) around a raw network F [Karras et al. 2022, table 1].
+
+    Parameters
+    ----------
+    network : module called as ``network(x, c_noise, class_labels)``; its attribute ``classes`` is the null label.
+    sigma_data : standard deviation of the data per pixel.
+    """
+
+    def __init__(self, network: UNet, sigma_data: float) -> None:
+        super().__init__()
+        self.network, self.sigma_data = network, float(sigma_data)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this denoiser: the network's arguments and ``sigma_data``."""
+        return {"network": self.network.config, "sigma_data": self.sigma_data}
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Estimate of the clean images, [B, C, H, W] in the dtype of x.
+
+        Parameters
+        ----------
+        x : noisy images [B, C, H, W] with alpha = 1.
+        sigma : noise levels [B].
+        class_labels : integer labels [B]; ``network.classes`` is the null label, None means null for all.
+
+        Raises
+        ------
+        InputError : x is not a batch of images, or labels are not integers of shape [B].
+        """
+        if x.ndim != 4:
+            raise InputError(f"a denoiser of images takes x of shape [B, C, H, W], got {list(x.shape)}.")
+        if class_labels is None:
+            class_labels = torch.full(x.shape[:1], self.network.classes, device=x.device)
+        elif class_labels.shape != x.shape[:1] or class_labels.is_floating_point():
+            raise InputError(
+                f"class_labels must be integers of shape [{len(x)}], got {class_labels.dtype} {list(class_labels.shape)}."
+            )
+        # Half-precision networks still get their noise level and scalings in float32: 1/sigma^2 overflows float16.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        s = sigma.to(wide)[:, None, None, None]
+        d = self.sigma_data
+        total = (s * s + d * d).sqrt()
+        raw = self.network((x / total).to(x.dtype), sigma.to(wide).log() / 4, class_labels)
+        out: Tensor = (d / total) ** 2 * x + s * d / total * raw
+        return out.to(x.dtype)

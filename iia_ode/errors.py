@@ -1,0 +1,78 @@
+"""Every exception and warning that the library raises on its own account.
+
+All errors derive from :class:`IIAError`, so ``except iia_ode.IIAError`` catches what the library refused and nothing else.
+Each also derives from the built-in exception that a reader would expect (``ValueError``, ``TypeError``, ...).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "FileFormatError",
+    "FingerprintWarning",
+    "GridError",
+    "IIAError",
+    "InputError",
+    "MismatchError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "PlanError",
+    "ScheduleError",
+    "UnknownNameError",
+    "unknown_name",
+]
+
+
+class IIAError(Exception):
+    """Base class of every error raised by ``iia_ode``."""
+
+
+class InputError(IIAError, ValueError):
+    """An argument has a wrong value, shape or dtype."""
+
+
+class GridError(InputError):
+    """A time grid is not usable: not monotone, too short, outside the schedule."""
+
+
+class ScheduleError(InputError):
+    """A noise schedule is ill-defined where it is used."""
+
+
+class PlanError(InputError):
+    """A plan, or the step function it was traced from, is not a valid solver."""
+
+
+class UnknownNameError(IIAError, LookupError):
+    """A name is not registered; the message lists those that are, nearest first."""
+
+
+class NonFiniteError(IIAError, ArithmeticError):
+    """A model or a solver produced NaN or infinity."""
+
+
+class MismatchError(IIAError, ValueError):
+    """A fitted solver is used with another schedule, guidance or grid than it was fitted for."""
+
+
+class FileFormatError(IIAError, ValueError):
+    """A file is not what it should be: truncated, foreign, or of a version this library cannot read."""
+
+
+class MissingDependencyError(IIAError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class FingerprintWarning(UserWarning):
+    """A fitted solver is used with another model than the one it was fitted on."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """An :class:`UnknownNameError` for `name` that lists `known`, nearest match first."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    rest = ", ".join(close + [n for n in names if n not in close])
+    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {rest}.")

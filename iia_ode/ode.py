@@ -1,0 +1,347 @@
+"""The probability-flow ODE of a diffusion or flow model: a schedule, a denoiser, and dx/dt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, ScheduleError, unknown_name
+from .schedules import Schedule
+
+__all__ = ["PREDICTIONS", "Evaluation", "Ledger", "Prediction", "ProbabilityFlowODE", "conversion"]
+
+Prediction = Literal["data", "noise", "score", "v", "velocity"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+
+V = TypeVar("V")
+
+
+def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[Any, Any]:
+    """The pair (p, q) with ``target = p * x + q * source`` at time t, in float64.
+
+    Every prediction type is a combination of the data x_0 and the noise eps, as is x = alpha x_0 + sigma eps itself:
+    data (1, 0), noise (0, 1), score (0, -1/sigma), v (-sigma, alpha) [Salimans & Ho 2022], velocity (alpha', sigma').
+    Writing the target in the basis (x, source) is Cramer's rule, in which nothing cancels near sigma = 0.
+
+    Raises
+    ------
+    ScheduleError : t is a number at which the source does not determine the target (noise where alpha = 0, data where
+        sigma = 0).
+    """
+    if source == target:
+        return 0.0, 1.0
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    at_number = not isinstance(t, Tensor)
+    if at_number and s == 0 and "score" in (source, target):
+        raise ScheduleError(f"the score is infinite at the data, t = {t:g}.")
+    m1, m2 = _in_data_and_noise(schedule, t, source, a, s)
+    g1, g2 = _in_data_and_noise(schedule, t, target, a, s)
+    determinant = a * m2 - s * m1
+    if at_number and determinant == 0:
+        raise ScheduleError(
+            f"{source} does not determine {target} at t = {t:g}, where alpha = {a:g} and sigma = {s:g}: "
+            "start or end the grid a little inside, or use a model with another prediction type."
+        )
+    return (g1 * m2 - g2 * m1) / determinant, (a * g2 - s * g1) / determinant
+
+
+def _in_data_and_noise(schedule: Schedule, t: Any, form: str, a: Any, s: Any) -> tuple[Any, Any]:
+    match form:
+        case "data":
+            return 1.0, 0.0
+        case "noise":
+            return 0.0, 1.0
+        case "score":
+            return 0.0, -1 / s
+        case "v":
+            return -s, a
+        case "velocity":
+            return schedule.alpha_prime(t), schedule.sigma_prime(t)
+    raise unknown_name("prediction type", form, PREDICTIONS)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation(Generic[V]):
+    """One evaluation of a model, in every form: all are linear in each other for given x and t.
+
+    Parameters
+    ----------
+    schedule, t : where it was made.
+    x : the state it was made at, a tensor (or a symbolic vector while a plan is traced).
+    output : what came out, of the type named by `form`.
+    """
+
+    schedule: Schedule
+    t: Any
+    x: V
+    output: V
+    form: str
+
+    def as_form(self, form: str) -> V:
+        """This evaluation as data, noise, score, v or velocity; shape and dtype of x."""
+        if form == self.form:
+            return self.output
+        p, q = conversion(self.schedule, self.t, self.form, form)
+        x: Any = self.x
+        result: V = _like(p, x) * x + _like(q, x) * self.output
+        return result
+
+    @property
+    def data(self) -> V:
+        """Estimate of x_0."""
+        return self.as_form("data")
+
+    @property
+    def noise(self) -> V:
+        """Estimate of eps."""
+        return self.as_form("noise")
+
+    @property
+    def score(self) -> V:
+        """Estimate of the gradient of log p_t: -eps / sigma."""
+        return self.as_form("score")
+
+    @property
+    def v(self) -> V:
+        """alpha eps - sigma x_0."""
+        return self.as_form("v")
+
+    @property
+    def velocity(self) -> V:
+        """dx/dt along the flow."""
+        return self.as_form("velocity")
+
+
+def _like(value: Any, x: Any) -> Any:
+    """A float64 factor computed from a time on the device, shaped to scale x without widening its dtype."""
+    if not isinstance(value, Tensor) or not isinstance(x, Tensor):
+        return value
+    value = value.to(device=x.device, dtype=x.dtype)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+@dataclass
+class Ledger:
+    """Counts what an ODE spent.
+
+    Attributes
+    ----------
+    evaluations : batched calls of the model; with guidance, the pair of branches is one call on a doubled batch.
+    samples : the same, weighted by batch size.
+    """
+
+    evaluations: int = 0
+    samples: int = 0
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.evaluations = self.samples = 0
+
+
+class ProbabilityFlowODE(nn.Module):
+    """dx/dt of a diffusion or flow model [Song et al. 2021], ready for torchdiffeq and for the solvers of this library.
+
+    Parameters
+    ----------
+    model : called as ``model(x, t, **conditioning)`` with x [B, ...] and t [B]; returns the shape of x.
+    schedule : alpha_t and sigma_t.
+    prediction : what the model returns: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"`` (alpha eps - sigma x_0)
+        or ``"velocity"`` (dx/dt).
+    conditioning : keyword arguments of the model; a tensor has leading dimension B, or 1 to serve every sample.
+    unconditional : the same keywords with the null condition, for classifier-free guidance [Ho & Salimans 2022].
+    guidance_scale : w in ``D_null + w (D_cond - D_null)``; 1 is no guidance and costs nothing extra.
+    model_dtype : dtype the model computes in; by default that of its parameters, else that of the state. The state keeps
+        its own dtype (float32 or float64) whatever the model's. The model gets t in float32, or in float64 if it is one.
+
+    Raises
+    ------
+    UnknownNameError : no such prediction type.
+    InputError : guidance without `unconditional`, or with other keywords than `conditioning`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        schedule: Schedule,
+        prediction: str = "data",
+        *,
+        conditioning: Mapping[str, Any] | None = None,
+        unconditional: Mapping[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+        model_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise InputError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}.")
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"schedule must be an iia_ode Schedule such as iia_ode.EDM(), got {schedule!r}.")
+        if prediction not in PREDICTIONS:
+            raise unknown_name("prediction type", prediction, PREDICTIONS)
+        self.model, self.schedule, self.prediction = model, schedule, prediction
+        self.conditioning = dict(conditioning or {})
+        self.unconditional = dict(unconditional or {})
+        self.guidance_scale = float(guidance_scale)
+        self.model_dtype = model_dtype
+        self.ledger = Ledger()
+        if self.guidance_scale != 1.0 and (not self.unconditional or self.unconditional.keys() != self.conditioning.keys()):
+            raise InputError(
+                "guidance needs conditioning= and unconditional= with the same keywords, got "
+                f"{sorted(self.conditioning)} and {sorted(self.unconditional)}."
+            )
+
+    # ---- the ODE -----------------------------------------------------------------------------------------------------
+
+    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """dx/dt at time t (a number, 0-dim, or [B]) and state x [B, ...]; the signature that torchdiffeq takes."""
+        return self.evaluate(x, t).velocity
+
+    def evaluate(self, x: Tensor, t: Tensor | float) -> Evaluation[Tensor]:
+        """One call of the model, to be read in any form."""
+        return Evaluation(self.schedule, t, x, self._call(x, t), self.prediction)
+
+    def data(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Estimate of x_0; one evaluation."""
+        return self.evaluate(x, t).data
+
+    def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Estimate of eps; one evaluation."""
+        return self.evaluate(x, t).noise
+
+    def score(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Estimate of the score; one evaluation."""
+        return self.evaluate(x, t).score
+
+    def v(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """alpha eps - sigma x_0; one evaluation."""
+        return self.evaluate(x, t).v
+
+    def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """dx/dt; one evaluation."""
+        return self.evaluate(x, t).velocity
+
+    def is_data(self, t: float) -> bool:
+        """Whether sigma = 0 at time t: a step that lands there must not evaluate the model there."""
+        return self.schedule.sigma(t) == 0
+
+    @staticmethod
+    def hold(x: V) -> V:
+        """The identity; while a plan is traced its counterpart stores x as one vector."""
+        return x
+
+    # ---- calling the model -------------------------------------------------------------------------------------------
+
+    def _call(self, x: Tensor, t: Tensor | float) -> Tensor:
+        batch = x.shape[0]
+        dtype = self._dtype(x)
+        time_dtype = torch.promote_types(dtype, torch.float32)
+        if isinstance(t, Tensor):
+            times = t.to(device=x.device, dtype=time_dtype).expand(batch)
+        else:
+            times = torch.full((batch,), t, dtype=time_dtype, device=x.device)
+        y = x.to(dtype)
+        condition = {k: _batched(v, batch, x.device, k) for k, v in self.conditioning.items()}
+        self.ledger.evaluations += 1
+        self.ledger.samples += batch
+        if self.guidance_scale == 1.0:
+            out = self.model(y, times, **condition)
+        else:
+            null = {k: _batched(v, batch, x.device, k) for k, v in self.unconditional.items()}
+            both = {k: torch.cat([condition[k], null[k]]) for k in condition}
+            cond, uncond = self.model(torch.cat([y, y]), torch.cat([times, times]), **both).chunk(2)
+            # In the state's dtype: a half-precision model must not lose the difference of its two branches.
+            out = torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(
+                f"the model returned {got} for a state of shape {list(x.shape)}; it must return one tensor of that shape."
+            )
+        return out.to(x.dtype)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        if self.model_dtype is not None:
+            return self.model_dtype
+        if isinstance(self.model, nn.Module):
+            for p in self.model.parameters():
+                if p.is_floating_point():
+                    return p.dtype
+        return x.dtype
+
+    # ---- views and bookkeeping ---------------------------------------------------------------------------------------
+
+    def condition(self, **conditioning: Any) -> ProbabilityFlowODE:
+        """The same model and ledger under another condition (guidance stays as it is)."""
+        return self._view(conditioning)
+
+    def subset(self, index: slice | Tensor, batch: int) -> ProbabilityFlowODE:
+        """The ODE of some samples of a batch of size `batch`: conditioning is indexed along with the states."""
+        picked = {
+            k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
+            for k, v in self.conditioning.items()
+        }
+        return self._view(picked)
+
+    def _view(self, conditioning: Mapping[str, Any]) -> ProbabilityFlowODE:
+        view = ProbabilityFlowODE(
+            self.model,
+            self.schedule,
+            self.prediction,
+            conditioning=conditioning,
+            unconditional=self.unconditional,
+            guidance_scale=self.guidance_scale,
+            model_dtype=self.model_dtype,
+        )
+        view.ledger = self.ledger
+        return view.train(self.training)
+
+    @property
+    def nfe(self) -> int:
+        """Batched model evaluations so far; ``ode.ledger.reset()`` sets it back."""
+        return self.ledger.evaluations
+
+    @contextmanager
+    def counting(self) -> Iterator[Ledger]:
+        """A ledger of what is spent inside the ``with`` block (filled in when the block ends)."""
+        before, spent = (self.ledger.evaluations, self.ledger.samples), Ledger()
+        try:
+            yield spent
+        finally:
+            spent.evaluations = self.ledger.evaluations - before[0]
+            spent.samples = self.ledger.samples - before[1]
+
+    def fingerprint(self) -> str:
+        """A short hash of the model's parameters (names, shapes, a sample of values): the same weights, the same hash.
+
+        A model that is no ``nn.Module`` has its qualified name hashed instead.
+        """
+        digest = hashlib.sha256()
+        if not isinstance(self.model, nn.Module):
+            kind = type(self.model) if not hasattr(self.model, "__qualname__") else self.model
+            return "function:" + getattr(kind, "__qualname__", "?")
+        for name, value in sorted(self.model.state_dict().items()):
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _batched(value: Any, batch: int, device: torch.device, name: str) -> Any:
+    """A conditioning value for `batch` samples on the state's device."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device, non_blocking=True)
+    if value.ndim == 0:
+        return value.expand(batch)
+    if len(value) == batch:
+        return value
+    if len(value) == 1:
+        return value.expand(batch, *value.shape[1:])
+    raise InputError(
+        f"conditioning {name!r} has {len(value)} entries for a batch of {batch}: give one per sample, or one for all."
+    )

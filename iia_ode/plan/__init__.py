@@ -1,0 +1,19 @@
+"""The plan: vectors, the tracer, the runner and the analysis. See `Plan`."""
+
+from .analysis import CanonicalForm, GaussianResponse
+from .plan import Combine, Evaluate, Plan
+from .tracer import Past, Tracer, check_grid, trace
+from .vectors import Vector
+
+__all__ = [
+    "CanonicalForm",
+    "Combine",
+    "Evaluate",
+    "GaussianResponse",
+    "Past",
+    "Plan",
+    "Tracer",
+    "Vector",
+    "check_grid",
+    "trace",
+]

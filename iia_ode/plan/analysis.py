@@ -1,0 +1,187 @@
+"""What can be known of a plan without a network: its canonical form, its consistency, its answer on Gaussian data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..ode import conversion
+from ..schedules import Schedule
+from .plan import Combine, Evaluate, Plan, run_code
+from .vectors import Vector, Weight
+
+__all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "consistency_error", "gaussian_response"]
+
+_F64 = torch.float64
+_Model: TypeAlias = Callable[[Tensor, float, str], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalForm:
+    """A plan as weights on the initial state (index 0) and on the data form of evaluation k (index k).
+
+    Attributes
+    ----------
+    levels : (alpha, sigma) of the initial state and of each evaluation.
+    states : for each evaluation, the state it is made at.
+    final : the final state.
+    """
+
+    levels: tuple[tuple[float, float], ...]
+    states: tuple[Vector, ...]
+    final: Vector
+
+    def matrix(self) -> Tensor:
+        """The weights as float64 [nfe + 1, nfe + 1]: a row per evaluated state, the final state last (number weights only)."""
+        n = len(self.states) + 1
+        out = torch.zeros(n, n, dtype=_F64)
+        for row, vector in enumerate((*self.states, self.final)):
+            for column, weight in vector.weights.items():
+                out[row, column] = float(weight)
+        return out
+
+    def difference(self, other: CanonicalForm) -> float:
+        """Largest difference of weights, each times the size of what it multiplies (data and noise of unit size)."""
+        if len(self.levels) != len(other.levels):
+            return math.inf
+        angles = (torch.tensor(f.levels, dtype=_F64) for f in (self, other))
+        a, b = (torch.atan2(v[:, 1], v[:, 0]) for v in angles)
+        if not torch.allclose(a, b, rtol=1e-10, atol=1e-300):
+            return math.inf
+        size = [math.hypot(*self.levels[0]), *[1.0] * len(self.states)]
+        worst = 0.0
+        for u, v in zip((*self.states, self.final), (*other.states, other.final), strict=True):
+            gap = u - v
+            parts = [_size(w) * size[j] for j, w in gap.weights.items()]
+            parts.append(_size(gap.constant) if gap.constant is not None else 0.0)
+            scale = max([1.0, *(_size(w) * size[j] for j, w in u.weights.items())])
+            worst = max(worst, max(parts) / scale)
+        return worst
+
+
+def _size(weight: Weight) -> float:
+    return float(weight.abs().max()) if isinstance(weight, Tensor) else abs(weight)
+
+
+def canonical_form(plan: Plan) -> CanonicalForm:
+    """Eliminate every vector but the initial state and the evaluations, and write those as data estimates."""
+    expressions = [Vector({0: 1.0})]
+    states = []
+    for ins in plan.code:
+        if isinstance(ins, Evaluate):
+            states.append(expressions[ins.state])
+            p, q = conversion(plan.schedule, ins.t, "data", ins.form)
+            expressions.append(p * states[-1] + q * Vector({len(states): 1.0}))
+        else:
+            total = Vector({}, ins.constant)
+            for index, weight in ins.terms:
+                total = total + weight * expressions[index]
+            expressions.append(total)
+    times = (plan.grid[0], *plan.evaluation_times)
+    levels = tuple((plan.schedule.alpha(t), plan.schedule.sigma(t)) for t in times)
+    return CanonicalForm(levels, tuple(states), expressions[-1])
+
+
+def consistency_error(plan: Plan) -> float:
+    """How far a plan is from keeping the better of two solutions that a consistent solver keeps exactly.
+
+    With a model that always answers data = 1, the state alpha_t is a solution; exponential integrators keep it. With a
+    model that answers velocity = 0, every constant state is one; Runge-Kutta methods in t keep that.
+    """
+    schedule = plan.schedule
+
+    def unit_data(x: Tensor, t: float, form: str) -> Tensor:
+        p, q = conversion(schedule, t, "data", form)
+        return torch.as_tensor(p * x + q)
+
+    def at_rest(x: Tensor, t: float, form: str) -> Tensor:
+        p, _ = conversion(schedule, t, "velocity", form)
+        return torch.as_tensor(p * x)
+
+    errors = []
+    for model, solution in ((unit_data, schedule.alpha), (at_rest, lambda _: 1.0)):
+        x = torch.tensor([solution(plan.grid[0])], dtype=_F64)
+        scale = max(1.0, abs(float(x)))
+        gaps = [0.0]
+        for t, state in zip(plan.grid[1:], _grid_states(plan, x, model), strict=True):
+            gaps.append(float((state - solution(t)).abs().max()) / scale)
+        errors.append(max(gaps))
+    return min(errors)
+
+
+def _grid_states(plan: Plan, x: Tensor, model: _Model) -> list[Tensor]:
+    values = {0: x}
+    run = run_code(plan.code, values, model)
+    return [values[k] for k, ins in run if isinstance(ins, Combine) and ins.step is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianResponse:
+    """A plan on Gaussian data is affine in each dimension: final = gain * initial + offset, exactly.
+
+    Attributes
+    ----------
+    gain, offset : of the plan, float64, the shape of the mean.
+    exact_gain, exact_offset : of the exact probability flow.
+    initial_mean, initial_std : of the initial state under the true marginal.
+    """
+
+    gain: Tensor
+    offset: Tensor
+    exact_gain: Tensor
+    exact_offset: Tensor
+    initial_mean: Tensor
+    initial_std: Tensor
+
+    @property
+    def rmse(self) -> float:
+        """Root mean square error of the final state, exactly, over initial states from the true marginal."""
+        gain, offset = self.gain - self.exact_gain, self.offset - self.exact_offset
+        return float(((gain * self.initial_std) ** 2 + (gain * self.initial_mean + offset) ** 2).mean().sqrt())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The plan's final state for initial states x [..., *mean.shape]."""
+        return self.gain.to(x) * x + self.offset.to(x)
+
+
+def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
+    """The response of a plan to data N(mean, diag variance), read off by running it on two states."""
+    m, v = torch.broadcast_tensors(torch.as_tensor(mean, dtype=_F64), torch.as_tensor(variance, dtype=_F64))
+    schedule = plan.schedule
+
+    def denoiser(with_mean: bool) -> _Model:
+        def model(x: Tensor, t: float, form: str) -> Tensor:
+            a, s = schedule.alpha(t), schedule.sigma(t)
+            centre = m if with_mean else torch.zeros_like(m)
+            data = centre + a * v / (a * a * v + s * s) * (x - a * centre)
+            p, q = conversion(schedule, t, "data", form)
+            return torch.as_tensor(p * x + q * data)
+
+        return model
+
+    offset = _grid_states(plan, torch.zeros_like(m), denoiser(True))[-1]
+    # The gain comes from the linear part alone, so that it is not the difference of two affine answers.
+    gain = _grid_states(_without_constants(plan), torch.ones_like(m), denoiser(False))[-1]
+    exact_gain, exact_offset = gaussian_flow(schedule, m, v, plan.grid[0], plan.grid[-1])
+    a, s = schedule.alpha(plan.grid[0]), schedule.sigma(plan.grid[0])
+    return GaussianResponse(gain, offset, exact_gain, exact_offset, a * m, (a * a * v + s * s).sqrt())
+
+
+def _without_constants(plan: Plan) -> Plan:
+    return replace(plan, code=tuple(replace(i, constant=None) if isinstance(i, Combine) else i for i in plan.code))
+
+
+def gaussian_flow(schedule: Schedule, mean: Tensor, variance: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:
+    """Gain and offset of the exact flow from t to s on data N(mean, diag variance), per dimension, in float64.
+
+    x_s = alpha_s m + sqrt((alpha_s^2 v + sigma_s^2) / (alpha_t^2 v + sigma_t^2)) (x_t - alpha_t m).
+    """
+    a, b = schedule.alpha(t), schedule.sigma(t)
+    c, d = schedule.alpha(s), schedule.sigma(s)
+    gain = ((c * c * variance + d * d) / (a * a * variance + b * b)).sqrt()
+    return gain, (c - a * gain) * mean

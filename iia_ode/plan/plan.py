@@ -1,0 +1,283 @@
+"""The plan: a solver, a schedule and a grid as a straight-line program of two instructions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import InputError, NonFiniteError, PlanError
+from ..ode import PREDICTIONS, ProbabilityFlowODE
+from ..schedules import Schedule
+from .vectors import Weight, combine, format_terms
+
+if TYPE_CHECKING:
+    from .analysis import CanonicalForm, GaussianResponse
+
+__all__ = ["Combine", "Evaluate", "Instruction", "Plan", "run_code"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """One model output, in the form the solver chose, at the state that is vector `state` and at time `t`."""
+
+    state: int
+    t: float
+    form: str
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Indices of the vectors it needs."""
+        return (self.state,)
+
+
+@dataclass(frozen=True, eq=False)
+class Combine:
+    """One new state vector, ``sum_j w_j v_j + constant``; `step` is k where it is the state at grid point k."""
+
+    terms: tuple[tuple[int, Weight], ...]
+    constant: Tensor | None = None
+    step: int | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Indices of the vectors it needs."""
+        return tuple(index for index, _ in self.terms)
+
+
+Instruction: TypeAlias = Evaluate | Combine
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A solver on a schedule and a grid, traced to numbers; immutable, and valid once it exists.
+
+    Instruction k (from 1) writes vector k; vector 0 is the initial state. Weights are float64 numbers on the host, or
+    float64 tensors that broadcast against one sample.
+
+    Parameters
+    ----------
+    schedule : the noise schedule that the weights were computed for.
+    grid : times, from the initial state to the final one.
+    code : the instructions.
+    name : what the solver is called.
+
+    Raises
+    ------
+    PlanError : an instruction reads a vector that is not there yet, a weight or time is not finite, or the states at the
+        grid points are not all written, in order, the last one by the last instruction.
+    """
+
+    schedule: Schedule
+    grid: tuple[float, ...]
+    code: tuple[Instruction, ...]
+    name: str = "plan"
+
+    def __post_init__(self) -> None:
+        steps = []
+        for k, ins in enumerate(self.code, start=1):
+            if any(not 0 <= j < k for j in ins.reads):
+                raise PlanError(f"instruction {k} of {self.name} reads a vector that does not exist yet: {ins}.")
+            if isinstance(ins, Evaluate):
+                if not math.isfinite(ins.t) or ins.form not in PREDICTIONS:
+                    raise PlanError(f"instruction {k} of {self.name} is no valid evaluation: {ins}.")
+                continue
+            if not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
+                raise PlanError(
+                    f"instruction {k} of {self.name} has a weight that is not finite: {format_terms(ins.terms, None)}. "
+                    "A step to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
+                )
+            if ins.step is not None:
+                steps.append(ins.step)
+        last = self.code[-1] if self.code else None
+        if steps != list(range(1, len(self.grid))) or not isinstance(last, Combine) or last.step != self.steps:
+            raise PlanError(f"{self.name} does not write the state at each of its {self.steps} later grid points in order.")
+
+    # ---- what can be read off it -------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Intervals of the grid."""
+        return len(self.grid) - 1
+
+    @cached_property
+    def nfe(self) -> int:
+        """Model evaluations of one run."""
+        return sum(isinstance(ins, Evaluate) for ins in self.code)
+
+    @property
+    def evaluation_times(self) -> tuple[float, ...]:
+        """Times at which the model is evaluated, in order."""
+        return tuple(ins.t for ins in self.code if isinstance(ins, Evaluate))
+
+    @cached_property
+    def last_use(self) -> tuple[int, ...]:
+        """For each vector, the last instruction that reads it (itself when none does)."""
+        last = list(range(len(self.code) + 1))
+        for k, ins in enumerate(self.code, start=1):
+            for j in ins.reads:
+                last[j] = k
+        return tuple(last)
+
+    @cached_property
+    def peak_vectors(self) -> int:
+        """The most state-sized vectors alive at once during a run, the initial state included."""
+        alive, peak = 1, 1
+        ends = [0] * (len(self.code) + 2)
+        for k in range(1, len(self.code) + 1):
+            alive += 1  # instruction k writes its result before its operands are released
+            peak = max(peak, alive)
+            ends[self.last_use[k]] += 1
+            if k == self.last_use[0]:
+                alive -= 1
+            alive -= ends[k]
+        return peak
+
+    def canonical(self) -> CanonicalForm:
+        """The plan with everything but its evaluations eliminated: equal for equal algorithms, however written."""
+        from .analysis import canonical_form
+
+        return canonical_form(self)
+
+    def difference(self, other: Plan) -> float:
+        """Largest difference of the canonical weights, relative to unit data; infinite if the evaluations differ."""
+        return self.canonical().difference(other.canonical())
+
+    def equivalent(self, other: Plan, tolerance: float = 1e-12) -> bool:
+        """Whether the two plans are the same algorithm up to rounding ("DDIM is Euler where alpha = 1")."""
+        return self.difference(other) <= tolerance
+
+    def on_gaussian(self, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
+        """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling."""
+        from .analysis import gaussian_response
+
+        return gaussian_response(self, mean, variance)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.name} on {type(self.schedule).__name__}: {self.steps} steps from t = {self.grid[0]:.6g} to "
+            f"{self.grid[-1]:.6g}, {self.nfe} evaluations, at most {self.peak_vectors} vectors at once"
+        )
+        return "\n".join([head, *self._lines()])
+
+    def _lines(self) -> Iterator[str]:
+        for k, ins in enumerate(self.code, start=1):
+            if isinstance(ins, Evaluate):
+                yield f"  v{k} = {ins.form}(v{ins.state}, t = {ins.t:.6g})"
+            else:
+                note = "" if ins.step is None else f"        # state {ins.step}, t = {self.grid[ins.step]:.6g}"
+                yield f"  v{k} = {format_terms(ins.terms, ins.constant)}{note}"
+
+    # ---- running it --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        *,
+        trajectory: bool = False,
+        check_finite: bool = True,
+        callback: Callable[[int, float, Tensor], None] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Run the plan from state x [B, ...].
+
+        Parameters
+        ----------
+        ode : the model; its schedule must be the plan's.
+        x : initial state, float32 or float64; it is not changed.
+        trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last one.
+        check_finite : note on the device whether each model output is finite, and read the notes once, after the loop.
+        callback : called as ``callback(k, t, state)`` at every grid point after the first.
+        progress : show a bar over the evaluations.
+
+        Raises
+        ------
+        InputError : x is not a float32 or float64 tensor with a batch dimension.
+        NonFiniteError : the model produced NaN or infinity; names the evaluation.
+        """
+        check_state(x)
+        states, flags = [x], []
+        bar = tqdm(total=self.nfe, desc=self.name, disable=not progress)
+
+        def evaluate(state: Tensor, t: float, form: str) -> Tensor:
+            out = ode.evaluate(state, t).as_form(form)
+            if check_finite:
+                flags.append(torch.isfinite(out).all())
+            bar.update()
+            return out
+
+        values = {0: x}
+        for k, ins in run_code(self.code, values, evaluate, last_use=self.last_use):
+            if isinstance(ins, Combine) and ins.step is not None:
+                if trajectory:
+                    states.append(values[k])
+                if callback is not None:
+                    callback(ins.step, self.grid[ins.step], values[k])
+        bar.close()
+        final = values[len(self.code)]
+        if check_finite:
+            self._raise_if_not_finite(flags, final)
+        return torch.stack(states) if trajectory else final
+
+    def _raise_if_not_finite(self, flags: list[Tensor], final: Tensor) -> None:
+        finite = torch.stack([*flags, torch.isfinite(final).all()]).tolist()
+        if all(finite):
+            return
+        first = finite.index(False)
+        if first == self.nfe:
+            raise NonFiniteError(f"{self.name} overflowed {final.dtype}: every model output was finite, the result is not.")
+        raise NonFiniteError(
+            f"the model returned NaN or infinity at evaluation {first + 1} of {self.nfe} "
+            f"(t = {self.evaluation_times[first]:.6g}) under {self.name}. Check the model at that noise level, "
+            "its dtype (float16 overflows at large sigma), and the initial state."
+        )
+
+
+def run_code(
+    code: tuple[Instruction, ...] | list[Instruction],
+    values: dict[int, Tensor],
+    evaluate: Callable[[Tensor, float, str], Tensor],
+    *,
+    start: int = 0,
+    last_use: tuple[int, ...] | None = None,
+) -> Iterator[tuple[int, Instruction]]:
+    """The one loop of the library: run ``code[start:]`` on `values` in place, yielding after each instruction.
+
+    `values` maps vector indices to tensors. With `last_use`, a vector is dropped after the instruction that reads it last.
+    Nothing here reads a value back from the device.
+    """
+    like = values[min(values)]
+    for k, ins in enumerate(code[start:], start=start + 1):
+        if isinstance(ins, Evaluate):
+            values[k] = evaluate(values[ins.state], ins.t, ins.form)
+        else:
+            values[k] = combine(ins.terms, ins.constant, values.__getitem__, like)
+        yield k, ins
+        if last_use is not None:
+            for j in {*ins.reads, k}:
+                if last_use[j] == k and k < len(code):
+                    del values[j]
+
+
+def check_state(x: object) -> None:
+    """Raise InputError unless x can be a state: float32 or float64, with a batch dimension."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"the state must be float32 or float64, got {x.dtype}: pass x.float(). The model keeps its own dtype "
+            "(ProbabilityFlowODE casts at the call)."
+        )
+    if x.ndim == 0 or x.shape[0] == 0:
+        raise InputError(f"the state needs a non-empty batch dimension first, got shape {list(x.shape)}.")
+
+
+def _finite(weight: Weight) -> bool:
+    return bool(torch.isfinite(weight).all()) if isinstance(weight, Tensor) else math.isfinite(weight)

@@ -1,0 +1,177 @@
+"""Symbolic vectors: what a solver's ``step`` computes with while a plan is traced."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+
+__all__ = ["Vector", "Weight", "vector_indices"]
+
+Weight: TypeAlias = float | Tensor
+"""A number, or a tensor that broadcasts against one sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A linear combination of a plan's vectors, plus an optional constant: ``sum_j weights[j] * v_j + constant``.
+
+    Supports ``+``, ``-`` and multiplication and division by a number (or by a tensor that broadcasts against one sample):
+    all that a solver with fixed coefficients needs. Immutable.
+    """
+
+    weights: dict[int, Weight]
+    constant: Tensor | None = None
+
+    __array_ufunc__ = None  # a NumPy number on the left must leave the product to __rmul__
+
+    def __add__(self, other: Any) -> Vector:
+        if isinstance(other, Tensor):
+            return Vector(self.weights, _sum(self.constant, other.detach().double()))
+        if not isinstance(other, Vector):
+            if isinstance(other, numbers.Real) and other == 0:  # the start of Python's sum()
+                return self
+            raise _not_linear("add", other)
+        merged = dict(self.weights)
+        for index, weight in other.weights.items():
+            total = merged[index] + weight if index in merged else weight
+            merged[index] = total
+            if not isinstance(total, Tensor) and total == 0.0:
+                del merged[index]
+        return Vector(merged, _sum(self.constant, other.constant))
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: Any) -> Vector:
+        k = _weight(factor)
+        if not isinstance(k, Tensor) and k == 0.0:
+            return Vector({})
+        return Vector(
+            {i: w * k for i, w in self.weights.items()}, None if self.constant is None else self.constant * k
+        )
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Vector:
+        k = _weight(divisor)
+        if not isinstance(k, Tensor) and k == 0.0:
+            raise PlanError("a step divides a vector by zero: check for repeated times, or for ode.is_data(s).")
+        return Vector(
+            {i: w / k for i, w in self.weights.items()}, None if self.constant is None else self.constant / k
+        )
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Vector:
+        if not isinstance(other, Vector | Tensor):
+            raise _not_linear("subtract", other)
+        return self + -1.0 * other
+
+    def __rsub__(self, other: Any) -> Vector:
+        return -self + other
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for attributes that do not exist; without this, `x.shape` in a step fails without a reason.
+        raise AttributeError(
+            f"a step is traced with symbolic vectors, which have no {name!r}: it may add states and evaluations and "
+            "scale them by numbers that depend on the schedule and the grid, not on the data."
+        )
+
+    @property
+    def index(self) -> int | None:
+        """The vector that this is, if it is just one with weight 1; else None."""
+        if self.constant is not None or len(self.weights) != 1:
+            return None
+        ((index, weight),) = self.weights.items()
+        return index if not isinstance(weight, Tensor) and weight == 1.0 else None
+
+    def __repr__(self) -> str:
+        return format_terms(tuple(self.weights.items()), self.constant)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _weight(value: Any) -> Weight:
+    if isinstance(value, Tensor):
+        if value.ndim or value.requires_grad:
+            return value.double()
+        return float(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise _not_linear("multiply", value)
+
+
+def _not_linear(verb: str, other: object) -> PlanError:
+    return PlanError(
+        f"a step cannot {verb} a vector and {type(other).__name__} {other!r}: vectors may be added to vectors, and "
+        "multiplied by real numbers."
+    )
+
+
+def format_terms(terms: tuple[tuple[int, Weight], ...], constant: Tensor | None) -> str:
+    """``0.5 v0 - 1.25 v3 + constant``, readably."""
+    parts = []
+    for index, weight in terms:
+        if isinstance(weight, Tensor):
+            parts.append(f"+ tensor{list(weight.shape)} v{index}")
+        else:
+            size = "" if abs(weight) == 1.0 else f"{abs(weight):.6g} "
+            parts.append(f"{'-' if weight < 0 else '+'} {size}v{index}")
+    if constant is not None:
+        parts.append(f"+ constant{list(constant.shape)}")
+    return " ".join(parts).removeprefix("+ ") or "0"
+
+
+def vector_indices(value: Any) -> set[int]:
+    """Indices of all vectors that `value` refers to: a vector, an evaluation, or tuples and mappings of such.
+
+    Raises
+    ------
+    PlanError : anything else with state in it, such as a list: what a step remembers must be immutable.
+    """
+    found: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Vector):
+            found.update(item.weights)
+        elif isinstance(item, tuple):
+            for part in item:
+                visit(part)
+        elif hasattr(item, "__dataclass_fields__"):
+            for name in item.__dataclass_fields__:
+                visit(getattr(item, name))
+        elif isinstance(item, dict | list | set):
+            raise PlanError(
+                f"a step returned a memory with a {type(item).__name__} in it; use tuples or frozen dataclasses, "
+                "so that no step can change what another one remembers."
+            )
+
+    visit(value)
+    return found
+
+
+def combine(
+    terms: tuple[tuple[int, Weight], ...], constant: Tensor | None, read: Callable[[int], Tensor], like: Tensor
+) -> Tensor:
+    """The tensor of a linear combination, in the dtype and on the device of `like`; no vector is changed."""
+    total: Tensor | None = None
+    for index, weight in terms:
+        if isinstance(weight, Tensor):
+            part = weight.to(like) * read(index)
+            total = part if total is None else total + part
+        elif total is None:
+            total = read(index) if weight == 1.0 and len(terms) == 1 else read(index) * weight
+        else:  # total is fresh here: either a product or a sum
+            total = total.add_(read(index), alpha=weight)
+    if total is None:
+        total = torch.zeros_like(like)
+    return total if constant is None else total + constant.to(like)

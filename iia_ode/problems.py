@@ -1,0 +1,134 @@
+"""Data distributions whose denoiser, and for Gaussian data whose flow, is known in closed form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .ode import ProbabilityFlowODE, conversion
+from .plan.analysis import gaussian_flow
+from .schedules import Schedule
+
+__all__ = ["Empirical", "Gaussian", "Mixture", "Problem"]
+
+_F64 = torch.float64
+
+
+class Problem(ABC):
+    """A distribution of data [*shape] with a closed-form denoiser."""
+
+    shape: torch.Size
+
+    @abstractmethod
+    def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """E[x_0 | alpha x_0 + sigma eps = x] for x [B, *shape]; alpha and sigma are numbers or broadcast against x."""
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n draws of the data, float64 [n, *shape]."""
+
+    def ode(self, schedule: Schedule, prediction: str = "data", **options: Any) -> ProbabilityFlowODE:
+        """The exact probability-flow ODE, its model answering in the form `prediction`; `options` go to the ODE."""
+        return ProbabilityFlowODE(_ClosedForm(self, schedule, prediction), schedule, prediction, **options)
+
+    def noisy(self, n: int, schedule: Schedule, t: float, generator: torch.Generator | None = None) -> Tensor:
+        """n draws of x_t = alpha x_0 + sigma eps, float64 [n, *shape]: initial states from the true marginal."""
+        clean = self.sample(n, generator)
+        noise = torch.randn(clean.shape, dtype=_F64, generator=generator)
+        return schedule.alpha(t) * clean + schedule.sigma(t) * noise
+
+
+class _ClosedForm(nn.Module):
+    def __init__(self, problem: Problem, schedule: Schedule, prediction: str) -> None:
+        super().__init__()
+        self.problem, self.schedule, self.prediction = problem, schedule, prediction
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t.reshape(-1, *[1] * (x.ndim - 1))
+        data = self.problem.denoise(x, self.schedule.alpha(t), self.schedule.sigma(t))
+        p, q = conversion(self.schedule, t, "data", self.prediction)
+        return (p * x + q * data).to(x.dtype)
+
+
+class Gaussian(Problem):
+    """Data N(mean, diag variance), with its exact flow.
+
+    Parameters
+    ----------
+    mean, variance : tensors of one shape, or numbers; the variance is positive.
+    """
+
+    def __init__(self, mean: Tensor | float, variance: Tensor | float) -> None:
+        m, v = torch.broadcast_tensors(torch.as_tensor(mean, dtype=_F64), torch.as_tensor(variance, dtype=_F64))
+        if not bool((v > 0).all()):
+            raise InputError("a Gaussian needs positive variances.")
+        self.mean, self.variance, self.shape = m, v, m.shape
+
+    def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """m + alpha v / (alpha^2 v + sigma^2) (x - alpha m)."""
+        m, v = self.mean.to(x.device), self.variance.to(x.device)
+        return m + alpha * v / (alpha * alpha * v + sigma * sigma) * (x - alpha * m)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n draws, float64 [n, *shape]."""
+        noise = torch.randn((n, *self.shape), dtype=_F64, generator=generator)
+        return self.mean + self.variance.sqrt() * noise
+
+    def flow(self, x: Tensor, schedule: Schedule, t: float, s: float) -> Tensor:
+        """The exact solution at time s of the probability flow that is at x [B, *shape] at time t."""
+        gain, offset = gaussian_flow(schedule, self.mean, self.variance, t, s)
+        return gain.to(x) * x + offset.to(x)
+
+
+class Mixture(Problem):
+    """A mixture of Gaussians with diagonal covariances.
+
+    Parameters
+    ----------
+    weights : [K], positive; normalised here.
+    means : [K, *shape].
+    stds : standard deviations, [K, *shape] or anything that broadcasts to it; zero is allowed (see :class:`Empirical`).
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, stds: Tensor | float) -> None:
+        w, m = torch.as_tensor(weights, dtype=_F64), torch.as_tensor(means, dtype=_F64)
+        s = torch.as_tensor(stds, dtype=_F64)
+        if w.ndim != 1 or m.ndim < 2 or len(m) != len(w) or not bool((w > 0).all()):
+            raise InputError(
+                f"a mixture needs positive weights [K] and means [K, *shape], got {list(w.shape)}, {list(m.shape)}."
+            )
+        if s.ndim == 1 and len(s) == len(w):
+            s = s.reshape(-1, *[1] * (m.ndim - 1))
+        self.log_weights, self.means, self.shape = (w / w.sum()).log(), m, m.shape[1:]
+        self.variances = s.square().expand(m.shape)
+
+    def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """Posterior mean: the components' own denoisers, weighted by their responsibilities."""
+        k, dims = len(self.log_weights), tuple(range(2, x.ndim + 1))
+        m, v = self.means.to(x.device)[None], self.variances.to(x.device)[None]
+        a, s = (u.unsqueeze(1) if isinstance(u, Tensor) and u.ndim else u for u in (alpha, sigma))
+        total = a * a * v + s * s
+        residual = x.unsqueeze(1) - a * m
+        log_g = self.log_weights.to(x.device) - 0.5 * (total.log() + residual**2 / total).sum(dims)
+        g = log_g.softmax(dim=1).reshape(-1, k, *[1] * (x.ndim - 1))
+        return (g * (m + a * v / total * residual)).sum(dim=1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n draws, float64 [n, *shape]."""
+        pick = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        noise = torch.randn((n, *self.shape), dtype=_F64, generator=generator)
+        return self.means[pick] + self.variances[pick].sqrt() * noise
+
+
+class Empirical(Mixture):
+    """A finite data set [K, *shape], every point equally likely: the denoiser that a perfectly overfitted network learns."""
+
+    def __init__(self, data: Tensor) -> None:
+        points = torch.as_tensor(data, dtype=_F64)
+        if points.ndim < 2 or len(points) < 1:
+            raise InputError(f"a data set needs points [K, *shape], got shape {list(points.shape)}.")
+        super().__init__(torch.ones(len(points)), points, 0.0)
