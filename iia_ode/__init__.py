@@ -3,11 +3,71 @@
 >>> import iia_ode as iia
 """
 
-from . import grids, problems
-from .errors import IIAError
-from .ode import ProbabilityFlowODE
-from .plan import Past, Plan, trace
+from . import denoisers, grids, problems, reference
+from .__about__ import __version__
+from .errors import (
+    FileFormatError,
+    FingerprintWarning,
+    GridError,
+    IIAError,
+    InputError,
+    MismatchError,
+    MissingDependencyError,
+    NonFiniteError,
+    PlanError,
+    ScheduleError,
+    UnknownNameError,
+)
+from .iia import IIA, FittedSolver, Local, Substeps, load, preset
+from .integrate import odeint, sample, torchdiffeq_methods
+from .ode import Evaluation, ProbabilityFlowODE
+from .plan import Past, Plan, Vector, trace
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule, from_functions
-from .solvers import Solver, get_solver, register, solver_names
+from .solvers import RungeKutta, Solver, get_solver, register, solver_names
 
-__version__ = "0.1.0.dev0"
+__all__ = [
+    "EDM",
+    "IIA",
+    "VE",
+    "VP",
+    "Cosine",
+    "Discrete",
+    "Evaluation",
+    "FileFormatError",
+    "FingerprintWarning",
+    "FittedSolver",
+    "FlowMatching",
+    "GridError",
+    "IIAError",
+    "InputError",
+    "Local",
+    "MismatchError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "Past",
+    "Plan",
+    "PlanError",
+    "ProbabilityFlowODE",
+    "RungeKutta",
+    "Schedule",
+    "ScheduleError",
+    "Solver",
+    "Substeps",
+    "UnknownNameError",
+    "Vector",
+    "__version__",
+    "denoisers",
+    "from_functions",
+    "get_solver",
+    "grids",
+    "load",
+    "odeint",
+    "preset",
+    "problems",
+    "reference",
+    "register",
+    "sample",
+    "solver_names",
+    "torchdiffeq_methods",
+    "trace",
+]

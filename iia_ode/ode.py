@@ -158,6 +158,7 @@ class ProbabilityFlowODE(nn.Module):
     guidance_scale : w in ``D_null + w (D_cond - D_null)``; 1 is no guidance and costs nothing extra.
     model_dtype : dtype the model computes in; by default that of its parameters, else that of the state. The state keeps
         its own dtype (float32 or float64) whatever the model's. The model gets t in float32, or in float64 if it is one.
+    state_shape : shape of one sample, checked before a run; by default the model's own attribute of that name, if any.
 
     Raises
     ------
@@ -175,6 +176,7 @@ class ProbabilityFlowODE(nn.Module):
         unconditional: Mapping[str, Any] | None = None,
         guidance_scale: float = 1.0,
         model_dtype: torch.dtype | None = None,
+        state_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         if not callable(model):
@@ -188,8 +190,12 @@ class ProbabilityFlowODE(nn.Module):
         self.unconditional = dict(unconditional or {})
         self.guidance_scale = float(guidance_scale)
         self.model_dtype = model_dtype
+        shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
+        self.state_shape = None if shape is None else tuple(shape)
         self.ledger = Ledger()
-        if self.guidance_scale != 1.0 and (not self.unconditional or self.unconditional.keys() != self.conditioning.keys()):
+        if self.guidance_scale != 1.0 and (
+            not self.unconditional or self.unconditional.keys() != self.conditioning.keys()
+        ):
             raise InputError(
                 "guidance needs conditioning= and unconditional= with the same keywords, got "
                 f"{sorted(self.conditioning)} and {sorted(self.unconditional)}."
@@ -233,6 +239,12 @@ class ProbabilityFlowODE(nn.Module):
     def hold(x: V) -> V:
         """The identity; while a plan is traced its counterpart stores x as one vector."""
         return x
+
+    def check_state_shape(self, x: Tensor) -> None:
+        """Raise InputError if the shape of one sample is known and x [B, ...] has another."""
+        if self.state_shape is not None and tuple(x.shape[1:]) != self.state_shape:
+            expected = ", ".join(map(str, ("B", *self.state_shape)))
+            raise InputError(f"the state must have shape [{expected}], got {list(x.shape)}.")
 
     # ---- calling the model -------------------------------------------------------------------------------------------
 
@@ -295,9 +307,10 @@ class ProbabilityFlowODE(nn.Module):
             unconditional=self.unconditional,
             guidance_scale=self.guidance_scale,
             model_dtype=self.model_dtype,
+            state_shape=self.state_shape,
         )
         view.ledger = self.ledger
-        return view.train(self.training)
+        return view  # untouched: train() here would switch on the dropout of the shared model
 
     @property
     def nfe(self) -> int:

@@ -46,6 +46,7 @@ class _ClosedForm(nn.Module):
     def __init__(self, problem: Problem, schedule: Schedule, prediction: str) -> None:
         super().__init__()
         self.problem, self.schedule, self.prediction = problem, schedule, prediction
+        self.state_shape = tuple(problem.shape)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t.reshape(-1, *[1] * (x.ndim - 1))

@@ -185,7 +185,9 @@ def _integrate(flow: Any, w: Tensor, knots: Tensor, rtol: float, atol: float, me
                 "there, or its own rounding is larger; use a float64 model or a larger tolerance."
             ) from error
     if not bool(torch.isfinite(states[-1]).all()):
-        raise NonFiniteError(f"{method} ended in NaN or infinity: check the model over the whole range of noise levels.")
+        raise NonFiniteError(
+            f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
+        )
     return states
 
 

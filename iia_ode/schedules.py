@@ -22,7 +22,18 @@ from torch.nn import functional as F
 
 from .errors import ScheduleError
 
-__all__ = ["EDM", "VE", "VP", "Cosine", "Discrete", "FlowMatching", "FromFunctions", "Schedule", "from_functions"]
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "Cosine",
+    "Discrete",
+    "FlowMatching",
+    "FromFunctions",
+    "Schedule",
+    "from_functions",
+    "schedule_from_config",
+]
 
 _F64 = torch.float64
 
@@ -295,7 +306,11 @@ class Discrete(Schedule):
 
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod, dtype=_F64).detach().cpu().clone()
-        if table.ndim != 1 or len(table) < 2 or not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all()):
+        if (
+            table.ndim != 1
+            or len(table) < 2
+            or not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all())
+        ):
             raise ScheduleError(
                 "Discrete needs alphas_cumprod: at least two numbers within (0, 1), decreasing with the timestep. "
                 "A table that ends in 0 (zero terminal SNR) needs its last entry dropped or replaced by a small number."
@@ -411,6 +426,22 @@ def from_functions(
     if bool(lam.isnan().any()) or not bool((lam.diff() < 0).all()):
         raise ScheduleError("sigma/alpha must increase strictly from t_data to t_noise.")
     return schedule
+
+
+def schedule_from_config(config: dict[str, Any], alphas_cumprod: Tensor | None = None) -> Schedule:
+    """The schedule that :meth:`Schedule.config` described; a discrete one needs its table.
+
+    Raises
+    ------
+    ScheduleError : an unknown type, or one made of functions, which only its owner can supply.
+    """
+    kinds: dict[str, type[Schedule]] = {"EDM": EDM, "VE": VE, "VP": VP, "Cosine": Cosine, "FlowMatching": FlowMatching}
+    kind = config.get("type")
+    if kind == "Discrete" and alphas_cumprod is not None:
+        return Discrete(alphas_cumprod)
+    if kind not in kinds:
+        raise ScheduleError(f"a schedule of type {kind!r} cannot be rebuilt from its description: pass schedule=.")
+    return kinds[kind](**{k: v for k, v in config.items() if k != "type"})
 
 
 def _softplus(x: Tensor) -> Tensor:

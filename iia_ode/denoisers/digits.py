@@ -46,7 +46,7 @@ def train_digits(options: TrainingOptions, *, device: str = "cpu", progress: boo
     sigma_data = round(float(images.std()), 3)
 
     def build() -> EDMDenoiser:
-        return EDMDenoiser(UNet(channels=(48, 72), embedding=96), sigma_data)
+        return EDMDenoiser(UNet(channels=(48, 72), embedding=96), sigma_data, (1, 8, 8))
 
     return train_edm(build, images, labels, options, device=device, progress=progress)
 
@@ -66,8 +66,9 @@ def load_denoiser(path: str | os.PathLike[str]) -> EDMDenoiser:
     """
     tensors, header = read_tensors(path, "denoiser")
     try:
-        network = dict(header["config"]["network"])
-        denoiser = EDMDenoiser(UNet(**{**network, "channels": tuple(network["channels"])}), header["config"]["sigma_data"])
+        config = header["config"]
+        network = UNet(**{**config["network"], "channels": tuple(config["network"]["channels"])})
+        denoiser = EDMDenoiser(network, config["sigma_data"], tuple(config["state_shape"]))
         denoiser.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error

@@ -136,16 +136,17 @@ class EDMDenoiser(nn.Module):
     ----------
     network : module called as ``network(x, c_noise, class_labels)``; its attribute ``classes`` is the null label.
     sigma_data : standard deviation of the data per pixel.
+    state_shape : shape of one image.
     """
 
-    def __init__(self, network: UNet, sigma_data: float) -> None:
+    def __init__(self, network: UNet, sigma_data: float, state_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.network, self.sigma_data = network, float(sigma_data)
+        self.network, self.sigma_data, self.state_shape = network, float(sigma_data), tuple(state_shape)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What rebuilds this denoiser: the network's arguments and ``sigma_data``."""
-        return {"network": self.network.config, "sigma_data": self.sigma_data}
+        """What rebuilds this denoiser, JSON-ready."""
+        return {"network": self.network.config, "sigma_data": self.sigma_data, "state_shape": list(self.state_shape)}
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Estimate of the clean images, [B, C, H, W] in the dtype of x.

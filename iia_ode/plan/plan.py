@@ -97,7 +97,9 @@ class Plan:
                 steps.append(ins.step)
         last = self.code[-1] if self.code else None
         if steps != list(range(1, len(self.grid))) or not isinstance(last, Combine) or last.step != self.steps:
-            raise PlanError(f"{self.name} does not write the state at each of its {self.steps} later grid points in order.")
+            raise PlanError(
+                f"{self.name} does not write the state at each of its {self.steps} later grid points in order."
+            )
 
     # ---- what can be read off it -------------------------------------------------------------------------------------
 
@@ -232,7 +234,9 @@ class Plan:
             return
         first = finite.index(False)
         if first == self.nfe:
-            raise NonFiniteError(f"{self.name} overflowed {final.dtype}: every model output was finite, the result is not.")
+            raise NonFiniteError(
+                f"{self.name} overflowed {final.dtype}: every model output was finite, the result is not."
+            )
         raise NonFiniteError(
             f"the model returned NaN or infinity at evaluation {first + 1} of {self.nfe} "
             f"(t = {self.evaluation_times[first]:.6g}) under {self.name}. Check the model at that noise level, "

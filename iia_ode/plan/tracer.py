@@ -124,7 +124,9 @@ def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Pas
     result = solver.step(ode, x, t, s, past)
     if isinstance(result, tuple):
         if len(result) != 2:
-            raise PlanError(f"{solver.name}.step must return the new state, or (state, memory); got {len(result)} values.")
+            raise PlanError(
+                f"{solver.name}.step must return the new state, or (state, memory); got {len(result)} values."
+            )
         return result
     if not isinstance(result, Vector | Tensor):
         raise PlanError(f"{solver.name}.step must return the new state, or (state, memory); got {result!r}.")
@@ -165,7 +167,9 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
     values = torch.as_tensor(grid, dtype=torch.float64) if isinstance(grid, Tensor | list | tuple) else None
     if values is None or values.ndim != 1 or len(values) < 2:
         what = f"shape {list(values.shape)}" if values is not None else type(grid).__name__
-        raise GridError(f"a grid is a 1-d float64 tensor of at least two times, such as iia.grids.karras(10); got {what}.")
+        raise GridError(
+            f"a grid is a 1-d float64 tensor of at least two times, such as iia.grids.karras(10); got {what}."
+        )
     values = values.detach().cpu()
     level = schedule.sigma(values), schedule.alpha(values)
     if not bool(torch.isfinite(values).all()) or any(bool((~torch.isfinite(v) | (v < 0)).any()) for v in level):

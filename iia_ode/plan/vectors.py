@@ -52,9 +52,7 @@ class Vector:
         k = _weight(factor)
         if not isinstance(k, Tensor) and k == 0.0:
             return Vector({})
-        return Vector(
-            {i: w * k for i, w in self.weights.items()}, None if self.constant is None else self.constant * k
-        )
+        return Vector({i: w * k for i, w in self.weights.items()}, None if self.constant is None else self.constant * k)
 
     __rmul__ = __mul__
 
@@ -62,9 +60,7 @@ class Vector:
         k = _weight(divisor)
         if not isinstance(k, Tensor) and k == 0.0:
             raise PlanError("a step divides a vector by zero: check for repeated times, or for ode.is_data(s).")
-        return Vector(
-            {i: w / k for i, w in self.weights.items()}, None if self.constant is None else self.constant / k
-        )
+        return Vector({i: w / k for i, w in self.weights.items()}, None if self.constant is None else self.constant / k)
 
     def __neg__(self) -> Vector:
         return self * -1.0

@@ -34,7 +34,9 @@ class RungeKutta(Solver):
             raise PlanError(f"the tableau of {cls.__name__} is not that of an explicit method with {stages} stages.")
         rows = [sum(row) - node for row, node in zip(cls.a, cls.c[1:], strict=True)]
         if max(map(abs, [*rows, sum(cls.b) - 1.0])) > 1e-14:
-            raise PlanError(f"the tableau of {cls.__name__} is inconsistent: b must sum to 1, and each row of a to its c.")
+            raise PlanError(
+                f"the tableau of {cls.__name__} is inconsistent: b must sum to 1, and each row of a to its c."
+            )
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """x + h sum_i b_i k_i."""

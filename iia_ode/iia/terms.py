@@ -1,0 +1,130 @@
+"""Candidate directions: which vectors IIA may add to a step, in the paper's three versions.
+
+Every set is written as base + correction: zero corrections leave the base solver exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..errors import InputError, unknown_name
+from ..ode import Evaluation
+from ..plan import Vector
+
+__all__ = ["PAPER_TERMS", "StepRecord", "Term", "Terms", "bi_iia_edm", "iia_ddim", "iia_edm", "resolve_terms"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """What a traced step of the base solver did; what `terms` are made of.
+
+    Attributes
+    ----------
+    index, t, s : the interval.
+    x : the state at t.
+    evaluations : those that the base made in this step, in order; each readable in every form.
+    base : the base's own result.
+    own : the fitted result without its history terms (equal to `base` while this step is being fitted).
+    """
+
+    index: int
+    t: float
+    s: float
+    x: Vector
+    evaluations: tuple[Evaluation[Vector], ...]
+    base: Vector
+    own: Vector
+
+    @property
+    def h(self) -> float:
+        """Signed length of the interval in t."""
+        return self.s - self.t
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One candidate direction.
+
+    Parameters
+    ----------
+    symbol : the paper's name of its coefficient; that coefficient is ``base + unit * correction``.
+    direction : the vector that a correction multiplies.
+    base : value of the paper's coefficient that recovers the base solver.
+    unit : change of the paper's coefficient per unit of correction.
+    history : whether it comes from earlier steps.
+    """
+
+    symbol: str
+    direction: Vector
+    base: float = 0.0
+    unit: float = 1.0
+    history: bool = False
+
+
+Terms: TypeAlias = Callable[[StepRecord, tuple[StepRecord, ...]], tuple[Term, ...]]
+"""From the current step and up to `history` earlier ones, newest first, to the directions; ``()`` leaves the step alone."""
+
+
+def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
+    """BIIA: z + sum_k gamma_k h Delta_{i-k}, Delta the base's own mean slopes [Zhang et al. 2024, eq. 11-14, alg. 1].
+
+    For Heun, Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is gamma = (1, 0, ...).
+    """
+    terms = [Term("gamma_0", step.base - step.x, base=1.0)]
+    for k, past in enumerate(earlier, start=1):
+        terms.append(Term(f"gamma_{k}", step.h / past.h * (past.base - past.x), history=True))
+    return tuple(terms)
+
+
+def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
+    """IIA-EDM over Heun: the two halves of its update, and earlier fitted updates [Zhang et al. 2024, eq. 15-19, lemma 1].
+
+    z + h [beta_0 (z - D_i) - beta_1 / (2 t_{i+1}) (D(z~) - D_i) + sum_k gamma_k Delta~_{i-k}], where Delta~ is the fitted
+    combination of an earlier step without that step's own history. Written on slopes, the bracket is
+    beta_0 t_i d_i + beta_1 (d' - d_i) / 2, which serves every schedule; the base is beta = (1/t_i, 1), gamma = 0
+    (on another schedule than EDM 1/t stands for d log sigma / dt).
+    """
+    if len(step.evaluations) != 2:
+        raise InputError(
+            f"the terms of iia-edm belong to a base with two evaluations a step, such as 'heun'; step {step.index} made "
+            f"{len(step.evaluations)}."
+        )
+    first, second = (e.velocity for e in step.evaluations)
+    schedule = step.evaluations[0].schedule
+    unit = schedule.sigma_prime(step.t) / schedule.sigma(step.t)
+    terms = [
+        Term("beta_0", step.h * first, base=unit, unit=unit),
+        Term("beta_1", step.h / 2 * (second - first), base=1.0),
+    ]
+    for k, past in enumerate(earlier, start=1):
+        terms.append(Term(f"gamma_{k}", step.h / past.h * (past.own - past.x), history=True))
+    return tuple(terms)
+
+
+def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
+    """IIA-DDIM: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1}), from i = 1 [Zhang et al. 2024, eq. 20-23].
+
+    With a longer history, the differences further back follow as phi_2, phi_3, ... The base is phi = 0.
+    """
+    terms: list[Term] = []
+    chain = (step, *earlier)
+    for newer, older in zip(chain, chain[1:], strict=False):
+        a, b = newer.evaluations[0], older.evaluations[0]
+        k = len(terms)
+        terms.append(Term(f"phi_{k}", a.data - b.data, history=True))
+        terms.append(Term(f"phi_{k + 1}", a.noise - b.noise, history=True))
+    return tuple(terms)
+
+
+PAPER_TERMS: dict[str, Terms] = {"biia-edm": bi_iia_edm, "iia-edm": iia_edm, "iia-ddim": iia_ddim}
+
+
+def resolve_terms(terms: str | Terms) -> tuple[str, Terms]:
+    """The name and the function behind a `terms` argument."""
+    if callable(terms):
+        return getattr(terms, "__name__", type(terms).__name__), terms
+    if terms not in PAPER_TERMS:
+        raise unknown_name("set of terms", terms, PAPER_TERMS)
+    return terms, PAPER_TERMS[terms]
