@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .ode import ProbabilityFlowODE, conversion
-from .plan.analysis import gaussian_flow
+from .plan.analysis import as_moments, gaussian_flow
 from .schedules import Schedule
 
 __all__ = ["Empirical", "Gaussian", "Mixture", "Problem"]
@@ -52,7 +52,8 @@ class _ClosedForm(nn.Module):
         t = t.reshape(-1, *[1] * (x.ndim - 1))
         data = self.problem.denoise(x, self.schedule.alpha(t), self.schedule.sigma(t))
         p, q = conversion(self.schedule, t, "data", self.prediction)
-        return (p * x + q * data).to(x.dtype)
+        out: Tensor = p * x + q * data
+        return out.to(x.dtype)
 
 
 class Gaussian(Problem):
@@ -64,10 +65,12 @@ class Gaussian(Problem):
     """
 
     def __init__(self, mean: Tensor | float, variance: Tensor | float) -> None:
-        m, v = torch.broadcast_tensors(torch.as_tensor(mean, dtype=_F64), torch.as_tensor(variance, dtype=_F64))
+        m, v = as_moments(mean, variance)
         if not bool((v > 0).all()):
             raise InputError("a Gaussian needs positive variances.")
-        self.mean, self.variance, self.shape = m, v, m.shape
+        self.mean: Tensor = m
+        self.variance: Tensor = v
+        self.shape = m.shape
 
     def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """m + alpha v / (alpha^2 v + sigma^2) (x - alpha m)."""
@@ -77,7 +80,8 @@ class Gaussian(Problem):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, float64 [n, *shape]."""
         noise = torch.randn((n, *self.shape), dtype=_F64, generator=generator)
-        return self.mean + self.variance.sqrt() * noise
+        out: Tensor = self.mean + self.variance.sqrt() * noise
+        return out
 
     def flow(self, x: Tensor, schedule: Schedule, t: float, s: float) -> Tensor:
         """The exact solution at time s of the probability flow that is at x [B, *shape] at time t."""

@@ -65,7 +65,8 @@ def edm_loss(denoiser: EDMDenoiser, images: Tensor, labels: Tensor, sigma: Tenso
     d = denoiser.sigma_data
     weight = (sigma**2 + d**2) / (sigma * d) ** 2
     error = denoiser(images + sigma[:, None, None, None] * noise, sigma, labels) - images
-    return (weight * error.square().mean(dim=(1, 2, 3))).mean()
+    loss: Tensor = (weight * error.square().mean(dim=(1, 2, 3))).mean()
+    return loss
 
 
 def train_edm(
@@ -132,7 +133,7 @@ def _evaluate(denoiser: EDMDenoiser, images: Tensor, labels: Tensor, options: Tr
     torch.manual_seed(options.seed + 1)
     total, count = 0.0, 0
     for _ in range(4):
-        for x, y in zip(images.split(256), labels.split(256), strict=True):
+        for x, y in zip(torch.split(images, 256), torch.split(labels, 256), strict=True):
             sigma = _noise_levels(options, len(x)).to(x.device)
             total += float(edm_loss(denoiser, x, y, sigma, torch.randn(x.shape).to(x.device))) * len(x)
             count += len(x)

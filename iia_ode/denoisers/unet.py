@@ -79,6 +79,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.classes = classes
+        self.frequencies: Tensor
         self.config = {
             "image_channels": image_channels,
             "channels": list(channels),

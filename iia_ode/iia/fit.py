@@ -83,10 +83,15 @@ class IIA:
     def __post_init__(self) -> None:
         resolve_terms(self.terms)
         resolve_target(self.target, self.substeps)
-        if isinstance(self.base, str):
-            get_solver(self.base)
+        if not isinstance(self.base_solver, Solver):
+            raise InputError(f"base must be a registered name or a Solver, got {type(self.base).__name__}.")
         if self.history < 0 or self.ridge < 0:
             raise InputError(f"history and ridge cannot be negative, got {self.history} and {self.ridge}.")
+
+    @property
+    def base_solver(self) -> Solver:
+        """The base as an instance."""
+        return get_solver(self.base) if isinstance(self.base, str) else self.base
 
     def fit(
         self,
@@ -118,7 +123,7 @@ class IIA:
         if chunk_size is not None and chunk_size < 1:
             raise InputError(f"chunk_size must be positive, got {chunk_size}.")
         times = check_grid(ode.schedule, grid)
-        base = get_solver(self.base) if isinstance(self.base, str) else self.base
+        base = self.base_solver
         with torch.no_grad(), ode.counting() as spent:
             size = chunk_size or len(x)
             chunks = [_Chunk(ode.subset(slice(i, i + size), len(x)), x[i : i + size]) for i in range(0, len(x), size)]

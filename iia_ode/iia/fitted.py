@@ -174,14 +174,17 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
                 f"{str(path)!r} was fitted for schedule {_brief(config)}, not {_brief(found.config())}."
             )
         plan = _unpack(found, header["name"], header["code"], tensors)
-        reports = tuple(
-            StepReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in header["reports"]
-        )
+        reports = tuple(_step_report(r) for r in header["reports"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, IIAError) and not isinstance(error, InputError):
             raise
         raise FileFormatError(f"{str(path)!r} is damaged: {error}.") from error
     return FittedSolver(plan, reports, header["about"])
+
+
+def _step_report(values: dict[str, Any]) -> StepReport:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return StepReport(**fields)
 
 
 def _pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:

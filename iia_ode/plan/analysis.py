@@ -151,7 +151,7 @@ class GaussianResponse:
 
 def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
     """The response of a plan to data N(mean, diag variance), read off by running it on two states."""
-    m, v = torch.broadcast_tensors(torch.as_tensor(mean, dtype=_F64), torch.as_tensor(variance, dtype=_F64))
+    m, v = as_moments(mean, variance)
     schedule = plan.schedule
 
     def denoiser(with_mean: bool) -> _Model:
@@ -174,6 +174,12 @@ def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float
 
 def _without_constants(plan: Plan) -> Plan:
     return replace(plan, code=tuple(replace(i, constant=None) if isinstance(i, Combine) else i for i in plan.code))
+
+
+def as_moments(mean: Tensor | float, variance: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Mean and variance as float64 tensors of one shape."""
+    m, v = torch.as_tensor(mean, dtype=_F64), torch.as_tensor(variance, dtype=_F64)
+    return m + torch.zeros_like(v), v + torch.zeros_like(m)
 
 
 def gaussian_flow(schedule: Schedule, mean: Tensor, variance: Tensor, t: float, s: float) -> tuple[Tensor, Tensor]:

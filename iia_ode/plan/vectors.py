@@ -71,7 +71,7 @@ class Vector:
         return self + -1.0 * other
 
     def __rsub__(self, other: Any) -> Vector:
-        return -self + other
+        return (-self).__add__(other)
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for attributes that do not exist; without this, `x.shape` in a step fails without a reason.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from ..errors import InputError, PlanError, unknown_name
+from ..errors import GridError, InputError, PlanError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
 
@@ -58,6 +58,34 @@ class Solver(ABC):
         """This solver on a schedule and a grid; see :func:`iia_ode.trace`."""
         return trace(self, schedule, grid)
 
+    def grid_for(self, nfe: int, make_grid: Callable[[int], Tensor], schedule: Schedule) -> Tensor:
+        """The grid on which this solver makes exactly `nfe` evaluations.
+
+        Parameters
+        ----------
+        nfe : evaluations wanted.
+        make_grid : from a number of levels to a grid, such as ``grids.karras``.
+        schedule : on which to count.
+
+        Raises
+        ------
+        GridError : no number of levels gives that count; names the nearest counts that exist.
+        """
+        counts: dict[int, Tensor] = {}
+        for n in range(1, max(1, nfe) + 2):
+            try:
+                grid = make_grid(n)
+            except GridError:  # a family may have no grid of one level
+                continue
+            count = self.plan(schedule, grid).nfe if len(grid) > 1 else 0
+            if count == nfe > 0:
+                return grid
+            counts[count] = grid
+            if count > nfe:
+                break
+        near = sorted(sorted(c for c in counts if c)[-2:])
+        raise GridError(f"{self.name} cannot make exactly {nfe} evaluations on this family of grids; near it: {near}.")
+
     def options(self) -> dict[str, Any]:
         """The options of this instance, JSON-ready."""
         return {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
@@ -105,7 +133,7 @@ def get_solver(name: str, **options: Any) -> Solver:
     if name not in _REGISTRY:
         raise unknown_name("solver", name, _REGISTRY)
     cls = _REGISTRY[name]
-    known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
+    known: list[str] = [f.name for f in fields(cls)] if is_dataclass(cls) else []
     for option in options:
         if option not in known:
             raise unknown_name(f"option of {name}", option, known or ["(none)"])

@@ -1,0 +1,359 @@
+"""The command line, ``iia-ode``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import grids
+from .__about__ import __version__
+from .denoisers import TrainingOptions, save_denoiser, train_digits
+from .denoisers.digits import DIGITS_WEIGHTS
+from .errors import IIAError, MissingDependencyError
+from .experiments import Comparison, compare, get_setting, setting_names
+from .files import write_bytes, write_tensors
+from .iia import PRESETS, FittedSolver, load, preset
+from .integrate import sample, torchdiffeq_methods
+from .plots import error_against_nfe, image_grid, sample_panels, save_figure
+from .solvers import get_solver, solver_names
+
+__all__ = ["cli", "main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(v) for v in value.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{value!r} is not a list of positive integers such as 5,8,10.")
+    return numbers
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(v.strip() for v in value.split(",")))
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    try:
+        torch.zeros(1, device=value)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"{value!r} cannot be used here: {reason}") from error
+    return value
+
+
+def _common(command: F) -> F:
+    """Options that every command on a model has."""
+    options = [
+        click.option("--setting", default="digits", show_default=True, help=f"Model: {', '.join(setting_names())}."),
+        click.option("--guidance", default=1.0, show_default=True, help="Scale of classifier-free guidance."),
+        click.option("--seed", default=0, show_default=True, help="Seed of noise and labels."),
+        click.option("--device", default="cpu", show_default=True, callback=_device, help="Where the model runs."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _grid_options(command: F) -> F:
+    options = [
+        click.option("--rho", default=7.0, show_default=True, help="Karras grid exponent; 0 for a log-SNR grid."),
+        click.option("--sigma-min", type=float, help="Last positive noise level [default: the setting's]."),
+        click.option("--sigma-max", type=float, help="First noise level [default: the setting's]."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _grid_family(setting: Any, rho: float, sigma_min: float | None, sigma_max: float | None) -> Callable[[int], Tensor]:
+    if sigma_max is not None:
+        setting.sigma_max = sigma_max
+    low, high = sigma_min or setting.sigma_min, setting.sigma_max
+    if rho == 0:
+        return partial(grids.log_snr, sigma_min=low, sigma_max=high, schedule=setting.schedule)
+    return partial(grids.karras, sigma_min=low, sigma_max=high, rho=rho, schedule=setting.schedule)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="iia-ode")
+def cli() -> None:
+    """Sample diffusion and flow models in few evaluations, and measure how well."""
+
+
+@cli.command("compare")
+@_common
+@_grid_options
+@click.option(
+    "--solvers",
+    callback=_names,
+    metavar="NAME,NAME,...",
+    default="ddim,iia-ddim,heun,biia-edm,iia-edm",
+    show_default=True,
+    help="Registered solvers and presets.",
+)
+@click.option(
+    "--nfe",
+    callback=_numbers,
+    metavar="N,N,...",
+    default="5,6,7,8,9,10,11,15,20",
+    show_default=True,
+    help="Evaluations; a solver sits out those it cannot make.",
+)
+@click.option("--samples", default=128, show_default=True, help="Unseen initial states to measure on.")
+@click.option("--fit-samples", default=200, show_default=True, help="Initial states that fits see.")
+@click.option(
+    "--target",
+    type=click.Choice(["substeps", "local"]),
+    default="substeps",
+    show_default=True,
+    help="What presets are fitted to: sub-steps of the base, as in the paper, or an accurate integration.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/compare", show_default=True)
+def compare_command(
+    setting: str,
+    guidance: float,
+    seed: int,
+    device: str,
+    rho: float,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    solvers: tuple[str, ...],
+    nfe: tuple[int, ...],
+    samples: int,
+    fit_samples: int,
+    target: str,
+    out: Path,
+) -> None:
+    """Fit, sample, measure: endpoint error of solvers at equal evaluations, on noise that no fit has seen.
+
+    Prints a table and writes into --out: compare.csv, table.md, compare.json (what was run), compare.png, samples.png
+    (images from the same noise, a panel per solver) and the fitted solvers.
+    """
+    chosen = get_setting(setting)
+    family = _grid_family(chosen, rho, sigma_min, sigma_max)
+    result = compare(
+        chosen,
+        solvers,
+        nfe,
+        family,
+        samples=samples,
+        fit_samples=fit_samples,
+        target=target,
+        guidance_scale=guidance,
+        seed=seed,
+        device=device,
+        progress=True,
+        report=partial(tqdm.write, file=sys.stderr),
+    )
+    _write_comparison(result, chosen.is_image, out)
+    click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
+    click.echo(result.table())
+    click.echo(f"\nwritten to {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+def _write_comparison(result: Comparison, is_image: bool, out: Path) -> None:
+    write_bytes(out / "compare.csv", result.csv().encode())
+    write_bytes(out / "table.md", (result.table(markdown=True) + "\n").encode())
+    write_bytes(out / "compare.json", (json.dumps(result.settings, indent=2) + "\n").encode())
+    for (name, count), fit in result.fits.items():
+        fit.save(out / "fits" / f"{name}-{count}.safetensors")
+    try:
+        save_figure(error_against_nfe(result), out / "compare.png")
+        if is_image:
+            save_figure(sample_panels(_panels(result)), out / "samples.png")
+    except MissingDependencyError as error:
+        click.echo(f"no plots: {error}", err=True)
+
+
+def _panels(result: Comparison) -> dict[str, Tensor]:
+    """The reference, and each solver at the middle one of the counts that all can make (or at its own middle one)."""
+    counts = {s: [r.nfe for r in result.rows if r.solver == s] for s in result.solvers}
+    shared = [n for n in result.nfes if all(n in c for c in counts.values())]
+    panels = {"converged reference": result.reference}
+    for solver, own in counts.items():
+        if own:
+            among = shared or own
+            nfe = among[len(among) // 2]
+            panels[f"{solver}, {nfe} evaluations, RMSE {result.error(solver, nfe):.3f}"] = result.samples[solver, nfe]
+    return panels
+
+
+@cli.command("fit")
+@_common
+@_grid_options
+@click.option("--preset", "name", default="iia-edm", show_default=True, help=f"Method: {', '.join(PRESETS)}.")
+@click.option("--nfe", default=9, show_default=True, help="Evaluations of the fitted solver.")
+@click.option("--samples", default=200, show_default=True, help="Initial states to fit on.")
+@click.option("--history", type=int, help="Earlier steps to use, r [default: the preset's].")
+@click.option("--substeps", type=int, help="Sub-steps of the target, M [default: the preset's].")
+@click.option("--target", type=click.Choice(["substeps", "local"]), default="substeps", show_default=True)
+@click.option("--chunk-size", type=int, help="Samples that go through the model at once [default: all].")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
+def fit_command(
+    setting: str,
+    guidance: float,
+    seed: int,
+    device: str,
+    rho: float,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    name: str,
+    nfe: int,
+    samples: int,
+    history: int | None,
+    substeps: int | None,
+    target: str,
+    chunk_size: int | None,
+    out: Path,
+) -> None:
+    """Fit a preset of IIA to a model and save it as one safetensors file."""
+    changes = {"history": history, "substeps": substeps, "target": target}
+    method = preset(name, **{k: v for k, v in changes.items() if v is not None})
+    chosen = get_setting(setting)
+    family = _grid_family(chosen, rho, sigma_min, sigma_max)
+    grid = method.base_solver.grid_for(nfe, family, chosen.schedule)
+    ode, x = chosen.draw(samples, 2 * seed, guidance_scale=guidance, device=device)
+    fit = method.fit(ode, grid, x, chunk_size=chunk_size, seed=seed, progress=True)
+    fit.save(out)
+    click.echo(str(fit))
+    click.echo(f"\nwritten: {out}")
+
+
+@cli.command("sample")
+@_common
+@_grid_options
+@click.argument("solver")
+@click.option("--nfe", default=9, show_default=True, help="Evaluations, where the solver is a name.")
+@click.option("--samples", default=64, show_default=True, help="How many samples.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/samples", show_default=True)
+def sample_command(
+    setting: str,
+    guidance: float,
+    seed: int,
+    device: str,
+    rho: float,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    solver: str,
+    nfe: int,
+    samples: int,
+    out: Path,
+) -> None:
+    """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote.
+
+    Writes samples.safetensors and, where the samples are images, samples.png into --out.
+    """
+    chosen = get_setting(setting)
+    family = _grid_family(chosen, rho, sigma_min, sigma_max)
+    ode, x = chosen.draw(samples, 2 * seed + 1, guidance_scale=guidance, device=device)
+    if solver.endswith(".safetensors"):
+        fit: FittedSolver = load(solver)
+        final = sample(ode, x, solver=fit, progress=True)
+        about = {"solver": fit.about | {"name": fit.name}, "nfe": fit.nfe}
+    else:
+        if solver in PRESETS:
+            raise click.UsageError(
+                f"{solver} has to be fitted first: iia-ode fit --preset {solver} --out FILE.safetensors"
+            )
+        method = get_solver(solver)
+        grid = method.grid_for(nfe, family, chosen.schedule)
+        final = sample(ode, x, grid, method, progress=True)
+        about = {"solver": {"name": method.name}, "nfe": nfe, "grid": grid.tolist()}
+    about |= {"setting": setting, "seed": seed, "guidance_scale": guidance}
+    paths = [write_tensors(out / "samples.safetensors", "samples", {"samples": final}, about)]
+    if chosen.is_image:
+        try:
+            paths.append(save_figure(image_grid(final), out / "samples.png"))
+        except MissingDependencyError as error:
+            click.echo(f"no picture: {error}", err=True)
+    click.echo(f"written: {', '.join(map(str, paths))}")
+
+
+@cli.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--plan", "with_plan", is_flag=True, help="Print every instruction of the plan too.")
+def show_command(file: Path, with_plan: bool) -> None:
+    """Print a fitted solver's file, readably: what it is for, how it was made, and every coefficient."""
+    fit = load(file)
+    click.echo(str(fit))
+    if with_plan:
+        click.echo(f"\n{fit.plan}")
+
+
+@cli.command("solvers")
+def solvers_command() -> None:
+    """List the solvers: registered ones, presets of IIA, and torchdiffeq's methods."""
+    click.echo(f"{'name':<12} {'order':>5}  {'evaluations':<12} what it is")
+    for name in solver_names():
+        solver = get_solver(name)
+        schedule = get_setting("gaussian").schedule
+        per_step = solver.plan(schedule, grids.uniform(1, 2.0, 1.0)).nfe
+        alias = f" (also {', '.join(solver.aliases)})" if solver.aliases else ""
+        line = (solver.__doc__ or "").strip().splitlines()[0]
+        click.echo(f"{name:<12} {solver.order:>5}  {f'{per_step} a step':<12} {line}{alias}")
+    click.echo("\nIIA, fitted to a model before use:")
+    for name, method in PRESETS.items():
+        click.echo(f"{name:<12} over {method.base_solver.name}, history {method.history}, {method.substeps} sub-steps")
+    click.echo(f"\ntorchdiffeq, in odeint and sample: {', '.join(torchdiffeq_methods())}")
+
+
+@cli.group("train")
+def train_group() -> None:
+    """Train the networks that ship with the package."""
+
+
+@train_group.command("digits")
+@click.option("--steps", default=TrainingOptions.steps, show_default=True, help="Optimiser steps.")
+@click.option("--batch", default=TrainingOptions.batch, show_default=True, help="Images a step.")
+@click.option("--seed", default=TrainingOptions.seed, show_default=True)
+@click.option("--device", default="cpu", show_default=True, callback=_device)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=DIGITS_WEIGHTS.name,
+    show_default=True,
+    help="File to write.",
+)
+def train_digits_command(steps: int, batch: int, seed: int, device: str, out: Path) -> None:
+    """Train the digits denoiser from scratch (about a quarter of an hour on two cores)."""
+    options = TrainingOptions(steps=steps, batch=batch, seed=seed)
+    result = train_digits(options, device=device, progress=True)
+    about = {
+        "data": "scikit-learn load_digits: 1797 images of 8x8, scaled to [-1, 1]; a seeded tenth held out",
+        "options": options.to_dict(),
+        "train_loss": result.train_loss,
+        "held_out_loss": result.held_out_loss,
+    }
+    save_denoiser(out, result.denoiser, about)
+    click.echo(f"loss {result.train_loss:.4f}, held out {result.held_out_loss:.4f}; written: {out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors are one line on stderr and exit status 2."""
+    try:
+        cli.main(arguments, prog_name="iia-ode", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("iia-ode: interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (IIAError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    click.echo(f"iia-ode: error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

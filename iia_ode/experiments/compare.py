@@ -1,0 +1,198 @@
+"""The main job: solvers against each other, fitted ones on unseen noise, by endpoint error at equal evaluations."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import GridError, InputError
+from ..iia import IIA, PRESETS, FittedSolver, preset
+from ..integrate import sample
+from ..metrics import rmse_with_error
+from ..reference import solve
+from ..solvers import Solver, get_solver
+from .settings import Setting
+
+__all__ = ["Comparison", "Row", "compare"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One solver at one number of evaluations.
+
+    Attributes
+    ----------
+    rmse, standard_error : root mean square difference per component between the final states and a converged reference
+        from the same unseen noise, and its standard error over samples.
+    fit_samples, fit_evaluations, fit_seconds : what fitting took, 0 for a solver that is not fitted.
+    """
+
+    solver: str
+    nfe: int
+    rmse: float
+    standard_error: float
+    fit_samples: int
+    fit_evaluations: int
+    fit_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The outcome of :func:`compare`.
+
+    Attributes
+    ----------
+    rows : one per solver and number of evaluations that the solver can make.
+    solvers, nfes : what was asked for, in order.
+    reference : converged final states [B, ...].
+    samples : final states of each row, by (solver, nfe).
+    fits : the fitted solvers, by (solver, nfe).
+    settings : everything needed to run it again, JSON-ready.
+    """
+
+    rows: tuple[Row, ...]
+    solvers: tuple[str, ...]
+    nfes: tuple[int, ...]
+    reference: Tensor
+    samples: dict[tuple[str, int], Tensor]
+    fits: dict[tuple[str, int], FittedSolver]
+    settings: dict[str, Any]
+
+    def error(self, solver: str, nfe: int) -> float | None:
+        """The RMSE of a cell; None where the solver cannot make that many evaluations."""
+        return next((r.rmse for r in self.rows if (r.solver, r.nfe) == (solver, nfe)), None)
+
+    def table(self, markdown: bool = False) -> str:
+        """Solvers down, evaluations across; a dash where the count is not possible, a star on the lowest of a column."""
+        width = max(len("solver / NFE"), *(len(s) for s in self.solvers))
+        best = {
+            n: min((e for s in self.solvers if (e := self.error(s, n)) is not None), default=None) for n in self.nfes
+        }
+
+        def cell(solver: str, nfe: int) -> str:
+            error = self.error(solver, nfe)
+            return "-" if error is None else f"{error:.4f}{'*' if error == best[nfe] else ' '}"
+
+        body = [[f"{s:<{width}}", *(f"{cell(s, n):>8}" for n in self.nfes)] for s in self.solvers]
+        head = [f"{'solver / NFE':<{width}}", *(f"{n:>8}" for n in self.nfes)]
+        if not markdown:
+            return "\n".join(" ".join(row) for row in (head, *body))
+        rule = ["-" * width, *(f"{'-' * 7}:" for _ in self.nfes)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+
+    def csv(self) -> str:
+        """All rows as comma-separated values."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in self.rows)
+        return out.getvalue()
+
+
+def compare(
+    setting: Setting,
+    solvers: Sequence[str],
+    nfes: Sequence[int],
+    make_grid: Callable[[int], Tensor],
+    *,
+    samples: int = 128,
+    fit_samples: int = 200,
+    target: str = "substeps",
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Fit what has to be fitted, sample from unseen noise, and measure against a converged reference.
+
+    Parameters
+    ----------
+    setting : the model and its noise.
+    solvers : registered solvers and presets of IIA, by name.
+    nfes : numbers of evaluations; a solver that cannot make one exactly has no entry there.
+    make_grid : from a number of levels to a grid; all solvers use this family.
+    samples, fit_samples : unseen initial states that are measured, and initial states that fits see.
+    target : what presets are fitted to: ``"substeps"`` as in the paper, or ``"local"``.
+    guidance_scale : of classifier-free guidance.
+    seed : of both batches, which come from different generators.
+    device : where the model runs.
+    progress : show a bar over the cells of the table.
+    report : called with a line of text about what is going on.
+
+    Raises
+    ------
+    UnknownNameError, InputError : a solver is not known, or there is nothing to compare.
+    """
+    if not solvers or not nfes or samples < 1 or fit_samples < 1:
+        raise InputError("compare needs at least one solver, one number of evaluations and one sample.")
+    say = report or (lambda _: None)
+    methods = {name: _method(name, target) for name in solvers}
+    # Even and odd seeds: no seed of one user's fit is the seed of another's test.
+    fit_ode, fit_x = setting.draw(fit_samples, 2 * seed, guidance_scale=guidance_scale, device=device)
+    ode, x = setting.draw(samples, 2 * seed + 1, guidance_scale=guidance_scale, device=device)
+    grids = _grids(methods, nfes, make_grid, setting, say)
+    start, end = (float(next(iter(grids.values()))[i]) for i in (0, -1))
+    say(f"reference: {samples} unseen samples by dopri8, tolerance {setting.reference_tolerance:g}")
+    tolerance = setting.reference_tolerance
+    reference = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
+    rows, finals, fits = [], {}, {}
+    for (name, nfe), grid in tqdm(grids.items(), desc="compare", disable=not progress):
+        method, begun = methods[name], time.perf_counter()
+        if isinstance(method, Solver):
+            final = sample(ode, x, grid, method)
+            seen, evaluations, seconds = 0, 0, 0.0
+        else:
+            fit = method.fit(fit_ode, grid, fit_x, seed=seed)
+            seen, evaluations, seconds = fit_samples, int(fit.about["evaluations"]), time.perf_counter() - begun
+            final, fits[name, nfe] = sample(ode, x, solver=fit), fit
+        finals[name, nfe] = final
+        rows.append(Row(name, nfe, *rmse_with_error(final, reference), seen, evaluations, seconds))
+        say(f"{name:>10} at {nfe:>3} evaluations: RMSE {rows[-1].rmse:.4f}")
+    settings = {
+        "setting": setting.name,
+        "schedule": setting.schedule.config(),
+        "samples": samples,
+        "fit_samples": fit_samples,
+        "target": target,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "device": device,
+        "grids": {f"{name} {nfe}": grid.tolist() for (name, nfe), grid in grids.items()},
+    }
+    return Comparison(tuple(rows), tuple(solvers), tuple(nfes), reference, finals, fits, settings)
+
+
+def _grids(
+    methods: dict[str, Solver | IIA],
+    nfes: Sequence[int],
+    make_grid: Callable[[int], Tensor],
+    setting: Setting,
+    say: Callable[[str], None],
+) -> dict[tuple[str, int], Tensor]:
+    """The grid of every cell that exists: not every solver can make every number of evaluations."""
+    grids = {}
+    for name, method in methods.items():
+        base = method if isinstance(method, Solver) else method.base_solver
+        missing = []
+        for nfe in nfes:
+            try:
+                grids[name, nfe] = base.grid_for(nfe, make_grid, setting.schedule)
+            except GridError:
+                missing.append(nfe)
+        if missing:
+            say(f"{name} cannot make exactly {', '.join(map(str, missing))} evaluations and sits those out")
+    if not grids:
+        raise InputError(f"none of {', '.join(methods)} can make any of {', '.join(map(str, nfes))} evaluations.")
+    return grids
+
+
+def _method(name: str, target: str) -> Solver | IIA:
+    return preset(name, target=target) if name in PRESETS else get_solver(name)

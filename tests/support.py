@@ -1,0 +1,72 @@
+"""What several test files share: the schedules, the problems, and comparisons at rounding error."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode.ode import PREDICTIONS
+from iia_ode.problems import Gaussian, Mixture
+
+F64 = torch.float64
+EPS = torch.finfo(F64).eps
+
+LINEAR_BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
+ALPHAS_CUMPROD = (1 - LINEAR_BETAS).cumprod(0)
+
+ALL_SCHEDULES = [
+    iia.EDM(),
+    iia.VE(),
+    iia.VP(),
+    iia.Cosine(),
+    iia.FlowMatching(),
+    iia.Discrete(ALPHAS_CUMPROD),
+    iia.from_functions(lambda t: 1 - t, lambda t: t),
+]
+SCHEDULE_IDS = [type(s).__name__ for s in ALL_SCHEDULES]
+
+every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=SCHEDULE_IDS)
+every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
+
+LAMS = st.floats(-4.0, 6.0)
+"""Half-log-SNRs that every schedule reaches inside its time range (EDM's 80 is -4.38)."""
+
+
+def gaussian() -> Gaussian:
+    """Anisotropic Gaussian data in 3 dimensions, with its exact flow."""
+    return Gaussian(torch.tensor([0.3, -0.6, 0.1], dtype=F64), torch.tensor([0.5, 0.2, 1.3], dtype=F64))
+
+
+def mixture() -> Mixture:
+    """Three components in 4 dimensions, each with its own widths: a nonlinear denoiser."""
+    means = torch.tensor(
+        [[1.0, -0.5, 0.3, 0.8], [-0.9, 0.7, -0.2, -1.1], [0.1, 0.4, 1.2, 0.0]],
+        dtype=F64,
+    )
+    stds = torch.tensor([[0.4, 0.5, 0.3, 0.6], [0.3, 0.2, 0.7, 0.4], [0.5, 0.5, 0.2, 0.3]], dtype=F64)
+    return Mixture(torch.tensor([0.5, 0.3, 0.2], dtype=F64), means, stds)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A seeded source of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    """Standard normal numbers, the same at every call."""
+    return torch.randn(shape, dtype=F64, generator=generator(seed)).to(dtype)
+
+
+def close(actual: Tensor | float, expected: Tensor | float, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Assert |actual - expected| <= atol + rtol |expected| with equal shapes and dtypes."""
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=rtol, atol=atol)
+
+
+def slope(errors: list[float], sizes: list[float]) -> float:
+    """Order of convergence: the slope of log error against log size, by least squares."""
+    x, y = [math.log(v) for v in sizes], [math.log(v) for v in errors]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
