@@ -31,6 +31,11 @@ __all__ = ["cli", "main"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _interactive() -> bool:
+    """Bars are for people: in a log they are noise."""
+    return sys.stderr.isatty()
+
+
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     try:
         numbers = tuple(dict.fromkeys(int(v) for v in value.split(",")))
@@ -155,7 +160,7 @@ def compare_command(
         guidance_scale=guidance,
         seed=seed,
         device=device,
-        progress=True,
+        progress=_interactive(),
         report=partial(tqdm.write, file=sys.stderr),
     )
     _write_comparison(result, chosen.is_image, out)
@@ -226,7 +231,7 @@ def fit_command(
     family = _grid_family(chosen, rho, sigma_min, sigma_max)
     grid = method.base_solver.grid_for(nfe, family, chosen.schedule)
     ode, x = chosen.draw(samples, 2 * seed, guidance_scale=guidance, device=device)
-    fit = method.fit(ode, grid, x, chunk_size=chunk_size, seed=seed, progress=True)
+    fit = method.fit(ode, grid, x, chunk_size=chunk_size, seed=seed, progress=_interactive())
     fit.save(out)
     click.echo(str(fit))
     click.echo(f"\nwritten: {out}")
@@ -261,7 +266,7 @@ def sample_command(
     ode, x = chosen.draw(samples, 2 * seed + 1, guidance_scale=guidance, device=device)
     if solver.endswith(".safetensors"):
         fit: FittedSolver = load(solver)
-        final = sample(ode, x, solver=fit, progress=True)
+        final = sample(ode, x, solver=fit, progress=_interactive())
         about = {"solver": fit.about | {"name": fit.name}, "nfe": fit.nfe}
     else:
         if solver in PRESETS:
@@ -270,7 +275,7 @@ def sample_command(
             )
         method = get_solver(solver)
         grid = method.grid_for(nfe, family, chosen.schedule)
-        final = sample(ode, x, grid, method, progress=True)
+        final = sample(ode, x, grid, method, progress=_interactive())
         about = {"solver": {"name": method.name}, "nfe": nfe, "grid": grid.tolist()}
     about |= {"setting": setting, "seed": seed, "guidance_scale": guidance}
     paths = [write_tensors(out / "samples.safetensors", "samples", {"samples": final}, about)]
@@ -330,7 +335,7 @@ def train_group() -> None:
 def train_digits_command(steps: int, batch: int, seed: int, device: str, out: Path) -> None:
     """Train the digits denoiser from scratch (about a quarter of an hour on two cores)."""
     options = TrainingOptions(steps=steps, batch=batch, seed=seed)
-    result = train_digits(options, device=device, progress=True)
+    result = train_digits(options, device=device, progress=_interactive())
     about = {
         "data": "scikit-learn load_digits: 1797 images of 8x8, scaled to [-1, 1]; a seeded tenth held out",
         "options": options.to_dict(),

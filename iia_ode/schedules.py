@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _F64 = torch.float64
+T = TypeVar("T", float, Tensor)
 
 
 class Schedule(ABC):
@@ -82,67 +83,35 @@ class Schedule(ABC):
     def _sigma_prime(self, t: Tensor) -> Tensor:
         return self._derivative(self._sigma, t)
 
-    @overload
-    def alpha(self, t: float) -> float: ...
-    @overload
-    def alpha(self, t: Tensor) -> Tensor: ...
-    def alpha(self, t: float | Tensor) -> float | Tensor:
+    def alpha(self, t: T) -> T:
         """Scale of the data at time t."""
         return _on(self._alpha, t)
 
-    @overload
-    def sigma(self, t: float) -> float: ...
-    @overload
-    def sigma(self, t: Tensor) -> Tensor: ...
-    def sigma(self, t: float | Tensor) -> float | Tensor:
+    def sigma(self, t: T) -> T:
         """Scale of the noise at time t."""
         return _on(self._sigma, t)
 
-    @overload
-    def alpha_prime(self, t: float) -> float: ...
-    @overload
-    def alpha_prime(self, t: Tensor) -> Tensor: ...
-    def alpha_prime(self, t: float | Tensor) -> float | Tensor:
+    def alpha_prime(self, t: T) -> T:
         """d alpha / dt."""
         return _on(self._alpha_prime, t)
 
-    @overload
-    def sigma_prime(self, t: float) -> float: ...
-    @overload
-    def sigma_prime(self, t: Tensor) -> Tensor: ...
-    def sigma_prime(self, t: float | Tensor) -> float | Tensor:
+    def sigma_prime(self, t: T) -> T:
         """d sigma / dt."""
         return _on(self._sigma_prime, t)
 
-    @overload
-    def lam(self, t: float) -> float: ...
-    @overload
-    def lam(self, t: Tensor) -> Tensor: ...
-    def lam(self, t: float | Tensor) -> float | Tensor:
+    def lam(self, t: T) -> T:
         """Half-log-SNR log(alpha/sigma): +inf at the data, -inf where alpha = 0."""
         return _on(self._lam, t)
 
-    @overload
-    def t_of_lam(self, lam: float) -> float: ...
-    @overload
-    def t_of_lam(self, lam: Tensor) -> Tensor: ...
-    def t_of_lam(self, lam: float | Tensor) -> float | Tensor:
+    def t_of_lam(self, lam: T) -> T:
         """The time whose half-log-SNR is `lam`: the inverse of :meth:`lam`."""
         return _on(self._t_of_lam, lam)
 
-    @overload
-    def f(self, t: float) -> float: ...
-    @overload
-    def f(self, t: Tensor) -> Tensor: ...
-    def f(self, t: float | Tensor) -> float | Tensor:
+    def f(self, t: T) -> T:
         """Drift coefficient d log alpha / dt."""
         return _on(lambda u: self._alpha_prime(u) / self._alpha(u), t)
 
-    @overload
-    def g2(self, t: float) -> float: ...
-    @overload
-    def g2(self, t: Tensor) -> Tensor: ...
-    def g2(self, t: float | Tensor) -> float | Tensor:
+    def g2(self, t: T) -> T:
         """Squared diffusion coefficient d sigma^2 / dt - 2 f sigma^2."""
 
         def g2(u: Tensor) -> Tensor:
@@ -152,17 +121,16 @@ class Schedule(ABC):
 
         return _on(g2, t)
 
-    @overload
-    def noise_to_signal(self, t: float) -> float: ...
-    @overload
-    def noise_to_signal(self, t: Tensor) -> Tensor: ...
-    def noise_to_signal(self, t: float | Tensor) -> float | Tensor:
+    def noise_to_signal(self, t: T) -> T:
         """sigma / alpha, the noise level of x / alpha: EDM's sigma for every schedule; 0 at the data."""
         return _on(lambda u: self._sigma(u) / self._alpha(u), t)
 
     def t_of_noise_to_signal(self, ratio: float) -> float:
         """The time at which sigma / alpha = `ratio`; ratio 0 gives ``t_data`` exactly."""
-        return self.t_data if ratio == 0 else self.t_of_lam(-math.log(ratio))
+        return self.t_data if ratio == 0 else self._t_of_ratio(ratio)
+
+    def _t_of_ratio(self, ratio: float) -> float:
+        return self.t_of_lam(-math.log(ratio))
 
     def config(self) -> dict[str, Any]:
         """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on."""
@@ -170,11 +138,7 @@ class Schedule(ABC):
         return {"type": type(self).__name__, **{k: v for k, v in values.items() if isinstance(v, int | float | str)}}
 
 
-@overload
-def _on(function: Callable[[Tensor], Tensor], t: float) -> float: ...
-@overload
-def _on(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor: ...
-def _on(function: Callable[[Tensor], Tensor], t: float | Tensor) -> float | Tensor:
+def _on(function: Callable[[Tensor], Tensor], t: T) -> T:
     """Apply a function of float64 tensors to a number or a tensor, and answer in kind."""
     if isinstance(t, Tensor):
         return function(t.to(_F64))
@@ -199,6 +163,9 @@ class EDM(Schedule):
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return (-lam).exp()
 
+    def _t_of_ratio(self, ratio: float) -> float:
+        return ratio  # without the detour through a logarithm, so that a level asked for is the level one gets
+
 
 @dataclass(frozen=True)
 class VE(Schedule):
@@ -220,6 +187,9 @@ class VE(Schedule):
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return (-2 * lam).exp()
+
+    def _t_of_ratio(self, ratio: float) -> float:
+        return ratio * ratio
 
 
 @dataclass(frozen=True)
@@ -286,6 +256,9 @@ class FlowMatching(Schedule):
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return torch.sigmoid(-lam)
+
+    def _t_of_ratio(self, ratio: float) -> float:
+        return ratio / (1 + ratio)
 
 
 @dataclass(frozen=True)

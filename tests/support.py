@@ -61,8 +61,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
 
 
 def close(actual: Tensor | float, expected: Tensor | float, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """Assert |actual - expected| <= atol + rtol |expected| with equal shapes and dtypes."""
-    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=rtol, atol=atol)
+    """Assert |actual - expected| <= atol + rtol |expected|, with equal shapes and dtypes; numbers count as float64."""
+    a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=F64) for v in (actual, expected))
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def slope(errors: list[float], sizes: list[float]) -> float:

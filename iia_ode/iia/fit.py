@@ -120,6 +120,7 @@ class IIA:
         NonFiniteError : the model is not finite on this batch.
         """
         check_state(x)
+        ode.check_state_shape(x)
         if chunk_size is not None and chunk_size < 1:
             raise InputError(f"chunk_size must be positive, got {chunk_size}.")
         times = check_grid(ode.schedule, grid)

@@ -1,0 +1,218 @@
+"""Grids: the levels asked for, exact at the ends, in float64, from noise to data."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import ALPHAS_CUMPROD, EPS, F64, close, every_schedule
+
+import iia_ode as iia
+from iia_ode import grids
+
+DISCRETE = iia.Discrete(ALPHAS_CUMPROD)
+COUNTS = st.integers(1, 20)
+LOW, HIGH = st.floats(1e-3, 0.05), st.floats(1.0, 100.0)
+both_level_grids = pytest.mark.parametrize("make", [grids.karras, grids.log_snr])
+
+
+def small_discrete(total: int) -> iia.Discrete:
+    return iia.Discrete(torch.linspace(0.99, 0.01, total, dtype=F64))
+
+
+# ---- noise levels ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 40), LOW, HIGH, st.floats(0.5, 20.0))
+def test_karras_is_equation_5_of_the_paper(n, low, high, rho):
+    i = np.arange(n)
+    levels = (high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    expected = torch.tensor([*levels, 0.0], dtype=F64)
+    # A rounding of sigma^(1/rho) counts rho-fold, and against high^(1/rho), the largest term of the sum.
+    rtol = 4 * EPS * (1 + rho) * (high / low) ** (1 / rho)
+    close(grids.karras(n, low, high, rho), expected, rtol=rtol)
+
+
+@given(st.integers(3, 40), LOW, HIGH)
+def test_log_snr_levels_are_a_constant_factor_apart(n, low, high):
+    levels = grids.log_snr(n, low, high)[:-1]
+    factor = (low / high) ** (1 / (n - 1))
+    close(levels[1:] / levels[:-1], torch.full((n - 1,), factor, dtype=F64), rtol=32 * EPS)
+
+
+@every_schedule
+@given(n=st.integers(3, 20), low=LOW, high=HIGH)
+def test_log_snr_is_equidistant_in_lam_on_every_schedule(schedule, n, low, high):
+    lams = schedule.lam(grids.log_snr(n, low, high, schedule=schedule, to_data=False))
+    step = (math.log(high) - math.log(low)) / (n - 1)
+    close(lams.diff(), torch.full((n - 1,), step, dtype=F64), atol=1e-12)
+
+
+@both_level_grids
+@every_schedule
+@given(n=COUNTS, low=LOW, high=HIGH)
+def test_every_schedule_visits_the_same_noise_levels(schedule, make, n, low, high):
+    times = make(n, low, high, schedule=schedule)
+    assert times.dtype == F64 and times.shape == (n + 1,)
+    levels = schedule.noise_to_signal(times)
+    close(levels, make(n, low, high), rtol=1e-12)
+    close(levels[0], torch.tensor(high, dtype=F64), rtol=1e-12)
+    if n > 1:
+        close(levels[-2], torch.tensor(low, dtype=F64), rtol=1e-12)
+    assert bool((levels.diff() < 0).all())
+    assert times[-1] == schedule.t_data
+
+
+@both_level_grids
+@given(n=COUNTS, low=LOW, high=HIGH)
+def test_both_ends_are_exactly_the_levels_asked_for_where_time_is_the_level(make, n, low, high):
+    grid = make(n, low, high)
+    assert grid[0] == high
+    assert n == 1 or grid[-2] == low
+    assert grid[-1] == 0.0
+
+
+def test_the_default_grid_runs_from_80_over_one_five_hundredth_to_0():
+    assert grids.karras(10)[[0, -2, -1]].tolist() == [80.0, 0.002, 0.0]
+    assert grids.log_snr(10)[[0, -2, -1]].tolist() == [80.0, 0.002, 0.0]
+
+
+@both_level_grids
+@every_schedule
+def test_one_level_is_the_highest_and_the_data_is_left_out_on_request(schedule, make):
+    with_data, without = make(7, schedule=schedule), make(7, schedule=schedule, to_data=False)
+    assert torch.equal(with_data[:-1], without)
+    (single,) = make(1, schedule=schedule, to_data=False).tolist()
+    close(schedule.noise_to_signal(single), 80.0, rtol=1e-12)
+
+
+def test_a_larger_rho_puts_more_levels_near_the_data_and_in_the_limit_gives_log_snr():
+    assert bool((grids.karras(9, rho=7.0)[1:-2] < grids.karras(9, rho=3.0)[1:-2]).all())
+    close(grids.karras(9, rho=1e6), grids.log_snr(9), rtol=1e-4)
+
+
+def test_a_level_that_the_schedule_does_not_reach_is_a_grid_error():
+    short = iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
+    with pytest.raises(iia.GridError, match="80"):
+        grids.karras(5, schedule=short)
+
+
+# ---- times -----------------------------------------------------------------------------------------------------------
+
+
+@given(COUNTS, st.floats(0.0, 10.0), st.floats(20.0, 1000.0))
+def test_uniform_has_equal_intervals_in_either_direction(n, low, high):
+    for start, end in ((high, low), (low, high)):
+        grid = grids.uniform(n, start, end)
+        assert grid.dtype == F64 and grid.shape == (n + 1,)
+        assert (grid[0], grid[-1]) == (start, end)
+        close(grid.diff(), torch.full((n,), (end - start) / n, dtype=F64), atol=2 * EPS * high)
+
+
+@given(COUNTS, st.floats(0.0, 10.0), st.floats(20.0, 1000.0))
+def test_quadratic_has_equal_intervals_in_the_square_root_of_time(n, low, high):
+    for start, end in ((high, low), (low, high)):
+        grid = grids.quadratic(n, start, end)
+        assert grid.dtype == F64 and grid.shape == (n + 1,)
+        assert (grid[0], grid[-1]) == (start, end)
+        interval = (math.sqrt(end) - math.sqrt(start)) / n
+        # A square root near 0 magnifies the rounding of the time, which is relative to it: no atol on the times needed.
+        close(grid.sqrt().diff(), torch.full((n,), interval, dtype=F64), atol=4 * EPS * math.sqrt(high))
+
+
+def test_quadratic_times_are_squares():
+    close(grids.quadratic(4, 16.0, 0.0), torch.tensor([16.0, 9.0, 4.0, 1.0, 0.0], dtype=F64))
+
+
+# ---- integer timesteps -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spacing", "n", "expected"),
+    [
+        ("leading", 10, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ("trailing", 10, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        ("linspace", 10, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
+        ("leading", 3, [666, 333, 0]),
+        ("trailing", 3, [999, 666, 332]),
+        ("linspace", 3, [999, 500, 0]),
+        ("leading", 1, [0]),
+        ("trailing", 1, [999]),
+        ("linspace", 1, [999]),
+    ],
+)
+def test_discrete_spacings_are_those_of_table_2_of_lin_et_al(spacing, n, expected):
+    grid = grids.discrete(n, DISCRETE, spacing)
+    assert grid.dtype == F64
+    assert grid.tolist() == [*expected, -1]
+    assert grids.discrete(n, DISCRETE, spacing, to_data=False).tolist() == expected
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@given(data=st.data())
+def test_discrete_timesteps_are_distinct_integers_of_the_table_in_decreasing_order(spacing, data):
+    total = data.draw(st.integers(2, 120))
+    n = data.draw(st.integers(1, total))
+    grid = grids.discrete(n, small_discrete(total), spacing, to_data=False)
+    assert len(grid) == n
+    assert torch.equal(grid, grid.round())
+    assert bool((grid.diff() < 0).all())
+    assert 0 <= grid[-1] and grid[0] <= total - 1
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_as_many_timesteps_as_the_table_has_are_all_of_them(spacing):
+    assert grids.discrete(50, small_discrete(50), spacing).tolist() == list(range(49, -2, -1))
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@both_level_grids
+@pytest.mark.parametrize("n", [0, -3, 2.5, None])
+def test_a_grid_without_levels_is_a_grid_error(make, n):
+    with pytest.raises(iia.GridError, match="at least one level"):
+        make(n)
+
+
+@both_level_grids
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (80.0, 0.002), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)]
+)
+def test_levels_out_of_order_are_a_grid_error_that_shows_them(make, low, high):
+    with pytest.raises(iia.GridError, match=f"sigma_min < sigma_max, got {low} and {high}"):
+        make(5, low, high)
+
+
+@pytest.mark.parametrize("rho", [0.0, -7.0, math.inf, math.nan])
+def test_a_rho_that_is_not_positive_is_a_grid_error(rho):
+    with pytest.raises(iia.GridError, match="rho"):
+        grids.karras(5, rho=rho)
+
+
+@pytest.mark.parametrize("make", [grids.uniform, grids.quadratic])
+def test_impossible_times_are_a_grid_error(make):
+    with pytest.raises(iia.GridError, match="at least one interval"):
+        make(0, 1.0, 0.0)
+    for ends in ((1.0, 1.0), (math.inf, 0.0), (1.0, math.nan)):
+        with pytest.raises(iia.GridError, match="different finite ends"):
+            make(5, *ends)
+
+
+def test_a_quadratic_grid_through_negative_times_is_a_grid_error():
+    with pytest.raises(iia.GridError, match="not negative"):
+        grids.quadratic(5, 999.0, -1.0)
+    assert grids.uniform(4, 1.0, -1.0).tolist() == [1.0, 0.5, 0.0, -0.5, -1.0]
+
+
+@pytest.mark.parametrize("n", [0, 1001, 2.0])
+def test_more_timesteps_than_the_table_has_are_a_grid_error(n):
+    with pytest.raises(iia.GridError, match="1 to 1000"):
+        grids.discrete(n, DISCRETE)
+
+
+def test_an_unknown_spacing_is_a_grid_error_that_lists_the_known_ones():
+    with pytest.raises(iia.GridError, match=r"'squared'.*'leading', 'trailing' or 'linspace'"):
+        grids.discrete(10, DISCRETE, "squared")

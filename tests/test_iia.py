@@ -1,0 +1,297 @@
+"""IIA: what a fit promises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import mixture
+
+import iia_ode as iia
+from iia_ode.iia import PRESETS
+
+F64 = torch.float64
+GRID = iia.grids.karras(6)
+SCHEDULES = [iia.EDM(), iia.VP(), iia.FlowMatching(), iia.Cosine()]
+presets = st.sampled_from(sorted(PRESETS))
+
+
+def states(n=24, seed=0, schedule=None, sigma=80.0):
+    schedule = schedule or iia.EDM()
+    generator = torch.Generator().manual_seed(seed)
+    return mixture().noisy(n, schedule, schedule.t_of_noise_to_signal(sigma), generator)
+
+
+def edm():
+    return mixture().ode(iia.EDM())
+
+
+# ---- the paper's formulas, by hand -----------------------------------------------------------------------------------
+
+
+def paper_biia_edm(ode, x, fit):
+    """Equations 11-14: z + sum_k gamma_k h Delta_{i-k} with Heun's mean slopes."""
+    slopes, coefficients = [], {r.index: dict(zip(r.symbols, r.values, strict=True)) for r in fit.reports}
+    times = fit.plan.grid
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        d = (x - ode.data(x, t)) / t
+        guess = x + (s - t) * d
+        if s == 0:
+            return guess
+        slopes.insert(0, (d + (guess - ode.data(guess, s)) / s) / 2)
+        c = coefficients[i]
+        x = x + (s - t) * sum(c[f"gamma_{k}"] * v for k, v in enumerate(slopes[: len(c)]))
+    return x
+
+
+def paper_iia_edm(ode, x, fit):
+    """Equations 15-19: beta on the two halves of Heun, gamma on earlier fitted updates without their own history."""
+    earlier, coefficients = [], {r.index: dict(zip(r.symbols, r.values, strict=True)) for r in fit.reports}
+    times = fit.plan.grid
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        data = ode.data(x, t)
+        guess = x + (s - t) * (x - data) / t
+        if s == 0:
+            return guess
+        c = coefficients[i]
+        own = c["beta_0"] * (x - data) - c["beta_1"] / (2 * s) * (ode.data(guess, s) - data)
+        x = x + (s - t) * (own + sum(c[f"gamma_{k}"] * v for k, v in enumerate(earlier, 1) if f"gamma_{k}" in c))
+        earlier.insert(0, own)
+    return x
+
+
+def paper_iia_ddim(ode, x, fit):
+    """Equations 20-23: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1})."""
+    previous, coefficients = None, {r.index: dict(zip(r.symbols, r.values, strict=True)) for r in fit.reports}
+    times, schedule = fit.plan.grid, ode.schedule
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        evaluation = ode.evaluate(x, t)
+        data, noise = evaluation.data, evaluation.noise
+        x = schedule.alpha(s) * data + schedule.sigma(s) * noise
+        if i in coefficients:
+            c = coefficients[i]
+            x = x + c["phi_0"] * (data - previous[0]) + c["phi_1"] * (noise - previous[1])
+        previous = data, noise
+    return x
+
+
+PAPER = {"biia-edm": paper_biia_edm, "iia-edm": paper_iia_edm, "iia-ddim": paper_iia_ddim}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("history", [1, 2])
+def test_a_fit_runs_the_papers_formula_with_the_coefficients_it_reports(name, history):
+    if name == "iia-ddim" and history == 2:
+        history = 1  # the paper has no longer one
+    fit = iia.preset(name, history=history).fit(edm(), GRID, states())
+    x = states(seed=1)
+    by_hand = PAPER[name](edm(), x, fit)
+    assert torch.allclose(iia.sample(edm(), x, solver=fit), by_hand, rtol=0, atol=1e-12 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_base_values_of_the_coefficients_give_the_base(name):
+    fit = iia.preset(name).fit(edm(), GRID, states())
+    base = iia.FittedSolver(fit.plan, tuple(_with_base_values(r) for r in fit.reports), fit.about)
+    x = states(seed=1)
+    expected = iia.sample(edm(), x, GRID, iia.preset(name).base_solver)
+    assert torch.allclose(PAPER[name](edm(), x, base), expected, rtol=0, atol=1e-12 * float(x.abs().max()))
+
+
+def _with_base_values(report):
+    return type(report)(**{**report.__dict__, "values": report.base_values})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_zero_corrections_are_the_base_exactly(name, schedule):
+    grid = iia.grids.karras(6, schedule=schedule)
+    method = iia.preset(name, ridge=1e300)
+    fit = method.fit(mixture().ode(schedule), grid, states(schedule=schedule))
+    assert fit.plan.difference(method.base_solver.plan(schedule, grid)) < 1e-13
+
+
+# ---- properties of every fit -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(presets, st.integers(0, 10_000), st.integers(0, 2), st.integers(1, 4), st.sampled_from(SCHEDULES), st.integers(2, 8))
+def test_no_fitted_step_is_farther_from_its_target_than_the_base(name, seed, history, substeps, schedule, n):
+    grid = iia.grids.karras(n, schedule=schedule)
+    x = states(n=6, seed=seed, schedule=schedule)
+    fit = iia.preset(name, history=history, substeps=substeps).fit(mixture().ode(schedule), grid, x)
+    assert all(r.after <= r.before for r in fit.reports)
+    assert all(math.isfinite(v) for r in fit.reports for v in r.values)
+
+
+@settings(max_examples=30)
+@given(presets, st.integers(0, 10_000), st.integers(1, 24), st.sampled_from(SCHEDULES))
+def test_the_coefficients_do_not_depend_on_the_chunk_size(name, seed, chunk_size, schedule):
+    grid = iia.grids.karras(5, schedule=schedule)
+    ode, x = mixture().ode(schedule), states(seed=seed, schedule=schedule)
+    whole = iia.preset(name).fit(ode, grid, x)
+    parts = iia.preset(name).fit(ode, grid, x, chunk_size=chunk_size)
+    assert whole.plan.difference(parts.plan) < 1e-10
+    for a, b in zip(whole.reports, parts.reports, strict=True):
+        assert a.rank == b.rank
+        assert torch.allclose(torch.tensor(a.corrections), torch.tensor(b.corrections), rtol=1e-10, atol=1e-10)
+
+
+@given(presets, st.integers(2, 9))
+def test_a_fitted_solver_costs_what_its_base_costs(name, n):
+    grid = iia.grids.karras(n)
+    method = iia.preset(name)
+    assert method.fit(edm(), grid, states(n=4)).nfe == method.base_solver.plan(iia.EDM(), grid).nfe
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_reported_residuals_are_those_of_the_fitted_trajectory(name):
+    """Fitting is sequential: a step starts where the fitted steps before it end, and aims at M base steps from there."""
+    method, x = iia.preset(name), states()
+    fit = method.fit(edm(), GRID, x)
+    path = iia.odeint(edm(), x, method=fit)
+    for r in fit.reports:
+        start, end = path[r.index], path[r.index + 1]
+        target = iia.sample(edm(), start, torch.linspace(r.t, r.s, 4, dtype=F64), method.base_solver)
+        base = iia.sample(edm(), start, torch.tensor([r.t, r.s], dtype=F64), method.base_solver)
+        assert r.before == pytest.approx(float((target - base).square().mean().sqrt()), rel=1e-8)
+        assert r.after == pytest.approx(float((target - end).square().mean().sqrt()), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_fit_cuts_the_error_of_its_base_on_unseen_noise(name):
+    method, x = iia.preset(name), states(n=64, seed=9)
+    exact = iia.reference.solve(edm(), x, 80.0, 0.0)
+    for n in (3, 5, 8):
+        grid = iia.grids.karras(n)
+        fit = method.fit(edm(), grid, states(n=64))
+        base = iia.sample(edm(), x, grid, method.base_solver)
+        assert (iia.sample(edm(), x, solver=fit) - exact).norm() < (base - exact).norm()
+
+
+def test_the_local_target_is_the_flow_itself():
+    x = states()
+    fit = iia.IIA("heun", "iia-edm", target=iia.Local(rtol=1e-9)).fit(edm(), GRID, x)
+    path = iia.odeint(edm(), x, method=fit)
+    for r in fit.reports:
+        target = iia.reference.solve(edm(), path[r.index], r.t, r.s)
+        assert r.after == pytest.approx(float((target - path[r.index + 1]).square().mean().sqrt()), rel=1e-5)
+
+
+def test_the_step_to_the_data_is_not_fitted_and_every_other_is():
+    to_data = iia.preset("iia-edm").fit(edm(), iia.grids.karras(5), states())
+    above = iia.preset("iia-edm").fit(edm(), iia.grids.karras(5, to_data=False), states())
+    assert [r.index for r in to_data.reports] == [0, 1, 2, 3]
+    assert [r.index for r in above.reports] == [0, 1, 2, 3]
+    assert above.grid.tolist()[-1] == 0.002
+
+
+def test_history_is_cut_short_where_the_run_starts():
+    fit = iia.preset("biia-edm", history=2).fit(edm(), GRID, states())
+    assert [r.symbols for r in fit.reports[:4]] == [
+        ("gamma_0",),
+        ("gamma_0", "gamma_1"),
+        ("gamma_0", "gamma_1", "gamma_2"),
+        ("gamma_0", "gamma_1", "gamma_2"),
+    ]
+    assert [r.index for r in iia.preset("iia-ddim").fit(edm(), GRID, states()).reports] == [1, 2, 3, 4]
+    assert iia.preset("iia-ddim", history=0).fit(edm(), GRID, states()).reports == ()
+
+
+def test_after_an_unfitted_ddim_step_the_two_directions_are_one():
+    """D_1 - D_0 = -sigma_1 (eps_1 - eps_0): the system has rank one, and the correction is the smallest that fits."""
+    reports = iia.preset("iia-ddim").fit(edm(), GRID, states()).reports
+    assert [r.rank for r in reports] == [1, 2, 2, 2]
+    in_float32 = iia.preset("iia-ddim").fit(edm(), GRID, states().float()).reports
+    assert in_float32[0].rank == 1
+    assert in_float32[0].values == pytest.approx(reports[0].values, rel=1e-3)
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("case", ["one sample", "equal samples", "constant model"])
+def test_poor_batches_give_finite_coefficients(name, case):
+    x = states(n=1) if case == "one sample" else states(n=1).expand(8, -1).clone()
+    ode = edm()
+    if case == "constant model":
+        ode = iia.ProbabilityFlowODE(lambda x, t: torch.full_like(x, 0.3), iia.EDM())
+    fit = iia.preset(name).fit(ode, GRID, x)
+    assert all(math.isfinite(v) for r in fit.reports for v in r.values)
+    assert all(r.after <= r.before for r in fit.reports)
+    assert bool(torch.isfinite(iia.sample(ode, x, solver=fit)).all())
+
+
+def test_states_keep_their_dtype_and_are_not_changed():
+    x = states().float()
+    before = x.clone()
+    fit = iia.preset("iia-edm").fit(edm(), GRID, x)
+    assert iia.sample(edm(), x, solver=fit).dtype == torch.float32
+    assert torch.equal(x, before)
+
+
+def test_a_fit_reports_what_it_spent():
+    ode = edm()
+    fit = iia.preset("iia-edm").fit(ode, GRID, states(), chunk_size=10)
+    assert fit.about["evaluations"] == ode.nfe
+    # 5 fitted steps of 2 + 3 * 2 evaluations less the shared one, and the last Euler step; three chunks
+    assert ode.nfe == 3 * (5 * 7 + 1)
+    assert fit.about["sample_evaluations"] == 24 * (5 * 7 + 1)
+
+
+def test_any_base_and_any_directions_can_be_combined():
+    def slopes(step, earlier):
+        """The current and the previous model output."""
+        terms = [iia.iia.Term("a", step.evaluations[0].data)]
+        return (*terms, *(iia.iia.Term("b", past.evaluations[0].data, history=True) for past in earlier))
+
+    for base in iia.solver_names():
+        fit = iia.IIA(base, slopes).fit(edm(), GRID, states())
+        assert fit.name == f"iia({base})"
+        assert fit.about["terms"] == "slopes"
+        assert all(r.after < r.before for r in fit.reports)
+
+
+def test_conditions_travel_with_their_samples():
+    model = iia.denoisers.digits()
+    labels = torch.arange(6)
+    ode = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"class_labels": labels})
+    x = 80 * torch.randn((6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    grid = iia.grids.karras(3)
+    whole, parts = (iia.preset("iia-edm").fit(ode, grid, x, chunk_size=c) for c in (6, 2))
+    for a, b in zip(whole.reports, parts.reports, strict=True):
+        assert a.values == pytest.approx(b.values, rel=1e-3)  # float32 convolutions round differently by batch size
+    shuffled = ode.condition(class_labels=labels.flip(0))
+    other = iia.preset("iia-edm").fit(shuffled, grid, x)
+    assert other.reports[0].before != pytest.approx(whole.reports[0].before, rel=1e-3)
+
+
+def test_a_model_that_is_not_finite_is_named_while_fitting():
+    ode = iia.ProbabilityFlowODE(lambda x, t: x * float("nan"), iia.EDM())
+    with pytest.raises(iia.NonFiniteError, match="not finite on this batch"):
+        iia.preset("iia-edm").fit(ode, GRID, states())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: iia.preset("iia-edn"), iia.UnknownNameError, "Did you mean 'iia-edm'"),
+        (lambda: iia.preset("iia-edm", histroy=2), iia.UnknownNameError, "Did you mean 'history'"),
+        (lambda: iia.IIA("huen", "iia-edm"), iia.UnknownNameError, "Did you mean 'heun'"),
+        (lambda: iia.IIA("heun", "edm"), iia.UnknownNameError, "set of terms 'edm'"),
+        (lambda: iia.IIA("heun", "iia-edm", target="lokal"), iia.UnknownNameError, "Did you mean 'local'"),
+        (lambda: iia.IIA("heun", "iia-edm", history=-1), iia.InputError, "cannot be negative"),
+        (lambda: iia.IIA("heun", "iia-edm", substeps=0), iia.InputError, "at least one sub-step"),
+        (lambda: iia.IIA(3, "iia-edm"), iia.InputError, "base must be"),
+        (lambda: iia.IIA("ddim", "iia-edm").fit(edm(), GRID, states()), iia.InputError, "two evaluations a step"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states().half()), iia.InputError, "float32 or float64"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states(), chunk_size=0), iia.InputError, "chunk_size"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID.flip(0), states()), iia.GridError, "starts at the data"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states()[:, :2]), iia.InputError, "must have shape"),
+    ],
+)
+def test_misuse_says_what_to_write_instead(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
