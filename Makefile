@@ -57,9 +57,8 @@ types: $(VENV)/.stamp-dev ## check types
 docs: $(VENV)/.stamp-dev ## build the documentation, executing its pages, into build/docs
 	$(BIN)/sphinx-build -E -W --keep-going -b html -d build/doctrees docs build/docs
 
-figures: demo ## remake the figures that the documentation shows
-	mkdir -p docs/images
-	cp build/demo/compare.png docs/images/compare.png
+figures: demo ## remake the figures and the table that README and documentation show
+	$(BIN)/python benchmarks/update_figures.py build/demo
 
 clean: ## remove what was built and cached; .venv stays
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import grids
 from .__about__ import __version__
 from .denoisers import TrainingOptions, save_denoiser, train_digits
-from .denoisers.digits import DIGITS_WEIGHTS
+from .denoisers.pretrained import DIGITS_WEIGHTS
 from .errors import IIAError, MissingDependencyError
 from .experiments import Comparison, compare, get_setting, setting_names
 from .files import write_bytes, write_tensors

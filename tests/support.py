@@ -1,11 +1,12 @@
 """What several test files share: the schedules, the problems, and comparisons at rounding error."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import iia_ode as iia
 from iia_ode.ode import PREDICTIONS
@@ -48,6 +49,20 @@ def mixture() -> Mixture:
     )
     stds = torch.tensor([[0.4, 0.5, 0.3, 0.6], [0.3, 0.2, 0.7, 0.4], [0.5, 0.5, 0.2, 0.3]], dtype=F64)
     return Mixture(torch.tensor([0.5, 0.3, 0.2], dtype=F64), means, stds)
+
+
+class Recorder(nn.Module):
+    """A linear network, 0.5 x + c, that keeps what it was called with."""
+
+    def __init__(self, dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5, dtype=dtype))
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None, **others: Any) -> Tensor:
+        self.calls.append({"x": x.detach(), "t": t, "c": c, **others})
+        y = self.scale * x
+        return y if c is None else y + c.reshape(len(x), -1).to(y)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -116,7 +116,9 @@ def test_zero_corrections_are_the_base_exactly(name, schedule):
 
 
 @settings(max_examples=30)
-@given(presets, st.integers(0, 10_000), st.integers(0, 2), st.integers(1, 4), st.sampled_from(SCHEDULES), st.integers(2, 8))
+@given(
+    presets, st.integers(0, 10_000), st.integers(0, 2), st.integers(1, 4), st.sampled_from(SCHEDULES), st.integers(2, 8)
+)
 def test_no_fitted_step_is_farther_from_its_target_than_the_base(name, seed, history, substeps, schedule, n):
     grid = iia.grids.karras(n, schedule=schedule)
     x = states(n=6, seed=seed, schedule=schedule)

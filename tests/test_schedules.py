@@ -316,7 +316,9 @@ def test_functions_that_are_no_schedule_are_a_schedule_error(case):
 # ---- bad parameters --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("betas", [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    "betas", [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)]
+)
 def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
     with pytest.raises(iia.ScheduleError, match="beta_0.*beta_1"):
         iia.VP(*betas)

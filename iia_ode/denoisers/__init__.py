@@ -1,6 +1,6 @@
 """Trained networks that ship with the package, and how they were trained."""
 
-from .digits import digits, digits_data, load_denoiser, save_denoiser, train_digits
+from .pretrained import digits, digits_data, load_denoiser, save_denoiser, train_digits
 from .training import TrainingOptions, TrainingResult
 from .unet import EDMDenoiser, UNet
 

@@ -178,6 +178,7 @@ def _grids(
     say: Callable[[str], None],
 ) -> dict[tuple[str, int], Tensor]:
     """The grid of every cell that exists: not every solver can make every number of evaluations."""
+    make_grid(2)  # a family that makes no grid at all is an error, not a count that cannot be had
     grids = {}
     for name, method in methods.items():
         base = method if isinstance(method, Solver) else method.base_solver

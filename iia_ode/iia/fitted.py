@@ -223,10 +223,12 @@ def _unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[
             terms = [(j, tensors[key] if (key := f"weight.{k}.{j}") in tensors else next(weights)) for j in rest[0]]
             instructions.append(Combine(tuple(terms), tensors.get(f"constant.{k}"), rest[1]))
     except StopIteration as error:
-        raise FileFormatError("it has fewer weights or times than its instructions need") from error
+        raise ValueError("it has fewer weights or times than its instructions need") from error
     return Plan(schedule, tuple(tensors["grid"].tolist()), tuple(instructions), name)
 
 
 def _brief(config: dict[str, Any]) -> str:
-    kind, *rest = [str(v) for v in config.values()]
-    return kind + (f" ({', '.join(f'{k}={v}' for k, v in list(config.items())[1:])})" if rest else "")
+    """``VP (beta_0=0.1, beta_1=20.0)``, whatever the order of the keys."""
+    key = "type" if "type" in config else "name"
+    rest = ", ".join(f"{k}={v}" for k, v in sorted(config.items()) if k != key)
+    return f"{config[key]} ({rest})" if rest else str(config[key])

@@ -71,19 +71,16 @@ class Solver(ABC):
         ------
         GridError : no number of levels gives that count; names the nearest counts that exist.
         """
-        counts: dict[int, Tensor] = {}
+        counts = []
         for n in range(1, max(1, nfe) + 2):
-            try:
-                grid = make_grid(n)
-            except GridError:  # a family may have no grid of one level
-                continue
+            grid = make_grid(n)
             count = self.plan(schedule, grid).nfe if len(grid) > 1 else 0
             if count == nfe > 0:
                 return grid
-            counts[count] = grid
+            counts.append(count)
             if count > nfe:
                 break
-        near = sorted(sorted(c for c in counts if c)[-2:])
+        near = [c for c in counts if c][-2:]
         raise GridError(f"{self.name} cannot make exactly {nfe} evaluations on this family of grids; near it: {near}.")
 
     def options(self) -> dict[str, Any]:

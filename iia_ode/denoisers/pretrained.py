@@ -1,4 +1,4 @@
-"""The digits denoiser: a trained network inside the package, on scikit-learn's 8x8 handwritten digits."""
+"""Trained networks inside the package: the digits denoiser, on scikit-learn's 8x8 handwritten digits."""
 
 from __future__ import annotations
 

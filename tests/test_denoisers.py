@@ -1,0 +1,163 @@
+"""The digits denoiser and its training."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import iia_ode as iia
+from iia_ode.denoisers import EDMDenoiser, TrainingOptions, UNet, load_denoiser, save_denoiser
+from iia_ode.denoisers.pretrained import DIGITS_WEIGHTS
+from iia_ode.denoisers.training import train_edm
+from iia_ode.files import read_tensors
+
+LEVELS = [0.05, 0.5, 2.0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return iia.denoisers.digits()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return iia.denoisers.digits_data()
+
+
+def noisy(images, sigma, seed=0):
+    return images + sigma * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_weights_load_without_scikit_learn_and_without_a_network_connection():
+    code = (
+        "import sys, socket; sys.modules['sklearn'] = None\n"
+        "def refuse(*a, **k): raise OSError('no network')\n"
+        "socket.socket.connect = refuse\n"
+        "import torch, iia_ode\n"
+        "print(iia_ode.denoisers.digits()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch.Size([2, 1, 8, 8])" in done.stdout
+
+
+def test_without_scikit_learn_the_data_names_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[train\]'"):
+        iia.denoisers.digits_data()
+
+
+def test_the_weights_are_at_most_five_megabytes():
+    assert DIGITS_WEIGHTS.stat().st_size <= 5_000_000
+
+
+def test_the_model_card_states_the_figures_of_the_weights_file():
+    about = read_tensors(DIGITS_WEIGHTS, "denoiser")[1]["about"]
+    card = DIGITS_WEIGHTS.with_suffix(".md").read_text()
+    for key in ("train_loss", "held_out_loss"):
+        assert f"{about[key]:.4f}" in card
+    for key in ("steps", "batch", "seed"):
+        assert re.search(rf"{key}\W+{about['options'][key]}\b", card)
+    assert "iia-ode train digits" in card
+
+
+@pytest.mark.parametrize("sigma", LEVELS)
+def test_it_denoises(model, data, sigma):
+    images, labels = data[0][:200], data[1][:200]
+    x = noisy(images, sigma)
+    error = (model(x, torch.full((200,), sigma), labels) - images).square().mean().sqrt()
+    # Linear shrinkage to the mean image is the best that needs no network.
+    mean, variance = images.mean(0), images.var(0)
+    linear = mean + variance / (variance + sigma**2) * (x - mean)
+    assert error < 0.9 * (linear - images).square().mean().sqrt()
+
+
+def test_labels_carry_information_and_no_label_is_the_null_label(model, data):
+    images, labels = data[0][:200], data[1][:200]
+    x, sigma = noisy(images, 2.0), torch.full((200,), 2.0)
+    right = (model(x, sigma, labels) - images).square().mean()
+    null = (model(x, sigma) - images).square().mean()
+    wrong = (model(x, sigma, (labels + 1) % 10) - images).square().mean()
+    assert right < null < wrong
+    assert torch.equal(model(x, sigma), model(x, sigma, torch.full((200,), 10)))
+
+
+def test_guidance_moves_samples_towards_their_class(model, data):
+    """A nearest-centroid reader agrees with the label at least as often under guidance as without."""
+    centroids = torch.stack([data[0][data[1] == k].mean(0) for k in range(10)]).flatten(1)
+    labels = torch.arange(60) % 10
+    x = 80 * torch.randn((60, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    agree = {}
+    for scale in (0.0, 1.0, 2.0):
+        ode = iia.ProbabilityFlowODE(
+            model,
+            iia.EDM(),
+            conditioning={"class_labels": labels},
+            unconditional={"class_labels": torch.tensor([10])},
+            guidance_scale=scale,
+        )
+        samples = iia.sample(ode, x, iia.grids.karras(10), "heun").flatten(1)
+        agree[scale] = float((torch.cdist(samples, centroids).argmin(1) == labels).float().mean())
+    assert agree[0.0] < 0.3 < 0.7 < agree[1.0] <= agree[2.0]
+
+
+def test_a_half_precision_copy_agrees_with_the_full_one(model):
+    ode = iia.ProbabilityFlowODE(model, iia.EDM())
+    half = iia.ProbabilityFlowODE(load_denoiser(DIGITS_WEIGHTS).bfloat16(), iia.EDM())
+    x = 80 * torch.randn((8, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    full, rough = (iia.sample(o, x, iia.grids.karras(6), "heun") for o in (ode, half))
+    assert rough.dtype == torch.float32
+    assert float((full - rough).square().mean().sqrt()) < 0.1
+
+
+def test_wrong_shapes_are_refused_with_the_right_one(model):
+    ode = iia.ProbabilityFlowODE(model, iia.EDM())
+    with pytest.raises(iia.InputError, match=r"must have shape \[B, 1, 8, 8\], got \[4, 3, 8, 8\]"):
+        iia.sample(ode, torch.randn(4, 3, 8, 8), iia.grids.karras(3), "heun")
+    with pytest.raises(iia.InputError, match=r"\[B, 1, 8, 8\], got \[8, 8\]"):
+        iia.sample(ode, torch.randn(8, 8), iia.grids.karras(3), "heun")
+    with pytest.raises(iia.InputError, match="a denoiser of images"):
+        model(torch.zeros(1, 8, 8), torch.ones(1))
+    with pytest.raises(iia.InputError, match=r"class_labels must be integers of shape \[2\]"):
+        model(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.ones(2))
+
+
+def train(data, **options):
+    """A network small enough to train in a test."""
+
+    def build():
+        return EDMDenoiser(UNet(channels=(8, 16), blocks=1, embedding=16), 0.75, (1, 8, 8))
+
+    images, labels = data[0][:200], data[1][:200]
+    return train_edm(build, images, labels, TrainingOptions(**{"batch": 16, **options}), progress=False)
+
+
+def test_training_is_seeded_and_lowers_the_loss(tmp_path, data):
+    first, again = train(data, steps=150), train(data, steps=150)
+    for a, b in zip(first.denoiser.parameters(), again.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+    untrained, other = train(data, steps=1), train(data, steps=1, seed=1)
+    assert first.held_out_loss < 0.9 * untrained.held_out_loss
+    assert other.held_out_loss != untrained.held_out_loss
+    path = save_denoiser(tmp_path / "net.safetensors", first.denoiser, {"note": "test"})
+    x, sigma = torch.randn(3, 1, 8, 8), torch.ones(3)
+    assert torch.equal(load_denoiser(path)(x, sigma), first.denoiser(x, sigma))
+
+
+def test_training_leaves_the_global_random_state_alone(data):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(data, steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_file_that_does_not_fit_its_header_is_refused(tmp_path, model):
+    path = save_denoiser(tmp_path / "net.safetensors", model, {})
+    raw = path.read_bytes()
+    assert json.dumps([48, 72]).encode() in raw
+    path.write_bytes(raw.replace(json.dumps([48, 72]).encode(), json.dumps([40, 72]).encode()))
+    with pytest.raises(iia.FileFormatError, match="does not hold the network"):
+        load_denoiser(path)

@@ -1,0 +1,49 @@
+"""What the README says is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ten_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    lines = [line for line in code.splitlines() if line and not line.startswith("import ")]
+    assert len(lines) <= 10
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["x_0"].shape == (10, 1, 8, 8)
+    assert "iia-edm: heun with fitted weights, 5 steps, 9 evaluations" in capsys.readouterr().out
+
+
+def test_its_table_is_the_one_in_the_documentation():
+    assert (ROOT / "docs" / "results" / "table.md").read_text() in README
+
+
+def table():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")]
+    counts = [int(c) for c in rows[0][1:]]
+    return {row[0]: dict(zip(counts, row[1:], strict=True)) for row in rows[2:]}
+
+
+@pytest.mark.parametrize(
+    ("fitted", "base", "nfes"),
+    [
+        ("iia-edm", "heun", [5, 7, 9, 11, 15]),
+        ("biia-edm", "heun", [5, 7, 9, 11, 15]),
+        ("iia-ddim", "ddim", [5, 6, 8, 10, 15, 20]),
+    ],
+)
+def test_its_figures_show_every_fit_below_its_base(fitted, base, nfes):
+    figures = table()
+    for nfe in nfes:
+        assert float(figures[fitted][nfe].rstrip("*")) < float(figures[base][nfe].rstrip("*"))
+
+
+def test_every_file_it_links_to_exists():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists()

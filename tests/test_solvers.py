@@ -1,0 +1,346 @@
+"""What every registered solver promises: its order, its ends, its symmetries; and the registry itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import F64, close, every_schedule, gaussian, generator, mixture, slope
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode import reference
+from iia_ode.plan import Evaluate, Past
+from iia_ode.solvers import base
+
+every_solver = pytest.mark.parametrize("name", iia.solver_names())
+smooth_schedules = pytest.mark.parametrize(
+    "schedule", [iia.EDM(), iia.VP(), iia.FlowMatching()], ids=lambda s: type(s).__name__
+)
+NOISE, SIGNAL = 5.0, 0.3
+"""Interior noise levels: nothing is special about either end."""
+COUNTS = [16, 32, 64]
+
+# The midpoint rule happens to be of order 3 on Gaussian data where alpha and sigma are linear in t: for the slope
+# a(t) x with a = t / (v + t^2), its leading error (a'' + 6 a a' + 4 a^3) x h^3 / 24 vanishes identically.
+ORDER_ON_GAUSSIANS = {("midpoint", "EDM"): 3, ("midpoint", "FlowMatching"): 3}
+
+
+def ends(schedule: iia.Schedule) -> tuple[float, float]:
+    return schedule.t_of_noise_to_signal(NOISE), schedule.t_of_noise_to_signal(SIGNAL)
+
+
+def grids(kind: str, schedule: iia.Schedule) -> list[Tensor]:
+    if kind == "uniform":
+        return [iia.grids.uniform(n, *ends(schedule)) for n in COUNTS]
+    return [iia.grids.log_snr(n + 1, SIGNAL, NOISE, schedule=schedule, to_data=False) for n in COUNTS]
+
+
+def measured_order(errors: list[float]) -> float:
+    return -slope(errors, COUNTS)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+@smooth_schedules
+@every_solver
+@pytest.mark.parametrize("direction", ["sampling", "encoding"])
+@pytest.mark.parametrize("kind", ["uniform", "log_snr"])
+def test_on_gaussian_data_the_order_is_the_claimed_one(
+    name: str, schedule: iia.Schedule, direction: str, kind: str
+) -> None:
+    problem, solver = gaussian(), iia.get_solver(name)
+    times = [g if direction == "sampling" else g.flip(0) for g in grids(kind, schedule)]
+    errors = [solver.plan(schedule, g).on_gaussian(problem.mean, problem.variance).rmse for g in times]
+    expected = ORDER_ON_GAUSSIANS.get((name, type(schedule).__name__), solver.order)
+    assert measured_order(errors) == pytest.approx(expected, abs=0.15)
+
+
+@smooth_schedules
+@every_solver
+def test_on_a_nonlinear_problem_the_order_is_the_claimed_one(name: str, schedule: iia.Schedule) -> None:
+    problem, solver = mixture(), iia.get_solver(name)
+    ode, (start, end) = problem.ode(schedule), ends(schedule)
+    x = problem.noisy(8, schedule, start, generator(1))
+    exact = reference.solve(ode, x, start, end, rtol=1e-12, atol=1e-12)
+    errors = [rms(iia.sample(ode, x, g, solver) - exact) for g in grids("log_snr", schedule)]
+    assert measured_order(errors) == pytest.approx(solver.order, abs=0.15)
+
+
+@smooth_schedules
+@every_solver
+def test_there_and_back_again_is_the_start_up_to_the_order(name: str, schedule: iia.Schedule) -> None:
+    problem, solver = mixture(), iia.get_solver(name)
+    ode = problem.ode(schedule)
+    x = problem.noisy(8, schedule, ends(schedule)[0], generator(2))
+    gaps = [
+        rms(iia.sample(ode, iia.sample(ode, x, g, solver), g.flip(0), solver) - x) for g in grids("log_snr", schedule)
+    ]
+    assert gaps[-1] < gaps[0] / 2**solver.order
+    assert measured_order(gaps) > solver.order - 0.15  # even orders gain one: their leading errors cancel
+
+
+TABLEAUS = {
+    "ralston": (2, ((2 / 3,),), (1 / 4, 3 / 4), (0.0, 2 / 3)),
+    "heun3": (3, ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4), (0.0, 1 / 3, 2 / 3)),
+    "kutta3": (3, ((0.5,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6), (0.0, 0.5, 1.0)),
+    "three_eighths": (
+        4,
+        ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        (1 / 8, 3 / 8, 3 / 8, 1 / 8),
+        (0.0, 1 / 3, 2 / 3, 1.0),
+    ),
+}
+
+
+def tableau(name: str, order: int, a: Any, b: Any, c: Any) -> type[iia.RungeKutta]:
+    return type(name, (iia.RungeKutta,), {"order": order, "a": a, "b": b, "c": c})
+
+
+@pytest.mark.parametrize("name", TABLEAUS)
+def test_a_tableau_of_ones_own_has_its_order(name: str) -> None:
+    solver, problem = tableau(name, *TABLEAUS[name])(), gaussian()
+    plans = [solver.plan(iia.VP(), g) for g in grids("uniform", iia.VP())]
+    errors = [p.on_gaussian(problem.mean, problem.variance).rmse for p in plans]
+    assert measured_order(errors) == pytest.approx(solver.order, abs=0.15)
+    assert plans[0].nfe == len(TABLEAUS[name][2]) * COUNTS[0]
+    assert plans[0].name == name
+
+
+BAD_TABLEAUS = {
+    "b does not sum to 1": (((0.5,),), (0.0, 0.9), (0.0, 0.5)),
+    "a row does not sum to its node": (((0.4,),), (0.0, 1.0), (0.0, 0.5)),
+    "first node not 0": (((0.5,),), (0.0, 1.0), (0.1, 0.5)),
+    "implicit": (((0.25, 0.25),), (0.0, 1.0), (0.0, 0.5)),
+    "row missing": ((), (0.0, 1.0), (0.0, 0.5)),
+    "node missing": (((0.5,),), (0.0, 1.0), (0.0,)),
+    "no stages": ((), (), ()),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TABLEAUS)
+def test_a_bad_tableau_is_refused_when_the_class_is_made(what: str) -> None:
+    with pytest.raises(iia.PlanError, match=r"the tableau of Mine is (inconsistent|not that of an explicit method)"):
+        tableau("Mine", 2, *BAD_TABLEAUS[what])
+
+
+def test_a_missing_tableau_is_refused_with_a_reason() -> None:
+    with pytest.raises(iia.PlanError, match="Mine"):
+        type("Mine", (iia.RungeKutta,), {"order": 1})
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+@every_solver
+def test_the_step_to_the_data_is_finite_and_no_larger_than_the_noise_left(name: str, schedule: iia.Schedule) -> None:
+    problem, grid = mixture(), iia.grids.karras(12, schedule=schedule)
+    ode = problem.ode(schedule)
+    x = problem.noisy(8, schedule, float(grid[0]), generator(3))
+    states = iia.odeint(ode, x, grid, name)
+    assert bool(torch.isfinite(states).all())
+    left = schedule.noise_to_signal(float(grid[-2]))
+    assert rms(states[-1] - states[-2]) < 2 * left * max(1.0, rms(ode.noise(states[-2], float(grid[-2]))))
+    times = iia.get_solver(name).plan(schedule, grid).evaluation_times
+    assert min(schedule.sigma(t) for t in times) > 0
+
+
+@every_schedule
+@pytest.mark.parametrize("name", ["ddim", "heun", "rk4"])
+def test_the_last_step_lands_on_the_data_estimate(name: str, schedule: iia.Schedule) -> None:
+    problem = mixture()
+    ode, grid = problem.ode(schedule), iia.grids.karras(4, 0.5, 20.0, schedule=schedule)
+    x = problem.noisy(8, schedule, float(grid[0]), generator(4))
+    states = iia.odeint(ode, x, grid, name)
+    close(states[-1], ode.data(states[-2], float(grid[-2])), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun"])
+def test_sampling_starts_at_pure_noise_where_alpha_is_zero(name: str) -> None:
+    problem, schedule = gaussian(), iia.FlowMatching()
+    plan = iia.get_solver(name).plan(schedule, iia.grids.uniform(200, 1.0, 0.0))
+    assert plan.on_gaussian(problem.mean, problem.variance).rmse < 0.01
+    x = problem.noisy(4, schedule, 1.0, generator(5))
+    assert rms(plan.run(problem.ode(schedule, "velocity"), x) - problem.flow(x, schedule, 1.0, 0.0)) < 0.01
+
+
+# ---- symmetries and dtypes -------------------------------------------------------------------------------------------
+
+
+@every_solver
+@given(order=st.permutations(range(6)))
+def test_the_order_of_a_batch_does_not_matter(name: str, order: list[int]) -> None:
+    problem, grid = mixture(), iia.grids.karras(4)
+    ode = problem.ode(iia.EDM())
+    x = problem.noisy(6, iia.EDM(), float(grid[0]), generator(6))
+    close(iia.sample(ode, x[order], grid, name), iia.sample(ode, x, grid, name)[order], atol=1e-12)
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_the_state_keeps_its_dtype(name: str, dtype: torch.dtype, default: torch.dtype) -> None:
+    problem, grid = mixture(), iia.grids.karras(6, schedule=iia.VP())
+    ode, x = problem.ode(iia.VP()), problem.noisy(4, iia.VP(), float(grid[0]), generator(7))
+    exact = iia.sample(ode, x, grid, name)
+    torch.set_default_dtype(default)
+    try:
+        final = iia.sample(ode, x.to(dtype), grid, name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert final.dtype == dtype
+    close(final.double(), exact, atol=1e-12 if dtype == F64 else 1e-4)
+
+
+@every_solver
+def test_a_float32_grid_and_a_list_are_read_as_float64(name: str) -> None:
+    times = [16.0, 2.0, 0.25, 0.0]  # exact in float32
+    plans = [
+        iia.get_solver(name).plan(iia.EDM(), g) for g in (times, torch.tensor(times), torch.tensor(times).double())
+    ]
+    assert plans[0].grid == plans[1].grid == plans[2].grid == tuple(times)
+    assert plans[0].difference(plans[1]) == plans[0].difference(plans[2]) == 0.0
+
+
+# ---- evaluations asked for -------------------------------------------------------------------------------------------
+
+
+@every_solver
+@pytest.mark.parametrize("nfe", [1, 2, 5, 7, 12])
+def test_a_grid_for_a_number_of_evaluations_gives_exactly_that_or_says_what_there_is(name: str, nfe: int) -> None:
+    solver = iia.get_solver(name)
+    counts = [solver.plan(iia.EDM(), iia.grids.karras(n)).nfe for n in range(1, 15)]
+    if nfe in counts:
+        grid = solver.grid_for(nfe, iia.grids.karras, iia.EDM())
+        assert solver.plan(iia.EDM(), grid).nfe == nfe
+        assert torch.equal(grid, iia.grids.karras(counts.index(nfe) + 1))
+    else:
+        with pytest.raises(iia.GridError, match=f"exactly {nfe} evaluations") as caught:
+            solver.grid_for(nfe, iia.grids.karras, iia.EDM())
+        nearest = [max((c for c in counts if c < nfe), default=0), min(c for c in counts if c > nfe)]
+        assert str([c for c in nearest if c]) in str(caught.value)
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A registry that forgets what the test adds."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    yield
+
+
+def shifted_euler(name: str = "shifted", *aliases: str) -> type[iia.Solver]:
+    @iia.register(name, *aliases)
+    @dataclass(frozen=True)
+    class Shifted(iia.Solver):
+        """Euler with an option that does nothing but be there."""
+
+        order = 1
+        shift: float = 0.5
+        kind: str = "plain"
+
+        def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+            return x + (s - t) * ode.velocity(x, t)
+
+    return Shifted
+
+
+def test_the_registry_holds_the_classics_and_their_aliases() -> None:
+    assert set(iia.solver_names()) >= {"ddim", "euler", "heun", "midpoint", "rk4"}
+    assert iia.solver_names() == sorted(set(iia.solver_names()))
+    for alias, name in (("edm", "heun"), ("dpm_solver_1", "ddim")):
+        assert type(iia.get_solver(alias)) is type(iia.get_solver(name))
+        assert iia.get_solver(alias).name == name
+        assert alias in iia.get_solver(name).aliases
+        assert alias not in iia.solver_names()
+
+
+@every_solver
+def test_a_registered_solver_documents_itself(name: str) -> None:
+    solver = iia.get_solver(name)
+    assert f"order {solver.order}" in (type(solver).__doc__ or "")
+    assert "evaluation" in (type(solver).__doc__ or "")
+    assert solver.options() == {}
+    plan = solver.plan(iia.EDM(), iia.grids.karras(4))
+    assert plan.name == name
+    assert any(isinstance(ins, Evaluate) for ins in plan.code)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_new_solver_is_known_everywhere_by_name_with_its_options() -> None:
+    shifted_euler("shifted", "shift")
+    assert "shifted" in iia.solver_names()
+    solver = iia.get_solver("shift", shift=0.25)
+    assert solver.options() == {"shift": 0.25, "kind": "plain"}
+    problem = gaussian()
+    x, grid = problem.noisy(3, iia.EDM(), 80.0, generator()), iia.grids.karras(4)
+    ode = problem.ode(iia.EDM())
+    close(iia.sample(ode, x, grid, "shifted"), iia.sample(ode, x, grid, "euler"))
+    close(iia.odeint(ode, x, grid, "shift"), iia.odeint(ode, x, grid, solver))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("huen", "heun"), ("DDIM", "ddim"), ("euler2", "euler"), ("rk-4", "rk4")]
+)
+def test_an_unknown_name_is_answered_with_the_nearest_ones(name: str, nearest: str) -> None:
+    with pytest.raises(iia.UnknownNameError, match=f"unknown solver '{name}'. Did you mean '{nearest}'") as caught:
+        iia.get_solver(name)
+    assert all(known in str(caught.value) for known in iia.solver_names())
+    assert isinstance(caught.value, LookupError | iia.IIAError)
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_unknown_option_is_answered_with_those_there_are() -> None:
+    shifted_euler()
+    with pytest.raises(
+        iia.UnknownNameError, match=r"option of shifted 'shfit'. Did you mean 'shift'\? Known: shift, kind"
+    ):
+        iia.get_solver("shifted", shfit=1.0)
+    with pytest.raises(iia.UnknownNameError, match=r"option of heun 'order'. Known: \(none\)"):
+        iia.get_solver("heun", order=3)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_taken_name_is_refused_and_a_cell_may_be_run_again() -> None:
+    first = shifted_euler()
+    second = shifted_euler()
+    assert first is not second
+    assert type(iia.get_solver("shifted")) is second
+    for name in ("heun", "edm"):
+        with pytest.raises(iia.InputError, match=rf"'{name}' is taken by iia_ode\.solvers\.runge_kutta\.Heun"):
+            shifted_euler("another", name)
+    assert "another" not in iia.solver_names()
+    assert type(iia.get_solver("heun")).__name__ == "Heun"
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_is_no_solver_with_an_order_cannot_be_registered() -> None:
+    class NoOrder(iia.Solver):
+        def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+            return x
+
+    with pytest.raises(iia.PlanError, match="NoOrder needs an integer class attribute `order`"):
+        iia.register("no_order")(NoOrder)
+    for thing in (lambda ode, x, t, s, past: x, int, NoOrder()):
+        with pytest.raises(iia.PlanError, match=r"takes a class that derives from iia_ode\.Solver"):
+            iia.register("no_solver")(thing)  # type: ignore[type-var]
+    assert not {"no_order", "no_solver"} & set(iia.solver_names())
+
+
+def test_a_solver_without_a_step_cannot_be_made() -> None:
+    class NoStep(iia.Solver):
+        order = 1
+
+    with pytest.raises(TypeError, match="step"):
+        NoStep()
