@@ -260,6 +260,7 @@ class ProbabilityFlowODE(nn.Module):
         condition = {k: _batched(v, batch, x.device, k) for k, v in self.conditioning.items()}
         self.ledger.evaluations += 1
         self.ledger.samples += batch
+        version = _version(x)
         if self.guidance_scale == 1.0:
             out = self.model(y, times, **condition)
         else:
@@ -268,6 +269,8 @@ class ProbabilityFlowODE(nn.Module):
             cond, uncond = self.model(torch.cat([y, y]), torch.cat([times, times]), **both).chunk(2)
             # In the state's dtype: a half-precision model must not lose the difference of its two branches.
             out = torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
+        if _version(x) != version:
+            raise InputError("the model changed its input in place: give it a copy, model(x.clone(), t).")
         if not isinstance(out, Tensor) or out.shape != x.shape:
             got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(
@@ -342,6 +345,11 @@ class ProbabilityFlowODE(nn.Module):
             digest.update(f"{name}{tuple(value.shape)}".encode())
             digest.update(sample.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to in place (not counted in inference mode)."""
+    return 0 if x.is_inference() else x._version
 
 
 def _batched(value: Any, batch: int, device: torch.device, name: str) -> Any:

@@ -68,14 +68,14 @@ def error_against_nfe(comparison: Comparison, ax: Axes | None = None) -> Axes:
 
 
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
-    """Grey or RGB images [B, C, H, W] in [-1, 1] as one picture, row by row."""
+    """Grey or RGB images [B, C, H, W] in [-1, 1] as one picture, row by row, with a one-pixel border between them."""
     ax = _axes(ax, figsize=(4, 4))
-    b, c, h, w = images.shape
-    rows = -(-b // columns)
-    tiles = images.new_full((rows * columns, c, h, w), -1.0)
-    tiles[:b] = images
+    rows = -(-len(images) // columns)
+    b, c, h, w = *images.shape[:2], images.shape[2] + 1, images.shape[3] + 1
+    tiles = images.new_zeros((rows * columns, c, h, w))
+    tiles[:b, :, :-1, :-1] = images
     picture = tiles.reshape(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
-    values = ((picture.clamp(-1, 1) + 1) / 2).cpu().numpy()
+    values = ((picture[:-1, :-1].clamp(-1, 1) + 1) / 2).cpu().numpy()
     ax.imshow(values if c == 3 else values[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])

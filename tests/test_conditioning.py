@@ -82,7 +82,7 @@ def test_guidance_acts_on_what_the_model_predicts_and_so_on_every_form(predictio
     other = ProbabilityFlowODE(Recorder(), iia.VP(), prediction, conditioning={"c": NULL}).evaluate(x, t)
     for form in ("data", "noise", "score", "v", "velocity"):
         expected = other.as_form(form) + w * (one.as_form(form) - other.as_form(form))
-        close(both.as_form(form), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+        close(both.as_form(form), expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
 
 
 def test_guidance_is_one_call_on_a_doubled_batch_and_scale_one_a_single_plain_call():
