@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 from iia_ode import __version__
@@ -18,7 +20,6 @@ version = release = __version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx_click",
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
@@ -27,8 +28,14 @@ exclude_patterns = ["_build", "jupyter_execute", "results", "**.ipynb_checkpoint
 
 html_theme = "furo"
 html_title = f"iia_ode {release}"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["math.css"]
 
 # Pages are programs: every build executes them, and one that raises fails the build.
+nb_output_stderr = "warn"  # a page that warns fails the build too
+# tqdm misses a package that draws its bars in notebooks; no page shows one.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 # One thread each: the work is small, and on a busy machine threads that wait for each other cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 nb_execution_mode = "force"
@@ -87,6 +94,18 @@ def _numpy_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
     lines[:] = "".join([*out, text[end:]]).split("\n")
 
 
+def _inline_math(translator: Any, node: nodes.math) -> None:
+    translator.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block_math(translator: Any, node: nodes.math_block) -> None:
+    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    # MathJax would be fetched by the reader's browser; MathML is drawn by the browser itself.
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.connect("autodoc-process-docstring", _numpy_sections)

@@ -71,8 +71,9 @@ class FingerprintWarning(UserWarning):
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """An :class:`UnknownNameError` for `name` that lists `known`, nearest match first."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    names = sorted(set(known))
+    folded = {n.lower(): n for n in names}
+    close = [folded[c] for c in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     rest = ", ".join(close + [n for n in names if n not in close])
     return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {rest}.")

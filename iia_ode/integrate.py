@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ._torchdiffeq import is_adaptive, torchdiffeq_methods
 from .errors import GridError, InputError, MismatchError, NonFiniteError, UnknownNameError, unknown_name
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
@@ -20,13 +21,6 @@ from .solvers import Solver, get_solver, solver_names
 __all__ = ["odeint", "sample", "torchdiffeq_methods"]
 
 _PREFIX = "torchdiffeq:"
-
-
-def torchdiffeq_methods() -> list[str]:
-    """The methods that the installed torchdiffeq offers, sorted."""
-    # The table is torchdiffeq's own; its module is hidden behind the function of the same name, hence not `import ... as`.
-    table: Mapping[str, Any] = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
-    return sorted(table)
 
 
 def sample(
@@ -63,11 +57,10 @@ def sample(
     with torch.no_grad():
         plan = _as_plan(ode, x, grid, solver)
         if plan is None:
-            states = _torchdiffeq(ode, x, grid, str(solver), {})
-            if check_finite and not bool(torch.isfinite(states[-1]).all()):
-                raise NonFiniteError(
-                    f"the result of {solver} is not finite: check the model over the grid's noise levels."
-                )
+            states = _torchdiffeq(ode, x, grid, str(solver), {}, check_finite)
+            if callback is not None and grid is not None:
+                for k, t in enumerate(grid.tolist()[1:], start=1):
+                    callback(k, t, states[k])
             return states[-1]
         return plan.run(ode, x, callback=callback, progress=progress, check_finite=check_finite)
 
@@ -93,8 +86,10 @@ def odeint(
     """
     plan = _as_plan(ode, x, grid, method)
     if plan is not None:
+        if options:
+            raise InputError(f"options {sorted(options)} are for torchdiffeq's methods; {plan.name} takes none.")
         return plan.run(ode, x, trajectory=True)
-    return _torchdiffeq(ode, x, grid, str(method), {"rtol": rtol, "atol": atol, "options": dict(options or {}) or None})
+    return _torchdiffeq(ode, x, grid, str(method), {"rtol": rtol, "atol": atol, "options": options})
 
 
 def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: object) -> Plan | None:
@@ -110,8 +105,6 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: ob
         solver.check(ode, x)
         return _own_grid(solver.plan, grid)
     if isinstance(solver, Plan):
-        if solver.schedule.config() != ode.schedule.config():
-            raise MismatchError(f"the plan was traced for {solver.schedule}, and the ODE has {ode.schedule}.")
         return _own_grid(solver, grid)
     name = solver if isinstance(solver, str) else ""
     if name in PRESETS:
@@ -144,7 +137,12 @@ def _own_grid(plan: Plan, grid: Tensor | None) -> Plan:
 
 
 def _torchdiffeq(
-    ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: str, arguments: Mapping[str, Any]
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    grid: Tensor | None,
+    method: str,
+    arguments: Mapping[str, Any],
+    check_finite: bool = True,
 ) -> Tensor:
     if grid is None:
         raise GridError(f"method {method!r} needs a grid, such as grid=iia_ode.grids.karras(10, to_data=False).")
@@ -154,9 +152,31 @@ def _torchdiffeq(
             f"the grid ends at the data (t = {times[-1]:g}), where dx/dt is 0/0 and torchdiffeq may evaluate it: end at a "
             "small sigma (grids take to_data=False), or use a solver of this library."
         )
-    t = torch.tensor(times, dtype=torch.float64, device=x.device)
+    t, name = torch.tensor(times, dtype=torch.float64, device=x.device), method.removeprefix(_PREFIX)
+    options = dict(arguments.get("options") or {})
+    if is_adaptive(name):
+        # Left alone, an adaptive method steps past the end of the grid, where there may be no model, and interpolates at
+        # every grid point, at a lower order than its own.
+        options = {"step_t": t[1:], **options}
     try:
-        states: Tensor = torchdiffeq.odeint(ode, x, t, method=method.removeprefix(_PREFIX), **arguments)
-    except AssertionError as error:  # torchdiffeq checks its input and its step size by asserts
-        raise NonFiniteError(f"torchdiffeq's {method} failed: {error}.") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*Unexpected arguments", category=UserWarning)
+            states: Tensor = torchdiffeq.odeint(ode, x, t, method=name, **{**arguments, "options": options or None})
+    except UserWarning as warning:  # a misspelt option would only warn, and then be ignored
+        raise InputError(f"torchdiffeq's {name} does not take these options: {warning}.") from warning
+    except (
+        AssertionError
+    ) as error:  # torchdiffeq checks its input and its step size by asserts; a model's own pass through
+        if not _raised_in_torchdiffeq(error):
+            raise
+        raise NonFiniteError(f"torchdiffeq's {name} failed: {error}.") from error
+    if check_finite and not bool(torch.isfinite(states).all()):
+        raise NonFiniteError(f"the result of {name} is not finite: check the model over the grid's noise levels.")
     return states
+
+
+def _raised_in_torchdiffeq(error: AssertionError) -> bool:
+    trace_back = error.__traceback__
+    while trace_back is not None and trace_back.tb_next is not None:
+        trace_back = trace_back.tb_next
+    return trace_back is not None and "torchdiffeq" in trace_back.tb_frame.f_globals.get("__name__", "")

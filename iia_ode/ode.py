@@ -333,13 +333,15 @@ class ProbabilityFlowODE(nn.Module):
     def fingerprint(self) -> str:
         """A short hash of the model's parameters (names, shapes, a sample of values): the same weights, the same hash.
 
-        A model that is no ``nn.Module`` has its qualified name hashed instead.
+        A model without parameters is known by its qualified name only.
         """
         digest = hashlib.sha256()
         if not isinstance(self.model, nn.Module):
             kind = type(self.model) if not hasattr(self.model, "__qualname__") else self.model
             return "function:" + getattr(kind, "__qualname__", "?")
-        for name, value in sorted(self.model.state_dict().items()):
+        if not (state := self.model.state_dict()):
+            return f"module:{type(self.model).__qualname__}"
+        for name, value in sorted(state.items()):
             flat = value.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
             digest.update(f"{name}{tuple(value.shape)}".encode())

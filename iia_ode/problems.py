@@ -47,6 +47,9 @@ class _ClosedForm(nn.Module):
         super().__init__()
         self.problem, self.schedule, self.prediction = problem, schedule, prediction
         self.state_shape = tuple(problem.shape)
+        for name, value in vars(problem).items():  # so that the model has a fingerprint
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t.reshape(-1, *[1] * (x.ndim - 1))

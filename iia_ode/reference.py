@@ -19,6 +19,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ._torchdiffeq import is_adaptive
 from .errors import GridError, InputError, NonFiniteError
 from .ode import ProbabilityFlowODE
 from .plan import check_grid
@@ -174,8 +175,7 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _integrate(flow: Any, w: Tensor, knots: Tensor, rtol: float, atol: float, method: str) -> Tensor:
     # torchdiffeq interpolates between the steps of an adaptive method at order 4; `step_t` makes it step to every knot.
-    adaptive = method in ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
-    options = {"step_t": knots[1:]} if adaptive else None
+    options = {"step_t": knots[1:]} if is_adaptive(method) else None
     with torch.no_grad():
         try:
             states: Tensor = torchdiffeq.odeint(flow, w, knots, rtol=rtol, atol=atol, method=method, options=options)

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Schedule(ABC):
 
     t_data: float = 0.0
     t_noise: float = 1.0
+    _ends_at_noise: ClassVar[bool] = False  # whether nothing is known beyond t_noise
 
     @abstractmethod
     def _alpha(self, t: Tensor) -> Tensor: ...
@@ -71,11 +72,13 @@ class Schedule(ABC):
 
     def _derivative(self, function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         with torch.enable_grad():
-            t = t.detach().requires_grad_(True)
+            # An adaptive integrator's time may depend on the state: a gradient that reaches t must pass through here.
+            through = t.requires_grad
+            t = t if through else t.detach().requires_grad_(True)
             value = function(t)
             if not value.requires_grad:  # a constant, such as alpha = 1
                 return torch.zeros_like(t)
-            return torch.autograd.grad(value.sum(), t)[0]
+            return torch.autograd.grad(value.sum(), t, create_graph=through)[0]
 
     def _alpha_prime(self, t: Tensor) -> Tensor:
         return self._derivative(self._alpha, t)
@@ -131,6 +134,13 @@ class Schedule(ABC):
 
     def _t_of_ratio(self, ratio: float) -> float:
         return self.t_of_lam(-math.log(ratio))
+
+    def covers(self, t: Tensor) -> bool:
+        """Whether the schedule is defined at all times t: none beyond the data, and none that is not a number."""
+        towards_noise = math.copysign(1.0, self.t_noise - self.t_data)
+        levels = torch.stack([self.alpha(t), self.sigma(t)])
+        inside = ((t - self.t_data) * towards_noise >= 0).all() and (torch.isfinite(levels) & (levels >= 0)).all()
+        return bool(inside) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
 
     def config(self) -> dict[str, Any]:
         """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on."""
@@ -276,6 +286,7 @@ class Discrete(Schedule):
     alphas_cumprod: Tensor = field(repr=False)
     t_data: float = field(default=-1.0, init=False)
     t_noise: float = field(default=math.nan, init=False)
+    _ends_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod, dtype=_F64).detach().cpu().clone()
@@ -337,6 +348,7 @@ class FromFunctions(Schedule):
     t_data: float = 0.0
     t_noise: float = 1.0
     name: str = "custom"
+    _ends_at_noise: ClassVar[bool] = True
 
     def _alpha(self, t: Tensor) -> Tensor:
         return self.alpha_function(t)

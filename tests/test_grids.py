@@ -159,7 +159,7 @@ def test_discrete_timesteps_are_distinct_integers_of_the_table_in_decreasing_ord
     assert len(grid) == n
     assert torch.equal(grid, grid.round())
     assert bool((grid.diff() < 0).all())
-    assert 0 <= grid[-1] and grid[0] <= total - 1
+    assert grid[-1] >= 0 and grid[0] <= total - 1
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

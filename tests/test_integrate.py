@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 from support import ALPHAS_CUMPROD, F64, close, every_prediction, every_schedule, gaussian, generator, mixture, slope
-from torch import Tensor
+from torch import Tensor, nn
 
 import iia_ode as iia
 
@@ -105,7 +105,8 @@ def test_every_method_of_torchdiffeq_is_torchdiffeqs_own(method: str) -> None:
     names = [f"torchdiffeq:{method}"] + ([] if method in iia.solver_names() else [method])
     for name in names:
         assert torch.equal(iia.odeint(ode, x, FINE, name, rtol=1e-6, atol=1e-6, options=options), theirs)
-        close(iia.sample(ode, x, FINE, name), theirs[-1], atol=1e-3)
+        if method not in ADAPTIVE:
+            assert torch.equal(iia.sample(ode, x, FINE, name), iia.odeint(ode, x, FINE, name)[-1])
 
 
 @pytest.mark.parametrize("schedule", SMOOTH, ids=lambda s: type(s).__name__)
@@ -118,7 +119,8 @@ def test_adaptive_methods_follow_the_exact_flow_within_the_grid(method: str, sch
     ode.model.register_forward_pre_hook(lambda _, inputs: times.append(float(inputs[1][0])))
     states = iia.odeint(ode, x, grid, method, rtol=1e-5, atol=1e-5)
     close(states, torch.stack(exact), atol=2e-3)
-    assert float(grid[-1]) - 1e-9 <= min(times) <= max(times) <= float(grid[0]) + 1e-9
+    low, high = float(grid[-1]), float(grid[0])
+    assert low * (1 - 1e-6) <= min(times) <= max(times) <= high * (1 + 1e-6)  # scipy_solver rounds times to float32
 
 
 def test_options_and_tolerances_reach_torchdiffeq() -> None:

@@ -137,13 +137,13 @@ def test_the_velocity_of_gaussian_data_is_the_derivative_of_the_exact_flow(sched
 @every_schedule
 def test_torchdiffeq_takes_the_ode_as_it_is_and_finds_the_exact_gaussian_flow(schedule, prediction):
     discrete = isinstance(schedule, iia.Discrete)
-    t, s = schedule.t_of_lam(1.0 if discrete else -2.0), schedule.t_of_lam(2.0)
+    t, s = schedule.t_of_lam(1.0 if discrete else -1.0), schedule.t_of_lam(1.5)
     # dx/dt of a discrete schedule jumps at every timestep, which torchdiffeq wants to be told.
     options = {"jump_t": torch.arange(math.floor(t), math.floor(s), -1, dtype=F64)} if discrete else None
     x = gaussian().noisy(4, schedule, t, generator(3))
     ode, times = gaussian().ode(schedule, prediction), torch.tensor([t, s], dtype=F64)
     with torch.no_grad():
-        end = torchdiffeq.odeint(ode, x, times, rtol=1e-10, atol=1e-11, method="dopri5", options=options)[-1]
+        end = torchdiffeq.odeint(ode, x, times, rtol=1e-9, atol=1e-10, method="dopri5", options=options)[-1]
     close(end, gaussian().flow(x, schedule, t, s), atol=1e-8)
 
 
@@ -230,7 +230,7 @@ def test_the_dtype_of_a_function_is_that_of_the_state_unless_it_is_named():
 
 
 def test_an_unknown_prediction_type_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(iia.UnknownNameError, match="'velocty'.*Did you mean 'velocity'") as raised:
+    with pytest.raises(iia.UnknownNameError, match=r"'velocty'.*Did you mean 'velocity'") as raised:
         ProbabilityFlowODE(lambda x, t: x, iia.EDM(), "velocty")
     assert all(name in str(raised.value) for name in PREDICTIONS)
     with pytest.raises(iia.UnknownNameError, match="epsilon"):
@@ -260,6 +260,12 @@ def test_a_model_that_returns_anything_but_a_tensor_like_the_state_is_an_input_e
     condition = {"conditioning": {"c": torch.ones(1)}, "unconditional": {"c": torch.zeros(1)}, "guidance_scale": 2.0}
     ode = ProbabilityFlowODE(lambda x, t, c=None: answer(x), iia.EDM(), **(condition if guided else {}))
     with pytest.raises(iia.InputError, match=f"returned {'' if guided else described}"):
+        ode.data(normal(4, 3), 1.0)
+
+
+def test_a_model_that_changes_its_input_is_an_input_error():
+    ode = ProbabilityFlowODE(lambda x, t: x.mul_(0.5), iia.EDM())
+    with pytest.raises(iia.InputError, match="in place"):
         ode.data(normal(4, 3), 1.0)
 
 

@@ -112,7 +112,7 @@ def test_what_is_not_linear_is_refused_with_a_reason(expression: str) -> None:
 
 @pytest.mark.parametrize("attribute", ["shape", "dtype", "clamp", "mean", "norm", "detach"])
 def test_a_step_that_asks_for_the_data_is_told_that_there_are_none_yet(attribute: str) -> None:
-    with pytest.raises(AttributeError, match=f"symbolic vectors, which have no '{attribute}'.*numbers that depend on"):
+    with pytest.raises(iia.PlanError, match=f"a symbolic vector has no '{attribute}'.*numbers that depend on"):
         written(lambda ode, x, t, s, past: x + getattr(x, attribute))
 
 

@@ -24,17 +24,7 @@ DERIVATIVES = {
     "EDM": (iia.EDM(), 80.0, 0.0, lambda t: (0.0, 1.0, 0.0, 2 * t)),
     "VE": (iia.VE(), 6400.0, 0.0, lambda t: (0.0, 0.5 / math.sqrt(t), 0.0, 1.0)),
     "VP": (iia.VP(), 1.0, 10.0, lambda t: _vp_derivatives(t)),
-    "Cosine": (
-        iia.Cosine(),
-        1.0,
-        math.pi / 2,
-        lambda t: (
-            -math.pi / 2 * math.sin(math.pi / 2 * t),
-            math.pi / 2 * math.sin(math.pi / 2 * (1 - t)),
-            -math.pi / 2 / math.tan(math.pi / 2 * (1 - t)),
-            math.pi / math.tan(math.pi / 2 * (1 - t)),
-        ),
-    ),
+    "Cosine": (iia.Cosine(), 1.0, math.pi / 2, lambda t: _cosine_derivatives(t)),
     "FlowMatching": (iia.FlowMatching(), 1.0, 0.0, lambda t: (-1.0, 1.0, -1 / (1 - t), 2 * t / (1 - t))),
     "from_functions": (FLOW_LIKE, 1.0, 0.0, lambda t: (-1.0, 1.0, -1 / (1 - t), 2 * t / (1 - t))),
     "Discrete": (DISCRETE, 999.0, 0.01, lambda t: _discrete_derivatives(t)),
@@ -53,6 +43,11 @@ def _vp_derivatives(t: float) -> tuple[float, float, float, float]:
     alpha, sigma = map(float, _vp_exact(t))
     beta = 0.1 + 19.9 * t
     return -beta / 2 * alpha, beta * alpha**2 / (2 * sigma), -beta / 2, beta
+
+
+def _cosine_derivatives(t: float) -> tuple[float, float, float, float]:
+    c, s = math.sin(math.pi / 2 * (1 - t)), math.sin(math.pi / 2 * t)
+    return -math.pi / 2 * s, math.pi / 2 * c, -math.pi / 2 * s / c, math.pi * s / c
 
 
 def _discrete_log_alpha(t: float) -> tuple[Decimal, Decimal]:
@@ -148,7 +143,9 @@ def test_the_data_end_is_exact(schedule, backwards):
     assert schedule.t_of_lam(math.inf) == schedule.t_data
 
 
-@pytest.mark.parametrize("schedule", [iia.Cosine(), iia.FlowMatching(), FLOW_LIKE, BACKWARDS])
+@pytest.mark.parametrize(
+    "schedule", [iia.Cosine(), iia.FlowMatching(), FLOW_LIKE, BACKWARDS], ids=lambda s: s.config()["type"]
+)
 def test_pure_noise_is_exact_where_a_schedule_has_it(schedule):
     assert schedule.alpha(schedule.t_noise) == 0.0
     assert schedule.sigma(schedule.t_noise) == 1.0
@@ -188,8 +185,8 @@ def test_lam_is_the_logarithm_of_alpha_over_sigma(schedule, lam):
 
 @given(st.floats(-300.0, 300.0))
 def test_lam_is_inverted_far_beyond_the_range_that_models_are_trained_on(lam):
-    for schedule in (iia.EDM(), iia.VE()):
-        close(schedule.lam(schedule.t_of_lam(lam)), lam, atol=2 * EPS * (1 + abs(lam)))
+    for schedule in (iia.EDM(), iia.VE(), iia.VP()):
+        close(schedule.lam(schedule.t_of_lam(lam)), lam, atol=4 * EPS * (1 + abs(lam)))
 
 
 @given(st.floats(1e-3, 1e3))
@@ -211,7 +208,7 @@ def test_derivatives_and_ode_coefficients_are_those_of_the_formulas(name, unit):
     close(schedule.alpha_prime(t), alpha_prime, rtol=1e-13, atol=2 * EPS * term)
     close(schedule.sigma_prime(t), sigma_prime, rtol=1e-13, atol=2 * EPS * term)
     close(schedule.f(t), f, rtol=1e-13, atol=2 * EPS * term)
-    close(schedule.g2(t), g2, rtol=1e-13)
+    close(schedule.g2(t), g2, rtol=1e-13, atol=4 * EPS * term)
 
 
 @every_schedule
@@ -266,6 +263,12 @@ def test_a_number_gives_a_float_and_a_tensor_a_float64_tensor_of_its_shape(sched
         close(values, torch.full((2, 1, 3), function(times[0, 0, 0].item()), dtype=F64), rtol=2 * EPS)
 
 
+@every_schedule
+def test_nan_goes_through_as_nan(schedule):
+    for method in ("sigma", "lam", "t_of_lam"):
+        assert math.isnan(getattr(schedule, method)(math.nan))
+
+
 def test_an_integer_timestep_is_as_good_as_a_float():
     assert DISCRETE.alpha(10) == DISCRETE.alpha(10.0) == DISCRETE.alpha(torch.tensor(10)).item()
 
@@ -298,7 +301,6 @@ BAD_FUNCTIONS = {
     "nan": (lambda t: 1 - t, lambda t: (t - 0.1).sqrt(), 0.0, 1.0),
     "infinite": (lambda t: torch.ones_like(t), lambda t: t / (1 - t), 0.0, 1.0),
     "both zero": (lambda t: t, lambda t: t, 0.0, 1.0),
-    "no interval": (lambda t: 1 - t, lambda t: t, 0.5, 0.5),
     "endless": (lambda t: torch.ones_like(t), lambda t: t, 0.0, math.inf),
     "another shape": (lambda t: torch.ones(1, dtype=F64), lambda t: t, 0.0, 1.0),
     "another dtype": (lambda t: 1 - t.float(), lambda t: t, 0.0, 1.0),
@@ -320,7 +322,7 @@ def test_functions_that_are_no_schedule_are_a_schedule_error(case):
     "betas", [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)]
 )
 def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
-    with pytest.raises(iia.ScheduleError, match="beta_0.*beta_1"):
+    with pytest.raises(iia.ScheduleError, match=r"beta_0.*beta_1"):
         iia.VP(*betas)
 
 
@@ -349,15 +351,14 @@ def test_a_description_that_cannot_be_rebuilt_is_a_schedule_error():
             schedule_from_config(config)
 
 
-@pytest.mark.parametrize("config", [{"type": "VP", "beta_2": 3.0}, {"type": ["VP"]}], ids=str)
-def test_a_malformed_description_is_a_schedule_error(config):
+@pytest.mark.parametrize(
+    ("config", "table"),
+    [({"type": "VP", "beta_2": 3.0}, None), ({"type": ["VP"]}, None), (DISCRETE.config(), ALPHAS_CUMPROD[:500])],
+    ids=["unknown parameter", "no name", "another table"],
+)
+def test_a_description_that_does_not_fit_is_a_schedule_error(config, table):
     with pytest.raises(iia.ScheduleError):
-        schedule_from_config(config)
-
-
-def test_another_table_than_the_described_one_is_a_schedule_error():
-    with pytest.raises(iia.ScheduleError):
-        schedule_from_config(DISCRETE.config(), ALPHAS_CUMPROD[:500])
+        schedule_from_config(config, table)
 
 
 def test_equal_parameters_make_equal_schedules_and_others_do_not():
@@ -380,9 +381,8 @@ def test_equal_parameters_make_equal_schedules_and_others_do_not():
 
 
 def test_the_description_of_functions_tells_two_schedules_apart():
-    slower = iia.from_functions(lambda t: 1 - t, lambda t: 0.5 * t)
     assert FLOW_LIKE.config() == iia.from_functions(lambda t: 1 - t, lambda t: t).config()
-    assert FLOW_LIKE.config() != slower.config()
+    assert FLOW_LIKE.config() != iia.from_functions(lambda t: 1 - t, lambda t: 0.5 * t).config()
 
 
 def test_a_schedule_does_not_change_with_the_table_it_was_made_from():

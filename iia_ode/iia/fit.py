@@ -161,7 +161,7 @@ class IIA:
                 record = StepRecord(i, t, s, x, record.evaluations, record.base, own)
             x = tracer.hold(y, step=i + 1)
             records = (record, *records)[: self.history]
-            live = vector_indices((x, memory, records))
+            live = tracer.retain(vector_indices((x, memory, records)))
             for chunk in chunks:
                 chunk.advance(tracer)
                 chunk.keep(live)

@@ -92,8 +92,9 @@ class FittedSolver:
         }
         for key, value in found.items():
             if self.about[key] != value:
+                theirs, ours = (_brief(v) if isinstance(v, dict) else v for v in (self.about[key], value))
                 raise MismatchError(
-                    f"{self.name} was fitted for {key} {self.about[key]}, and this ODE has {value}. "
+                    f"{self.name} was fitted for {key} {theirs}, and this ODE has {ours}. "
                     "Fit again for this ODE, or use the ODE it was fitted for."
                 )
         if set(self.about["conditioning"]) != set(ode.conditioning):
@@ -129,12 +130,12 @@ class FittedSolver:
     def table(self) -> str:
         """Every fitted coefficient in the paper's symbols, and the step's residual without and with it."""
         lines = [
-            f"{'step':>4} {'t':>10} {'to':>10}  {'residual':>10} {'fitted':>10}  {'rank':>4}  coefficients (base value)"
+            f"{'step':>4} {'t':>9} {'to':>9}  {'residual':>9} {'fitted':>9}  {'rank':>4}  coefficients (base value)"
         ]
         for r in self.reports:
-            parts = [f"{n} = {v:.6g} ({b:.4g})" for n, v, b in zip(r.symbols, r.values, r.base_values, strict=True)]
+            parts = [f"{n} = {v:.4g} ({b:.3g})" for n, v, b in zip(r.symbols, r.values, r.base_values, strict=True)]
             lines.append(
-                f"{r.index:>4} {r.t:>10.5g} {r.s:>10.5g}  {r.before:>10.3e} {r.after:>10.3e}  {r.rank:>4}  {', '.join(parts)}"
+                f"{r.index:>4} {r.t:>9.4g} {r.s:>9.4g}  {r.before:>9.2e} {r.after:>9.2e}  {r.rank:>4}  {', '.join(parts)}"
             )
         return "\n".join(lines)
 

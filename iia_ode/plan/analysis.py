@@ -90,27 +90,35 @@ def canonical_form(plan: Plan) -> CanonicalForm:
 def consistency_error(plan: Plan) -> float:
     """How far a plan is from keeping the better of two solutions that a consistent solver keeps exactly.
 
-    With a model that always answers data = 1, the state alpha_t is a solution; exponential integrators keep it. With a
-    model that answers velocity = 0, every constant state is one; Runge-Kutta methods in t keep that.
+    Where the model always answers data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators keep
+    it. Where it always answers velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t keep that. The
+    state at sigma = 0 does not count (unless it is the only one): a solver may land there as it likes.
     """
-    schedule = plan.schedule
+    schedule, start = plan.schedule, plan.grid[0]
 
     def unit_data(x: Tensor, t: float, form: str) -> Tensor:
         p, q = conversion(schedule, t, "data", form)
         return torch.as_tensor(p * x + q)
 
-    def at_rest(x: Tensor, t: float, form: str) -> Tensor:
-        p, _ = conversion(schedule, t, "velocity", form)
-        return torch.as_tensor(p * x)
+    def unit_velocity(x: Tensor, t: float, form: str) -> Tensor:
+        p, q = conversion(schedule, t, "velocity", form)
+        return torch.as_tensor(p * x + q)
+
+    def curve(t: float) -> float:
+        return schedule.alpha(t) + 2 * schedule.sigma(t)
+
+    def line(t: float) -> float:
+        return 1.0 + t - start
 
     errors = []
-    for model, solution in ((unit_data, schedule.alpha), (at_rest, lambda _: 1.0)):
-        x = torch.tensor([solution(plan.grid[0])], dtype=_F64)
-        scale = max(1.0, abs(float(x)))
-        gaps = [0.0]
-        for t, state in zip(plan.grid[1:], _grid_states(plan, x, model), strict=True):
-            gaps.append(float((state - solution(t)).abs().max()) / scale)
-        errors.append(max(gaps))
+    for model, solution in ((unit_data, curve), (unit_velocity, line)):
+        x = torch.tensor([solution(start)], dtype=_F64)
+        states = _grid_states(plan, x, model)
+        scale = max(1.0, *(abs(solution(t)) for t in plan.grid))
+        counted = [
+            (t, y) for t, y in zip(plan.grid[1:], states, strict=True) if schedule.sigma(t) > 0 or plan.steps == 1
+        ]
+        errors.append(max(float((y - solution(t)).abs().max()) / scale for t, y in counted))
     return min(errors)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError, NonFiniteError, PlanError
+from ..errors import InputError, MismatchError, NonFiniteError, PlanError
 from ..ode import PREDICTIONS, ProbabilityFlowODE
 from ..schedules import Schedule
 from .vectors import Weight, combine, format_terms
@@ -202,9 +202,12 @@ class Plan:
         Raises
         ------
         InputError : x is not a float32 or float64 tensor with a batch dimension.
+        MismatchError : the ODE has another schedule than the plan.
         NonFiniteError : the model produced NaN or infinity; names the evaluation.
         """
         check_state(x)
+        if ode.schedule.config() != self.schedule.config():
+            raise MismatchError(f"{self.name} was traced for {self.schedule}, and the ODE has {ode.schedule}.")
         states, flags = [x], []
         bar = tqdm(total=self.nfe, desc=self.name, disable=not progress)
 

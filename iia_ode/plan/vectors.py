@@ -66,19 +66,36 @@ class Vector:
         return self * -1.0
 
     def __sub__(self, other: Any) -> Vector:
-        if not isinstance(other, Vector | Tensor):
-            raise _not_linear("subtract", other)
-        return self + -1.0 * other
+        if isinstance(other, Vector | Tensor):
+            return self + -1.0 * other
+        if isinstance(other, numbers.Real) and other == 0:
+            return self
+        raise _not_linear("subtract", other)
 
     def __rsub__(self, other: Any) -> Vector:
         return (-self).__add__(other)
 
+    def __pos__(self) -> Vector:
+        return self
+
+    def _refuse(self, *_: Any) -> Any:
+        raise PlanError(f"powers, comparisons, indexing and functions of a vector are not linear: {_RULE}.")
+
+    __pow__ = __rpow__ = __rtruediv__ = __floordiv__ = __mod__ = __matmul__ = __rmatmul__ = _refuse
+    __abs__ = __bool__ = __float__ = __len__ = __getitem__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take part in products and sums with a tensor on the left; refuse every other function of torch."""
+        name = getattr(function, "__name__", str(function)).strip("_")
+        if len(args) == 2 and name in ("mul", "rmul", "add", "radd", "sub") and isinstance(args[1], Vector):
+            left, right = args
+            return right * left if "mul" in name else right + left if "add" in name else -right + left
+        raise PlanError(f"torch's {name!r} cannot be applied to a vector: {_RULE}.")
+
     def __getattr__(self, name: str) -> Any:
         # Only reached for attributes that do not exist; without this, `x.shape` in a step fails without a reason.
-        raise AttributeError(
-            f"a step is traced with symbolic vectors, which have no {name!r}: it may add states and evaluations and "
-            "scale them by numbers that depend on the schedule and the grid, not on the data."
-        )
+        raise AttributeError(f"a symbolic vector has no {name!r}: {_RULE}.")
 
     @property
     def index(self) -> int | None:
@@ -90,6 +107,12 @@ class Vector:
 
     def __repr__(self) -> str:
         return format_terms(tuple(self.weights.items()), self.constant)
+
+
+_RULE = (
+    "a step is traced with symbolic vectors; it may add states and evaluations and scale them by numbers that depend on "
+    "the schedule and the grid, not on the data"
+)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

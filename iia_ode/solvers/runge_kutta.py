@@ -15,7 +15,8 @@ class RungeKutta(Solver):
     """A method given by its Butcher tableau; the tableau checks itself when the class is made.
 
     Stage i is the velocity at time t + c_i h and state x + h sum_j a_ij k_j; the step is x + h sum_i b_i k_i.
-    Where a stage would be evaluated at sigma = 0 the step is Euler's, which lands on the model's data estimate there.
+    Where a stage would be evaluated at sigma = 0 the step is Euler's (which, where alpha = 1 and sigma = t, lands on the
+    model's data estimate).
 
     Attributes
     ----------
@@ -29,8 +30,10 @@ class RungeKutta(Solver):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not all(hasattr(cls, part) for part in ("a", "b", "c")):
+            raise PlanError(f"{cls.__name__} needs a tableau: class attributes a, b and c.")
         stages = len(cls.b)
-        if len(cls.c) != stages or [len(row) for row in cls.a] != list(range(1, stages)) or cls.c[0] != 0:
+        if stages < 1 or len(cls.c) != stages or [len(row) for row in cls.a] != list(range(1, stages)) or cls.c[0] != 0:
             raise PlanError(f"the tableau of {cls.__name__} is not that of an explicit method with {stages} stages.")
         rows = [sum(row) - node for row, node in zip(cls.a, cls.c[1:], strict=True)]
         if max(map(abs, [*rows, sum(cls.b) - 1.0])) > 1e-14:
