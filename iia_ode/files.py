@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .errors import FileFormatError
 
-__all__ = ["FORMAT_VERSION", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["FORMAT_VERSION", "check_writable", "read_tensors", "write_bytes", "write_tensors"]
 
 FORMAT_VERSION = 1
 _KEY = "iia_ode"
@@ -24,22 +26,30 @@ _KEY = "iia_ode"
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write `data` to `path` in one move: a reader sees the old file or the whole new one, never a part."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = _temporary_beside(target)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # a new file, with the permissions that any new file would have
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a result should have the permissions any other new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return target
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError unless a file can be made at `path`: to be called before work whose result is to be written there."""
+    temporary = _temporary_beside(Path(path))
+    temporary.touch(exist_ok=False)
+    temporary.unlink()
+
+
+def _temporary_beside(target: Path) -> Path:
+    """A name of its own in the folder of `target`, which is made if need be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent / f".{secrets.token_hex(8)}.tmp"
 
 
 def write_tensors(
@@ -51,11 +61,13 @@ def write_tensors(
     ------
     FileFormatError : the header is not plain JSON (a tensor, NaN or an object of another library in it).
     """
+    stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
-        text = json.dumps({"format": FORMAT_VERSION, "kind": kind, **header}, allow_nan=False, sort_keys=True)
+        # Through JSON and back: the digest has to be of what a reader will see (lists for tuples, text for keys).
+        body = json.loads(_dump({"format": FORMAT_VERSION, "kind": kind, **header}))
     except (TypeError, ValueError) as error:
         raise FileFormatError(f"the header of {path} is not plain JSON: {error}.") from error
-    return write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {_KEY: text}))
+    return write_bytes(path, save(stored, {_KEY: _dump({**body, "sha256": _digest(stored, body)})}))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,7 +75,8 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 
     Raises
     ------
-    FileFormatError : no such file, not safetensors, not ours, of another kind, or of a newer format version.
+    FileFormatError : no such file, not safetensors, not ours, damaged or edited, of another kind, or of a newer format
+        version.
     """
     if not Path(path).is_file():
         raise FileFormatError(f"no file {str(path)!r}.")
@@ -77,13 +90,35 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         raise FileFormatError(f"{str(path)!r} was not written by iia_ode: its header has no {_KEY!r} entry.")
     try:
         header: dict[str, Any] = json.loads(metadata[_KEY])
-        version, found = int(header["format"]), header["kind"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise FileFormatError(f"the header of {str(path)!r} is damaged: {error}.") from error
-    if version > FORMAT_VERSION:
+        version, found, digest = header["format"], header["kind"], header.pop("sha256", None)
+        newer = version > FORMAT_VERSION
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FileFormatError(f"{str(path)!r} is damaged: its header has no format and kind ({error}).") from error
+    if newer:
         raise FileFormatError(
             f"{str(path)!r} has format version {version}; this iia_ode reads up to {FORMAT_VERSION}. Upgrade iia_ode."
+        )
+    try:
+        intact = digest == _digest(tensors, header)
+    except ValueError:  # NaN in the header, which is never written
+        intact = False
+    if not intact:
+        raise FileFormatError(
+            f"{str(path)!r} is damaged or edited: its checksum does not match. Take an unharmed copy, or make it again."
         )
     if found != kind:
         raise FileFormatError(f"{str(path)!r} holds a {found!r}, expected a {kind!r}.")
     return tensors, header
+
+
+def _dump(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, allow_nan=False, sort_keys=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> str:
+    """SHA-256 of the header and of every tensor's name, type, shape and bytes; of what is stored, not of the layout."""
+    digest = hashlib.sha256(_dump(body).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{json.dumps(name)} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
-from ._torchdiffeq import is_adaptive, torchdiffeq_methods
+from ._torchdiffeq import integrate, torchdiffeq_methods
 from .errors import GridError, InputError, MismatchError, NonFiniteError, UnknownNameError, unknown_name
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
-from .plan import Plan, check_grid, trace
-from .plan.plan import check_state
+from .plan import Plan, check_grid, check_state, trace
 from .solvers import Solver, get_solver, solver_names
 
 __all__ = ["odeint", "sample", "torchdiffeq_methods"]
@@ -57,9 +54,9 @@ def sample(
     with torch.no_grad():
         plan = _as_plan(ode, x, grid, solver)
         if plan is None:
-            states = _torchdiffeq(ode, x, grid, str(solver), {}, check_finite)
-            if callback is not None and grid is not None:
-                for k, t in enumerate(grid.tolist()[1:], start=1):
+            states = _torchdiffeq(ode, x, grid, str(solver), check_finite=check_finite)
+            if callback is not None:
+                for k, t in enumerate(check_grid(ode.schedule, grid)[1:], start=1):
                     callback(k, t, states[k])
             return states[-1]
         return plan.run(ode, x, callback=callback, progress=progress, check_finite=check_finite)
@@ -89,7 +86,7 @@ def odeint(
         if options:
             raise InputError(f"options {sorted(options)} are for torchdiffeq's methods; {plan.name} takes none.")
         return plan.run(ode, x, trajectory=True)
-    return _torchdiffeq(ode, x, grid, str(method), {"rtol": rtol, "atol": atol, "options": options})
+    return _torchdiffeq(ode, x, grid, str(method), rtol, atol, options)
 
 
 def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: object) -> Plan | None:
@@ -129,7 +126,7 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: ob
 
 
 def _own_grid(plan: Plan, grid: Tensor | None) -> Plan:
-    if grid is not None and tuple(torch.as_tensor(grid, dtype=torch.float64).tolist()) != plan.grid:
+    if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(
             f"{plan.name} brings its own grid of {len(plan.grid)} times, and another one was given: omit it."
         )
@@ -141,7 +138,9 @@ def _torchdiffeq(
     x: Tensor,
     grid: Tensor | None,
     method: str,
-    arguments: Mapping[str, Any],
+    rtol: float = 1e-7,
+    atol: float = 1e-9,
+    options: Mapping[str, Any] | None = None,
     check_finite: bool = True,
 ) -> Tensor:
     if grid is None:
@@ -152,31 +151,8 @@ def _torchdiffeq(
             f"the grid ends at the data (t = {times[-1]:g}), where dx/dt is 0/0 and torchdiffeq may evaluate it: end at a "
             "small sigma (grids take to_data=False), or use a solver of this library."
         )
-    t, name = torch.tensor(times, dtype=torch.float64, device=x.device), method.removeprefix(_PREFIX)
-    options = dict(arguments.get("options") or {})
-    if is_adaptive(name):
-        # Left alone, an adaptive method steps past the end of the grid, where there may be no model, and interpolates at
-        # every grid point, at a lower order than its own.
-        options = {"step_t": t[1:], **options}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*Unexpected arguments", category=UserWarning)
-            states: Tensor = torchdiffeq.odeint(ode, x, t, method=name, **{**arguments, "options": options or None})
-    except UserWarning as warning:  # a misspelt option would only warn, and then be ignored
-        raise InputError(f"torchdiffeq's {name} does not take these options: {warning}.") from warning
-    except (
-        AssertionError
-    ) as error:  # torchdiffeq checks its input and its step size by asserts; a model's own pass through
-        if not _raised_in_torchdiffeq(error):
-            raise
-        raise NonFiniteError(f"torchdiffeq's {name} failed: {error}.") from error
+    name, t = method.removeprefix(_PREFIX), torch.tensor(times, dtype=torch.float64, device="cpu")
+    states = integrate(ode, x, t, name, rtol, atol, options)
     if check_finite and not bool(torch.isfinite(states).all()):
         raise NonFiniteError(f"the result of {name} is not finite: check the model over the grid's noise levels.")
     return states
-
-
-def _raised_in_torchdiffeq(error: AssertionError) -> bool:
-    trace_back = error.__traceback__
-    while trace_back is not None and trace_back.tb_next is not None:
-        trace_back = trace_back.tb_next
-    return trace_back is not None and "torchdiffeq" in trace_back.tb_frame.f_globals.get("__name__", "")

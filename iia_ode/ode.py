@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -48,7 +49,10 @@ def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[An
             f"{source} does not determine {target} at t = {t:g}, where alpha = {a:g} and sigma = {s:g}: "
             "start or end the grid a little inside, or use a model with another prediction type."
         )
-    return (g1 * m2 - g2 * m1) / determinant, (a * g2 - s * g1) / determinant
+    factors = (g1 * m2 - g2 * m1) / determinant, (a * g2 - s * g1) / determinant
+    if at_number and not all(math.isfinite(f) for f in factors):
+        raise ScheduleError(f"{target} is infinite at t = {t:g}, where alpha = {a:g} and sigma = {s:g}.")
+    return factors
 
 
 def _in_data_and_noise(schedule: Schedule, t: Any, form: str, a: Any, s: Any) -> tuple[Any, Any]:
@@ -193,6 +197,9 @@ class ProbabilityFlowODE(nn.Module):
         shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
         self.state_shape = None if shape is None else tuple(shape)
         self.ledger = Ledger()
+        self._fingerprint: tuple[Any, str] | None = None
+        if not math.isfinite(self.guidance_scale):
+            raise InputError(f"the guidance scale must be a finite number, got {guidance_scale}.")
         if self.guidance_scale != 1.0 and (
             not self.unconditional or self.unconditional.keys() != self.conditioning.keys()
         ):
@@ -207,9 +214,9 @@ class ProbabilityFlowODE(nn.Module):
         """dx/dt at time t (a number, 0-dim, or [B]) and state x [B, ...]; the signature that torchdiffeq takes."""
         return self.evaluate(x, t).velocity
 
-    def evaluate(self, x: Tensor, t: Tensor | float) -> Evaluation[Tensor]:
-        """One call of the model, to be read in any form."""
-        return Evaluation(self.schedule, t, x, self._call(x, t), self.prediction)
+    def evaluate(self, x: Tensor, t: Tensor | float, form: str | None = None) -> Evaluation[Tensor]:
+        """One call of the model, to be read in any form; `form` says how a plan would store it, and is free here."""
+        return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
 
     def data(self, x: Tensor, t: Tensor | float) -> Tensor:
         """Estimate of x_0; one evaluation."""
@@ -248,7 +255,15 @@ class ProbabilityFlowODE(nn.Module):
 
     # ---- calling the model -------------------------------------------------------------------------------------------
 
-    def _call(self, x: Tensor, t: Tensor | float) -> Tensor:
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """What the model returns, guidance included, in the form of `prediction` and the dtype of x; one evaluation.
+
+        The model gets a copy of x and may do with it as it likes.
+
+        Raises
+        ------
+        InputError : the model does not return one tensor of the shape of x, or the conditions do not fit the batch.
+        """
         batch = x.shape[0]
         dtype = self._dtype(x)
         time_dtype = torch.promote_types(dtype, torch.float32)
@@ -256,27 +271,18 @@ class ProbabilityFlowODE(nn.Module):
             times = t.to(device=x.device, dtype=time_dtype).expand(batch)
         else:
             times = torch.full((batch,), t, dtype=time_dtype, device=x.device)
-        y = x.to(dtype)
+        y = x.to(dtype, copy=True)
         condition = {k: _batched(v, batch, x.device, k) for k, v in self.conditioning.items()}
         self.ledger.evaluations += 1
         self.ledger.samples += batch
-        version = _version(x)
         if self.guidance_scale == 1.0:
-            out = self.model(y, times, **condition)
-        else:
-            null = {k: _batched(v, batch, x.device, k) for k, v in self.unconditional.items()}
-            both = {k: torch.cat([condition[k], null[k]]) for k in condition}
-            cond, uncond = self.model(torch.cat([y, y]), torch.cat([times, times]), **both).chunk(2)
-            # In the state's dtype: a half-precision model must not lose the difference of its two branches.
-            out = torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
-        if _version(x) != version:
-            raise InputError("the model changed its input in place: give it a copy, model(x.clone(), t).")
-        if not isinstance(out, Tensor) or out.shape != x.shape:
-            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise InputError(
-                f"the model returned {got} for a state of shape {list(x.shape)}; it must return one tensor of that shape."
-            )
-        return out.to(x.dtype)
+            return _checked(self.model(y, times, **condition), x.shape).to(x.dtype)
+        null = {k: _batched(v, batch, x.device, k) for k, v in self.unconditional.items()}
+        both = {k: _paired(condition[k], null[k], k) for k in condition}
+        doubled = self.model(torch.cat([y, y]), torch.cat([times, times]), **both)
+        cond, uncond = _checked(doubled, (2 * batch, *x.shape[1:])).chunk(2)
+        # In the state's dtype: a half-precision model must not lose the difference of its two branches.
+        return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         if self.model_dtype is not None:
@@ -291,23 +297,25 @@ class ProbabilityFlowODE(nn.Module):
 
     def condition(self, **conditioning: Any) -> ProbabilityFlowODE:
         """The same model and ledger under another condition (guidance stays as it is)."""
-        return self._view(conditioning)
+        return self._view(conditioning, self.unconditional)
 
     def subset(self, index: slice | Tensor, batch: int) -> ProbabilityFlowODE:
         """The ODE of some samples of a batch of size `batch`: conditioning is indexed along with the states."""
-        picked = {
-            k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
-            for k, v in self.conditioning.items()
-        }
-        return self._view(picked)
 
-    def _view(self, conditioning: Mapping[str, Any]) -> ProbabilityFlowODE:
+        def pick(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in values.items()
+            }
+
+        return self._view(pick(self.conditioning), pick(self.unconditional))
+
+    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> ProbabilityFlowODE:
         view = ProbabilityFlowODE(
             self.model,
             self.schedule,
             self.prediction,
             conditioning=conditioning,
-            unconditional=self.unconditional,
+            unconditional=unconditional,
             guidance_scale=self.guidance_scale,
             model_dtype=self.model_dtype,
             state_shape=self.state_shape,
@@ -331,27 +339,53 @@ class ProbabilityFlowODE(nn.Module):
             spent.samples = self.ledger.samples - before[1]
 
     def fingerprint(self) -> str:
-        """A short hash of the model's parameters (names, shapes, a sample of values): the same weights, the same hash.
+        """A short hash of the model's parameters and buffers (names, shapes, a sample of values): same weights, same hash.
 
         A model without parameters is known by its qualified name only.
         """
-        digest = hashlib.sha256()
-        if not isinstance(self.model, nn.Module):
-            kind = type(self.model) if not hasattr(self.model, "__qualname__") else self.model
-            return "function:" + getattr(kind, "__qualname__", "?")
-        if not (state := self.model.state_dict()):
-            return f"module:{type(self.model).__qualname__}"
-        for name, value in sorted(state.items()):
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
-            digest.update(f"{name}{tuple(value.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        tensors = {}
+        if isinstance(self.model, nn.Module):
+            named = (*self.model.named_parameters(), *self.model.named_buffers())
+            tensors = {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
+        if not tensors:
+            kind = self.model if hasattr(self.model, "__qualname__") else type(self.model)
+            return f"{kind.__module__}.{getattr(kind, '__qualname__', '?')}"
+        key = tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors.values())
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            # One transfer from the device: all samples together.
+            samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
+            shapes = {name: list(v.shape) for name, v in tensors.items()}
+            body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
+            self._fingerprint = key, hashlib.sha256(body).hexdigest()[:16]
+        return self._fingerprint[1]
 
 
-def _version(x: Tensor) -> int:
-    """How often x was written to in place (not counted in inference mode)."""
-    return 0 if x.is_inference() else x._version
+def _checked(out: Any, shape: Sequence[int]) -> Tensor:
+    """What a model returned, once it is known to be one real tensor of the right shape."""
+    if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(
+            f"the model returned {got} for a state of shape {list(shape)}; it must return one tensor of that shape."
+        )
+    if not out.is_floating_point():
+        raise InputError(f"the model returned {out.dtype}; it must return real floating-point numbers.")
+    return out
+
+
+def _paired(condition: Any, null: Any, name: str) -> Any:
+    """The two branches of guidance as one conditioning value for a doubled batch."""
+    if isinstance(condition, Tensor) and isinstance(null, Tensor) and condition.shape[1:] == null.shape[1:]:
+        return torch.cat([condition, null])
+    if not isinstance(condition, Tensor) and not isinstance(null, Tensor) and condition == null:
+        return condition
+    raise InputError(
+        f"guidance needs conditioning {name!r} and its null value as tensors of one shape per sample, or as equal values; "
+        f"got {_kind(condition)} and {_kind(null)}."
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _batched(value: Any, batch: int, device: torch.device, name: str) -> Any:

@@ -13,16 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
-from ._torchdiffeq import is_adaptive
-from .errors import GridError, InputError, NonFiniteError
+from ._torchdiffeq import integrate, is_adaptive, torchdiffeq_methods
+from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
-from .plan import check_grid
+from .plan import check_grid, check_state
 from .schedules import Schedule
 
 __all__ = ["Trajectory", "solve", "trajectory"]
@@ -86,6 +85,7 @@ class Trajectory:
         return w * _size(self.schedule, t)
 
 
+@torch.no_grad()
 def trajectory(
     ode: ProbabilityFlowODE,
     x: Tensor,
@@ -105,39 +105,33 @@ def trajectory(
     ode : the ODE; its model computes in its own dtype, the integration is in float64.
     x : state at `t_start`, [B, ...].
     t_start, t_end : times, in either direction; `t_end` may be the data, `t_start` may have alpha = 0.
-    points : knots of the dense output, equidistant in u; the integrator steps to each of them exactly.
+    points : knots of the dense output, equidistant in u; the integrator ends a step at each of them.
     rtol, atol : of the integrator, per unit of w (data and noise of order 1). A float32 model is noise below about 1e-6.
     sigma_min : where `t_end` is the data, the integration stops at this sigma/alpha and the model's data estimate is the
         final state; its error is O(sigma_min^2). For a network: the smallest level it was trained on.
-    method : any adaptive or fixed-grid method of torchdiffeq.
+    method : any adaptive method of torchdiffeq.
 
     Raises
     ------
-    GridError : the times are not usable.
+    InputError : the ODE, the state, `points` or a method with fixed steps.
+    GridError : the times or `sigma_min` are not usable.
+    UnknownNameError : no method of torchdiffeq.
     NonFiniteError : the model or the integration failed.
     """
-    if points < 2:
-        raise InputError(f"a trajectory needs at least 2 points, got {points}.")
-    schedule = ode.schedule
-    times = check_grid(schedule, torch.tensor([t_start, t_end], dtype=_F64))
-    to_data = schedule.sigma(times[1]) == 0
-    if to_data and not 0 < sigma_min < schedule.noise_to_signal(times[0]):
-        raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
-    u0 = _clock(schedule, times[0])
-    u1 = math.asinh(1 / sigma_min) if to_data else _clock(schedule, times[1])
-    knots = torch.linspace(u0, u1, points, dtype=_F64, device=x.device)
-    flow = _flow(ode)
-    w = x.to(_F64) / _size(schedule, times[0])
+    if not isinstance(points, Integral) or isinstance(points, bool) or points < 2:
+        raise InputError(f"a trajectory needs at least 2 points, got {points!r}.")
+    schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
+    last = times[1] if floor is None else floor
+    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), int(points), dtype=_F64, device="cpu")
     with ode.counting() as spent:
-        states = _integrate(flow, w, knots, rtol, atol, method)
+        states = _integrate(ode, x, times[0], knots, rtol, atol, method)
+        flow = _flow(ode)
         slopes = torch.stack([flow(u, w) for u, w in zip(knots, states, strict=True)])
-        data = None
-        if to_data:
-            floor = _time(schedule, u1)
-            data = ode.data(states[-1] * _size(schedule, floor), floor) * schedule.alpha(times[1])
-    return Trajectory(schedule, knots.cpu(), states, slopes, data, spent.evaluations)
+        data = None if floor is None else _data(ode, states[-1], floor, times[1])
+    return Trajectory(schedule, knots, states, slopes, data, spent.evaluations)
 
 
+@torch.no_grad()
 def solve(
     ode: ProbabilityFlowODE,
     x: Tensor,
@@ -149,17 +143,40 @@ def solve(
     sigma_min: float = 1e-6,
     method: str = "dopri8",
 ) -> Tensor:
-    """The state at `t_end`, float64 [B, ...], without dense output; arguments as for :func:`trajectory`."""
+    """The state at `t_end`, float64 [B, ...], without dense output; arguments and errors as for :func:`trajectory`."""
+    schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
+    last = times[1] if floor is None else floor
+    knots = torch.tensor([_clock(schedule, times[0]), _clock(schedule, last)], dtype=_F64, device="cpu")
+    w = _integrate(ode, x, times[0], knots, rtol, atol, method)[-1]
+    return w * _size(schedule, last) if floor is None else _data(ode, w, floor, times[1])
+
+
+def _span(
+    ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float, method: str
+) -> tuple[Schedule, list[float], float | None]:
+    """The schedule, both times, and the time to stop at if the second is the data; all arguments checked."""
+    if not isinstance(ode, ProbabilityFlowODE):
+        raise InputError(
+            f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
+            "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
+        )
+    check_state(x)
+    ode.check_state_shape(x)
+    if not is_adaptive(method):
+        adaptive = [name for name in torchdiffeq_methods() if is_adaptive(name)]
+        if method not in torchdiffeq_methods():
+            raise unknown_name("adaptive method", method, adaptive)
+        raise InputError(
+            f"a reference needs a method that controls its error, and torchdiffeq's {method} takes one step per interval: "
+            f"use {', '.join(adaptive)}."
+        )
     schedule = ode.schedule
-    times = check_grid(schedule, torch.tensor([t_start, t_end], dtype=_F64))
-    to_data = schedule.sigma(times[1]) == 0
-    u1 = math.asinh(1 / sigma_min) if to_data else _clock(schedule, times[1])
-    knots = torch.tensor([_clock(schedule, times[0]), u1], dtype=_F64, device=x.device)
-    w = _integrate(_flow(ode), x.to(_F64) / _size(schedule, times[0]), knots, rtol, atol, method)[-1]
-    if not to_data:
-        return w * _size(schedule, times[1])
-    floor = _time(schedule, u1)
-    return ode.data(w * _size(schedule, floor), floor) * schedule.alpha(times[1])
+    times = check_grid(schedule, [t_start, t_end])
+    if not ode.is_data(times[1]):
+        return schedule, times, None
+    if not 0 < sigma_min < schedule.noise_to_signal(times[0]):
+        raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
+    return schedule, times, _time(schedule, math.asinh(1 / sigma_min))
 
 
 def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
@@ -173,22 +190,21 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
     return flow
 
 
-def _integrate(flow: Any, w: Tensor, knots: Tensor, rtol: float, atol: float, method: str) -> Tensor:
-    # torchdiffeq interpolates between the steps of an adaptive method at order 4; `step_t` makes it step to every knot.
-    options = {"step_t": knots[1:]} if is_adaptive(method) else None
-    with torch.no_grad():
-        try:
-            states: Tensor = torchdiffeq.odeint(flow, w, knots, rtol=rtol, atol=atol, method=method, options=options)
-        except AssertionError as error:  # torchdiffeq's way to say that the step size vanished
-            raise NonFiniteError(
-                f"{method} could not reach rtol={rtol:g}, atol={atol:g} ({error}): the model is not finite or not smooth "
-                "there, or its own rounding is larger; use a float64 model or a larger tolerance."
-            ) from error
+def _integrate(
+    ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
+) -> Tensor:
+    """The states w at the knots, from the state x at time t."""
+    states = integrate(_flow(ode), x.to(_F64) / _size(ode.schedule, t), knots, method, rtol, atol, None)
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
         )
     return states
+
+
+def _data(ode: ProbabilityFlowODE, w: Tensor, floor: float, t: float) -> Tensor:
+    """The state at the data, time t, from the state w a little before it."""
+    return ode.data(w * _size(ode.schedule, floor), floor) * ode.schedule.alpha(t)
 
 
 def _clock(schedule: Schedule, t: float) -> float:

@@ -270,6 +270,19 @@ def test_conditions_travel_with_their_samples():
     assert other.reports[0].before != pytest.approx(whole.reports[0].before, rel=1e-3)
 
 
+def test_paper_terms_are_those_of_the_base():
+    x = states()
+    for base, name in (("heun", "iia-edm"), ("ddim", "iia-ddim")):
+        assert iia.IIA(base).fit(edm(), GRID, x).plan.difference(iia.preset(name).fit(edm(), GRID, x).plan) == 0
+    with pytest.raises(iia.InputError, match=r"no terms for base 'midpoint'.*terms='biia-edm'"):
+        iia.IIA("midpoint")
+
+
+def test_iia_edm_is_refused_on_a_base_that_is_not_heun_even_with_two_evaluations():
+    with pytest.raises(iia.InputError, match="no such step"):
+        iia.IIA("midpoint", "iia-edm").fit(edm(), GRID, states())
+
+
 def test_a_model_that_is_not_finite_is_named_while_fitting():
     ode = iia.ProbabilityFlowODE(lambda x, t: x * float("nan"), iia.EDM())
     with pytest.raises(iia.NonFiniteError, match="not finite on this batch"):
@@ -287,7 +300,16 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         (lambda: iia.IIA("heun", "iia-edm", history=-1), iia.InputError, "cannot be negative"),
         (lambda: iia.IIA("heun", "iia-edm", substeps=0), iia.InputError, "at least one sub-step"),
         (lambda: iia.IIA(3, "iia-edm"), iia.InputError, "base must be"),
-        (lambda: iia.IIA("ddim", "iia-edm").fit(edm(), GRID, states()), iia.InputError, "two evaluations a step"),
+        (lambda: iia.IIA("heun", history=1.5), iia.InputError, "history must be a whole number"),
+        (lambda: iia.IIA("heun", substeps="3"), iia.InputError, "substeps must be a whole number"),
+        (lambda: iia.IIA("heun", ridge=float("nan")), iia.InputError, "cannot be negative"),
+        (
+            lambda: iia.IIA("heun", lambda step, earlier: (step.x,)).fit(edm(), GRID, states()),
+            iia.InputError,
+            "tuple of",
+        ),
+        (lambda: iia.preset("iia-edm").fit(lambda t, x: x, GRID, states()), iia.InputError, "expected a Prob"),
+        (lambda: iia.IIA("ddim", "iia-edm").fit(edm(), GRID, states()), iia.InputError, "two halves of Heun's step"),
         (lambda: iia.preset("iia-edm").fit(edm(), GRID, states().half()), iia.InputError, "float32 or float64"),
         (lambda: iia.preset("iia-edm").fit(edm(), GRID, states(), chunk_size=0), iia.InputError, "chunk_size"),
         (lambda: iia.preset("iia-edm").fit(edm(), GRID.flip(0), states()), iia.GridError, "starts at the data"),

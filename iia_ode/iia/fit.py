@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from tqdm.auto import tqdm
 from .. import __about__
 from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
-from ..plan import Past, Plan, Tracer, Vector, check_grid
-from ..plan.plan import check_state, run_code
+from ..plan import Past, Plan, Tracer, Vector, check_grid, check_state
+from ..plan.plan import run_code
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
 from ..solvers import Solver, get_solver
@@ -64,7 +65,8 @@ class IIA:
     Parameters
     ----------
     base : registered name or a :class:`~iia_ode.Solver`.
-    terms : ``"biia-edm"``, ``"iia-edm"`` or ``"iia-ddim"`` (the paper's), or a function; see `iia_ode.iia.terms`.
+    terms : ``"paper"`` (what the paper has for this base: ``"iia-edm"`` or ``"iia-ddim"``), one of these or ``"biia-edm"`` by
+        name, or a function; see `iia_ode.iia.terms`.
     target : ``"substeps"`` (the paper's), ``"local"`` (high-accuracy integration of each step) or a `Target`.
     history : r, how many earlier steps the terms may use.
     substeps : M, sub-steps of the ``"substeps"`` target.
@@ -73,7 +75,7 @@ class IIA:
     """
 
     base: str | Solver
-    terms: str | Terms
+    terms: str | Terms = "paper"
     target: str | Target = "substeps"
     history: int = 1
     substeps: int = 3
@@ -81,12 +83,15 @@ class IIA:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        resolve_terms(self.terms)
-        resolve_target(self.target, self.substeps)
         if not isinstance(self.base_solver, Solver):
             raise InputError(f"base must be a registered name or a Solver, got {type(self.base).__name__}.")
-        if self.history < 0 or self.ridge < 0:
+        for name in ("history", "substeps"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
+        if self.history < 0 or not 0 <= self.ridge < math.inf:
             raise InputError(f"history and ridge cannot be negative, got {self.history} and {self.ridge}.")
+        resolve_terms(self.terms, self.base_solver.name)
+        resolve_target(self.target, self.substeps)
 
     @property
     def base_solver(self) -> Solver:
@@ -110,7 +115,8 @@ class IIA:
         ode : the model with its schedule; conditioning has one entry per sample of x, or one for all.
         grid : float64 [N + 1] times.
         x : initial states [B, ...], float32 or float64: the expectation of the paper is the mean over these.
-        chunk_size : samples that go through the model at once (all by default); the coefficients do not depend on it.
+        chunk_size : samples that go through the model at once (all by default). The least squares does not depend on it;
+            a network whose rounding depends on the batch size still may.
         seed : recorded in the file; the fit itself draws no random numbers.
         progress : show a bar over the steps.
 
@@ -119,10 +125,12 @@ class IIA:
         GridError, InputError : the grid or the states are not usable.
         NonFiniteError : the model is not finite on this batch.
         """
+        if not isinstance(ode, ProbabilityFlowODE):
+            raise InputError(f"expected a ProbabilityFlowODE, got {type(ode).__name__}.")
         check_state(x)
         ode.check_state_shape(x)
-        if chunk_size is not None and chunk_size < 1:
-            raise InputError(f"chunk_size must be positive, got {chunk_size}.")
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
         times = check_grid(ode.schedule, grid)
         base = self.base_solver
         with torch.no_grad(), ode.counting() as spent:
@@ -138,7 +146,7 @@ class IIA:
     def _fit_steps(
         self, base: Solver, ode: ProbabilityFlowODE, times: list[float], chunks: list[_Chunk], progress: bool
     ) -> tuple[Plan, list[StepReport]]:
-        _, terms = resolve_terms(self.terms)
+        _, terms = resolve_terms(self.terms, base.name)
         target = resolve_target(self.target, self.substeps)
         name = self.name or f"iia({base.name})"
         tracer, x, memory = Tracer(ode.schedule), Vector({0: 1.0}), ()
@@ -148,17 +156,20 @@ class IIA:
         for i, (t, s) in enumerate(tqdm(intervals, desc=f"fit {name}", disable=not progress)):
             seen = len(tracer.evaluations)
             y, memory = take_step(base, tracer, x, t, s, Past(memory, i, len(intervals) - 1 - i))
-            record = StepRecord(i, t, s, x, tuple(tracer.evaluations[seen:]), y, y)
+            made = tuple(tracer.evaluations[seen:])
+            record = StepRecord(i, t, s, x, made, tracer.known(x, t), ode.is_data(s), y, y)
             for chunk in chunks:
                 chunk.advance(tracer)
-            candidates = () if ode.is_data(s) else terms(record, records)
+            candidates = terms(record, records)
+            if not all(isinstance(term, Term) for term in candidates):
+                raise InputError("terms must be a function that returns a tuple of iia_ode.iia.Term.")
             if candidates:
                 solution = self._solve(base, tracer, record, candidates, target, chunks)
                 reports.append(_report(record, candidates, solution))
                 pairs = list(zip(solution.coefficients.tolist(), candidates, strict=True))
                 own = sum((c * term.direction for c, term in pairs if not term.history), start=y)
                 y = sum((c * term.direction for c, term in pairs if term.history), start=own)
-                record = StepRecord(i, t, s, x, record.evaluations, record.base, own)
+                record = replace(record, own=own)
             x = tracer.hold(y, step=i + 1)
             records = (record, *records)[: self.history]
             live = tracer.retain(vector_indices((x, memory, records)))
@@ -183,7 +194,7 @@ class IIA:
         start, result = fork.hold(record.x), fork.hold(record.base)
         end = fork.hold(aim) if isinstance(aim, Vector) else None
         system = LeastSquares(len(candidates))
-        noise = torch.zeros(len(candidates), dtype=torch.float64)
+        noise = torch.zeros(len(candidates), dtype=torch.float64, device="cpu")
         for chunk in chunks:
             values = chunk.explore(fork)
             if end is not None:
@@ -193,7 +204,9 @@ class IIA:
             # In float64 before the difference: a residual is small against the states at high noise.
             residual = wanted.double() - _read(values, result).double()
             system.add([_read(values, c) for c in columns], residual)
-            noise += torch.tensor([_rounding(term.direction, values) for term in candidates], dtype=torch.float64)
+            noise += torch.tensor(
+                [_rounding(term.direction, values) for term in candidates], dtype=torch.float64, device="cpu"
+            )
         return system.solve(ridge=self.ridge, noise=noise.sqrt())
 
     def _about(self, base: Solver, ode: ProbabilityFlowODE, x: Tensor, seed: int | None) -> dict[str, Any]:
@@ -203,7 +216,7 @@ class IIA:
         return {
             "library": __about__.__version__,
             "base": {"name": base.name, "options": base.options()},
-            "terms": resolve_terms(self.terms)[0],
+            "terms": resolve_terms(self.terms, base.name)[0],
             "target": resolve_target(self.target, self.substeps).options(),
             "history": self.history,
             "ridge": self.ridge,

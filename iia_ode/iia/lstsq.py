@@ -55,7 +55,7 @@ class LeastSquares:
 
     def add(self, columns: list[Tensor], target: Tensor) -> None:
         """Add samples: k tensors of the shape [B, ...] of `target`, in any dtype, on any device."""
-        block = torch.stack([v.reshape(len(v), -1) for v in (*columns, target)], dim=2).to(_F64)
+        block = torch.stack([v.reshape(len(v), -1).to(_F64) for v in (*columns, target)], dim=2)
         if block.shape[2] != self.columns + 1:
             raise InputError(f"expected {self.columns} columns, got {block.shape[2] - 1}.")
         self.rows += block.shape[0] * block.shape[1]
@@ -86,6 +86,8 @@ class LeastSquares:
         if not self._factors:
             raise InputError("nothing to solve: no samples were added.")
         stacked = torch.cat(self._factors).flatten(0, 1)
+        if not self.rows:
+            raise InputError("nothing to solve: the samples have no components.")
         if not bool(torch.isfinite(stacked).all()):
             raise NonFiniteError(
                 "the least-squares system has NaN or infinity in it: the model is not finite on this batch."

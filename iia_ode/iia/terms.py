@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from torch import Tensor
+
 from ..errors import InputError, unknown_name
 from ..ode import Evaluation
 from ..plan import Vector
+from ..plan.vectors import Weight
 
 __all__ = ["PAPER_TERMS", "StepRecord", "Term", "Terms", "bi_iia_edm", "iia_ddim", "iia_edm", "resolve_terms"]
 
@@ -25,6 +28,8 @@ class StepRecord:
     index, t, s : the interval.
     x : the state at t.
     evaluations : those that the base made in this step, in order; each readable in every form.
+    start : the evaluation at (x, t), whichever step made it; None if there was none.
+    to_data : whether s is the data (sigma = 0). The paper leaves that step alone, and so do its terms.
     base : the base's own result.
     own : the fitted result without its history terms (equal to `base` while this step is being fitted).
     """
@@ -34,6 +39,8 @@ class StepRecord:
     s: float
     x: Vector
     evaluations: tuple[Evaluation[Vector], ...]
+    start: Evaluation[Vector] | None
+    to_data: bool
     base: Vector
     own: Vector
 
@@ -72,6 +79,8 @@ def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term,
 
     For Heun, Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is gamma = (1, 0, ...).
     """
+    if step.to_data:
+        return ()
     terms = [Term("gamma_0", step.base - step.x, base=1.0)]
     for k, past in enumerate(earlier, start=1):
         terms.append(Term(f"gamma_{k}", step.h / past.h * (past.base - past.x), history=True))
@@ -86,12 +95,16 @@ def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ..
     beta_0 t_i d_i + beta_1 (d' - d_i) / 2, which serves every schedule; the base is beta = (1/t_i, 1), gamma = 0
     (on another schedule than EDM 1/t stands for d log sigma / dt).
     """
-    if len(step.evaluations) != 2:
+    if step.to_data:
+        return ()
+    slopes = [e.velocity for e in step.evaluations]
+    heun = step.x + step.h / 2 * (slopes[0] + slopes[1]) if len(slopes) == 2 else None
+    if heun is None or any(_size(w) > 1e-9 * abs(step.h) for w in (heun - step.base).weights.values()):
         raise InputError(
-            f"the terms of iia-edm belong to a base with two evaluations a step, such as 'heun'; step {step.index} made "
-            f"{len(step.evaluations)}."
+            f"the terms of iia-edm are the two halves of Heun's step, and step {step.index} of this base is no such step: "
+            "use base 'heun', or terms='biia-edm', which serves any base."
         )
-    first, second = (e.velocity for e in step.evaluations)
+    first, second = slopes
     schedule = step.evaluations[0].schedule
     unit = schedule.sigma_prime(step.t) / schedule.sigma(step.t)
     terms = [
@@ -109,22 +122,37 @@ def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, .
     With a longer history, the differences further back follow as phi_2, phi_3, ... The base is phi = 0.
     """
     terms: list[Term] = []
-    chain = (step, *earlier)
-    for newer, older in zip(chain, chain[1:], strict=False):
-        a, b = newer.evaluations[0], older.evaluations[0]
+    chain = [] if step.to_data else [record.start for record in (step, *earlier)]
+    for a, b in zip(chain, chain[1:], strict=False):
+        if a is None or b is None:
+            raise InputError("the terms of iia-ddim need a base that evaluates the model at the start of each step.")
         k = len(terms)
         terms.append(Term(f"phi_{k}", a.data - b.data, history=True))
         terms.append(Term(f"phi_{k + 1}", a.noise - b.noise, history=True))
     return tuple(terms)
 
 
+def _size(weight: Weight) -> float:
+    return float(weight.abs().max()) if isinstance(weight, Tensor) else abs(weight)
+
+
 PAPER_TERMS: dict[str, Terms] = {"biia-edm": bi_iia_edm, "iia-edm": iia_edm, "iia-ddim": iia_ddim}
 
 
-def resolve_terms(terms: str | Terms) -> tuple[str, Terms]:
-    """The name and the function behind a `terms` argument."""
+_OF_BASE = {"heun": "iia-edm", "ddim": "iia-ddim"}
+
+
+def resolve_terms(terms: str | Terms, base: str) -> tuple[str, Terms]:
+    """The name and the function behind a `terms` argument; "paper" is what the paper has for that base."""
     if callable(terms):
         return getattr(terms, "__name__", type(terms).__name__), terms
+    if terms == "paper":
+        if base not in _OF_BASE:
+            raise InputError(
+                f"the paper has no terms for base {base!r} (it has for {', '.join(map(repr, _OF_BASE))}): use "
+                "terms='biia-edm', which serves any base, or a function."
+            )
+        terms = _OF_BASE[base]
     if terms not in PAPER_TERMS:
-        raise unknown_name("set of terms", terms, PAPER_TERMS)
+        raise unknown_name("set of terms", terms, ["paper", *PAPER_TERMS])
     return terms, PAPER_TERMS[terms]

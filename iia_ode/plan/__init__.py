@@ -1,8 +1,9 @@
 """The plan: vectors, the tracer, the runner and the analysis. See `Plan`."""
 
 from .analysis import CanonicalForm, GaussianResponse
+from .checks import check_grid, check_state
 from .plan import Combine, Evaluate, Plan
-from .tracer import Past, Tracer, check_grid, trace
+from .tracer import Past, Tracer, trace
 from .vectors import Vector
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "Tracer",
     "Vector",
     "check_grid",
+    "check_state",
     "trace",
 ]

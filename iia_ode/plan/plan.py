@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import InputError, MismatchError, NonFiniteError, PlanError
-from ..ode import PREDICTIONS, ProbabilityFlowODE
+from ..ode import PREDICTIONS, ProbabilityFlowODE, conversion
 from ..schedules import Schedule
+from .checks import check_grid, check_state
 from .vectors import Weight, combine, format_terms
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Plan:
 
     Raises
     ------
+    GridError : the grid is not usable.
     PlanError : an instruction reads a vector that is not there yet, a weight or time is not finite, or the states at the
         grid points are not all written, in order, the last one by the last instruction.
     """
@@ -80,12 +83,21 @@ class Plan:
     name: str = "plan"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise PlanError(f"a plan needs the schedule that it was made for, got {self.schedule!r}.")
+        # Tuples, whatever came: a list could be changed behind the plan's back.
+        object.__setattr__(self, "grid", tuple(check_grid(self.schedule, list(self.grid))))
+        object.__setattr__(self, "code", tuple(self.code))
         steps = []
         for k, ins in enumerate(self.code, start=1):
+            if not isinstance(ins, Evaluate | Combine) or not all(isinstance(j, int) for j in ins.reads):
+                raise PlanError(
+                    f"instruction {k} of {self.name} is neither Evaluate nor Combine over vectors: {ins!r}."
+                )
             if any(not 0 <= j < k for j in ins.reads):
                 raise PlanError(f"instruction {k} of {self.name} reads a vector that does not exist yet: {ins}.")
             if isinstance(ins, Evaluate):
-                if not math.isfinite(ins.t) or ins.form not in PREDICTIONS:
+                if not math.isfinite(ins.t) or ins.form not in PREDICTIONS or self.schedule.sigma(ins.t) == 0:
                     raise PlanError(f"instruction {k} of {self.name} is no valid evaluation: {ins}.")
                 continue
             if not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
@@ -206,19 +218,29 @@ class Plan:
         NonFiniteError : the model produced NaN or infinity; names the evaluation.
         """
         check_state(x)
+        ode.check_state_shape(x)
+        self._check_weights(x)
         if ode.schedule.config() != self.schedule.config():
             raise MismatchError(f"{self.name} was traced for {self.schedule}, and the ODE has {ode.schedule}.")
         states, flags = [x], []
         bar = tqdm(total=self.nfe, desc=self.name, disable=not progress)
+        factors = iter(self._conversions(ode.prediction))
+        values = {0: x}
 
         def evaluate(state: Tensor, t: float, form: str) -> Tensor:
-            out = ode.evaluate(state, t).as_form(form)
+            out = ode.output(state, t)
+            if any(v.data_ptr() == out.data_ptr() != 0 for v in values.values()):
+                raise InputError(
+                    "the model returned memory that it had returned before: let it return a copy, out.clone()."
+                )
+            p, q = next(factors)
+            if (p, q) != (0.0, 1.0):
+                out = p * state + q * out
             if check_finite:
                 flags.append(torch.isfinite(out).all())
             bar.update()
             return out
 
-        values = {0: x}
         for k, ins in run_code(self.code, values, evaluate, last_use=self.last_use):
             if isinstance(ins, Combine) and ins.step is not None:
                 if trajectory:
@@ -230,6 +252,28 @@ class Plan:
         if check_finite:
             self._raise_if_not_finite(flags, final)
         return torch.stack(states) if trajectory else final
+
+    def _conversions(self, prediction: str) -> list[tuple[float, float]]:
+        """The factors from what the model predicts to what each evaluation stores, once per plan and prediction type."""
+        if prediction not in self._factors:
+            times = [(ins.t, ins.form) for ins in self.code if isinstance(ins, Evaluate)]
+            self._factors[prediction] = [conversion(self.schedule, t, prediction, form) for t, form in times]
+        return self._factors[prediction]
+
+    @cached_property
+    def _factors(self) -> dict[str, list[tuple[float, float]]]:
+        return {}
+
+    def _check_weights(self, x: Tensor) -> None:
+        """Weights that are tensors must broadcast against one sample, not the other way round."""
+        shape = tuple(x.shape[1:])
+        for ins in self.code:
+            if isinstance(ins, Combine):
+                for value in (*(w for _, w in ins.terms), ins.constant):
+                    if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
+                        raise InputError(
+                            f"{self.name} has a weight of shape {list(value.shape)} for samples of {list(shape)}."
+                        )
 
     def _raise_if_not_finite(self, flags: list[Tensor], final: Tensor) -> None:
         finite = torch.stack([*flags, torch.isfinite(final).all()]).tolist()
@@ -273,18 +317,11 @@ def run_code(
                     del values[j]
 
 
-def check_state(x: object) -> None:
-    """Raise InputError unless x can be a state: float32 or float64, with a batch dimension."""
-    if not isinstance(x, Tensor):
-        raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"the state must be float32 or float64, got {x.dtype}: pass x.float(). The model keeps its own dtype "
-            "(ProbabilityFlowODE casts at the call)."
-        )
-    if x.ndim == 0 or x.shape[0] == 0:
-        raise InputError(f"the state needs a non-empty batch dimension first, got shape {list(x.shape)}.")
+def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
+    return len(shape) <= len(sample) and all(a in (1, b) for a, b in zip(shape[::-1], sample[::-1], strict=False))
 
 
-def _finite(weight: Weight) -> bool:
-    return bool(torch.isfinite(weight).all()) if isinstance(weight, Tensor) else math.isfinite(weight)
+def _finite(weight: object) -> bool:
+    if isinstance(weight, Tensor):
+        return weight.is_floating_point() and bool(torch.isfinite(weight).all())
+    return isinstance(weight, numbers.Real) and math.isfinite(weight)

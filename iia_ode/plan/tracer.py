@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..errors import GridError, PlanError, ScheduleError
+from ..errors import PlanError, ScheduleError
 from ..ode import Evaluation
 from ..schedules import Schedule
 from .analysis import consistency_error
+from .checks import check_grid
 from .plan import Combine, Evaluate, Instruction, Plan
 from .vectors import Vector, vector_indices
 
-__all__ = ["Past", "Steppable", "Tracer", "check_grid", "take_step", "trace"]
+__all__ = ["Past", "Steppable", "Tracer", "take_step", "trace"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Tracer:
         (index,) = state.weights
         index = self._same.get(index, index)
         if (index, t) not in self._cache:
-            if not self.schedule.covers(torch.tensor(t, dtype=torch.float64)):
+            if not self.schedule.covers(torch.tensor(t, dtype=torch.float64, device="cpu")):
                 raise ScheduleError(
                     f"a step evaluates the model at t = {t:g}, outside the {type(self.schedule).__name__} schedule."
                 )
@@ -124,6 +126,11 @@ class Tracer:
             self._cache[index, t] = evaluation
             self.evaluations.append(evaluation)
         return self._cache[index, t]
+
+    def known(self, x: Vector, t: float) -> Evaluation[Vector] | None:
+        """The evaluation at state x and time t, if it was made."""
+        index = x.index
+        return None if index is None else self._cache.get((self._same.get(index, index), float(t)))
 
     def data(self, x: Vector, t: float) -> Vector:
         """Estimate of x_0."""
@@ -187,65 +194,37 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor, *, consistent: bo
         y, memory = take_step(solver, tracer, x, t, s, Past(memory, i, len(times) - 2 - i))
         x = tracer.hold(y, step=i + 1)
     plan = Plan(schedule, tuple(times), tuple(tracer.code), solver.name)
-    if consistent and (error := consistency_error(plan)) > 1e-9 and not _converges(solver, plan):
-        raise PlanError(
-            f"{solver.name} is not a consistent solver: on a solution that it must keep exactly (constant data and noise, "
-            f"or constant velocity) it is off by {error:.2g}. Check that the weights of the step sum to what they should."
-        )
+    if consistent and getattr(solver, "consistent", True):
+        error = consistency_error(plan)
+        if error > 1e-9 and not _converges(solver, plan):
+            raise PlanError(
+                f"{solver.name} is not a consistent solver: on a solution that it must keep (constant data and noise, or "
+                f"constant velocity) it is off by {error:.2g}. Check that the weights of the step sum to what they should."
+            )
     return plan
+
+
+_CONVERGES: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()
 
 
 def _converges(solver: Steppable, plan: Plan) -> bool:
     """Whether the consistency error falls as the grid is refined.
 
-    A solver in another time variable is exact on neither solution, but an inconsistent one stays wrong on any grid.
+    A solver in another time variable is exact on neither solution, but an inconsistent one stays wrong on any grid. The
+    answer is remembered: it costs more than the plan.
     """
-    errors = []
-    for parts in (8, 64):
-        pairs = zip(plan.grid[:-1], plan.grid[1:], strict=True)
-        fine = [a + i / parts * (b - a) for a, b in pairs for i in range(parts)]
-        grid = torch.tensor([*fine, plan.grid[-1]], dtype=torch.float64)
-        errors.append(consistency_error(trace(solver, plan.schedule, grid, consistent=False)))
-    return errors[1] < errors[0] / 4
-
-
-def check_grid(schedule: Schedule, grid: object) -> list[float]:
-    """The times of a grid, once it is known to be usable.
-
-    Raises
-    ------
-    GridError : not 1-dimensional, fewer than two times, not finite, outside the schedule, not strictly monotone in
-        sigma/alpha, or starting at the data.
-    """
-    try:
-        values = torch.as_tensor(grid, dtype=torch.float64) if isinstance(grid, Tensor | list | tuple) else None
-    except (TypeError, ValueError):
-        values = None
-    if values is None or values.ndim != 1 or len(values) < 2:
-        what = f"shape {list(values.shape)}" if values is not None else type(grid).__name__
-        raise GridError(
-            f"a grid is a 1-d float64 tensor of at least two times, such as iia.grids.karras(10); got {what}."
-        )
-    values = values.detach().cpu()
-    level = schedule.sigma(values), schedule.alpha(values)
-    if not bool(torch.isfinite(values).all()) or not schedule.covers(values):
-        raise GridError(f"the grid leaves the {type(schedule).__name__} schedule: {_brief(values)}.")
-    angle = torch.atan2(*level)  # monotone in sigma/alpha, and finite where alpha = 0
-    decreasing = angle.diff() < 0
-    if not bool(decreasing.all()) and bool(decreasing.any() or (angle.diff() == 0).any()):
-        bad = int((decreasing != decreasing[0]).nonzero()[0]) if bool((decreasing != decreasing[0]).any()) else 0
-        raise GridError(
-            f"a grid must be strictly monotone from noise to data (or back): {_brief(values)} turns or stands still "
-            f"between its points {bad} and {bad + 1} ({values[bad]:g}, {values[bad + 1]:g})."
-        )
-    if float(level[0][0]) == 0:
-        raise GridError(
-            f"the grid starts at the data (t = {float(values[0]):g}, sigma = 0), where no model can be evaluated: "
-            "start at a small sigma."
-        )
-    return list(values.tolist())
-
-
-def _brief(values: Tensor) -> str:
-    shown = [f"{v:g}" for v in values.tolist()]
-    return "[" + ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]]) + "]"
+    known = _CONVERGES.setdefault(type(solver), {})
+    key = repr((getattr(solver, "__dict__", None), plan.schedule.config(), plan.grid))
+    if key not in known:
+        stride = -(-plan.steps // 4)
+        coarse = [*plan.grid[:-1:stride], plan.grid[-1]]
+        errors = []
+        for parts in (8, 64):
+            pairs = zip(coarse[:-1], coarse[1:], strict=True)
+            fine = [a + i / parts * (b - a) for a, b in pairs for i in range(parts)]
+            refined = torch.tensor([*fine, coarse[-1]], dtype=torch.float64, device="cpu")
+            errors.append(consistency_error(trace(solver, plan.schedule, refined, consistent=False)))
+        if len(known) >= 256:
+            known.clear()
+        known[key] = errors[1] < errors[0] / 4
+    return known[key]

@@ -27,6 +27,9 @@ class Solver(ABC):
     order: ClassVar[int]
     """Global order on smooth problems; what the conformance tests measure."""
 
+    consistent: ClassVar[bool] = True
+    """Whether a plan is checked for consistency; set False where a method is so only in variables of its own."""
+
     aliases: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = ""
 
