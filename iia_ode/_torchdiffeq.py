@@ -6,6 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def integrate(
     atol: float,
     options: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The states at the times t by a method of torchdiffeq, [len(t), \\*y0.shape]; differentiable.
+    """The states at the times t by a method of torchdiffeq, [len(t), ...]; differentiable.
 
     An adaptive method ends a step at every time of t and of ``options["step_t"]``, and no method evaluates `func` outside
     of the range of t.
@@ -73,7 +74,7 @@ def integrate(
         inside = {u for u in asked if min(times) < u < max(times)}
         nodes = sorted({*times, *inside}, reverse=times[0] > times[-1])
         found = {nodes[0]: y0}
-        for a, b in zip(nodes, nodes[1:]):
+        for a, b in pairwise(nodes):
             flow, ends = _Steps(func, min(a, b), max(a, b)), torch.tensor([a, b], dtype=_F64, device=y0.device)
             here = torch.tensor([u for u in jumps if min(a, b) < u < max(a, b)], dtype=_F64, device=y0.device)
             steps = {**given, "step_t": ends[1:], "jump_t": here}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,24 +12,44 @@ from typing import Any, TypeVar
 
 import click
 import torch
+from click.core import ParameterSource
 from torch import Tensor
 from tqdm import tqdm
 
 from . import grids
 from .__about__ import __version__
 from .denoisers import TrainingOptions, save_denoiser, train_digits
-from .denoisers.pretrained import DIGITS_WEIGHTS
+from .denoisers.pretrained import DIGITS_SOURCE, DIGITS_WEIGHTS
 from .errors import IIAError, MissingDependencyError
 from .experiments import Comparison, compare, get_setting, setting_names
-from .files import write_bytes, write_tensors
+from .files import check_writable, write_bytes, write_tensors
 from .iia import PRESETS, FittedSolver, load, preset
+from .iia.fitted import describe
 from .integrate import sample, torchdiffeq_methods
 from .plots import error_against_nfe, image_grid, sample_panels, save_figure
-from .solvers import get_solver, solver_names
+from .solvers import Solver, get_solver, solver_names
 
 __all__ = ["cli", "main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_MANY = 10_000_000  # beyond this a count is a slip of the finger, and would end in a kill for lack of memory
+
+
+class _Range(click.FloatRange):
+    """A range of numbers; NaN, which no comparison finds outside, is outside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+_COUNT = click.IntRange(1, _MANY)
+_NFE = click.IntRange(1, 10_000)
+_SEED = click.IntRange(0, 2**62)
+_LEVEL = _Range(0, 1e9, min_open=True)
 
 
 def _interactive() -> bool:
@@ -41,8 +62,8 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
         numbers = tuple(dict.fromkeys(int(v) for v in value.split(",")))
     except ValueError:
         numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise click.BadParameter(f"{value!r} is not a list of positive integers such as 5,8,10.")
+    if not numbers or min(numbers) < _NFE.min or max(numbers) > _NFE.max:
+        raise click.BadParameter(f"{value!r} is not a list of positive integers (up to {_NFE.max}) such as 5,8,10.")
     return numbers
 
 
@@ -50,9 +71,15 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     return tuple(dict.fromkeys(v.strip() for v in value.split(",")))
 
 
+def _rho(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if 0 < value < 0.1:  # sigma^(1/rho) overflows
+        raise click.BadParameter(f"{value:g} is too small: use 0 for a log-SNR grid, or at least 0.1.")
+    return value
+
+
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     try:
-        torch.zeros(1, device=value)
+        torch.ones(1, device=value).cpu()  # "meta" makes tensors that cannot be read
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise click.BadParameter(f"{value!r} cannot be used here: {reason}") from error
@@ -63,8 +90,14 @@ def _common(command: F) -> F:
     """Options that every command on a model has."""
     options = [
         click.option("--setting", default="digits", show_default=True, help=f"Model: {', '.join(setting_names())}."),
-        click.option("--guidance", default=1.0, show_default=True, help="Scale of classifier-free guidance."),
-        click.option("--seed", default=0, show_default=True, help="Seed of noise and labels."),
+        click.option(
+            "--guidance",
+            type=_Range(-1e3, 1e3),
+            default=1.0,
+            show_default=True,
+            help="Scale of classifier-free guidance.",
+        ),
+        click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of noise and labels."),
         click.option("--device", default="cpu", show_default=True, callback=_device, help="Where the model runs."),
     ]
     for option in reversed(options):
@@ -74,9 +107,16 @@ def _common(command: F) -> F:
 
 def _grid_options(command: F) -> F:
     options = [
-        click.option("--rho", default=7.0, show_default=True, help="Karras grid exponent; 0 for a log-SNR grid."),
-        click.option("--sigma-min", type=float, help="Last positive noise level [default: the setting's]."),
-        click.option("--sigma-max", type=float, help="First noise level [default: the setting's]."),
+        click.option(
+            "--rho",
+            type=_Range(0, 1e3),
+            default=7.0,
+            show_default=True,
+            callback=_rho,
+            help="Karras grid exponent; 0 for a log-SNR grid.",
+        ),
+        click.option("--sigma-min", type=_LEVEL, help="Last positive noise level [default: the setting's]."),
+        click.option("--sigma-max", type=_LEVEL, help="First noise level [default: the setting's]."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -86,16 +126,27 @@ def _grid_options(command: F) -> F:
 def _grid_family(setting: Any, rho: float, sigma_min: float | None, sigma_max: float | None) -> Callable[[int], Tensor]:
     if sigma_max is not None:
         setting.sigma_max = sigma_max
-    low, high = sigma_min or setting.sigma_min, setting.sigma_max
+    low, high = setting.sigma_min if sigma_min is None else sigma_min, setting.sigma_max
     if rho == 0:
         return partial(grids.log_snr, sigma_min=low, sigma_max=high, schedule=setting.schedule)
     return partial(grids.karras, sigma_min=low, sigma_max=high, rho=rho, schedule=setting.schedule)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _help_by_default(ctx: click.Context) -> None:
+    """What a group alone does. Click's own way is an error in some versions, and errors are one line here."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="iia-ode")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Sample diffusion and flow models in few evaluations, and measure how well."""
+    _help_by_default(ctx)
 
 
 @cli.command("compare")
@@ -117,8 +168,8 @@ def cli() -> None:
     show_default=True,
     help="Evaluations; a solver sits out those it cannot make.",
 )
-@click.option("--samples", default=128, show_default=True, help="Unseen initial states to measure on.")
-@click.option("--fit-samples", default=200, show_default=True, help="Initial states that fits see.")
+@click.option("--samples", type=_COUNT, default=128, show_default=True, help="Unseen initial states to measure on.")
+@click.option("--fit-samples", type=_COUNT, default=200, show_default=True, help="Initial states that fits see.")
 @click.option(
     "--target",
     type=click.Choice(["substeps", "local"]),
@@ -149,6 +200,7 @@ def compare_command(
     """
     chosen = get_setting(setting)
     family = _grid_family(chosen, rho, sigma_min, sigma_max)
+    check_writable(out / "compare.csv")
     result = compare(
         chosen,
         solvers,
@@ -163,24 +215,27 @@ def compare_command(
         progress=_interactive(),
         report=partial(tqdm.write, file=sys.stderr),
     )
-    _write_comparison(result, chosen.is_image, out)
+    written = _write_comparison(result, chosen.is_image, out)
     click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
     click.echo(result.table())
-    click.echo(f"\nwritten to {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    click.echo(f"\nwritten to {out}/: {', '.join(str(p.relative_to(out)) for p in written)}")
 
 
-def _write_comparison(result: Comparison, is_image: bool, out: Path) -> None:
-    write_bytes(out / "compare.csv", result.csv().encode())
-    write_bytes(out / "table.md", (result.table(markdown=True) + "\n").encode())
-    write_bytes(out / "compare.json", (json.dumps(result.settings, indent=2) + "\n").encode())
+def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Path]:
+    written = [
+        write_bytes(out / "compare.csv", result.csv().encode()),
+        write_bytes(out / "table.md", (result.table(markdown=True) + "\n").encode()),
+        write_bytes(out / "compare.json", (json.dumps(result.settings, indent=2) + "\n").encode()),
+    ]
     for (name, count), fit in result.fits.items():
-        fit.save(out / "fits" / f"{name}-{count}.safetensors")
+        written.append(fit.save(out / "fits" / f"{name}-{count}.safetensors"))
     try:
-        save_figure(error_against_nfe(result), out / "compare.png")
+        written.append(save_figure(error_against_nfe(result), out / "compare.png"))
         if is_image:
-            save_figure(sample_panels(_panels(result)), out / "samples.png")
+            written.append(save_figure(sample_panels(_panels(result)), out / "samples.png"))
     except MissingDependencyError as error:
         click.echo(f"no plots: {error}", err=True)
+    return written
 
 
 def _panels(result: Comparison) -> dict[str, Tensor]:
@@ -200,12 +255,12 @@ def _panels(result: Comparison) -> dict[str, Tensor]:
 @_common
 @_grid_options
 @click.option("--preset", "name", default="iia-edm", show_default=True, help=f"Method: {', '.join(PRESETS)}.")
-@click.option("--nfe", default=9, show_default=True, help="Evaluations of the fitted solver.")
-@click.option("--samples", default=200, show_default=True, help="Initial states to fit on.")
-@click.option("--history", type=int, help="Earlier steps to use, r [default: the preset's].")
-@click.option("--substeps", type=int, help="Sub-steps of the target, M [default: the preset's].")
+@click.option("--nfe", type=_NFE, default=9, show_default=True, help="Evaluations of the fitted solver.")
+@click.option("--samples", type=_COUNT, default=200, show_default=True, help="Initial states to fit on.")
+@click.option("--history", type=click.IntRange(0, 10_000), help="Earlier steps to use, r [default: the preset's].")
+@click.option("--substeps", type=click.IntRange(1, 10_000), help="Sub-steps of the target, M [default: the preset's].")
 @click.option("--target", type=click.Choice(["substeps", "local"]), default="substeps", show_default=True)
-@click.option("--chunk-size", type=int, help="Samples that go through the model at once [default: all].")
+@click.option("--chunk-size", type=_COUNT, help="Samples that go through the model at once [default: all].")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
 def fit_command(
     setting: str,
@@ -230,6 +285,7 @@ def fit_command(
     chosen = get_setting(setting)
     family = _grid_family(chosen, rho, sigma_min, sigma_max)
     grid = method.base_solver.grid_for(nfe, family, chosen.schedule)
+    check_writable(out)
     ode, x = chosen.draw(samples, 2 * seed, guidance_scale=guidance, device=device)
     fit = method.fit(ode, grid, x, chunk_size=chunk_size, seed=seed, progress=_interactive())
     fit.save(out)
@@ -241,8 +297,8 @@ def fit_command(
 @_common
 @_grid_options
 @click.argument("solver")
-@click.option("--nfe", default=9, show_default=True, help="Evaluations, where the solver is a name.")
-@click.option("--samples", default=64, show_default=True, help="How many samples.")
+@click.option("--nfe", type=_NFE, default=9, show_default=True, help="Evaluations, where the solver is a name.")
+@click.option("--samples", type=_COUNT, default=64, show_default=True, help="How many samples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/samples", show_default=True)
 def sample_command(
     setting: str,
@@ -257,26 +313,27 @@ def sample_command(
     samples: int,
     out: Path,
 ) -> None:
-    """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote.
+    """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote, which brings its own grid.
 
     Writes samples.safetensors and, where the samples are images, samples.png into --out.
     """
     chosen = get_setting(setting)
-    family = _grid_family(chosen, rho, sigma_min, sigma_max)
-    ode, x = chosen.draw(samples, 2 * seed + 1, guidance_scale=guidance, device=device)
-    if solver.endswith(".safetensors"):
-        fit: FittedSolver = load(solver)
-        final = sample(ode, x, solver=fit, progress=_interactive())
-        about = {"solver": fit.about | {"name": fit.name}, "nfe": fit.nfe}
+    known = {*PRESETS, *solver_names()}
+    method: Solver | FittedSolver
+    if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
+        _refuse_grid_options(solver)
+        method = load(solver)
+        grid, about = method.grid, {"solver": method.about | {"name": method.name}, "nfe": method.nfe}
+        chosen.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
+    elif solver in PRESETS:
+        raise click.UsageError(f"{solver} has to be fitted first: iia-ode fit --preset {solver} --out FILE.safetensors")
     else:
-        if solver in PRESETS:
-            raise click.UsageError(
-                f"{solver} has to be fitted first: iia-ode fit --preset {solver} --out FILE.safetensors"
-            )
         method = get_solver(solver)
-        grid = method.grid_for(nfe, family, chosen.schedule)
-        final = sample(ode, x, grid, method, progress=_interactive())
+        grid = method.grid_for(nfe, _grid_family(chosen, rho, sigma_min, sigma_max), chosen.schedule)
         about = {"solver": {"name": method.name}, "nfe": nfe, "grid": grid.tolist()}
+    check_writable(out / "samples.safetensors")
+    ode, x = chosen.draw(samples, 2 * seed + 1, guidance_scale=guidance, device=device)
+    final = sample(ode, x, grid, method, progress=_interactive())
     about |= {"setting": setting, "seed": seed, "guidance_scale": guidance}
     paths = [write_tensors(out / "samples.safetensors", "samples", {"samples": final}, about)]
     if chosen.is_image:
@@ -287,15 +344,21 @@ def sample_command(
     click.echo(f"written: {', '.join(map(str, paths))}")
 
 
+def _refuse_grid_options(file: str) -> None:
+    ctx = click.get_current_context()
+    for name in ("nfe", "rho", "sigma_min", "sigma_max"):
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{file} brings its own grid: leave out {option}, or fit again with it.")
+
+
 @cli.command("show")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--plan", "with_plan", is_flag=True, help="Print every instruction of the plan too.")
 def show_command(file: Path, with_plan: bool) -> None:
     """Print a fitted solver's file, readably: what it is for, how it was made, and every coefficient."""
-    fit = load(file)
-    click.echo(str(fit))
-    if with_plan:
-        click.echo(f"\n{fit.plan}")
+    text = describe(file)
+    click.echo(f"{text}\n\n{load(file).plan}" if with_plan else text)
 
 
 @cli.command("solvers")
@@ -312,18 +375,20 @@ def solvers_command() -> None:
     click.echo("\nIIA, fitted to a model before use:")
     for name, method in PRESETS.items():
         click.echo(f"{name:<12} over {method.base_solver.name}, history {method.history}, {method.substeps} sub-steps")
-    click.echo(f"\ntorchdiffeq, in odeint and sample: {', '.join(torchdiffeq_methods())}")
+    click.echo(f"\ntorchdiffeq, in odeint and sample of the Python API: {', '.join(torchdiffeq_methods())}")
 
 
-@cli.group("train")
-def train_group() -> None:
+@cli.group("train", invoke_without_command=True)
+@click.pass_context
+def train_group(ctx: click.Context) -> None:
     """Train the networks that ship with the package."""
+    _help_by_default(ctx)
 
 
 @train_group.command("digits")
-@click.option("--steps", default=TrainingOptions.steps, show_default=True, help="Optimiser steps.")
-@click.option("--batch", default=TrainingOptions.batch, show_default=True, help="Images a step.")
-@click.option("--seed", default=TrainingOptions.seed, show_default=True)
+@click.option("--steps", type=_COUNT, default=TrainingOptions.steps, show_default=True, help="Optimiser steps.")
+@click.option("--batch", type=_COUNT, default=TrainingOptions.batch, show_default=True, help="Images a step.")
+@click.option("--seed", type=_SEED, default=TrainingOptions.seed, show_default=True)
 @click.option("--device", default="cpu", show_default=True, callback=_device)
 @click.option(
     "--out",
@@ -335,9 +400,10 @@ def train_group() -> None:
 def train_digits_command(steps: int, batch: int, seed: int, device: str, out: Path) -> None:
     """Train the digits denoiser from scratch (about a quarter of an hour on two cores)."""
     options = TrainingOptions(steps=steps, batch=batch, seed=seed)
+    check_writable(out)
     result = train_digits(options, device=device, progress=_interactive())
     about = {
-        "data": "scikit-learn load_digits: 1797 images of 8x8, scaled to [-1, 1]; a seeded tenth held out",
+        "data": DIGITS_SOURCE,
         "options": options.to_dict(),
         "train_loss": result.train_loss,
         "held_out_loss": result.held_out_loss,
@@ -357,6 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.format_message())
     except (IIAError, OSError) as error:
         _fail(str(error))
+    except (RuntimeError, MemoryError) as error:  # torch: out of memory, trouble with a device; the rest is advice
+        _fail(f"{type(error).__name__}: {(str(error).strip() or 'out of memory').splitlines()[0]}")
 
 
 def _fail(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise OSError unless a file can be made at `path`: to be called before work whose result is to be written there."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = _temporary_beside(Path(path))
     temporary.touch(exist_ok=False)
     temporary.unlink()

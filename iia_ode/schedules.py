@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -43,8 +43,8 @@ class Schedule(ABC):
     """A noise schedule.
 
     A subclass gives ``_alpha`` and ``_sigma`` on float64 tensors and ``_t_of_lam``; ``_lam`` and the derivatives have
-    defaults. Public methods take a number and return a float, or take a tensor and return a float64 tensor of its shape
-    on its device.
+    defaults, by autograd, and the schedules here their own, which are faster. Public methods take a number and return a
+    float, or take a tensor and return a float64 tensor of its shape on its device.
 
     Attributes
     ----------
@@ -70,21 +70,14 @@ class Schedule(ABC):
     def _sigma_squared(self, t: Tensor) -> Tensor:
         return self._sigma(t) ** 2
 
-    def _derivative(self, function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            # An adaptive integrator's time may depend on the state: a gradient that reaches t must pass through here.
-            through = t.requires_grad
-            t = t if through else t.detach().requires_grad_(True)
-            value = function(t)
-            if not value.requires_grad:  # a constant, such as alpha = 1
-                return torch.zeros_like(t)
-            return torch.autograd.grad(value.sum(), t, create_graph=through)[0]
-
     def _alpha_prime(self, t: Tensor) -> Tensor:
-        return self._derivative(self._alpha, t)
+        return _derivative(self._alpha, t)
 
     def _sigma_prime(self, t: Tensor) -> Tensor:
-        return self._derivative(self._sigma, t)
+        return _derivative(self._sigma, t)
+
+    def _sigma_squared_prime(self, t: Tensor) -> Tensor:
+        return 2 * self._sigma(t) * self._sigma_prime(t)
 
     def alpha(self, t: T) -> T:
         """Scale of the data at time t."""
@@ -118,9 +111,9 @@ class Schedule(ABC):
         """Squared diffusion coefficient d sigma^2 / dt - 2 f sigma^2."""
 
         def g2(u: Tensor) -> Tensor:
-            # The derivative of sigma^2 and not 2 sigma sigma': at the data, VE and VP have sigma = 0 and sigma' infinite.
+            # The derivative of sigma^2 has its own method: at the data, VE and VP have sigma = 0 and sigma' infinite.
             drift = self._alpha_prime(u) / self._alpha(u)
-            return self._derivative(self._sigma_squared, u) - 2 * drift * self._sigma_squared(u)
+            return self._sigma_squared_prime(u) - 2 * drift * self._sigma_squared(u)
 
         return _on(g2, t)
 
@@ -130,6 +123,8 @@ class Schedule(ABC):
 
     def t_of_noise_to_signal(self, ratio: float) -> float:
         """The time at which sigma / alpha = `ratio`; ratio 0 gives ``t_data`` exactly."""
+        if ratio < 0:
+            raise ScheduleError(f"a noise level sigma/alpha cannot be negative, got {ratio:g}.")
         return self.t_data if ratio == 0 else self._t_of_ratio(ratio)
 
     def _t_of_ratio(self, ratio: float) -> float:
@@ -143,16 +138,42 @@ class Schedule(ABC):
         return bool(inside) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
 
     def config(self) -> dict[str, Any]:
-        """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
-        return {"type": type(self).__name__, **{k: v for k, v in values.items() if isinstance(v, int | float | str)}}
+        """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on.
+
+        These are the type and its parameters, and, where a parameter is no number and no text, what the schedule does.
+        """
+        kind = type(self)
+        known = "__dataclass_fields__" in vars(kind)  # of its own: a subclass may hold more than its parent's fields
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init} if known else {}  # type: ignore[arg-type]
+        plain = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
+        behaviour = {} if known and len(plain) == len(values) else self._behaviour()
+        return {"type": kind.__name__, **plain, **behaviour}
+
+    def _behaviour(self) -> dict[str, Any]:
+        """The ends, with values of lambda at five interior times, since functions themselves cannot be compared."""
+        times = torch.linspace(self.t_data, self.t_noise, 7, dtype=_F64, device="cpu")[1:-1]
+        samples = [float(f"{v:.9g}") for v in self._lam(times).tolist()]
+        return {"t_data": self.t_data, "t_noise": self.t_noise, "lam": samples}
 
 
 def _on(function: Callable[[Tensor], Tensor], t: T) -> T:
     """Apply a function of float64 tensors to a number or a tensor, and answer in kind."""
     if isinstance(t, Tensor):
         return function(t.to(_F64))
-    return float(function(torch.tensor(float(t), dtype=_F64)))
+    return float(function(torch.tensor(float(t), dtype=_F64, device="cpu")))
+
+
+def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The derivative of an elementwise function by autograd, in every grad mode."""
+    # An adaptive integrator's time may depend on the state: a gradient that reaches t must pass through here.
+    through = t.requires_grad and torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        u = t if through else t.detach().clone().requires_grad_(True)
+        value = function(u)
+        if not value.requires_grad:  # a constant, such as alpha = 1
+            return torch.zeros_like(u, requires_grad=False)
+        slope: Tensor = torch.autograd.grad(value.sum(), u, create_graph=through)[0]
+        return slope
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,12 @@ class EDM(Schedule):
 
     def _sigma(self, t: Tensor) -> Tensor:
         return t
+
+    def _alpha_prime(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def _sigma_prime(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
     def _lam(self, t: Tensor) -> Tensor:
         return -t.log()
@@ -192,6 +219,15 @@ class VE(Schedule):
     def _sigma_squared(self, t: Tensor) -> Tensor:
         return t
 
+    def _alpha_prime(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def _sigma_prime(self, t: Tensor) -> Tensor:
+        return 0.5 / t.sqrt()
+
+    def _sigma_squared_prime(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def _lam(self, t: Tensor) -> Tensor:
         return -0.5 * t.log()
 
@@ -202,22 +238,14 @@ class VE(Schedule):
         return ratio * ratio
 
 
-@dataclass(frozen=True)
-class VP(Schedule):
-    """Variance preserving with beta(t) = beta_0 + (beta_1 - beta_0) t linear on [0, 1] [Song et al. 2021].
+class _VariancePreserving(Schedule):
+    """alpha^2 + sigma^2 = 1, from log alpha and its derivative."""
 
-    log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2 and sigma^2 = 1 - alpha^2.
-    """
+    @abstractmethod
+    def _log_alpha(self, t: Tensor) -> Tensor: ...
 
-    beta_0: float = 0.1
-    beta_1: float = 20.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta_0 < self.beta_1 < math.inf:
-            raise ScheduleError(f"VP needs 0 < beta_0 < beta_1, got beta_0={self.beta_0}, beta_1={self.beta_1}.")
-
-    def _log_alpha(self, t: Tensor) -> Tensor:
-        return -0.25 * (self.beta_1 - self.beta_0) * t * t - 0.5 * self.beta_0 * t
+    @abstractmethod
+    def _log_alpha_prime(self, t: Tensor) -> Tensor: ...
 
     def _alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp()
@@ -228,8 +256,44 @@ class VP(Schedule):
     def _sigma_squared(self, t: Tensor) -> Tensor:
         return -torch.expm1(2 * self._log_alpha(t))  # 1 - alpha^2, without cancellation near the data
 
+    def _alpha_prime(self, t: Tensor) -> Tensor:
+        return self._log_alpha_prime(t) * self._alpha(t)
+
+    def _sigma_prime(self, t: Tensor) -> Tensor:
+        return 0.5 * self._sigma_squared_prime(t) / self._sigma(t)
+
+    def _sigma_squared_prime(self, t: Tensor) -> Tensor:
+        return -2 * self._log_alpha_prime(t) * (2 * self._log_alpha(t)).exp()
+
     def _lam(self, t: Tensor) -> Tensor:
-        return _lam_vp(self._log_alpha(t))
+        log_alpha = self._log_alpha(t)
+        return log_alpha - 0.5 * (-torch.expm1(2 * log_alpha)).log()
+
+
+@dataclass(frozen=True)
+class VP(_VariancePreserving):
+    """Variance preserving with beta(t) = beta_0 + (beta_1 - beta_0) t linear on [0, 1] [Song et al. 2021].
+
+    log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2 and sigma^2 = 1 - alpha^2.
+    """
+
+    beta_0: float = 0.1
+    beta_1: float = 20.0
+
+    def __post_init__(self) -> None:
+        try:
+            for name in ("beta_0", "beta_1"):
+                object.__setattr__(self, name, float(getattr(self, name)))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ScheduleError(f"VP needs two numbers 0 < beta_0 < beta_1: {error}.") from error
+        if not 0 < self.beta_0 < self.beta_1 < math.inf:
+            raise ScheduleError(f"VP needs 0 < beta_0 < beta_1, got beta_0={self.beta_0}, beta_1={self.beta_1}.")
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * (self.beta_1 - self.beta_0) * t * t - 0.5 * self.beta_0 * t
+
+    def _log_alpha_prime(self, t: Tensor) -> Tensor:
+        return -0.5 * (self.beta_1 - self.beta_0) * t - 0.5 * self.beta_0
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         # The positive root of the quadratic log alpha(t) = -softplus(-2 lam) / 2, in the form that cancels nothing.
@@ -247,6 +311,12 @@ class Cosine(Schedule):
     def _sigma(self, t: Tensor) -> Tensor:
         return (math.pi / 2 * t).sin()
 
+    def _alpha_prime(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * self._sigma(t)
+
+    def _sigma_prime(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * self._alpha(t)
+
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return 2 / math.pi * (-lam).exp().atan()
 
@@ -261,6 +331,12 @@ class FlowMatching(Schedule):
     def _sigma(self, t: Tensor) -> Tensor:
         return t
 
+    def _alpha_prime(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def _sigma_prime(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def _lam(self, t: Tensor) -> Tensor:
         return torch.log1p(-t) - t.log()
 
@@ -268,11 +344,11 @@ class FlowMatching(Schedule):
         return torch.sigmoid(-lam)
 
     def _t_of_ratio(self, ratio: float) -> float:
-        return ratio / (1 + ratio)
+        return ratio / (1 + ratio) if ratio < math.inf else 1.0
 
 
 @dataclass(frozen=True)
-class Discrete(Schedule):
+class Discrete(_VariancePreserving):
     """Variance preserving on integer timesteps, from a table of alpha_bar = alpha^2; log alpha is linear in between.
 
     Parameters
@@ -289,19 +365,22 @@ class Discrete(Schedule):
     _ends_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.alphas_cumprod, dtype=_F64).detach().cpu().clone()
-        if (
-            table.ndim != 1
-            or len(table) < 2
-            or not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all())
-        ):
+        try:
+            # Tensors made in inference mode could not take part in a gradient later.
+            with torch.inference_mode(False):
+                table = torch.as_tensor(self.alphas_cumprod, dtype=_F64, device="cpu").detach().clone()
+                log_alpha = torch.cat([torch.zeros(1, dtype=_F64, device="cpu"), 0.5 * table.flatten().log()])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ScheduleError(f"Discrete needs alphas_cumprod as a tensor or a list of numbers: {error}.") from error
+        decreasing = table.ndim == 1 and len(table) > 1 and bool((table.diff() < 0).all())
+        if not decreasing or not bool(((table > 0) & (table < 1)).all()):
             raise ScheduleError(
                 "Discrete needs alphas_cumprod: at least two numbers within (0, 1), decreasing with the timestep. "
                 "A table that ends in 0 (zero terminal SNR) needs its last entry dropped or replaced by a small number."
             )
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "t_noise", float(len(table) - 1))
-        object.__setattr__(self, "_knots", torch.cat([torch.zeros(1, dtype=_F64), 0.5 * table.log()]))
+        object.__setattr__(self, "_knots", log_alpha)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Discrete) and torch.equal(self.alphas_cumprod, other.alphas_cumprod)
@@ -309,23 +388,19 @@ class Discrete(Schedule):
     def __hash__(self) -> int:
         return hash(self.config()["table"])
 
-    def _log_alpha(self, t: Tensor) -> Tensor:
+    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The timestep at or before t, log alpha there, and its slope from there on."""
         knots: Tensor = self._knots.to(t.device)  # type: ignore[attr-defined]  # set in __post_init__
-        i = t.detach().floor().clamp(-1, len(knots) - 3).long() + 1
-        left = knots[i]
-        return left + (t - (i - 1)) * (knots[i + 1] - left)
+        # A time that is no number has no timestep; log alpha becomes nan by the time itself.
+        i = t.detach().nan_to_num().floor().clamp(-1, len(knots) - 3).long() + 1
+        return i - 1, knots[i], knots[i + 1] - knots[i]
 
-    def _alpha(self, t: Tensor) -> Tensor:
-        return self._log_alpha(t).exp()
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        before, left, slope = self._piece(t)
+        return left + (t - before) * slope
 
-    def _sigma(self, t: Tensor) -> Tensor:
-        return self._sigma_squared(t).sqrt()
-
-    def _sigma_squared(self, t: Tensor) -> Tensor:
-        return -torch.expm1(2 * self._log_alpha(t))  # 1 - alpha^2, without cancellation near the data
-
-    def _lam(self, t: Tensor) -> Tensor:
-        return _lam_vp(self._log_alpha(t))
+    def _log_alpha_prime(self, t: Tensor) -> Tensor:
+        return self._piece(t)[2]
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         knots: Tensor = self._knots.to(lam.device)  # type: ignore[attr-defined]
@@ -366,19 +441,12 @@ class FromFunctions(Schedule):
         # An end is returned as itself, not as the last midpoint before it.
         t = (data + noise) / 2
         t = torch.where(lam >= self._lam(torch.full_like(lam, self.t_data)), torch.full_like(lam, self.t_data), t)
-        return torch.where(lam <= self._lam(torch.full_like(lam, self.t_noise)), torch.full_like(lam, self.t_noise), t)
+        t = torch.where(lam <= self._lam(torch.full_like(lam, self.t_noise)), torch.full_like(lam, self.t_noise), t)
+        return torch.where(lam.isnan(), lam, t)
 
     def config(self) -> dict[str, Any]:
-        """Name and ends, with values of lambda at five interior times, since functions themselves cannot be compared."""
-        times = torch.linspace(self.t_data, self.t_noise, 7, dtype=_F64)[1:-1]
-        samples = [float(f"{v:.9g}") for v in self._lam(times).tolist()]
-        return {
-            "type": "FromFunctions",
-            "name": self.name,
-            "t_data": self.t_data,
-            "t_noise": self.t_noise,
-            "lam": samples,
-        }
+        """Name, ends, and values of lambda in between."""
+        return {"type": "FromFunctions", "name": self.name, **self._behaviour()}
 
 
 def from_functions(
@@ -400,11 +468,23 @@ def from_functions(
     ------
     ScheduleError : the values are not finite and non-negative, or sigma/alpha does not increase towards the noise.
     """
+    if not callable(alpha) or not callable(sigma):
+        raise ScheduleError(f"alpha and sigma must be functions of a float64 tensor, got {alpha!r} and {sigma!r}.")
     schedule = FromFunctions(alpha, sigma, float(t_data), float(t_noise), name)
-    times = torch.linspace(schedule.t_data, schedule.t_noise, 129, dtype=_F64)
-    a, s = schedule._alpha(times), schedule._sigma(times)
-    if a.shape != times.shape or s.shape != times.shape or a.dtype != _F64 or s.dtype != _F64:
+    times = torch.linspace(schedule.t_data, schedule.t_noise, 129, dtype=_F64, device="cpu")
+    try:
+        a, s = alpha(times), sigma(times)
+        slopes = _derivative(alpha, times), _derivative(sigma, times)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ScheduleError(
+            f"alpha and sigma must be torch functions of a float64 tensor that autograd can follow: {error}."
+        ) from error
+    if any(v.shape != times.shape or v.dtype != _F64 for v in (a, s)):
         raise ScheduleError("alpha and sigma must map a float64 tensor to a float64 tensor of the same shape.")
+    if any(bool((v != v[0]).any()) and not bool(slope.any()) for v, slope in zip((a, s), slopes, strict=True)):
+        raise ScheduleError(
+            "alpha and sigma must be torch functions: autograd finds no dependence on t in one of them."
+        )
     if not bool(torch.isfinite(a).all() and torch.isfinite(s).all() and (a >= 0).all() and (s >= 0).all()):
         raise ScheduleError("alpha and sigma must be finite and non-negative between t_data and t_noise.")
     lam = schedule._lam(times)
@@ -413,26 +493,30 @@ def from_functions(
     return schedule
 
 
-def schedule_from_config(config: dict[str, Any], alphas_cumprod: Tensor | None = None) -> Schedule:
+def schedule_from_config(config: Mapping[str, Any], alphas_cumprod: Tensor | None = None) -> Schedule:
     """The schedule that :meth:`Schedule.config` described; a discrete one needs its table.
 
     Raises
     ------
-    ScheduleError : an unknown type, or one made of functions, which only its owner can supply.
+    ScheduleError : an unknown type, or one made of functions, which only its owner can supply; parameters of another type
+        of schedule; a table other than the one described.
     """
     kinds: dict[str, type[Schedule]] = {"EDM": EDM, "VE": VE, "VP": VP, "Cosine": Cosine, "FlowMatching": FlowMatching}
     kind = config.get("type")
     if kind == "Discrete" and alphas_cumprod is not None:
-        return Discrete(alphas_cumprod)
-    if kind not in kinds:
+        schedule: Schedule = Discrete(alphas_cumprod)
+    elif isinstance(kind, str) and kind in kinds:
+        try:
+            schedule = kinds[kind](**{k: v for k, v in config.items() if k != "type"})
+        except TypeError as error:
+            raise ScheduleError(f"not the parameters of a {kind} schedule: {error}.") from error
+    else:
         raise ScheduleError(f"a schedule of type {kind!r} cannot be rebuilt from its description: pass schedule=.")
-    return kinds[kind](**{k: v for k, v in config.items() if k != "type"})
+    if schedule.config() != dict(config):
+        raise ScheduleError(f"the schedule was described as {dict(config)}, and what was made is {schedule.config()}.")
+    return schedule
 
 
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + e^x) to full precision (torch's own switches to the identity at 20, which costs 2e-9)."""
     return F.softplus(x, threshold=700.0)
-
-
-def _lam_vp(log_alpha: Tensor) -> Tensor:
-    return log_alpha - 0.5 * (-torch.expm1(2 * log_alpha)).log()

@@ -17,6 +17,7 @@ from .unet import EDMDenoiser, UNet
 __all__ = ["DIGITS_WEIGHTS", "digits", "digits_data", "load_denoiser", "save_denoiser", "train_digits"]
 
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "digits.safetensors"
+DIGITS_SOURCE = "scikit-learn load_digits: 1797 images of 8x8, scaled to [-1, 1]; a seeded tenth held out"
 
 
 def digits() -> EDMDenoiser:
@@ -67,9 +68,10 @@ def load_denoiser(path: str | os.PathLike[str]) -> EDMDenoiser:
     tensors, header = read_tensors(path, "denoiser")
     try:
         config = header["config"]
-        network = UNet(**{**config["network"], "channels": tuple(config["network"]["channels"])})
-        denoiser = EDMDenoiser(network, config["sigma_data"], tuple(config["state_shape"]))
+        with torch.device("cpu"):  # whatever the default device is
+            network = UNet(**{**config["network"], "channels": tuple(config["network"]["channels"])})
+            denoiser = EDMDenoiser(network, config["sigma_data"], tuple(config["state_shape"]))
         denoiser.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error
     return denoiser.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import InputError
 from .unet import EDMDenoiser
 
 __all__ = ["TrainingOptions", "TrainingResult", "edm_loss", "train_edm"]
@@ -42,6 +43,10 @@ class TrainingOptions:
     label_dropout: float = 0.15
     ema: float = 0.999
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise InputError(f"training needs at least one step and one image a step, got {self.steps}, {self.batch}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-ready values."""
@@ -86,7 +91,8 @@ def train_edm(
     build : function without arguments that makes the :class:`EDMDenoiser`; called after the seed is set.
     images, labels : all data, [N, C, H, W] float32 and [N] int64; a seeded share `held_out` is kept for the report.
     """
-    with torch.random.fork_rng(devices=[]):
+    # All numbers are drawn on the CPU: the same ones wherever the network is trained.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(options.seed)
         denoiser: EDMDenoiser = build().to(device).train()
         order = torch.randperm(len(images))

@@ -56,9 +56,9 @@ class _Digits(Setting):
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
         """Labels and noise from one generator."""
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(10, (n,), generator=generator)
-        x = self.sigma_max * torch.randn((n, 1, 8, 8), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        labels = torch.randint(10, (n,), generator=generator, device="cpu")
+        x = self.sigma_max * torch.randn((n, 1, 8, 8), generator=generator, device="cpu")
         ode = ProbabilityFlowODE(
             self._model.to(device),
             self.schedule,
@@ -82,13 +82,14 @@ class _ClosedForm(Setting):
         """States from the true marginal at `sigma_max`."""
         if guidance_scale != 1.0:
             raise InputError(f"{self.name} has no conditions to guide by: leave the guidance scale at 1.")
-        generator = torch.Generator().manual_seed(seed)
-        x = self.problem.noisy(n, self.schedule, self.schedule.t_of_noise_to_signal(self.sigma_max), generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        with torch.device("cpu"):
+            x = self.problem.noisy(n, self.schedule, self.schedule.t_of_noise_to_signal(self.sigma_max), generator)
         return self.problem.ode(self.schedule), x.to(device)
 
 
 def _mixture(dimension: int, components: int) -> Mixture:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     means = torch.randn((components, dimension), generator=generator, dtype=torch.float64)
     stds = 0.1 + 0.2 * torch.rand((components, dimension), generator=generator, dtype=torch.float64)
     return Mixture(torch.ones(components, dtype=torch.float64), means, stds)
@@ -113,7 +114,8 @@ def get_setting(name: str) -> Setting:
     ------
     UnknownNameError : another name.
     """
-    return _build(name)
+    with torch.device("cpu"):  # whatever the default device is
+        return _build(name)
 
 
 def setting_names() -> list[str]:

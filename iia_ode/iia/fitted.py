@@ -48,7 +48,7 @@ _SCHEMA: dict[str, Any] = {
         {
             **dict.fromkeys(("t", "s", "before", "after", "condition"), _NUMBER),
             **dict.fromkeys(("index", "rank"), int),
-            **dict.fromkeys(("values", "base_values", "corrections"), [_NUMBER]),
+            **{key: [_NUMBER] for key in ("values", "base_values", "corrections")},
             "symbols": [str],
         }
     ],
@@ -217,7 +217,8 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
     except (TypeError, ValueError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the schedule it was fitted on: {error}") from error
     if found.config() != config:
-        raise MismatchError(f"{str(path)!r} was fitted for schedule {_brief(config)}, not {_brief(found.config())}.")
+        error_type = FileFormatError if schedule is None else MismatchError
+        raise error_type(f"{str(path)!r} was fitted for schedule {_brief(config)}, not {_brief(found.config())}.")
     try:
         plan = _unpack(found, header["name"], header["code"], tensors)
     except (LookupError, TypeError, ValueError) as error:
@@ -261,16 +262,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
 
 def _misfit(value: Any, pattern: Any, where: str) -> str | None:
     """Where a JSON value first departs from its pattern (see _SCHEMA), in words."""
-    if not isinstance(value, type(pattern) if isinstance(pattern, dict | list) else pattern):
+    kind = type(pattern) if isinstance(pattern, dict | list) else pattern
+    if not isinstance(value, kind):
         return f"{where} is {value!r}"
+    parts: list[str | None] = []
     if isinstance(pattern, dict):
         if missing := sorted(pattern.keys() - value.keys()):
             return f"{where} lacks {', '.join(missing)}"
         parts = [_misfit(value[k], p, f"{where}.{k}") for k, p in pattern.items()]
     elif isinstance(pattern, list):
         parts = [_misfit(v, pattern[0], f"{where}[{k}]") for k, v in enumerate(value)]
-    else:
-        return None
     return next(filter(None, parts), None)
 
 
@@ -309,10 +310,10 @@ def _pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
 def _unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]) -> Plan:
     """The plan that :func:`_pack` took apart; every number and tensor has to find its place."""
     rest = dict(tensors)
-    grid, evaluation_times, numbers = (rest.pop(key) for key in ("grid", "times", "weights"))
-    if len(evaluation_times) and not schedule.covers(evaluation_times):
+    grid = rest.pop("grid")
+    if len(tensors["times"]) and not schedule.covers(tensors["times"]):
         raise ValueError("it evaluates the model outside its schedule.")
-    weights, times = iter(numbers.tolist()), iter(evaluation_times.tolist())
+    weights, times = (iter(rest.pop(key).tolist()) for key in ("weights", "times"))
     instructions: list[Evaluate | Combine] = []
     try:
         for k, item in enumerate(code, start=1):
@@ -328,8 +329,8 @@ def _unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[
                     raise ValueError(f"instruction {k} is {item!r}.")
     except StopIteration as error:
         raise ValueError("it has fewer weights or times than its instructions need.") from error
-    left = {"weights": list(weights), "times": list(times), **rest}
-    if surplus := [key for key, value in left.items() if len(value)]:
+    surplus = [key for key, numbers in (("weights", weights), ("times", times)) if next(numbers, None) is not None]
+    if surplus := [*surplus, *rest]:
         raise ValueError(f"its instructions do not use all of {', '.join(surplus)}.")
     return Plan(schedule, tuple(check_grid(schedule, grid)), tuple(instructions), name)
 

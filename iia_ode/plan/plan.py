@@ -208,7 +208,8 @@ class Plan:
         x : initial state, float32 or float64; it is not changed.
         trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last one.
         check_finite : note on the device whether each model output is finite, and read the notes once, after the loop.
-        callback : called as ``callback(k, t, state)`` at every grid point after the first.
+        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state is the run's own, to be
+            read and not written to.
         progress : show a bar over the evaluations.
 
         Raises
@@ -235,9 +236,9 @@ class Plan:
                 )
             p, q = next(factors)
             if (p, q) != (0.0, 1.0):
-                out = p * state + q * out
+                out = torch.mul(state, p).add_(out, alpha=q)
             if check_finite:
-                flags.append(torch.isfinite(out).all())
+                flags.append(_sum(out))
             bar.update()
             return out
 
@@ -276,7 +277,7 @@ class Plan:
                         )
 
     def _raise_if_not_finite(self, flags: list[Tensor], final: Tensor) -> None:
-        finite = torch.stack([*flags, torch.isfinite(final).all()]).tolist()
+        finite = torch.isfinite(torch.stack([*flags, _sum(final)])).tolist()
         if all(finite):
             return
         first = finite.index(False)
@@ -315,6 +316,11 @@ def run_code(
             for j in {*ins.reads, k}:
                 if last_use[j] == k and k < len(code):
                     del values[j]
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Finite exactly if all values are (in float64, where no sum of float32 overflows), in one pass and on the device."""
+    return values.detach().sum(dtype=torch.float64)
 
 
 def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:

@@ -182,15 +182,20 @@ def combine(
     terms: tuple[tuple[int, Weight], ...], constant: Tensor | None, read: Callable[[int], Tensor], like: Tensor
 ) -> Tensor:
     """The tensor of a linear combination, in the dtype and on the device of `like`; no vector is changed."""
-    total: Tensor | None = None
-    for index, weight in terms:
+    if not terms:
+        return torch.zeros_like(like) if constant is None else constant.to(like).expand_as(like).clone()
+    (index, weight), *rest = terms
+    total, fresh = read(index), False  # `fresh`: a tensor of our own, which may be written to
+    if isinstance(weight, Tensor):
+        total, fresh = weight.to(like) * total, True
+    elif weight != 1.0:
+        total, fresh = total * weight, True
+    for index, weight in rest:
         if isinstance(weight, Tensor):
-            part = weight.to(like) * read(index)
-            total = part if total is None else total + part
-        elif total is None:
-            total = read(index) if weight == 1.0 and len(terms) == 1 else read(index) * weight
-        else:  # total is fresh here: either a product or a sum
+            total = total + weight.to(like) * read(index)
+        elif fresh:
             total = total.add_(read(index), alpha=weight)
-    if total is None:
-        total = torch.zeros_like(like)
+        else:
+            total = torch.add(total, read(index), alpha=weight)
+        fresh = True
     return total if constant is None else total + constant.to(like)

@@ -74,16 +74,21 @@ class Solver(ABC):
         ------
         GridError : no number of levels gives that count; names the nearest counts that exist.
         """
-        counts = []
-        for n in range(1, max(1, nfe) + 2):
+        if not isinstance(nfe, int) or nfe < 1:
+            raise GridError(f"the number of evaluations must be a positive whole number, got {nfe!r}.")
+
+        def count(n: int) -> int:
             grid = make_grid(n)
-            count = self.plan(schedule, grid).nfe if len(grid) > 1 else 0
-            if count == nfe > 0:
-                return grid
-            counts.append(count)
-            if count > nfe:
-                break
-        near = [c for c in counts if c][-2:]
+            return trace(self, schedule, grid, consistent=False).nfe if len(grid) > 1 else 0
+
+        # Every level costs at least an evaluation, so the first count that is large enough is found by bisection.
+        low, high = 0, nfe + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if count(middle) >= nfe else (middle, high)
+        if count(high) == nfe:
+            return make_grid(high)
+        near = [c for c in (count(low) if low else 0, count(high)) if c]
         raise GridError(f"{self.name} cannot make exactly {nfe} evaluations on this family of grids; near it: {near}.")
 
     def options(self) -> dict[str, Any]:
