@@ -70,7 +70,9 @@ def integrate(
             return states
         # One call per interval: left alone, an adaptive method interpolates between its steps at a lower order than its
         # own, and its `step_t` is forgotten once a step happens to end on one (0.2.5).
-        asked, jumps = (torch.as_tensor(given.pop(k, ()), dtype=_F64).tolist() for k in ("step_t", "jump_t"))
+        asked, jumps = (
+            torch.as_tensor(given.pop(k, ()), dtype=_F64, device="cpu").tolist() for k in ("step_t", "jump_t")
+        )
         inside = {u for u in asked if min(times) < u < max(times)}
         nodes = sorted({*times, *inside}, reverse=times[0] > times[-1])
         found = {nodes[0]: y0}

@@ -64,7 +64,8 @@ def write_tensors(
     ------
     FileFormatError : the header is not plain JSON (a tensor, NaN or an object of another library in it).
     """
-    stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    # Copies, because safetensors refuses tensors that share memory, as two weights of a plan may.
+    stored = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     try:
         # Through JSON and back: the digest has to be of what a reader will see (lists for tuples, text for keys).
         body = json.loads(_dump({"format": FORMAT_VERSION, "kind": kind, **header}))

@@ -49,17 +49,16 @@ def _times(levels: Tensor, schedule: Schedule | None, to_data: bool) -> Tensor:
     schedule = EDM() if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise GridError(f"schedule must be a Schedule, such as iia_ode.VP(), got {schedule!r}.")
-    kind, (low, high) = type(schedule).__name__, sorted((schedule.t_data, schedule.t_noise))
-    if not schedule._ends_at_noise:
-        low, high = (-math.inf, high) if schedule.t_noise < schedule.t_data else (low, math.inf)
+    beyond = math.copysign(math.inf, schedule.t_noise - schedule.t_data)
+    low, high = sorted((schedule.t_data, schedule.t_noise if schedule._ends_at_noise else beyond))
     times = []
     for level in levels.tolist():
-        t = schedule.t_of_noise_to_signal(level)
-        if not low <= t <= high or not math.isclose(schedule.noise_to_signal(t), level, rel_tol=1e-6):
+        t = min(max(schedule.t_of_noise_to_signal(level), low), high)  # the level of an end itself may round beyond it
+        if not math.isclose(schedule.noise_to_signal(t), level, rel_tol=1e-6):
+            first, last = (schedule.noise_to_signal(end) for end in (schedule.t_data, schedule.t_noise))
             raise GridError(
-                f"the {kind} schedule does not reach sigma/alpha = {level:g}: it runs from "
-                f"{schedule.noise_to_signal(schedule.t_data):g} to {schedule.noise_to_signal(schedule.t_noise):g}; "
-                "choose sigma_min and sigma_max within."
+                f"the {type(schedule).__name__} schedule does not reach sigma/alpha = {level:g}, it goes from {first:g} "
+                f"to {last:g}: choose sigma_min and sigma_max in between."
             )
         times.append(t)
     return _tensor([*times, _data(schedule)] if to_data else times)

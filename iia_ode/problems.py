@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -38,7 +39,7 @@ class Problem(ABC):
     def noisy(self, n: int, schedule: Schedule, t: float, generator: torch.Generator | None = None) -> Tensor:
         """n draws of x_t = alpha x_0 + sigma eps, float64 [n, *shape]: initial states from the true marginal."""
         clean = self.sample(n, generator)
-        noise = torch.randn(clean.shape, dtype=_F64, generator=generator)
+        noise = torch.randn(clean.shape, dtype=_F64, device="cpu", generator=generator)
         return schedule.alpha(t) * clean + schedule.sigma(t) * noise
 
 
@@ -68,9 +69,15 @@ class Gaussian(Problem):
     """
 
     def __init__(self, mean: Tensor | float, variance: Tensor | float) -> None:
-        m, v = as_moments(mean, variance)
-        if not bool((v > 0).all()):
-            raise InputError("a Gaussian needs positive variances.")
+        try:
+            m, v = as_moments(mean, variance)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"a Gaussian needs a mean and a variance, tensors of one shape or numbers, got {_shape(mean)} and "
+                f"{_shape(variance)}."
+            ) from error
+        if not bool((v > 0).all() and torch.isfinite(m).all() and torch.isfinite(v).all()):
+            raise InputError("a Gaussian needs finite means and positive, finite variances.")
         self.mean: Tensor = m
         self.variance: Tensor = v
         self.shape = m.shape
@@ -82,7 +89,7 @@ class Gaussian(Problem):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, float64 [n, *shape]."""
-        noise = torch.randn((n, *self.shape), dtype=_F64, generator=generator)
+        noise = torch.randn((n, *self.shape), dtype=_F64, device="cpu", generator=generator)
         out: Tensor = self.mean + self.variance.sqrt() * noise
         return out
 
@@ -99,20 +106,31 @@ class Mixture(Problem):
     ----------
     weights : [K], positive; normalised here.
     means : [K, *shape].
-    stds : standard deviations, [K, *shape] or anything that broadcasts to it; zero is allowed (see :class:`Empirical`).
+    stds : standard deviations, not negative; zero is allowed (see :class:`Empirical`). They broadcast against
+        [K, *shape] from the right, as tensors do: one number, [*shape] for all components alike, or [K, 1, ...] for one
+        per component.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, stds: Tensor | float) -> None:
-        w, m = torch.as_tensor(weights, dtype=_F64), torch.as_tensor(means, dtype=_F64)
-        s = torch.as_tensor(stds, dtype=_F64)
-        if w.ndim != 1 or m.ndim < 2 or len(m) != len(w) or not bool((w > 0).all()):
+        try:
+            w, m, s = (torch.as_tensor(v, dtype=_F64, device="cpu") for v in (weights, means, stds))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"a mixture needs weights, means and stds as tensors of numbers: {error}.") from error
+        if w.ndim != 1 or m.ndim < 2 or len(m) != len(w) or not bool(((w > 0) & (w < math.inf)).all()):
             raise InputError(
                 f"a mixture needs positive weights [K] and means [K, *shape], got {list(w.shape)}, {list(m.shape)}."
             )
-        if s.ndim == 1 and len(s) == len(w):
-            s = s.reshape(-1, *[1] * (m.ndim - 1))
+        if not bool((s >= 0).all() and torch.isfinite(s).all() and torch.isfinite(m).all()):
+            raise InputError("a mixture needs finite means and finite standard deviations that are not negative.")
+        try:
+            variances = s.square().expand(m.shape)
+        except RuntimeError as error:
+            raise InputError(
+                f"stds of shape {list(s.shape)} do not broadcast against means {list(m.shape)}: give one number, "
+                f"{list(m.shape[1:])}, {[len(w)] + [1] * (m.ndim - 1)} or {list(m.shape)}."
+            ) from error
         self.log_weights, self.means, self.shape = (w / w.sum()).log(), m, m.shape[1:]
-        self.variances = s.square().expand(m.shape)
+        self.variances = variances
 
     def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """Posterior mean: the components' own denoisers, weighted by their responsibilities."""
@@ -128,7 +146,7 @@ class Mixture(Problem):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, float64 [n, *shape]."""
         pick = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        noise = torch.randn((n, *self.shape), dtype=_F64, generator=generator)
+        noise = torch.randn((n, *self.shape), dtype=_F64, device="cpu", generator=generator)
         return self.means[pick] + self.variances[pick].sqrt() * noise
 
 
@@ -136,7 +154,11 @@ class Empirical(Mixture):
     """A finite data set [K, *shape], every point equally likely: the denoiser that a perfectly overfitted network learns."""
 
     def __init__(self, data: Tensor) -> None:
-        points = torch.as_tensor(data, dtype=_F64)
+        points = torch.as_tensor(data, dtype=_F64, device="cpu")
         if points.ndim < 2 or len(points) < 1:
             raise InputError(f"a data set needs points [K, *shape], got shape {list(points.shape)}.")
-        super().__init__(torch.ones(len(points)), points, 0.0)
+        super().__init__(torch.ones(len(points), device="cpu"), points, 0.0)
+
+
+def _shape(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from matplotlib.figure import Figure
+from support import mixture
 
 import iia_ode as iia
 from iia_ode import plots
@@ -44,7 +45,7 @@ def test_on_the_digits_a_fit_beats_its_base_on_unseen_noise(digits, fitted, base
     assert digits.error(fitted, nfe) < digits.error(base, nfe)
 
 
-def test_a_comparison_is_reproducible_and_its_seed_matters(digits):
+def test_a_comparison_is_reproducible_and_its_seed_matters():
     def again(seed):
         return compare(get_setting("mixture"), ["iia-ddim"], [5], iia.grids.karras, samples=8, fit_samples=8, seed=seed)
 
@@ -102,6 +103,19 @@ def test_a_setting_draws_the_same_for_the_same_seed_and_starts_at_its_noise_leve
     ode.check_state_shape(x)
 
 
+@pytest.mark.parametrize("name", setting_names())
+def test_a_setting_draws_the_same_whatever_the_default_device(name):
+    expected = get_setting(name).draw(5, 3)[1]
+    torch.set_default_device("meta")
+    try:
+        ode, x = get_setting(name).draw(5, 3)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(x, expected)
+    assert all(v.device.type == "cpu" for v in ode.conditioning.values())
+    assert all(v.device.type == "cpu" for v in ode.model.state_dict().values())
+
+
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +162,40 @@ def test_compare_prints_a_table_and_writes_everything_it_made(tmp_path, capsys):
     assert iia.load(out / "fits" / "iia-edm-5.safetensors").nfe == 5
 
 
+def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, capsys):
+    def listed(*solvers):
+        status, printed, _ = run(
+            capsys, "compare", *SMALL, "--nfe", "5", "--solvers", ",".join(solvers), "--out", str(tmp_path)
+        )
+        assert status == 0
+        return set(printed.splitlines()[-1].removeprefix(f"written to {tmp_path}/: ").split(", "))
+
+    (tmp_path / "stale.csv").touch()
+    plain = {"compare.csv", "table.md", "compare.json", "compare.png"}
+    assert listed("ddim", "iia-ddim") == plain | {"fits/iia-ddim-5.safetensors"}
+    assert listed("ddim") == plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (["compare", "--out", "/dev/null/x"], "iia_ode.cli.compare"),
+        (["fit", "--out", "/dev/null/x"], "iia_ode.iia.IIA.fit"),
+        (["sample", "heun", "--out", "/dev/null/x"], "iia_ode.cli.sample"),
+        (["train", "digits", "--out", "/dev/null/x"], "iia_ode.cli.train_digits"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, monkeypatch, arguments, work):
+    def refuse(*_, **__):
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(work, refuse)
+    status, _, error = run(capsys, *arguments)
+    assert (status, len(error.splitlines())) == (2, 1)
+    assert "/dev/null" in error
+
+
 def test_compare_writes_a_picture_of_samples_where_they_are_images(tmp_path, capsys):
     small = ["--samples", "8", "--fit-samples", "8", "--nfe", "5", "--solvers", "ddim,heun"]
     assert run(capsys, "compare", *small, "--out", str(tmp_path))[0] == 0
@@ -172,6 +220,45 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
     ode, x = get_setting("mixture").draw(12, 1)
     stored = iia.files.read_tensors(out / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
+
+
+def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_path, capsys):
+    file = tmp_path / "a fit"
+    common = ["--setting", "mixture", "--samples", "12"]
+    assert run(capsys, "fit", *common, "--nfe", "5", "--sigma-max", "10", "--out", str(file))[0] == 0
+    assert run(capsys, "sample", str(file), *common, "--out", str(tmp_path))[0] == 0
+    setting = get_setting("mixture")
+    setting.sigma_max = 10.0
+    ode, x = setting.draw(12, 1)
+    stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
+    assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
+    for option in ("--nfe", "--rho", "--sigma-min", "--sigma-max"):
+        status, _, error = run(capsys, "sample", str(file), *common, option, "7")
+        assert status == 2
+        assert f"brings its own grid: leave out {option}, or fit again with it" in error
+
+
+def test_a_file_called_like_a_solver_does_not_stand_in_its_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heun").touch()
+    assert run(capsys, "sample", "heun", "--setting", "mixture", "--samples", "2")[0] == 0
+
+
+def test_a_given_smallest_level_is_used(tmp_path, capsys):
+    common = ["sample", "ddim", "--setting", "mixture", "--samples", "2", "--nfe", "3", "--out", str(tmp_path)]
+    assert run(capsys, *common, "--sigma-min", "1e-5")[0] == 0
+    assert iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[1]["grid"][-2:] == [1e-5, 0.0]
+
+
+def test_show_needs_no_schedule_and_its_plan_does(tmp_path, capsys):
+    mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
+    grid = iia.grids.karras(3, schedule=mine)
+    fit = iia.preset("iia-ddim").fit(mixture().ode(mine), grid, torch.randn(4, 4, dtype=torch.float64))
+    file = str(fit.save(tmp_path / "fit.safetensors"))
+    assert run(capsys, "show", file) == (0, f"{fit}\n", "")
+    status, printed, error = run(capsys, "show", file, "--plan")
+    assert (status, printed) == (2, "")
+    assert "pass schedule=" in error
 
 
 def test_sample_takes_a_registered_name_and_draws_a_picture(tmp_path, capsys):
@@ -202,23 +289,43 @@ def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
         (["bogus"], "No such command 'bogus'"),
         (["compare", "--solvers", "huen"], "unknown solver 'huen'. Did you mean 'heun'?"),
         (["compare", "--setting", "digit"], "unknown setting 'digit'. Did you mean 'digits'?"),
-        (["compare", "--nfe", "5,x"], "not a list of positive integers"),
-        (["compare", "--nfe", "0"], "not a list of positive integers"),
+        (["compare", "--nfe", "5,x"], "Invalid value for '--nfe': 'x' is not a valid integer"),
+        (["compare", "--nfe", "5,0"], "Invalid value for '--nfe': 0 is not in the range"),
+        (["compare", "--nfe", ""], "Invalid value for '--nfe'"),
         (["compare", "--device", "tpu9"], "cannot be used here"),
-        (["compare", *SMALL, "--rho", "-1"], "rho must be positive"),
+        (["compare", "--device", "meta"], "cannot be used here"),
+        (["compare", "--rho", "-1"], "Invalid value for '--rho': -1.0 is not in the range"),
+        (["compare", "--rho", "1e-5"], "use 0 for a log-SNR grid, or at least 0.1"),
+        (["compare", "--rho", "nan"], "'nan' is not a number"),
+        (["compare", "--guidance", "inf"], "Invalid value for '--guidance'"),
+        (["compare", "--sigma-min", "0"], "Invalid value for '--sigma-min': 0.0 is not in the range"),
+        (["compare", *SMALL, "--sigma-min", "90"], "needs 0 < sigma_min < sigma_max, got 90.0 and 80.0"),
+        (["compare", "--fit-samples", "-1"], "Invalid value for '--fit-samples'"),
+        (["compare", "--seed", "99999999999999999999999"], "Invalid value for '--seed'"),
+        (["compare", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["fit", "--out", "x", "--history", "-1"], "Invalid value for '--history'"),
+        (["fit", "--out", "x", "--substeps", "0"], "Invalid value for '--substeps'"),
+        (["fit", "--out", "x", "--chunk-size", "0"], "Invalid value for '--chunk-size'"),
+        (["fit", "--out", "x", "--nfe", "0"], "Invalid value for '--nfe'"),
+        (["sample", "heun", "--samples", "-1"], "Invalid value for '--samples'"),
+        (["train", "digits", "--steps", "0"], "Invalid value for '--steps'"),
+        (["train", "digits", "--steps", "-1"], "Invalid value for '--steps'"),
+        (["train", "digits", "--batch", "0"], "Invalid value for '--batch'"),
+        (["train", "bogus"], "No such command 'bogus'"),
         (["compare", *SMALL, "--guidance", "2"], "no conditions to guide by"),
-        (["compare", *SMALL, "--samples", "0"], "at least one"),
+        (["compare", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range"),
         (["fit"], "Missing option '--out'"),
         (["fit", "--preset", "iia-edn", "--out", "x"], "Did you mean 'iia-edm'"),
         (["fit", *SMALL[:2], "--nfe", "6", "--out", "x"], "cannot make exactly 6 evaluations"),
         (["sample", "iia-ddim"], "has to be fitted first: iia-ode fit --preset iia-ddim"),
         (["sample", "nothing.safetensors"], "no file 'nothing.safetensors'"),
         (["show", "nothing"], "no file 'nothing'"),
-        (["sample", "heun", "--setting", "mixture", "--nfe", "5", "--out", "/dev/null/x"], "Not a directory"),
+        (["sample", "heun", "--setting", "mixture", "--nfe", "5", "--out", "/dev/null/x"], "/dev/null"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_an_error_is_one_line_and_exit_status_2(capsys, arguments, text):
+def test_an_error_is_one_line_and_exit_status_2(capsys, monkeypatch, tmp_path, arguments, text):
+    monkeypatch.chdir(tmp_path)
     status, printed, error = run(capsys, *arguments)
     assert status == 2
     assert printed == ""
@@ -226,6 +333,30 @@ def test_an_error_is_one_line_and_exit_status_2(capsys, arguments, text):
     assert len(lines) == 1
     assert lines[0].startswith("iia-ode: error: ")
     assert text in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nadvice"), "OutOfMemoryError: CUDA out of memory."),
+        (RuntimeError("a device has gone\nadvice"), "RuntimeError: a device has gone"),
+        (MemoryError(), "MemoryError: out of memory"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else type(v).__name__,
+)
+def test_trouble_of_torch_is_one_line_too(capsys, monkeypatch, tmp_path, error, text):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("iia_ode.cli.compare", fail)
+    assert run(capsys, "compare", *SMALL, "--out", str(tmp_path)) == (2, "", f"iia-ode: error: {text}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"]])
+def test_a_group_without_a_command_prints_its_help(capsys, arguments):
+    status, printed, error = run(capsys, *arguments)
+    assert (status, error) == (0, "")
+    assert run(capsys, *arguments, "--help")[1] == printed
 
 
 def test_every_command_explains_itself(capsys):

@@ -1,18 +1,18 @@
 """The digits denoiser and its training."""
 
-import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 import iia_ode as iia
 from iia_ode.denoisers import EDMDenoiser, TrainingOptions, UNet, load_denoiser, save_denoiser
-from iia_ode.denoisers.pretrained import DIGITS_WEIGHTS
+from iia_ode.denoisers.pretrained import DIGITS_SOURCE, DIGITS_WEIGHTS
 from iia_ode.denoisers.training import train_edm
-from iia_ode.files import read_tensors
+from iia_ode.files import read_tensors, write_tensors
 
 LEVELS = [0.05, 0.5, 2.0]
 
@@ -154,10 +154,40 @@ def test_training_leaves_the_global_random_state_alone(data):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_file_that_does_not_fit_its_header_is_refused(tmp_path, model):
-    path = save_denoiser(tmp_path / "net.safetensors", model, {})
-    raw = path.read_bytes()
-    assert json.dumps([48, 72]).encode() in raw
-    path.write_bytes(raw.replace(json.dumps([48, 72]).encode(), json.dumps([40, 72]).encode()))
-    with pytest.raises(iia.FileFormatError, match="does not hold the network"):
+def test_training_for_no_steps_or_on_no_images_is_refused():
+    for options in ({"steps": 0}, {"batch": 0}, {"steps": -1}):
+        with pytest.raises(iia.InputError, match="at least one step and one image a step"):
+            TrainingOptions(**options)
+
+
+def test_training_draws_the_same_numbers_whatever_the_default_device(data):
+    expected = train(data, steps=1)
+    torch.set_default_device("meta")
+    try:
+        found = train(data, steps=1)
+    finally:
+        torch.set_default_device(None)
+    assert found.held_out_loss == expected.held_out_loss
+
+
+def test_the_file_says_what_training_would_write():
+    header = read_tensors(DIGITS_WEIGHTS, "denoiser")[1]
+    assert header["about"].keys() == {"data", "options", "train_loss", "held_out_loss"}
+    assert header["about"]["data"] == DIGITS_SOURCE
+
+
+def test_a_changed_weight_or_header_is_refused(tmp_path, model):
+    raw = save_denoiser(tmp_path / "net.safetensors", model, {}).read_bytes()
+    for damaged in (raw.replace(b"[48, 72]", b"[40, 72]"), raw[:-1] + bytes([raw[-1] ^ 1])):
+        (tmp_path / "net.safetensors").write_bytes(damaged)
+        with pytest.raises(iia.FileFormatError, match="checksum does not match"):
+            load_denoiser(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("channels", [[40, 72], [], "x", None, [-8], [7], [0, 0]])
+def test_a_file_that_does_not_fit_its_header_is_refused(tmp_path, model, channels):
+    config = {**model.config, "network": {**model.config["network"], "channels": channels}}
+    path = write_tensors(tmp_path / "net.safetensors", "denoiser", model.state_dict(), {"config": config})
+    with warnings.catch_warnings(), pytest.raises(iia.FileFormatError, match="does not hold the network"):
+        warnings.simplefilter("ignore")  # torch warns of layers without weights
         load_denoiser(path)

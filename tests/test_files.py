@@ -1,8 +1,12 @@
 """Files: what is saved comes back, what is wrong is refused, nothing is half written."""
 
+import contextlib
+import copy
 import json
 import os
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +18,13 @@ from support import ALL_SCHEDULES, ALPHAS_CUMPROD, mixture
 
 import iia_ode as iia
 from iia_ode.denoisers.pretrained import DIGITS_WEIGHTS
-from iia_ode.files import read_tensors, write_bytes, write_tensors
+from iia_ode.files import check_writable, read_tensors, write_bytes, write_tensors
 from iia_ode.iia import PRESETS
+from iia_ode.iia.fitted import describe
 from iia_ode.plan.plan import Combine, Evaluate
 
 F64 = torch.float64
+ROOT = Path(__file__).parent.parent
 
 
 def ode_on(schedule, **options):
@@ -78,11 +84,31 @@ def test_a_schedule_from_functions_has_to_be_given_and_has_to_be_the_same(tmp_pa
     mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
     other = iia.from_functions(lambda t: 1 - t * t, lambda t: t)
     path = fitted(mine).save(tmp_path / "fit.safetensors")
-    with pytest.raises(iia.FileFormatError, match="pass schedule="):
+    with pytest.raises(iia.FileFormatError, match=r"does not hold the schedule.*pass schedule=") as caught:
         iia.load(path)
+    assert "damaged" not in str(caught.value)
+    with pytest.raises(iia.InputError, match=r"must be a Schedule such as iia_ode.EDM\(\), got str"):
+        iia.load(path, schedule="EDM")
     with pytest.raises(iia.MismatchError, match="was fitted for schedule FromFunctions"):
         iia.load(path, schedule=other)
     assert iia.load(path, schedule=mine).nfe == 7
+
+
+def test_a_file_is_described_without_its_schedule_as_it_is_with_it(tmp_path):
+    for schedule in (iia.VP(), iia.Discrete(ALPHAS_CUMPROD), iia.from_functions(lambda t: 1 - t, lambda t: t)):
+        fit = fitted(schedule)
+        assert describe(fit.save(tmp_path / "fit.safetensors")) == str(fit)
+
+
+def test_a_citation_names_the_papers_of_the_method_and_of_its_base_as_the_references_do():
+    references = " ".join((ROOT / "docs" / "references.bib").read_text().split())
+    for name, keys in (("iia-edm", ["zhang2024iia", "karras2022edm"]), ("iia-ddim", ["zhang2024iia", "song2021ddim"])):
+        entries = fitted(name=name).citation().split("\n\n")
+        assert [e.splitlines()[0] for e in entries] == [f"@inproceedings{{{key}," for key in keys]
+        for line in (line for e in entries for line in e.splitlines()[1:-1]):
+            assert line.split("= ")[1] in references
+    midpoint = iia.IIA("midpoint", terms="biia-edm").fit(ode_on(iia.EDM()), iia.grids.karras(3), states(iia.EDM()))
+    assert midpoint.citation().count("@") == 1
 
 
 def test_weights_that_are_tensors_and_constants_come_back_too(tmp_path):
@@ -124,8 +150,10 @@ def test_another_prediction_type_or_guidance_scale_or_condition_or_shape_is_refu
     own = iia.preset("iia-ddim").fit(guided(2.0, y=torch.ones(6)), iia.grids.karras(3), x)
     with pytest.raises(iia.MismatchError, match=r"guidance_scale 2.0, and this ODE has 3.0"):
         iia.sample(guided(3.0, y=torch.ones(6)), x, solver=own)
-    with pytest.raises(iia.MismatchError, match=r"conditioning \['y'\], and this ODE has \['z'\]"):
+    with pytest.raises(iia.MismatchError, match=r"conditioning of shapes {'y': \[\]} a sample, .* has {'z': \[\]}"):
         iia.sample(guided(2.0, z=torch.ones(6)), x, solver=own)
+    with pytest.raises(iia.MismatchError, match=r"{'y': \[\]} a sample, and this ODE has {'y': \[3\]}"):
+        iia.sample(guided(2.0, y=torch.ones(6, 3)), x, solver=own)
     with pytest.raises(iia.MismatchError, match=r"states \[B, 4\], got \[6, 2, 2\]"):
         iia.sample(guided(2.0, y=torch.ones(6)), x.reshape(6, 2, 2), solver=own)
 
@@ -190,32 +218,114 @@ def test_a_file_of_another_kind_or_a_newer_format_is_refused(tmp_path):
 
 
 def rewrite(path, change):
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["iia_ode"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    header, tensors = contents(path)
     change(header, tensors)
     save_file(tensors, path, {"iia_ode": json.dumps(header)})
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda header, tensors: header.pop("code"),
-        lambda header, tensors: header["about"].pop("schedule"),
-        lambda header, tensors: header["code"].pop(),
-        lambda header, tensors: header["code"].append(["combine", [99], None]),
-        lambda header, tensors: header["reports"][0].update(unknown=1),
-        lambda header, tensors: tensors.pop("weights"),
-        lambda header, tensors: tensors.update(weights=tensors["weights"][:-1]),
-        lambda header, tensors: tensors.update(weights=tensors["weights"] * torch.nan),
-        lambda header, tensors: tensors.update(times=tensors["times"][:-1]),
-    ],
-)
-def test_a_damaged_header_or_tensor_is_refused(tmp_path, change):
-    path = fitted().save(tmp_path / "fit.safetensors")
-    rewrite(path, change)
-    with pytest.raises(iia.FileFormatError, match="damaged"):
-        iia.load(path)
+def contents(path):
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["iia_ode"])
+        return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+DELETED = object()
+REPLACEMENTS = [DELETED, None, 1, "x", [], {}, -1, 1.5, True, 1e300, [[]], {"type": "EDM"}]
+
+
+def places(node, path=()):
+    """The path to every node of a JSON value but itself."""
+    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        yield (*path, key)
+        yield from places(node[key], (*path, key))
+
+
+def mutations(header):
+    """The header with one node deleted or replaced, for every node and replacement that changes it."""
+    for path in places(header):
+        for value in REPLACEMENTS:
+            mutant = copy.deepcopy(header)
+            *above, key = path
+            parent = mutant
+            for k in above:
+                parent = parent[k]
+            if value is DELETED:
+                del parent[key]
+            elif json.dumps(parent[key]) == json.dumps(value):
+                continue
+            else:
+                parent[key] = value
+            yield mutant
+
+
+def tensor_mutations(tensors):
+    """The tensors with one of them gone, resized, retyped or changed in value, and with one too many."""
+    for name, value in tensors.items():
+        others = {k: v for k, v in tensors.items() if k != name}
+        yield others
+        yield {**tensors, f"{name}2": value.clone()}
+        bits = value.clone().view(torch.int64)
+        bits[-1] ^= 1
+        for changed in (
+            *(value * torch.nan, value * 1.5, value[:-1], value[:0], torch.cat([value, value[-1:]]), value[None]),
+            *(value.float(), value.long(), value.flip(0), bits, bits.view(F64), value.sum()),
+        ):
+            yield {**others, name: changed.contiguous()}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Header and tensors of a small file, and a path for its mutants."""
+    path = fitted(n=3).save(tmp_path_factory.mktemp("mutants") / "fit.safetensors")
+    return *contents(path), path
+
+
+def test_every_change_of_a_header_is_refused(stored):
+    header, tensors, path = stored
+    count = 0
+    for mutant in mutations(header):
+        save_file(tensors, path, {"iia_ode": json.dumps(mutant)})
+        with pytest.raises(iia.FileFormatError, match=r"damaged|holds a|format version"):
+            iia.load(path)
+        count += 1
+    assert count > 1000
+
+
+def test_every_change_of_a_tensor_is_refused(stored):
+    header, tensors, path = stored
+    for mutant in tensor_mutations(tensors):
+        save_file(mutant, path, {"iia_ode": json.dumps(header)})
+        with pytest.raises(iia.FileFormatError, match="damaged or edited: its checksum does not match"):
+            iia.load(path)
+
+
+def test_a_file_of_wrong_layout_is_refused_even_if_its_checksum_is_right(stored, monkeypatch):
+    """Such a file is no accident; still it loads as a fitted solver that can be shown and run, or is refused."""
+    header, tensors, path = stored
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    del header["sha256"]
+    ode, x = ode_on(iia.EDM()), states(iia.EDM())
+    refused = 0
+    for mutant, kept in [*((h, tensors) for h in mutations(header)), *((header, t) for t in tensor_mutations(tensors))]:
+        write_tensors(path, mutant.get("kind"), kept, {k: v for k, v in mutant.items() if k not in ("kind", "format")})
+        try:
+            fit = iia.load(path)
+        except iia.FileFormatError:
+            refused += 1
+            continue
+        assert str(fit)
+        with warnings.catch_warnings(), contextlib.suppress(iia.IIAError):
+            warnings.simplefilter("ignore", iia.FingerprintWarning)
+            iia.sample(ode, x, solver=fit)
+    assert refused > 1000
+
+
+def test_a_header_that_is_no_object_is_refused(stored):
+    _, tensors, path = stored
+    for text in ("", "{", "[]", "1", "null", '"x"', "NaN", "[" * 100_000, '{"format": NaN, "kind": "fitted solver"}'):
+        save_file(tensors, path, {"iia_ode": text})
+        with pytest.raises(iia.FileFormatError, match="damaged"):
+            iia.load(path)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -246,9 +356,10 @@ def test_a_header_that_is_not_plain_json_is_refused_before_anything_is_written(t
 
 def test_written_tensors_come_back_from_any_layout(tmp_path):
     tensor = torch.arange(12.0).reshape(3, 4).T
-    path = write_tensors(tmp_path / "new folder" / "x.safetensors", "test", {"t": tensor}, {"note": "ok"})
+    given = {"t": tensor, "shares its memory": tensor[1:], "expanded": torch.ones(1).expand(3)}
+    path = write_tensors(tmp_path / "new folder" / "x.safetensors", "test", given, {"note": "ok"})
     tensors, header = read_tensors(path, "test")
-    assert torch.equal(tensors["t"], tensor)
+    assert all(torch.equal(tensors[k], v) for k, v in given.items())
     assert header["note"] == "ok"
 
 
@@ -256,3 +367,58 @@ def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert write_bytes(tmp_path / "ours", b"").stat().st_mode == plain.stat().st_mode
+
+
+def test_writing_leaves_the_umask_alone_for_other_threads(tmp_path, monkeypatch):
+    def refuse(_):
+        raise AssertionError("the umask belongs to the whole process")
+
+    monkeypatch.setattr(os, "umask", refuse)
+    threads = [threading.Thread(target=write_bytes, args=(tmp_path / "same", b"x" * 1000)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.listdir(tmp_path) == ["same"]
+    assert (tmp_path / "same").read_bytes() == b"x" * 1000
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "file")
+    assert os.listdir(tmp_path / "new") == []
+    for path in (tmp_path, "/dev/null/file"):
+        with pytest.raises(OSError, match=r"Is a directory|File exists"):
+            check_writable(path)
+
+
+@pytest.fixture
+def meta_by_default():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_the_checksum_is_of_what_a_reader_sees(tmp_path):
+    header = {"tuple": (1, 2.0), "keys": {10: "a", 9: "b"}, "text": "naïve\n\ud83d\ude00"}
+    kinds = [torch.bool, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float32, F64]
+    tensors = {str(k): torch.arange(6).reshape(2, 3).to(k) for k in kinds}
+    tensors |= {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 3)}
+    again, read = read_tensors(write_tensors(tmp_path / "x.safetensors", "test", tensors, header), "test")
+    assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
+    assert read["tuple"] == [1, 2.0]
+    assert read["keys"] == {"9": "b", "10": "a"}
+
+
+def test_a_default_device_does_not_reach_files_and_networks(tmp_path, meta_by_default):
+    denoiser = iia.denoisers.digits()
+    assert {v.device.type for v in [*denoiser.state_dict().values(), denoiser.network.frequencies]} == {"cpu"}
+    assert denoiser(torch.zeros(1, 1, 8, 8, device="cpu"), torch.ones(1, device="cpu")).isfinite().all()
+    code = (Evaluate(0, 40.0, "data"), Combine(((0, 0.5), (1, 0.5)), None, step=1))
+    about = {**iia.load(saved_on_the_cpu(tmp_path)).about}
+    fit = iia.FittedSolver(iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine"), (), about)
+    assert iia.load(fit.save(tmp_path / "own.safetensors")).grid.tolist() == [40.0, 1.0]
+
+
+def saved_on_the_cpu(folder):
+    with torch.device("cpu"):
+        return fitted().save(folder / "fit.safetensors")

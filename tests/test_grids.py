@@ -97,6 +97,24 @@ def test_a_level_that_the_schedule_does_not_reach_is_a_grid_error():
     short = iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
     with pytest.raises(iia.GridError, match="80"):
         grids.karras(5, schedule=short)
+    with pytest.raises(iia.GridError, match="between"):
+        grids.karras(5, 0.01, 1000.0, schedule=DISCRETE)  # beyond timestep T - 1
+    with pytest.raises(iia.GridError, match="between"):
+        grids.log_snr(5, 0.01, 80.0, schedule=iia.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t))
+
+
+@pytest.mark.parametrize("schedule", [DISCRETE, iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)])
+def test_the_noisiest_level_of_a_schedule_is_within_its_reach(schedule):
+    grid = grids.karras(5, 0.01, schedule.noise_to_signal(schedule.t_noise), schedule=schedule)
+    close(grid[0], torch.tensor(schedule.t_noise, dtype=F64), rtol=1e-9)
+    assert schedule.covers(grid)
+
+
+def test_a_schedule_that_does_not_reach_the_data_needs_grids_without_it():
+    noisy = iia.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t)
+    with pytest.raises(iia.GridError, match="to_data=False"):
+        grids.karras(5, 0.2, 5.0, schedule=noisy)
+    assert len(grids.karras(5, 0.2, 5.0, schedule=noisy, to_data=False)) == 5
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------
@@ -171,7 +189,7 @@ def test_as_many_timesteps_as_the_table_has_are_all_of_them(spacing):
 
 
 @both_level_grids
-@pytest.mark.parametrize("n", [0, -3, 2.5, None])
+@pytest.mark.parametrize("n", [0, -3, 2.5, None, True, "5"])
 def test_a_grid_without_levels_is_a_grid_error(make, n):
     with pytest.raises(iia.GridError, match="at least one level"):
         make(n)
@@ -207,7 +225,7 @@ def test_a_quadratic_grid_through_negative_times_is_a_grid_error():
     assert grids.uniform(4, 1.0, -1.0).tolist() == [1.0, 0.5, 0.0, -0.5, -1.0]
 
 
-@pytest.mark.parametrize("n", [0, 1001, 2.0])
+@pytest.mark.parametrize("n", [0, 1001, 2.0, True])
 def test_more_timesteps_than_the_table_has_are_a_grid_error(n):
     with pytest.raises(iia.GridError, match="1 to 1000"):
         grids.discrete(n, DISCRETE)
@@ -216,3 +234,42 @@ def test_more_timesteps_than_the_table_has_are_a_grid_error(n):
 def test_an_unknown_spacing_is_a_grid_error_that_lists_the_known_ones():
     with pytest.raises(iia.GridError, match=r"'squared'.*'leading', 'trailing' or 'linspace'"):
         grids.discrete(10, DISCRETE, "squared")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"schedule": "VP"}, "schedule must be a Schedule"),
+        ({"sigma_min": "a"}, "sigma_min must be a number"),
+        ({"sigma_max": None}, "sigma_max must be a number"),
+        ({"rho": "seven"}, "rho must be a number"),
+        ({"rho": True}, "rho must be a number"),
+        ({"rho": 1e-5}, "too small"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind_are_a_grid_error_that_names_them(arguments, words):
+    with pytest.raises(iia.GridError, match=words):
+        grids.karras(5, **arguments)
+
+
+def test_timesteps_of_a_schedule_without_any_are_a_grid_error():
+    with pytest.raises(iia.GridError, match="Discrete"):
+        grids.discrete(4, iia.EDM())
+
+
+def test_counts_may_be_numpy_integers():
+    n = np.int64(4)
+    for make in (
+        lambda k: grids.karras(k),
+        lambda k: grids.discrete(k, DISCRETE),
+        lambda k: grids.uniform(k, 1.0, 0.0),
+    ):
+        assert torch.equal(make(n), make(4))
+
+
+@every_schedule
+def test_grids_stay_on_the_host_whatever_the_default_device(schedule):
+    expected = grids.karras(5, 0.01, 40.0, schedule=schedule)
+    with torch.device("meta"):
+        assert torch.equal(grids.karras(5, 0.01, 40.0, schedule=schedule), expected)

@@ -29,7 +29,9 @@ def normal_density(x_0: np.ndarray, mean: float, std: float) -> np.ndarray:
 
 def images() -> Mixture:
     """Two components in three dimensions of shape, with one width each."""
-    return Mixture(torch.tensor([1.0, 3.0]), normal(2, 1, 2, 3, seed=5), torch.tensor([0.3, 0.8], dtype=F64))
+    return Mixture(
+        torch.tensor([1.0, 3.0]), normal(2, 1, 2, 3, seed=5), torch.tensor([0.3, 0.8], dtype=F64).reshape(2, 1, 1, 1)
+    )
 
 
 ALL_PROBLEMS = {
@@ -278,7 +280,7 @@ def test_a_weight_that_is_not_positive_is_an_input_error(bad):
 
 
 def test_standard_deviations_of_another_shape_are_an_input_error():
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.InputError, match=r"stds of shape \[2, 4\]"):
         Mixture(torch.ones(2), torch.zeros(2, 3), torch.ones(2, 4))
 
 
@@ -286,3 +288,30 @@ def test_standard_deviations_of_another_shape_are_an_input_error():
 def test_a_data_set_without_points_is_an_input_error(points):
     with pytest.raises(iia.InputError, match=r"\[K, \*shape\]"):
         Empirical(points)
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
+def test_standard_deviations_that_are_none_are_an_input_error(bad):
+    with pytest.raises(iia.InputError, match="not negative"):
+        Mixture(torch.ones(2), torch.zeros(2, 3), torch.tensor([[1.0], [bad]]))
+
+
+def test_standard_deviations_broadcast_from_the_right_also_where_components_and_dimensions_are_as_many():
+    stds = torch.tensor([1.0, 2.0])
+    assert torch.equal(Mixture(torch.ones(2), torch.zeros(2, 2), stds).variances[0], stds.double().square())
+    assert torch.equal(Mixture(torch.ones(2), torch.zeros(2, 2), stds[:, None]).variances[:, 0], stds.double().square())
+    with pytest.raises(iia.InputError, match=r"\[2, 1\]"):
+        Mixture(torch.ones(2), torch.zeros(2, 3), stds)
+
+
+@pytest.mark.parametrize("make", [lambda: Gaussian("zero", 1.0), lambda: Mixture(None, torch.zeros(2, 3), 1.0)])
+def test_parameters_that_are_no_numbers_are_an_input_error(make):
+    with pytest.raises(iia.InputError, match="needs"):
+        make()
+
+
+def test_problems_stay_on_the_host_whatever_the_default_device():
+    with torch.device("meta"):
+        problems = Gaussian(0.0, 1.0), Mixture([1.0, 3.0], [[0.0], [1.0]], 0.5), Empirical([[0.0, 1.0]])
+        for problem in problems:
+            assert problem.noisy(3, iia.VP(), 0.5, generator()).device.type == "cpu"

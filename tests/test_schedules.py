@@ -4,11 +4,12 @@ import dataclasses
 import math
 from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ALPHAS_CUMPROD, EPS, F64, LAMS, close, every_schedule
+from support import ALPHAS_CUMPROD, EPS, F64, LAMS, close, every_schedule, gaussian, generator
 
 import iia_ode as iia
 from iia_ode.schedules import schedule_from_config
@@ -305,6 +306,10 @@ BAD_FUNCTIONS = {
     "another shape": (lambda t: torch.ones(1, dtype=F64), lambda t: t, 0.0, 1.0),
     "another dtype": (lambda t: 1 - t.float(), lambda t: t, 0.0, 1.0),
     "a number": (lambda t: 1.0, lambda t: t, 0.0, 1.0),
+    "no functions": (1, 2, 0.0, 1.0),
+    "of the math module": (lambda t: math.cos(t), lambda t: t, 0.0, 1.0),
+    "of numpy": (lambda t: torch.from_numpy(np.cos(t.numpy())), lambda t: t, 0.0, 1.0),
+    "cut off from t": (lambda t: 1 - t.detach(), lambda t: t, 0.0, 1.0),
 }
 
 
@@ -319,7 +324,8 @@ def test_functions_that_are_no_schedule_are_a_schedule_error(case):
 
 
 @pytest.mark.parametrize(
-    "betas", [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)]
+    "betas",
+    [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0), ("low", 20.0), (None, 1.0)],
 )
 def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
     with pytest.raises(iia.ScheduleError, match=r"beta_0.*beta_1"):
@@ -328,7 +334,21 @@ def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
 
 @pytest.mark.parametrize(
     "table",
-    [[0.9], [], [[0.9, 0.5]], [0.5, 0.9], [0.9, 0.9], [1.0, 0.5], [0.9, 0.0], [0.9, -0.1], [0.9, math.nan], [1.5, 0.5]],
+    [
+        [0.9],
+        [],
+        [[0.9, 0.5]],
+        [0.5, 0.9],
+        [0.9, 0.9],
+        [1.0, 0.5],
+        [0.9, 0.0],
+        [0.9, -0.1],
+        [0.9, math.nan],
+        [1.5, 0.5],
+        None,
+        0.5,
+        "x",
+    ],
     ids=str,
 )
 def test_an_impossible_table_is_a_schedule_error_that_says_what_is_needed(table):
@@ -380,6 +400,35 @@ def test_equal_parameters_make_equal_schedules_and_others_do_not():
     assert len({make() for make in makers * 2}) == len(makers)
 
 
+class Doubled(iia.VP):
+    """A schedule that is no dataclass of its own, with a parameter that its parent's fields do not hold."""
+
+    def __init__(self, speed: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "speed", speed)
+
+    def _log_alpha(self, t):
+        return super()._log_alpha(self.speed * t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(iia.EDM):
+    """A schedule with a parameter that is no number."""
+
+    scale: torch.Tensor
+
+    def _lam(self, t):
+        return -(self.scale * t).log()
+
+
+def test_no_parameter_is_dropped_from_a_description():
+    for number in (np.float32(0.25), np.float64(0.25), torch.tensor(0.25)):
+        assert iia.VP(number, 12).config() == iia.VP(0.25, 12.0).config() != iia.VP(0.5, 12.0).config()
+    assert Doubled(1.5).config() == Doubled(1.5).config() != Doubled(1.25).config()
+    one, two = (Scaled(torch.tensor(v, dtype=F64)) for v in (1.0, 2.0))
+    assert one.config() == Scaled(torch.tensor(1.0, dtype=F64)).config() != two.config()
+
+
 def test_the_description_of_functions_tells_two_schedules_apart():
     assert FLOW_LIKE.config() == iia.from_functions(lambda t: 1 - t, lambda t: t).config()
     assert FLOW_LIKE.config() != iia.from_functions(lambda t: 1 - t, lambda t: 0.5 * t).config()
@@ -396,3 +445,55 @@ def test_a_schedule_does_not_change_with_the_table_it_was_made_from():
 def test_schedules_are_immutable(schedule):
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.t_data = 0.5
+
+
+# ---- surroundings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["heun", "ddim"])
+@every_schedule
+def test_inference_mode_changes_no_bit(schedule, solver):
+    grid = iia.grids.karras(4, 0.01, 40.0, schedule=schedule)
+    ode, x = gaussian().ode(schedule), gaussian().noisy(2, schedule, float(grid[0]), generator())
+    expected = iia.sample(ode, x, grid, solver)
+    with torch.inference_mode():
+        assert torch.equal(iia.sample(ode, x, grid, solver), expected)
+        for name in ("alpha_prime", "sigma_prime", "f", "g2"):
+            inside = getattr(schedule, name)(grid[:-1].clone())
+            assert torch.equal(inside, getattr(schedule, name)(grid[:-1]))
+    assert torch.equal(getattr(schedule, name)(grid[:-1]), inside)
+
+
+@every_schedule
+def test_derivatives_carry_gradients_to_a_time_that_is_being_learned(schedule):
+    t, h = schedule.t_of_lam(0.3), 1e-5 * schedule.t_noise
+    for function in (schedule.alpha_prime, schedule.g2):
+        learned = torch.tensor(t, dtype=F64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(function(learned) + 0 * learned, learned)
+        difference = (function(t + h) - function(t - h)) / (2 * h)
+        close(gradient, difference, rtol=1e-6, atol=1e-6 * abs(function(t)) / t)
+    with torch.no_grad():
+        assert not schedule.g2(learned).requires_grad
+
+
+@every_schedule
+def test_numbers_stay_on_the_host_whatever_the_default_device(schedule):
+    expected = [getattr(schedule, m)(schedule.t_of_lam(0.25)) for m in METHODS[:-1]], schedule.config()
+    with torch.device("meta"):
+        found = [getattr(schedule, m)(schedule.t_of_lam(0.25)) for m in METHODS[:-1]], schedule.config()
+        assert iia.Discrete(ALPHAS_CUMPROD.tolist()) == DISCRETE
+        assert iia.from_functions(lambda t: 1 - t, lambda t: t).config() == FLOW_LIKE.config()
+    assert found == expected
+
+
+def test_a_table_read_in_inference_mode_serves_gradients_later():
+    with torch.inference_mode():
+        schedule = iia.Discrete(ALPHAS_CUMPROD.clone())
+    t = torch.tensor(10.5, dtype=F64, requires_grad=True)
+    schedule.sigma(t).backward()
+    close(t.grad, schedule.sigma_prime(10.5), rtol=16 * EPS)
+
+
+def test_a_negative_noise_level_is_a_schedule_error():
+    with pytest.raises(iia.ScheduleError, match="negative"):
+        iia.VP().t_of_noise_to_signal(-1.0)

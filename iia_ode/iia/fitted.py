@@ -262,7 +262,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
 
 def _misfit(value: Any, pattern: Any, where: str) -> str | None:
     """Where a JSON value first departs from its pattern (see _SCHEMA), in words."""
-    kind = type(pattern) if isinstance(pattern, dict | list) else pattern
+    kind: Any = type(pattern) if isinstance(pattern, dict | list) else pattern
     if not isinstance(value, kind):
         return f"{where} is {value!r}"
     parts: list[str | None] = []
