@@ -25,7 +25,9 @@ def test_its_table_is_the_one_in_the_documentation():
 
 
 def table():
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")
+    ]
     counts = [int(c) for c in rows[0][1:]]
     return {row[0]: dict(zip(counts, row[1:], strict=True)) for row in rows[2:]}
 

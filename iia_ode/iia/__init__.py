@@ -1,7 +1,7 @@
 """IIA: terms, targets, the least squares, fitting, and the fitted solver with its file."""
 
 from .fit import IIA, PRESETS, preset
-from .fitted import FittedSolver, StepReport, load
+from .fitted import FittedSolver, StepReport, describe, load
 from .lstsq import LeastSquares
 from .targets import Local, Substeps, Target
 from .terms import StepRecord, Term
@@ -17,6 +17,7 @@ __all__ = [
     "Substeps",
     "Target",
     "Term",
+    "describe",
     "load",
     "preset",
 ]

@@ -18,7 +18,7 @@ from ..plan.plan import run_code
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
 from ..solvers import Solver, get_solver
-from .fitted import FittedSolver, StepReport
+from .fitted import FittedSolver, StepReport, conditioning_shapes
 from .lstsq import LeastSquares, Solution
 from .targets import Numeric, Target, resolve_target
 from .terms import StepRecord, Term, Terms, resolve_terms
@@ -210,9 +210,6 @@ class IIA:
         return system.solve(ridge=self.ridge, noise=noise.sqrt())
 
     def _about(self, base: Solver, ode: ProbabilityFlowODE, x: Tensor, seed: int | None) -> dict[str, Any]:
-        shapes = {
-            k: list(v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__ for k, v in ode.conditioning.items()
-        }
         return {
             "library": __about__.__version__,
             "base": {"name": base.name, "options": base.options()},
@@ -223,7 +220,7 @@ class IIA:
             "schedule": ode.schedule.config(),
             "prediction": ode.prediction,
             "guidance_scale": ode.guidance_scale,
-            "conditioning": shapes,
+            "conditioning": conditioning_shapes(ode),
             "state_shape": list(x.shape[1:]),
             "state_dtype": str(x.dtype).removeprefix("torch."),
             "batch": len(x),
