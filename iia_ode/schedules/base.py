@@ -1,0 +1,156 @@
+"""The base class of noise schedules."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ScheduleError
+
+__all__ = ["Schedule", "derivative_of"]
+
+_F64 = torch.float64
+T = TypeVar("T", float, Tensor)
+
+
+class Schedule(ABC):
+    """A noise schedule.
+
+    A subclass gives ``_alpha`` and ``_sigma`` on float64 tensors and ``_t_of_lam``; ``_lam`` and the derivatives have
+    defaults, by autograd, and the schedules here their own, which are faster. Public methods take a number and return a
+    float, or take a tensor and return a float64 tensor of its shape on its device.
+
+    Attributes
+    ----------
+    t_data, t_noise : times at which the data (sigma = 0) and the noisiest state stand.
+    """
+
+    t_data: float = 0.0
+    t_noise: float = 1.0
+    _ends_at_noise: ClassVar[bool] = False  # whether nothing is known beyond t_noise
+
+    @abstractmethod
+    def _alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _t_of_lam(self, lam: Tensor) -> Tensor: ...
+
+    def _lam(self, t: Tensor) -> Tensor:
+        return self._alpha(t).log() - self._sigma(t).log()
+
+    def _sigma_squared(self, t: Tensor) -> Tensor:
+        return self._sigma(t) ** 2
+
+    def _alpha_prime(self, t: Tensor) -> Tensor:
+        return derivative_of(self._alpha, t)
+
+    def _sigma_prime(self, t: Tensor) -> Tensor:
+        return derivative_of(self._sigma, t)
+
+    def _sigma_squared_prime(self, t: Tensor) -> Tensor:
+        return 2 * self._sigma(t) * self._sigma_prime(t)
+
+    def alpha(self, t: T) -> T:
+        """Scale of the data at time t."""
+        return _on(self._alpha, t)
+
+    def sigma(self, t: T) -> T:
+        """Scale of the noise at time t."""
+        return _on(self._sigma, t)
+
+    def alpha_prime(self, t: T) -> T:
+        """d alpha / dt."""
+        return _on(self._alpha_prime, t)
+
+    def sigma_prime(self, t: T) -> T:
+        """d sigma / dt."""
+        return _on(self._sigma_prime, t)
+
+    def lam(self, t: T) -> T:
+        """Half-log-SNR log(alpha/sigma): +inf at the data, -inf where alpha = 0."""
+        return _on(self._lam, t)
+
+    def t_of_lam(self, lam: T) -> T:
+        """The time whose half-log-SNR is `lam`: the inverse of :meth:`lam`."""
+        return _on(self._t_of_lam, lam)
+
+    def f(self, t: T) -> T:
+        """Drift coefficient d log alpha / dt."""
+        return _on(lambda u: self._alpha_prime(u) / self._alpha(u), t)
+
+    def g2(self, t: T) -> T:
+        """Squared diffusion coefficient d sigma^2 / dt - 2 f sigma^2."""
+
+        def g2(u: Tensor) -> Tensor:
+            # The derivative of sigma^2 has its own method: at the data, VE and VP have sigma = 0 and sigma' infinite.
+            drift = self._alpha_prime(u) / self._alpha(u)
+            return self._sigma_squared_prime(u) - 2 * drift * self._sigma_squared(u)
+
+        return _on(g2, t)
+
+    def noise_to_signal(self, t: T) -> T:
+        """sigma / alpha, the noise level of x / alpha: EDM's sigma for every schedule; 0 at the data."""
+        return _on(lambda u: self._sigma(u) / self._alpha(u), t)
+
+    def t_of_noise_to_signal(self, ratio: float) -> float:
+        """The time at which sigma / alpha = `ratio`; ratio 0 gives ``t_data`` exactly."""
+        if ratio < 0:
+            raise ScheduleError(f"a noise level sigma/alpha cannot be negative, got {ratio:g}.")
+        return self.t_data if ratio == 0 else self._t_of_ratio(ratio)
+
+    def _t_of_ratio(self, ratio: float) -> float:
+        return self.t_of_lam(-math.log(ratio))
+
+    def covers(self, t: Tensor) -> bool:
+        """Whether the schedule is defined at all times t: none beyond the data, and none that is not a number."""
+        towards_noise = math.copysign(1.0, self.t_noise - self.t_data)
+        levels = torch.stack([self.alpha(t), self.sigma(t)])
+        inside = ((t - self.t_data) * towards_noise >= 0).all() and (torch.isfinite(levels) & (levels >= 0)).all()
+        return bool(inside) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
+
+    def config(self) -> dict[str, Any]:
+        """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on.
+
+        These are the type and its parameters, and, where a parameter is no number and no text, what the schedule does.
+        """
+        kind = type(self)
+        known = "__dataclass_fields__" in vars(kind)  # of its own: a subclass may hold more than its parent's fields
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init} if known else {}  # type: ignore[arg-type]
+        plain = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
+        behaviour = {} if known and len(plain) == len(values) else self._behaviour()
+        return {"type": kind.__name__, **plain, **behaviour}
+
+    def _behaviour(self) -> dict[str, Any]:
+        """The ends, with values of lambda at five interior times, since functions themselves cannot be compared."""
+        times = torch.linspace(self.t_data, self.t_noise, 7, dtype=_F64, device="cpu")[1:-1]
+        samples = [float(f"{v:.9g}") for v in self._lam(times).tolist()]
+        return {"t_data": self.t_data, "t_noise": self.t_noise, "lam": samples}
+
+
+def _on(function: Callable[[Tensor], Tensor], t: T) -> T:
+    """Apply a function of float64 tensors to a number or a tensor, and answer in kind."""
+    if isinstance(t, Tensor):
+        return function(t.to(_F64))
+    return float(function(torch.tensor(float(t), dtype=_F64, device="cpu")))
+
+
+def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The derivative of an elementwise function by autograd, in every grad mode."""
+    # An adaptive integrator's time may depend on the state: a gradient that reaches t must pass through here.
+    through = t.requires_grad and torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        u = t if through else t.detach().clone().requires_grad_(True)
+        value = function(u)
+        if not value.requires_grad:  # a constant, such as alpha = 1
+            return torch.zeros_like(u, requires_grad=False)
+        slope: Tensor = torch.autograd.grad(value.sum(), u, create_graph=through)[0]
+        return slope
