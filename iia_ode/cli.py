@@ -213,7 +213,9 @@ def compare_command(
     written = _write_comparison(result, chosen.is_image, out)
     click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
     click.echo(result.table())
-    click.echo(f"\nwritten to {out}/: {', '.join(str(p.relative_to(out)) for p in written)}")
+    fits = sum(p.parent != out for p in written)
+    names = [p.name for p in written if p.parent == out] + ([f"fits/*.safetensors ({fits})"] if fits else [])
+    click.echo(f"\nwritten to {out}/: {', '.join(names)}")
 
 
 def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Path]:
