@@ -6,9 +6,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
@@ -21,17 +22,16 @@ from .__about__ import __version__
 from .denoisers import TrainingOptions, save_denoiser, train_digits
 from .denoisers.pretrained import DIGITS_SOURCE, DIGITS_WEIGHTS
 from .errors import IIAError, MissingDependencyError
-from .experiments import Comparison, compare, get_setting, setting_names
+from .experiments import Comparison, Setting, batch_seed, compare, get_setting, setting_names
 from .files import check_writable, write_bytes, write_tensors
 from .iia import PRESETS, FittedSolver, load, preset
 from .iia.fitted import describe
 from .integrate import sample, torchdiffeq_methods
+from .ode import ProbabilityFlowODE
 from .plots import error_against_nfe, image_grid, sample_panels, save_figure
 from .solvers import Solver, get_solver, solver_names
 
 __all__ = ["cli", "main"]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _MANY = 10_000_000  # beyond this a count is a slip of the finger, and would end in a kill for lack of memory
 
@@ -81,50 +81,71 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-def _common(command: F) -> F:
-    """Options that every command on a model has."""
-    options = [
-        click.option("--setting", default="digits", show_default=True, help=f"Model: {', '.join(setting_names())}."),
-        click.option(
-            "--guidance",
-            type=_Range(-1e3, 1e3),
-            default=1.0,
-            show_default=True,
-            help="Scale of classifier-free guidance.",
-        ),
-        click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of noise and labels."),
-        click.option("--device", default="cpu", show_default=True, callback=_device, help="Where the model runs."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+_MODEL_OPTIONS = [
+    click.option("--setting", default="digits", show_default=True, help=f"Model: {', '.join(setting_names())}."),
+    click.option(
+        "--guidance",
+        type=_Range(-1e3, 1e3),
+        default=1.0,
+        show_default=True,
+        help="Scale of classifier-free guidance.",
+    ),
+    click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of noise and labels."),
+    click.option("--device", default="cpu", show_default=True, callback=_device, help="Where the model runs."),
+    click.option(
+        "--rho",
+        type=_Range(0, 1e3),
+        default=7.0,
+        show_default=True,
+        callback=_rho,
+        help="Karras grid exponent; 0 for a log-SNR grid.",
+    ),
+    click.option("--sigma-min", type=_LEVEL, help="Last positive noise level [default: the setting's]."),
+    click.option("--sigma-max", type=_LEVEL, help="First noise level [default: the setting's]."),
+]
 
 
-def _grid_options(command: F) -> F:
-    options = [
-        click.option(
-            "--rho",
-            type=_Range(0, 1e3),
-            default=7.0,
-            show_default=True,
-            callback=_rho,
-            help="Karras grid exponent; 0 for a log-SNR grid.",
-        ),
-        click.option("--sigma-min", type=_LEVEL, help="Last positive noise level [default: the setting's]."),
-        click.option("--sigma-max", type=_LEVEL, help="First noise level [default: the setting's]."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+@dataclass(frozen=True)
+class _Job:
+    """What `_MODEL_OPTIONS` say: a model, its noise and a family of grids."""
+
+    setting: Setting
+    guidance: float
+    seed: int
+    device: str
+    rho: float
+    sigma_min: float | None
+
+    def family(self) -> Callable[[int], Tensor]:
+        """From a number of levels to a grid."""
+        low = self.setting.sigma_min if self.sigma_min is None else self.sigma_min
+        levels: dict[str, Any] = {
+            "sigma_min": low,
+            "sigma_max": self.setting.sigma_max,
+            "schedule": self.setting.schedule,
+        }
+        return partial(grids.karras, rho=self.rho, **levels) if self.rho else partial(grids.log_snr, **levels)
+
+    def draw(self, samples: int, *, unseen: bool) -> tuple[ProbabilityFlowODE, Tensor]:
+        """Initial states for a fit, or such as no fit has seen."""
+        seed = batch_seed(self.seed, unseen=unseen)
+        return self.setting.draw(samples, seed, guidance_scale=self.guidance, device=self.device)
 
 
-def _grid_family(setting: Any, rho: float, sigma_min: float | None, sigma_max: float | None) -> Callable[[int], Tensor]:
-    if sigma_max is not None:
-        setting.sigma_max = sigma_max
-    low, high = setting.sigma_min if sigma_min is None else sigma_min, setting.sigma_max
-    if rho == 0:
-        return partial(grids.log_snr, sigma_min=low, sigma_max=high, schedule=setting.schedule)
-    return partial(grids.karras, sigma_min=low, sigma_max=high, rho=rho, schedule=setting.schedule)
+def _on_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `_MODEL_OPTIONS`, and hand them to it as one `_Job`."""
+
+    @wraps(command)
+    def run(setting: str, sigma_max: float | None, **options: Any) -> None:
+        own = {name: options.pop(name) for name in ("guidance", "seed", "device", "rho", "sigma_min")}
+        job = _Job(get_setting(setting), **own)
+        if sigma_max is not None:
+            job.setting.sigma_max = sigma_max
+        command(job, **options)
+
+    for option in reversed(_MODEL_OPTIONS):
+        run = option(run)
+    return run
 
 
 def _help_by_default(ctx: click.Context) -> None:
@@ -145,8 +166,7 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command("compare")
-@_common
-@_grid_options
+@_on_a_model
 @click.option(
     "--solvers",
     callback=_names,
@@ -174,13 +194,7 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/compare", show_default=True)
 def compare_command(
-    setting: str,
-    guidance: float,
-    seed: int,
-    device: str,
-    rho: float,
-    sigma_min: float | None,
-    sigma_max: float | None,
+    job: _Job,
     solvers: tuple[str, ...],
     nfe: tuple[int, ...],
     samples: int,
@@ -193,24 +207,22 @@ def compare_command(
     Prints a table and writes into --out: compare.csv, table.md, compare.json (what was run), compare.png, samples.png
     (images from the same noise, a panel per solver) and the fitted solvers.
     """
-    chosen = get_setting(setting)
-    family = _grid_family(chosen, rho, sigma_min, sigma_max)
     check_writable(out / "compare.csv")
     result = compare(
-        chosen,
+        job.setting,
         solvers,
         nfe,
-        family,
+        job.family(),
         samples=samples,
         fit_samples=fit_samples,
         target=target,
-        guidance_scale=guidance,
-        seed=seed,
-        device=device,
+        guidance_scale=job.guidance,
+        seed=job.seed,
+        device=job.device,
         progress=_interactive(),
         report=partial(tqdm.write, file=sys.stderr),
     )
-    written = _write_comparison(result, chosen.is_image, out)
+    written = _write_comparison(result, job.setting.is_image, out)
     click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
     click.echo(result.table())
     fits = sum(p.parent != out for p in written)
@@ -249,8 +261,7 @@ def _panels(result: Comparison) -> dict[str, Tensor]:
 
 
 @cli.command("fit")
-@_common
-@_grid_options
+@_on_a_model
 @click.option("--preset", "name", default="iia-edm", show_default=True, help=f"Method: {', '.join(PRESETS)}.")
 @click.option("--nfe", type=_NFE, default=9, show_default=True, help="Evaluations of the fitted solver.")
 @click.option("--samples", type=_COUNT, default=200, show_default=True, help="Initial states to fit on.")
@@ -260,13 +271,7 @@ def _panels(result: Comparison) -> dict[str, Tensor]:
 @click.option("--chunk-size", type=_COUNT, help="Samples that go through the model at once [default: all].")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
 def fit_command(
-    setting: str,
-    guidance: float,
-    seed: int,
-    device: str,
-    rho: float,
-    sigma_min: float | None,
-    sigma_max: float | None,
+    job: _Job,
     name: str,
     nfe: int,
     samples: int,
@@ -279,32 +284,23 @@ def fit_command(
     """Fit a preset of IIA to a model and save it as one safetensors file."""
     changes = {"history": history, "substeps": substeps, "target": target}
     method = preset(name, **{k: v for k, v in changes.items() if v is not None})
-    chosen = get_setting(setting)
-    family = _grid_family(chosen, rho, sigma_min, sigma_max)
-    grid = method.base_solver.grid_for(nfe, family, chosen.schedule)
+    grid = method.base_solver.grid_for(nfe, job.family(), job.setting.schedule)
     check_writable(out)
-    ode, x = chosen.draw(samples, 2 * seed, guidance_scale=guidance, device=device)
-    fit = method.fit(ode, grid, x, chunk_size=chunk_size, seed=seed, progress=_interactive())
+    ode, x = job.draw(samples, unseen=False)
+    fit = method.fit(ode, grid, x, chunk_size=chunk_size, seed=job.seed, progress=_interactive())
     fit.save(out)
     click.echo(str(fit))
     click.echo(f"\nwritten: {out}")
 
 
 @cli.command("sample")
-@_common
-@_grid_options
+@_on_a_model
 @click.argument("solver")
 @click.option("--nfe", type=_NFE, default=9, show_default=True, help="Evaluations, where the solver is a name.")
 @click.option("--samples", type=_COUNT, default=64, show_default=True, help="How many samples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/samples", show_default=True)
 def sample_command(
-    setting: str,
-    guidance: float,
-    seed: int,
-    device: str,
-    rho: float,
-    sigma_min: float | None,
-    sigma_max: float | None,
+    job: _Job,
     solver: str,
     nfe: int,
     samples: int,
@@ -314,26 +310,25 @@ def sample_command(
 
     Writes samples.safetensors and, where the samples are images, samples.png into --out.
     """
-    chosen = get_setting(setting)
     known = {*PRESETS, *solver_names()}
     method: Solver | FittedSolver
     if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
         _refuse_grid_options(solver)
         method = load(solver)
         grid, about = method.grid, {"solver": method.about | {"name": method.name}, "nfe": method.nfe}
-        chosen.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
+        job.setting.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
     elif solver in PRESETS:
         raise click.UsageError(f"{solver} has to be fitted first: iia-ode fit --preset {solver} --out FILE.safetensors")
     else:
         method = get_solver(solver)
-        grid = method.grid_for(nfe, _grid_family(chosen, rho, sigma_min, sigma_max), chosen.schedule)
+        grid = method.grid_for(nfe, job.family(), job.setting.schedule)
         about = {"solver": {"name": method.name}, "nfe": nfe, "grid": grid.tolist()}
     check_writable(out / "samples.safetensors")
-    ode, x = chosen.draw(samples, 2 * seed + 1, guidance_scale=guidance, device=device)
+    ode, x = job.draw(samples, unseen=True)
     final = sample(ode, x, grid, method, progress=_interactive())
-    about |= {"setting": setting, "seed": seed, "guidance_scale": guidance}
+    about |= {"setting": job.setting.name, "seed": job.seed, "guidance_scale": job.guidance}
     paths = [write_tensors(out / "samples.safetensors", "samples", {"samples": final}, about)]
-    if chosen.is_image:
+    if job.setting.is_image:
         try:
             paths.append(save_figure(image_grid(final), out / "samples.png"))
         except MissingDependencyError as error:

@@ -12,7 +12,7 @@ from ._torchdiffeq import integrate, torchdiffeq_methods
 from .errors import GridError, InputError, MismatchError, NonFiniteError, UnknownNameError, unknown_name
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
-from .plan import Plan, check_grid, check_state, trace
+from .plan import Plan, check_grid, check_start, trace
 from .solvers import Solver, get_solver, solver_names
 
 __all__ = ["odeint", "sample", "torchdiffeq_methods"]
@@ -91,13 +91,7 @@ def odeint(
 
 def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: object) -> Plan | None:
     """The plan of what was asked for; None means a method of torchdiffeq."""
-    if not isinstance(ode, ProbabilityFlowODE):
-        raise InputError(
-            f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
-            "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
-        )
-    check_state(x)
-    ode.check_state_shape(x)
+    check_start(ode, x)
     if isinstance(solver, FittedSolver):
         solver.check(ode, x)
         return _own_grid(solver.plan, grid)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ._torchdiffeq import integrate, is_adaptive, torchdiffeq_methods
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
-from .plan import check_grid, check_state
+from .plan import check_grid, check_start
 from .schedules import Schedule
 
 __all__ = ["Trajectory", "solve", "trajectory"]
@@ -155,13 +155,7 @@ def _span(
     ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float, method: str
 ) -> tuple[Schedule, list[float], float | None]:
     """The schedule, both times, and the time to stop at if the second is the data; all arguments checked."""
-    if not isinstance(ode, ProbabilityFlowODE):
-        raise InputError(
-            f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
-            "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
-        )
-    check_state(x)
-    ode.check_state_shape(x)
+    check_start(ode, x)
     if not is_adaptive(method):
         adaptive = [name for name in torchdiffeq_methods() if is_adaptive(name)]
         if method not in torchdiffeq_methods():

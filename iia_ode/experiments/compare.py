@@ -18,7 +18,7 @@ from ..integrate import sample
 from ..metrics import rmse_with_error
 from ..reference import solve
 from ..solvers import Solver, get_solver
-from .settings import Setting
+from .settings import Setting, batch_seed
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -135,9 +135,10 @@ def compare(
         raise InputError("compare needs at least one solver, one number of evaluations and one sample.")
     say = report or (lambda _: None)
     methods = {name: _method(name, target) for name in solvers}
-    # Even and odd seeds: no seed of one user's fit is the seed of another's test.
-    fit_ode, fit_x = setting.draw(fit_samples, 2 * seed, guidance_scale=guidance_scale, device=device)
-    ode, x = setting.draw(samples, 2 * seed + 1, guidance_scale=guidance_scale, device=device)
+    (fit_ode, fit_x), (ode, x) = (
+        setting.draw(n, batch_seed(seed, unseen=unseen), guidance_scale=guidance_scale, device=device)
+        for n, unseen in ((fit_samples, False), (samples, True))
+    )
     grids = _grids(methods, nfes, make_grid, setting, say)
     start, end = (float(next(iter(grids.values()))[i]) for i in (0, -1))
     say(f"reference: {samples} unseen samples by dopri8, tolerance {setting.reference_tolerance:g}")

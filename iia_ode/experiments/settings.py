@@ -14,7 +14,7 @@ from ..ode import ProbabilityFlowODE
 from ..problems import Gaussian, Mixture, Problem
 from ..schedules import EDM, Schedule
 
-__all__ = ["Setting", "get_setting", "setting_names"]
+__all__ = ["Setting", "batch_seed", "get_setting", "setting_names"]
 
 
 class Setting(ABC):
@@ -105,6 +105,11 @@ def _build(name: str) -> Setting:
             variance = torch.logspace(-2, 0, 8, dtype=torch.float64)
             return _ClosedForm("gaussian", Gaussian(torch.linspace(-1, 1, 8, dtype=torch.float64), variance))
     raise unknown_name("setting", name, setting_names())
+
+
+def batch_seed(seed: int, *, unseen: bool) -> int:
+    """The seed to draw with: even for fits and odd for measuring, so that no user's fit has seen another's test noise."""
+    return 2 * seed + unseen
 
 
 def get_setting(name: str) -> Setting:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .. import __about__
 from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
-from ..plan import Past, Plan, Tracer, Vector, check_grid, check_state
+from ..plan import Past, Plan, Tracer, Vector, check_grid, check_start
 from ..plan.plan import run_code
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
@@ -125,10 +125,7 @@ class IIA:
         GridError, InputError : the grid or the states are not usable.
         NonFiniteError : the model is not finite on this batch.
         """
-        if not isinstance(ode, ProbabilityFlowODE):
-            raise InputError(f"expected a ProbabilityFlowODE, got {type(ode).__name__}.")
-        check_state(x)
-        ode.check_state_shape(x)
+        check_start(ode, x)
         if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
             raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
         times = check_grid(ode.schedule, grid)

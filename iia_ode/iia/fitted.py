@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FileFormatError, FingerprintWarning, InputError, MismatchError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
-from ..plan import Combine, Evaluate, Plan, check_grid
+from ..plan import Combine, Evaluate, Plan
 from ..schedules import Discrete, Schedule, schedule_from_config
 
 __all__ = ["FittedSolver", "StepReport", "conditioning_shapes", "describe", "load"]
@@ -311,8 +311,6 @@ def _unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[
     """The plan that :func:`_pack` took apart; every number and tensor has to find its place."""
     rest = dict(tensors)
     grid = rest.pop("grid")
-    if len(tensors["times"]) and not schedule.covers(tensors["times"]):
-        raise ValueError("it evaluates the model outside its schedule.")
     weights, times = (iter(rest.pop(key).tolist()) for key in ("weights", "times"))
     instructions: list[Evaluate | Combine] = []
     try:
@@ -332,7 +330,7 @@ def _unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[
     surplus = [key for key, numbers in (("weights", weights), ("times", times)) if next(numbers, None) is not None]
     if surplus := [*surplus, *rest]:
         raise ValueError(f"its instructions do not use all of {', '.join(surplus)}.")
-    return Plan(schedule, tuple(check_grid(schedule, grid)), tuple(instructions), name)
+    return Plan(schedule, tuple(grid.tolist()), tuple(instructions), name)
 
 
 def _describe(name: str, steps: int, nfe: int, about: dict[str, Any], reports: tuple[StepReport, ...]) -> str:

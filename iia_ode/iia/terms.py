@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import Tensor
-
 from ..errors import InputError, unknown_name
 from ..ode import Evaluation
 from ..plan import Vector
-from ..plan.vectors import Weight
+from ..plan.vectors import weight_size
 
 __all__ = ["PAPER_TERMS", "StepRecord", "Term", "Terms", "bi_iia_edm", "iia_ddim", "iia_edm", "resolve_terms"]
 
@@ -99,7 +97,7 @@ def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ..
         return ()
     slopes = [e.velocity for e in step.evaluations]
     heun = step.x + step.h / 2 * (slopes[0] + slopes[1]) if len(slopes) == 2 else None
-    if heun is None or any(_size(w) > 1e-9 * abs(step.h) for w in (heun - step.base).weights.values()):
+    if heun is None or any(weight_size(w) > 1e-9 * abs(step.h) for w in (heun - step.base).weights.values()):
         raise InputError(
             f"the terms of iia-edm are the two halves of Heun's step, and step {step.index} of this base is no such step: "
             "use base 'heun', or terms='biia-edm', which serves any base."
@@ -130,10 +128,6 @@ def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, .
         terms.append(Term(f"phi_{k}", a.data - b.data, history=True))
         terms.append(Term(f"phi_{k + 1}", a.noise - b.noise, history=True))
     return tuple(terms)
-
-
-def _size(weight: Weight) -> float:
-    return float(weight.abs().max()) if isinstance(weight, Tensor) else abs(weight)
 
 
 PAPER_TERMS: dict[str, Terms] = {"biia-edm": bi_iia_edm, "iia-edm": iia_edm, "iia-ddim": iia_ddim}

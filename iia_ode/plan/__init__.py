@@ -1,7 +1,7 @@
 """The plan: vectors, the tracer, the runner and the analysis. See `Plan`."""
 
 from .analysis import CanonicalForm, GaussianResponse
-from .checks import check_grid, check_state
+from .checks import check_grid, check_start
 from .plan import Combine, Evaluate, Plan
 from .tracer import Past, Tracer, trace
 from .vectors import Vector
@@ -16,6 +16,6 @@ __all__ = [
     "Tracer",
     "Vector",
     "check_grid",
-    "check_state",
+    "check_start",
     "trace",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ode import conversion
 from ..schedules import Schedule
 from .plan import Combine, Evaluate, Plan, run_code
-from .vectors import Vector, Weight
+from .vectors import Vector, weight_size
 
 __all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "consistency_error", "gaussian_response"]
 
@@ -57,15 +57,11 @@ class CanonicalForm:
         worst = 0.0
         for u, v in zip((*self.states, self.final), (*other.states, other.final), strict=True):
             gap = u - v
-            parts = [_size(w) * size[j] for j, w in gap.weights.items()]
-            parts.append(_size(gap.constant) if gap.constant is not None else 0.0)
-            scale = max([1.0, *(_size(w) * size[j] for j, w in u.weights.items())])
+            parts = [weight_size(w) * size[j] for j, w in gap.weights.items()]
+            parts.append(weight_size(gap.constant) if gap.constant is not None else 0.0)
+            scale = max([1.0, *(weight_size(w) * size[j] for j, w in u.weights.items())])
             worst = max(worst, max(parts) / scale)
         return worst
-
-
-def _size(weight: Weight) -> float:
-    return float(weight.abs().max()) if isinstance(weight, Tensor) else abs(weight)
 
 
 def canonical_form(plan: Plan) -> CanonicalForm:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GridError, InputError
+from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 
-__all__ = ["check_grid", "check_state"]
+__all__ = ["check_grid", "check_start", "check_state"]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
@@ -59,8 +60,8 @@ def _brief(values: Tensor) -> str:
     return "[" + ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]]) + "]"
 
 
-def check_state(x: object) -> None:
-    """Raise InputError unless x can be a state: float32 or float64, with a batch dimension."""
+def check_state(x: object) -> Tensor:
+    """x, once it is known that it can be a state: float32 or float64, with a batch dimension; else InputError."""
     if not isinstance(x, Tensor):
         raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
     if x.dtype not in (torch.float32, torch.float64):
@@ -72,3 +73,14 @@ def check_state(x: object) -> None:
         raise InputError(
             f"the state needs a non-empty batch dimension first, and components, got shape {list(x.shape)}."
         )
+    return x
+
+
+def check_start(ode: object, x: object) -> None:
+    """Raise InputError unless x can be a state of the ODE: what every integration asks of its arguments first."""
+    if not isinstance(ode, ProbabilityFlowODE):
+        raise InputError(
+            f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
+            "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
+        )
+    ode.check_state_shape(check_state(x))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError, MismatchError, NonFiniteError, PlanError
 from ..ode import PREDICTIONS, ProbabilityFlowODE, conversion
 from ..schedules import Schedule
-from .checks import check_grid, check_state
+from .checks import check_grid, check_start
 from .vectors import Weight, combine, format_terms
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Plan:
             if any(not 0 <= j < k for j in ins.reads):
                 raise PlanError(f"instruction {k} of {self.name} reads a vector that does not exist yet: {ins}.")
             if isinstance(ins, Evaluate):
-                if not math.isfinite(ins.t) or ins.form not in PREDICTIONS or self.schedule.sigma(ins.t) == 0:
+                if not math.isfinite(ins.t) or ins.form not in PREDICTIONS:
                     raise PlanError(f"instruction {k} of {self.name} is no valid evaluation: {ins}.")
                 continue
             if not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
@@ -107,6 +107,11 @@ class Plan:
                 )
             if ins.step is not None:
                 steps.append(ins.step)
+        times = torch.tensor(self.evaluation_times, dtype=torch.float64, device="cpu")
+        if len(times) and (not self.schedule.covers(times) or bool((self.schedule.sigma(times) == 0).any())):
+            raise PlanError(
+                f"{self.name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}."
+            )
         last = self.code[-1] if self.code else None
         if steps != list(range(1, len(self.grid))) or not isinstance(last, Combine) or last.step != self.steps:
             raise PlanError(
@@ -218,8 +223,7 @@ class Plan:
         MismatchError : the ODE has another schedule than the plan.
         NonFiniteError : the model produced NaN or infinity; names the evaluation.
         """
-        check_state(x)
-        ode.check_state_shape(x)
+        check_start(ode, x)
         self._check_weights(x)
         if ode.schedule.config() != self.schedule.config():
             raise MismatchError(f"{self.name} was traced for {self.schedule}, and the ODE has {ode.schedule}.")

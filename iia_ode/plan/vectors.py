@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 
-__all__ = ["Vector", "Weight", "vector_indices"]
+__all__ = ["Vector", "Weight", "vector_indices", "weight_size"]
 
 Weight: TypeAlias = float | Tensor
 """A number, or a tensor that broadcasts against one sample."""
@@ -134,6 +134,11 @@ def _not_linear(verb: str, other: object) -> PlanError:
         f"a step cannot {verb} a vector and {type(other).__name__} {other!r}: vectors may be added to vectors, and "
         "multiplied by real numbers."
     )
+
+
+def weight_size(weight: Weight) -> float:
+    """Magnitude of a weight, the largest where it is a tensor."""
+    return float(weight.abs().max()) if isinstance(weight, Tensor) else abs(weight)
 
 
 def format_terms(terms: tuple[tuple[int, Weight], ...], constant: Tensor | None) -> str:
