@@ -50,6 +50,7 @@ _COUNT = click.IntRange(1, _MANY)
 _NFE = click.IntRange(1, 10_000)
 _SEED = click.IntRange(0, 2**62)
 _LEVEL = _Range(0, 1e9, min_open=True)
+_WITH_RHO = ("karras", "polyexponential")
 
 
 def _interactive() -> bool:
@@ -66,8 +67,8 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     return tuple(dict.fromkeys(v.strip() for v in value.split(",")))
 
 
-def _rho(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    if 0 < value < 0.1:  # sigma^(1/rho) overflows
+def _rho(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and 0 < value < 0.1:  # sigma^(1/rho) overflows
         raise click.BadParameter(f"{value:g} is too small: use 0 for a log-SNR grid, or at least 0.1.")
     return value
 
@@ -93,12 +94,17 @@ _MODEL_OPTIONS = [
     click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of noise and labels."),
     click.option("--device", default="cpu", show_default=True, callback=_device, help="Where the model runs."),
     click.option(
+        "--grid",
+        type=click.Choice(list(grids.GRIDS)),
+        default="karras",
+        show_default=True,
+        help="Family of grids: how noise levels are spaced.",
+    ),
+    click.option(
         "--rho",
         type=_Range(0, 1e3),
-        default=7.0,
-        show_default=True,
         callback=_rho,
-        help="Karras grid exponent; 0 for a log-SNR grid.",
+        help="Exponent of a karras grid [default: 7; 0 for log_snr] or a polyexponential one [default: 1].",
     ),
     click.option("--sigma-min", type=_LEVEL, help="Last positive noise level [default: the setting's]."),
     click.option("--sigma-max", type=_LEVEL, help="First noise level [default: the setting's]."),
@@ -113,7 +119,8 @@ class _Job:
     guidance: float
     seed: int
     device: str
-    rho: float
+    grid: str
+    rho: float | None
     sigma_min: float | None
 
     def family(self) -> Callable[[int], Tensor]:
@@ -124,7 +131,13 @@ class _Job:
             "sigma_max": self.setting.sigma_max,
             "schedule": self.setting.schedule,
         }
-        return partial(grids.karras, rho=self.rho, **levels) if self.rho else partial(grids.log_snr, **levels)
+        if self.rho is not None and self.grid not in _WITH_RHO:
+            raise click.UsageError(f"--rho goes with --grid {' or '.join(_WITH_RHO)}, not with {self.grid}.")
+        if self.grid == "karras" and self.rho == 0:
+            return partial(grids.log_snr, **levels)
+        if self.rho is not None:
+            levels["rho"] = self.rho
+        return partial(grids.GRIDS[self.grid], **levels)
 
     def draw(self, samples: int, *, unseen: bool) -> tuple[ProbabilityFlowODE, Tensor]:
         """Initial states for a fit, or such as no fit has seen."""
@@ -137,7 +150,7 @@ def _on_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(setting: str, sigma_max: float | None, **options: Any) -> None:
-        own = {name: options.pop(name) for name in ("guidance", "seed", "device", "rho", "sigma_min")}
+        own = {name: options.pop(name) for name in ("guidance", "seed", "device", "grid", "rho", "sigma_min")}
         job = _Job(get_setting(setting), **own)
         if sigma_max is not None:
             job.setting.sigma_max = sigma_max
@@ -322,7 +335,7 @@ def sample_command(
     else:
         method = get_solver(solver)
         grid = method.grid_for(nfe, job.family(), job.setting.schedule)
-        about = {"solver": {"name": method.name}, "nfe": nfe, "grid": grid.tolist()}
+        about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
     check_writable(out / "samples.safetensors")
     ode, x = job.draw(samples, unseen=True)
     final = sample(ode, x, grid, method, progress=_interactive())
@@ -338,7 +351,7 @@ def sample_command(
 
 def _refuse_grid_options(file: str) -> None:
     ctx = click.get_current_context()
-    for name in ("nfe", "rho", "sigma_min", "sigma_max"):
+    for name in ("nfe", "grid", "rho", "sigma_min", "sigma_max"):
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{file} brings its own grid: leave out {option}, or fit again with it.")

@@ -115,7 +115,7 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: ob
     if not isinstance(solver, Solver):
         raise InputError(f"solver must be a name, a Solver, a FittedSolver or a Plan, got {type(solver).__name__}.")
     if grid is None:
-        raise GridError(f"solver {solver.name!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
+        raise GridError(f"solver {solver.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
     return trace(solver, ode.schedule, grid)
 
 

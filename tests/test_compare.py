@@ -287,7 +287,7 @@ def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
     ("arguments", "text"),
     [
         (["bogus"], "No such command 'bogus'"),
-        (["compare", "--solvers", "huen"], "unknown solver 'huen'. Did you mean 'heun'?"),
+        (["compare", "--solvers", "huen"], "unknown solver 'huen'. Did you mean 'heun'"),
         (["compare", "--setting", "digit"], "unknown setting 'digit'. Did you mean 'digits'?"),
         (["compare", "--nfe", "5,x"], "Invalid value for '--nfe': 'x' is not a valid integer"),
         (["compare", "--nfe", "5,0"], "Invalid value for '--nfe': 0 is not in the range"),

@@ -245,9 +245,9 @@ def test_a_fit_reports_what_it_spent():
 
 def test_any_base_and_any_directions_can_be_combined():
     def slopes(step, earlier):
-        """The current and the previous model output."""
-        terms = [iia.iia.Term("a", step.evaluations[0].data)]
-        return (*terms, *(iia.iia.Term("b", past.evaluations[0].data, history=True) for past in earlier))
+        """The first model output of this step and of the one before; UniPC's last step makes none of its own."""
+        made = [record.evaluations[0].data for record in (step, *earlier) if record.evaluations]
+        return tuple(iia.iia.Term(f"a_{k}", output) for k, output in enumerate(made))
 
     for base in iia.solver_names():
         fit = iia.IIA(base, slopes).fit(edm(), GRID, states())
@@ -299,7 +299,7 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         (lambda: iia.IIA("heun", "iia-edm", target="lokal"), iia.UnknownNameError, "Did you mean 'local'"),
         (lambda: iia.IIA("heun", "iia-edm", history=-1), iia.InputError, "cannot be negative"),
         (lambda: iia.IIA("heun", "iia-edm", substeps=0), iia.InputError, "at least one sub-step"),
-        (lambda: iia.IIA(3, "iia-edm"), iia.InputError, "base must be"),
+        (lambda: iia.IIA(3, "iia-edm"), iia.InputError, "expected the name of a registered solver"),
         (lambda: iia.IIA("heun", history=1.5), iia.InputError, "history must be a whole number"),
         (lambda: iia.IIA("heun", substeps="3"), iia.InputError, "substeps must be a whole number"),
         (lambda: iia.IIA("heun", ridge=float("nan")), iia.InputError, "cannot be negative"),

@@ -43,7 +43,13 @@ def test_sample_is_the_last_state_of_odeint(name: str, schedule: iia.Schedule) -
     assert states.shape == (6, *x.shape)
     assert torch.equal(states[0], x)
     assert torch.equal(states[-1], iia.sample(ode, x, grid, name))
-    assert torch.equal(states[2], iia.odeint(ode, x, grid[:3], name)[-1])
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "expab3", "ipndm", "dpmpp_3s"])
+def test_a_solver_that_does_not_treat_its_last_step_apart_may_be_stopped_at_any_grid_point(name: str) -> None:
+    grid = iia.grids.karras(5)
+    ode, x = gaussian().ode(EDM, "noise"), start(EDM, float(grid[0]))
+    assert torch.equal(iia.odeint(ode, x, grid, name)[3], iia.odeint(ode, x, grid[:4], name)[-1])
 
 
 @every_solver
@@ -55,7 +61,12 @@ def test_a_solver_may_be_given_by_name_as_instance_or_as_plan(name: str) -> None
         assert torch.equal(iia.sample(ode, x, INNER, given), expected)
         assert torch.equal(iia.odeint(ode, x, INNER, given)[-1], expected)
     assert torch.equal(iia.sample(ode, x, solver=plan), expected)
-    assert (name == "heun") == torch.equal(iia.sample(ode, x, INNER), expected)  # the default
+
+
+def test_heun_is_the_default() -> None:
+    ode, x = gaussian().ode(EDM), start()
+    assert torch.equal(iia.sample(ode, x, INNER), iia.sample(ode, x, INNER, "heun"))
+    assert not torch.equal(iia.sample(ode, x, INNER), iia.sample(ode, x, INNER, "ddim"))
 
 
 @every_prediction

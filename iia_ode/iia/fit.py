@@ -17,7 +17,7 @@ from ..plan import Past, Plan, Tracer, Vector, check_grid, check_start
 from ..plan.plan import run_code
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
-from ..solvers import Solver, get_solver
+from ..solvers import Solver, SolverLike, as_solver
 from .fitted import FittedSolver, StepReport, conditioning_shapes
 from .lstsq import LeastSquares, Solution
 from .targets import Numeric, Target, resolve_target
@@ -74,7 +74,7 @@ class IIA:
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """
 
-    base: str | Solver
+    base: SolverLike
     terms: str | Terms = "paper"
     target: str | Target = "substeps"
     history: int = 1
@@ -83,20 +83,18 @@ class IIA:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base_solver, Solver):
-            raise InputError(f"base must be a registered name or a Solver, got {type(self.base).__name__}.")
         for name in ("history", "substeps"):
             if not isinstance(getattr(self, name), int):
                 raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if self.history < 0 or not 0 <= self.ridge < math.inf:
             raise InputError(f"history and ridge cannot be negative, got {self.history} and {self.ridge}.")
-        resolve_terms(self.terms, self.base_solver.name)
+        resolve_terms(self.terms, self.base_solver.label)
         resolve_target(self.target, self.substeps)
 
     @property
     def base_solver(self) -> Solver:
         """The base as an instance."""
-        return get_solver(self.base) if isinstance(self.base, str) else self.base
+        return as_solver(self.base)
 
     def fit(
         self,
@@ -143,9 +141,9 @@ class IIA:
     def _fit_steps(
         self, base: Solver, ode: ProbabilityFlowODE, times: list[float], chunks: list[_Chunk], progress: bool
     ) -> tuple[Plan, list[StepReport]]:
-        _, terms = resolve_terms(self.terms, base.name)
+        _, terms = resolve_terms(self.terms, base.label)
         target = resolve_target(self.target, self.substeps)
-        name = self.name or f"iia({base.name})"
+        name = self.name or f"iia({base.label})"
         tracer, x, memory = Tracer(ode.schedule), Vector({0: 1.0}), ()
         records: tuple[StepRecord, ...] = ()
         reports = []
@@ -210,7 +208,7 @@ class IIA:
         return {
             "library": __about__.__version__,
             "base": {"name": base.name, "options": base.options()},
-            "terms": resolve_terms(self.terms, base.name)[0],
+            "terms": resolve_terms(self.terms, base.label)[0],
             "target": resolve_target(self.target, self.substeps).options(),
             "history": self.history,
             "ridge": self.ridge,

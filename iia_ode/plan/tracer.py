@@ -37,10 +37,10 @@ class Past:
 
 
 class Steppable(Protocol):
-    """What can be traced: a name and a step."""
+    """What can be traced: a label and a step."""
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """What the solver is called."""
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
@@ -165,17 +165,17 @@ def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Pas
         if not isinstance(x, Vector):
             raise
         raise PlanError(
-            f"{solver.name}.step cannot be traced: {str(error).rstrip('.')}. What it is given are symbolic vectors."
+            f"{solver.label}.step cannot be traced: {str(error).rstrip('.')}. What it is given are symbolic vectors."
         ) from error
     if isinstance(result, tuple):
         if len(result) != 2:
             raise PlanError(
-                f"{solver.name}.step must return the new state, or (state, memory); got {len(result)} values."
+                f"{solver.label}.step must return the new state, or (state, memory); got {len(result)} values."
             )
         vector_indices(result[1])  # refuses a memory that could change behind the plan's back
         return result
     if not isinstance(result, Vector | Tensor):
-        raise PlanError(f"{solver.name}.step must return the new state, or (state, memory); got {result!r}.")
+        raise PlanError(f"{solver.label}.step must return the new state, or (state, memory); got {result!r}.")
     return result, ()
 
 
@@ -193,12 +193,12 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor, *, consistent: bo
     for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         y, memory = take_step(solver, tracer, x, t, s, Past(memory, i, len(times) - 2 - i))
         x = tracer.hold(y, step=i + 1)
-    plan = Plan(schedule, tuple(times), tuple(tracer.code), solver.name)
+    plan = Plan(schedule, tuple(times), tuple(tracer.code), solver.label)
     if consistent and getattr(solver, "consistent", True):
         error = consistency_error(plan)
         if error > 1e-9 and not _converges(solver, plan):
             raise PlanError(
-                f"{solver.name} is not a consistent solver: on a solution that it must keep (constant data and noise, or "
+                f"{solver.label} is not a consistent solver: on a solution that it must keep (constant data and noise, or "
                 f"constant velocity) it is off by {error:.2g}. Check that the weights of the step sum to what they should."
             )
     return plan

@@ -1,7 +1,61 @@
 """The registry and one short file per family of solvers."""
 
-from .base import Solver, get_solver, register, solver_names
-from .exponential import DDIM
-from .runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
+from .base import Solver, SolverLike, as_solver, get_solver, register, same_solver, solver_names
+from .blocks import BlockDPMSolver
+from .exponential import DDIM, SinglestepDPMSolver
+from .meta import AnalyticFirstStep, DenoiseToZero, Lookahead, LowerOrderFinal, MetaSolver, OrderRamp
+from .multistep import Adams, DPMSolverMultistep, Multistep
+from .pseudo_numerical import PNDM
+from .runge_kutta import (
+    DPM2,
+    RK4,
+    Euler,
+    Heun,
+    Heun3,
+    Midpoint,
+    Ralston,
+    RhoHeun,
+    RhoKutta,
+    RhoRK4,
+    RhoRungeKutta,
+    RungeKutta,
+    ThreeEighths,
+)
+from .unipc import UniPC
 
-__all__ = ["DDIM", "RK4", "Euler", "Heun", "Midpoint", "RungeKutta", "Solver", "get_solver", "register", "solver_names"]
+__all__ = [
+    "DDIM",
+    "DPM2",
+    "PNDM",
+    "RK4",
+    "Adams",
+    "AnalyticFirstStep",
+    "BlockDPMSolver",
+    "DPMSolverMultistep",
+    "DenoiseToZero",
+    "Euler",
+    "Heun",
+    "Heun3",
+    "Lookahead",
+    "LowerOrderFinal",
+    "MetaSolver",
+    "Midpoint",
+    "Multistep",
+    "OrderRamp",
+    "Ralston",
+    "RhoHeun",
+    "RhoKutta",
+    "RhoRK4",
+    "RhoRungeKutta",
+    "RungeKutta",
+    "SinglestepDPMSolver",
+    "Solver",
+    "SolverLike",
+    "ThreeEighths",
+    "UniPC",
+    "as_solver",
+    "get_solver",
+    "register",
+    "same_solver",
+    "solver_names",
+]

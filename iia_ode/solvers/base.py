@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..errors import GridError, InputError, PlanError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
 
-__all__ = ["Solver", "get_solver", "register", "solver_names"]
+__all__ = ["Solver", "SolverLike", "as_solver", "get_solver", "register", "same_solver", "solver_names"]
 
 
 class Solver(ABC):
@@ -24,8 +24,9 @@ class Solver(ABC):
     on tensors as it stands.
     """
 
-    order: ClassVar[int]
-    """Global order on smooth problems; what the conformance tests measure."""
+    order: int
+    """Global order on smooth problems, its start-up steps aside; what the conformance tests measure. A class attribute, or
+    a property where options decide."""
 
     consistent: ClassVar[bool] = True
     """Whether a plan is checked for consistency; set False where a method is so only in variables of its own."""
@@ -37,6 +38,16 @@ class Solver(ABC):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
+
+    @property
+    def label(self) -> str:
+        """The registered name of this solver with these options, else the class's name with the options that differ."""
+        cls, given = type(self), self.options()
+        for key, entry in _REGISTRY.items():
+            if entry.kind is cls and entry.all_options() == given:
+                return key
+        changed = ", ".join(f"{k}={v!r}" for k, v in given.items() if v != _defaults(cls).get(k))
+        return f"{self.name}({changed})" if changed else self.name
 
     @abstractmethod
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
@@ -89,43 +100,103 @@ class Solver(ABC):
         if count(high) == nfe:
             return make_grid(high)
         near = [c for c in (count(low) if low else 0, count(high)) if c]
-        raise GridError(f"{self.name} cannot make exactly {nfe} evaluations on this family of grids; near it: {near}.")
+        raise GridError(f"{self.label} cannot make exactly {nfe} evaluations on this family of grids; near it: {near}.")
 
     def options(self) -> dict[str, Any]:
-        """The options of this instance, JSON-ready."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
+        """The options of this instance, JSON-ready: ``get_solver(solver.name, **solver.options())`` is the same solver."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)} if is_dataclass(self) else {}
 
 
-_REGISTRY: dict[str, type[Solver]] = {}
+SolverLike: TypeAlias = str | Solver | Mapping[str, Any]
+"""A registered name, a solver, or the ``{"name": ..., "options": ...}`` that :meth:`Solver.options` writes for one."""
+
+
+def as_solver(value: SolverLike) -> Solver:
+    """The solver that `value` stands for.
+
+    Raises
+    ------
+    InputError : it stands for none.
+    UnknownNameError : no such solver or option.
+    """
+    if isinstance(value, Solver):
+        return value
+    if isinstance(value, str):
+        return get_solver(value)
+    if isinstance(value, Mapping) and set(value) <= {"name", "options"} and isinstance(value.get("name"), str):
+        return get_solver(value["name"], **value.get("options", {}))
+    raise InputError(f"expected the name of a registered solver or a Solver such as get_solver('heun'), got {value!r}.")
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON would give it back."""
+    if isinstance(value, Solver):
+        return {"name": value.name, "options": value.options()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _defaults(cls: type[Solver]) -> dict[str, Any]:
+    return {f.name: _plain(f.default) for f in fields(cls)} if is_dataclass(cls) else {}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    kind: type[Solver]
+    options: Mapping[str, Any]
+
+    def all_options(self) -> dict[str, Any]:
+        return {**_defaults(self.kind), **self.options}
+
+
+_REGISTRY: dict[str, _Entry] = {}
 S = TypeVar("S", bound=type[Solver])
 
 
-def register(name: str, *aliases: str) -> Callable[[S], S]:
+def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[S], S]:
     """Class decorator: make a :class:`Solver` available by name everywhere that takes a solver.
 
     Running the same definition again (a notebook cell) replaces it; taking a name that another class has is an error.
 
+    Parameters
+    ----------
+    name : of the class with its default options.
+    aliases : further names of the same.
+    variants : names of other choices of options, such as ``{"lms2": {"max_order": 2}}``.
+
     Raises
     ------
-    PlanError : not a Solver subclass, or without an integer ``order``.
-    InputError : the name is taken by another class.
+    PlanError : not a Solver subclass, or without an ``order``.
+    InputError : a name is taken by another class.
+    UnknownNameError : a variant sets an option that the class does not have.
     """
 
     def decorate(cls: S) -> S:
         if not (isinstance(cls, type) and issubclass(cls, Solver)):
             raise PlanError(f"@register({name!r}) takes a class that derives from iia_ode.Solver, got {cls!r}.")
-        if not isinstance(getattr(cls, "order", None), int):
-            raise PlanError(f"{cls.__name__} needs an integer class attribute `order`: the order its users may expect.")
-        for key in (name, *aliases):
+        if not isinstance(getattr(cls, "order", None), int | property):
+            raise PlanError(f"{cls.__name__} needs an integer attribute `order`: the order its users may expect.")
+        entries = {key: _Entry(cls, {}) for key in (name, *aliases)}
+        entries |= {key: _Entry(cls, dict(options)) for key, options in (variants or {}).items()}
+        for key, entry in entries.items():
             holder = _REGISTRY.get(key)
-            if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise InputError(f"the solver name {key!r} is taken by {holder.__module__}.{holder.__qualname__}.")
+            same = holder and (holder.kind.__module__, holder.kind.__qualname__) == (cls.__module__, cls.__qualname__)
+            if holder is not None and not same:
+                raise InputError(
+                    f"the solver name {key!r} is taken by {holder.kind.__module__}.{holder.kind.__qualname__}."
+                )
+            _check_options(key, cls, entry.options)
         cls.name, cls.aliases = name, aliases
-        for key in (name, *aliases):
-            _REGISTRY[key] = cls
+        _REGISTRY.update(entries)
         return cls
 
     return decorate
+
+
+def _check_options(name: str, cls: type[Solver], options: Mapping[str, Any]) -> None:
+    known: list[str] = [f.name for f in fields(cls)] if is_dataclass(cls) else []
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {name}", option, known or ["(none)"])
 
 
 def get_solver(name: str, **options: Any) -> Solver:
@@ -134,17 +205,29 @@ def get_solver(name: str, **options: Any) -> Solver:
     Raises
     ------
     UnknownNameError : no such solver, or no such option; lists what there is.
+    InputError : an option has a value that it cannot have.
     """
     if name not in _REGISTRY:
         raise unknown_name("solver", name, _REGISTRY)
-    cls = _REGISTRY[name]
-    known: list[str] = [f.name for f in fields(cls)] if is_dataclass(cls) else []
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of {name}", option, known or ["(none)"])
-    return cls(**options)
+    entry = _REGISTRY[name]
+    _check_options(name, entry.kind, options)
+    return entry.kind(**{**entry.options, **options})
 
 
 def solver_names() -> list[str]:
-    """Registered names, without aliases, sorted."""
-    return sorted({cls.name for cls in _REGISTRY.values()})
+    """Registered names, variants included and aliases not, sorted."""
+    return sorted(key for key in _REGISTRY if same_solver(key)[0] == key)
+
+
+def same_solver(name: str) -> list[str]:
+    """All names of the solver of that name, the one that it is listed under first.
+
+    Raises
+    ------
+    UnknownNameError : no such solver.
+    """
+    if name not in _REGISTRY:
+        raise unknown_name("solver", name, _REGISTRY)
+    entry = _REGISTRY[name]
+    wanted = entry.all_options()
+    return [key for key, other in _REGISTRY.items() if other.kind is entry.kind and other.all_options() == wanted]

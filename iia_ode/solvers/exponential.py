@@ -1,13 +1,15 @@
-"""Exponential integrators: the linear part of the ODE is solved exactly, the model's output is interpolated."""
+"""Exponential integrators with one step's own evaluations: the linear part of the ODE is solved exactly."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ..plan import Past
 from .base import Solver, register
+from .transfer import Interval, check_choice, check_fraction, check_order, data_step, noise_step, singular
 
-__all__ = ["DDIM"]
+__all__ = ["DDIM", "SinglestepDPMSolver"]
 
 
 @register("ddim", "dpm_solver_1")
@@ -23,5 +25,93 @@ class DDIM(Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer from t to s."""
-        ratio = ode.schedule.sigma(s) / ode.schedule.sigma(t)
-        return ratio * x + (ode.schedule.alpha(s) - ode.schedule.alpha(t) * ratio) * ode.data(x, t)
+        return data_step(ode.schedule, x, ode.data(x, t), t, s)
+
+
+@register(
+    "dpmpp_2s",
+    variants={
+        "dpmpp_3s": {"max_order": 3},
+        "dpm_solver_2s": {"form": "noise"},
+        "dpm_solver_3s": {"form": "noise", "max_order": 3},
+    },
+)
+@dataclass(frozen=True)
+class SinglestepDPMSolver(Solver):
+    """DPM-Solver and DPM-Solver++, singlestep: order 2 or 3, as many evaluations a step, DDIM to sigma = 0.
+
+    An exponential Runge-Kutta method in log-SNR with stages at fractions r1 < r2 of the step, on the noise estimate
+    (DPM-Solver-2, -3 [Lu et al. 2022a, alg. 1, 2]) or on the data estimate (DPM-Solver++(2S) [Lu et al. 2022b, alg. 1]). With
+    m_i the output at stage i and w_k = int_0^1 H e^(-H(1-u)) u^k du (H the step in log-SNR, negative for noise):
+
+        2: keep x + scale (w_0 m_0 + w_0 / (2 r1) (m_1 - m_0)),   taylor: w_1 / r1 in place of w_0 / (2 r1)
+        3: keep x + scale (w_0 m_0 + w_1 / r2 (m_2 - m_0)),       taylor: the quadratic through m_0, m_1, m_2, integrated
+
+    Without "taylor" the third order needs r2 = 2/3; with it, it holds for any.
+
+    Parameters
+    ----------
+    form : ``"data"`` (++) or ``"noise"``.
+    max_order : 1, 2 or 3.
+    r1, r2 : stages as fractions of the step in log-SNR; 1/2, or 1/3 and 2/3, by default.
+    solver_type : ``"midpoint"`` as published, or ``"taylor"``.
+    spacing : ``"log_snr"``, or ``"time"`` for stages that divide the step evenly in t (r1 and r2 are then not used).
+    """
+
+    form: str = "data"
+    max_order: int = 2
+    r1: float | None = None
+    r2: float | None = None
+    solver_type: str = "midpoint"
+    spacing: str = "log_snr"
+
+    def __post_init__(self) -> None:
+        check_choice("dpmpp_2s", "form", self.form, ("data", "noise"))
+        check_choice("dpmpp_2s", "solver_type", self.solver_type, ("midpoint", "taylor"))
+        check_choice("dpmpp_2s", "spacing", self.spacing, ("log_snr", "time"))
+        check_order("dpmpp_2s", self.max_order, 3)
+        for name in ("r1", "r2"):
+            if getattr(self, name) is not None:
+                check_fraction("dpmpp_2s", name, getattr(self, name))
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """max_order; 2 for the third-order formula with its second stage elsewhere than at 2/3."""
+        if self.max_order == 3 and self.solver_type == "midpoint" and abs(self._fractions[1] - 2 / 3) > 1e-9:
+            return 2
+        return self.max_order
+
+    @property
+    def _fractions(self) -> list[float]:
+        defaults = [k / self.max_order for k in range(1, self.max_order)]
+        given = (self.r1, self.r2)[: len(defaults)]
+        return [d if r is None or self.spacing == "time" else r for r, d in zip(given, defaults, strict=True)]
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """One exponential Runge-Kutta step from t to s."""
+        schedule = ode.schedule
+        if self.max_order == 1 or singular(schedule, t, s):
+            return data_step(schedule, x, ode.data(x, t), t, s)
+        start, end = schedule.lam(t), schedule.lam(s)
+        if self.spacing == "time":
+            times = [t + r * (s - t) for r in self._fractions]
+            fractions = [(schedule.lam(u) - start) / (end - start) for u in times]
+        else:
+            fractions = self._fractions
+            times = [schedule.t_of_lam(start + r * (end - start)) for r in fractions]
+        m = [ode.evaluate(x, t, self.form).as_form(self.form)]
+        first = data_step if self.form == "data" else noise_step
+        m.append(ode.evaluate(first(schedule, x, m[0], t, times[0]), times[0], self.form).as_form(self.form))
+        whole, r1 = Interval.of(schedule, self.form, t, s), fractions[0]
+        w = whole.moments(2)
+        if self.max_order == 2:
+            slope = (w[1] if self.solver_type == "taylor" else w[0] / 2) / r1
+            return whole.keep * x + w[0] * m[0] + slope * (m[1] - m[0])
+        r2, part = fractions[1], Interval.of(schedule, self.form, t, times[1])
+        v = part.moments(2)
+        inner = part.keep * x + v[0] * m[0] + v[1] * r2 / r1 * (m[1] - m[0])
+        m.append(ode.evaluate(inner, times[1], self.form).as_form(self.form))
+        if self.solver_type == "midpoint":
+            return whole.keep * x + w[0] * m[0] + w[1] / r2 * (m[2] - m[0])
+        weights = whole.weights([0.0, r1, r2])
+        return whole.keep * x + sum(weight * output for weight, output in zip(weights, m, strict=True))

@@ -1,14 +1,34 @@
-"""Explicit Runge-Kutta methods in t, on the velocity dx/dt [Hairer, Norsett, Wanner 1993, section II.1]."""
+"""Explicit Runge-Kutta methods [Hairer, Norsett, Wanner 1993, section II.1].
+
+In t on the velocity dx/dt; and in rho = sigma/alpha on the noise estimate, d(x/alpha) = eps d(rho), which is DEIS's rho-RK
+[Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t the two are the same.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import PlanError
 from ..plan import Past
 from .base import Solver, register
+from .transfer import check_fraction, data_step, noise_step, singular
 
-__all__ = ["RK4", "Euler", "Heun", "Midpoint", "RungeKutta"]
+__all__ = [
+    "DPM2",
+    "RK4",
+    "Euler",
+    "Heun",
+    "Heun3",
+    "Midpoint",
+    "Ralston",
+    "RhoHeun",
+    "RhoKutta",
+    "RhoRK4",
+    "RhoRungeKutta",
+    "RungeKutta",
+    "ThreeEighths",
+]
 
 
 class RungeKutta(Solver):
@@ -69,6 +89,17 @@ class Midpoint(RungeKutta):
     a, b, c = ((0.5,),), (0.0, 1.0), (0.0, 0.5)
 
 
+@register("ralston")
+class Ralston(RungeKutta):
+    """Ralston's method: order 2 with the smallest bound on its error, two evaluations a step [Ralston 1962].
+
+    Its second evaluation stands at two thirds of the step, also of a step to sigma = 0.
+    """
+
+    order = 2
+    a, b, c = ((2 / 3,),), (1 / 4, 3 / 4), (0.0, 2 / 3)
+
+
 @register("heun", "edm")
 class Heun(RungeKutta):
     """Heun's method, or improved Euler: order 2, two evaluations a step, Euler to sigma = 0 [Karras et al. 2022, alg. 1].
@@ -80,6 +111,14 @@ class Heun(RungeKutta):
     a, b, c = ((1.0,),), (0.5, 0.5), (0.0, 1.0)
 
 
+@register("heun3")
+class Heun3(RungeKutta):
+    """Heun's third-order method: order 3, three evaluations a step (also on the step to sigma = 0) [Heun 1900]."""
+
+    order = 3
+    a, b, c = ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4), (0.0, 1 / 3, 2 / 3)
+
+
 @register("rk4")
 class RK4(RungeKutta):
     """The classic fourth-order method: order 4, four evaluations a step, Euler to sigma = 0.
@@ -89,3 +128,99 @@ class RK4(RungeKutta):
 
     order = 4
     a, b, c = ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 0.5, 0.5, 1.0)
+
+
+@register("rk4_38")
+class ThreeEighths(RungeKutta):
+    """Kutta's 3/8 rule: order 4, four evaluations a step, Euler to sigma = 0 [Kutta 1901].
+
+    It is what torchdiffeq's fixed-grid ``rk4`` computes.
+    """
+
+    order = 4
+    a = ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0))
+    b, c = (1 / 8, 3 / 8, 3 / 8, 1 / 8), (0.0, 1 / 3, 2 / 3, 1.0)
+
+
+class RhoRungeKutta(RungeKutta):
+    """A tableau in rho = sigma/alpha on the noise estimate: d(x/alpha) = eps d(rho) [Zhang & Chen 2023, section 3.2].
+
+    Where a stage would be evaluated at sigma = 0, or the step starts at alpha = 0 (rho infinite), the step is DDIM's.
+    """
+
+    a: ClassVar[tuple[tuple[float, ...], ...]] = ()
+    b: ClassVar[tuple[float, ...]] = (1.0,)
+    c: ClassVar[tuple[float, ...]] = (0.0,)
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """x/alpha + (rho_s - rho_t) sum_i b_i eps_i, times alpha_s."""
+        schedule = ode.schedule
+        if schedule.alpha(t) == 0 or schedule.alpha(s) == 0 or (ode.is_data(s) and 1.0 in self.c):
+            return data_step(schedule, x, ode.data(x, t), t, s)
+        start, end, scale = schedule.noise_to_signal(t), schedule.noise_to_signal(s), schedule.alpha(t)
+        h = end - start
+        k = [ode.noise(x, t)]
+        for row, node in zip(self.a, self.c[1:], strict=True):
+            u = s if node == 1.0 else schedule.t_of_noise_to_signal(start + node * h)
+            y = x / scale + sum(h * a * slope for a, slope in zip(row, k, strict=True) if a)
+            k.append(ode.noise(schedule.alpha(u) * y, u))
+        y = x / scale + sum(h * b * slope for b, slope in zip(self.b, k, strict=True) if b)
+        return schedule.alpha(s) * y
+
+
+@register("deis_rho_heun")
+class RhoHeun(RhoRungeKutta):
+    """DEIS rho-2Heun: order 2, two evaluations a step, DDIM to sigma = 0 [Zhang & Chen 2023]. Heun where alpha = 1."""
+
+    order = 2
+    a, b, c = Heun.a, Heun.b, Heun.c
+
+
+@register("deis_rho_kutta")
+class RhoKutta(RhoRungeKutta):
+    """DEIS rho-3Kutta: order 3, three evaluations a step, DDIM to sigma = 0 [Zhang & Chen 2023; Kutta 1901]."""
+
+    order = 3
+    a, b, c = ((0.5,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6), (0.0, 0.5, 1.0)
+
+
+@register("deis_rho_rk4")
+class RhoRK4(RhoRungeKutta):
+    """DEIS rho-4RK: order 4, four evaluations a step, DDIM to sigma = 0 [Zhang & Chen 2023]. rk4 where alpha = 1."""
+
+    order = 4
+    a, b, c = RK4.a, RK4.b, RK4.c
+
+
+@register("dpm2", "dpm_2")
+@dataclass(frozen=True)
+class DPM2(Solver):
+    """DPM2 of k-diffusion: order 2, two evaluations a step, DDIM to sigma = 0 [Karras et al. 2022, alg. 2; Lu et al. 2022].
+
+    The second evaluation stands at rho_m = rho_t^(1-r) rho_s^r (rho = sigma/alpha), and
+
+        x_s / alpha_s = x / alpha_t + (rho_s - rho_t) ((1 - 1/(2r)) eps + 1/(2r) eps_m).
+
+    With r = 1/2 it is DPM-Solver-2, the midpoint rule in log-SNR.
+
+    Parameters
+    ----------
+    r : where in log-SNR the second evaluation stands, between 0 and 1.
+    """
+
+    order = 2
+    r: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fraction("dpm2", "r", self.r)
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The transfer from t to s with the weighted noise estimate."""
+        schedule = ode.schedule
+        if singular(schedule, t, s):
+            return data_step(schedule, x, ode.data(x, t), t, s)
+        m = schedule.t_of_lam((1 - self.r) * schedule.lam(t) + self.r * schedule.lam(s))
+        first = ode.noise(x, t)
+        second = ode.noise(noise_step(schedule, x, first, t, m), m)
+        weight = 1 / (2 * self.r)
+        return noise_step(schedule, x, (1 - weight) * first + weight * second, t, s)

@@ -1,0 +1,79 @@
+"""Singlestep DPM-Solver++ whose stages are grid points, as schedulers that return after every evaluation do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..plan import Past
+from .base import Solver, register
+from .multistep import Output
+from .transfer import Interval, check_order, data_step, singular
+
+__all__ = ["BlockDPMSolver"]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The block in progress: its first state, and its outputs so far."""
+
+    x: Any
+    outputs: tuple[Output, ...]
+
+
+@register("dpmpp_2s_blocks", variants={"dpmpp_3s_blocks": {"max_order": 3}})
+@dataclass(frozen=True)
+class BlockDPMSolver(Solver):
+    """DPM-Solver++ singlestep over blocks of 2 or 3 intervals: order 2 or 3, one evaluation an interval [Lu et al. 2022b].
+
+    Each block is one exponential Runge-Kutta step from its first point, with the grid's own points as stages, as in diffusers'
+    DPMSolverSinglestepScheduler. Within a block, with u = 0 at its start and 1 at the point that is reached, m_0 and m the
+    first and the newest output, and w_k as in ``dpmpp_2m``:
+
+        first point: keep x + scale w_0 m_0;  second: + w_0/2 (m - m_0)/u;  third: + w_1 (m - m_0)/u in its place
+
+    The third is of order 3 where its stages stand near 1/3 and 2/3 of the block in log-SNR, as on any smooth grid of many
+    points. Intervals that do not fill a block, and the step to sigma = 0, take a shorter one.
+
+    Parameters
+    ----------
+    max_order : intervals in a block, 2 or 3.
+    lower_order_final : shorten the last blocks so that the last step is of first order, as diffusers does.
+    """
+
+    max_order: int = 2
+    lower_order_final: bool = False
+
+    def __post_init__(self) -> None:
+        check_order("dpmpp_2s_blocks", self.max_order, 3)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """max_order."""
+        return self.max_order
+
+    def positions(self, steps: int) -> list[int]:
+        """For each interval of a grid, its position (from 1) in its block."""
+        k = self.max_order
+        whole = [i % k + 1 for i in range(steps)]
+        if not self.lower_order_final or k == 1 or steps % k == 1:
+            return whole
+        if k == 3 and steps % k == 0:
+            return [*whole[:-3], 1, 2, 1]
+        return [*whole[:-1], 1] if k == 2 else whole
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """From the start of the block to s."""
+        position = self.positions(past.index + 1 + past.remaining)[past.index]
+        schedule = ode.schedule
+        now = Output(t, ode.data(x, t))
+        block = past.memory if past.memory and position > 1 else None
+        if block is None or singular(schedule, t, s) or schedule.alpha(block.outputs[0].t) == 0:
+            return data_step(schedule, x, now.value, t, s), _Block(x, (now,))
+        first = block.outputs[0]
+        interval = Interval.of(schedule, "data", first.t, s)
+        u = (schedule.lam(t) - schedule.lam(first.t)) / (schedule.lam(s) - schedule.lam(first.t))
+        w = interval.moments(2)
+        slope = (w[0] / 2 if position == 2 else w[1]) / u
+        y = interval.keep * block.x + w[0] * first.value + slope * (now.value - first.value)
+        return y, _Block(block.x, (*block.outputs, now))

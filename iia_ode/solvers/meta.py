@@ -1,0 +1,276 @@
+"""Meta-solvers: they wrap any solver and change what it sees or how far it may go; IIA, which fits, is another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import InputError
+from ..ode import Evaluation
+from ..plan import Past
+from ..plan.tracer import take_step
+from .base import Solver, SolverLike, as_solver, register
+from .exponential import DDIM
+from .multistep import Adams, DPMSolverMultistep
+from .runge_kutta import Heun
+from .transfer import check_order
+
+__all__ = ["AnalyticFirstStep", "DenoiseToZero", "Lookahead", "LowerOrderFinal", "MetaSolver", "OrderRamp"]
+
+
+@dataclass(frozen=True)
+class MetaSolver(Solver):
+    """A solver around another one, ``base``: a registered name or a Solver."""
+
+    base: SolverLike = DDIM()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base", as_solver(self.base))
+
+    @property
+    def solver(self) -> Solver:
+        """The base as a solver."""
+        return as_solver(self.base)
+
+    @property
+    def label(self) -> str:
+        """The registered name, or the name with the base's label and the options in brackets."""
+        label = super().label
+        if "(" not in label:
+            return label
+        others = [f", {f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "base"]
+        return f"{self.name}({self.solver.label}{''.join(others)})"
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """That of the base."""
+        return self.solver.order
+
+    @property
+    def consistent(self) -> bool:  # type: ignore[override]
+        """Whether the base is."""
+        return self.solver.consistent
+
+
+class _View:
+    """The ODE with some evaluations replaced; everything else is the ODE's own."""
+
+    def __init__(self, ode: Any, evaluate: Callable[[Any, float, str], Any]) -> None:
+        self._ode, self._evaluate = ode, evaluate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ode, name)
+
+    def evaluate(self, x: Any, t: float, form: str = "data") -> Any:
+        """The ODE's evaluation, or what stands in for it."""
+        return self._evaluate(x, t, form)
+
+    def data(self, x: Any, t: float) -> Any:
+        """Estimate of x_0."""
+        return self._evaluate(x, t, "data").data
+
+    def noise(self, x: Any, t: float) -> Any:
+        """Estimate of eps."""
+        return self._evaluate(x, t, "noise").noise
+
+    def score(self, x: Any, t: float) -> Any:
+        """Estimate of the score."""
+        return self._evaluate(x, t, "score").score
+
+    def v(self, x: Any, t: float) -> Any:
+        """alpha eps - sigma x_0."""
+        return self._evaluate(x, t, "v").v
+
+    def velocity(self, x: Any, t: float) -> Any:
+        """dx/dt."""
+        return self._evaluate(x, t, "velocity").velocity
+
+
+@register("lookahead")
+@dataclass(frozen=True)
+class Lookahead(MetaSolver):
+    """LA-DPM: extrapolates the data estimate, order 1, the base's evaluations a step [Zhang, Niwa, Kleijn 2023, eq. 13].
+
+    Where a step of the base first evaluates the model, it sees D_i + lam (D_i - D_{i-1}) in place of D_i, with D_{i-1} the
+    model's own estimate one step before. Over ``ddim`` with lam = 1/2, on a grid uniform in log-SNR, that is ``dpmpp_2m``, of
+    order 2; otherwise a lam that is not 0 leaves order 1, whatever the base.
+
+    Parameters
+    ----------
+    base : the solver to wrap.
+    lam : strength of the extrapolation; 0 is the base.
+    """
+
+    lam: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.lam, bool) or not isinstance(self.lam, int | float) or not math.isfinite(self.lam):
+            raise InputError(f"lam of lookahead must be a finite number, such as 0.1; got {self.lam!r}.")
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """1 unless lam is 0; 2 over DDIM with lam = 1/2."""
+        if self.lam == 0:
+            return self.solver.order
+        return 2 if self.lam == 0.5 and isinstance(self.solver, DDIM) else 1
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The base's step, its first evaluation extrapolated from that of the step before."""
+        inner, before = past.memory or ((), None)
+        first: list[tuple[Evaluation[Any], Evaluation[Any]]] = []  # the model's own, and what stands in for it
+
+        def evaluate(y: Any, u: float, form: str) -> Evaluation[Any]:
+            plain: Evaluation[Any] = ode.evaluate(y, u, form)
+            if first and (first[0][0] is plain or (y is x and u == first[0][0].t)):
+                return first[0][1]
+            if first:
+                return plain
+            data = plain.data if before is None else plain.data + self.lam * (plain.data - before)
+            first.append((plain, Evaluation(plain.schedule, plain.t, plain.x, data, "data")))
+            return first[0][1]
+
+        y, memory = take_step(self.solver, _View(ode, evaluate), x, t, s, replace(past, memory=inner))
+        return y, (memory, first[0][0].data if first else before)
+
+
+@register("analytic_first_step", "afs")
+@dataclass(frozen=True)
+class AnalyticFirstStep(MetaSolver):
+    """Saves the first evaluation: order 1, one evaluation less than the base [Dockhorn et al. 2022, section 3.3].
+
+    At high noise the state is nearly all noise. Where the first step of the base first evaluates the model, it sees
+    eps = x / sqrt(alpha^2 + sigma^2) instead. The error of that first step is of second order in its length, but does not
+    vanish with the data's share of x_T: use it on grids that start at high noise.
+
+    Parameters
+    ----------
+    base : the solver to wrap.
+    """
+
+    base: SolverLike = Heun()
+    consistent = False  # the first step is exact only where the data are normal with variance 1
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """1: the first step's noise estimate does not come from the model."""
+        return 1
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The base's step; the first one on the analytic estimate."""
+        if past.index > 0:
+            return self.solver.step(ode, x, t, s, past)
+        alpha, sigma = ode.schedule.alpha(t), ode.schedule.sigma(t)
+        size = math.hypot(alpha, sigma)
+        # As data, alpha x / (size (size + sigma)): the same, but finite at alpha = 0.
+        analytic = Evaluation(ode.schedule, t, x, alpha / (size * (size + sigma)) * x, "data")
+
+        def evaluate(y: Any, u: float, form: str) -> Any:
+            return analytic if u == t else ode.evaluate(y, u, form)
+
+        return self.solver.step(_View(ode, evaluate), x, t, s, past)
+
+
+@register("denoise_to_zero")
+@dataclass(frozen=True)
+class DenoiseToZero(MetaSolver):
+    """Ends on the model's data estimate: the base's order and evaluations, then D of the last state at sigma = 0.
+
+    The step that lands on sigma = 0 is x = D(x, t), whatever the base does there, as "denoise to zero" of dpm-solver and
+    diff-sampler. On a grid that ends elsewhere it is the base.
+
+    Parameters
+    ----------
+    base : the solver to wrap.
+    """
+
+    base: SolverLike = Heun()
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The base's step, or the data estimate."""
+        if ode.is_data(s):
+            return ode.data(x, t), past.memory
+        return self.solver.step(ode, x, t, s, past)
+
+
+@dataclass(frozen=True)
+class _OrderSetter(MetaSolver):
+    """Base of what changes a solver's ``max_order`` from step to step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "max_order" not in self.solver.options():
+            raise InputError(
+                f"{self.name} needs a base with an option max_order, such as 'dpmpp_2m' or 'ipndm'; "
+                f"{self.solver.label} has none."
+            )
+
+    def with_order(self, order: int) -> Solver:
+        """The base with this order."""
+        base: Any = self.solver
+        changed: Solver = replace(base, max_order=order)
+        return changed
+
+
+@register("lower_order_final")
+@dataclass(frozen=True)
+class LowerOrderFinal(_OrderSetter):
+    """Lowers the order at the end to 3, 2, 1: global order at most 2, the base's evaluations a step [Lu et al. 2022b].
+
+    With few steps that is more stable at low noise; the very last step is of first order.
+
+    Parameters
+    ----------
+    base : a solver with an option ``max_order``.
+    """
+
+    base: SolverLike = DPMSolverMultistep()
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """At most 2: the last step is one of first order."""
+        return min(self.solver.order, 2)
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The base's step with at most one order more than there are steps to come."""
+        highest = self.solver.options()["max_order"]
+        return self.with_order(min(highest, past.remaining + 1)).step(ode, x, t, s, past)
+
+
+@register("order_ramp")
+@dataclass(frozen=True)
+class OrderRamp(_OrderSetter):
+    """Sets the order of each step, such as 1, 2, 3, 3, 2, 1: evaluations a step and final order are the base's.
+
+    Parameters
+    ----------
+    base : a solver with an option ``max_order``.
+    orders : for each step; the last one serves all later steps. It may rise by one at a time, since a multistep method
+        keeps no more outputs than its order needs.
+    """
+
+    base: SolverLike = Adams(max_order=3)
+    orders: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "orders", tuple(self.orders))
+        if not self.orders:
+            raise InputError("order_ramp needs at least one order, such as orders=(1, 2, 3, 2, 1).")
+        for before, order in zip((0, *self.orders), self.orders, strict=False):
+            check_order("order_ramp", order, 4, "each of the orders")
+            if order > before + 1 and before:
+                raise InputError(f"the orders of order_ramp may rise by one at a time, got {self.orders}.")
+        for order in set(self.orders):
+            self.with_order(order)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """That of the base at the last of the orders."""
+        return self.with_order(self.orders[-1]).order
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The base's step at this step's order."""
+        return self.with_order(self.orders[min(past.index, len(self.orders) - 1)]).step(ode, x, t, s, past)
