@@ -2,9 +2,10 @@
 
 from .base import Solver, SolverLike, as_solver, get_solver, register, same_solver, solver_names
 from .blocks import BlockDPMSolver
+from .dpm_solver_v3 import DPMSolverV3
 from .exponential import DDIM, SinglestepDPMSolver
 from .meta import AnalyticFirstStep, DenoiseToZero, Lookahead, LowerOrderFinal, MetaSolver, OrderRamp
-from .multistep import Adams, DPMSolverMultistep, Multistep
+from .multistep import LMS, AdamsBashforth, DEISTime, DPMSolverMultistep, ExponentialAdams, Multistep
 from .pseudo_numerical import PNDM
 from .runge_kutta import (
     DPM2,
@@ -26,14 +27,18 @@ from .unipc import UniPC
 __all__ = [
     "DDIM",
     "DPM2",
+    "LMS",
     "PNDM",
     "RK4",
-    "Adams",
+    "AdamsBashforth",
     "AnalyticFirstStep",
     "BlockDPMSolver",
+    "DEISTime",
     "DPMSolverMultistep",
+    "DPMSolverV3",
     "DenoiseToZero",
     "Euler",
+    "ExponentialAdams",
     "Heun",
     "Heun3",
     "Lookahead",

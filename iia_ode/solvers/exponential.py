@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import InputError
 from ..plan import Past
 from .base import Solver, register
 from .transfer import Interval, check_choice, check_fraction, check_order, data_step, noise_step, singular
@@ -73,6 +74,8 @@ class SinglestepDPMSolver(Solver):
         for name in ("r1", "r2"):
             if getattr(self, name) is not None:
                 check_fraction("dpmpp_2s", name, getattr(self, name))
+        if self.max_order == 3 and not self._fractions[0] < self._fractions[1]:
+            raise InputError(f"the stages of dpmpp_3s must be in order, r1 < r2; got {self._fractions}.")
 
     @property
     def order(self) -> int:  # type: ignore[override]

@@ -13,7 +13,7 @@ from ..plan import Past
 from ..plan.tracer import take_step
 from .base import Solver, SolverLike, as_solver, register
 from .exponential import DDIM
-from .multistep import Adams, DPMSolverMultistep
+from .multistep import DPMSolverMultistep, ExponentialAdams
 from .runge_kutta import Heun
 from .transfer import check_order
 
@@ -251,7 +251,7 @@ class OrderRamp(_OrderSetter):
         keeps no more outputs than its order needs.
     """
 
-    base: SolverLike = Adams(max_order=3)
+    base: SolverLike = ExponentialAdams(max_order=3)
     orders: tuple[int, ...] = (1, 2, 3)
 
     def __post_init__(self) -> None:

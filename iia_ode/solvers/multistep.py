@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError
 from ..plan import Past
 from ..schedules import Schedule
 from .base import Solver, register
@@ -25,7 +24,7 @@ from .transfer import (
     singular,
 )
 
-__all__ = ["Adams", "DPMSolverMultistep", "Multistep"]
+__all__ = ["LMS", "AdamsBashforth", "DEISTime", "DPMSolverMultistep", "ExponentialAdams", "Multistep"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,13 @@ class Multistep(Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The combination, and the outputs that the next step may use."""
-        evaluation = ode.evaluate(x, t, self.form)
-        # Where alpha = 0 log-SNR is infinite: no polynomial goes through an output made there.
-        usable = [output for output in past.memory if ode.schedule.alpha(output.t) > 0]
         if self.first_order(ode.schedule, t, s):
-            memory = (Output(t, evaluation.as_form(self.form)), *usable) if ode.schedule.alpha(t) > 0 else ()
-            return data_step(ode.schedule, x, evaluation.data, t, s), memory[: self.max_order]
-        history = (Output(t, evaluation.as_form(self.form)), *usable)[: self.max_order]
+            # Nothing is remembered: no polynomial goes through an output made at infinite log-SNR.
+            return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
+        now = Output(t, ode.evaluate(x, t, self.form).as_form(self.form))
+        history = (now, *past.memory)[: self.max_order]
         keep, weights = self.coefficients(ode.schedule, [output.t for output in history], s)
         return keep * x + sum(w * output.value for w, output in zip(weights, history, strict=True)), history
-
-
-_FORMS = {"log_snr": ("data", "noise"), "rho": ("noise",), "time": ("noise", "velocity")}
 
 
 @register(
@@ -80,68 +74,124 @@ _FORMS = {"log_snr": ("data", "noise"), "rho": ("noise",), "time": ("noise", "ve
         "expab3": {"max_order": 3},
         "expab4": {"max_order": 4},
         **{f"deis_lab{k}": {"form": "noise", "max_order": k} for k in (1, 2, 3)},
-        **{f"deis_tab{k}": {"form": "noise", "variable": "time", "max_order": k} for k in (1, 2, 3)},
-        "lms": {"form": "noise", "variable": "rho", "max_order": 4},
-        **{f"lms{k}": {"form": "noise", "variable": "rho", "max_order": k} for k in (1, 2, 3)},
-        **{f"deis_rhoab{k}": {"form": "noise", "variable": "rho", "max_order": k} for k in (1, 2, 3)},
-        **{f"ab{k}": {"form": "velocity", "variable": "time", "max_order": k} for k in (2, 3, 4)},
     },
 )
 @dataclass(frozen=True)
-class Adams(Multistep):
-    """Adams-Bashforth with exact weights on any grid: order 1 to 4, one evaluation a step.
+class ExponentialAdams(Multistep):
+    """Exponential Adams-Bashforth: order 2 to 4, one evaluation a step, DDIM to sigma = 0 [Hochbruck & Ostermann 2010].
 
-    The polynomial in `variable` through the newest outputs is integrated exactly over the step. The choices of form and
-    variable are the methods that people know by other names:
-
-    - data or noise in log-SNR: exponential Adams, ``expab2``-``expab4`` and ``deis_lab1``-``deis_lab3``; first order to
-      sigma = 0, where log-SNR is infinite [Lu et al. 2022b with the exact weights; Zhang & Chen 2023];
-    - noise in rho = sigma/alpha: ``lms`` of k-diffusion, which is DEIS's rhoAB (``deis_rhoab1``-``deis_rhoab3``);
-    - noise in time: DEIS's tAB, ``deis_tab1``-``deis_tab3`` [Zhang & Chen 2023, eq. 15];
-    - velocity in time: ``ab2``-``ab4``, the classic on dx/dt [Hairer, Norsett, Wanner 1993, section III.5].
+    The polynomial in log-SNR through the newest outputs is integrated exactly over the step. On the data estimate it is what
+    DPM-Solver++'s multistep formulas approximate; on the noise estimate, what DPM-Solver's do, and DEIS in log-SNR:
+    ``deis_lab1``-``deis_lab3`` [Lu et al. 2022b; Zhang & Chen 2023].
 
     Parameters
     ----------
-    form : ``"data"``, ``"noise"`` or ``"velocity"``.
-    variable : ``"log_snr"``, ``"rho"`` or ``"time"``; data goes with log_snr, velocity with time.
+    form : ``"data"`` or ``"noise"``.
     max_order : 1 to 4.
     """
 
     form: str = "data"
-    variable: str = "log_snr"
     max_order: int = 2
 
     def __post_init__(self) -> None:
+        check_choice("expab2", "form", self.form, ("data", "noise"))
         check_order("expab2", self.max_order, 4)
-        check_choice("expab2", "variable", self.variable, tuple(_FORMS))
-        if self.form not in _FORMS[self.variable]:
-            raise InputError(
-                f"in {self.variable} the form is one of {', '.join(map(repr, _FORMS[self.variable]))}, got {self.form!r}."
-            )
+
+    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
+        """The integrals of the Lagrange polynomials in log-SNR."""
+        interval, start = Interval.of(schedule, self.form, times[0], s), schedule.lam(times[0])
+        step = schedule.lam(s) - start
+        return interval.keep, interval.weights([(schedule.lam(u) - start) / step for u in times])
+
+
+@register(
+    "lms",
+    variants={f"{name}{k}": {"max_order": k} for name in ("lms", "deis_rhoab") for k in (1, 2, 3)},
+)
+@dataclass(frozen=True)
+class LMS(Multistep):
+    """LMS of k-diffusion, which is DEIS's rho-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023].
+
+    The polynomial in rho = sigma/alpha through the newest noise estimates is integrated exactly: variable-step
+    Adams-Bashforth for d(x/alpha) = eps d(rho) [Hairer, Norsett, Wanner 1993, section III.5].
+
+    Parameters
+    ----------
+    max_order : 1 to 4.
+    """
+
+    max_order: int = 4
+    form = "noise"
+
+    def __post_init__(self) -> None:
+        check_order("lms", self.max_order, 4)
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
-        """In rho and in time sigma = 0 is a point like any other; alpha = 0 is one only for the velocity."""
-        if self.form == "velocity":
-            return False
-        if self.variable == "log_snr":
-            return singular(schedule, t, s)
+        """Only alpha = 0 is a singular point of rho."""
         return schedule.alpha(t) == 0 or schedule.alpha(s) == 0
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
-        """The factor of x and the integrals of the Lagrange polynomials."""
-        t = times[0]
-        if self.form == "velocity":
-            return 1.0, lagrange_integrals(times, t, s)
-        if self.variable == "log_snr":
-            interval, start = Interval.of(schedule, self.form, t, s), schedule.lam(t)
-            step = schedule.lam(s) - start
-            return interval.keep, interval.weights([(schedule.lam(u) - start) / step for u in times])
-        if self.variable == "rho":
-            rho = schedule.noise_to_signal
-            weights = lagrange_integrals([rho(u) for u in times], rho(t), rho(s))
-        else:
-            weights = noise_weights_in_time(schedule, times, t, s)
+        """The integrals of the Lagrange polynomials in rho."""
+        rho, t = schedule.noise_to_signal, times[0]
+        weights = lagrange_integrals([rho(u) for u in times], rho(t), rho(s))
         return schedule.alpha(s) / schedule.alpha(t), [schedule.alpha(s) * w for w in weights]
+
+
+@register("deis_tab3", variants={f"deis_tab{k}": {"max_order": k} for k in (1, 2)})
+@dataclass(frozen=True)
+class DEISTime(Multistep):
+    """DEIS's t-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023, eq. 15].
+
+    The polynomial in the schedule's own time through the newest noise estimates is integrated exactly over rho = sigma/alpha.
+    The numbers in the names count as here, by order; DEIS's paper counts the degree of the polynomial.
+
+    Parameters
+    ----------
+    max_order : 1 to 4.
+    """
+
+    max_order: int = 3
+    form = "noise"
+
+    def __post_init__(self) -> None:
+        check_order("deis_tab3", self.max_order, 4)
+
+    def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
+        """Only alpha = 0 is a singular point of rho."""
+        return schedule.alpha(t) == 0 or schedule.alpha(s) == 0
+
+    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
+        """The integrals over rho of the Lagrange polynomials in time."""
+        weights = noise_weights_in_time(schedule, times, times[0], s)
+        return schedule.alpha(s) / schedule.alpha(times[0]), [schedule.alpha(s) * w for w in weights]
+
+
+@register("ab4", variants={f"ab{k}": {"max_order": k} for k in (2, 3)})
+@dataclass(frozen=True)
+class AdamsBashforth(Multistep):
+    """Variable-step Adams-Bashforth on dx/dt: order 1 to 4, one evaluation a step [Hairer, Norsett, Wanner 1993, III.5].
+
+    The polynomial in t through the newest velocities is integrated exactly over the step, one to sigma = 0 too. Nothing of the
+    schedule enters but the velocity: the natural choice for flow matching.
+
+    Parameters
+    ----------
+    max_order : 1 to 4.
+    """
+
+    max_order: int = 4
+    form = "velocity"
+
+    def __post_init__(self) -> None:
+        check_order("ab4", self.max_order, 4)
+
+    def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
+        """The velocity has no singular point."""
+        return False
+
+    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
+        """The integrals of the Lagrange polynomials in t."""
+        return 1.0, lagrange_integrals(times, times[0], s)
 
 
 @register(

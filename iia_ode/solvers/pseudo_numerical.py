@@ -64,10 +64,9 @@ class PNDM(Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer with the combined noise, and the outputs that later steps use."""
         schedule = ode.schedule
-        evaluation = ode.evaluate(x, t, "noise")
         if schedule.alpha(t) == 0:  # there x is all noise: only the data estimate says where to go
-            return data_step(schedule, x, evaluation.data, t, s), ()
-        history = (evaluation.noise, *past.memory)[: self.max_order]
+            return data_step(schedule, x, ode.data(x, t), t, s), ()
+        history = (ode.noise(x, t), *past.memory)[: self.max_order]
         weights = ADAMS_BASHFORTH[len(history)]
         combined = sum(w * noise for w, noise in zip(weights, history, strict=True))
         if not ode.is_data(s):

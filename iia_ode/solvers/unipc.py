@@ -68,10 +68,9 @@ class UniPC(Solver):
         schedule = ode.schedule
         memory = past.memory
         if not memory:
-            evaluation = ode.evaluate(x, t, self.form)
             if schedule.alpha(t) == 0:
-                return data_step(schedule, x, evaluation.data, t, s), ()
-            memory = (Output(t, evaluation.as_form(self.form)),)
+                return data_step(schedule, x, ode.data(x, t), t, s), ()
+            memory = (Output(t, ode.evaluate(x, t, self.form).as_form(self.form)),)
         history = memory[: self.max_order]
         if singular(schedule, t, s):
             first = data_step if self.form == "data" else noise_step

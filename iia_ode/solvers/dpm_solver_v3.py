@@ -1,0 +1,191 @@
+"""DPM-Solver-v3: exponential Adams on the output that a model's own statistics make as constant as they can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..plan import Past
+from ..schedules import Schedule
+from ..statistics import Array, ModelStatistics, StepIntegrals
+from .base import Solver, register
+from .multistep import Output
+from .transfer import check_order, data_step, singular
+
+__all__ = ["DPMSolverV3"]
+
+
+@register("dpm_solver_v3")
+@dataclass(frozen=True)
+class DPMSolverV3(Solver):
+    """DPM-Solver-v3: order p + 1 with its corrector, one evaluation a step, DDIM to sigma = 0 [Zheng et al. 2023, alg. 2].
+
+    With f = (sigma eps - l x) / alpha and lambda the half-log-SNR, the solution over a step is, exactly and for any
+    coefficients l, s, b of lambda,
+
+        x_s = alpha_s A [x / alpha - int E (g + B) dlambda],    g = e^(-int s) f - B,    B = int e^(-int s) b,
+        A = e^(-int l),    E = e^(int l + s),
+
+    with integrals from the start of the step on. g is replaced by the polynomial through the p newest outputs; the corrector
+    takes the one at the predicted state as well. That output also starts the next step, and f is kept as it was computed there
+    (the paper's correction of eps), so that the corrector costs nothing. The last step is not corrected.
+
+    With l = 1, s = 0, b = 0, which is what no statistics means, this is exponential Adams on the data; with l = 0, s = -1, b = 0,
+    on the noise. Statistics that fit the model make g nearly constant: :func:`iia_ode.estimate_statistics`. Over the range of
+    their table they have to be smooth, and beyond its ends they are constant, where the order drops to 2 at the kink.
+
+    The paper calls a corrector of as many outputs as the predictor one of order p (`corrector_order` = `max_order`), which is what
+    its release runs unless ``c_pseudo`` is set there; the half-corrector for guidance is not offered.
+
+    Parameters
+    ----------
+    statistics : of the model, made for the schedule; None for data prediction.
+    max_order : p, 1 to 3.
+    corrector : False for the predictor alone, order p.
+    corrector_order : how many outputs the corrector takes, p or p + 1 (the default).
+    p_pseudo, c_pseudo : pseudo-order predictor or corrector [eq. 15, 16]: the derivative of order k is taken from the k + 1 nearest
+        outputs alone. Above 2 outputs the order is then 2; meant for very few steps.
+    """
+
+    statistics: ModelStatistics | None = None
+    max_order: int = 3
+    corrector: bool = True
+    corrector_order: int | None = None
+    p_pseudo: bool = False
+    c_pseudo: bool = False
+
+    def __post_init__(self) -> None:
+        check_order("dpm_solver_v3", self.max_order, 3)
+        if self.corrector_order not in (None, self.max_order, self.max_order + 1):
+            raise InputError(
+                f"corrector_order of dpm_solver_v3 must be max_order or one more, {self.max_order} or {self.max_order + 1}, "
+                f"got {self.corrector_order!r}."
+            )
+        if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):
+            raise InputError(
+                f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a solver "
+                "only name its statistics: load them, iia_ode.ModelStatistics.load(path), and pass them as statistics=."
+            )
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """p, and with the corrector at most one more: its own order; 2 for more than two outputs of pseudo-order."""
+        predictor = min(self.max_order, 2) if self.p_pseudo else self.max_order
+        outputs = self.max_order + self._more
+        if not self.corrector or outputs < 2:
+            return predictor
+        return min(predictor + 1, 2 if self.c_pseudo else outputs)
+
+    @property
+    def consistent(self) -> bool:  # type: ignore[override]
+        """With statistics it is exact in variables of its own only."""
+        return self.statistics is None
+
+    def options(self) -> dict[str, Any]:
+        """The options, JSON-ready; statistics are only named, by their digest, and have to be passed again."""
+        return {**super().options(), "statistics": None if self.statistics is None else repr(self.statistics)}
+
+    @property
+    def _more(self) -> int:
+        """How many more outputs the corrector takes than the predictor."""
+        return 1 if self.corrector_order is None else self.corrector_order - self.max_order
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        """The predicted state, corrected with the output there unless the step is the last."""
+        schedule, statistics = ode.schedule, self.statistics or _data_prediction()
+        statistics.check(schedule)
+        memory = past.memory
+        if not memory:
+            data = ode.data(x, t)
+            if schedule.alpha(t) == 0:
+                return data_step(schedule, x, data, t, s), ()
+            memory = (Output(t, _linear(statistics, schedule, x, t) - data),)
+        history = memory[: self.max_order]
+        if singular(schedule, t, s):
+            return data_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()
+        corrected = len(history) + self._more if self.corrector and past.remaining else 0
+        update = _Update.over(statistics, schedule, t, s, [*(o.t for o in history), s], max(len(history), corrected))
+        y = update(x, history, self.p_pseudo)
+        if past.remaining == 0:
+            return y, ()
+        new = Output(s, _linear(statistics, schedule, y, s) - ode.data(y, s))
+        if corrected > 1:
+            y = update(x, (history[0], new, *history[1:])[:corrected], self.c_pseudo)
+        return y, (new, *history)[: self.max_order]
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The update over one step, for any choice of the outputs made at the times that it was set up for."""
+
+    alphas: tuple[float, float]
+    integrals: StepIntegrals
+    nodes: dict[float, int]
+    u: tuple[float, ...]
+
+    @classmethod
+    def over(
+        cls, statistics: ModelStatistics, schedule: Schedule, t: float, s: float, times: Sequence[float], n: int
+    ) -> _Update:
+        """From t to s, with outputs made at some of `times`, at most n of them in one combination."""
+        lam = [schedule.lam(time) for time in times]
+        start, end = schedule.lam(t), schedule.lam(s)
+        return cls(
+            (schedule.alpha(t), schedule.alpha(s)),
+            statistics.integrals(start, end, lam, n),
+            {time: k for k, time in enumerate(times)},
+            tuple((value - start) / (end - start) for value in lam),
+        )
+
+    def __call__(self, x: Any, outputs: Sequence[Output], pseudo: bool) -> Any:
+        """alpha_s A [x / alpha - int E (P + B)] with P the polynomial through the outputs' g."""
+        (alpha, alpha_s), own = self.alphas, self.integrals
+        nodes = [self.nodes[output.t] for output in outputs]
+        coefficients = polynomial_coefficients([self.u[k] for k in nodes], pseudo)
+        weights = np.tensordot(coefficients, own.moments[: len(nodes)], axes=1)
+        y = _weight(own.keep * (alpha_s / alpha)) * x
+        constant = -own.bias
+        for k, w, output in zip(nodes, weights, outputs, strict=True):
+            y = y + _weight(-alpha_s * w * own.scales[k]) * output.value
+            constant = constant + w * own.offsets[k]
+        return y + torch.as_tensor(alpha_s * constant) if constant.any() else y
+
+
+def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:
+    """Row j: coefficients, constant first, of what value j contributes to the polynomial through values at `u`; u[0] = 0.
+
+    Newton's form, sum_k D_k N_k with divided differences D_k and N_k = prod_{i<k} (u - u_i). The pseudo-order polynomial puts
+    u^k in the place of N_k.
+    """
+    n = len(u)
+    differences, basis = np.eye(n), np.zeros((n, n))
+    divided, newton = [differences[0]], np.eye(1, n)[0]
+    for k in range(n):
+        basis[k] = np.eye(1, n, k)[0] if pseudo else newton
+        newton = np.concatenate([[0.0], newton[:-1]]) - u[k] * newton
+        if k + 1 < n:
+            gaps = np.array([u[i + k + 1] - u[i] for i in range(n - k - 1)])
+            differences = np.diff(differences, axis=0) / gaps[:, None]
+            divided.append(differences[0])
+    return np.asarray(np.stack(divided).T @ basis)
+
+
+def _linear(statistics: ModelStatistics, schedule: Schedule, x: Any, t: float) -> Any:
+    """(1 - l) x / alpha, which is f + D: the data form of f keeps its accuracy at every noise level."""
+    l = statistics.curves[0](schedule.lam(t))  # noqa: E741
+    return _weight((1.0 - l) / schedule.alpha(t)) * x
+
+
+def _weight(value: Array) -> Any:
+    return torch.from_numpy(value) if np.ndim(value) else float(value)
+
+
+@cache
+def _data_prediction() -> ModelStatistics:
+    return ModelStatistics.constant(1.0, 0.0, 0.0)
