@@ -374,7 +374,9 @@ def solvers_command() -> None:
     for name in solver_names():
         solver = get_solver(name)
         spent = solver.plan(schedule, grids.uniform(12, 2.0, 1.0)).nfe
-        count = f"{spent // 12} a step" if spent % 12 == 0 else f"{spent} in 12 steps"  # a costlier start, or a free one
+        count = (
+            f"{spent // 12} a step" if spent % 12 == 0 else f"{spent} in 12 steps"
+        )  # a costlier start, or a free one
         click.echo(f"{name:<20} {solver.order:>5}  {count:<14} {_what_it_is(solver)}")
     click.echo("\nIIA, fitted to a model before use:")
     for name, method in PRESETS.items():

@@ -1,6 +1,7 @@
-"""Trained networks that ship with the package, and how they were trained."""
+"""Trained networks that ship with the package, how they were trained, and thresholds on what a model estimates."""
 
 from .pretrained import digits, digits_data, load_denoiser, save_denoiser, train_digits
+from .thresholding import dynamic_thresholding, static_thresholding
 from .training import TrainingOptions, TrainingResult
 from .unet import EDMDenoiser, UNet
 
@@ -11,7 +12,9 @@ __all__ = [
     "UNet",
     "digits",
     "digits_data",
+    "dynamic_thresholding",
     "load_denoiser",
     "save_denoiser",
+    "static_thresholding",
     "train_digits",
 ]

@@ -1,0 +1,97 @@
+"""What every grid is made with: argument checks, and times from noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GridError
+from ..schedules import EDM, Schedule
+
+__all__ = ["as_count", "as_grid", "as_number", "as_positive", "as_range", "data_time", "spaced", "times_of"]
+
+
+def as_count(n: Any, what: str) -> int:
+    """n, once it is known to be a positive whole number."""
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise GridError(f"a grid needs at least one {what}, got n={n!r}.")
+    return int(n)
+
+
+def as_number(value: Any, name: str) -> float:
+    """The value as a float, once it is known to be a number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise GridError(f"{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def as_positive(value: Any, name: str) -> float:
+    """The value as a float, once it is known to be a finite positive number."""
+    number = as_number(value, name)
+    if not 0 < number < math.inf:
+        raise GridError(f"{name} must be positive, got {number}.")
+    return number
+
+
+def as_range(sigma_min: Any, sigma_max: Any) -> tuple[float, float]:
+    """The two ends of a range of noise levels, in order."""
+    low, high = as_number(sigma_min, "sigma_min"), as_number(sigma_max, "sigma_max")
+    if not 0 < low < high < math.inf:
+        raise GridError(f"a grid needs 0 < sigma_min < sigma_max, got {low} and {high}.")
+    return low, high
+
+
+def as_grid(times: Iterable[float]) -> Tensor:
+    """Times as a grid: float64, on the host whatever the default device is."""
+    return torch.tensor(list(times), dtype=torch.float64, device="cpu")
+
+
+def spaced(n: int, low: float, high: float, level: Callable[[float], float]) -> list[float]:
+    """n levels from `high` to `low`, both exact; `level` maps the fraction of the way, 0 to 1, to a level in between."""
+    return [high] if n == 1 else [high, *(level(i / (n - 1)) for i in range(1, n - 1)), low]
+
+
+def times_of(levels: list[float], schedule: Schedule | None, to_data: bool) -> Tensor:
+    """Times at which sigma/alpha takes the given levels, and the data if asked for."""
+    schedule = EDM() if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise GridError(f"schedule must be a Schedule, such as iia_ode.VP(), got {schedule!r}.")
+    beyond = math.copysign(math.inf, schedule.t_noise - schedule.t_data)
+    ends = sorted((schedule.t_data, schedule.t_noise if schedule._ends_at_noise else beyond))
+    times = [_time_of(level, schedule, *ends) for level in levels]
+    if to_data:
+        times.append(data_time(schedule))
+    for i, (t, s) in enumerate(pairwise(times)):
+        if t == s:
+            raise GridError(
+                f"points {i} and {i + 1} of the grid coincide in floating point (time {t:g}): take a smaller n, or a "
+                "family of grids that spreads its levels more evenly."
+            )
+    return as_grid(times)
+
+
+def _time_of(level: float, schedule: Schedule, low: float, high: float) -> float:
+    t = min(max(schedule.t_of_noise_to_signal(level), low), high)  # the level of an end itself may round beyond it
+    if not math.isclose(schedule.noise_to_signal(t), level, rel_tol=1e-6):
+        first, last = (abs(schedule.noise_to_signal(end)) for end in (schedule.t_data, schedule.t_noise))  # no "-0"
+        raise GridError(
+            f"the {type(schedule).__name__} schedule does not reach sigma/alpha = {level:g}, it goes from {first:g} "
+            f"to {last:g}: choose sigma_min and sigma_max in between."
+        )
+    return t
+
+
+def data_time(schedule: Schedule) -> float:
+    """The time of the data, if the schedule gets there."""
+    if schedule.sigma(schedule.t_data) > 0:
+        raise GridError(
+            f"the {type(schedule).__name__} schedule ends at sigma = {schedule.sigma(schedule.t_data):g} and not at the "
+            "data: use to_data=False."
+        )
+    return schedule.t_data

@@ -1,0 +1,154 @@
+"""Grids of noise levels: n levels between two ends, spaced by a rule, at the times where a schedule has them."""
+
+from __future__ import annotations
+
+import math
+
+from scipy.special import betaincinv, wrightomega
+from torch import Tensor
+
+from ..errors import GridError
+from ..schedules import Schedule
+from .base import as_count, as_positive, as_range, spaced, times_of
+
+__all__ = ["beta", "beta_quantile", "karras", "linear_log", "log_snr", "polyexponential"]
+
+
+def karras(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    *,
+    schedule: Schedule | None = None,
+    to_data: bool = True,
+) -> Tensor:
+    """n noise levels equidistant in sigma^(1/rho), then 0 [Karras et al. 2022, eq. 5].
+
+    Parameters
+    ----------
+    n : noise levels; a solver with one evaluation a step makes n evaluations.
+    sigma_min, sigma_max : last and first level of sigma/alpha, the noise level in EDM's sense for every schedule.
+    rho : 7 in EDM; larger puts more levels near the data. 1 is equidistant in sigma.
+    schedule : whose times to return; EDM, where time is the level itself, by default.
+    to_data : append the data (sigma = 0).
+
+    Returns
+    -------
+    float64 [n + 1] times ([n] without the data). With one level it is `sigma_max`.
+
+    Raises
+    ------
+    GridError : n < 1, levels out of order or out of the schedule's reach, or rho not positive.
+    """
+    n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max), as_positive(rho, "rho")
+    try:
+        a, b = high ** (1 / rho), low ** (1 / rho)
+        levels = spaced(n, low, high, lambda u: (a + u * (b - a)) ** rho)
+    except OverflowError:
+        raise GridError(f"rho = {rho:g} is too small: sigma_max^(1/rho) is not a number. Use rho = 7.") from None
+    return times_of(levels, schedule, to_data)
+
+
+def log_snr(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    *,
+    schedule: Schedule | None = None,
+    to_data: bool = True,
+) -> Tensor:
+    """n noise levels equidistant in log-SNR, then 0; arguments as for :func:`karras` [Lu et al. 2022].
+
+    A geometric sequence of sigma/alpha. Elsewhere it is called exponential (k-diffusion, diffusers) or log-linear.
+    """
+    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
+    a, b = math.log(high), math.log(low)
+    return times_of(spaced(n, low, high, lambda u: math.exp(a + u * (b - a))), schedule, to_data)
+
+
+def polyexponential(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 1.0,
+    *,
+    schedule: Schedule | None = None,
+    to_data: bool = True,
+) -> Tensor:
+    """n noise levels polynomial in log sigma, then 0; the other arguments as for :func:`karras` [k-diffusion].
+
+    With r = 1 - i / (n - 1),  log sigma_i = log sigma_min + r^rho (log sigma_max - log sigma_min).
+
+    Parameters
+    ----------
+    rho : 1 is :func:`log_snr`; larger puts more levels near `sigma_min`, smaller near `sigma_max`.
+    """
+    n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max), as_positive(rho, "rho")
+    a, b = math.log(low), math.log(high)
+    return times_of(spaced(n, low, high, lambda u: math.exp(a + (1 - u) ** rho * (b - a))), schedule, to_data)
+
+
+def linear_log(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    crossover: float | None = None,
+    *,
+    schedule: Schedule | None = None,
+    to_data: bool = True,
+) -> Tensor:
+    """n noise levels, first linear in sigma, then logarithmic, then 0; the other arguments as for :func:`karras`.
+
+    The levels are equidistant in u(sigma) = sigma/c - 1 above the crossover c and log(sigma/c) below it: u and its slope
+    are continuous at c, so the spacing is too. No paper fixes this name. The definition is the library's own, with the
+    two grids that the name joins as its limits.
+
+    Parameters
+    ----------
+    crossover : c, a level of sigma/alpha; by default the one that gives each part half of the intervals. From `sigma_max`
+        on the grid is :func:`log_snr`; up to `sigma_min` it is linear in sigma, :func:`karras` with rho = 1.
+    """
+    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
+    if crossover is None:
+        # Equal parts: high/c - 1 = log(c/low). With y = high/c that is y + log y = 1 + log(high/low), Wright's omega.
+        c = high / float(wrightomega(1 + math.log(high) - math.log(low)))
+    else:
+        c = min(max(as_positive(crossover, "crossover"), low), high)  # beyond its limits it changes nothing
+    a, b = high / c - 1, math.log(low) - math.log(c)
+
+    def level(fraction: float) -> float:
+        u = a + fraction * (b - a)
+        return c * (1 + u) if u > 0 else c * math.exp(u)
+
+    return times_of(spaced(n, low, high, level), schedule, to_data)
+
+
+def beta(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    a: float = 0.6,
+    b: float = 0.6,
+    *,
+    schedule: Schedule | None = None,
+    to_data: bool = True,
+) -> Tensor:
+    """n noise levels at quantiles of a Beta distribution, then 0; the other arguments as for :func:`karras`.
+
+    sigma_i = sigma_min + F^-1(1 - i / (n - 1)) (sigma_max - sigma_min), F the distribution function of Beta(a, b). This is
+    the form that diffusers gives to the sampling of Lee et al. [2024] (``use_beta_sigmas``). The paper's own, on integer
+    timesteps, is ``discrete(n, schedule, "beta")``.
+
+    Parameters
+    ----------
+    a, b : shape of the distribution. Below 1 the levels crowd at both ends; (1, 1) is linear in sigma.
+    """
+    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
+    a, b = as_positive(a, "a"), as_positive(b, "b")
+    return times_of(spaced(n, low, high, lambda u: low + beta_quantile(1 - u, a, b) * (high - low)), schedule, to_data)
+
+
+def beta_quantile(probability: float, a: float = 0.6, b: float = 0.6) -> float:
+    """F^-1 of Beta(a, b): what ``scipy.stats.beta.ppf`` computes, without the import of all of scipy.stats."""
+    return float(betaincinv(a, b, probability))
