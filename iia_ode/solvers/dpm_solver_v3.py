@@ -36,51 +36,48 @@ class DPMSolverV3(Solver):
     takes the one at the predicted state as well. That output also starts the next step, and f is kept as it was computed there
     (the paper's correction of eps), so that the corrector costs nothing. The last step is not corrected.
 
-    With l = 1, s = 0, b = 0, which is what no statistics means, this is exponential Adams on the data; with l = 0, s = -1, b = 0,
-    on the noise. Statistics that fit the model make g nearly constant: :func:`iia_ode.estimate_statistics`. Over the range of
-    their table they have to be smooth, and beyond its ends they are constant, where the order drops to 2 at the kink.
+    With l = 1, s = 0, b = 0, which is what no statistics means, this is exponential Adams on the data; with l = 0, s = -1,
+    b = 0, on the noise. The statistics of a model (:func:`iia_ode.estimate_statistics`) make g nearly constant; on Gaussian
+    data it is constant, and every step exact. Beyond the ends of their table they are constant, and a step across an end is
+    of order 2 only.
 
-    The paper calls a corrector of as many outputs as the predictor one of order p (`corrector_order` = `max_order`), which is what
-    its release runs unless ``c_pseudo`` is set there; the half-corrector for guidance is not offered.
+    As published, the corrector drops the oldest output (``drop_oldest``; the release does unless its ``c_pseudo`` is set), and
+    is of order p. Lower order at the end is :class:`LowerOrderFinal`. The half-corrector for large guidance scales is not
+    offered.
 
     Parameters
     ----------
-    statistics : of the model, made for the schedule; None for data prediction.
+    statistics : of the model, made for this schedule; None for data prediction.
     max_order : p, 1 to 3.
-    corrector : False for the predictor alone, order p.
-    corrector_order : how many outputs the corrector takes, p or p + 1 (the default).
-    p_pseudo, c_pseudo : pseudo-order predictor or corrector [eq. 15, 16]: the derivative of order k is taken from the k + 1 nearest
-        outputs alone. Above 2 outputs the order is then 2; meant for very few steps.
+    corrector : False for the predictor alone, of order p.
+    drop_oldest : the corrector combines p outputs instead of p + 1, the new one included.
+    p_pseudo, c_pseudo : a predictor or corrector of pseudo-order [eq. 15, 16], which takes the derivative of order k from the
+        k + 1 nearest outputs alone: with three outputs or more it is of order 2. Meant for very few steps.
     """
 
     statistics: ModelStatistics | None = None
     max_order: int = 3
     corrector: bool = True
-    corrector_order: int | None = None
+    drop_oldest: bool = False
     p_pseudo: bool = False
     c_pseudo: bool = False
 
     def __post_init__(self) -> None:
         check_order("dpm_solver_v3", self.max_order, 3)
-        if self.corrector_order not in (None, self.max_order, self.max_order + 1):
-            raise InputError(
-                f"corrector_order of dpm_solver_v3 must be max_order or one more, {self.max_order} or {self.max_order + 1}, "
-                f"got {self.corrector_order!r}."
-            )
         if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):
             raise InputError(
-                f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a solver "
-                "only name its statistics: load them, iia_ode.ModelStatistics.load(path), and pass them as statistics=."
+                f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a "
+                "solver only name its statistics: load them, iia_ode.ModelStatistics.load(path), and pass the object."
             )
 
     @property
     def order(self) -> int:  # type: ignore[override]
         """p, and with the corrector at most one more: its own order; 2 for more than two outputs of pseudo-order."""
         predictor = min(self.max_order, 2) if self.p_pseudo else self.max_order
-        outputs = self.max_order + self._more
+        outputs = self.max_order + 1 - self.drop_oldest
         if not self.corrector or outputs < 2:
             return predictor
-        return min(predictor + 1, 2 if self.c_pseudo else outputs)
+        return min(predictor + 1, min(outputs, 2) if self.c_pseudo else outputs)
 
     @property
     def consistent(self) -> bool:  # type: ignore[override]
@@ -91,33 +88,30 @@ class DPMSolverV3(Solver):
         """The options, JSON-ready; statistics are only named, by their digest, and have to be passed again."""
         return {**super().options(), "statistics": None if self.statistics is None else repr(self.statistics)}
 
-    @property
-    def _more(self) -> int:
-        """How many more outputs the corrector takes than the predictor."""
-        return 1 if self.corrector_order is None else self.corrector_order - self.max_order
-
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The predicted state, corrected with the output there unless the step is the last."""
         schedule, statistics = ode.schedule, self.statistics or _data_prediction()
         statistics.check(schedule)
-        memory = past.memory
-        if not memory:
-            data = ode.data(x, t)
-            if schedule.alpha(t) == 0:
-                return data_step(schedule, x, data, t, s), ()
-            memory = (Output(t, _linear(statistics, schedule, x, t) - data),)
-        history = memory[: self.max_order]
+        if not past.memory and schedule.alpha(t) == 0:
+            return data_step(schedule, x, ode.data(x, t), t, s), ()
+        history = past.memory[: self.max_order] or (self._output(ode, x, t),)
         if singular(schedule, t, s):
             return data_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()
-        corrected = len(history) + self._more if self.corrector and past.remaining else 0
+        corrected = len(history) + 1 - self.drop_oldest if self.corrector and past.remaining else 0
         update = _Update.over(statistics, schedule, t, s, [*(o.t for o in history), s], max(len(history), corrected))
         y = update(x, history, self.p_pseudo)
         if past.remaining == 0:
             return y, ()
-        new = Output(s, _linear(statistics, schedule, y, s) - ode.data(y, s))
+        new = self._output(ode, y, s)
         if corrected > 1:
             y = update(x, (history[0], new, *history[1:])[:corrected], self.c_pseudo)
         return y, (new, *history)[: self.max_order]
+
+    def _output(self, ode: Any, x: Any, t: float) -> Output:
+        """f at state x; with statistics stored as one vector, so that neither x nor the model's output need be kept."""
+        x = ode.hold(x)
+        f = _linear(self.statistics or _data_prediction(), ode.schedule, x, t) - ode.data(x, t)
+        return Output(t, f if self.statistics is None else ode.hold(f))
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,11 @@ class Lookahead(MetaSolver):
 @register("analytic_first_step", "afs")
 @dataclass(frozen=True)
 class AnalyticFirstStep(MetaSolver):
-    """Saves the first evaluation: order 1, one evaluation less than the base [Dockhorn et al. 2022, section 3.3].
+    """Saves the first evaluation: the base's order but for its first step, one evaluation less [Dockhorn et al. 2022].
 
     At high noise the state is nearly all noise. Where the first step of the base first evaluates the model, it sees
-    eps = x / sqrt(alpha^2 + sigma^2) instead. The error of that first step is of second order in its length, but does not
-    vanish with the data's share of x_T: use it on grids that start at high noise.
+    eps = x / sqrt(alpha^2 + sigma^2) instead [their section 3.3]. That first step has an error proportional to its length (the
+    start-up is of order 1), with the data's share of x_T as a factor: use it on grids that start at high noise.
 
     Parameters
     ----------
@@ -152,11 +152,6 @@ class AnalyticFirstStep(MetaSolver):
 
     base: SolverLike = Heun()
     consistent = False  # the first step is exact only where the data are normal with variance 1
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        """1: the first step's noise estimate does not come from the model."""
-        return 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The base's step; the first one on the analytic estimate."""
