@@ -88,7 +88,7 @@ class IPNDMDropsFirstEstimate(PNDM):
 
 @dataclass(frozen=True)
 class IPNDMvAsPublished(LMS):
-    """iPNDM-v of diff-sampler with its wrong weights: order 2 at most, and on no grid order 4.
+    """iPNDM-v of diff-sampler with its wrong weights: order 2 in place of 4; 3 in place of 3 on smooth grids only.
 
     It is meant to be variable-step Adams-Bashforth in sigma, which is ``lms`` here, and up to order 2 it is. The defects, with
     h_0 the step in rho = sigma/alpha and h_1, h_2, h_3 those before it:
@@ -104,8 +104,8 @@ class IPNDMvAsPublished(LMS):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """At most 2: what is added from order 3 on is no higher-order term."""
-        return min(self.max_order, 2)
+        """2 for four outputs. For three the excess is of higher order where the ratio of successive steps tends to 1."""
+        return 2 if self.max_order == 4 else self.max_order
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """Those of ``lms``, and what upstream adds to them."""
