@@ -6,6 +6,7 @@
 from . import denoisers, grids, problems, reference
 from .__about__ import __version__
 from .errors import (
+    ConformanceError,
     FileFormatError,
     FingerprintWarning,
     GridError,
@@ -18,18 +19,22 @@ from .errors import (
     ScheduleError,
     UnknownNameError,
 )
+from .estimation import estimate_statistics
 from .iia import IIA, FittedSolver, Local, Substeps, load, preset
 from .integrate import odeint, sample, torchdiffeq_methods
 from .ode import Evaluation, ProbabilityFlowODE
 from .plan import Past, Plan, Vector, trace
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule, from_functions
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names
+from .statistics import ModelStatistics
+from .testing import verify
 
 __all__ = [
     "EDM",
     "IIA",
     "VE",
     "VP",
+    "ConformanceError",
     "Cosine",
     "Discrete",
     "Evaluation",
@@ -43,6 +48,7 @@ __all__ = [
     "Local",
     "MismatchError",
     "MissingDependencyError",
+    "ModelStatistics",
     "NonFiniteError",
     "Past",
     "Plan",
@@ -57,6 +63,7 @@ __all__ = [
     "Vector",
     "__version__",
     "denoisers",
+    "estimate_statistics",
     "from_functions",
     "get_solver",
     "grids",
@@ -68,6 +75,8 @@ __all__ = [
     "register",
     "sample",
     "solver_names",
+    "testing",
     "torchdiffeq_methods",
     "trace",
+    "verify",
 ]

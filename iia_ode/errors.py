@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ConformanceError",
     "FileFormatError",
     "FingerprintWarning",
     "GridError",
@@ -63,6 +64,10 @@ class FileFormatError(IIAError, ValueError):
 
 class MissingDependencyError(IIAError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class ConformanceError(IIAError, AssertionError):
+    """A solver does not keep a promise that every solver makes; see :mod:`iia_ode.testing`."""
 
 
 class FingerprintWarning(UserWarning):

@@ -1,0 +1,321 @@
+"""Estimating the model statistics that DPM-Solver-v3 needs [Zheng et al. 2023, appendix C.1.1]."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+from .errors import GridError, InputError, NonFiniteError, unknown_name
+from .integrate import sample
+from .ode import ProbabilityFlowODE, conversion
+from .plan import check_grid, check_start
+from .schedules import Schedule
+from .schedules.base import derivative_of
+from .statistics import Curve, ModelStatistics
+
+__all__ = ["estimate_statistics"]
+
+_F64 = torch.float64
+_SOLVER = "unipc"  # of the trajectories: order 4 at one evaluation a step
+_STEP = 0.1  # its largest step in log-SNR
+_PURE_NOISE = -8.0  # from alpha = 0 the first step goes here: until then the data estimate is the data's mean
+_ROUNDING = 1e-6  # relative variation that the moments, in float64, still tell from rounding
+_MODES = ("auto", "forward", "reverse")
+_log = logging.getLogger(__name__)
+
+
+def estimate_statistics(
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    grid: Tensor | Sequence[float],
+    *,
+    points: int = 120,
+    probes: int = 1,
+    shared: str | Sequence[int] = (),
+    batch_size: int | None = None,
+    mode: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
+) -> ModelStatistics:
+    """Estimate l, s and b of a model along its own trajectories.
+
+    At every node, over samples and over probes v of random signs,
+
+        l = 1 - alpha E[v (dD/dx v)],    s = Cov(f, f') / Var(f),    b = E[f'] - s E[f],
+
+    with D the data estimate, f = (1 - l) x / alpha - D and f' its derivative along the flow. The model's part of f' is one
+    Jacobian-vector product with the tangent of the flow: exact, where a difference of evaluations along the trajectory
+    would carry the rounding of a float32 network divided by a small step. Where f varies by no more than rounding, s = 0
+    and b = E[f'].
+
+    A sample keeps its probes along its trajectory. Errors of the tables are then smooth in lambda, which costs a solver next
+    to nothing; with new probes, or new samples, at every node the tables would be rough, and that costs it its order.
+
+    Parameters
+    ----------
+    ode : the model. For guided sampling the paper advises statistics of the model without guidance.
+    x : states at ``grid[0]``, [B, ...]; from noise that is ``sigma_T * randn``. The paper takes 1024 to 4096 of them.
+    grid : times, as for a solver. Only the first and the last with finite log-SNR count: the table is equidistant in
+        log-SNR between them.
+    points : rows of the table, joined by cubic splines: as many as resolve how the model depends on the noise level (60 for
+        the digits network, up to 1200 in the paper).
+    probes : v for each sample.
+    shared : dimensions of one sample along which coefficients are equal: ``(-2, -1)`` for one per channel, or ``"all"``.
+    batch_size : how many samples are treated at a time; all by default.
+    mode : ``"forward"`` differentiation; ``"reverse"``, which every model allows, with central differences for f'; or
+        ``"auto"``, the first of them that works.
+    seed : of the probes.
+    progress : show a bar over the nodes.
+
+    Raises
+    ------
+    InputError, GridError, UnknownNameError : an argument; all are :class:`iia_ode.IIAError`.
+    NonFiniteError : the model returned NaN or infinity.
+    """
+    check_start(ode, x)
+    size = len(x) if batch_size is None else batch_size
+    for name, value, least in (("points", points, 2), ("probes", probes, 1), ("batch_size", size, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}.")
+    if mode not in _MODES:
+        raise unknown_name("mode", mode, _MODES)
+    times, nodes = _times(ode.schedule, grid, points)
+    dims, generator = _shared_dims(shared, x.ndim - 1), torch.Generator("cpu").manual_seed(seed)
+    signs = (
+        torch.randint(0, 2, (len(x), probes, *x.shape[1:]), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
+    )
+    bar = tqdm(total=points * -(-len(x) // size), desc="statistics", disable=not progress)
+    collector = _Collector(mode, nodes, dims, bar)
+    with ode.counting() as spent, torch.inference_mode(False), torch.no_grad():
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            own, start = ode.subset(part, len(x)), x[part].to(_F64, copy=True)
+            collector.follow(own, start, times, signs[part].transpose(0, 1).to(start))
+    bar.close()
+    about = {
+        "samples": len(x),
+        "probes": probes,
+        "mode": collector.mode,
+        "seed": seed,
+        "prediction": ode.prediction,
+        "guidance_scale": ode.guidance_scale,
+        "fingerprint": ode.fingerprint(),
+        "evaluations": spent.evaluations,
+    }
+    lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")
+    return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(ode, x)), ode.schedule, about)
+
+
+# ---- where -----------------------------------------------------------------------------------------------------------
+
+
+def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> tuple[list[float], dict[int, int]]:
+    """The times that trajectories step through, and which of them are nodes: position to row of the table."""
+    given = check_grid(schedule, grid if isinstance(grid, Tensor) else list(grid))
+    finite = [t for t in given if math.isfinite(schedule.lam(t))]
+    if len(finite) < 2:
+        raise GridError(
+            "statistics need a range of noise levels: a grid with at least two times where neither sigma nor alpha is 0."
+        )
+    start, end = schedule.lam(finite[0]), schedule.lam(finite[-1])
+    parts = math.ceil(abs(end - start) / (points - 1) / _STEP)  # steps between two nodes
+    fine = torch.linspace(start, end, (points - 1) * parts + 1, dtype=_F64, device="cpu")
+    times = [finite[0], *schedule.t_of_lam(fine[1:-1]).tolist(), finite[-1]]
+    before: list[float] = []
+    if given[0] != finite[0]:
+        ramp = torch.arange(min(_PURE_NOISE, start - 1), start - _STEP / 2, _STEP, dtype=_F64, device="cpu")
+        before = [given[0], *schedule.t_of_lam(ramp).tolist()]
+    return before + times, {len(before) + k * parts: k for k in range(points)}
+
+
+def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | None:
+    """Dimensions to average over, counted from the end of a batch: None for all, so that no shape is left."""
+    if shared == "all":
+        return None
+    if isinstance(shared, str) or not all(isinstance(d, int) and -ndim <= d < ndim for d in shared):
+        raise InputError(f"shared must be 'all' or dimensions of one sample, which has {ndim}, got {shared!r}.")
+    return (-1 - ndim, *sorted({d - ndim if d >= 0 else d for d in shared}))
+
+
+def _eps(ode: ProbabilityFlowODE, x: Tensor) -> float:
+    """Relative rounding of the model."""
+    return float(torch.finfo(ode._dtype(x.to(_F64))).eps)
+
+
+# ---- one node --------------------------------------------------------------------------------------------------------
+
+
+class _Products(Protocol):
+    """Products with the Jacobian of the model's output."""
+
+    def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and an estimate of the Jacobian's diagonal from probes of random signs [probes, B, ...]."""
+
+    def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
+        """The derivative of the output in the direction (dx, dt)."""
+
+
+class _Collector:
+    """The moments of every node, along one trajectory after the other; `mode` "auto" becomes the one the model allows."""
+
+    def __init__(self, mode: str, nodes: Mapping[int, int], dims: tuple[int, ...] | None, bar: Any) -> None:
+        self.mode, self.nodes, self.bar = mode, nodes, bar
+        self.moments = [_Moments(dims) for _ in nodes]
+
+    def follow(self, ode: ProbabilityFlowODE, x: Tensor, times: Sequence[float], signs: Tensor) -> None:
+        """Add the trajectories from states x [B, ...], with their probes [probes, B, ...]."""
+
+        def visit(k: int, t: float, state: Tensor) -> None:
+            if k in self.nodes:
+                self.moments[self.nodes[k]].add(self._columns(ode, state, t, signs))
+                self.bar.update()
+
+        visit(0, times[0], x)
+        sample(ode, x, torch.tensor(times, dtype=_F64, device="cpu"), _SOLVER, callback=visit)
+
+    def _columns(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> Tensor:
+        if self.mode == "auto":
+            try:
+                found = _columns(ode, x, t, signs, _Forward())
+                self.mode = "forward"
+                return found
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # NotImplementedError is one
+                _log.info("no forward differentiation of this model (%s); reverse it is", error)
+                self.mode = "reverse"
+        return _columns(ode, x, t, signs, _Forward() if self.mode == "forward" else _Reverse())
+
+
+def _columns(ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor, products: _Products) -> Tensor:
+    """y = x / alpha, D, dD/dlambda along the flow, and an estimate of l, stacked: float64 [4, B, ...]."""
+    schedule, time = ode.schedule, torch.tensor(t, dtype=_F64, device="cpu")
+    alpha, alpha_dt = schedule.alpha(t), schedule.alpha_prime(t)
+    dt = 1 / (alpha_dt / alpha - schedule.sigma_prime(t) / schedule.sigma(t))  # by lambda, as all slopes here
+
+    def factor(u: Tensor, i: int) -> Tensor:
+        value: Tensor = u * 0 + conversion(schedule, u, ode.prediction, "data")[i]
+        return value
+
+    p, q = (float(factor(time, i)) for i in (0, 1))
+    p_slope, q_slope = (dt * float(derivative_of(partial(factor, i=i), time)) for i in (0, 1))
+    out, diagonal = products.diagonal(ode, x, t, signs)
+    data, y = p * x + q * out, x / alpha
+    dx = alpha_dt * dt * y + alpha * (data - y)
+    slope = p_slope * x + p * dx + q_slope * out + q * products.along(ode, x, t, dx, dt)
+    return torch.stack([y, data, slope, 1 - alpha * (p + q * diagonal)])
+
+
+class _Forward:
+    """By forward differentiation: exact, at the price of an evaluation or two."""
+
+    def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
+        products = [_jvp(ode, x, t, v, 0.0) for v in signs]
+        return products[0][0], torch.stack([v * jv for v, (_, jv) in zip(signs, products, strict=True)]).mean(0)
+
+    def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
+        return _jvp(ode, x, t, dx, dt)[1]
+
+
+class _Reverse:
+    """By reverse differentiation, for the Jacobian and its transpose have one diagonal, and by central differences."""
+
+    def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            state = x.detach().clone().requires_grad_()
+            out = ode.output(state, t)
+            products = [v * torch.autograd.grad(out, state, v, retain_graph=True)[0] for v in signs]
+        return out.detach(), torch.stack(products).mean(0)
+
+    def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
+        step = _eps(ode, x) ** (1 / 3)  # balances truncation and rounding
+        ahead, behind = (
+            h if ode.schedule.covers(torch.tensor(t + h * dt, dtype=_F64, device="cpu")) else 0.0 for h in (step, -step)
+        )
+        return (ode.output(x + ahead * dx, t + ahead * dt) - ode.output(x + behind * dx, t + behind * dt)) / (
+            ahead - behind
+        )
+
+
+def _jvp(ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> tuple[Tensor, Tensor]:
+    """The output at (x, t) and its derivative in the direction (dx, dt)."""
+    make_dual: Any = forward_ad.make_dual  # torch leaves it without types
+    unpack_dual: Any = forward_ad.unpack_dual
+    time, tangent = (torch.tensor(v, dtype=_F64, device=x.device) for v in (t, dt))
+    with warnings.catch_warnings():
+        # torch scripts its own decompositions when forward differentiation is first used, and warns about that.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+        # Of the attention kernels only the plain one has forward derivatives everywhere.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            out = ode.output(make_dual(x, dx), make_dual(time, tangent))
+            value, derivative = unpack_dual(out)
+    return value, torch.zeros_like(value) if derivative is None else derivative
+
+
+# ---- from moments to tables ------------------------------------------------------------------------------------------
+
+
+class _Moments:
+    """Means of (y, D, D', l) and covariances of the first three at one node, over samples and shared dimensions.
+
+    f and f' are combinations of those three, known once l and its derivative are, which takes all nodes.
+    """
+
+    def __init__(self, dims: tuple[int, ...] | None) -> None:
+        self.dims, self.count = dims, 0
+
+    def add(self, columns: Tensor) -> None:
+        """Merge a batch of columns [4, B, ...] [Chan, Golub, LeVeque 1983]."""
+        mean = self._over(columns)
+        centred = columns[:3] - self._over(columns, keepdim=True)[:3]
+        covariance = torch.stack([self._over(centred * row) for row in centred]).cpu()
+        mean, n = mean.cpu(), columns[0].numel()
+        if self.count == 0:
+            self.mean, self.covariance = mean, covariance
+        else:
+            share = n / (self.count + n)
+            gap = mean - self.mean
+            between = gap[:3].unsqueeze(1) * gap[:3].unsqueeze(0)
+            self.covariance = (1 - share) * (self.covariance + share * between) + share * covariance
+            self.mean = self.mean + share * gap
+        self.count += n
+
+    def _over(self, columns: Tensor, keepdim: bool = False) -> Tensor:
+        """Mean over the batch and the shared dimensions; those stay with size 1, unless nothing does."""
+        if self.dims is None:
+            out = columns.flatten(1).mean(1)
+            return out.reshape(-1, *[1] * (columns.ndim - 1)) if keepdim else out
+        out = columns.mean(self.dims, keepdim=True)
+        return out if keepdim else out.squeeze(1)
+
+
+def _solve(
+    lam: Tensor, moments: Sequence[_Moments], resolution: float, schedule: Schedule, about: dict[str, Any]
+) -> ModelStatistics:
+    """The tables: l as it is, then s and b by least squares with the derivative of l's own interpolant."""
+    order = lam.argsort()
+    lam, mean = lam[order], torch.stack([moments[k].mean for k in order.tolist()], dim=1)
+    covariance = torch.stack([moments[k].covariance for k in order.tolist()], dim=2)
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise NonFiniteError("the model or its derivatives are not finite somewhere on the trajectories.")
+    l = mean[3]  # noqa: E741
+    l_slope = torch.from_numpy(Curve(lam.numpy(), l.numpy()).slope(lam.numpy()))
+    one = torch.ones_like(l)
+    f = torch.stack([1 - l, -one, 0 * one])  # in terms of y, D and D', where y' = D - y
+    f_slope = torch.stack([-(1 - l) - l_slope, 1 - l, -one])
+    variance, common = (torch.einsum("i...,ij...,j...->...", f, covariance, g) for g in (f, f_slope))
+    scale = (f[:2].square() * (covariance.diagonal().movedim(-1, 0) + mean[:3].square())[:2]).sum(0)
+    varies = variance > resolution**2 * scale
+    s = torch.where(varies, common / torch.where(varies, variance, one), 0 * one)
+    b = (f_slope * mean[:3]).sum(0) - s * (f * mean[:3]).sum(0)
+    return ModelStatistics(lam, l, s, b, schedule.config(), about)

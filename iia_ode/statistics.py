@@ -1,0 +1,283 @@
+"""Empirical model statistics [Zheng et al. 2023]: what DPM-Solver-v3 knows of a model, and the integrals that it needs.
+
+With y = x / alpha, lambda the half-log-SNR and eps the model's noise, the flow is dy/dlambda = -l y - f for any l(lambda),
+where f = (sigma eps - l x) / alpha. The statistics are tables over lambda of three coefficients per component:
+
+- l, the mean of the diagonal of sigma d(eps)/dx: what is left, f, depends little on x;
+- s and b, the least-squares fit f' = s f + b along the flow: e^(-int s) f - int e^(-int s) b then changes little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.interpolate import CubicSpline, PPoly
+from torch import Tensor
+
+from .errors import FileFormatError, InputError, MismatchError
+from .files import read_tensors, write_tensors
+from .schedules import Schedule
+
+__all__ = ["Curve", "ModelStatistics", "StepIntegrals"]
+
+Array = npt.NDArray[np.float64]
+_KIND = "model statistics"
+_TABLES = ("lam", "l", "s", "b")
+_WIDTH = 0.5  # of a quadrature panel: there 8 nodes integrate e^(c lambda) to rounding for |c| up to about 8
+_CHUNK = 2**22  # numbers in one array of the quadrature
+
+
+class Curve:
+    """A function of lambda through the rows of a table: a cubic spline inside the table, constant beyond its ends.
+
+    A spline, because a kink of l, s or b is one of g: a table joined by straight lines would cap the order of a solver at 2.
+    """
+
+    def __init__(self, lam: Array, values: Array) -> None:
+        self.ends = float(lam[0]), float(lam[-1])
+        self.at_ends = values[0], values[-1]
+        if len(lam) > 1:
+            self._value: PPoly = CubicSpline(lam, values)
+        else:
+            self._value = PPoly(values[None], np.array([lam[0], lam[0] + 1.0]))
+        self._integral = self._value.antiderivative()
+        self._slope = self._value.derivative()
+
+    def __call__(self, lam: Array | float) -> Array:
+        """Values, [*lam.shape, ...]."""
+        return self._inside(self._value, lam)
+
+    def slope(self, lam: Array | float) -> Array:
+        """Derivatives, for lambda inside the table."""
+        return self._inside(self._slope, lam)
+
+    def integral(self, lam: Array | float) -> Array:
+        """The integral from the table's lower end to lambda."""
+        u = np.asarray(lam, dtype=np.float64)
+        below, above = np.minimum(u - self.ends[0], 0.0), np.maximum(u - self.ends[1], 0.0)
+        beyond = np.multiply.outer(below, self.at_ends[0]) + np.multiply.outer(above, self.at_ends[1])
+        out: Array = self._inside(self._integral, u) + beyond
+        return out
+
+    def _inside(self, polynomial: PPoly, lam: Array | float) -> Array:
+        out: Array = polynomial(np.clip(lam, *self.ends))
+        return out
+
+
+@dataclass(frozen=True)
+class StepIntegrals:
+    """What a step over [start, end] in lambda needs of l, s and b; arrays of the statistics' shape.
+
+    Integrals of s and b run from the start; E = exp(-int_lambda^end l + int s) and B = int e^(-int s) b.
+
+    Attributes
+    ----------
+    keep : exp(-int l) over the step.
+    moments : int E u^k dlambda over the step, u linear in lambda from 0 to 1; [n, ...].
+    bias : int E B dlambda over the step.
+    scales, offsets : e^(-int s) and B at each of the nodes asked for: there g = scale f - offset.
+    """
+
+    keep: Array
+    moments: Array
+    bias: Array
+    scales: tuple[Array, ...]
+    offsets: tuple[Array, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelStatistics:
+    """Tables of l, s and b over the half-log-SNR; :func:`iia_ode.estimate_statistics` makes them for a model.
+
+    Two are equal, and have one hash, if their tables and schedules are.
+
+    Parameters
+    ----------
+    lam : half-log-SNR, [K], increasing.
+    l, s, b : [K, *shape], where shape broadcasts against one sample: the sample's own for coefficients per component,
+        [C, 1, 1] for one per channel, [] for one number. Data prediction is l = 1, s = 0, b = 0; noise prediction l = 0,
+        s = -1, b = 0.
+    schedule : ``config()`` of the schedule they belong to; None fits any.
+    about : how they were made, JSON-ready.
+
+    Raises
+    ------
+    InputError : the tables do not fit together, are not finite or not in order.
+    """
+
+    lam: Tensor
+    l: Tensor  # noqa: E741  (the paper's letter)
+    s: Tensor
+    b: Tensor
+    schedule: Mapping[str, Any] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _TABLES:
+            value = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float64, copy=True).contiguous()
+            object.__setattr__(self, name, value)
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(f"the table {name} of model statistics must be finite.")
+        if self.lam.ndim != 1 or len(self.lam) < 1 or not bool((self.lam.diff() > 0).all()):
+            raise InputError(f"lam must be 1-dimensional and strictly increasing, got shape {list(self.lam.shape)}.")
+        shapes = [tuple(v.shape) for v in (self.l, self.s, self.b)]
+        if len(set(shapes)) != 1 or shapes[0][:1] != self.lam.shape:
+            raise InputError(
+                f"l, s and b must have one shape, a row for each of the {len(self.lam)} values of lam, got "
+                f"{', '.join(str(list(shape)) for shape in shapes)}."
+            )
+
+    @classmethod
+    def constant(cls, l: float, s: float, b: float) -> ModelStatistics:  # noqa: E741
+        """The same three numbers for every component and lambda, on any schedule."""
+        lam, *rows = (torch.tensor([float(v)], dtype=torch.float64, device="cpu") for v in (0.0, l, s, b))
+        return cls(lam, rows[0], rows[1], rows[2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the coefficients at one lambda."""
+        return tuple(self.l.shape[1:])
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of the tables and the schedule."""
+        body = hashlib.sha256(json.dumps(self.schedule, sort_keys=True).encode())
+        for name in _TABLES:
+            value = getattr(self, name)
+            body.update(f"\n{name} {list(value.shape)}\n".encode() + value.numpy().tobytes())
+        return body.hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelStatistics) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"ModelStatistics {self.digest}, {len(self.lam)} x {list(self.shape)}"
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise MismatchError if these statistics belong to another schedule."""
+        if self.schedule is not None and dict(self.schedule) != schedule.config():
+            raise MismatchError(
+                f"<{self!r}> were estimated on the schedule {_brief(self.schedule)}, and this one is "
+                f"{_brief(schedule.config())}: estimate them again, or use the schedule that they were made for."
+            )
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: the tables as tensors, schedule and `about` as JSON in its header."""
+        header = {"schedule": self.schedule, "about": dict(self.about)}
+        return write_tensors(path, _KIND, {name: getattr(self, name) for name in _TABLES}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ModelStatistics:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileFormatError : missing, damaged or foreign file.
+        """
+        tensors, header = read_tensors(path, _KIND)
+        try:
+            return cls(**tensors, schedule=header["schedule"], about=header["about"])
+        except (TypeError, KeyError, InputError) as error:
+            raise FileFormatError(f"{str(path)!r} does not hold model statistics: {error}.") from error
+
+    # ---- what a step needs -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def curves(self) -> tuple[Curve, Curve, Curve]:
+        """l, s and b as functions of lambda."""
+        lam = self.lam.numpy()
+        return Curve(lam, self.l.numpy()), Curve(lam, self.s.numpy()), Curve(lam, self.b.numpy())
+
+    def integrals(self, start: float, end: float, nodes: Sequence[float], n: int) -> StepIntegrals:
+        """The integrals of the step from lambda = `start` to `end`, `n` moments of them, and g's factors at `nodes`."""
+        L, S, _ = self.curves
+        whole, S_start = L.integral(end), S.integral(start)
+        moments, bias = np.zeros((n, *self.shape)), np.zeros(self.shape)
+        for lam, dlam, B in self._panels(start, end):
+            u = (lam - start) / (end - start)
+            E = np.exp(L.integral(lam) - whole + S.integral(lam) - S_start)
+            for k in range(n):
+                moments[k] += np.tensordot(dlam * u**k, E, axes=2)
+            bias += np.tensordot(dlam, E * B, axes=2)
+        return StepIntegrals(
+            keep=np.exp(L.integral(start) - whole),
+            moments=moments,
+            bias=bias,
+            scales=tuple(np.exp(S_start - S.integral(node)) for node in nodes),
+            offsets=tuple(self._offset(start, node) for node in nodes),
+        )
+
+    def _panels(self, start: float, end: float) -> Iterator[tuple[Array, Array, Array]]:
+        """Panels of quadrature nodes that cover [start, end]: lambda and weights [P, m], B there [P, m, *shape].
+
+        Inside a panel B is the integral of the polynomial through its nodes.
+        """
+        _, _, within = _panel_rule()
+        B = np.zeros(self.shape)
+        for lam, dlam, drift in self._drift(start, end):
+            width = dlam.sum(axis=1)
+            totals = np.einsum("pj,pj...->p...", dlam, drift)
+            before = B + np.cumsum(totals, axis=0) - totals
+            inside = np.einsum("p,ij,pj...->pi...", width, within, drift)
+            yield lam, dlam, before[:, None] + inside
+            B = B + totals.sum(axis=0)
+
+    def _offset(self, start: float, end: float) -> Array:
+        """B = int e^(-int s) b from start to end."""
+        out = np.zeros(self.shape)
+        for _, dlam, drift in self._drift(start, end):
+            out = out + np.tensordot(dlam, drift, axes=2)
+        return out
+
+    def _drift(self, start: float, end: float) -> Iterator[tuple[Array, Array, Array]]:
+        """e^(-int s) b at quadrature nodes between start and end, a few panels at a time."""
+        _, S, b = self.curves
+        S_start, (x, w, _) = S.integral(start), _panel_rule()
+        breaks = self._breaks(start, end)
+        together = max(1, _CHUNK // (len(x) * max(1, math.prod(self.shape))))
+        for i in range(0, len(breaks) - 1, together):
+            a, width = breaks[i : i + together + 1][:-1], np.diff(breaks[i : i + together + 1])
+            lam, dlam = a[:, None] + np.multiply.outer(width, x), np.multiply.outer(width, w)
+            yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam)
+
+    def _breaks(self, start: float, end: float) -> Array:
+        """Ends of panels from start to end: the table's knots between them, and more where those are far apart."""
+        low, high = min(start, end), max(start, end)
+        knots = [low, *(k for k in self.lam.tolist() if low < k < high), high]
+        pieces = [
+            np.linspace(a, c, math.ceil((c - a) / _WIDTH) + 1)[:-1] for a, c in zip(knots, knots[1:], strict=False)
+        ]
+        breaks = np.concatenate([*pieces, [high]])
+        return breaks if start <= end else breaks[::-1]
+
+
+@cache
+def _panel_rule() -> tuple[Array, Array, Array]:
+    """Gauss-Legendre nodes and weights on [0, 1], and the integrals of the nodes' Lagrange polynomials up to each node."""
+    x, w = np.polynomial.legendre.leggauss(8)
+    n = len(x)
+    values = np.polynomial.legendre.legvander(x, n)
+    k = np.arange(1, n)
+    integrals = np.column_stack([x + 1, (values[:, 2:] - values[:, :-2]) / (2 * k + 1)])
+    return (x + 1) / 2, w / 2, integrals @ np.linalg.inv(values[:, :n]) / 2
+
+
+def _brief(config: Mapping[str, Any]) -> str:
+    """A schedule's configuration, its long lists of samples left out."""
+    return ", ".join(f"{k}={v!r}" if not isinstance(v, list) else f"{k}=[...]" for k, v in config.items())

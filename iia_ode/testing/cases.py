@@ -1,0 +1,161 @@
+"""What solvers are tested on: problems with known solutions, schedules, and nested grids between two noise levels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..grids import log_snr, uniform
+from ..integrate import odeint
+from ..ode import conversion
+from ..problems import Empirical, Gaussian, Mixture, Problem
+from ..schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
+
+__all__ = [
+    "PROBLEMS",
+    "SCHEDULES",
+    "TRACKS",
+    "Model",
+    "Track",
+    "draw",
+    "every_schedule",
+    "exact_states",
+    "gaussian",
+    "mixture",
+    "model_of",
+    "points",
+    "rms",
+]
+
+_F64 = torch.float64
+
+Model: TypeAlias = Callable[[Tensor, float, str], Tensor]
+"""From a state, a time and a form to the model's output, as a plan's code is run with."""
+
+SCHEDULES: tuple[Schedule, ...] = (EDM(), VP(), FlowMatching())
+"""Where orders are measured: alpha and sigma linear in t with and without alpha = 1, and neither."""
+
+
+@cache
+def every_schedule() -> tuple[Schedule, ...]:
+    """One schedule of each kind, a discrete one included."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=_F64, device="cpu")
+    return EDM(), VE(), VP(), Cosine(), FlowMatching(), Discrete((1 - betas).cumprod(0))
+
+
+_MEANS = [[1.0, -0.5, 0.3, 0.8], [-0.9, 0.7, -0.2, -1.1], [0.1, 0.4, 1.2, 0.0]]
+
+
+@cache
+def gaussian() -> Gaussian:
+    """Three dimensions with variances below, at and above 1: a linear flow that is not autonomous, known exactly."""
+    return Gaussian(_tensor([0.3, -0.6, 0.1]), _tensor([0.5, 0.2, 1.3]))
+
+
+@cache
+def mixture() -> Mixture:
+    """Three components in four dimensions, each with its own widths: a nonlinear flow.
+
+    The widths are such that 24 steps between the noise levels of a track resolve it: with sharper components the same orders
+    show only on grids that bring high orders to rounding.
+    """
+    stds = [[0.57, 0.64, 0.5, 0.72], [0.5, 0.45, 0.81, 0.57], [0.64, 0.64, 0.45, 0.5]]
+    return Mixture(_tensor([0.5, 0.3, 0.2]), _tensor(_MEANS), _tensor(stds))
+
+
+@cache
+def points() -> Empirical:
+    """Three points: data without any width of their own, so that what is left of the noise is seen."""
+    return Empirical(_tensor(_MEANS))
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {"gaussian": gaussian, "mixture": mixture}
+
+
+@dataclass(frozen=True)
+class Track:
+    """A family of nested grids between two noise levels sigma/alpha, neither of them near an end of the schedule.
+
+    Attributes
+    ----------
+    spacing : what is uniform, ``"t"`` or ``"log-SNR"``.
+    high, low : the noise levels. Steps uniform in t are few where log-SNR moves fast, so that their range is smaller.
+    encoding : from low to high noise.
+    """
+
+    spacing: str
+    high: float
+    low: float
+    encoding: bool = False
+
+    @property
+    def name(self) -> str:
+        """``"t"``, ``"log-SNR"`` or ``"log-SNR, encoding"``."""
+        return self.spacing + (", encoding" if self.encoding else "")
+
+    def grid(self, schedule: Schedule, n: int) -> Tensor:
+        """n intervals."""
+        if self.spacing == "t":
+            grid = uniform(n, *(schedule.t_of_noise_to_signal(level) for level in (self.high, self.low)))
+        else:
+            grid = log_snr(n + 1, self.low, self.high, schedule=schedule, to_data=False)
+        return grid.flip(0) if self.encoding else grid
+
+
+TRACKS = (Track("t", 2.0, 0.5), Track("log-SNR", 5.0, 0.3), Track("log-SNR", 5.0, 0.3, encoding=True))
+
+_EXACT: dict[Any, Tensor] = {}
+
+
+def exact_states(problem: str, schedule: Schedule, track: Track, n: int) -> Tensor:
+    """The exact solution at the first n/4 + 1 points of a track's grid of n intervals and at its end, [n/4 + 2, B, ...].
+
+    It starts at eight draws of the noisy data; the same ones on every grid of a track.
+    """
+    finest = max(n, 96)  # the grids are nested: one solution serves several
+    key = problem, json.dumps(schedule.config()), track, finest
+    if key not in _EXACT:
+        grid, what = track.grid(schedule, finest), PROBLEMS[problem]()
+        times = torch.cat([grid[: finest // 4 + 1], grid[-1:]])
+        x = draw(what, 8, schedule, float(grid[0]))
+        if isinstance(what, Gaussian):
+            _EXACT[key] = torch.stack([what.flow(x, schedule, float(grid[0]), t) for t in times.tolist()])
+        else:
+            # Tolerances below rounding: what the last bits allow, 1e-13 of the state.
+            _EXACT[key] = odeint(what.ode(schedule), x, times, "torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
+    states = _EXACT[key]
+    return torch.cat([states[: -1 : finest // n], states[-1:]])
+
+
+def draw(problem: Problem, n: int, schedule: Schedule, t: float, seed: int = 1) -> Tensor:
+    """n noisy draws at time t, the same at every call."""
+    return problem.noisy(n, schedule, t, torch.Generator(device="cpu").manual_seed(seed))
+
+
+def model_of(problem: Problem, schedule: Schedule) -> Model:
+    """The problem's denoiser, in any form."""
+
+    @cache
+    def levels(t: float, form: str) -> tuple[float, float, float, float]:
+        return schedule.alpha(t), schedule.sigma(t), *conversion(schedule, t, "data", form)
+
+    def model(x: Tensor, t: float, form: str) -> Tensor:
+        alpha, sigma, p, q = levels(t, form)
+        return p * x + q * problem.denoise(x, alpha, sigma)
+
+    return model
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square of all components."""
+    return float(x.double().square().mean().sqrt())
+
+
+def _tensor(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=_F64, device="cpu")

@@ -1,0 +1,209 @@
+"""A certificate for a solver: what the conformance suite measures, as a table and as data."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TextIO
+
+from ..errors import IIAError, InputError
+from ..grids import karras
+from ..ode import conversion
+from ..plan import Combine, Evaluate, Plan, trace
+from ..schedules import Schedule
+from ..solvers import Solver, SolverLike, as_solver
+from .cases import SCHEDULES
+from .conformance import CHECKS, CheckResult, check_order_is_the_claimed_one, order_result, run_checks
+from .orders import OrderMeasurement, measure_orders
+from .stability import stability_limit
+
+__all__ = ["Certificate", "final_step", "verify"]
+
+STEPS = 12  # of the grid to the data that evaluations and vectors are counted on
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured of a solver. ``str()`` is a table, :meth:`as_dict` is JSON-ready.
+
+    Attributes
+    ----------
+    solver, options : label and options.
+    claimed_order : its attribute ``order``.
+    orders : measured with the start-up steps left out, which is what the claim is about.
+    cold_orders : from a cold start, in the same sequence: what a whole integration shows.
+    evaluations : of the first, a middle and the last step of a grid of 12 steps to the data; () if it cannot go there.
+    nfe : of all 12.
+    peak_vectors : the most vectors that are alive at once there.
+    final_step : what the step to sigma = 0 is, by name of schedule.
+    stability : the largest z for which it is bounded wherever h mu is in [-z, 0], on dx/dt = mu x; None beyond 60.
+    checks : how each check of the suite went.
+    """
+
+    solver: str
+    options: dict[str, Any]
+    claimed_order: int
+    orders: tuple[OrderMeasurement, ...]
+    cold_orders: tuple[OrderMeasurement, ...]
+    evaluations: tuple[int, ...]
+    nfe: int | None
+    peak_vectors: int | None
+    final_step: dict[str, str]
+    stability: float | None
+    checks: tuple[CheckResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the solver keeps every promise."""
+        return all(one.problem is None for one in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in JSON's own types; a number that is not finite is None."""
+        plain: dict[str, Any] = _jsonable(asdict(self) | {"passed": self.passed})
+        return plain
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        kept = sum(one.problem is None for one in self.checks)
+        yield f"{self.solver}: {'passed' if self.passed else 'FAILED'}, {kept} of {len(self.checks)} checks"
+        yield ""
+        yield f"Order {self.claimed_order} claimed; measured"
+        yield f"  {'on':<15}{'problem':<10}{'grid uniform in':<19}{'order':>6}  {'':<8}{'cold start':>10}"
+        for warm, cold in zip(self.orders, self.cold_orders, strict=True):
+            where = f"  {warm.schedule:<15}{warm.problem:<10}{warm.grid:<19}"
+            yield f"{where}{_shown(warm):>6}  {_verdict(warm, self.claimed_order):<8}{_shown(cold):>10}"
+        yield ""
+        yield from self._facts()
+        yield ""
+        yield "Checks"
+        for one in self.checks:
+            yield f"  {'ok' if one.problem is None else 'FAILED':<8}{one.promise}"
+            if one.problem is not None:
+                yield f"          {one.problem}"
+
+    def _facts(self) -> Iterator[str]:
+        if self.evaluations:
+            first, middle, last = self.evaluations
+            yield f"Evaluations        {first} in the first step, {middle} in the middle, {last} in the last; " + (
+                f"{self.nfe} over {STEPS} steps to the data"
+            )
+            yield f"Vectors at once    {self.peak_vectors}"
+        bounded = "[-60, 0], which is as far as was looked" if self.stability is None else f"[-{self.stability:.3f}, 0]"
+        yield f"Stability          bounded on dx/dt = mu x for h mu in {bounded}"
+        for k, (schedule, what) in enumerate(self.final_step.items()):
+            yield f"{'' if k else 'Step to sigma = 0':<19}{schedule}: {what}"
+
+
+def verify(
+    solver: SolverLike, *, schedules: Iterable[Schedule] = SCHEDULES, file: TextIO | None = None, quiet: bool = False
+) -> Certificate:
+    """Measure a solver, run the conformance suite on it, and print the certificate; takes some ten seconds.
+
+    Parameters
+    ----------
+    solver : a registered name, or a solver of one's own, registered or not.
+    schedules : to measure the order on; smooth ones that reach sigma/alpha from 0.3 to 5.
+    file : where to print; standard output by default.
+    quiet : print nothing.
+
+    Returns
+    -------
+    The certificate. A solver that fails is no error here; :func:`iia_ode.testing.check` raises.
+
+    Raises
+    ------
+    UnknownNameError, InputError : `solver` is no solver, or claims no order.
+    PlanError : its step cannot be traced.
+    """
+    found, asked = as_solver(solver), tuple(schedules)
+    if not isinstance(getattr(found, "order", None), int):
+        raise InputError(f"{found.label} needs an integer attribute `order`: the claim that is to be verified.")
+    orders = measure_orders(found, asked)
+    others = [one for one in CHECKS if one is not check_order_is_the_claimed_one]
+    evaluations, nfe, peak_vectors = _counts(found)
+    certificate = Certificate(
+        solver=found.label,
+        options=found.options(),
+        claimed_order=found.order,
+        orders=orders,
+        cold_orders=measure_orders(found, asked, from_exact_start=False),
+        evaluations=evaluations,
+        nfe=nfe,
+        peak_vectors=peak_vectors,
+        final_step={type(s).__name__: final_step(found, s) for s in asked if s.sigma(s.t_data) == 0},
+        stability=stability_limit(found),
+        checks=(order_result(found, orders), *run_checks(found, others)),
+    )
+    if not quiet:
+        print(certificate, file=sys.stdout if file is None else file)
+    return certificate
+
+
+def _counts(solver: Solver) -> tuple[tuple[int, ...], int | None, int | None]:
+    """Evaluations of the first, a middle and the last step, of all steps, and the peak of vectors."""
+    try:
+        plan = trace(solver, SCHEDULES[0], karras(STEPS, schedule=SCHEDULES[0]), consistent=False)
+    except IIAError:  # the checks say why
+        return (), None, None
+    counts = [0]
+    for ins in plan.code:
+        if isinstance(ins, Evaluate):
+            counts[-1] += 1
+        elif ins.step is not None:
+            counts.append(0)
+    return (counts[0], counts[STEPS // 2], counts[STEPS - 1]), plan.nfe, plan.peak_vectors
+
+
+def final_step(solver: Solver, schedule: Schedule) -> str:
+    """What the step to sigma = 0 is: the model's data estimate, an Euler step, or a formula of its own.
+
+    Decided by algebra: the plan's last instruction is replaced by the formula in question, and the two plans are compared.
+    """
+    try:
+        plan = trace(solver, schedule, karras(STEPS, schedule=schedule), consistent=False)
+    except IIAError as error:
+        return f"none, {error}"
+    t, s = plan.grid[-2:]
+    before = next(k for k, ins in enumerate(plan.code, 1) if isinstance(ins, Combine) and ins.step == plan.steps - 1)
+    for k, ins in reversed(list(enumerate(plan.code, start=1))):
+        if isinstance(ins, Evaluate) and ins.t == t:
+            p, q = conversion(schedule, t, ins.form, "data")
+            if _ends_with(plan, {ins.state: p, k: q}):
+                return "the model's data estimate"
+            p, q = conversion(schedule, t, ins.form, "velocity")
+            slope = {ins.state: (s - t) * p, k: (s - t) * q}
+            if _ends_with(plan, slope | {before: 1.0 + slope.get(before, 0.0)}):
+                return "an Euler step"
+    return "a formula of its own"
+
+
+def _ends_with(plan: Plan, weights: dict[int, float]) -> bool:
+    """Whether the plan's last instruction is this combination, in effect."""
+    last = Combine(tuple(weights.items()), step=plan.steps)
+    return plan.equivalent(replace(plan, code=(*plan.code[:-1], last)), tolerance=1e-9)
+
+
+def _verdict(measurement: OrderMeasurement, claimed: int) -> str:
+    if not measurement.agrees_with(claimed):
+        return "FAILED"
+    return "ok" if math.isfinite(measurement.order) and round(measurement.order) == claimed else "higher"
+
+
+def _shown(measurement: OrderMeasurement) -> str:
+    if math.isfinite(measurement.order):
+        return f"{measurement.order:.2f}"
+    return "exact" if measurement.order > 0 else "none"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else repr(value)

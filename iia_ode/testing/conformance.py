@@ -1,0 +1,411 @@
+"""What every solver promises, as functions that raise where a promise is not kept.
+
+``check(solver)`` runs all of them. In a test suite of one's own each is a case::
+
+    @pytest.mark.parametrize("check", iia_ode.testing.CHECKS)
+    def test_my_solver(check):
+        check(MySolver())
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import ConformanceError, UnknownNameError
+from ..grids import karras, uniform
+from ..iia import IIA, load
+from ..iia.terms import StepRecord, Term
+from ..integrate import odeint, sample
+from ..ode import ProbabilityFlowODE
+from ..plan import Past, Plan, Tracer, Vector, trace
+from ..plan.tracer import take_step
+from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
+from ..solvers import Solver, SolverLike, as_solver, get_solver
+from .cases import SCHEDULES, TRACKS, draw, every_schedule, gaussian, mixture, points, rms
+from .orders import COUNTS, TOLERANCE, OrderMeasurement, local_slopes, measure_orders, order_misses
+
+__all__ = ["CHECKS", "Check", "CheckResult", "check", "order_result", "run_checks"]
+
+Check: TypeAlias = Callable[[SolverLike], None]
+
+ENOUGH = 2e-3  # a relative error that is no larger than the last noise level of the grids, 0.002
+REVERSIBLE = 1e-10  # what rounding leaves of a round trip that is exact by construction
+
+_CHECKS: list[Check] = []
+
+
+def _promise(function: Callable[[Solver], None]) -> Check:
+    """Add a check to the suite; let it take a name as well as a solver."""
+
+    @wraps(function)
+    def named(solver: SolverLike) -> None:
+        function(as_solver(solver))
+
+    _CHECKS.append(named)
+    return named
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How one check went.
+
+    Attributes
+    ----------
+    name : of the check.
+    promise : what it is about, in a sentence.
+    problem : what was measured and what was expected; None if the promise is kept.
+    """
+
+    name: str
+    promise: str
+    problem: str | None
+
+
+def run_checks(solver: SolverLike, checks: Iterable[Check] | None = None) -> tuple[CheckResult, ...]:
+    """Run the suite, or some of its checks, and say how each went, whatever the solver does."""
+    found, results = as_solver(solver), []
+    for one in CHECKS if checks is None else checks:
+        problem = None
+        try:
+            one(found)
+        except ConformanceError as error:
+            problem = str(error)
+        except Exception as error:  # a solver under test may fail in any way
+            problem = f"{found.label}: {type(error).__name__}: {error}"
+        results.append(_result(one, problem))
+    return tuple(results)
+
+
+def order_result(solver: Solver, measurements: Sequence[OrderMeasurement]) -> CheckResult:
+    """The result of the order check, by measurements that were made already."""
+    misses = order_misses(measurements, solver.order)
+    return _result(check_order_is_the_claimed_one, f"{solver.label}: {'; '.join(misses)}." if misses else None)
+
+
+def _result(one: Check, problem: str | None) -> CheckResult:
+    name = getattr(one, "__name__", str(one))
+    return CheckResult(name, (one.__doc__ or name).splitlines()[0], problem)
+
+
+def check(solver: SolverLike) -> None:
+    """Run the whole suite on a solver.
+
+    Raises
+    ------
+    ConformanceError : promises are not kept; says which, with what was measured and what was expected.
+    """
+    broken = [result for result in run_checks(solver) if result.problem is not None]
+    if broken:
+        head = f"{as_solver(solver).label} does not keep {len(broken)} of {len(CHECKS)} promises:"
+        raise ConformanceError("\n".join([head, *(f"- {result.name}: {result.problem}" for result in broken)]))
+
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@_promise
+def check_order_is_the_claimed_one(solver: Solver) -> None:
+    """The measured order is the claimed one, its start-up steps aside.
+
+    On Gaussian data and on a mixture, on EDM, VP and flow matching, on grids uniform in t and in log-SNR, in both directions;
+    see :mod:`iia_ode.testing.orders`.
+    """
+    problem = order_result(solver, measure_orders(solver)).problem
+    if problem is not None:
+        raise ConformanceError(problem)
+
+
+@_promise
+def check_encoding_and_decoding_return(solver: Solver) -> None:
+    """Data are encoded to their noise, and decoded again the state returns, the better the finer the grid."""
+    # An Euler step as start-up costs h^2 once; a first step that is not even consistent costs h.
+    least = min(solver.order, 2) if solver.consistent else 1
+    for schedule in SCHEDULES:
+        _require_convergence(solver, schedule, partial(_encoding_grid, schedule=schedule), (12, 48))
+        ode, gaps, slope = mixture().ode(schedule), [], -math.inf
+        for n in COUNTS:
+            grid = TRACKS[-1].grid(schedule, n)
+            x = draw(mixture(), 8, schedule, float(grid[0]))
+            gaps.append(rms(sample(ode, sample(ode, x, grid, solver), grid.flip(0), solver) - x))
+            slope = local_slopes(COUNTS[: len(gaps)], gaps)[-1] if len(gaps) > 1 else slope
+            if slope >= least - TOLERANCE or gaps[-1] < REVERSIBLE:
+                break
+        counts, shown = ", ".join(map(str, COUNTS)), ", ".join(f"{gap:.2g}" for gap in gaps)
+        _require(
+            slope >= least - TOLERANCE or gaps[-1] < REVERSIBLE,
+            solver,
+            f"on {_name(schedule)}, encoding and decoding over {counts} steps misses the start by {shown}: order {slope:.2f}, "
+            f"expected at least {least}",
+        )
+
+
+@_promise
+def check_pure_noise_is_a_valid_start(solver: Solver) -> None:
+    """It starts from pure noise where alpha = 0."""
+    for schedule in (FlowMatching(), Cosine()):
+        _require_convergence(
+            solver, schedule, partial(uniform, t_start=schedule.t_noise, t_end=schedule.t_data), (16, 64)
+        )
+
+
+@_promise
+def check_partly_noised_state_is_a_valid_start(solver: Solver) -> None:
+    """It starts from a state that is noised in part, and ends on the data that belong to it."""
+    for schedule in SCHEDULES:
+        _require_convergence(solver, schedule, partial(karras, sigma_max=1.5, schedule=schedule), (8, 32))
+
+
+@_promise
+def check_any_number_of_intervals_works(solver: Solver) -> None:
+    """Grids of one, two and many intervals work, to the data and between two noise levels."""
+    schedule = VP()
+    ode = gaussian().ode(schedule)
+    for n in (1, 2, 3, 4, 5, 6, 7, 60):
+        for to_data in (True, False):
+            grid = karras(n if to_data else n + 1, 0.02, 20.0, schedule=schedule, to_data=to_data)
+            x = draw(gaussian(), 4, schedule, float(grid[0]))
+            states = odeint(ode, x, grid, solver)
+            where = f"a grid of {n} interval{'s' * (n > 1)}" + " to the data" * to_data
+            _require(len(states) == n + 1, solver, f"{where} gives {len(states)} states, expected {n + 1}")
+            _require(bool(torch.isfinite(states).all()), solver, f"{where} gives states that are not finite")
+            _require(
+                not torch.equal(states[0], states[1]), solver, f"the first step of {where} does not move the state"
+            )
+
+
+@_promise
+def check_last_step_lands_on_the_data(solver: Solver) -> None:
+    """The step to sigma = 0 lands on the data, without an evaluation there, on every kind of schedule."""
+    for schedule in every_schedule():
+        _require_convergence(solver, schedule, partial(karras, schedule=schedule), (12, 48))
+        # Close to one of a few points the flow is straight: a step that does anything leaves less noise than it found.
+        ode, grid = points().ode(schedule), karras(6, 0.01, 0.1, schedule=schedule)
+        states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, solver)
+        estimate = ode.data(states[-2], float(grid[-2]))
+        before, left = rms(states[-2] - estimate), rms(states[-1] - estimate)
+        _require(
+            left < before,
+            solver,
+            f"on {_name(schedule)}, the step from sigma/alpha = 0.01 to 0 begins {before:.2g} from the data and ends "
+            f"{left:.2g} from it",
+        )
+
+
+# ---- states and symmetries -------------------------------------------------------------------------------------------
+
+
+@_promise
+def check_state_keeps_its_dtype(solver: Solver) -> None:
+    """float32 and float64 states keep their dtype and their accuracy, whatever torch's default dtype is."""
+    ode, grid = mixture().ode(VP()), karras(12, schedule=VP())
+    x = draw(mixture(), 4, VP(), float(grid[0]))
+    exact = odeint(ode, x, grid, solver)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        for default in (torch.float32, torch.float64):
+            with _default_dtype(default):
+                final = sample(ode, x.to(dtype), grid, solver)
+            _require(final.dtype == dtype, solver, f"a {dtype} state became {final.dtype}")
+            gap = rms(final.double() - exact[-1]) / rms(exact)
+            _require(
+                gap <= tolerance, solver, f"in {dtype}, with torch's default {default}, the result is off by {gap:.2g}"
+            )
+
+
+@_promise
+def check_batch_order_does_not_matter(solver: Solver) -> None:
+    """A permuted batch gives permuted results, and a sample alone gives what it gives in a batch."""
+    ode, grid = mixture().ode(EDM()), karras(6)
+    x, order = draw(mixture(), 6, EDM(), float(grid[0])), [3, 0, 5, 1, 4, 2]
+    together = sample(ode, x, grid, solver)
+    scale = rms(together)
+    for name, gap in (
+        ("a permuted batch", rms(sample(ode, x[order], grid, solver) - together[order])),
+        ("a sample alone", rms(sample(ode, x[:1], grid, solver) - together[:1])),
+    ):
+        _require(gap <= 1e-12 * scale, solver, f"{name} gives results that differ by {gap / scale:.2g}")
+
+
+# ---- the step function -----------------------------------------------------------------------------------------------
+
+
+@_promise
+def check_plan_equals_eager_run(solver: Solver) -> None:
+    """The plan does what `step` does when it is called on tensors."""
+    for schedule in SCHEDULES:
+        ode, grid = mixture().ode(schedule), karras(7, 0.02, 20.0, schedule=schedule)
+        x = draw(mixture(), 4, schedule, float(grid[0]))
+        plan = trace(solver, schedule, grid, consistent=False)
+        planned = plan.run(ode, x, trajectory=True)
+        with ode.counting() as spent:
+            eager = _eager_run(solver, ode, x, grid)
+        gap = rms(eager - planned) / rms(planned)
+        _require(gap <= 1e-11, solver, f"on {_name(schedule)}, eager and planned states differ by {gap:.2g}")
+        # More is no fault: a plan evaluates the same state at the same time once, however often a step asks.
+        _require(
+            spent.evaluations >= plan.nfe,
+            solver,
+            f"on {_name(schedule)}, the plan makes {plan.nfe} evaluations and an eager run {spent.evaluations}",
+        )
+
+
+@_promise
+def check_runs_do_not_share_state(solver: Solver) -> None:
+    """Nothing is kept on the solver: two integrations with one instance, step by step in turn, do not touch each other."""
+    schedule = EDM()
+    grids = (karras(6), uniform(8, 20.0, 0.5))
+    alone = [trace(copy.deepcopy(solver), schedule, grid, consistent=False) for grid in grids]
+    for plan, other in zip(_traced_in_turn(solver, schedule, grids), alone, strict=True):
+        gap = plan.difference(other)
+        _require(
+            gap <= 1e-14,
+            solver,
+            "two integrations in turn with one instance differ from two with an instance each: keep what a step remembers in "
+            "the memory that it returns, not on self",
+        )
+
+
+@_promise
+def check_memory_does_not_grow(solver: Solver) -> None:
+    """A longer grid needs no more vectors at once: what a step remembers is a window, not the whole history."""
+    peaks = [trace(solver, EDM(), karras(n), consistent=False).peak_vectors for n in (24, 48)]
+    _require(
+        peaks[0] == peaks[1],
+        solver,
+        f"24 steps hold {peaks[0]} vectors at once and 48 steps {peaks[1]}: drop from memory what no later step reads, and "
+        "ode.hold a combination that is carried along",
+    )
+
+
+@_promise
+def check_options_survive_json(solver: Solver) -> None:
+    """The same solver can be made again from its options, after a trip through JSON."""
+    options = solver.options()
+    try:
+        read = json.loads(json.dumps(options))
+    except TypeError as error:
+        raise ConformanceError(f"{solver.label}: options {options} cannot be written as JSON: {error}.") from error
+    kind = type(solver)
+    try:
+        registered = type(get_solver(solver.name)) is kind
+    except UnknownNameError:
+        registered = False
+    if not registered and not is_dataclass(solver):
+        return  # a class of its own kind, without options
+    again = get_solver(solver.name, **read) if registered else kind(**read)
+    plans = [trace(s, EDM(), karras(5), consistent=False) for s in (solver, again)]
+    _require(
+        again.label == solver.label and plans[0].difference(plans[1]) == 0.0,
+        solver,
+        f"made again from its options {options}, it is {again.label}, with a plan that differs by "
+        f"{plans[0].difference(plans[1]):.2g}",
+    )
+
+
+@_promise
+def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
+    """As the base of a fitted solver it is saved and loaded without a change of the samples."""
+    ode, grid = mixture().ode(VP()), karras(5, schedule=VP())
+    x = draw(mixture(), 4, VP(), float(grid[0]))
+    fit = IIA(solver, terms=_no_terms).fit(ode, grid, x)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(fit.save(Path(folder) / "fit.safetensors"))
+    expected = sample(ode, x, grid, solver)
+    gap = rms(sample(ode, x, solver=fit) - expected) / rms(expected)
+    _require(gap <= 1e-12, solver, f"an IIA fit without terms differs from its base by {gap:.2g}")
+    _require(
+        torch.equal(sample(ode, x, solver=loaded), sample(ode, x, solver=fit)), solver, "loaded, it gives other samples"
+    )
+    _require(loaded.about == fit.about, solver, f"saved with {fit.about}, it was loaded with {loaded.about}")
+
+
+CHECKS: tuple[Check, ...] = tuple(_CHECKS)
+"""The suite: functions of a solver or its name that raise :class:`~iia_ode.ConformanceError`."""
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _require(kept: bool, solver: Solver, what: str) -> None:
+    if not kept:
+        _fail(solver, what)
+
+
+def _fail(solver: Solver, what: str) -> NoReturn:
+    raise ConformanceError(f"{solver.label}: {what}.")
+
+
+def _name(schedule: Schedule) -> str:
+    return type(schedule).__name__
+
+
+def _require_convergence(
+    solver: Solver, schedule: Schedule, make_grid: Callable[[int], Tensor], counts: tuple[int, int]
+) -> None:
+    """On Gaussian data, the final error must be small, or halved from the first count to the second."""
+    errors = []
+    for n in counts:
+        grid = make_grid(n)
+        start, end = float(grid[0]), float(grid[-1])
+        x = draw(gaussian(), 8, schedule, start)
+        exact = gaussian().flow(x, schedule, start, end)
+        errors.append(rms(sample(gaussian().ode(schedule), x, grid, solver) - exact) / rms(exact))
+    _require(
+        math.isfinite(errors[1]) and errors[1] <= max(errors[0] / 2, ENOUGH),
+        solver,
+        f"on {_name(schedule)} from t = {start:.3g} to {end:.3g}, {counts[0]} steps leave a relative error of "
+        f"{errors[0]:.2g} and {counts[1]} steps {errors[1]:.2g}; expected half of it",
+    )
+
+
+def _encoding_grid(n: int, schedule: Schedule) -> Tensor:
+    return karras(n + 1, schedule=schedule, to_data=False).flip(0)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _eager_run(solver: Solver, ode: ProbabilityFlowODE, x: Tensor, grid: Tensor) -> Tensor:
+    """The states at all grid points by calling `step` on tensors, interval by interval."""
+    times, states, memory = grid.tolist(), [x], ()
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        y, memory = take_step(solver, ode, states[-1], t, s, Past(memory, i, len(times) - 2 - i))
+        states.append(y)
+    return torch.stack(states)
+
+
+def _traced_in_turn(solver: Solver, schedule: Schedule, grids: tuple[Tensor, ...]) -> list[Plan]:
+    """One plan a grid, traced with one instance, one step of each in turn."""
+    times = [grid.tolist() for grid in grids]
+    tracers = [Tracer(schedule) for _ in grids]
+    states, memories = [Vector({0: 1.0}) for _ in grids], [() for _ in grids]
+    for i in range(max(map(len, times)) - 1):
+        for j, tracer in enumerate(tracers):
+            if i < len(times[j]) - 1:
+                past = Past(memories[j], i, len(times[j]) - 2 - i)
+                y, memories[j] = take_step(solver, tracer, states[j], times[j][i], times[j][i + 1], past)
+                states[j] = tracer.hold(y, step=i + 1)
+    pairs = zip(times, tracers, strict=True)
+    return [Plan(schedule, tuple(t), tuple(tracer.code), solver.label) for t, tracer in pairs]
+
+
+def _no_terms(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
+    return ()
