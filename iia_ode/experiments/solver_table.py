@@ -172,9 +172,7 @@ def _range(measurements: Mapping[str, float | None]) -> str:
 
 
 def _evaluations(counts: Sequence[int]) -> str:
-    first, middle, last = counts
-    ends = [f"{place} {count}" for place, count in (("first", first), ("last", last)) if count != middle]
-    return f"{middle} ({', '.join(ends)})" if ends else str(middle)
+    return str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
 
 
 def _final_step(by_schedule: Mapping[str, str]) -> str:

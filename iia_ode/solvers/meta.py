@@ -151,7 +151,7 @@ class AnalyticFirstStep(MetaSolver):
     """
 
     base: SolverLike = Heun()
-    consistent = False  # the first step is exact only where the data are normal with variance 1
+    consistent = False  # what stands in for the first evaluation is right only as alpha / sigma goes to 0
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The base's step; the first one on the analytic estimate."""

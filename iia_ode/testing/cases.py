@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -119,17 +118,20 @@ def exact_states(problem: str, schedule: Schedule, track: Track, n: int) -> Tens
     It starts at eight draws of the noisy data; the same ones on every grid of a track.
     """
     finest = max(n, 96)  # the grids are nested: one solution serves several
-    key = problem, json.dumps(schedule.config()), track, finest
+    grid = track.grid(schedule, finest)
+    times = torch.cat([grid[: finest // 4 + 1], grid[-1:]])
+    # The flow of x / alpha depends on sigma / alpha alone: a solution on EDM, where that is time, serves every schedule.
+    levels = schedule.noise_to_signal(times)
+    key = problem, track, finest, tuple(float(f"{level:.12g}") for level in levels.tolist())
     if key not in _EXACT:
-        grid, what = track.grid(schedule, finest), PROBLEMS[problem]()
-        times = torch.cat([grid[: finest // 4 + 1], grid[-1:]])
-        x = draw(what, 8, schedule, float(grid[0]))
+        what, start = PROBLEMS[problem](), float(levels[0])
+        x = draw(what, 8, EDM(), start)
         if isinstance(what, Gaussian):
-            _EXACT[key] = torch.stack([what.flow(x, schedule, float(grid[0]), t) for t in times.tolist()])
+            _EXACT[key] = torch.stack([what.flow(x, EDM(), start, level) for level in levels.tolist()])
         else:
             # Tolerances below rounding: what the last bits allow, 1e-13 of the state.
-            _EXACT[key] = odeint(what.ode(schedule), x, times, "torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
-    states = _EXACT[key]
+            _EXACT[key] = odeint(what.ode(EDM()), x, levels, "torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
+    states = _EXACT[key] * schedule.alpha(times).reshape(-1, 1, 1)
     return torch.cat([states[: -1 : finest // n], states[-1:]])
 
 
