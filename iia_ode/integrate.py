@@ -13,7 +13,7 @@ from .errors import GridError, InputError, MismatchError, NonFiniteError, Unknow
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .plan import Plan, check_grid, check_start, trace
-from .solvers import Solver, get_solver, solver_names
+from .solvers import Solver, as_solver, get_solver, is_registered, solver_names
 
 __all__ = ["odeint", "sample", "torchdiffeq_methods"]
 
@@ -104,7 +104,7 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: ob
         )
     if isinstance(solver, str):
         theirs = torchdiffeq_methods()
-        if name.startswith(_PREFIX) or (name in theirs and name not in solver_names()):
+        if name.startswith(_PREFIX) or (name in theirs and not is_registered(name)):
             if name.removeprefix(_PREFIX) not in theirs:
                 raise unknown_name("torchdiffeq method", name.removeprefix(_PREFIX), theirs)
             return None
@@ -112,6 +112,8 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: ob
             solver = get_solver(name)
         except UnknownNameError:
             raise unknown_name("solver", name, [*solver_names(), *theirs, *PRESETS]) from None
+    if isinstance(solver, Mapping):
+        solver = as_solver(solver)
     if not isinstance(solver, Solver):
         raise InputError(f"solver must be a name, a Solver, a FittedSolver or a Plan, got {type(solver).__name__}.")
     if grid is None:

@@ -25,6 +25,8 @@ from iia_ode.solvers import (
     same_solver,
 )
 from iia_ode.solvers.transfer import Interval, exponential_moments, lagrange_integrals, noise_weights_in_time
+from iia_ode.testing.cases import TRACKS
+from iia_ode.testing.orders import measure_order, order_misses
 
 EDM, VP, FLOW = iia.EDM(), iia.VP(), iia.FlowMatching()
 GRID = iia.grids.karras(6, 0.02, 20.0)
@@ -211,6 +213,11 @@ BAD_OPTIONS = [
     ("lookahead", {"base": 3}, "expected the name of a registered solver"),
     ("lower_order_final", {"base": "heun"}, "needs a base with an option max_order"),
     ("order_ramp", {"orders": ()}, "at least one order"),
+    ("order_ramp", {"orders": 5}, "at least one order"),
+    ("unipc", {"corrector": 2}, "corrector of unipc must be True or False, got 2"),
+    ("dpm_solver_v3", {"drop_oldest": "no"}, "drop_oldest of dpm_solver_v3 must be True or False"),
+    ("dpmpp_2s_blocks", {"lower_order_final": "False"}, "must be True or False"),
+    ("lookahead", {"base": {"name": "heun", "options": None}}, "expected the name of a registered solver"),
     ("order_ramp", {"orders": (1, 3)}, "rise by one at a time"),
     ("order_ramp", {"orders": (1, 2, 3, 4), "base": "dpmpp_2m"}, "from 1 to 3, got 4"),
 ]
@@ -237,7 +244,72 @@ def test_a_variant_is_the_class_with_its_options_and_says_so() -> None:
 def test_the_order_of_the_third_singlestep_formula_depends_on_its_stages() -> None:
     assert iia.get_solver("dpmpp_3s").order == 3
     assert iia.get_solver("dpmpp_3s", r2=0.5, r1=0.25).order == 2
-    assert iia.get_solver("dpmpp_3s", r2=0.5, r1=0.25, solver_type="taylor").order == 3
+    assert iia.get_solver("dpmpp_3s", r1=0.25).order == 3
+
+
+@pytest.mark.parametrize("form", ["data", "noise"])
+@pytest.mark.parametrize("solver_type", ["midpoint", "taylor"])
+@pytest.mark.parametrize(("r1", "r2"), [(1 / 3, 2 / 3), (0.25, 2 / 3), (0.25, 0.5), (0.5, 0.9)])
+def test_singlestep_stages_elsewhere_have_the_order_that_the_solver_says(
+    form: str, solver_type: str, r1: float, r2: float
+) -> None:
+    solver = SinglestepDPMSolver(form, 3, r1, r2, solver_type)
+    orders = [m for m in measure_order(solver, VP, TRACKS[-1])]
+    assert not order_misses(orders, solver.order)
+    assert solver.order == (3 if r2 == 2 / 3 else 2)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        BlockDPMSolver(3, lower_order_final=True),
+        LowerOrderFinal("spndm"),
+        OrderRamp("spndm", (2, 1)),
+        LowerOrderFinal("unipc"),
+        Lookahead("deis_lab1", 0.5),
+        Lookahead("unipc"),
+        OrderRamp("unipc", (1, 2)),
+        AnalyticFirstStep("lms"),
+        DenoiseToZero("unipc"),
+    ],
+    ids=lambda s: s.label,
+)
+def test_a_choice_of_options_or_of_bases_has_the_order_that_it_says(solver: iia.Solver) -> None:
+    assert not order_misses(measure_order(solver, VP, TRACKS[-1]), solver.order)
+
+
+def test_lowering_the_order_at_the_end_never_costs_evaluations() -> None:
+    grid = iia.grids.karras(9, 0.02, 20.0, to_data=False)
+    for base in ("spndm", "plms", "fpndm", "dpmpp_3s", "unipc", "ipndm"):
+        assert LowerOrderFinal(base).plan(EDM, grid).nfe <= iia.get_solver(base).plan(EDM, grid).nfe
+
+
+def test_a_count_of_evaluations_is_found_where_levels_cost_less_than_one_each() -> None:
+    solver = AnalyticFirstStep("ddim")
+    grid = solver.grid_for(5, lambda n: iia.grids.karras(n, to_data=False), EDM)
+    assert (len(grid), solver.plan(EDM, grid).nfe) == (7, 5)
+
+
+def test_solvers_with_the_same_options_are_equal() -> None:
+    for name in iia.solver_names():
+        assert iia.get_solver(name) == iia.get_solver(name)
+        assert hash(iia.get_solver(name)) == hash(iia.get_solver(name))
+    assert iia.get_solver("heun") != iia.get_solver("euler")
+    assert Lookahead("heun") == Lookahead("heun") != Lookahead("euler")
+
+
+def test_a_solver_may_be_given_as_the_mapping_that_options_wrote() -> None:
+    problem = gaussian()
+    ode, x = problem.ode(EDM), problem.noisy(3, EDM, 20.0, generator())
+    given = {"name": "unipc", "options": {"max_order": 2}}
+    close(iia.sample(ode, x, GRID, given), iia.sample(ode, x, GRID, "unipc2"))
+
+
+def test_lookahead_looks_at_the_grid_point_before_whatever_the_base_evaluates_when() -> None:
+    """UniPC evaluates at the end of each step, twice in the first: over it, later steps are those of dpmpp_2m too."""
+    grid = iia.grids.log_snr(5, 0.1, 10.0, to_data=False).tolist()
+    looked, two_step = Lookahead(UniPC(1, corrector=False), 0.5), iia.get_solver("dpmpp_2m")
+    assert weights_of_step(looked, grid, 4) == pytest.approx(weights_of_step(two_step, grid, 4), rel=1e-12)
 
 
 # ---- meta-solvers ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The registry and one short file per family of solvers."""
 
-from .base import Solver, SolverLike, as_solver, get_solver, register, same_solver, solver_names
+from .base import Solver, SolverLike, as_solver, get_solver, is_registered, register, same_solver, solver_names
 from .blocks import BlockDPMSolver
 from .dpm_solver_v3 import DPMSolverV3
 from .exponential import DDIM, SinglestepDPMSolver
@@ -60,6 +60,7 @@ __all__ = [
     "UniPC",
     "as_solver",
     "get_solver",
+    "is_registered",
     "register",
     "same_solver",
     "solver_names",

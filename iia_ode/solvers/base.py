@@ -39,6 +39,13 @@ class Solver(ABC):
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
 
+    def __eq__(self, other: object) -> bool:
+        """Solvers of one class without attributes of their own are one; a dataclass compares its options."""
+        return self is other or (type(self) is type(other) and not vars(self) and not vars(other))
+
+    def __hash__(self) -> int:
+        return id(self) if vars(self) else hash(type(self))
+
     @property
     def label(self) -> str:
         """The registered name of this solver with these options, else the class's name with the options that differ."""
@@ -85,15 +92,16 @@ class Solver(ABC):
         ------
         GridError : no number of levels gives that count; names the nearest counts that exist.
         """
-        if not isinstance(nfe, int) or nfe < 1:
+        if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
             raise GridError(f"the number of evaluations must be a positive whole number, got {nfe!r}.")
 
         def count(n: int) -> int:
             grid = make_grid(n)
             return trace(self, schedule, grid, consistent=False).nfe if len(grid) > 1 else 0
 
-        # Every level costs at least an evaluation, so the first count that is large enough is found by bisection.
-        low, high = 0, nfe + 1
+        # Every level costs at least an evaluation, but for one at either end (a grid that stops above the data, a first step
+        # without one), so the first count that is large enough is found by bisection.
+        low, high = 0, nfe + 2
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if count(middle) >= nfe else (middle, high)
@@ -124,7 +132,9 @@ def as_solver(value: SolverLike) -> Solver:
     if isinstance(value, str):
         return get_solver(value)
     if isinstance(value, Mapping) and set(value) <= {"name", "options"} and isinstance(value.get("name"), str):
-        return get_solver(value["name"], **value.get("options", {}))
+        options = value.get("options", {})
+        if isinstance(options, Mapping) and all(isinstance(key, str) for key in options):
+            return get_solver(value["name"], **options)
     raise InputError(f"expected the name of a registered solver or a Solver such as get_solver('heun'), got {value!r}.")
 
 
@@ -173,8 +183,14 @@ def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]]
     def decorate(cls: S) -> S:
         if not (isinstance(cls, type) and issubclass(cls, Solver)):
             raise PlanError(f"@register({name!r}) takes a class that derives from iia_ode.Solver, got {cls!r}.")
-        if not isinstance(getattr(cls, "order", None), int | property):
-            raise PlanError(f"{cls.__name__} needs an integer attribute `order`: the order its users may expect.")
+        order = getattr(cls, "order", None)
+        if not isinstance(order, property) and (not isinstance(order, int) or isinstance(order, bool) or order < 1):
+            raise PlanError(
+                f"{cls.__name__} needs an integer attribute `order`: the order its users may expect, from 1."
+            )
+        for key in (name, *aliases, *(variants or {})):
+            if not isinstance(key, str) or not key:
+                raise InputError(f"a solver is registered under names, such as 'heun'; got {key!r}.")
         entries = {key: _Entry(cls, {}) for key in (name, *aliases)}
         entries |= {key: _Entry(cls, dict(options)) for key, options in (variants or {}).items()}
         for key, entry in entries.items():
@@ -207,11 +223,16 @@ def get_solver(name: str, **options: Any) -> Solver:
     UnknownNameError : no such solver, or no such option; lists what there is.
     InputError : an option has a value that it cannot have.
     """
-    if name not in _REGISTRY:
+    if not is_registered(name):
         raise unknown_name("solver", name, _REGISTRY)
     entry = _REGISTRY[name]
     _check_options(name, entry.kind, options)
     return entry.kind(**{**entry.options, **options})
+
+
+def is_registered(name: object) -> bool:
+    """Whether a solver has this name, as an alias or variant too."""
+    return isinstance(name, str) and name in _REGISTRY
 
 
 def solver_names() -> list[str]:

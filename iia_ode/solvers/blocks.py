@@ -8,7 +8,7 @@ from typing import Any
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_order, data_step, singular
+from .transfer import Interval, check_flag, check_order, data_step, singular
 
 __all__ = ["BlockDPMSolver"]
 
@@ -33,11 +33,12 @@ class BlockDPMSolver(Solver):
         first point: keep x + scale w_0 m_0;  second: + w_0/2 (m - m_0)/u;  third: + w_1 (m - m_0)/u in its place
 
     The third is of order 3 where its stages stand near 1/3 and 2/3 of the block in log-SNR, as on any smooth grid of many
-    points. Intervals that do not fill a block, and the step to sigma = 0, take a shorter one.
+    points. Intervals that do not fill a block, and the step to sigma = 0, take a shorter one, which lowers the order of the
+    run: choose a number of intervals that the block divides.
 
     Parameters
     ----------
-    max_order : intervals in a block, 2 or 3.
+    max_order : intervals in a block, 2 or 3; 1 is DDIM.
     lower_order_final : shorten the last blocks so that the last step is of first order, as diffusers does.
     """
 
@@ -46,11 +47,12 @@ class BlockDPMSolver(Solver):
 
     def __post_init__(self) -> None:
         check_order("dpmpp_2s_blocks", self.max_order, 3)
+        check_flag("dpmpp_2s_blocks", "lower_order_final", self.lower_order_final)
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """max_order."""
-        return self.max_order
+        """max_order; at most 2 if the last step is made one of first order."""
+        return min(self.max_order, 2) if self.lower_order_final else self.max_order
 
     def positions(self, steps: int) -> list[int]:
         """For each interval of a grid, its position (from 1) in its block."""

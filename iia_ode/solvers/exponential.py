@@ -48,7 +48,7 @@ class SinglestepDPMSolver(Solver):
         2: keep x + scale (w_0 m_0 + w_0 / (2 r1) (m_1 - m_0)),   taylor: w_1 / r1 in place of w_0 / (2 r1)
         3: keep x + scale (w_0 m_0 + w_1 / r2 (m_2 - m_0)),       taylor: the quadratic through m_0, m_1, m_2, integrated
 
-    Without "taylor" the third order needs r2 = 2/3; with it, it holds for any.
+    The third order needs r2 = 2/3 in either version: elsewhere the error of the first stage comes through, and it is 2.
 
     Parameters
     ----------
@@ -80,9 +80,7 @@ class SinglestepDPMSolver(Solver):
     @property
     def order(self) -> int:  # type: ignore[override]
         """max_order; 2 for the third-order formula with its second stage elsewhere than at 2/3."""
-        if self.max_order == 3 and self.solver_type == "midpoint" and abs(self._fractions[1] - 2 / 3) > 1e-9:
-            return 2
-        return self.max_order
+        return 2 if self.max_order == 3 and abs(self._fractions[1] - 2 / 3) > 1e-9 else self.max_order
 
     @property
     def _fractions(self) -> list[float]:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from ..errors import InputError
 from ..ode import Evaluation
 from ..plan import Past
 from ..plan.tracer import take_step
+from ..schedules import VP
 from .base import Solver, SolverLike, as_solver, register
 from .exponential import DDIM
 from .multistep import DPMSolverMultistep, ExponentialAdams
@@ -94,8 +97,8 @@ class Lookahead(MetaSolver):
     """LA-DPM: extrapolates the data estimate, order 1, the base's evaluations a step [Zhang, Niwa, Kleijn 2023, eq. 13].
 
     Where a step of the base first evaluates the model, it sees D_i + lam (D_i - D_{i-1}) in place of D_i, with D_{i-1} the
-    model's own estimate one step before. Over ``ddim`` with lam = 1/2, on a grid uniform in log-SNR, that is ``dpmpp_2m``, of
-    order 2; otherwise a lam that is not 0 leaves order 1, whatever the base.
+    model's own estimate at the grid point before. Over ``ddim`` with lam = 1/2, on a grid uniform in log-SNR, that is
+    ``dpmpp_2m``, of order 2 like it; otherwise a lam that is not 0 leaves order 1, whatever the base.
 
     Parameters
     ----------
@@ -112,28 +115,36 @@ class Lookahead(MetaSolver):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """1 unless lam is 0; 2 over DDIM with lam = 1/2."""
+        """1 unless lam is 0; 2 over DDIM, under any of its names, with lam = 1/2."""
         if self.lam == 0:
             return self.solver.order
-        return 2 if self.lam == 0.5 and isinstance(self.solver, DDIM) else 1
+        base, grid = self.solver, torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64, device="cpu")
+        while isinstance(base, AnalyticFirstStep | DenoiseToZero):
+            base = base.solver
+        return 2 if self.lam == 0.5 and base.plan(VP(), grid / 8).equivalent(DDIM().plan(VP(), grid / 8)) else 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The base's step, its first evaluation extrapolated from that of the step before."""
-        inner, before = past.memory or ((), None)
-        first: list[tuple[Evaluation[Any], Evaluation[Any]]] = []  # the model's own, and what stands in for it
+        """The base's step, its first evaluation extrapolated from the one at the grid point before."""
+        inner, before = past.memory or ((), ())
+        looked: list[tuple[Any, Evaluation[Any]]] = []  # the state of the first evaluation, and what stands in for it
+        at_grid_points: dict[float, Any] = {}
 
         def evaluate(y: Any, u: float, form: str) -> Evaluation[Any]:
-            plain: Evaluation[Any] = ode.evaluate(y, u, form)
-            if first and (first[0][0] is plain or (y is x and u == first[0][0].t)):
-                return first[0][1]
-            if first:
+            if looked and y is looked[0][0] and u == looked[0][1].t:
+                return looked[0][1]
+            plain: Evaluation[Any] = ode.evaluate(y, u, form if looked else "data")
+            if u in (t, s):
+                at_grid_points[u] = plain.data
+            if looked:
                 return plain
-            data = plain.data if before is None else plain.data + self.lam * (plain.data - before)
-            first.append((plain, Evaluation(plain.schedule, plain.t, plain.x, data, "data")))
-            return first[0][1]
+            # A two-stage step evaluates at its end too, where the next step evaluates again: that is not the one before.
+            earlier = [data for time, data in before if time != u]
+            data = plain.data + self.lam * (plain.data - earlier[-1]) if earlier else plain.data
+            looked.append((y, Evaluation(plain.schedule, plain.t, plain.x, data, "data")))
+            return looked[0][1]
 
         y, memory = take_step(self.solver, _View(ode, evaluate), x, t, s, replace(past, memory=inner))
-        return y, (memory, first[0][0].data if first else before)
+        return y, (memory, tuple(at_grid_points.items()) or before)
 
 
 @register("analytic_first_step", "afs")
@@ -171,10 +182,11 @@ class AnalyticFirstStep(MetaSolver):
 @register("denoise_to_zero")
 @dataclass(frozen=True)
 class DenoiseToZero(MetaSolver):
-    """Ends on the model's data estimate: the base's order and evaluations, then D of the last state at sigma = 0.
+    """Ends on the model's data estimate: the base's order, with one evaluation in the step to sigma = 0.
 
-    The step that lands on sigma = 0 is x = D(x, t), whatever the base does there, as "denoise to zero" of dpm-solver and
-    diff-sampler. On a grid that ends elsewhere it is the base.
+    That step is x = D(x, t), whatever the base does there, as "denoise to zero" of dpm-solver and diff-sampler. Multi-stage
+    bases save evaluations by it; ``unipc`` and ``dpm_solver_v3``, whose last step needs none of its own, pay for one. On a
+    grid that ends elsewhere it is the base.
 
     Parameters
     ----------
@@ -199,7 +211,7 @@ class _OrderSetter(MetaSolver):
         if "max_order" not in self.solver.options():
             raise InputError(
                 f"{self.name} needs a base with an option max_order, such as 'dpmpp_2m' or 'ipndm'; "
-                f"{self.solver.label} has none."
+                f"{self.solver.label} has none. Wrap the solver that has it first: Lookahead(LowerOrderFinal('dpmpp_2m'))."
             )
 
     def with_order(self, order: int) -> Solver:
@@ -212,7 +224,7 @@ class _OrderSetter(MetaSolver):
 @register("lower_order_final")
 @dataclass(frozen=True)
 class LowerOrderFinal(_OrderSetter):
-    """Lowers the order at the end to 3, 2, 1: global order at most 2, the base's evaluations a step [Lu et al. 2022b].
+    """Lowers the order at the end to 3, 2, 1: global order at most 2, no more evaluations than the base [Lu et al. 2022b].
 
     With few steps that is more stable at low noise; the very last step is of first order.
 
@@ -251,9 +263,11 @@ class OrderRamp(_OrderSetter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.orders, list | tuple) or not self.orders:
+            raise InputError(
+                f"order_ramp needs at least one order, such as orders=(1, 2, 3, 2, 1); got {self.orders!r}."
+            )
         object.__setattr__(self, "orders", tuple(self.orders))
-        if not self.orders:
-            raise InputError("order_ramp needs at least one order, such as orders=(1, 2, 3, 2, 1).")
         for before, order in zip((0, *self.orders), self.orders, strict=False):
             check_order("order_ramp", order, 4, "each of the orders")
             if order > before + 1 and before:

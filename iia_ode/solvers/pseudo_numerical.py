@@ -45,7 +45,7 @@ class PNDM(Solver):
 
     Parameters
     ----------
-    max_order : 1 to 4, how many outputs are combined.
+    max_order : 1 to 4, how many outputs are combined; with 1 there is no start-up and it is DDIM.
     start : ``"euler"``, ``"heun"`` or ``"runge_kutta"``, for the first steps.
     """
 
@@ -70,7 +70,7 @@ class PNDM(Solver):
         weights = ADAMS_BASHFORTH[len(history)]
         combined = sum(w * noise for w, noise in zip(weights, history, strict=True))
         if not ode.is_data(s):
-            if self.start == "heun" and len(history) == 1:
+            if self.start == "heun" and len(history) == 1 < self.max_order:
                 combined = (history[0] + ode.noise(noise_step(schedule, x, history[0], t, s), s)) / 2
             elif self.start == "runge_kutta" and len(history) < self.max_order:
                 combined = self._runge_kutta(ode, x, history[0], t, s)

@@ -12,7 +12,7 @@ import numpy as np
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_choice, check_order, data_step, noise_step, singular
+from .transfer import Interval, check_choice, check_flag, check_order, data_step, noise_step, singular
 
 __all__ = ["UniPC"]
 
@@ -57,6 +57,7 @@ class UniPC(Solver):
         check_order("unipc", self.max_order, 4)
         check_choice("unipc", "form", self.form, ("data", "noise"))
         check_choice("unipc", "variant", self.variant, ("bh1", "bh2"))
+        check_flag("unipc", "corrector", self.corrector)
 
     @property
     def order(self) -> int:  # type: ignore[override]

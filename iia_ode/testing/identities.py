@@ -138,7 +138,8 @@ IDENTITIES: tuple[Identity, ...] = (
         grid=_log_snr,
     ),
     Identity(
-        "DPM-Solver++(2S) by blocks is DPM-Solver++(2S) on every second point of a grid uniform in log-SNR",
+        "DPM-Solver++(2S) by blocks is DPM-Solver++(2S) on every second point of a grid uniform in log-SNR, of an even "
+        "number of intervals",
         "The points between are its stages, at r1 = 1/2.",
         "dpmpp_2s_blocks",
         "dpmpp_2s",
