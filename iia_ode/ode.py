@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .errors import InputError, ScheduleError, unknown_name
 from .schedules import Schedule
 
-__all__ = ["PREDICTIONS", "Evaluation", "Ledger", "Prediction", "ProbabilityFlowODE", "conversion"]
+__all__ = ["PREDICTIONS", "Evaluation", "Forms", "Ledger", "Prediction", "ProbabilityFlowODE", "conversion"]
 
 Prediction = Literal["data", "noise", "score", "v", "velocity"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
@@ -130,6 +131,34 @@ def _like(value: Any, x: Any) -> Any:
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
 
+class Forms(ABC, Generic[V]):
+    """One evaluation of a model, asked for by its form; on states V, tensors or a plan's symbolic vectors."""
+
+    @abstractmethod
+    def evaluate(self, x: V, t: Any, form: str = "data") -> Evaluation[V]:
+        """One evaluation, to be read in any form; `form` is how a plan would store it."""
+
+    def data(self, x: V, t: Any) -> V:
+        """Estimate of x_0; one evaluation."""
+        return self.evaluate(x, t, "data").data
+
+    def noise(self, x: V, t: Any) -> V:
+        """Estimate of eps; one evaluation."""
+        return self.evaluate(x, t, "noise").noise
+
+    def score(self, x: V, t: Any) -> V:
+        """Estimate of the score; one evaluation."""
+        return self.evaluate(x, t, "score").score
+
+    def v(self, x: V, t: Any) -> V:
+        """alpha eps - sigma x_0; one evaluation."""
+        return self.evaluate(x, t, "v").v
+
+    def velocity(self, x: V, t: Any) -> V:
+        """dx/dt; one evaluation."""
+        return self.evaluate(x, t, "velocity").velocity
+
+
 @dataclass
 class Ledger:
     """Counts what an ODE spent.
@@ -148,7 +177,7 @@ class Ledger:
         self.evaluations = self.samples = 0
 
 
-class ProbabilityFlowODE(nn.Module):
+class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     """dx/dt of a diffusion or flow model [Song et al. 2021], ready for torchdiffeq and for the solvers of this library.
 
     Parameters
@@ -214,29 +243,9 @@ class ProbabilityFlowODE(nn.Module):
         """dx/dt at time t (a number, 0-dim, or [B]) and state x [B, ...]; the signature that torchdiffeq takes."""
         return self.evaluate(x, t).velocity
 
-    def evaluate(self, x: Tensor, t: Tensor | float, form: str | None = None) -> Evaluation[Tensor]:
+    def evaluate(self, x: Tensor, t: Tensor | float, form: str = "data") -> Evaluation[Tensor]:
         """One call of the model, to be read in any form; `form` says how a plan would store it, and is free here."""
         return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
-
-    def data(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Estimate of x_0; one evaluation."""
-        return self.evaluate(x, t).data
-
-    def noise(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Estimate of eps; one evaluation."""
-        return self.evaluate(x, t).noise
-
-    def score(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Estimate of the score; one evaluation."""
-        return self.evaluate(x, t).score
-
-    def v(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """alpha eps - sigma x_0; one evaluation."""
-        return self.evaluate(x, t).v
-
-    def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """dx/dt; one evaluation."""
-        return self.evaluate(x, t).velocity
 
     def is_data(self, t: float) -> bool:
         """Whether sigma = 0 at time t: a step that lands there must not evaluate the model there."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, ScheduleError
-from ..ode import Evaluation
+from ..ode import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
 from .checks import check_grid
@@ -47,7 +47,7 @@ class Steppable(Protocol):
         """The state at time s, or (state, memory)."""
 
 
-class Tracer:
+class Tracer(Forms[Vector]):
     """What ``step`` sees as the ODE while a plan is made: evaluations return symbolic vectors and become instructions.
 
     Has the same face as :class:`~iia_ode.ProbabilityFlowODE` as far as a step may use it. The same state at the same time
@@ -132,26 +132,6 @@ class Tracer:
         """The evaluation at state x and time t, if it was made."""
         index = x.index
         return None if index is None else self._cache.get((self._same.get(index, index), float(t)))
-
-    def data(self, x: Vector, t: float) -> Vector:
-        """Estimate of x_0."""
-        return self.evaluate(x, t, "data").data
-
-    def noise(self, x: Vector, t: float) -> Vector:
-        """Estimate of eps."""
-        return self.evaluate(x, t, "noise").noise
-
-    def score(self, x: Vector, t: float) -> Vector:
-        """Estimate of the score."""
-        return self.evaluate(x, t, "score").score
-
-    def v(self, x: Vector, t: float) -> Vector:
-        """alpha eps - sigma x_0."""
-        return self.evaluate(x, t, "v").v
-
-    def velocity(self, x: Vector, t: float) -> Vector:
-        """dx/dt."""
-        return self.evaluate(x, t, "velocity").velocity
 
     def is_data(self, t: float) -> bool:
         """Whether sigma = 0 at time t."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..ode import Evaluation
+from ..ode import Evaluation, Forms
 from ..plan import Past
 from ..plan.tracer import take_step
 from ..schedules import VP
@@ -57,38 +57,18 @@ class MetaSolver(Solver):
         return self.solver.consistent
 
 
-class _View:
+class _View(Forms[Any]):
     """The ODE with some evaluations replaced; everything else is the ODE's own."""
 
-    def __init__(self, ode: Any, evaluate: Callable[[Any, float, str], Any]) -> None:
+    def __init__(self, ode: Any, evaluate: Callable[[Any, float, str], Evaluation[Any]]) -> None:
         self._ode, self._evaluate = ode, evaluate
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ode, name)
 
-    def evaluate(self, x: Any, t: float, form: str = "data") -> Any:
+    def evaluate(self, x: Any, t: float, form: str = "data") -> Evaluation[Any]:
         """The ODE's evaluation, or what stands in for it."""
         return self._evaluate(x, t, form)
-
-    def data(self, x: Any, t: float) -> Any:
-        """Estimate of x_0."""
-        return self._evaluate(x, t, "data").data
-
-    def noise(self, x: Any, t: float) -> Any:
-        """Estimate of eps."""
-        return self._evaluate(x, t, "noise").noise
-
-    def score(self, x: Any, t: float) -> Any:
-        """Estimate of the score."""
-        return self._evaluate(x, t, "score").score
-
-    def v(self, x: Any, t: float) -> Any:
-        """alpha eps - sigma x_0."""
-        return self._evaluate(x, t, "v").v
-
-    def velocity(self, x: Any, t: float) -> Any:
-        """dx/dt."""
-        return self._evaluate(x, t, "velocity").velocity
 
 
 @register("lookahead")
