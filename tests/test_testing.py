@@ -229,6 +229,73 @@ def test_an_order_that_is_not_the_claimed_one_is_reported_with_both(solver: iia.
         raise AssertionError(misses[0])
 
 
+class SlowStart(iia.Solver):
+    """Runge-Kutta of order 4 whose start-up, by the midpoint rule, is a part of the run however long that is."""
+
+    order = 4
+
+    def __init__(self, part: int) -> None:
+        self.part = part
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        early = past.index * self.part < past.index + 1 + past.remaining
+        return iia.get_solver("midpoint" if early else "rk4").step(ode, x, t, s, past)
+
+
+@pytest.mark.parametrize("part", [4, 8])
+def test_a_start_up_that_lengthens_with_the_grid_is_no_start_up(part: int) -> None:
+    misses = testing.order_misses(testing.measure_orders(SlowStart(part), iia.EDM()), 4)
+    with pytest.raises(AssertionError, match=r"measured order 1\.[89]\d on EDM, mixture, uniform in t .*, claimed 4"):
+        raise AssertionError("\n".join(misses))
+
+
+class DormandPrince(iia.RungeKutta):
+    """Order 5, with a leading error so small that the next one is seen until rounding."""
+
+    order = 5
+    a = (
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    )
+    b = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+    c = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0)
+
+
+def test_a_high_order_is_not_refused_because_rounding_ends_the_refinement() -> None:
+    measured = testing.measure_orders(DormandPrince())
+    assert not testing.order_misses(measured, 5)
+    assert {m.ended for m in measured} >= {"rounding"}
+    assert "claimed 6" in testing.order_misses(measured, 6)[0]
+    assert "too low" in testing.order_misses(measured, 4)[0]
+
+
+def test_an_order_that_shows_late_is_followed_to_finer_grids() -> None:
+    solver = iia.get_solver("dpm_solver_v3", drop_oldest=True)
+    on_gaussian, on_mixture = measure_order(solver, iia.EDM(), TRACKS[0])
+    assert on_gaussian.order == pytest.approx(3, abs=0.15)
+    assert on_gaussian.counts[-1] > 384
+    assert not testing.order_misses([on_gaussian, on_mixture], 3)
+
+
+def test_slopes_that_have_not_settled_on_the_finest_grid_are_called_so() -> None:
+    miss, _ = testing.order_misses([replace(measurement(3.9, 3.5), ended="finest")], 3)
+    assert miss.startswith("not asymptotic, the local orders 3.90, 3.50 have not settled")
+    miss, _ = testing.order_misses([measurement(3.5, 3.5)], 3)
+    assert miss.startswith("measured order 3.50")
+
+
+@pytest.mark.parametrize("ended", ["settled", "finest"])
+def test_only_where_rounding_ends_it_may_a_slope_above_the_claim_not_be_whole(ended: str) -> None:
+    at_rounding = replace(measurement(5.6, 5.4), ended="rounding")
+    assert at_rounding.agrees_with(5)
+    assert not at_rounding.agrees_with(6)
+    assert not replace(at_rounding, ended=ended).agrees_with(5)
+    assert "too low" in testing.order_misses([at_rounding], 5)[0]  # the claim itself has to be seen
+
+
 def test_an_order_on_one_schedule_only_is_not_enough() -> None:
     assert not testing.order_misses(testing.measure_orders(NoAlpha(), [iia.EDM()]), 1)
     with pytest.raises(iia.ConformanceError, match=r"NoAlpha: measured order -?0\.\d+ on VP"):
@@ -452,6 +519,20 @@ def test_a_solver_without_a_claim_cannot_be_verified() -> None:
         iia.verify(NoClaim())
 
 
+@pytest.mark.parametrize("claim", [True, 0, -1, 2.0, "2", None])
+def test_a_claim_that_is_no_positive_whole_number_is_refused_by_verify_and_check_alike(claim: Any) -> None:
+    for call in (iia.verify, testing.check, conformance.check_order_is_the_claimed_one):
+        with pytest.raises(iia.InputError, match="Claiming needs an integer attribute `order`, 1 or more, and has "):
+            call(Claiming(claim))
+
+
+@pytest.mark.parametrize("schedules", [(), [], "vp", iia.VP, None, 3, [iia.VP(), "edm"]])
+def test_an_order_is_not_verified_on_what_is_no_schedule_or_on_none(schedules: Any) -> None:
+    for call in (lambda: iia.verify("ddim", schedules=schedules), lambda: testing.measure_orders("ddim", schedules)):
+        with pytest.raises(iia.InputError, match=r"schedules must be one schedule or more, such as \[iia_ode.VP\(\)"):
+            call()
+
+
 def test_what_is_no_solver_is_refused() -> None:
     for call in (testing.check, testing.measure_orders, testing.stability_limit, iia.verify):
         with pytest.raises(iia.UnknownNameError, match="heun"):
@@ -573,6 +654,8 @@ def test_the_certificate_of_heun_has_its_textbook_numbers(heun: tuple[testing.Ce
     assert certificate.passed
     assert certificate.solver == "heun"
     assert certificate.claimed_order == 2
+    assert certificate.only_on == ()
+    assert "Covers only" not in str(certificate)
     assert [m.order for m in certificate.orders] == pytest.approx([2.0] * 18, abs=0.05)
     assert [m.order for m in certificate.cold_orders] == pytest.approx([2.0] * 18, abs=0.05)
     assert {(m.schedule, m.problem, m.grid) for m in certificate.orders} == {
@@ -627,6 +710,8 @@ def test_a_certificate_goes_into_json_and_back(heun: tuple[testing.Certificate, 
 def test_the_certificate_of_a_wrong_solver_says_what_is_wrong() -> None:
     out = io.StringIO()
     certificate = iia.verify(WrongNode(), schedules=[iia.EDM()], file=out)
+    assert certificate.only_on == (repr(iia.EDM()),)
+    assert f"Covers only {iia.EDM()!r}\n" in out.getvalue()
     assert not certificate.passed
     assert out.getvalue().startswith(f"WrongNode: FAILED, {len(testing.CHECKS) - 2} of {len(testing.CHECKS)} checks\n")
     broken = ["check_order_is_the_claimed_one", "check_encoding_and_decoding_return"]
@@ -636,7 +721,7 @@ def test_the_certificate_of_a_wrong_solver_says_what_is_wrong() -> None:
 
 
 def test_a_solver_that_cannot_go_to_the_data_still_gets_a_certificate(capsys: pytest.CaptureFixture[str]) -> None:
-    certificate = iia.verify(EvaluatesAtData(), schedules=[iia.VP()], quiet=True)
+    certificate = iia.verify(EvaluatesAtData(), schedules=iia.VP(), quiet=True)
     assert capsys.readouterr().out == ""
     assert not certificate.passed
     assert certificate.evaluations == ()

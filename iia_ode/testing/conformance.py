@@ -13,8 +13,7 @@ import copy
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -28,13 +27,12 @@ from ..grids import karras, uniform
 from ..iia import IIA, load
 from ..iia.terms import StepRecord, Term
 from ..integrate import odeint, sample
-from ..ode import ProbabilityFlowODE
-from ..plan import Past, Plan, Tracer, Vector, trace
-from ..plan.tracer import take_step
+from ..plan import trace
 from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
 from ..solvers import Solver, SolverLike, as_solver, get_solver
 from .cases import SCHEDULES, TRACKS, draw, every_schedule, gaussian, mixture, points, rms
-from .orders import COUNTS, TOLERANCE, OrderMeasurement, local_slopes, measure_orders, order_misses
+from .orders import COUNTS, TOLERANCE, OrderMeasurement, claimed_order, local_slopes, measure_orders, order_misses
+from .runs import default_dtype, eager_run, traced_in_turn
 
 __all__ = ["CHECKS", "Check", "CheckResult", "check", "order_result", "run_checks"]
 
@@ -90,7 +88,7 @@ def run_checks(solver: SolverLike, checks: Iterable[Check] | None = None) -> tup
 
 def order_result(solver: Solver, measurements: Sequence[OrderMeasurement]) -> CheckResult:
     """The result of the order check, by measurements that were made already."""
-    misses = order_misses(measurements, solver.order)
+    misses = order_misses(measurements, claimed_order(solver))
     return _result(check_order_is_the_claimed_one, f"{solver.label}: {'; '.join(misses)}." if misses else None)
 
 
@@ -105,7 +103,9 @@ def check(solver: SolverLike) -> None:
     Raises
     ------
     ConformanceError : promises are not kept; says which, with what was measured and what was expected.
+    InputError : its order is no whole number from 1 on.
     """
+    claimed_order(as_solver(solver))
     broken = [result for result in run_checks(solver) if result.problem is not None]
     if broken:
         head = f"{as_solver(solver).label} does not keep {len(broken)} of {len(CHECKS)} promises:"
@@ -122,6 +122,7 @@ def check_order_is_the_claimed_one(solver: Solver) -> None:
     On Gaussian data and on a mixture, on EDM, VP and flow matching, on grids uniform in t and in log-SNR, in both directions;
     see :mod:`iia_ode.testing.orders`.
     """
+    claimed_order(solver)
     problem = order_result(solver, measure_orders(solver)).problem
     if problem is not None:
         raise ConformanceError(problem)
@@ -214,7 +215,7 @@ def check_state_keeps_its_dtype(solver: Solver) -> None:
     exact = odeint(ode, x, grid, solver)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
         for default in (torch.float32, torch.float64):
-            with _default_dtype(default):
+            with default_dtype(default):
                 final = sample(ode, x.to(dtype), grid, solver)
             _require(final.dtype == dtype, solver, f"a {dtype} state became {final.dtype}")
             gap = rms(final.double() - exact[-1]) / rms(exact)
@@ -249,7 +250,7 @@ def check_plan_equals_eager_run(solver: Solver) -> None:
         plan = trace(solver, schedule, grid, consistent=False)
         planned = plan.run(ode, x, trajectory=True)
         with ode.counting() as spent:
-            eager = _eager_run(solver, ode, x, grid)
+            eager = eager_run(solver, ode, x, grid)
         gap = rms(eager - planned) / rms(planned)
         _require(gap <= 1e-11, solver, f"on {_name(schedule)}, eager and planned states differ by {gap:.2g}")
         # More is no fault: a plan evaluates the same state at the same time once, however often a step asks.
@@ -266,7 +267,7 @@ def check_runs_do_not_share_state(solver: Solver) -> None:
     schedule = EDM()
     grids = (karras(6), uniform(8, 20.0, 0.5))
     alone = [trace(copy.deepcopy(solver), schedule, grid, consistent=False) for grid in grids]
-    for plan, other in zip(_traced_in_turn(solver, schedule, grids), alone, strict=True):
+    for plan, other in zip(traced_in_turn(solver, schedule, grids), alone, strict=True):
         gap = plan.difference(other)
         _require(
             gap <= 1e-14,
@@ -371,40 +372,6 @@ def _require_convergence(
 
 def _encoding_grid(n: int, schedule: Schedule) -> Tensor:
     return karras(n + 1, schedule=schedule, to_data=False).flip(0)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _eager_run(solver: Solver, ode: ProbabilityFlowODE, x: Tensor, grid: Tensor) -> Tensor:
-    """The states at all grid points by calling `step` on tensors, interval by interval."""
-    times, states, memory = grid.tolist(), [x], ()
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        y, memory = take_step(solver, ode, states[-1], t, s, Past(memory, i, len(times) - 2 - i))
-        states.append(y)
-    return torch.stack(states)
-
-
-def _traced_in_turn(solver: Solver, schedule: Schedule, grids: tuple[Tensor, ...]) -> list[Plan]:
-    """One plan a grid, traced with one instance, one step of each in turn."""
-    times = [grid.tolist() for grid in grids]
-    tracers = [Tracer(schedule) for _ in grids]
-    states, memories = [Vector({0: 1.0}) for _ in grids], [() for _ in grids]
-    for i in range(max(map(len, times)) - 1):
-        for j, tracer in enumerate(tracers):
-            if i < len(times[j]) - 1:
-                past = Past(memories[j], i, len(times[j]) - 2 - i)
-                y, memories[j] = take_step(solver, tracer, states[j], times[j][i], times[j][i + 1], past)
-                states[j] = tracer.hold(y, step=i + 1)
-    pairs = zip(times, tracers, strict=True)
-    return [Plan(schedule, tuple(t), tuple(tracer.code), solver.label) for t, tracer in pairs]
 
 
 def _no_terms(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
