@@ -13,7 +13,16 @@ from ..errors import GridError, InputError, PlanError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
 
-__all__ = ["Solver", "SolverLike", "as_solver", "get_solver", "register", "same_solver", "solver_names"]
+__all__ = [
+    "Solver",
+    "SolverLike",
+    "as_solver",
+    "get_solver",
+    "is_registered",
+    "register",
+    "same_solver",
+    "solver_names",
+]
 
 
 class Solver(ABC):
