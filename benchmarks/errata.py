@@ -218,7 +218,7 @@ class SummedDEIS(DEISTime):
 
     points: int = 10_000
 
-    def coefficients(self, schedule, times, s):
+    def integrals(self, schedule, times, s):
         """The sums."""
         t = times[0]
         u = torch.linspace(t, s, self.points, dtype=torch.float64)
@@ -231,7 +231,7 @@ class SummedDEIS(DEISTime):
                 if other != node:
                     basis = basis * (u - other) / (node - other)
             weights.append(float((slope * basis).sum() * (s - t) / self.points))
-        return schedule.alpha(s) / schedule.alpha(t), [schedule.alpha(s) * w for w in weights]
+        return weights
 
 
 class SolvedUniPC(UniPC):

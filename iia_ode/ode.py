@@ -138,25 +138,29 @@ class Forms(ABC, Generic[V]):
     def evaluate(self, x: V, t: Any, form: str = "data") -> Evaluation[V]:
         """One evaluation, to be read in any form; `form` is how a plan would store it."""
 
+    def as_form(self, x: V, t: Any, form: str) -> V:
+        """The model's output in the form of that name; one evaluation."""
+        return self.evaluate(x, t, form).as_form(form)
+
     def data(self, x: V, t: Any) -> V:
         """Estimate of x_0; one evaluation."""
-        return self.evaluate(x, t, "data").data
+        return self.as_form(x, t, "data")
 
     def noise(self, x: V, t: Any) -> V:
         """Estimate of eps; one evaluation."""
-        return self.evaluate(x, t, "noise").noise
+        return self.as_form(x, t, "noise")
 
     def score(self, x: V, t: Any) -> V:
         """Estimate of the score; one evaluation."""
-        return self.evaluate(x, t, "score").score
+        return self.as_form(x, t, "score")
 
     def v(self, x: V, t: Any) -> V:
         """alpha eps - sigma x_0; one evaluation."""
-        return self.evaluate(x, t, "v").v
+        return self.as_form(x, t, "v")
 
     def velocity(self, x: V, t: Any) -> V:
         """dx/dt; one evaluation."""
-        return self.evaluate(x, t, "velocity").velocity
+        return self.as_form(x, t, "velocity")
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 from ..errors import InputError, unknown_name
 from ..grids import karras
-from ..plan import Evaluate, Plan
 from ..schedules import EDM
 from ..solvers import get_solver, same_solver, solver_names
 from ..testing import OrderMeasurement, measure_orders, stability_limit
@@ -99,7 +98,7 @@ def facts(name: str) -> Row:
     Evaluations are those of the first, a middle and the last step of a grid of 12 steps to the data.
     """
     solver, schedule = get_solver(name), EDM()
-    counts = _evaluations_per_step(solver.plan(schedule, karras(12)))
+    counts = list(solver.plan(schedule, karras(12)).evaluations_per_step)
     return {
         "name": name,
         "other_names": [other for other in same_solver(name) if other != name],
@@ -146,16 +145,6 @@ def save_rows(rows: Iterable[Row], path: Path = RESULTS) -> None:
     # A line a solver: whoever adds one changes one line.
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
     path.with_suffix(".md").write_text(f"{SolverTable(ordered)}\n")
-
-
-def _evaluations_per_step(plan: Plan) -> list[int]:
-    counts = [0]
-    for instruction in plan.code:
-        if isinstance(instruction, Evaluate):
-            counts[-1] += 1
-        elif instruction.step is not None:
-            counts.append(0)
-    return counts[:-1]
 
 
 def _orders(measurements: Sequence[OrderMeasurement]) -> dict[str, float | None]:

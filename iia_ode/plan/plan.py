@@ -131,6 +131,17 @@ class Plan:
         return sum(isinstance(ins, Evaluate) for ins in self.code)
 
     @property
+    def evaluations_per_step(self) -> tuple[int, ...]:
+        """Model evaluations of each step, in order."""
+        counts = [0]
+        for ins in self.code:
+            if isinstance(ins, Evaluate):
+                counts[-1] += 1
+            elif ins.step is not None:
+                counts.append(0)
+        return tuple(counts[:-1])
+
+    @property
     def evaluation_times(self) -> tuple[float, ...]:
         """Times at which the model is evaluated, in order."""
         return tuple(ins.t for ins in self.code if isinstance(ins, Evaluate))

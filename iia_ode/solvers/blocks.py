@@ -8,17 +8,17 @@ from typing import Any
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_flag, check_order, data_step, singular
+from .transfer import Interval, check_flag, check_order, data_step, fractions, singular
 
 __all__ = ["BlockDPMSolver"]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The block in progress: its first state, and its outputs so far."""
+    """The block in progress: its first state and the output there."""
 
     x: Any
-    outputs: tuple[Output, ...]
+    first: Output
 
 
 @register("dpmpp_2s_blocks", variants={"dpmpp_3s_blocks": {"max_order": 3}})
@@ -70,12 +70,11 @@ class BlockDPMSolver(Solver):
         schedule = ode.schedule
         now = Output(t, ode.data(x, t))
         block = past.memory if past.memory and position > 1 else None
-        if block is None or singular(schedule, t, s) or schedule.alpha(block.outputs[0].t) == 0:
-            return data_step(schedule, x, now.value, t, s), _Block(x, (now,))
-        first = block.outputs[0]
-        interval = Interval.of(schedule, "data", first.t, s)
-        u = (schedule.lam(t) - schedule.lam(first.t)) / (schedule.lam(s) - schedule.lam(first.t))
+        if block is None or singular(schedule, t, s) or schedule.alpha(block.first.t) == 0:
+            return data_step(schedule, x, now.value, t, s), _Block(x, now)
+        first, interval = block.first, Interval.of(schedule, "data", block.first.t, s)
+        (u,) = fractions(schedule, first.t, s, [t])
         w = interval.moments(2)
         slope = (w[0] / 2 if position == 2 else w[1]) / u
         y = interval.keep * block.x + w[0] * first.value + slope * (now.value - first.value)
-        return y, _Block(block.x, (*block.outputs, now))
+        return y, block

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import InputError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import Interval, check_choice, check_fraction, check_order, data_step, noise_step, singular
+from .transfer import Interval, check_choice, check_fraction, check_order, data_step, fractions, noise_step, singular
 
 __all__ = ["DDIM", "SinglestepDPMSolver"]
 
@@ -93,25 +93,25 @@ class SinglestepDPMSolver(Solver):
         schedule = ode.schedule
         if self.max_order == 1 or singular(schedule, t, s):
             return data_step(schedule, x, ode.data(x, t), t, s)
-        start, end = schedule.lam(t), schedule.lam(s)
         if self.spacing == "time":
             times = [t + r * (s - t) for r in self._fractions]
-            fractions = [(schedule.lam(u) - start) / (end - start) for u in times]
+            stages = fractions(schedule, t, s, times)
         else:
-            fractions = self._fractions
-            times = [schedule.t_of_lam(start + r * (end - start)) for r in fractions]
-        m = [ode.evaluate(x, t, self.form).as_form(self.form)]
+            start, end = schedule.lam(t), schedule.lam(s)
+            stages = self._fractions
+            times = [schedule.t_of_lam(start + r * (end - start)) for r in stages]
+        m = [ode.as_form(x, t, self.form)]
         first = data_step if self.form == "data" else noise_step
-        m.append(ode.evaluate(first(schedule, x, m[0], t, times[0]), times[0], self.form).as_form(self.form))
-        whole, r1 = Interval.of(schedule, self.form, t, s), fractions[0]
+        m.append(ode.as_form(first(schedule, x, m[0], t, times[0]), times[0], self.form))
+        whole, r1 = Interval.of(schedule, self.form, t, s), stages[0]
         w = whole.moments(2)
         if self.max_order == 2:
             slope = (w[1] if self.solver_type == "taylor" else w[0] / 2) / r1
             return whole.keep * x + w[0] * m[0] + slope * (m[1] - m[0])
-        r2, part = fractions[1], Interval.of(schedule, self.form, t, times[1])
+        r2, part = stages[1], Interval.of(schedule, self.form, t, times[1])
         v = part.moments(2)
         inner = part.keep * x + v[0] * m[0] + v[1] * r2 / r1 * (m[1] - m[0])
-        m.append(ode.evaluate(inner, times[1], self.form).as_form(self.form))
+        m.append(ode.as_form(inner, times[1], self.form))
         if self.solver_type == "midpoint":
             return whole.keep * x + w[0] * m[0] + w[1] / r2 * (m[2] - m[0])
         weights = whole.weights([0.0, r1, r2])

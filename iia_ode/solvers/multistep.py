@@ -19,6 +19,7 @@ from .transfer import (
     check_choice,
     check_order,
     data_step,
+    fractions,
     lagrange_integrals,
     noise_weights_in_time,
     singular,
@@ -62,7 +63,7 @@ class Multistep(Solver):
         if self.first_order(ode.schedule, t, s):
             # Nothing is remembered: no polynomial goes through an output made at infinite log-SNR.
             return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
-        now = Output(t, ode.evaluate(x, t, self.form).as_form(self.form))
+        now = Output(t, ode.as_form(x, t, self.form))
         history = (now, *past.memory)[: self.max_order]
         keep, weights = self.coefficients(ode.schedule, [output.t for output in history], s)
         return keep * x + sum(w * output.value for w, output in zip(weights, history, strict=True)), history
@@ -99,9 +100,27 @@ class ExponentialAdams(Multistep):
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The integrals of the Lagrange polynomials in log-SNR."""
-        interval, start = Interval.of(schedule, self.form, times[0], s), schedule.lam(times[0])
-        step = schedule.lam(s) - start
-        return interval.keep, interval.weights([(schedule.lam(u) - start) / step for u in times])
+        interval = Interval.of(schedule, self.form, times[0], s)
+        return interval.keep, interval.weights(fractions(schedule, times[0], s, times))
+
+
+class _OverRho(Multistep):
+    """On the noise estimate, integrated over rho = sigma/alpha, where sigma = 0 is a point like any other."""
+
+    form = "noise"
+
+    @abstractmethod
+    def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
+        """int L_j d(rho) over the step to s, for each Lagrange polynomial on what stands for `times`."""
+
+    def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
+        """Only alpha = 0 is a singular point of rho."""
+        return schedule.alpha(t) == 0 or schedule.alpha(s) == 0
+
+    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
+        """Those of x_s = (alpha_s/alpha_t) x + alpha_s int eps d(rho)."""
+        scale = schedule.alpha(s)
+        return scale / schedule.alpha(times[0]), [scale * w for w in self.integrals(schedule, times, s)]
 
 
 @register(
@@ -109,7 +128,7 @@ class ExponentialAdams(Multistep):
     variants={f"{name}{k}": {"max_order": k} for name in ("lms", "deis_rhoab") for k in (1, 2, 3)},
 )
 @dataclass(frozen=True)
-class LMS(Multistep):
+class LMS(_OverRho):
     """LMS of k-diffusion, which is DEIS's rho-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023].
 
     The polynomial in rho = sigma/alpha through the newest noise estimates is integrated exactly: variable-step
@@ -121,25 +140,19 @@ class LMS(Multistep):
     """
 
     max_order: int = 4
-    form = "noise"
 
     def __post_init__(self) -> None:
         check_order("lms", self.max_order, 4)
 
-    def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
-        """Only alpha = 0 is a singular point of rho."""
-        return schedule.alpha(t) == 0 or schedule.alpha(s) == 0
-
-    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
-        """The integrals of the Lagrange polynomials in rho."""
-        rho, t = schedule.noise_to_signal, times[0]
-        weights = lagrange_integrals([rho(u) for u in times], rho(t), rho(s))
-        return schedule.alpha(s) / schedule.alpha(t), [schedule.alpha(s) * w for w in weights]
+    def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
+        """Of the Lagrange polynomials in rho."""
+        nodes = [schedule.noise_to_signal(u) for u in times]
+        return lagrange_integrals(nodes, nodes[0], schedule.noise_to_signal(s))
 
 
 @register("deis_tab3", variants={f"deis_tab{k}": {"max_order": k} for k in (1, 2)})
 @dataclass(frozen=True)
-class DEISTime(Multistep):
+class DEISTime(_OverRho):
     """DEIS's t-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023, eq. 15].
 
     The polynomial in the schedule's own time through the newest noise estimates is integrated exactly over rho = sigma/alpha.
@@ -151,19 +164,13 @@ class DEISTime(Multistep):
     """
 
     max_order: int = 3
-    form = "noise"
 
     def __post_init__(self) -> None:
         check_order("deis_tab3", self.max_order, 4)
 
-    def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
-        """Only alpha = 0 is a singular point of rho."""
-        return schedule.alpha(t) == 0 or schedule.alpha(s) == 0
-
-    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
-        """The integrals over rho of the Lagrange polynomials in time."""
-        weights = noise_weights_in_time(schedule, times, times[0], s)
-        return schedule.alpha(s) / schedule.alpha(times[0]), [schedule.alpha(s) * w for w in weights]
+    def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
+        """Of the Lagrange polynomials in time."""
+        return noise_weights_in_time(schedule, times, times[0], s)
 
 
 @register("ab4", variants={f"ab{k}": {"max_order": k} for k in (2, 3)})
@@ -238,8 +245,7 @@ class DPMSolverMultistep(Multistep):
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The published weights."""
-        interval, start = Interval.of(schedule, self.form, times[0], s), schedule.lam(times[0])
-        u = [(schedule.lam(t) - start) / (schedule.lam(s) - start) for t in times]
+        interval, u = Interval.of(schedule, self.form, times[0], s), fractions(schedule, times[0], s, times)
         w = interval.moments(3)
         if len(u) == 1:
             return interval.keep, [w[0]]

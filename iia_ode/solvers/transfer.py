@@ -31,6 +31,7 @@ __all__ = [
     "check_order",
     "data_step",
     "exponential_moments",
+    "fractions",
     "lagrange_integrals",
     "noise_step",
     "noise_weights_in_time",
@@ -94,6 +95,13 @@ class Interval:
         ]
 
 
+def fractions(schedule: Schedule, t: float, s: float, times: Sequence[float]) -> list[float]:
+    """Where times stand in the step from t (0) to s (1), in log-SNR; earlier steps are negative."""
+    start = schedule.lam(t)
+    step = schedule.lam(s) - start
+    return [(schedule.lam(u) - start) / step for u in times]
+
+
 def exponential_moments(H: float, n: int) -> list[float]:
     """int_0^1 H e^(-H (1 - u)) u^k du for k < n.
 
@@ -122,7 +130,8 @@ def noise_weights_in_time(schedule: Schedule, nodes: Sequence[float], t: float, 
     Integrated in theta = asinh(rho), which is linear in rho near the data and logarithmic far from it, on panels that shrink
     towards the data, where the time of some schedules is nearly singular as a function of rho.
     """
-    top, end = sorted((math.asinh(schedule.noise_to_signal(u)) for u in (t, s)), reverse=True)
+    first, last = (math.asinh(schedule.noise_to_signal(u)) for u in (t, s))
+    top, end = max(first, last), min(first, last)
     panels = [top]
     while panels[-1] > max(2 * end, 1e-3 * top):
         panels.append(panels[-1] / 2)
@@ -132,7 +141,7 @@ def noise_weights_in_time(schedule: Schedule, nodes: Sequence[float], t: float, 
     steps = np.concatenate([(a - b) * q for a, b in zip(panels, panels[1:], strict=False)])
     rho = np.sinh(theta)
     times = schedule.t_of_lam(torch.from_numpy(-np.log(rho))).numpy()
-    measure = steps * np.cosh(theta) * (1.0 if schedule.noise_to_signal(s) > schedule.noise_to_signal(t) else -1.0)
+    measure = steps * np.cosh(theta) * (1.0 if last > first else -1.0)
     return [float((measure * basis).sum()) for basis in _lagrange(nodes, times)]
 
 

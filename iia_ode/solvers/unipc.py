@@ -12,7 +12,7 @@ import numpy as np
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_choice, check_flag, check_order, data_step, noise_step, singular
+from .transfer import Interval, check_choice, check_flag, check_order, data_step, fractions, noise_step, singular
 
 __all__ = ["UniPC"]
 
@@ -32,7 +32,7 @@ class UniPC(Solver):
     With m_j the outputs (data or noise), u_j where they were made in units of the step in log-SNR, H the step (negative for
     noise), B = -H (bh1) or e^(-H) - 1 (bh2):
 
-        x_s = keep x + scale (w_0 m_0 - B sum_j rho_j (m_j - m_0) / u_j),    sum_j rho_j u_j^(k-1) = b_k
+        x_s = keep x + scale (w_0 m_0 - B sum_j rho_j (m_j - m_0) / u_j),    sum_j rho_j u_j^(k-1) = b_k = -w_k / B
 
     over the p - 1 outputs before m_0 for the predictor, and in addition the output at the predicted state (u = 1) for the
     corrector. That output also starts the next step, so that the corrector costs nothing. The last step is not corrected.
@@ -71,17 +71,17 @@ class UniPC(Solver):
         if not memory:
             if schedule.alpha(t) == 0:
                 return data_step(schedule, x, ode.data(x, t), t, s), ()
-            memory = (Output(t, ode.evaluate(x, t, self.form).as_form(self.form)),)
+            memory = (Output(t, ode.as_form(x, t, self.form)),)
         history = memory[: self.max_order]
         if singular(schedule, t, s):
             first = data_step if self.form == "data" else noise_step
             return first(schedule, x, history[0].value, t, s), ()
-        interval, start = Interval.of(schedule, self.form, t, s), schedule.lam(t)
-        u = [(schedule.lam(output.t) - start) / (schedule.lam(s) - start) for output in history]
+        interval = Interval.of(schedule, self.form, t, s)
+        u = fractions(schedule, t, s, [output.t for output in history])
         y = self._combine(interval, x, u, [output.value for output in history])
         if past.remaining == 0:
             return y, ()
-        new = Output(s, ode.evaluate(y, s, self.form).as_form(self.form))
+        new = Output(s, ode.as_form(y, s, self.form))
         if self.corrector:
             y = self._combine(interval, x, [*u, 1.0], [*(output.value for output in history), new.value])
         return y, (new, *history)

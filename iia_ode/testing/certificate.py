@@ -162,12 +162,7 @@ def _counts(solver: Solver) -> tuple[tuple[int, ...], int | None, int | None]:
         plan = trace(solver, SCHEDULES[0], karras(STEPS, schedule=SCHEDULES[0]), consistent=False)
     except IIAError:  # the checks say why
         return (), None, None
-    counts = [0]
-    for ins in plan.code:
-        if isinstance(ins, Evaluate):
-            counts[-1] += 1
-        elif ins.step is not None:
-            counts.append(0)
+    counts = plan.evaluations_per_step
     return (counts[0], counts[STEPS // 2], counts[STEPS - 1]), plan.nfe, plan.peak_vectors
 
 

@@ -107,12 +107,11 @@ class IPNDMvAsPublished(LMS):
         """2 for four outputs. For three the excess is of higher order where the ratio of successive steps tends to 1."""
         return 2 if self.max_order == 4 else self.max_order
 
-    def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
+    def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
         """Those of ``lms``, and what upstream adds to them."""
-        keep, exact = super().coefficients(schedule, times, s)
-        rho = [schedule.noise_to_signal(u) for u in times]
-        scale, h = schedule.alpha(s), schedule.noise_to_signal(s) - rho[0]
-        return keep, [w + scale * e for w, e in zip(exact, _excess(rho, h, exact[-1] / scale), strict=True)]
+        exact, rho = super().integrals(schedule, times, s), [schedule.noise_to_signal(u) for u in times]
+        excess = _excess(rho, schedule.noise_to_signal(s) - rho[0], exact[-1])
+        return [w + e for w, e in zip(exact, excess, strict=True)]
 
 
 def _excess(rho: Sequence[float], h: float, last: float) -> list[float]:
