@@ -10,17 +10,22 @@ from .errors import (
     FileFormatError,
     FingerprintWarning,
     GridError,
+    GuardWarning,
     IIAError,
     InputError,
     MismatchError,
+    MismatchWarning,
     MissingDependencyError,
     NonFiniteError,
     PlanError,
+    RankError,
     ScheduleError,
     UnknownNameError,
 )
 from .estimation import estimate_statistics
-from .iia import IIA, FittedSolver, Local, Substeps, load, preset
+from .iia import IIA, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, load, preset
+from .iia.recipe import fit
+from .iia.refine import refine
 from .integrate import odeint, sample, torchdiffeq_methods
 from .ode import Evaluation, ProbabilityFlowODE
 from .plan import Past, Plan, Vector, trace
@@ -43,10 +48,12 @@ __all__ = [
     "FittedSolver",
     "FlowMatching",
     "GridError",
+    "GuardWarning",
     "IIAError",
     "InputError",
     "Local",
     "MismatchError",
+    "MismatchWarning",
     "MissingDependencyError",
     "ModelStatistics",
     "NonFiniteError",
@@ -54,16 +61,20 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProbabilityFlowODE",
+    "RankError",
     "RungeKutta",
     "Schedule",
     "ScheduleError",
     "Solver",
     "Substeps",
+    "Teacher",
+    "TeacherTrajectory",
     "UnknownNameError",
     "Vector",
     "__version__",
     "denoisers",
     "estimate_statistics",
+    "fit",
     "from_functions",
     "get_solver",
     "grids",
@@ -72,6 +83,7 @@ __all__ = [
     "preset",
     "problems",
     "reference",
+    "refine",
     "register",
     "sample",
     "solver_names",

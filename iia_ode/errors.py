@@ -14,12 +14,15 @@ __all__ = [
     "FileFormatError",
     "FingerprintWarning",
     "GridError",
+    "GuardWarning",
     "IIAError",
     "InputError",
     "MismatchError",
+    "MismatchWarning",
     "MissingDependencyError",
     "NonFiniteError",
     "PlanError",
+    "RankError",
     "ScheduleError",
     "UnknownNameError",
     "unknown_name",
@@ -70,8 +73,20 @@ class ConformanceError(IIAError, AssertionError):
     """A solver does not keep a promise that every solver makes; see :mod:`iia_ode.testing`."""
 
 
+class RankError(IIAError, RuntimeError):
+    """A process of a distributed fit failed, did not answer in time, or was asked for another fit than the others."""
+
+
 class FingerprintWarning(UserWarning):
     """A fitted solver is used with another model than the one it was fitted on."""
+
+
+class MismatchWarning(UserWarning):
+    """A fitted solver is used at another guidance scale than it was fitted at."""
+
+
+class GuardWarning(UserWarning):
+    """A fit was worse than its base on held-out noise, and was replaced by the base."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

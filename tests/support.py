@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import iia_ode as iia
+from iia_ode.cli import main
 from iia_ode.ode import PREDICTIONS
 from iia_ode.problems import Gaussian, Mixture
 
@@ -79,6 +80,17 @@ def close(actual: Tensor | float, expected: Tensor | float, rtol: float = 0.0, a
     """Assert |actual - expected| <= atol + rtol |expected|, with equal shapes and dtypes; numbers count as float64."""
     a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=F64) for v in (actual, expected))
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command line."""
+    try:
+        main(arguments)
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def slope(errors: list[float], sizes: list[float]) -> float:

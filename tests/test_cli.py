@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from support import F64
+from support import F64, run
 
 from iia_ode import grids
-from iia_ode.cli import main
 from iia_ode.experiments import get_setting
 from iia_ode.files import read_tensors
 
@@ -13,20 +12,11 @@ MIXTURE = get_setting("mixture")
 ENDS = {"sigma_min": MIXTURE.sigma_min, "sigma_max": MIXTURE.sigma_max, "schedule": MIXTURE.schedule}
 
 
-def run(capsys, *arguments):
-    """Exit status and standard error of the command line."""
-    try:
-        main(arguments)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
-
-
 def grid_of(tmp_path, capsys, *options):
     """The grid that `iia-ode sample` used."""
     command = ["sample", "ddim", "--setting", "mixture", "--samples", "2", "--nfe", "5", "--out", str(tmp_path)]
-    assert run(capsys, *command, *options) == (0, "")
+    status, _, error = run(capsys, *command, *options)
+    assert (status, error) == (0, "")
     return torch.tensor(read_tensors(tmp_path / "samples.safetensors", "samples")[1]["grid"], dtype=F64)
 
 
@@ -61,7 +51,7 @@ def test_the_exponent_goes_to_the_family_that_has_one(tmp_path, capsys, options,
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_options_that_do_not_go_together_are_one_line_of_error(tmp_path, capsys, options, words):
-    status, error = run(capsys, "sample", "ddim", "--setting", "mixture", "--out", str(tmp_path), *options)
+    status, _, error = run(capsys, "sample", "ddim", "--setting", "mixture", "--out", str(tmp_path), *options)
     assert (status, len(error.splitlines())) == (2, 1)
     assert words in error
 
@@ -82,5 +72,5 @@ def test_a_fitted_solver_brings_its_grid_and_takes_no_other(tmp_path, capsys):
         "linear_log",
     ]
     assert run(capsys, *fit, "--out", path)[0] == 0
-    status, error = run(capsys, "sample", path, "--setting", "mixture", "--grid", "karras", "--out", str(tmp_path))
+    status, _, error = run(capsys, "sample", path, "--setting", "mixture", "--grid", "karras", "--out", str(tmp_path))
     assert status == 2 and "leave out --grid" in error

@@ -8,26 +8,14 @@ import sys
 import pytest
 import torch
 from matplotlib.figure import Figure
-from support import mixture
+from support import mixture, run
 
 import iia_ode as iia
 from iia_ode import plots
-from iia_ode.cli import main
 from iia_ode.experiments import compare, get_setting, setting_names
 from iia_ode.metrics import rmse, rmse_with_error
 
 SMALL = ["--setting", "mixture", "--samples", "16", "--fit-samples", "16"]
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of the command line."""
-    try:
-        main(arguments)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 # ---- the promise of the README, on fewer samples and counts ----------------------------------------------------------
@@ -162,6 +150,36 @@ def test_compare_prints_a_table_and_writes_everything_it_made(tmp_path, capsys):
     assert iia.load(out / "fits" / "iia-edm-5.safetensors").nfe == 5
 
 
+def test_what_one_call_finds_can_be_compared_and_finds_its_own_grid():
+    setting = get_setting("mixture")
+    result = compare(setting, ["heun", "iia"], [4, 5], iia.grids.karras, samples=16, fit_samples=32)
+    for nfe in (4, 5):
+        by_hand = iia.fit(*_drawn(setting, nfe), budget="closed-form", sigma_max=80.0, report=None)
+        assert torch.equal(result.fits["iia", nfe].grid, by_hand.grid)
+        assert result.settings["grids"][f"iia {nfe}"] == by_hand.grid.tolist()
+    rows = {(r.solver, r.nfe): r for r in result.rows}
+    assert rows["iia", 5].fit_samples == 32
+    assert rows["iia", 5].fit_evaluations == result.fits["iia", 5].about["evaluations"]
+    assert rows["iia", 5].rmse < rows["heun", 5].rmse
+    with pytest.raises(iia.UnknownNameError, match="unknown budget 'huge'"):
+        compare(setting, ["iia"], [4], iia.grids.karras, budget="huge")
+
+
+def _drawn(setting, nfe):
+    ode, x = setting.draw(32, 0)
+    return ode, nfe, x
+
+
+def test_fits_to_accurate_trajectories_share_them_and_each_counts_them():
+    setting = get_setting("mixture")
+    shared = compare(setting, ["iia-ddim"], [4, 6], iia.grids.karras, samples=8, fit_samples=8, target="trajectory")
+    ode, x = setting.draw(8, 0)
+    for nfe, row in zip((4, 6), shared.rows, strict=True):
+        alone = iia.preset("iia-ddim", target="trajectory").fit(ode, iia.grids.karras(nfe), x)
+        assert shared.fits["iia-ddim", nfe].plan.difference(alone.plan) == 0
+        assert row.fit_evaluations == alone.about["evaluations"]
+
+
 def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, capsys):
     def listed(*solvers):
         status, printed, _ = run(
@@ -179,14 +197,19 @@ def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "work"),
     [
-        (["compare", "--out", "/dev/null/x"], "iia_ode.cli.compare"),
-        (["fit", "--out", "/dev/null/x"], "iia_ode.iia.IIA.fit"),
-        (["sample", "heun", "--out", "/dev/null/x"], "iia_ode.cli.sample"),
-        (["train", "digits", "--out", "/dev/null/x"], "iia_ode.cli.train_digits"),
+        (["compare", "--out", "/dev/null/x"], "iia_ode.cli.compare.compare"),
+        (["fit", "--out", "/dev/null/x"], "iia_ode.cli.fit.fit"),
+        (["fit", "--solver", "iia-edm", "--out", "/dev/null/x"], "iia_ode.iia.IIA.fit"),
+        (["fit", "--save-teacher", "/dev/null/x", "--out", "x"], "iia_ode.iia.Teacher.solve"),
+        (["sample", "heun", "--out", "/dev/null/x"], "iia_ode.cli.sample.sample"),
+        (["train", "digits", "--out", "/dev/null/x"], "iia_ode.cli.train.train_digits"),
+        (["train", "patches", "--out", "/dev/null/x"], "iia_ode.cli.train.train_patches"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
-def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, monkeypatch, arguments, work):
+def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, monkeypatch, tmp_path, arguments, work):
+    monkeypatch.chdir(tmp_path)
+
     def refuse(*_, **__):
         raise AssertionError("the work was begun")
 
@@ -213,6 +236,7 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
     status, shown, _ = run(capsys, "show", file, "--plan")
     assert status == 0
     assert iia.load(file).table() in shown
+    assert iia.load(file).explain() in shown
     assert str(iia.load(file).plan) in shown
     assert "history 2" in shown
     out = tmp_path / "samples"
@@ -225,7 +249,8 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
 def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_path, capsys):
     file = tmp_path / "a fit"
     common = ["--setting", "mixture", "--samples", "12"]
-    assert run(capsys, "fit", *common, "--nfe", "5", "--sigma-max", "10", "--out", str(file))[0] == 0
+    fit = ["fit", "--solver", "iia-edm", "--nfe", "5", "--sigma-max", "10", "--out", str(file)]
+    assert run(capsys, *fit, *common)[0] == 0
     assert run(capsys, "sample", str(file), *common, "--out", str(tmp_path))[0] == 0
     setting = get_setting("mixture")
     setting.sigma_max = 10.0
@@ -255,7 +280,10 @@ def test_show_needs_no_schedule_and_its_plan_does(tmp_path, capsys):
     grid = iia.grids.karras(3, schedule=mine)
     fit = iia.preset("iia-ddim").fit(mixture().ode(mine), grid, torch.randn(4, 4, dtype=torch.float64))
     file = str(fit.save(tmp_path / "fit.safetensors"))
-    assert run(capsys, "show", file) == (0, f"{fit}\n", "")
+    status, printed, error = run(capsys, "show", file)
+    assert (status, error) == (0, "")
+    assert printed.startswith(f"{fit}\n\nnot explained: ")
+    assert "pass schedule=" in printed
     status, printed, error = run(capsys, "show", file, "--plan")
     assert (status, printed) == (2, "")
     assert "pass schedule=" in error
@@ -281,6 +309,10 @@ def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
     file = tmp_path / "net.safetensors"
     assert run(capsys, "train", "digits", "--steps", "2", "--batch", "4", "--out", str(file))[0] == 0
     assert iia.denoisers.load_denoiser(file).state_shape == (1, 8, 8)
+    images, held_out = torch.rand(40, 3, 16, 16), torch.arange(40) < 10
+    monkeypatch.setattr("iia_ode.denoisers.pretrained.patches_data", lambda: (images, held_out))
+    assert run(capsys, "train", "patches", "--steps", "2", "--batch", "4", "--out", str(file))[0] == 0
+    assert iia.denoisers.load_denoiser(file).state_shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -313,11 +345,14 @@ def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
         (["train", "digits", "--batch", "0"], "Invalid value for '--batch'"),
         (["train", "bogus"], "No such command 'bogus'"),
         (["compare", *SMALL, "--guidance", "2"], "no conditions to guide by"),
+        (["compare", "--setting", "patches", "--guidance", "2"], "patches has no conditions to guide by"),
         (["compare", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range"),
         (["fit"], "Missing option '--out'"),
         (["fit", "--preset", "iia-edn", "--out", "x"], "Did you mean 'iia-edm'"),
-        (["fit", *SMALL[:2], "--nfe", "6", "--out", "x"], "cannot make exactly 6 evaluations"),
-        (["sample", "iia-ddim"], "has to be fitted first: iia-ode fit --preset iia-ddim"),
+        (["fit", *SMALL[:2], "--solver", "heun", "--nfe", "6", "--out", "x"], "cannot make exactly 6 evaluations"),
+        (["sample", "iia-ddim"], "has to be fitted first: iia-ode fit --solver iia-ddim"),
+        (["sample", "iia", "--nfe", "6"], "has to be fitted first: iia-ode fit --nfe 6"),
+        (["compare", "--budget", "standard"], "--budget is that of solver 'iia'"),
         (["sample", "nothing.safetensors"], "no file 'nothing.safetensors'"),
         (["show", "nothing"], "no file 'nothing'"),
         (["sample", "heun", "--setting", "mixture", "--nfe", "5", "--out", "/dev/null/x"], "/dev/null"),
@@ -348,7 +383,7 @@ def test_trouble_of_torch_is_one_line_too(capsys, monkeypatch, tmp_path, error, 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("iia_ode.cli.compare", fail)
+    monkeypatch.setattr("iia_ode.cli.compare.compare", fail)
     assert run(capsys, "compare", *SMALL, "--out", str(tmp_path)) == (2, "", f"iia-ode: error: {text}\n")
 
 
@@ -360,7 +395,17 @@ def test_a_group_without_a_command_prints_its_help(capsys, arguments):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ([], ["compare"], ["fit"], ["sample"], ["show"], ["solvers"], ["train"], ["train", "digits"]):
+    for command in (
+        [],
+        ["compare"],
+        ["fit"],
+        ["sample"],
+        ["show"],
+        ["solvers"],
+        ["train"],
+        ["train", "digits"],
+        ["train", "patches"],
+    ):
         status, printed, _ = run(capsys, *command, "--help")
         assert status == 0
         assert "Usage: iia-ode" in printed

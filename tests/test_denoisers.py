@@ -1,20 +1,32 @@
-"""The digits denoiser and its training."""
+"""The denoisers that ship with the package, and their training."""
 
 import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import iia_ode as iia
 from iia_ode.denoisers import EDMDenoiser, TrainingOptions, UNet, load_denoiser, save_denoiser
-from iia_ode.denoisers.pretrained import DIGITS_SOURCE, DIGITS_WEIGHTS
-from iia_ode.denoisers.training import train_edm
+from iia_ode.denoisers.pretrained import (
+    DIGITS_OPTIONS,
+    DIGITS_SOURCE,
+    DIGITS_WEIGHTS,
+    PATCHES_OPTIONS,
+    PATCHES_SOURCE,
+    PATCHES_WEIGHTS,
+)
+from iia_ode.denoisers.training import edm_loss, train_edm
 from iia_ode.files import read_tensors, write_tensors
 
 LEVELS = [0.05, 0.5, 2.0]
+SHIPPED = {
+    "digits": (DIGITS_WEIGHTS, DIGITS_SOURCE, DIGITS_OPTIONS, 5_000_000),
+    "patches": (PATCHES_WEIGHTS, PATCHES_SOURCE, PATCHES_OPTIONS, 4_000_000),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +39,16 @@ def data():
     return iia.denoisers.digits_data()
 
 
+@pytest.fixture(scope="module")
+def patch_model():
+    return iia.denoisers.patches()
+
+
+@pytest.fixture(scope="module")
+def patch_data():
+    return iia.denoisers.patches_data()
+
+
 def noisy(images, sigma, seed=0):
     return images + sigma * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -37,30 +59,35 @@ def test_the_weights_load_without_scikit_learn_and_without_a_network_connection(
         "def refuse(*a, **k): raise OSError('no network')\n"
         "socket.socket.connect = refuse\n"
         "import torch, iia_ode\n"
-        "print(iia_ode.denoisers.digits()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape)"
+        "print(iia_ode.denoisers.digits()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape)\n"
+        "print(iia_ode.denoisers.patches()(torch.zeros(2, 3, 16, 16), torch.ones(2)).shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "torch.Size([2, 1, 8, 8])" in done.stdout
+    assert done.stdout.split("\n")[:2] == ["torch.Size([2, 1, 8, 8])", "torch.Size([2, 3, 16, 16])"]
 
 
-def test_without_scikit_learn_the_data_names_the_extra_that_brings_it(monkeypatch):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_without_scikit_learn_the_data_names_the_extra_that_brings_it(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[train\]'"):
-        iia.denoisers.digits_data()
+        getattr(iia.denoisers, f"{name}_data")()
 
 
-def test_the_weights_are_at_most_five_megabytes():
-    assert DIGITS_WEIGHTS.stat().st_size <= 5_000_000
+@pytest.mark.parametrize(("weights", "source", "options", "size"), SHIPPED.values(), ids=SHIPPED)
+def test_the_weights_are_a_few_megabytes(weights, source, options, size):
+    assert weights.stat().st_size <= size
 
 
-def test_the_model_card_states_the_figures_of_the_weights_file():
-    about = read_tensors(DIGITS_WEIGHTS, "denoiser")[1]["about"]
-    card = DIGITS_WEIGHTS.with_suffix(".md").read_text()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_model_card_states_the_figures_of_the_weights_file(name):
+    weights = SHIPPED[name][0]
+    about = read_tensors(weights, "denoiser")[1]["about"]
+    card = weights.with_suffix(".md").read_text()
     for key in ("train_loss", "held_out_loss"):
         assert f"{about[key]:.4f}" in card
     for key in ("steps", "batch", "seed"):
         assert re.search(rf"{key}\W+{about['options'][key]}\b", card)
-    assert "iia-ode train digits" in card
+    assert f"iia-ode train {name}" in card
 
 
 @pytest.mark.parametrize("sigma", LEVELS)
@@ -124,6 +151,54 @@ def test_wrong_shapes_are_refused_with_the_right_one(model):
         model(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.ones(2))
 
 
+def test_patches_held_out_share_no_pixel_with_those_trained_on(monkeypatch):
+    """In photographs whose pixels are all different, colours tell where a patch is from."""
+    place = torch.arange(427 * 640).reshape(427, 640)
+    photograph = torch.stack([place % 256, place // 256 % 256, place // 65536], dim=-1).to(torch.uint8).numpy()
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: SimpleNamespace(images=[photograph]))
+    images, held_out = iia.denoisers.patches_data()
+    images = images.double()
+    means, weights = images.add(1).mul(127.5), torch.tensor([1, 256, 65536]).double()
+    whole = (means - means.round()).abs().amax(dim=(1, 2, 3)) < 1e-3  # halved patches have fractions
+    places = (means.round() * weights[:, None, None]).sum(1).long()
+    seen, unseen = (places[whole & part].unique() for part in (~held_out, held_out))
+    assert len(seen) and len(unseen)
+    assert not set(seen.tolist()) & set(unseen.tolist())
+    assert 0.05 < float(held_out.float().mean()) < 0.1
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 3.0])
+def test_it_denoises_patches_of_places_it_has_not_seen(patch_model, patch_data, sigma):
+    images, held_out = patch_data
+    seen, unseen = images[~held_out][::10], images[held_out][::8]
+    x = noisy(unseen, sigma)
+    error = (patch_model(x, torch.full((len(x),), sigma)) - unseen).square().mean().sqrt()
+    # Shrinkage of each pixel to the mean patch: what is optimal for Gaussian pixels of the same variance.
+    mean, variance = seen.mean(0), seen.var(0)
+    pixelwise = mean + variance / (variance + sigma**2) * (x - mean)
+    assert error < 0.7 * (pixelwise - unseen).square().mean().sqrt()
+
+
+def test_evaluating_the_patches_denoiser_gives_the_held_out_loss_of_its_card(patch_model, patch_data):
+    about = read_tensors(PATCHES_WEIGHTS, "denoiser")[1]["about"]
+    images = patch_data[0][patch_data[1]]
+    generator = torch.Generator().manual_seed(7)
+    options = PATCHES_OPTIONS
+    sigma = torch.exp(options.log_sigma_mean + options.log_sigma_std * torch.randn(len(images), generator=generator))
+    noise = torch.randn(images.shape, generator=generator)
+    parts = zip(images.split(256), sigma.split(256), noise.split(256), strict=True)
+    losses = [float(edm_loss(patch_model, x, torch.zeros(len(x)).long(), s, n)) * len(x) for x, s, n in parts]
+    assert sum(losses) / len(images) == pytest.approx(about["held_out_loss"], rel=0.1)
+
+
+def test_a_network_without_classes_takes_no_labels(patch_model):
+    x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
+    assert patch_model.network.classes == 0
+    assert torch.equal(patch_model(x, sigma), patch_model(x, sigma, torch.zeros(2).long()))
+    with pytest.raises(iia.InputError, match=r"must have shape \[B, 3, 16, 16\], got \[4, 1, 8, 8\]"):
+        iia.sample(iia.ProbabilityFlowODE(patch_model, iia.EDM()), torch.randn(4, 1, 8, 8), iia.grids.karras(3), "heun")
+
+
 def train(data, **options):
     """A network small enough to train in a test."""
 
@@ -160,6 +235,15 @@ def test_training_for_no_steps_or_on_no_images_is_refused():
             TrainingOptions(**options)
 
 
+@pytest.mark.parametrize("held_out", [0.0, 1.0, torch.zeros(20).bool(), torch.ones(20).bool()])
+def test_a_training_that_holds_out_nothing_or_everything_is_refused(data, held_out):
+    def build():
+        return EDMDenoiser(UNet(channels=(8,), blocks=1, classes=0, embedding=8), 0.75, (1, 8, 8))
+
+    with pytest.raises(iia.InputError, match=r"of 20 images, (0|20) would be held out: some must be, and not all"):
+        train_edm(build, data[0][:20], None, TrainingOptions(steps=1), held_out=held_out, progress=False)
+
+
 def test_training_draws_the_same_numbers_whatever_the_default_device(data):
     expected = train(data, steps=1)
     torch.set_default_device("meta")
@@ -170,10 +254,12 @@ def test_training_draws_the_same_numbers_whatever_the_default_device(data):
     assert found.held_out_loss == expected.held_out_loss
 
 
-def test_the_file_says_what_training_would_write():
-    header = read_tensors(DIGITS_WEIGHTS, "denoiser")[1]
+@pytest.mark.parametrize(("weights", "source", "options", "size"), SHIPPED.values(), ids=SHIPPED)
+def test_the_file_says_what_training_would_write(weights, source, options, size):
+    header = read_tensors(weights, "denoiser")[1]
     assert header["about"].keys() == {"data", "options", "train_loss", "held_out_loss"}
-    assert header["about"]["data"] == DIGITS_SOURCE
+    assert header["about"]["data"] == source
+    assert header["about"]["options"] == options.to_dict()
 
 
 def test_a_changed_weight_or_header_is_refused(tmp_path, model):

@@ -18,6 +18,7 @@ from support import ALL_SCHEDULES, ALPHAS_CUMPROD, mixture
 
 import iia_ode as iia
 from iia_ode.denoisers.pretrained import DIGITS_WEIGHTS
+from iia_ode.errors import MismatchWarning
 from iia_ode.files import check_writable, read_tensors, write_bytes, write_tensors
 from iia_ode.iia import PRESETS
 from iia_ode.iia.fitted import describe
@@ -55,6 +56,7 @@ def test_samples_after_loading_are_bit_equal_to_those_before_saving(tmp_path_fac
     assert (again.about, again.reports, again.name, again.nfe) == (fit.about, fit.reports, fit.name, fit.nfe)
     assert torch.equal(again.grid, fit.grid)
     assert str(again) == str(fit)
+    assert again.explain() == fit.explain()
 
 
 def test_the_file_is_plain_safetensors_with_one_json_string(tmp_path):
@@ -133,7 +135,7 @@ def test_a_file_fitted_for_another_schedule_is_refused(tmp_path):
         iia.sample(ode_on(iia.VP(beta_1=19.0)), states(iia.VP()), solver=vp)
 
 
-def test_another_prediction_type_or_guidance_scale_or_condition_or_shape_is_refused():
+def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_guidance_scale_warned_of():
     fit, x = fitted(), states(iia.EDM())
     with pytest.raises(iia.MismatchError, match="prediction data, and this ODE has noise"):
         iia.sample(ode_on(iia.EDM(), prediction="noise"), x, solver=fit)
@@ -148,8 +150,9 @@ def test_another_prediction_type_or_guidance_scale_or_condition_or_shape_is_refu
         )
 
     own = iia.preset("iia-ddim").fit(guided(2.0, y=torch.ones(6)), iia.grids.karras(3), x)
-    with pytest.raises(iia.MismatchError, match=r"guidance_scale 2.0, and this ODE has 3.0"):
+    with pytest.warns(MismatchWarning, match=r"guidance_scale 2.0, and this ODE has 3.0") as caught:
         iia.sample(guided(3.0, y=torch.ones(6)), x, solver=own)
+    assert len(caught) == 1
     with pytest.raises(iia.MismatchError, match=r"conditioning of shapes {'y': \[\]} a sample, .* has {'z': \[\]}"):
         iia.sample(guided(2.0, z=torch.ones(6)), x, solver=own)
     with pytest.raises(iia.MismatchError, match=r"{'y': \[\]} a sample, and this ODE has {'y': \[3\]}"):
@@ -314,8 +317,10 @@ def test_a_file_of_wrong_layout_is_refused_even_if_its_checksum_is_right(stored,
             refused += 1
             continue
         assert str(fit)
+        assert fit.explain()
         with warnings.catch_warnings(), contextlib.suppress(iia.IIAError):
             warnings.simplefilter("ignore", iia.FingerprintWarning)
+            warnings.simplefilter("ignore", MismatchWarning)
             iia.sample(ode, x, solver=fit)
     assert refused > 1000
 

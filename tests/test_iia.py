@@ -1,6 +1,7 @@
 """IIA: what a fit promises."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from support import mixture
 
 import iia_ode as iia
 from iia_ode.iia import PRESETS
+from iia_ode.plan import Past
+from iia_ode.plan.tracer import take_step
 
 F64 = torch.float64
 GRID = iia.grids.karras(6)
@@ -61,29 +64,31 @@ def paper_iia_edm(ode, x, fit):
     return x
 
 
-def paper_iia_ddim(ode, x, fit):
-    """Equations 20-23: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1})."""
-    previous, coefficients = None, {r.index: dict(zip(r.symbols, r.values, strict=True)) for r in fit.reports}
-    times, schedule = fit.plan.grid, ode.schedule
+def paper_differences(ode, x, fit):
+    """Equations 20-23 and appendix C: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1}), Phi the base's own step."""
+    coefficients = {r.index: dict(zip(r.symbols, r.values, strict=True)) for r in fit.reports}
+    base, times, earlier, memory = iia.preset(fit.name).base_solver, fit.plan.grid, [], ()
     for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         evaluation = ode.evaluate(x, t)
-        data, noise = evaluation.data, evaluation.noise
-        x = schedule.alpha(s) * data + schedule.sigma(s) * noise
-        if i in coefficients:
-            c = coefficients[i]
-            x = x + c["phi_0"] * (data - previous[0]) + c["phi_1"] * (noise - previous[1])
-        previous = data, noise
+        earlier.insert(0, (evaluation.data, evaluation.noise))
+        x, memory = take_step(base, ode, x, t, s, Past(memory, i, len(times) - 2 - i))
+        for k, ((data, noise), (data_before, noise_before)) in enumerate(pairwise(earlier)):
+            if f"phi_{2 * k}" in coefficients.get(i, {}):
+                c = coefficients[i]
+                x = x + c[f"phi_{2 * k}"] * (data - data_before) + c[f"phi_{2 * k + 1}"] * (noise - noise_before)
     return x
 
 
-PAPER = {"biia-edm": paper_biia_edm, "iia-edm": paper_iia_edm, "iia-ddim": paper_iia_ddim}
+PAPER = {
+    "biia-edm": paper_biia_edm,
+    "iia-edm": paper_iia_edm,
+    **dict.fromkeys(["iia-ddim", "iia-spndm", "iia-ipndm", "iia-dpmpp_2m"], paper_differences),
+}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("history", [1, 2])
 def test_a_fit_runs_the_papers_formula_with_the_coefficients_it_reports(name, history):
-    if name == "iia-ddim" and history == 2:
-        history = 1  # the paper has no longer one
     fit = iia.preset(name, history=history).fit(edm(), GRID, states())
     x = states(seed=1)
     by_hand = PAPER[name](edm(), x, fit)
@@ -156,14 +161,17 @@ def test_reported_residuals_are_those_of_the_fitted_trajectory(name):
     for r in fit.reports:
         start, end = path[r.index], path[r.index + 1]
         target = iia.sample(edm(), start, torch.linspace(r.t, r.s, 4, dtype=F64), method.base_solver)
-        base = iia.sample(edm(), start, torch.tensor([r.t, r.s], dtype=F64), method.base_solver)
-        assert r.before == pytest.approx(float((target - base).square().mean().sqrt()), rel=1e-8)
+        if method.base in ("heun", "ddim"):  # of one step, which needs no history
+            base = iia.sample(edm(), start, torch.tensor([r.t, r.s], dtype=F64), method.base_solver)
+            assert r.before == pytest.approx(float((target - base).square().mean().sqrt()), rel=1e-8)
         assert r.after == pytest.approx(float((target - end).square().mean().sqrt()), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_fit_cuts_the_error_of_its_base_on_unseen_noise(name):
-    method, x = iia.preset(name), states(n=64, seed=9)
+    """Where the base is of high order, sub-steps of it without its history are no better, and the trajectory is."""
+    one_step = iia.preset(name).base in ("heun", "ddim")
+    method, x = iia.preset(name, target="substeps" if one_step else "trajectory"), states(n=64, seed=9)
     exact = iia.reference.solve(edm(), x, 80.0, 0.0)
     for n in (3, 5, 8):
         grid = iia.grids.karras(n)
@@ -174,7 +182,7 @@ def test_a_fit_cuts_the_error_of_its_base_on_unseen_noise(name):
 
 def test_the_local_target_is_the_flow_itself():
     x = states()
-    fit = iia.IIA("heun", "iia-edm", target=iia.Local(rtol=1e-9)).fit(edm(), GRID, x)
+    fit = iia.preset("iia-edm", target=iia.Local(rtol=1e-9)).fit(edm(), GRID, x)
     path = iia.odeint(edm(), x, method=fit)
     for r in fit.reports:
         target = iia.reference.solve(edm(), path[r.index], r.t, r.s)
@@ -250,7 +258,7 @@ def test_any_base_and_any_directions_can_be_combined():
         return tuple(iia.iia.Term(f"a_{k}", output) for k, output in enumerate(made))
 
     for base in iia.solver_names():
-        fit = iia.IIA(base, slopes).fit(edm(), GRID, states())
+        fit = iia.IIA(base, slopes, guard=False).fit(edm(), GRID, states())
         assert fit.name == f"iia({base})"
         assert fit.about["terms"] == "slopes"
         assert all(r.after < r.before for r in fit.reports)
@@ -272,9 +280,13 @@ def test_conditions_travel_with_their_samples():
 
 def test_paper_terms_are_those_of_the_base():
     x = states()
-    for base, name in (("heun", "iia-edm"), ("ddim", "iia-ddim")):
-        assert iia.IIA(base).fit(edm(), GRID, x).plan.difference(iia.preset(name).fit(edm(), GRID, x).plan) == 0
-    with pytest.raises(iia.InputError, match=r"no terms for base 'midpoint'.*terms='biia-edm'"):
+    bases = {"heun": "iia-edm", **{b: f"iia-{b}" for b in ("ddim", "spndm", "ipndm", "dpmpp_2m")}}
+    for base, name in bases.items():
+        fit = iia.IIA(base, guard=False).fit(edm(), GRID, x)
+        assert fit.plan.difference(iia.preset(name).fit(edm(), GRID, x).plan) == 0
+    for order in (1, 2, 3):
+        assert iia.IIA(f"ipndm{order}", guard=False).fit(edm(), GRID, x).about["terms"] == "iia-ddim"
+    with pytest.raises(iia.InputError, match=r"no terms for base 'midpoint'.*terms='window' or terms='biia-edm'"):
         iia.IIA("midpoint")
 
 
@@ -303,6 +315,13 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         (lambda: iia.IIA("heun", history=1.5), iia.InputError, "history must be a whole number"),
         (lambda: iia.IIA("heun", substeps="3"), iia.InputError, "substeps must be a whole number"),
         (lambda: iia.IIA("heun", ridge=float("nan")), iia.InputError, "cannot be negative"),
+        (lambda: iia.IIA("heun", ridge="best"), iia.InputError, "ridge is a number or 'auto'"),
+        (lambda: iia.IIA("heun").fit(edm(), GRID, states(), held_out=1.0), iia.InputError, "held_out is a share"),
+        (
+            lambda: iia.IIA("heun").fit(edm(), GRID, states(), teacher="dopri8"),
+            iia.InputError,
+            "teacher must be a Teacher",
+        ),
         (
             lambda: iia.IIA("heun", lambda step, earlier: (step.x,)).fit(edm(), GRID, states()),
             iia.InputError,

@@ -124,3 +124,122 @@ def test_misuse_is_named():
         LeastSquares(2).add([c[:, None] for c in problem(0)[0].T], problem(0)[1][:, None])
     with pytest.raises(iia.InputError, match="cannot merge 3 columns into 2"):
         LeastSquares(2).merge(LeastSquares(3))
+
+
+# ---- an intercept ----------------------------------------------------------------------------------------------------
+
+
+def batch(seed, samples=12, components=5, columns=3, offset=100.0):
+    """Columns [B, D] whose means are large against their deviations, and a target."""
+    g = torch.Generator().manual_seed(seed)
+    means = offset * torch.randn(columns + 1, 1, components, generator=g, dtype=F64)
+    values = means + torch.randn(columns + 1, samples, components, generator=g, dtype=F64)
+    return list(values[:-1]), values[-1]
+
+
+def with_intercept(columns, target, sizes=None):
+    system = LeastSquares(len(columns), intercept=True)
+    start = 0
+    for size in sizes or [len(target)]:
+        rows = slice(start, start + size)
+        system.add([c[rows] for c in columns], target[rows])
+        start += size
+    return system
+
+
+def dense(columns, target):
+    """The same problem with one indicator column for each component, solved at once."""
+    n, d = target.shape
+    a = torch.cat([torch.stack([c.reshape(-1) for c in columns], dim=1), torch.eye(d, dtype=F64).repeat(n, 1)], dim=1)
+    return torch.linalg.lstsq(a, target.reshape(-1, 1), driver="gelsd").solution[:, 0], a
+
+
+@given(st.integers(0, 10_000), st.integers(3, 12), st.integers(2, 6))
+def test_an_intercept_is_fitted_jointly_with_the_other_columns(seed, samples, components):
+    columns, target = batch(seed, samples, components)
+    solution = with_intercept(columns, target).solve()
+    expected, a = dense(columns, target)
+    scale = float(expected.abs().max())
+    assert torch.allclose(solution.coefficients, expected[:3], rtol=1e-7, atol=1e-9 * scale)
+    assert torch.allclose(solution.constant, expected[3:], rtol=1e-7, atol=1e-8 * scale)
+    assert solution.constant.shape == (components,)
+    assert solution.before == pytest.approx(float(target.square().mean().sqrt()), rel=1e-12)
+    assert solution.after == pytest.approx(
+        float((target.reshape(-1) - a @ expected).square().mean().sqrt()), rel=1e-6, abs=1e-10
+    )
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_with_an_intercept_too_chunks_of_any_size_give_the_very_same_numbers(seed, sizes):
+    columns, target = batch(seed, samples=sum(sizes) + 2)
+    whole, parts = (with_intercept(columns, target, s).solve() for s in (None, [*sizes, 2]))
+    assert torch.equal(whole.coefficients, parts.coefficients)
+    assert torch.equal(whole.constant, parts.constant)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 11))
+def test_with_an_intercept_two_parts_merge_into_the_whole(seed, cut):
+    columns, target = batch(seed)
+    whole = with_intercept(columns, target).solve()
+    first, second = (
+        with_intercept([c[rows] for c in columns], target[rows]) for rows in (slice(cut), slice(cut, None))
+    )
+    first.merge(second)
+    parts = first.solve()
+    assert torch.allclose(parts.coefficients, whole.coefficients, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(parts.constant, whole.constant, rtol=1e-10, atol=1e-10)
+    assert parts.after == pytest.approx(whole.after, rel=1e-10)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_what_was_accumulated_can_be_sent_and_rebuilt(intercept):
+    columns, target = batch(0)
+    system = LeastSquares(3, intercept=intercept)
+    system.add(columns, target)
+    factors, total = system.state()
+    again = LeastSquares.of_state(
+        factors, total, samples=system.samples, rows=system.rows, shape=system.sample_shape, intercept=intercept
+    )
+    assert torch.equal(again.solve().coefficients, system.solve().coefficients)
+    empty = LeastSquares(3, intercept=intercept)
+    empty.merge(LeastSquares.of_state(*empty.state(), samples=0, rows=0, shape=(), intercept=intercept))
+    empty.merge(system)
+    assert torch.equal(empty.solve().coefficients, system.solve().coefficients)
+
+
+@given(st.integers(0, 10_000), st.floats(1e-4, 10.0))
+def test_ridge_shrinks_an_intercept_towards_zero_as_it_does_a_column(seed, ridge):
+    columns, target = batch(seed, offset=1.0)
+    n, d = target.shape
+    solution = with_intercept(columns, target).solve(ridge=ridge)
+    a = dense(columns, target)[1]
+    # Columns count by what the allowed intercept leaves of them.
+    mean = torch.stack([c.mean(0) for c in columns])
+    left = torch.stack(
+        [
+            ((c - m).square().sum() + n * ridge / (1 + ridge) * m.square().sum())
+            for c, m in zip(columns, mean, strict=True)
+        ]
+    )
+    penalty = torch.diag(torch.cat([ridge * left, torch.full((d,), ridge * n, dtype=F64)]))
+    expected = torch.linalg.solve(a.T @ a + penalty, a.T @ target.reshape(-1))
+    assert torch.allclose(solution.coefficients, expected[:3], rtol=1e-7, atol=1e-9)
+    assert torch.allclose(solution.constant, expected[3:], rtol=1e-7, atol=1e-9)
+    nothing = with_intercept(columns, target).solve(ridge=1e300)
+    assert float(nothing.constant.abs().max()) < 1e-200
+
+
+def test_the_loss_on_other_samples_is_that_of_the_formula():
+    columns, target = batch(3)
+    other, wanted = batch(4)
+    solution = with_intercept(columns, target).solve()
+    predicted = sum(c * a for c, a in zip(solution.coefficients, other, strict=True)) + solution.constant
+    loss = with_intercept(other, wanted, [5, 7]).residual(solution.coefficients, solution.constant)
+    assert loss == pytest.approx(float((wanted - predicted).square().mean().sqrt()), rel=1e-10)
+
+
+def test_one_sample_with_an_intercept_is_met_by_the_intercept_alone():
+    columns, target = batch(0, samples=1)
+    solution = with_intercept(columns, target).solve()
+    assert (solution.rank, solution.coefficients.tolist()) == (0, [0, 0, 0])
+    assert torch.equal(solution.constant, target[0])

@@ -1,6 +1,15 @@
 """Trained networks that ship with the package, how they were trained, and thresholds on what a model estimates."""
 
-from .pretrained import digits, digits_data, load_denoiser, save_denoiser, train_digits
+from .pretrained import (
+    digits,
+    digits_data,
+    load_denoiser,
+    patches,
+    patches_data,
+    save_denoiser,
+    train_digits,
+    train_patches,
+)
 from .thresholding import dynamic_thresholding, static_thresholding
 from .training import TrainingOptions, TrainingResult
 from .unet import EDMDenoiser, UNet
@@ -14,7 +23,10 @@ __all__ = [
     "digits_data",
     "dynamic_thresholding",
     "load_denoiser",
+    "patches",
+    "patches_data",
     "save_denoiser",
     "static_thresholding",
     "train_digits",
+    "train_patches",
 ]

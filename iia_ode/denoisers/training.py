@@ -77,10 +77,10 @@ def edm_loss(denoiser: EDMDenoiser, images: Tensor, labels: Tensor, sigma: Tenso
 def train_edm(
     build: Any,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     options: TrainingOptions,
     *,
-    held_out: float = 0.1,
+    held_out: float | Tensor = 0.1,
     device: str = "cpu",
     progress: bool = True,
 ) -> TrainingResult:
@@ -89,18 +89,24 @@ def train_edm(
     Parameters
     ----------
     build : function without arguments that makes the :class:`EDMDenoiser`; called after the seed is set.
-    images, labels : all data, [N, C, H, W] float32 and [N] int64; a seeded share `held_out` is kept for the report.
+    images, labels : all data, [N, C, H, W] float32 and [N] int64; None for images without labels.
+    held_out : what is kept for the report: a share, drawn with the seed, or which images [N] bool.
+
+    Raises
+    ------
+    InputError : nothing is held out, or everything.
     """
     # All numbers are drawn on the CPU: the same ones wherever the network is trained.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(options.seed)
         denoiser: EDMDenoiser = build().to(device).train()
-        order = torch.randperm(len(images))
-        split = int(held_out * len(images))
-        images, labels = images[order].to(device), labels[order].to(device)
-        train, average = (images[split:], labels[split:]), copy.deepcopy(denoiser).requires_grad_(False).eval()
-        optimizer = torch.optim.Adam(denoiser.parameters(), lr=options.lr, betas=(0.9, 0.99))
         null = denoiser.network.classes
+        if labels is None:
+            labels = torch.full((len(images),), null)
+        seen, unseen = _split(len(images), held_out)
+        train, test = ((images[part].to(device), labels[part].to(device)) for part in (seen, unseen))
+        average = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        optimizer = torch.optim.Adam(denoiser.parameters(), lr=options.lr, betas=(0.9, 0.99))
         bar = tqdm(range(options.steps), desc="train", disable=not progress, mininterval=1.0)
         for step in bar:
             pick = torch.randint(len(train[0]), (options.batch,))
@@ -120,9 +126,21 @@ def train_edm(
                     a.lerp_(p, 1 - decay)
             if step % 100 == 0:
                 bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
-        report = [_evaluate(average, x, y, options) for x, y in (train, (images[:split], labels[:split]))]
+        report = [_evaluate(average, _some(x), _some(y), options) for x, y in (train, test)]
     logger.info("trained: loss %.4f, held-out loss %.4f", *report)
     return TrainingResult(average.cpu(), *report)
+
+
+def _split(count: int, held_out: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on, and of those held out."""
+    if isinstance(held_out, Tensor):
+        seen, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    else:
+        order, kept = torch.randperm(count), int(held_out * count)
+        seen, unseen = order[kept:], order[:kept]
+    if not len(seen) or not len(unseen):
+        raise InputError(f"of {count} images, {len(unseen)} would be held out: some must be, and not all.")
+    return seen, unseen
 
 
 def _noise_levels(options: TrainingOptions, count: int) -> Tensor:
@@ -131,6 +149,11 @@ def _noise_levels(options: TrainingOptions, count: int) -> Tensor:
 
 def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _some(items: Tensor) -> Tensor:
+    """Evenly spaced items, at most 2048: as many as the report needs."""
+    return items[:: -(-len(items) // 2048)]
 
 
 @torch.no_grad()

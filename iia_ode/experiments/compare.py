@@ -7,20 +7,28 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import GridError, InputError
-from ..iia import IIA, PRESETS, FittedSolver, preset
+from ..errors import GridError, InputError, unknown_name
+from ..iia import BUDGETS, IIA, PRESETS, FittedSolver, Teacher, preset
+from ..iia.recipe import fit as find
 from ..integrate import sample
 from ..metrics import rmse_with_error
+from ..ode import ProbabilityFlowODE
 from ..reference import solve
 from ..solvers import Solver, get_solver
 from .settings import Setting, batch_seed
 
-__all__ = ["Comparison", "Row", "compare"]
+__all__ = ["RECIPE", "Comparison", "Row", "compare"]
+
+RECIPE = "iia"
+"""The name of what :func:`iia_ode.fit` finds, among the solvers of a comparison."""
+
+_SMALL = 3.0  # below this level, `iia_ode.fit` could take initial states for the noise that it would scale
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Row:
     ----------
     rmse, standard_error : root mean square difference per component between the final states and a converged reference
         from the same unseen noise, and its standard error over samples.
-    fit_samples, fit_evaluations, fit_seconds : what fitting took, 0 for a solver that is not fitted.
+    fit_samples, fit_evaluations, fit_seconds : what fitting took, 0 for a solver that is not fitted. Where fits share
+        accurate trajectories, those count in each of them.
     """
 
     solver: str
@@ -105,6 +114,7 @@ def compare(
     samples: int = 128,
     fit_samples: int = 200,
     target: str = "substeps",
+    budget: str = "closed-form",
     guidance_scale: float = 1.0,
     seed: int = 0,
     device: str = "cpu",
@@ -116,11 +126,12 @@ def compare(
     Parameters
     ----------
     setting : the model and its noise.
-    solvers : registered solvers and presets of IIA, by name.
+    solvers : registered solvers and presets of IIA, by name, and ``"iia"``: what :func:`iia_ode.fit` finds.
     nfes : numbers of evaluations; a solver that cannot make one exactly has no entry there.
-    make_grid : from a number of levels to a grid; all solvers use this family.
+    make_grid : from a number of levels to a grid; all solvers but ``"iia"``, which finds its own, use this family.
     samples, fit_samples : unseen initial states that are measured, and initial states that fits see.
-    target : what presets are fitted to: ``"substeps"`` as in the paper, or ``"local"``.
+    target : what presets are fitted to: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.
+    budget : what ``"iia"`` may spend on a fit.
     guidance_scale : of classifier-free guidance.
     seed : of both batches, which come from different generators.
     device : where the model runs.
@@ -133,6 +144,8 @@ def compare(
     """
     if not solvers or not nfes or samples < 1 or fit_samples < 1:
         raise InputError("compare needs at least one solver, one number of evaluations and one sample.")
+    if budget not in BUDGETS:
+        raise unknown_name("budget", budget, BUDGETS)
     say = report or (lambda _: None)
     methods = {name: _method(name, target) for name in solvers}
     (fit_ode, fit_x), (ode, x) = (
@@ -140,20 +153,20 @@ def compare(
         for n, unseen in ((fit_samples, False), (samples, True))
     )
     grids = _grids(methods, nfes, make_grid, setting, say)
-    start, end = (float(next(iter(grids.values()))[i]) for i in (0, -1))
+    start, end = (float(make_grid(2)[i]) for i in (0, -1))
+    fits = _Fits(setting, fit_ode, fit_x, (start, end), budget, seed)
     say(f"reference: {samples} unseen samples by dopri8, tolerance {setting.reference_tolerance:g}")
     tolerance = setting.reference_tolerance
     reference = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
-    rows, finals, fits = [], {}, {}
+    rows, finals = [], {}
     for (name, nfe), grid in tqdm(grids.items(), desc="compare", disable=not progress):
-        method, begun = methods[name], time.perf_counter()
+        method = methods[name]
         if isinstance(method, Solver):
-            final = sample(ode, x, grid, method)
-            seen, evaluations, seconds = 0, 0, 0.0
+            final, (seen, evaluations, seconds) = sample(ode, x, grid, method), (0, 0, 0.0)
         else:
-            fit = method.fit(fit_ode, grid, fit_x, seed=seed)
-            seen, evaluations, seconds = fit_samples, int(fit.about["evaluations"]), time.perf_counter() - begun
-            final, fits[name, nfe] = sample(ode, x, solver=fit), fit
+            fit, (seen, evaluations, seconds) = fits.make(name, nfe, method, grid)
+            final = sample(ode, x, solver=fit)
+            grids[name, nfe] = fit.grid
         finals[name, nfe] = final
         rows.append(Row(name, nfe, *rmse_with_error(final, reference), seen, evaluations, seconds))
         say(f"{name:>10} at {nfe:>3} evaluations: RMSE {rows[-1].rmse:.4f}")
@@ -163,30 +176,73 @@ def compare(
         "samples": samples,
         "fit_samples": fit_samples,
         "target": target,
+        "budget": budget,
         "guidance_scale": guidance_scale,
         "seed": seed,
         "device": device,
-        "grids": {f"{name} {nfe}": grid.tolist() for (name, nfe), grid in grids.items()},
+        "grids": {f"{name} {nfe}": grid.tolist() for (name, nfe), grid in grids.items() if grid is not None},
     }
-    return Comparison(tuple(rows), tuple(solvers), tuple(nfes), reference, finals, fits, settings)
+    return Comparison(tuple(rows), tuple(solvers), tuple(nfes), reference, finals, fits.made, settings)
+
+
+class _Fits:
+    """The fits of a comparison, on one batch; those to accurate trajectories share them."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        ends: tuple[float, float],
+        budget: str,
+        seed: int,
+    ) -> None:
+        self.setting, self.ode, self.x, self.ends, self.budget, self.seed = setting, ode, x, ends, budget, seed
+        self.made: dict[tuple[str, int], FittedSolver] = {}
+
+    @cached_property
+    def _teacher(self) -> tuple[Teacher, float]:
+        """The trajectories, and the seconds that they took."""
+        begun = time.perf_counter()
+        teacher = Teacher.solve(self.ode, self.x, *self.ends, sigma_min=self.setting.sigma_min)
+        return teacher, time.perf_counter() - begun
+
+    def make(
+        self, name: str, nfe: int, method: IIA | None, grid: Tensor | None
+    ) -> tuple[FittedSolver, tuple[int, int, float]]:
+        """A fit, by IIA on a grid or else by :func:`iia_ode.fit`, and its cost: samples, evaluations, seconds."""
+        teacher, shared = self._teacher if method is not None and method.target == "trajectory" else (None, 0.0)
+        begun = time.perf_counter()
+        if method is not None and grid is not None:
+            fit = method.fit(self.ode, grid, self.x, teacher=teacher, seed=self.seed)
+        else:
+            top = self.setting.sigma_max
+            noise = self.x if top >= _SMALL else self.x / top
+            low = self.setting.sigma_min
+            fit = find(
+                self.ode, nfe, noise, budget=self.budget, sigma_max=top, sigma_min=low, seed=self.seed, report=None
+            )
+        self.made[name, nfe] = fit
+        evaluations = int(fit.about["evaluations"]) + (teacher.evaluations if teacher is not None else 0)
+        return fit, (len(self.x), evaluations, time.perf_counter() - begun + shared)
 
 
 def _grids(
-    methods: dict[str, Solver | IIA],
+    methods: dict[str, Solver | IIA | None],
     nfes: Sequence[int],
     make_grid: Callable[[int], Tensor],
     setting: Setting,
     say: Callable[[str], None],
-) -> dict[tuple[str, int], Tensor]:
-    """The grid of every cell that exists: not every solver can make every number of evaluations."""
+) -> dict[tuple[str, int], Tensor | None]:
+    """Every cell that exists, for not every solver can make every number of evaluations; None where a fit finds the grid."""
     make_grid(2)  # a family that makes no grid at all is an error, not a count that cannot be had
-    grids = {}
+    grids: dict[tuple[str, int], Tensor | None] = {}
     for name, method in methods.items():
-        base = method if isinstance(method, Solver) else method.base_solver
         missing = []
         for nfe in nfes:
             try:
-                grids[name, nfe] = base.grid_for(nfe, make_grid, setting.schedule)
+                base = method.base_solver if isinstance(method, IIA) else method
+                grids[name, nfe] = None if base is None else base.grid_for(nfe, make_grid, setting.schedule)
             except GridError:
                 missing.append(nfe)
         if missing:
@@ -196,5 +252,8 @@ def _grids(
     return grids
 
 
-def _method(name: str, target: str) -> Solver | IIA:
+def _method(name: str, target: str) -> Solver | IIA | None:
+    """The solver of that name; None for what :func:`iia_ode.fit` finds."""
+    if name == RECIPE:
+        return None
     return preset(name, target=target) if name in PRESETS else get_solver(name)

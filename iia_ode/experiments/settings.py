@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..denoisers import EDMDenoiser, digits
+from ..denoisers import EDMDenoiser, digits, patches
 from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..problems import Gaussian, Mixture, Problem
@@ -40,34 +42,42 @@ class Setting(ABC):
     ) -> tuple[ProbabilityFlowODE, Tensor]:
         """An ODE with n conditions, and n initial states at `sigma_max`; both from `seed`, the same on every device."""
 
+    def _refuse_guidance(self, guidance_scale: float) -> None:
+        if guidance_scale != 1.0:
+            raise InputError(f"{self.name} has no conditions to guide by: leave the guidance scale at 1.")
 
-class _Digits(Setting):
-    """The trained digits denoiser with random labels; float32 states."""
 
-    name = "digits"
+class _Trained(Setting):
+    """A trained network over images; float32 states."""
+
     reference_tolerance = 1e-6
     is_image = True
 
+    def __init__(self, name: str, load: Callable[[], EDMDenoiser]) -> None:
+        self.name, self._load = name, load
+
     @cached_property
     def _model(self) -> EDMDenoiser:
-        return digits()
+        return self._load()
 
     def draw(
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
-        """Labels and noise from one generator."""
+        """Labels, where the network has classes, and noise, from one generator."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        labels = torch.randint(10, (n,), generator=generator, device="cpu")
-        x = self.sigma_max * torch.randn((n, 1, 8, 8), generator=generator, device="cpu")
-        ode = ProbabilityFlowODE(
-            self._model.to(device),
-            self.schedule,
-            "data",
-            conditioning={"class_labels": labels.to(device)},
-            unconditional={"class_labels": torch.tensor([10], device=device)},
-            guidance_scale=guidance_scale,
-        )
-        return ode, x.to(device)
+        classes = self._model.network.classes
+        conditions: dict[str, Any] = {}
+        if classes:
+            labels = torch.randint(classes, (n,), generator=generator, device="cpu")
+            conditions = {
+                "conditioning": {"class_labels": labels.to(device)},
+                "unconditional": {"class_labels": torch.tensor([classes], device=device)},
+                "guidance_scale": guidance_scale,
+            }
+        else:
+            self._refuse_guidance(guidance_scale)
+        x = self.sigma_max * torch.randn((n, *self._model.state_shape), generator=generator, device="cpu")
+        return ProbabilityFlowODE(self._model.to(device), self.schedule, "data", **conditions), x.to(device)
 
 
 class _ClosedForm(Setting):
@@ -80,8 +90,7 @@ class _ClosedForm(Setting):
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
         """States from the true marginal at `sigma_max`."""
-        if guidance_scale != 1.0:
-            raise InputError(f"{self.name} has no conditions to guide by: leave the guidance scale at 1.")
+        self._refuse_guidance(guidance_scale)
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.device("cpu"):
             x = self.problem.noisy(n, self.schedule, self.schedule.t_of_noise_to_signal(self.sigma_max), generator)
@@ -95,16 +104,27 @@ def _mixture(dimension: int, components: int) -> Mixture:
     return Mixture(torch.ones(components, dtype=torch.float64), means, stds)
 
 
-def _build(name: str) -> Setting:
-    match name:
-        case "digits":
-            return _Digits()
-        case "mixture":
-            return _ClosedForm("mixture", _mixture(dimension=8, components=6))
-        case "gaussian":
-            variance = torch.logspace(-2, 0, 8, dtype=torch.float64)
-            return _ClosedForm("gaussian", Gaussian(torch.linspace(-1, 1, 8, dtype=torch.float64), variance))
-    raise unknown_name("setting", name, setting_names())
+def _gaussian(dimension: int) -> Gaussian:
+    mean = torch.linspace(-1, 1, dimension, dtype=torch.float64)
+    return Gaussian(mean, torch.logspace(-2, 0, dimension, dtype=torch.float64))
+
+
+def _mixture64() -> Mixture:
+    """Ten components whose means lie in a random subspace of 8 dimensions, one standard deviation each for all elements."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    place = torch.randn((10, 8), generator=generator, dtype=torch.float64)
+    basis = torch.randn((8, 64), generator=generator, dtype=torch.float64) / 8**0.5
+    stds = torch.linspace(0.1, 0.3, 10, dtype=torch.float64)[:, None].expand(10, 64)
+    return Mixture(torch.ones(10, dtype=torch.float64), place @ basis, stds)
+
+
+_SETTINGS: dict[str, Callable[[str], Setting]] = {
+    "digits": lambda name: _Trained(name, digits),
+    "gaussian": lambda name: _ClosedForm(name, _gaussian(dimension=8)),
+    "mixture": lambda name: _ClosedForm(name, _mixture(dimension=8, components=6)),
+    "mixture64": lambda name: _ClosedForm(name, _mixture64()),
+    "patches": lambda name: _Trained(name, patches),
+}
 
 
 def batch_seed(seed: int, *, unseen: bool) -> int:
@@ -113,16 +133,21 @@ def batch_seed(seed: int, *, unseen: bool) -> int:
 
 
 def get_setting(name: str) -> Setting:
-    """The setting of that name: ``digits`` (the trained network), ``mixture`` or ``gaussian`` (closed form, 8 dimensions).
+    """The setting of that name.
+
+    ``digits`` and ``patches`` are the trained networks. ``mixture`` and ``gaussian`` are in closed form, in 8 dimensions;
+    ``mixture64`` is a mixture of 10 Gaussians in 64, whose means lie in a subspace of 8.
 
     Raises
     ------
     UnknownNameError : another name.
     """
+    if name not in _SETTINGS:
+        raise unknown_name("setting", name, setting_names())
     with torch.device("cpu"):  # whatever the default device is
-        return _build(name)
+        return _SETTINGS[name](name)
 
 
 def setting_names() -> list[str]:
     """Names of all settings."""
-    return ["digits", "gaussian", "mixture"]
+    return list(_SETTINGS)

@@ -1,23 +1,45 @@
-"""IIA: terms, targets, the least squares, fitting, and the fitted solver with its file."""
+"""IIA: terms, targets, the teacher, the least squares, fitting, the search for a grid, refinement, and the fitted solver.
+
+The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_ode``: here those names are modules.
+"""
 
 from .fit import IIA, PRESETS, preset
 from .fitted import FittedSolver, StepReport, describe, load
 from .lstsq import LeastSquares
-from .targets import Local, Substeps, Target
+from .parameters import Parameters
+from .recipe import BUDGETS, Budget, Ingredient
+from .refine import Iteration, Refinement
+from .search import GridSearch, LeapGrid, Trial, leap_grids, search_grid
+from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
+from .teacher import Teacher
 from .terms import StepRecord, Term
 
 __all__ = [
+    "BUDGETS",
     "IIA",
     "PRESETS",
+    "Budget",
     "FittedSolver",
+    "GridSearch",
+    "Ingredient",
+    "Iteration",
+    "LeapGrid",
     "LeastSquares",
     "Local",
+    "Parameters",
+    "Refinement",
+    "Samples",
     "StepRecord",
     "StepReport",
     "Substeps",
     "Target",
+    "Teacher",
+    "TeacherTrajectory",
     "Term",
+    "Trial",
     "describe",
+    "leap_grids",
     "load",
     "preset",
+    "search_grid",
 ]

@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import __about__
-from ..errors import InputError, unknown_name
+from ..errors import InputError, MismatchError, unknown_name
 from ..ode import ProbabilityFlowODE
-from ..plan import Past, Plan, Tracer, Vector, check_grid, check_start
-from ..plan.plan import run_code
-from ..plan.tracer import take_step
-from ..plan.vectors import vector_indices
+from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
-from .fitted import FittedSolver, StepReport, conditioning_shapes
-from .lstsq import LeastSquares, Solution
-from .targets import Numeric, Target, resolve_target
-from .terms import StepRecord, Term, Terms, resolve_terms
+from .chunks import Chunk, device_of
+from .fitted import FittedSolver
+from .fitting import Fitting, floor_of
+from .gather import gather_over
+from .origin import origin
+from .targets import Samples, Target, TeacherTrajectory, resolve_target
+from .teacher import Teacher
+from .terms import Terms, resolve_terms
 
 __all__ = ["IIA", "PRESETS", "preset"]
-
-
-class _Chunk:
-    """Part of the fitting batch, with the vectors of its own run of the growing plan that are still needed."""
-
-    def __init__(self, ode: ProbabilityFlowODE, x: Tensor) -> None:
-        self.ode, self.initial = ode, x
-        self.values: dict[int, Tensor] = {0: x}
-        self._done = 0
-
-    def _evaluate(self, x: Tensor, t: float, form: str) -> Tensor:
-        return self.ode.evaluate(x, t).as_form(form)
-
-    def advance(self, tracer: Tracer) -> None:
-        """Run the instructions that were written since the last call."""
-        for _ in run_code(tracer.code, self.values, self._evaluate, start=self._done):
-            pass
-        self._done = len(tracer.code)
-
-    def explore(self, fork: Tracer) -> dict[int, Tensor]:
-        """The vectors of a fork of the trace, its own instructions included, without keeping them."""
-        values = dict(self.values)
-        for _ in run_code(fork.code, values, self._evaluate, start=self._done):
-            pass
-        return values
-
-    def keep(self, live: set[int]) -> None:
-        """Forget every vector that no later step can read."""
-        self.values = {j: v for j, v in self.values.items() if j in live}
 
 
 @dataclass(frozen=True)
@@ -66,11 +37,16 @@ class IIA:
     ----------
     base : registered name or a :class:`~iia_ode.Solver`.
     terms : ``"paper"`` (what the paper has for this base: ``"iia-edm"`` or ``"iia-ddim"``), one of these or ``"biia-edm"`` by
-        name, or a function; see `iia_ode.iia.terms`.
-    target : ``"substeps"`` (the paper's), ``"local"`` (high-accuracy integration of each step) or a `Target`.
+        name, ``"window"`` (all states and data estimates at hand, for any base), or a function; see `iia_ode.iia.terms`.
+    target : ``"substeps"`` (the paper's), ``"local"`` (high-accuracy integration of each step), ``"trajectory"`` (the accurate
+        trajectory from the same initial state, which repairs earlier error) or a `Target`.
     history : r, how many earlier steps the terms may use.
     substeps : M, sub-steps of the ``"substeps"`` target.
-    ridge : relative ridge towards the base; 0 is the paper's plain least squares.
+    ridge : relative ridge towards the base; 0 is the paper's plain least squares, ``"auto"`` chooses for each step by the loss
+        on held-out samples.
+    guard : judge by held-out samples: a step whose correction does not help them keeps the base's weights, and if the whole
+        fit ends farther from the truth than the base on them, it is the base that is returned, with a `GuardWarning`.
+    intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """
 
@@ -79,14 +55,18 @@ class IIA:
     target: str | Target = "substeps"
     history: int = 1
     substeps: int = 3
-    ridge: float = 0.0
+    ridge: float | str = 0.0
+    guard: bool = True
+    intercept: bool = False
     name: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("history", "substeps"):
             if not isinstance(getattr(self, name), int):
                 raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
-        if self.history < 0 or not 0 <= self.ridge < math.inf:
+        if isinstance(self.ridge, str) and self.ridge != "auto":
+            raise InputError(f"ridge is a number or 'auto', got {self.ridge!r}.")
+        if self.history < 0 or (not isinstance(self.ridge, str) and not 0 <= self.ridge < math.inf):
             raise InputError(f"history and ridge cannot be negative, got {self.history} and {self.ridge}.")
         resolve_terms(self.terms, self.base_solver.label)
         resolve_target(self.target, self.substeps)
@@ -96,168 +76,137 @@ class IIA:
         """The base as an instance."""
         return as_solver(self.base)
 
+    @torch.no_grad()
     def fit(
         self,
         ode: ProbabilityFlowODE,
         grid: Tensor,
         x: Tensor,
         *,
+        teacher: Teacher | None = None,
+        held_out: float | None = None,
         chunk_size: int | None = None,
+        group: Any = None,
         seed: int | None = None,
         progress: bool = False,
     ) -> FittedSolver:
-        """Fit every step but one that lands on the data, for this model and grid.
+        """Fit every step that the terms do not leave alone, for this model and grid.
+
+        Where ``torch.distributed`` is initialised, this is a collective call: each process passes samples of its own, with
+        their conditions, and all get the same fit of the whole batch, which are those of all ranks in order.
 
         Parameters
         ----------
         ode : the model with its schedule; conditioning has one entry per sample of x, or one for all.
         grid : float64 [N + 1] times.
-        x : initial states [B, ...], float32 or float64: the expectation of the paper is the mean over these.
+        x : initial states [B, ...], float32 or float64, on the host or on the model's device: the expectation of the paper
+            is the mean over these. Between steps they rest on the host.
+        teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
+        held_out : share of the batch, its last samples, that coefficients are not fitted to: the guard and ``ridge="auto"``
+            judge by it. By default a quarter where one of these needs it, else none. A batch of less than 4 holds out none.
         chunk_size : samples that go through the model at once (all by default). The least squares does not depend on it;
             a network whose rounding depends on the batch size still may.
+        group : processes that fit together; by default all of ``torch.distributed``, if that is initialised.
         seed : recorded in the file; the fit itself draws no random numbers.
         progress : show a bar over the steps.
 
         Raises
         ------
-        GridError, InputError : the grid or the states are not usable.
+        GridError, InputError : the grid, the states or an option are not usable.
+        MismatchError : the teacher is of another ODE or of other states.
         NonFiniteError : the model is not finite on this batch.
+        RankError : another process of the group failed.
+
+        Warns
+        -----
+        GuardWarning : the fit was worse than the base on held-out samples, which is what is returned.
         """
         check_start(ode, x)
         if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
             raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
         times = check_grid(ode.schedule, grid)
-        base = self.base_solver
-        with torch.no_grad(), ode.counting() as spent:
-            size = chunk_size or len(x)
-            chunks = [_Chunk(ode.subset(slice(i, i + size), len(x)), x[i : i + size]) for i in range(0, len(x), size)]
-            plan, reports = self._fit_steps(base, ode, times, chunks, progress)
-        about = self._about(base, ode, x, seed) | {
-            "evaluations": spent.evaluations,
-            "sample_evaluations": spent.samples,
-        }
-        return FittedSolver(plan, tuple(reports), about)
-
-    def _fit_steps(
-        self, base: Solver, ode: ProbabilityFlowODE, times: list[float], chunks: list[_Chunk], progress: bool
-    ) -> tuple[Plan, list[StepReport]]:
-        _, terms = resolve_terms(self.terms, base.label)
-        target = resolve_target(self.target, self.substeps)
-        name = self.name or f"iia({base.label})"
-        tracer, x, memory = Tracer(ode.schedule), Vector({0: 1.0}), ()
-        records: tuple[StepRecord, ...] = ()
-        reports = []
-        intervals = list(zip(times[:-1], times[1:], strict=True))
-        for i, (t, s) in enumerate(tqdm(intervals, desc=f"fit {name}", disable=not progress)):
-            seen = len(tracer.evaluations)
-            y, memory = take_step(base, tracer, x, t, s, Past(memory, i, len(intervals) - 1 - i))
-            made = tuple(tracer.evaluations[seen:])
-            record = StepRecord(i, t, s, x, made, tracer.known(x, t), ode.is_data(s), y, y)
-            for chunk in chunks:
-                chunk.advance(tracer)
-            candidates = terms(record, records)
-            if not all(isinstance(term, Term) for term in candidates):
-                raise InputError("terms must be a function that returns a tuple of iia_ode.iia.Term.")
-            if candidates:
-                solution = self._solve(base, tracer, record, candidates, target, chunks)
-                reports.append(_report(record, candidates, solution))
-                pairs = list(zip(solution.coefficients.tolist(), candidates, strict=True))
-                own = sum((c * term.direction for c, term in pairs if not term.history), start=y)
-                y = sum((c * term.direction for c, term in pairs if term.history), start=own)
-                record = replace(record, own=own)
-            x = tracer.hold(y, step=i + 1)
-            records = (record, *records)[: self.history]
-            live = tracer.retain(vector_indices((x, memory, records)))
-            for chunk in chunks:
-                chunk.advance(tracer)
-                chunk.keep(live)
-        return Plan(ode.schedule, tuple(times), tuple(tracer.code), name), reports
-
-    def _solve(
-        self,
-        base: Solver,
-        tracer: Tracer,
-        record: StepRecord,
-        candidates: tuple[Term, ...],
-        target: Target,
-        chunks: list[_Chunk],
-    ) -> Solution:
-        """The least squares of one step. Everything it needs is traced on a fork, run, and thrown away."""
-        fork = tracer.fork()
-        aim: Vector | Numeric = target.aim(fork, base, record)
-        columns = [fork.hold(term.direction) for term in candidates]
-        start, result = fork.hold(record.x), fork.hold(record.base)
-        end = fork.hold(aim) if isinstance(aim, Vector) else None
-        system = LeastSquares(len(candidates))
-        noise = torch.zeros(len(candidates), dtype=torch.float64, device="cpu")
-        for chunk in chunks:
-            values = chunk.explore(fork)
-            if end is not None:
-                wanted = _read(values, end)
-            elif not isinstance(aim, Vector):
-                wanted = aim(chunk.ode, chunk.initial, _read(values, start))
-            # In float64 before the difference: a residual is small against the states at high noise.
-            residual = wanted.double() - _read(values, result).double()
-            system.add([_read(values, c) for c in columns], residual)
-            noise += torch.tensor(
-                [_rounding(term.direction, values) for term in candidates], dtype=torch.float64, device="cpu"
+        share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
+        gather = gather_over(group)
+        made_for = origin(ode, x)
+        first, total = gather.begin(len(x), (self._options(), times, share, made_for))
+        with ode.counting() as spent:
+            teacher = self._teacher(ode, x, times, teacher, chunk_size, progress)
+            size, device = chunk_size or len(x), device_of(ode, x)
+            slices = [slice(i, min(i + size, len(x))) for i in range(0, len(x), size)]
+            chunks = [Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device) for i in slices]
+            held = min(max(1, int(share * total)), total - 1) if share and total >= 4 else 0
+            plan, reports, outcome = Fitting(self, ode, times, chunks, first, total, held, teacher, gather).run(
+                progress
             )
-        return system.solve(ridge=self.ridge, noise=noise.sqrt())
-
-    def _about(self, base: Solver, ode: ProbabilityFlowODE, x: Tensor, seed: int | None) -> dict[str, Any]:
-        return {
+        cost = gather.sum(torch.tensor([spent.evaluations, spent.samples], dtype=torch.float64, device="cpu")).tolist()
+        about = {
             "library": __about__.__version__,
+            **self._options(),
+            **made_for,
+            "batch": total,
+            "held_out": held,
+            "endpoint": outcome,
+            "teacher": None if teacher is None else teacher.way,
+            "seed": seed,
+            "evaluations": int(cost[0]),
+            "sample_evaluations": int(cost[1]),
+        }
+        return FittedSolver(plan, reports, about)
+
+    def _teacher(
+        self,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        times: list[float],
+        given: Teacher | None,
+        chunk_size: int | None,
+        progress: bool,
+    ) -> Teacher | None:
+        """The teacher that was given, once it is known to be of this batch; else one of our own if the target needs it."""
+        target = resolve_target(self.target, self.substeps)
+        if given is not None:
+            if not isinstance(given, Teacher):
+                raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {given!r}.")
+            given.check(ode, x)
+            if given.about["t_start"] != times[0]:
+                raise MismatchError(
+                    f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."
+                )
+            given.at(times[-1], slice(0, 1))  # a GridError now rather than after the work
+            return given
+        if not target.needs_teacher:
+            return None
+        floor = floor_of(ode, times[-2]) if ode.is_data(times[-1]) else 0.002
+        steps = target.steps if isinstance(target, TeacherTrajectory) else None
+        return Teacher.solve(
+            ode, x, times[0], times[-1], steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=progress
+        )
+
+    def _options(self) -> dict[str, Any]:
+        base = self.base_solver
+        return {
             "base": {"name": base.name, "options": base.options()},
             "terms": resolve_terms(self.terms, base.label)[0],
             "target": resolve_target(self.target, self.substeps).options(),
             "history": self.history,
             "ridge": self.ridge,
-            "schedule": ode.schedule.config(),
-            "prediction": ode.prediction,
-            "guidance_scale": ode.guidance_scale,
-            "conditioning": conditioning_shapes(ode),
-            "state_shape": list(x.shape[1:]),
-            "state_dtype": str(x.dtype).removeprefix("torch."),
-            "batch": len(x),
-            "seed": seed,
-            "fingerprint": ode.fingerprint(),
+            "guard": self.guard,
+            "intercept": self.intercept,
         }
 
 
-def _read(values: dict[int, Tensor], held: Vector) -> Tensor:
-    (index,) = held.weights
-    return values[index]
-
-
-def _rounding(direction: Vector, values: dict[int, Tensor]) -> float:
-    """Squared norm of the rounding error in a direction: each vector in it is exact to the precision of its dtype only."""
-    parts = (torch.as_tensor(w, device=values[j].device) * values[j] for j, w in direction.weights.items())
-    return sum((torch.finfo(p.dtype).eps * float(torch.linalg.vector_norm(p))) ** 2 for p in parts)
-
-
-def _report(record: StepRecord, candidates: tuple[Term, ...], solution: Solution) -> StepReport:
-    corrections = tuple(solution.coefficients.tolist())
-    return StepReport(
-        index=record.index,
-        t=record.t,
-        s=record.s,
-        symbols=tuple(term.symbol for term in candidates),
-        values=tuple(term.base + term.unit * c for term, c in zip(candidates, corrections, strict=True)),
-        base_values=tuple(term.base for term in candidates),
-        corrections=corrections,
-        before=solution.before,
-        after=solution.after,
-        rank=solution.rank,
-        condition=solution.condition,
-    )
+def _of_paper(name: str, base: str, terms: str) -> IIA:
+    return IIA(base, terms=terms, guard=False, name=name)
 
 
 PRESETS: dict[str, IIA] = {
-    "biia-edm": IIA("heun", terms="biia-edm", name="biia-edm"),
-    "iia-edm": IIA("heun", terms="iia-edm", name="iia-edm"),
-    "iia-ddim": IIA("ddim", terms="iia-ddim", name="iia-ddim"),
+    "biia-edm": _of_paper("biia-edm", "heun", "biia-edm"),
+    "iia-edm": _of_paper("iia-edm", "heun", "iia-edm"),
+    **{f"iia-{base}": _of_paper(f"iia-{base}", base, "iia-ddim") for base in ("ddim", "spndm", "ipndm", "dpmpp_2m")},
 }
-"""The paper's methods, with its defaults (M, r) = (3, 1)."""
+"""The paper's methods, with its defaults (M, r) = (3, 1), fitted to the whole batch as there: without guard."""
 
 
 def preset(name: str, **changes: Any) -> IIA:

@@ -14,18 +14,40 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Past, Tracer, Vector
 from ..plan.tracer import Steppable, take_step
 from ..reference import solve
+from .teacher import Teacher
 from .terms import StepRecord
 
-__all__ = ["Local", "Numeric", "Substeps", "Target", "resolve_target"]
+__all__ = ["Local", "Numeric", "Samples", "Substeps", "Target", "TeacherTrajectory", "resolve_target"]
 
-Numeric: TypeAlias = Callable[[ProbabilityFlowODE, Tensor, Tensor], Tensor]
-"""From the ODE of some samples, their initial states and their states at the start of the step, to the target states."""
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Some samples of the fitting batch.
+
+    Attributes
+    ----------
+    ode : the model under their conditions.
+    initial : their initial states [B, ...].
+    index : their places in the batch.
+    teacher : the accurate trajectories of the whole batch, if there is one.
+    """
+
+    ode: ProbabilityFlowODE
+    initial: Tensor
+    index: slice
+    teacher: Teacher | None = None
+
+
+Numeric: TypeAlias = Callable[[Samples, Tensor], Tensor]
+"""From some samples and their states [B, ...] at the start of the step, to their target states."""
 
 
 class Target(ABC):
     """Where the state of a step should have gone."""
 
     name: ClassVar[str]
+    needs_teacher: ClassVar[bool] = False
+    """Whether :attr:`Samples.teacher` has to be there."""
 
     @abstractmethod
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Vector | Numeric:
@@ -78,8 +100,8 @@ class Local(Target):
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that integrates from t to s."""
 
-        def flow(ode: ProbabilityFlowODE, initial: Tensor, x: Tensor) -> Tensor:
-            return solve(ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
+        def flow(samples: Samples, x: Tensor) -> Tensor:
+            return solve(samples.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
 
         return flow
 
@@ -88,11 +110,45 @@ class Local(Target):
         return {"name": self.name, "rtol": self.rtol}
 
 
+@dataclass(frozen=True)
+class TeacherTrajectory(Target):
+    """The teacher's trajectory from the same initial state: a step also repairs the error of those before it.
+
+    Not in the paper, whose targets start at the fitted trajectory's own state and leave earlier error as it is.
+
+    Parameters
+    ----------
+    steps : of the :class:`Teacher` that a fit makes for itself where it is given none.
+    """
+
+    steps: int = 60
+    name = "trajectory"
+    needs_teacher = True
+
+    def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
+        """A function that looks the states up."""
+
+        def look_up(samples: Samples, x: Tensor) -> Tensor:
+            if samples.teacher is None:
+                raise InputError("target 'trajectory' needs a teacher.")
+            return samples.teacher.at(step.s, samples.index).to(x.device)
+
+        return look_up
+
+    def options(self) -> dict[str, Any]:
+        """Name and steps."""
+        return {"name": self.name, "steps": self.steps}
+
+
 def resolve_target(target: str | Target, substeps: int) -> Target:
     """The object behind a `target` argument; `substeps` is for the target of that name."""
     if isinstance(target, Target):
         return target
-    known: dict[str, Target] = {"substeps": Substeps(substeps), "local": Local()}
+    known: dict[str, Target] = {
+        "substeps": Substeps(substeps),
+        "local": Local(),
+        "trajectory": TeacherTrajectory(),
+    }
     if target not in known:
         raise unknown_name("target", target, known)
     return known[target]

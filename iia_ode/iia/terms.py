@@ -1,4 +1,4 @@
-"""Candidate directions: which vectors IIA may add to a step, in the paper's three versions.
+"""Candidate directions: which vectors IIA may add to a step, in the paper's three versions and over a window.
 
 Every set is written as base + correction: zero corrections leave the base solver exactly.
 """
@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from torch import Tensor
+
 from ..errors import InputError, unknown_name
 from ..ode import Evaluation
 from ..plan import Vector
 from ..plan.vectors import weight_size
 
-__all__ = ["PAPER_TERMS", "StepRecord", "Term", "Terms", "bi_iia_edm", "iia_ddim", "iia_edm", "resolve_terms"]
+__all__ = ["PAPER_TERMS", "StepRecord", "Term", "Terms", "bi_iia_edm", "iia_ddim", "iia_edm", "resolve_terms", "window"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +132,42 @@ def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, .
     return tuple(terms)
 
 
+def window(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
+    """Everything that the step and the earlier ones know: states z, and data estimates D of every evaluation.
+
+    The state at the start of each step and the data form of each evaluation there and of its stages, as plain vectors on
+    top of the base. Serves any base and fits every step, that to the data included. On isotropic Gaussian data z_i and
+    D_i span the exact step. Stages are numbered: ``D[i].1`` is the second evaluation of step i.
+    """
+    terms: list[Term] = []
+    seen: set[object] = set()
+
+    def offer(symbol: str, direction: Vector, history: bool) -> None:
+        plain = not any(isinstance(w, Tensor) for w in direction.weights.values())
+        key = frozenset((j, float(w)) for j, w in direction.weights.items()) if plain else id(direction)
+        if key not in seen:
+            seen.add(key)
+            terms.append(Term(symbol, direction, history=history))
+
+    records = (step, *earlier)
+    for k, record in enumerate(records):
+        offer(f"z[{_place(k)}]", record.x, k > 0)
+    for k, record in enumerate(records):
+        start = () if record.start is None else (record.start,)
+        stages = tuple(e for e in record.evaluations if e is not record.start)
+        for j, evaluation in enumerate((*start, *stages), start=0 if start else 1):
+            offer(f"D[{_place(k)}]" + (f".{j}" if j else ""), evaluation.data, k > 0)
+    return tuple(terms)
+
+
+def _place(k: int) -> str:
+    return f"i-{k}" if k else "i"
+
+
 PAPER_TERMS: dict[str, Terms] = {"biia-edm": bi_iia_edm, "iia-edm": iia_edm, "iia-ddim": iia_ddim}
 
-
-_OF_BASE = {"heun": "iia-edm", "ddim": "iia-ddim"}
+_DIFFERENCES = ("ddim", "spndm", "ipndm", "ipndm1", "ipndm2", "ipndm3", "dpmpp_2m")
+_OF_BASE = {"heun": "iia-edm", **dict.fromkeys(_DIFFERENCES, "iia-ddim")}
 
 
 def resolve_terms(terms: str | Terms, base: str) -> tuple[str, Terms]:
@@ -144,9 +178,10 @@ def resolve_terms(terms: str | Terms, base: str) -> tuple[str, Terms]:
         if base not in _OF_BASE:
             raise InputError(
                 f"the paper has no terms for base {base!r} (it has for {', '.join(map(repr, _OF_BASE))}): use "
-                "terms='biia-edm', which serves any base, or a function."
+                "terms='window' or terms='biia-edm', which serve any base, or a function."
             )
         terms = _OF_BASE[base]
-    if terms not in PAPER_TERMS:
-        raise unknown_name("set of terms", terms, ["paper", *PAPER_TERMS])
-    return terms, PAPER_TERMS[terms]
+    known = {**PAPER_TERMS, "window": window}
+    if terms not in known:
+        raise unknown_name("set of terms", terms, ["paper", *known])
+    return terms, known[terms]

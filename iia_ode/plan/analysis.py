@@ -10,10 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import PlanError
 from ..ode import conversion
 from ..schedules import Schedule
+from .maps import LinearMap, PerCondition
 from .plan import Combine, Evaluate, Plan, run_code
-from .vectors import Vector, weight_size
+from .vectors import Vector, Weight, weight_size
 
 __all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "consistency_error", "gaussian_response"]
 
@@ -37,11 +39,18 @@ class CanonicalForm:
     final: Vector
 
     def matrix(self) -> Tensor:
-        """The weights as float64 [nfe + 1, nfe + 1]: a row per evaluated state, the final state last (number weights only)."""
+        """The weights as float64 [nfe + 1, nfe + 1]: a row per evaluated state, the final state last (number weights only).
+
+        Raises
+        ------
+        PlanError : a weight is a tensor of several numbers or a linear map.
+        """
         n = len(self.states) + 1
         out = torch.zeros(n, n, dtype=_F64, device="cpu")
         for row, vector in enumerate((*self.states, self.final)):
             for column, weight in vector.weights.items():
+                if isinstance(weight, LinearMap) or (isinstance(weight, Tensor) and weight.numel() != 1):
+                    raise PlanError("a plan whose weights are tensors or linear maps has no matrix of numbers.")
                 out[row, column] = float(weight)
         return out
 
@@ -87,17 +96,23 @@ def consistency_error(plan: Plan) -> float:
     """How far a plan is from keeping the better of two solutions that a consistent solver keeps exactly.
 
     Where the model always answers data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators keep
-    it. Where it always answers velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t keep that.
+    it. Where it always answers velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t keep that. Where
+    weights are linear maps, "1" is a sample with some of everything in it.
     """
     schedule, start = plan.schedule, plan.grid[0]
+    maps = _maps(plan)
+    one = torch.ones(1, dtype=_F64, device="cpu")
+    if maps:
+        places = torch.arange(1.0, math.prod(maps[0].shape) + 1, dtype=_F64, device="cpu")
+        one = (places * math.pi * math.e).sin().reshape(1, *maps[0].shape)
 
     def unit_data(x: Tensor, t: float, form: str) -> Tensor:
         p, q = conversion(schedule, t, "data", form)
-        return torch.as_tensor(p * x + q)
+        return torch.add(p * x, one, alpha=q)
 
     def unit_velocity(x: Tensor, t: float, form: str) -> Tensor:
         p, q = conversion(schedule, t, "velocity", form)
-        return torch.as_tensor(p * x + q)
+        return torch.add(p * x, one, alpha=q)
 
     def curve(t: float) -> float:
         return schedule.alpha(t) + 2 * schedule.sigma(t)
@@ -107,12 +122,15 @@ def consistency_error(plan: Plan) -> float:
 
     errors = []
     for model, solution in ((unit_data, curve), (unit_velocity, line)):
-        x = torch.tensor([solution(start)], dtype=_F64, device="cpu")
-        states = _grid_states(plan, x, model)
+        states = _grid_states(plan, solution(start) * one, model)
         scale = max(1.0, *(abs(solution(t)) for t in plan.grid))
-        gaps = [float((y - solution(t)).abs().max()) for t, y in zip(plan.grid[1:], states, strict=True)]
+        gaps = [float((y - solution(t) * one).abs().max()) for t, y in zip(plan.grid[1:], states, strict=True)]
         errors.append(max(gaps) / scale)
     return min(errors)
+
+
+def _maps(plan: Plan) -> list[LinearMap]:
+    return [w for i in plan.code if isinstance(i, Combine) for _, w in i.terms if isinstance(w, LinearMap)]
 
 
 def _grid_states(plan: Plan, x: Tensor, model: _Model) -> list[Tensor]:
@@ -151,8 +169,22 @@ class GaussianResponse:
 
 
 def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
-    """The response of a plan to data N(mean, diag variance), read off by running it on two states."""
+    """The response of a plan to data N(mean, diag variance), read off by running it on two states.
+
+    Raises
+    ------
+    PlanError : the response is not a number per component: a weight is a linear map that mixes components, or a constant
+        depends on a condition.
+    """
     m, v = as_moments(mean, variance)
+    if any(isinstance(i, Combine) and isinstance(i.constant, PerCondition) for i in plan.code):
+        raise PlanError(f"{plan.name} has constants per condition: its response is another one for each of them.")
+    if any(bool((w.coefficients != w.coefficients[0]).any()) for w in _maps(plan)):
+        raise PlanError(
+            f"{plan.name} has weights that are linear maps, which mix components: its response to data with a diagonal "
+            "covariance is no gain per component. Run it on iia_ode.problems.Gaussian instead."
+        )
+    plan = _with_numbers(plan)
     schedule = plan.schedule
 
     def denoiser(with_mean: bool) -> _Model:
@@ -171,6 +203,18 @@ def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float
     exact_gain, exact_offset = gaussian_flow(schedule, m, v, plan.grid[0], plan.grid[-1])
     a, s = schedule.alpha(plan.grid[0]), schedule.sigma(plan.grid[0])
     return GaussianResponse(gain, offset, exact_gain, exact_offset, a * m, (a * a * v + s * s).sqrt())
+
+
+def _with_numbers(plan: Plan) -> Plan:
+    """The plan with numbers for those maps that are a multiple of the identity, as all of its maps are."""
+
+    def number(w: Weight) -> Weight:
+        return float(w.coefficients[0]) if isinstance(w, LinearMap) else w
+
+    code = [
+        replace(i, terms=tuple((j, number(w)) for j, w in i.terms)) if isinstance(i, Combine) else i for i in plan.code
+    ]
+    return replace(plan, code=tuple(code)) if _maps(plan) else plan
 
 
 def _without_constants(plan: Plan) -> Plan:

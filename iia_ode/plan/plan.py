@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from ..errors import InputError, MismatchError, NonFiniteError, PlanError
 from ..ode import PREDICTIONS, ProbabilityFlowODE, conversion
 from ..schedules import Schedule
 from .checks import check_grid, check_start
-from .vectors import Weight, combine, format_terms
+from .instructions import Combine, Evaluate, Instruction, run_code
+from .maps import LinearMap, PerCondition
+from .vectors import format_terms
 
 if TYPE_CHECKING:
     from .analysis import CanonicalForm, GaussianResponse
@@ -25,43 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["Combine", "Evaluate", "Instruction", "Plan", "run_code"]
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    """One model output, in the form the solver chose, at the state that is vector `state` and at time `t`."""
-
-    state: int
-    t: float
-    form: str
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """Indices of the vectors it needs."""
-        return (self.state,)
-
-
-@dataclass(frozen=True, eq=False)
-class Combine:
-    """One new state vector, ``sum_j w_j v_j + constant``; `step` is k where it is the state at grid point k."""
-
-    terms: tuple[tuple[int, Weight], ...]
-    constant: Tensor | None = None
-    step: int | None = None
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """Indices of the vectors it needs."""
-        return tuple(index for index, _ in self.terms)
-
-
-Instruction: TypeAlias = Evaluate | Combine
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A solver on a schedule and a grid, traced to numbers; immutable, and valid once it exists.
 
-    Instruction k (from 1) writes vector k; vector 0 is the initial state. Weights are float64 numbers on the host, or
-    float64 tensors that broadcast against one sample.
+    Instruction k (from 1) writes vector k; vector 0 is the initial state. Weights are float64 numbers on the host, float64
+    tensors that broadcast against one sample, or linear maps of one sample. What a run copies of them to its device stays
+    there for the next one.
 
     Parameters
     ----------
@@ -231,7 +203,7 @@ class Plan:
         Raises
         ------
         InputError : x is not a float32 or float64 tensor with a batch dimension.
-        MismatchError : the ODE has another schedule than the plan.
+        MismatchError : the ODE has another schedule than the plan, or lacks a condition that the plan's constants depend on.
         NonFiniteError : the model produced NaN or infinity; names the evaluation.
         """
         check_start(ode, x)
@@ -257,7 +229,7 @@ class Plan:
             bar.update()
             return out
 
-        for k, ins in run_code(self.code, values, evaluate, last_use=self.last_use):
+        for k, ins in run_code(self._conditioned(ode, x), values, evaluate, last_use=self.last_use):
             if isinstance(ins, Combine) and ins.step is not None:
                 if trajectory:
                     states.append(values[k])
@@ -268,6 +240,15 @@ class Plan:
         if check_finite:
             self._raise_if_not_finite(flags, final)
         return torch.stack(states) if trajectory else final
+
+    def _conditioned(self, ode: ProbabilityFlowODE, x: Tensor) -> tuple[Instruction, ...]:
+        """The code with the constants of this batch in the place of those per condition."""
+        return tuple(
+            replace(ins, constant=ins.constant.rows(ode, x))
+            if isinstance(ins, Combine) and isinstance(ins.constant, PerCondition)
+            else ins
+            for ins in self.code
+        )
 
     def _conversions(self, prediction: str) -> list[tuple[float, float]]:
         """The factors from what the model predicts to what each evaluation stores, once per plan and prediction type."""
@@ -281,12 +262,16 @@ class Plan:
         return {}
 
     def _check_weights(self, x: Tensor) -> None:
-        """Weights that are tensors must broadcast against one sample, not the other way round."""
+        """Weights that are tensors must broadcast against one sample, not the other way round; maps must be of its shape."""
         shape = tuple(x.shape[1:])
         for ins in self.code:
             if isinstance(ins, Combine):
                 for value in (*(w for _, w in ins.terms), ins.constant):
-                    if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
+                    if isinstance(value, LinearMap) and value.shape != shape:
+                        raise InputError(
+                            f"{self.name} has a linear map of samples {list(value.shape)}, and these are {list(shape)}."
+                        )
+                    if isinstance(value, Tensor | PerCondition) and not _broadcasts(tuple(value.shape), shape):
                         raise InputError(
                             f"{self.name} has a weight of shape {list(value.shape)} for samples of {list(shape)}."
                         )
@@ -307,32 +292,6 @@ class Plan:
         )
 
 
-def run_code(
-    code: tuple[Instruction, ...] | list[Instruction],
-    values: dict[int, Tensor],
-    evaluate: Callable[[Tensor, float, str], Tensor],
-    *,
-    start: int = 0,
-    last_use: tuple[int, ...] | None = None,
-) -> Iterator[tuple[int, Instruction]]:
-    """The one loop of the library: run ``code[start:]`` on `values` in place, yielding after each instruction.
-
-    `values` maps vector indices to tensors. With `last_use`, a vector is dropped after the instruction that reads it last.
-    Nothing here reads a value back from the device.
-    """
-    like = values[min(values)]
-    for k, ins in enumerate(code[start:], start=start + 1):
-        if isinstance(ins, Evaluate):
-            values[k] = evaluate(values[ins.state], ins.t, ins.form)
-        else:
-            values[k] = combine(ins.terms, ins.constant, values.__getitem__, like)
-        yield k, ins
-        if last_use is not None:
-            for j in {*ins.reads, k}:
-                if last_use[j] == k and k < len(code):
-                    del values[j]
-
-
 def _sum(values: Tensor) -> Tensor:
     """Finite exactly if all values are (in float64, where no sum of float32 overflows), in one pass and on the device."""
     return values.detach().sum(dtype=torch.float64)
@@ -343,6 +302,8 @@ def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
 
 
 def _finite(weight: object) -> bool:
+    if isinstance(weight, LinearMap | PerCondition):  # which cannot exist otherwise
+        return True
     if isinstance(weight, Tensor):
         return weight.is_floating_point() and bool(torch.isfinite(weight).all())
     return isinstance(weight, numbers.Real) and math.isfinite(weight)

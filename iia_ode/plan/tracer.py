@@ -15,7 +15,7 @@ from ..schedules import Schedule
 from .analysis import consistency_error
 from .checks import check_grid
 from .plan import Combine, Evaluate, Instruction, Plan
-from .vectors import Vector, vector_indices
+from .vectors import Vector, is_number, vector_indices
 
 __all__ = ["Past", "Steppable", "Tracer", "take_step", "trace"]
 
@@ -94,7 +94,7 @@ class Tracer(Forms[Vector]):
             raise PlanError(f"expected a state made of the step's own vectors, got {type(x).__name__}.")
         if step is None and x.index is not None:
             return x
-        plain = x.constant is None and not any(isinstance(w, Tensor) for w in x.weights.values())
+        plain = x.constant is None and all(is_number(w) for w in x.weights.values())
         key = frozenset((j, float(w)) for j, w in x.weights.items()) if plain else None
         known = x.index if key is None or x.index is not None else self._held.get(key)
         if step is None and known is not None:

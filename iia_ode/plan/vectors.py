@@ -11,29 +11,45 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from .maps import LinearMap, PerCondition
+from .projections import Projections
 
-__all__ = ["Vector", "Weight", "vector_indices", "weight_size"]
+__all__ = [
+    "Constant",
+    "Vector",
+    "Weight",
+    "is_number",
+    "vector_indices",
+    "weight_mean",
+    "weight_mean_square",
+    "weight_size",
+]
 
-Weight: TypeAlias = float | Tensor
-"""A number, or a tensor that broadcasts against one sample."""
+Weight: TypeAlias = float | Tensor | LinearMap
+"""A number, a tensor that broadcasts against one sample, or a linear map of one sample."""
+
+Constant: TypeAlias = Tensor | PerCondition
+"""A tensor that broadcasts against one sample, or one for each value of a condition."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
     """A linear combination of a plan's vectors, plus an optional constant: ``sum_j weights[j] * v_j + constant``.
 
-    Supports ``+``, ``-`` and multiplication and division by a number (or by a tensor that broadcasts against one sample):
-    all that a solver with fixed coefficients needs. Immutable.
+    Supports ``+``, ``-`` and multiplication and division by a number (or by a tensor that broadcasts against one sample),
+    and multiplication by a linear map: all that a solver with fixed coefficients needs. Immutable.
     """
 
-    weights: dict[int, Weight]
-    constant: Tensor | None = None
+    weights: dict[int, Any]  # Weight
+    constant: Any = None  # Constant | None
 
     __array_ufunc__ = None  # a NumPy number on the left must leave the product to __rmul__
 
     def __add__(self, other: Any) -> Vector:
         if isinstance(other, Tensor):
             return Vector(self.weights, _sum(self.constant, other.detach().double()))
+        if isinstance(other, PerCondition):
+            return Vector(self.weights, _sum(self.constant, other))
         if not isinstance(other, Vector):
             if isinstance(other, numbers.Real) and other == 0:  # the start of Python's sum()
                 return self
@@ -42,7 +58,7 @@ class Vector:
         for index, weight in other.weights.items():
             total = merged[index] + weight if index in merged else weight
             merged[index] = total
-            if not isinstance(total, Tensor) and total == 0.0:
+            if is_number(total) and total == 0.0:
                 del merged[index]
         return Vector(merged, _sum(self.constant, other.constant))
 
@@ -50,15 +66,17 @@ class Vector:
 
     def __mul__(self, factor: Any) -> Vector:
         k = _weight(factor)
-        if not isinstance(k, Tensor) and k == 0.0:
+        if is_number(k) and k == 0.0:
             return Vector({})
-        return Vector({i: w * k for i, w in self.weights.items()}, None if self.constant is None else self.constant * k)
+        return Vector({i: w * k for i, w in self.weights.items()}, _scaled(self.constant, k))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Vector:
         k = _weight(divisor)
-        if not isinstance(k, Tensor) and k == 0.0:
+        if isinstance(k, LinearMap):
+            raise PlanError("a step divides a vector by a linear map: multiply by the map with inverse coefficients.")
+        if is_number(k) and k == 0.0:
             raise PlanError("a step divides a vector by zero: check for repeated times, or for ode.is_data(s).")
         return Vector({i: w / k for i, w in self.weights.items()}, None if self.constant is None else self.constant / k)
 
@@ -66,7 +84,7 @@ class Vector:
         return self * -1.0
 
     def __sub__(self, other: Any) -> Vector:
-        if isinstance(other, Vector | Tensor):
+        if isinstance(other, Vector | Tensor | PerCondition):
             return self + -1.0 * other
         if isinstance(other, numbers.Real) and other == 0:
             return self
@@ -103,7 +121,7 @@ class Vector:
         if self.constant is not None or len(self.weights) != 1:
             return None
         ((index, weight),) = self.weights.items()
-        return index if not isinstance(weight, Tensor) and weight == 1.0 else None
+        return index if is_number(weight) and weight == 1.0 else None
 
     def __repr__(self) -> str:
         return format_terms(tuple(self.weights.items()), self.constant)
@@ -115,8 +133,14 @@ _RULE = (
 )
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _sum(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a + b
+
+
+def _scaled(constant: Any, k: Weight) -> Any:
+    if constant is None:
+        return None
+    return k.of_constant(constant) if isinstance(k, LinearMap) and isinstance(constant, Tensor) else constant * k
 
 
 def _weight(value: Any) -> Weight:
@@ -124,6 +148,8 @@ def _weight(value: Any) -> Weight:
         if value.ndim or value.requires_grad:
             return value.double()
         return float(value)
+    if isinstance(value, LinearMap):
+        return value
     if isinstance(value, numbers.Real):
         return float(value)
     raise _not_linear("multiply", value)
@@ -132,26 +158,51 @@ def _weight(value: Any) -> Weight:
 def _not_linear(verb: str, other: object) -> PlanError:
     return PlanError(
         f"a step cannot {verb} a vector and {type(other).__name__} {other!r}: vectors may be added to vectors, and "
-        "multiplied by real numbers."
+        "multiplied by real numbers and linear maps."
     )
 
 
-def weight_size(weight: Weight) -> float:
-    """Magnitude of a weight, the largest where it is a tensor."""
+def is_number(weight: Weight) -> bool:
+    """Whether a weight is one number, and neither a tensor nor a linear map."""
+    return not isinstance(weight, Tensor | LinearMap)
+
+
+def weight_size(weight: Weight | Constant) -> float:
+    """Magnitude of a weight or constant, the largest where it is more than one number."""
+    if isinstance(weight, LinearMap):
+        return weight.size
+    weight = weight.table if isinstance(weight, PerCondition) else weight
     return float(weight.abs().max()) if isinstance(weight, Tensor) else abs(weight)
 
 
-def format_terms(terms: tuple[tuple[int, Weight], ...], constant: Tensor | None) -> str:
+def weight_mean(weight: Weight) -> float:
+    """A weight as one number: its mean over components, for a linear map its trace per component."""
+    if isinstance(weight, LinearMap):
+        return weight.mean
+    return float(weight.mean()) if isinstance(weight, Tensor) else weight
+
+
+def weight_mean_square(weight: Weight) -> float:
+    """Mean square of what a weight makes of white noise of unit variance."""
+    if isinstance(weight, LinearMap):
+        return weight.mean_square
+    return float(weight.square().mean()) if isinstance(weight, Tensor) else weight * weight
+
+
+def format_terms(terms: tuple[tuple[int, Weight], ...], constant: Constant | None) -> str:
     """``0.5 v0 - 1.25 v3 + constant``, readably."""
     parts = []
     for index, weight in terms:
-        if isinstance(weight, Tensor):
+        if isinstance(weight, LinearMap):
+            parts.append(f"+ {weight!r} v{index}")
+        elif isinstance(weight, Tensor):
             parts.append(f"+ tensor{list(weight.shape)} v{index}")
         else:
             size = "" if abs(weight) == 1.0 else f"{abs(weight):.6g} "
             parts.append(f"{'-' if weight < 0 else '+'} {size}v{index}")
     if constant is not None:
-        parts.append(f"+ constant{list(constant.shape)}")
+        by = f" per {constant.key}" if isinstance(constant, PerCondition) else ""
+        parts.append(f"+ constant{list(constant.shape)}{by}")
     return " ".join(parts).removeprefix("+ ") or "0"
 
 
@@ -184,23 +235,31 @@ def vector_indices(value: Any) -> set[int]:
 
 
 def combine(
-    terms: tuple[tuple[int, Weight], ...], constant: Tensor | None, read: Callable[[int], Tensor], like: Tensor
+    terms: tuple[tuple[int, Weight], ...], constant: Constant | None, read: Callable[[int], Tensor], like: Tensor
 ) -> Tensor:
     """The tensor of a linear combination, in the dtype and on the device of `like`; no vector is changed."""
-    if not terms:
-        return torch.zeros_like(like) if constant is None else constant.to(like).expand_as(like).clone()
-    (index, weight), *rest = terms
-    total, fresh = read(index), False  # `fresh`: a tensor of our own, which may be written to
-    if isinstance(weight, Tensor):
-        total, fresh = weight.to(like) * total, True
-    elif weight != 1.0:
-        total, fresh = total * weight, True
-    for index, weight in rest:
+    if isinstance(constant, PerCondition):
+        raise PlanError(
+            f"this plan has a constant per {constant.key!r}: run it as plan.run(ode, x), which looks it up."
+        )
+    total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
+    mapped: dict[Projections, list[tuple[Tensor, tuple[Tensor, ...]]]] = {}
+    for index, weight in terms:
+        if isinstance(weight, LinearMap):
+            mapped.setdefault(weight.projections, []).append((read(index), weight.ready(like)))
+            continue
         if isinstance(weight, Tensor):
-            total = total + weight.to(like) * read(index)
+            product = weight.to(like) * read(index)
+            total, fresh = product if total is None else total + product, True
+        elif total is None:
+            total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
         elif fresh:
             total = total.add_(read(index), alpha=weight)
         else:
-            total = torch.add(total, read(index), alpha=weight)
-        fresh = True
+            total, fresh = torch.add(total, read(index), alpha=weight), True
+    for projections, parts in mapped.items():  # the maps of one decomposition together: one transform back
+        image = projections.combine(parts)
+        total = image if total is None else total + image
+    if total is None:
+        return torch.zeros_like(like) if constant is None else constant.to(like).expand_as(like).clone()
     return total if constant is None else total + constant.to(like)

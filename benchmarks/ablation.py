@@ -1,0 +1,376 @@
+"""What each ingredient of a fit is worth: python benchmarks/ablation.py [--settings mixture64] [--nfe 6 10].
+
+A star, not the full product: from the full recipe (DDIM, trajectory targets, window terms, two earlier steps, a searched grid
+that leaps, Gauss-Newton refinement) one ingredient is changed at a time, and to the plain base on the default grid one is
+added at a time. Five seeds, of the noise that fits see and of that which is measured. Results are stored one by one under
+--out, and a rerun does only what is missing; --table writes the page docs/results/ablation.md.
+"""
+
+import argparse
+import math
+import statistics
+import warnings
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from common import (
+    CHUNK,
+    DEFAULT,
+    KARRAS,
+    Batch,
+    Entry,
+    Store,
+    batch,
+    conditions,
+    error_of,
+    is_closed_form,
+    karras_family,
+    measure,
+    number,
+    parser,
+    say,
+    setting_of,
+    table,
+    teacher_of,
+    write_page,
+)
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode.iia import IIA, Teacher
+from iia_ode.iia.recipe import BUDGETS
+from iia_ode.iia.refine import refine
+from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
+from iia_ode.iia.warm_start import WarmStart
+from iia_ode.plan import Plan
+
+SETTINGS = ("mixture64", "digits")
+NFES = (6, 10)
+SEARCHED = 96  # samples of the fitting noise that grids are chosen on; a warm start is made from the others
+EFFORT: dict[str, dict[str, int]] = {
+    "closed form": {"refined": 128, "gauss_newton": 12, "probes": 3, "adam": 100},
+    "network": {"refined": 96, "gauss_newton": 6, "probes": 2, "adam": 60},
+}
+"""Of a refinement: samples (a quarter of them held out), iterations of either method, sketched rows per sample."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ingredients.
+
+    Attributes
+    ----------
+    target, terms, history, intercept : of the closed-form fit; no terms is DDIM itself.
+    grid : ``"default"``, ``"tuned"`` (Karras), ``"leap"``, or ``"warm"``: the first interval by a Gaussian warm start.
+    refinement : a method of :func:`refine`, or None.
+    """
+
+    target: str = "trajectory"
+    terms: str | None = "window"
+    history: int = 2
+    intercept: bool = False
+    grid: str = "leap"
+    refinement: str | None = "gauss-newton"
+
+
+FULL = Recipe()
+BASE = Recipe(terms=None, grid="default", refinement=None)
+CHANGED: dict[str, Recipe] = {
+    "full recipe": FULL,
+    "target: local": replace(FULL, target="local"),
+    "target: substeps": replace(FULL, target="substeps"),
+    "terms: iia-ddim": replace(FULL, terms="iia-ddim"),
+    "history: 0": replace(FULL, history=0),
+    "history: 1": replace(FULL, history=1),
+    "history: 3": replace(FULL, history=3),
+    "warm start": replace(FULL, grid="warm"),
+    "grid: Karras, tuned": replace(FULL, grid="tuned"),
+    "grid: Karras, default": replace(FULL, grid="default"),
+    "refinement: Adam": replace(FULL, refinement="adam"),
+    "refinement: none": replace(FULL, refinement=None),
+    "refinement: none, intercept": replace(FULL, refinement=None, intercept=True),
+    "refinement: none, warm start": replace(FULL, refinement=None, grid="warm"),
+    "refinement: none, history: 1": replace(FULL, refinement=None, history=1),
+    "refinement: none, target: local": replace(FULL, refinement=None, target="local"),
+    "refinement: none, target: substeps": replace(FULL, refinement=None, target="substeps"),
+    "refinement: none, terms: iia-ddim": replace(FULL, refinement=None, terms="iia-ddim"),
+}
+ADDED: dict[str, Recipe] = {
+    "base: DDIM": BASE,
+    "+ Karras grid tuned": replace(BASE, grid="tuned"),
+    "+ leap grid": replace(BASE, grid="leap"),
+    "+ iia-ddim, substeps (the paper)": replace(BASE, terms="iia-ddim", target="substeps", history=1),
+    "+ iia-ddim, trajectory": replace(BASE, terms="iia-ddim", history=1),
+    "+ window, substeps": replace(BASE, terms="window", target="substeps"),
+    "+ window, trajectory": replace(BASE, terms="window"),
+    "+ window, trajectory, intercept": replace(BASE, terms="window", intercept=True),
+    "+ Gauss-Newton": replace(BASE, refinement="gauss-newton"),
+    "+ Adam": replace(BASE, refinement="adam"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What a recipe is made and measured with.
+
+    Attributes
+    ----------
+    name, nfe, seed : of the cell.
+    own, test : the fitting noise, and the noise that is measured.
+    teacher : of the fitting noise.
+    store, under : for the grids, which recipes share.
+    """
+
+    name: str
+    nfe: int
+    seed: int
+    own: Batch
+    test: Batch
+    teacher: Teacher
+    store: Store
+    under: Entry
+
+    @property
+    def file(self) -> str:
+        """Of the results."""
+        return f"{self.name}-nfe{self.nfe:02}-seed{self.seed}"
+
+    @property
+    def effort(self) -> dict[str, int]:
+        """Of refinements."""
+        return effort_of(self.name)
+
+
+def effort_of(name: str) -> dict[str, int]:
+    """Of refinements on a setting."""
+    return EFFORT["closed form" if is_closed_form(setting_of(name)) else "network"]
+
+
+# ---- making one ----------------------------------------------------------------------------------------------------------
+
+
+def closed_form(recipe: Recipe, ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+    """The plan of a recipe on a grid, before refinement."""
+    if recipe.terms is None:
+        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+    method = IIA(
+        "ddim", terms=recipe.terms, target=recipe.target, history=recipe.history, ridge=1e-9, guard=False,
+        intercept=recipe.intercept,
+    )  # fmt: skip
+    own = teacher if recipe.target == "trajectory" else None
+    return method.fit(ode, grid, x, teacher=own, chunk_size=CHUNK).plan
+
+
+def warm_start(bench: Bench, t_1: float) -> WarmStart:
+    """The Gaussian one, from endpoints of the fitting noise that no grid is chosen on."""
+    return WarmStart.gaussian(
+        bench.own.setting.schedule,
+        bench.own.start,
+        t_1,
+        samples=bench.teacher.final[min(SEARCHED, len(bench.own.x) // 2) :],
+    )
+
+
+def warmed(recipe: Recipe, warm: WarmStart, ode: Any, grid: Tensor, x: Tensor, teacher: Teacher) -> tuple[Plan, Tensor]:
+    """The plan of what follows a warm start, and the states that it starts from; its targets are the true trajectories."""
+    x_1 = warm.apply(x, ode)
+    later = replace(teacher, initial=x_1.cpu(), about=teacher.about | {"t_start": warm.t_1})
+    return closed_form(recipe, ode, grid, x_1, later), x_1
+
+
+def grid_of(bench: Bench, kind: str, fitted: bool) -> tuple[Tensor, WarmStart | None]:
+    """The grid, searched for the closed-form fit of the full recipe or for DDIM itself, and the warm start if it has one.
+
+    With a warm start the grid begins where that ends.
+    """
+    setting, nfe = bench.own.setting, bench.nfe
+    if kind == "default":
+        return karras_family(setting, *DEFAULT)(nfe), None
+    entry = bench.store.cell(
+        bench.file, f"grid: {kind}{'' if fitted else ', DDIM'}", bench.under, lambda: searched(bench, kind, fitted)
+    )
+    if kind == "tuned":
+        return karras_family(setting, *entry["grid"])(nfe), None
+    grid = LeapGrid(*entry["grid"]).times(nfe + (kind == "warm"), setting.schedule, bench.own.start)
+    return (grid, None) if kind == "leap" else (grid[1:], warm_start(bench, float(grid[1])))
+
+
+def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
+    """A search on the first samples: half of them fitted to, half judged by."""
+    own, setting = bench.own, bench.own.setting
+    recipe = replace(FULL if fitted else BASE, refinement=None)
+    samples = min(SEARCHED, len(own.x))
+    if kind == "tuned":
+        alive = [(math.inf, grid) for grid in KARRAS]
+        for count, keep in ((min(32, samples), 5), (samples, 1)):
+            alive = sorted((karras_error(bench, recipe, grid, count), grid) for _, grid in alive)[:keep]
+        return {"grid": list(alive[0][1])}
+
+    def make(ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+        if kind == "leap":
+            return closed_form(recipe, ode, grid, x, teacher)
+        warm = warm_start(bench, float(grid[1]))
+        return warm.then(warmed(recipe, warm, ode, grid[1:], x, teacher)[0])
+
+    part = slice(0, samples)
+    scale = float(bench.teacher.final.double().square().mean().sqrt())
+    found = search_grid(
+        make, own.ode.subset(part, len(own.x)), own.x[part], bench.teacher.subset(part), bench.nfe + (kind == "warm"),
+        leap_grids(setting.sigma_max, scale), rounds=BUDGETS["closed-form"].rounds, descent=1,
+    )  # fmt: skip
+    return {"grid": [found.best.sigma_1, found.best.sigma_min, found.best.rho]}
+
+
+def karras_error(bench: Bench, recipe: Recipe, grid: tuple[float, float], samples: int) -> float:
+    """Of a recipe on a Karras grid: fitted to half of the samples, measured on the others."""
+    own, n, half = bench.own, len(bench.own.x), samples // 2
+    first, other = slice(0, half), slice(half, samples)
+    try:
+        times = karras_family(own.setting, *grid)(bench.nfe)
+        plan = closed_form(recipe, own.ode.subset(first, n), times, own.x[first], bench.teacher.subset(first))
+    except iia.IIAError:
+        return math.inf
+    part = Batch(own.setting, own.ode.subset(other, n), own.x[other], own.final[other], {})
+    return error_of(plan, part)
+
+
+def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
+    """The plan of a recipe, and what is to be known of its making."""
+    grid, warm = grid_of(bench, recipe.grid, recipe.terms is not None or recipe.refinement is not None)
+    own, about = bench.own, {}
+    if warm is None:
+        x = own.x
+        plan = closed_form(recipe, own.ode, grid, x, bench.teacher)
+    else:
+        plan, x = warmed(recipe, warm, own.ode, grid, own.x, bench.teacher)
+        about["sigma_1"] = warm.level
+    if recipe.refinement is not None:
+        effort, part = bench.effort, slice(0, bench.effort["refined"])
+        found = refine(
+            plan, own.ode.subset(part, len(x)), x[part], bench.teacher.final[part].to(x), method=recipe.refinement,
+            iterations=effort[recipe.refinement.replace("-", "_")], probes=effort["probes"], chunk_size=CHUNK,
+            seed=bench.seed,
+        )  # fmt: skip
+        plan = found.plan
+        about |= {
+            "iterations": len(found.iterations) - 1,
+            "best": found.best,
+            "gain": found.gain,
+            "reason": found.reason,
+        }
+    return (plan if warm is None else warm.then(plan)), about
+
+
+def variant(bench: Bench, recipe: Recipe) -> Entry:
+    """One cell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", iia.FingerprintWarning)
+        try:
+            plan, about = made(bench, recipe)
+        except iia.IIAError as problem:
+            return {"skipped": str(problem).splitlines()[0]}
+    return measure(plan, bench.test) | about
+
+
+def cells(store: Store, name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
+    """All variants of one setting, number of evaluations and seed."""
+    under = {"samples": options.samples, "fit_samples": options.fit_samples, **effort_of(name)}
+    file = f"{name}-nfe{nfe:02}-seed{seed}"
+    wanted = {k: r for k, r in {**CHANGED, **ADDED}.items() if not options.variants or k in options.variants}
+    known = store.read(file)
+    if all(known.get(label, {}).get("under") == under for label in wanted):
+        say(f"{file}: all there")
+        return
+    own = batch(name, options.fit_samples, seed, False, 90)
+    test = batch(name, options.samples, seed, True, 150)
+    bench = Bench(name, nfe, seed, own, test, teacher_of(name, options.fit_samples, seed), store, under)
+    for label, recipe in wanted.items():
+        store.cell(file, label, under, lambda r=recipe: variant(bench, r))  # type: ignore[misc]
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+INTRO = """# What each ingredient is worth
+
+Made by `python benchmarks/ablation.py`, then `python benchmarks/ablation.py --table`. Errors are root mean square differences
+per component to a converged reference, on noise that nothing was fitted to or chosen by: mean and standard deviation over
+seeds, each with its own noise for fits and for measuring. Ratios are geometric means of those within each seed. *Median
+sample*: of the samples' own errors, mean over seeds.
+
+All variants are over DDIM. Grids are searched once per seed, for the closed-form fit of the full recipe or, where nothing is
+fitted, for DDIM, and shared by the variants. The full recipe: `terms="window"`, `target="trajectory"`, two earlier steps, a
+grid that leaps, then all weights and times refined by Gauss-Newton. The warm start is Gaussian, its moments from teacher
+endpoints, and takes the place of the first interval; its evaluations go to what follows.
+"""
+
+Found = dict[int, dict[int, dict[str, Entry]]]
+"""By number of evaluations, seed and label."""
+
+
+def figures(found: Found, nfe: int, label: str, over: str) -> list[str]:
+    """Mean and spread over seeds, ratio to another variant seed by seed (geometric mean), median sample."""
+    seeds = found[nfe]
+    own = [rows[label] for rows in seeds.values() if rows.get(label, {}).get("rmse") is not None]
+    if not own:
+        skipped = [rows[label]["skipped"] for rows in seeds.values() if rows.get(label, {}).get("skipped")]
+        return ["not possible" if skipped else "-", "-", "-"]
+    errors = [entry["rmse"] for entry in own]
+    spread = statistics.stdev(errors) if len(errors) > 1 else None
+    pairs = [
+        (rows[label]["rmse"], rows[over]["rmse"])
+        for rows in seeds.values()
+        if all(rows.get(k, {}).get("rmse") for k in (label, over))
+    ]
+    ratio = statistics.geometric_mean([a / b for a, b in pairs]) if pairs else None
+    median = statistics.fmean(entry["median"] for entry in own)
+    return [f"{number(statistics.fmean(errors))} ± {number(spread)}", number(ratio, 2), number(median)]
+
+
+def star(found: Found, labels: list[str], over: str, of: str) -> str:
+    """A table of variants."""
+    nfes = sorted(found)
+    heads = [part for n in nfes for part in (f"{n}: error ± spread", f"ratio to {of}", "median sample")]
+    lines = [[label, *(cell for n in nfes for cell in figures(found, n, label, over))] for label in labels]
+    return table(["variant", *heads], lines)
+
+
+def page(files: dict[str, dict[str, Entry]]) -> str:
+    """The whole page from the stored results."""
+    found: dict[str, Found] = {}
+    for file, rows in files.items():
+        name, nfe, seed = file.rsplit("-", 2)
+        cell = found.setdefault(name, {}).setdefault(int(nfe.removeprefix("nfe")), {})
+        cell[int(seed.removeprefix("seed"))] = rows
+    out = [INTRO]
+    for name, cells_of in sorted(found.items()):
+        entries = [entry for seeds in cells_of.values() for rows in seeds.values() for entry in rows.values()]
+        seeds = sorted({seed for by_seed in cells_of.values() for seed in by_seed})
+        keys = ("samples", "fit_samples", "refined", "gauss_newton", "adam", "probes")
+        out.append(f"## {name}\n\n{conditions(entries, *keys)}; seeds {', '.join(map(str, seeds))}.\n")
+        out.append("One ingredient of the full recipe changed:\n")
+        out.append(star(cells_of, list(CHANGED), "full recipe", "full"))
+        out.append("One ingredient added to the base:\n")
+        out.append(star(cells_of, list(ADDED), "base: DDIM", "base"))
+    return "\n".join(out)
+
+
+def main() -> None:
+    found = parser(__doc__ or "", "ablation", SETTINGS, NFES)
+    found.add_argument("--seeds", type=int, default=5, help="how many, from --seed on (default: %(default)s)")
+    found.add_argument("--samples", type=int, default=256, help="unseen draws that are measured (default: %(default)s)")
+    found.add_argument("--fit-samples", type=int, default=256, help="draws that fits see (default: %(default)s)")
+    found.add_argument("--variants", nargs="+", help="only these")
+    options = found.parse_args()
+    store = Store(options.out)
+    if not options.table:
+        for name, seed, nfe in product(
+            options.settings, range(options.seed, options.seed + options.seeds), options.nfe
+        ):
+            cells(store, name, nfe, seed, options)
+    else:
+        write_page(options.page, page(store.files()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,470 @@
+"""Endpoint error of fitted solvers against the best that is not fitted: python benchmarks/acceptance.py [--settings digits].
+
+Everything is fitted and chosen on 256 draws of noise, and measured on 512 others, against a converged reference. Results are
+stored one by one under --out, and a rerun does only what is missing; --table writes the page docs/results/acceptance.md.
+
+Classic solvers: every registered one that can make exactly that number of evaluations, each with its Karras grid tuned over
+rho and sigma_min. With --exhaustive all pairs run on all 256 draws, else by successive halving: all solvers on 4 of the grids
+with 16 draws, the best 10 solvers on all 28 grids with 32, the best 6 pairs on all draws.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+from common import (
+    CHUNK,
+    DEFAULT,
+    KARRAS,
+    Batch,
+    Entry,
+    Store,
+    batch,
+    conditions,
+    error_of,
+    is_closed_form,
+    karras_family,
+    levels_for,
+    measure,
+    number,
+    parser,
+    plan_of,
+    say,
+    setting_of,
+    start_of,
+    table,
+    write_page,
+)
+
+import iia_ode as iia
+from iia_ode.iia import IIA, PRESETS, Teacher
+from iia_ode.iia.recipe import BUDGETS, fit
+from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
+from iia_ode.plan import Plan
+
+SETTINGS = ("mixture64", "digits", "patches")
+NFES = (4, 5, 6, 8, 10, 15)
+COARSE = [(7.0, 0.03), (7.0, 0.1), (3.0, 0.1), (7.0, 0.3)]  # grids of the first round of halving
+LEAPED = 3  # classic solvers whose leap grid is searched for
+ROWS = {
+    "classic": "best classic, Karras grid tuned",
+    "classic-leap": "best classic, leap grid searched",
+    "scalar": "closed form, scalar weights",
+    **{name: f'`budget="{name}"`' for name in BUDGETS},
+}
+
+
+# ---- classic solvers -----------------------------------------------------------------------------------------------------
+
+
+def able(name: str, nfe: int) -> list[str]:
+    """Registered solvers that make exactly this many evaluations."""
+    return [solver for solver in iia.solver_names() if levels_for(solver, name, nfe) is not None]
+
+
+def classic_plan(solver: str, name: str, nfe: int, rho: float, level: float) -> Plan:
+    """A registered solver on a Karras grid."""
+    levels = levels_for(solver, name, nfe)
+    if levels is None:
+        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
+    return plan_of(solver, setting_of(name), karras_family(setting_of(name), rho, level)(levels))
+
+
+Pair = tuple[str, tuple[float, float]]
+
+
+def classic_search(name: str, nfe: int, own: Batch, exhaustive: bool) -> tuple[list[tuple[float, Pair]], int]:
+    """(error on the fitting noise, (solver, (rho, sigma_min))), best first, and how many sample evaluations it took."""
+    spent = 0
+
+    def attempt(pairs: list[Pair], samples: int) -> list[tuple[float, Pair]]:
+        nonlocal spent
+        part, found = own.first(samples), []
+        for solver, grid in pairs:
+            try:
+                error = error_of(classic_plan(solver, name, nfe, *grid), part)
+            except iia.IIAError:  # this pair makes no plan
+                continue
+            spent += nfe * len(part.x)
+            found.append((error, (solver, grid)))
+        return sorted(found)
+
+    solvers, n = able(name, nfe), len(own.x)
+    if exhaustive:
+        return attempt(list(product(solvers, KARRAS)), n), spent
+    first = attempt(list(product(solvers, COARSE)), min(16, n))
+    kept = list(dict.fromkeys(solver for _, (solver, _) in first))[:10]
+    second = attempt(list(product(kept, KARRAS)), min(32, n))
+    return attempt([pair for _, pair in second[:6]], n), spent
+
+
+def classic(name: str, nfe: int, own: Batch, test: Batch, exhaustive: bool) -> Entry:
+    """The best of all classic solvers, each with its grid tuned; measured on the test noise."""
+    begun = time.perf_counter()
+    found, spent = classic_search(name, nfe, own, exhaustive)
+    seconds = time.perf_counter() - begun
+    error, (solver, (rho, level)) = found[0]
+    return {
+        **measure(classic_plan(solver, name, nfe, rho, level), test),
+        "solver": solver,
+        "rho": rho,
+        "sigma_min": level,
+        "fit_rmse": error,
+        "solvers": len(able(name, nfe)),
+        "top": [[pair[0], *pair[1], error] for error, pair in found[:6]],
+        "seconds": seconds,
+        "sample_evaluations": spent,
+    }
+
+
+def classic_leap(name: str, nfe: int, own: Batch, test: Batch, found: LeapGrid, best: list[str]) -> Entry:
+    """The best of all classic solvers on grids that leap: on the one found for the fit, and on their own.
+
+    All solvers run on the grid that the search for a fit found. The best three there, and the best on Karras grids, of
+    those that take one evaluation per step, then get the very search that the fit had, with their own fixed weights.
+    """
+    setting, begun, spent = own.setting, time.perf_counter(), 0
+    schedule, start = setting.schedule, own.start
+
+    def leap(solver: str, grid: LeapGrid) -> Plan:
+        levels = levels_for(solver, name, nfe)
+        return plan_of(solver, setting, grid.times(levels or nfe, schedule, start))
+
+    tried: list[tuple[float, str, LeapGrid]] = []
+    for solver in able(name, nfe):
+        try:
+            tried.append((error_of(leap(solver, found), own), solver, found))
+        except iia.IIAError:
+            continue
+        spent += nfe * len(own.x)
+    tried.sort(key=lambda entry: entry[0])
+    simple = [s for s in dict.fromkeys([*(s for _, s, _ in tried), *best]) if levels_for(s, name, nfe) == nfe]
+    chosen = list(dict.fromkeys([*simple[:LEAPED], *(s for s in best[:1] if s in simple)]))
+    teacher = trajectories(own)
+    scale = float(own.final.double().square().mean().sqrt())
+    for solver in chosen:
+
+        def unfitted(_ode: Any, grid: Any, _x: Any, _teacher: Any, solver: str = solver) -> Plan:
+            return plan_of(solver, setting, grid)
+
+        budget = BUDGETS["thorough"]
+        with own.ode.counting() as counted:
+            search = search_grid(
+                unfitted, own.ode, own.x, teacher, nfe, leap_grids(setting.sigma_max, scale),
+                rounds=budget.rounds, descent=budget.descent,
+            )  # fmt: skip
+        spent += counted.samples
+        for grid in search.ranking[:3]:
+            tried.append((error_of(leap(solver, grid), own), solver, grid))
+            spent += nfe * len(own.x)
+    error, solver, grid = min(tried, key=lambda entry: entry[0])
+    return {
+        **measure(leap(solver, grid), test),
+        "solver": solver,
+        "grid": [grid.sigma_1, grid.sigma_min, grid.rho],
+        "searched": chosen,
+        "fit_rmse": error,
+        "on_found_grid": min(e for e, _, g in tried if g == found),
+        "seconds": time.perf_counter() - begun,
+        "sample_evaluations": spent,
+    }
+
+
+# ---- fitted solvers ------------------------------------------------------------------------------------------------------
+
+
+_TEACHERS: dict[int, Teacher] = {}
+
+
+def trajectories(own: Batch) -> Teacher:
+    """The teacher of the fitting noise for what needs one beside a fit's own; made once."""
+    if id(own) not in _TEACHERS:
+        setting = own.setting
+        _TEACHERS[id(own)] = Teacher.solve(
+            own.ode, own.x, own.start, setting.schedule.t_data,
+            steps=BUDGETS["closed-form"].teacher_steps, sigma_min=setting.sigma_min, chunk_size=CHUNK,
+        )  # fmt: skip
+    return _TEACHERS[id(own)]
+
+
+def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
+    """One number per direction, in closed form on trajectory targets; no intercept, no warm start; the grid searched.
+
+    The search and the fit of ``budget="closed-form"`` without the intercept that the recipe may choose.
+    """
+    setting, begun = own.setting, time.perf_counter()
+    method = IIA("ddim", terms="window", target="trajectory", history=2, ridge=1e-9, guard=False)
+
+    def closed(ode: Any, grid: Any, x: Any, teacher: Teacher) -> Plan:
+        return method.fit(ode, grid, x, teacher=teacher).plan
+
+    with own.ode.counting() as counted:
+        teacher = Teacher.solve(
+            own.ode, own.x, own.start, setting.schedule.t_data,
+            steps=BUDGETS["closed-form"].teacher_steps, sigma_min=setting.sigma_min, chunk_size=CHUNK,
+        )  # fmt: skip
+        candidates = leap_grids(setting.sigma_max, float(teacher.final.double().square().mean().sqrt()))
+        search = search_grid(
+            closed, own.ode, own.x, teacher, nfe, candidates, rounds=BUDGETS["closed-form"].rounds, descent=1
+        )
+        grid = search.best.times(nfe, setting.schedule, own.start)
+        plan = method.fit(own.ode, grid, own.x, teacher=teacher, chunk_size=CHUNK).plan
+    return {
+        **measure(plan, test),
+        "grid": [search.best.sigma_1, search.best.sigma_min, search.best.rho],
+        "seconds": time.perf_counter() - begun,
+        "sample_evaluations": counted.samples,
+    }
+
+
+def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry:
+    """The one call with all its defaults."""
+    begun = time.perf_counter()
+    # Closed forms draw from the marginal at the noisiest level, which is not quite noise: such states are taken as they are.
+    noise = own.x if is_closed_form(own.setting) else own.x / own.setting.sigma_max
+    found = fit(own.ode, nfe, noise, budget=name, seed=seed, report=None)
+    seconds, recipe = time.perf_counter() - begun, found.about["recipe"]
+    if found.plan.nfe != nfe:
+        raise iia.PlanError(f"a fit for {nfe} evaluations makes {found.plan.nfe}.")
+    return {
+        **measure(found.plan, test),
+        "chosen": next(i["name"] for i in recipe["ingredients"] if i["chosen"]),
+        "held_out_rmse": found.about["endpoint"]["fit"],
+        "ingredients": [[i["name"], i["error"]] for i in recipe["ingredients"]],
+        "grid": list(found.plan.grid),
+        "seconds": seconds,
+        "sample_evaluations": found.about["sample_evaluations"],
+    }
+
+
+def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Entry:
+    """One of the paper's methods and its base on the default grid."""
+    method, setting = PRESETS[preset], own.setting
+    solver = method.base_solver.label
+    levels = levels_for(solver, name, nfe)
+    if levels is None:
+        return {"skipped": f"{solver} cannot make {nfe} evaluations"}
+    grid = karras_family(setting, *DEFAULT)(levels)
+    begun = time.perf_counter()
+    try:
+        found = method.fit(own.ode, grid, own.x, chunk_size=CHUNK)
+    except iia.NonFiniteError as error:
+        return {"skipped": str(error).splitlines()[0]}
+    base = measure(plan_of(solver, setting, grid), test)
+    return {
+        **measure(found.plan, test),
+        "solver": solver,
+        "base_rmse": base["rmse"],
+        "seconds": time.perf_counter() - begun,
+        "sample_evaluations": found.about["sample_evaluations"],
+    }
+
+
+# ---- all of it -----------------------------------------------------------------------------------------------------------
+
+
+def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> None:
+    """All rows of one setting at one number of evaluations."""
+    seed, file = options.seed, f"{name}-nfe{nfe:02}-seed{options.seed}"
+    exhaustive = is_closed_form(setting_of(name)) if options.exhaustive is None else options.exhaustive
+    under = {"samples": options.samples, "fit_samples": options.fit_samples, "seed": seed}
+
+    def own() -> Batch:
+        return batch(name, options.fit_samples, seed, False, 90)
+
+    def test() -> Batch:
+        return batch(name, options.samples, seed, True, 150)
+
+    def cell(row: str, make: Callable[[], Entry], **more: Any) -> Entry:
+        if options.rows and row not in options.rows:
+            return {}
+        return store.cell(file, row, under | more, lambda: make() | {"reference": test().about})
+
+    best = cell("classic", lambda: classic(name, nfe, own(), test(), exhaustive), exhaustive=exhaustive)
+    found = cell("scalar", lambda: scalar(nfe, own(), test()))
+    if best and found:
+        top = list(dict.fromkeys(entry[0] for entry in best["top"]))
+        grid = LeapGrid(*found["grid"])
+        cell("classic-leap", lambda: classic_leap(name, nfe, own(), test(), grid, top), exhaustive=exhaustive)
+    for budget in BUDGETS:
+        cell(budget, lambda budget=budget: budget_row(budget, nfe, own(), test(), seed))  # type: ignore[misc]
+    for preset in PRESETS:
+        cell(preset, lambda preset=preset: preset_row(preset, name, nfe, own(), test()))  # type: ignore[misc]
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+INTRO = """# Fitted solvers against the best that are not
+
+Made by `python benchmarks/acceptance.py`, then `python benchmarks/acceptance.py --table`. Error is the root mean square
+difference per component between final states and a converged reference, from noise that neither fits nor any choice of
+solver, grid or option has seen (odd seeds; fits draw from even ones). Columns are numbers of evaluations.
+
+- *Best classic*: the lowest of all registered solvers that can make exactly that many, each with its Karras grid tuned over
+  rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3} on the fitting noise. Where the search is
+  called *halving*, all solvers ran on four of these grids with 16 draws, the best ten on all 28 with 32, and the best six
+  pairs on all draws.
+- *Best classic, leap grid searched*: all solvers on the grid that was found for the fit, then the best three there and the
+  best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
+- *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
+  intercept, warm start or gradients.
+- *Budgets*: `iia_ode.iia.recipe.fit` with its defaults.
+- The median is that of the samples' own errors. Where it lies far below the error, a few samples that end in another mode
+  make up nearly all of the error.
+"""
+
+Found = dict[int, dict[str, Entry]]
+"""By number of evaluations, then by row."""
+
+
+def thresholds(name: str) -> list[tuple[str, str, dict[int, float]]]:
+    """(what it says, the row, the highest ratio to the best classic by number of evaluations) of a setting."""
+    out = [("scalar closed form", "scalar", {5: 0.85, 6: 0.72, 8: 0.72, 10: 0.72})]
+    if name == "digits":
+        out.append(("thorough", "thorough", dict.fromkeys((5, 6, 8, 10), 0.35)))
+    if name == "patches":
+        out.append(("thorough", "thorough", {5: 0.69, 6: 0.51, 8: 0.64, 10: 0.49}))
+        out.append(("thorough, goal", "thorough", dict.fromkeys((5, 6, 8, 10), 0.50)))
+    return out
+
+
+def ratio(found: Found, row: str, nfe: int) -> float | None:
+    """Error over that of the best classic solver."""
+    entry, best = found[nfe].get(row), found[nfe].get("classic")
+    if not entry or not best or entry.get("rmse") is None or not best.get("rmse"):
+        return None
+    return float(entry["rmse"] / best["rmse"])
+
+
+def section(name: str, found: Found) -> str:
+    """The page's part on one setting."""
+    nfes = sorted(found)
+    entries = [entry for rows in found.values() for entry in rows.values()]
+    out = [f"## {name}\n"]
+    about = [e["reference"] for e in entries if "reference" in e]
+    for text in dict.fromkeys(
+        f"Reference: {a['reference']}" + (f"; {a['check']}" if "check" in a else "") for a in about
+    ):
+        out.append(f"{text}.")
+    out.append(f"{conditions(entries, 'samples', 'fit_samples', 'seed')}.\n")
+    head = ["error (RMSE per component, ± standard error)", *map(str, nfes)]
+
+    def error(entry: Entry | None) -> str:
+        return "-" if not entry or "rmse" not in entry else f"{number(entry['rmse'])} ± {number(entry['error'])}"
+
+    out.append(table(head, ([text, *(error(found[n].get(row)) for n in nfes)] for row, text in ROWS.items())))
+    head = ["ratio to the best classic", *map(str, nfes)]
+    rest = {row: text for row, text in ROWS.items() if row != "classic"}
+    out.append(table(head, ([t, *(number(ratio(found, r, n), 2) for n in nfes)] for r, t in rest.items())))
+    out.append(spread(found, nfes))
+    out.append(judged(name, found))
+    out.append(costs(found, nfes))
+    out.append(winners(found, nfes))
+    out.append(presets(found, nfes))
+    return "\n".join(part for part in out if part)
+
+
+def spread(found: Found, nfes: list[int]) -> str:
+    """Medians, and shares of samples that went wrong."""
+
+    def cell(entry: Entry | None) -> str:
+        return "-" if not entry or "rmse" not in entry else f"{number(entry['median'])}, {100 * entry['bad']:.1f}%"
+
+    head = ["median sample, share of samples above 0.1", *map(str, nfes)]
+    return table(head, ([text, *(cell(found[n].get(row)) for n in nfes)] for row, text in ROWS.items()))
+
+
+def judged(name: str, found: Found) -> str:
+    """Thresholds beside what was measured."""
+    lines = []
+    for text, row, limits in thresholds(name):
+        for nfe, limit in limits.items():
+            value = ratio(found, row, nfe) if nfe in found else None
+            verdict = "not measured" if value is None else "yes" if value <= limit else "**no**"
+            lines.append([text, str(nfe), number(limit, 2), number(value, 3), verdict])
+    return table(["threshold, ratio to the best classic", "NFE", "at most", "measured", "met"], lines)
+
+
+def costs(found: Found, nfes: list[int]) -> str:
+    """What fits took."""
+
+    def cell(entry: Entry | None) -> str:
+        if not entry or "seconds" not in entry:
+            return "-"
+        return f"{entry['seconds']:.0f} s, {entry['sample_evaluations'] / 1000:.0f}k"
+
+    head = ["seconds, sample evaluations of the fit or search", *map(str, nfes)]
+    return table(head, ([text, *(cell(found[n].get(row)) for n in nfes)] for row, text in ROWS.items()))
+
+
+def winners(found: Found, nfes: list[int]) -> str:
+    """What was found and chosen."""
+    lines = []
+    for n in nfes:
+        best, leap = found[n].get("classic"), found[n].get("classic-leap")
+        plain = f"`{best['solver']}`, rho {best['rho']:g}, sigma_min {best['sigma_min']:g}" if best else "-"
+        how = (
+            ("exhaustive" if best["under"]["exhaustive"] else "halving") + f", {best['solvers']} solvers"
+            if best
+            else "-"
+        )
+        grid = (
+            "`{}`, sigma_1 {:.2g}, sigma_min {:.2g}, rho {:.2g}".format(leap["solver"], *leap["grid"]) if leap else "-"
+        )
+        chosen = [found[n].get(b, {}).get("chosen", "-") for b in BUDGETS]
+        lines.append([str(n), plain, how, grid, *chosen])
+    head = ["NFE", "best classic", "search", "best classic on a leap grid", *(f"{b} chose" for b in BUDGETS)]
+    return table(head, lines, left=len(head))
+
+
+def presets(found: Found, nfes: list[int]) -> str:
+    """The paper's methods against their own bases."""
+
+    def cell(entry: Entry | None) -> str:
+        if not entry or not entry.get("base_rmse") or entry.get("rmse") is None:
+            return "-"
+        value = entry["rmse"] / entry["base_rmse"]
+        return (
+            f"{number(entry['rmse'])} / {number(entry['base_rmse'])} = {value:.2f}{'' if value < 1 else ' **loses**'}"
+        )
+
+    head = ["the paper's methods on the default grid: error / base's error = ratio", *map(str, nfes)]
+    return table(head, ([f"`{p}`", *(cell(found[n].get(p)) for n in nfes)] for p in PRESETS))
+
+
+def page(files: dict[str, dict[str, Entry]]) -> str:
+    """The whole page from the stored results."""
+    found: dict[tuple[str, int], Found] = {}
+    for file, rows in files.items():
+        name, nfe, seed = file.rsplit("-", 2)
+        found.setdefault((name, int(seed.removeprefix("seed"))), {})[int(nfe.removeprefix("nfe"))] = rows
+    out = [INTRO]
+    order = {name: k for k, name in enumerate(("digits", "patches", "mixture64"))}
+    for name, seed in sorted(found, key=lambda key: (order.get(key[0], 9), key)):
+        out.append(section(name, found[name, seed]))
+    return "\n".join(out)
+
+
+def main() -> None:
+    found = parser(__doc__ or "", "acceptance", SETTINGS, NFES)
+    found.add_argument("--samples", type=int, default=512, help="unseen draws that are measured (default: %(default)s)")
+    found.add_argument("--fit-samples", type=int, default=256, help="draws that fits see (default: %(default)s)")
+    found.add_argument("--rows", nargs="+", help=f"only these of {', '.join([*ROWS, *PRESETS])}")
+    found.add_argument(
+        "--exhaustive", action=argparse.BooleanOptionalAction, default=None,
+        help="try all pairs of solver and grid on all draws (default: where the model is in closed form)",
+    )  # fmt: skip
+    options = found.parse_args()
+    store = Store(options.out)
+    if not options.table:
+        for name, nfe in product(options.settings, options.nfe):
+            say(f"{name}, {nfe} evaluations, from {start_of(setting_of(name)):g}")
+            cells(store, name, nfe, options)
+    else:
+        write_page(options.page, page(store.files()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""What the benchmarks of fitted solvers share: stored results, references, measurements, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode.experiments import Setting, batch_seed, get_setting
+from iia_ode.experiments.settings import _ClosedForm
+from iia_ode.files import read_tensors, write_bytes, write_tensors
+from iia_ode.iia import Teacher
+from iia_ode.metrics import rmse_with_error
+from iia_ode.plan import Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ROOT / "docs" / "results"
+CACHE = ROOT / "build" / "benchmarks"
+"""Converged trajectories, which are too large to keep and can be made again."""
+
+BAD = 0.1  # a sample whose own RMSE is above this counts as bad
+CHUNK = 64
+CHECKED = 64  # samples of a network's reference that are made again with fewer steps
+RHOS = (3.0, 5.0, 7.0, 9.0)
+LEVELS = (0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3)
+KARRAS = [(rho, level) for rho in RHOS for level in LEVELS]
+DEFAULT = (7.0, 0.002)
+
+Entry = dict[str, Any]
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "iia_ode").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+CODE = _code()
+"""Which state of the library is running, between two versions."""
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+# ---- stored results ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of JSON files, each with entries by name; an entry is written as soon as it is there, in one move.
+
+    Attributes
+    ----------
+    folder : where the files are.
+    """
+
+    folder: Path
+
+    def read(self, file: str) -> dict[str, Entry]:
+        """All entries of a file; none where there is no such file."""
+        path = self.folder / f"{file}.json"
+        found: dict[str, Entry] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    def files(self) -> dict[str, dict[str, Entry]]:
+        """All files."""
+        return {path.stem: self.read(path.stem) for path in sorted(self.folder.glob("*.json"))}
+
+    def put(self, file: str, name: str, entry: Entry) -> None:
+        """Write an entry, the others of its file unchanged."""
+        entries = self.read(file) | {name: entry}
+        # A line an entry, so that a changed figure is a changed line.
+        lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(_plain(v), allow_nan=False)}" for k, v in entries.items())
+        write_bytes(self.folder / f"{file}.json", f"{{\n{lines}\n}}\n".encode())
+
+    def cell(self, file: str, name: str, under: Entry, make: Callable[[], Entry]) -> Entry:
+        """The entry made under these conditions, from the file or made now.
+
+        An entry that was made under other conditions, such as another number of samples, is made again; a newer library
+        alone is no reason to.
+        """
+        known = self.read(file).get(name)
+        if known is not None and known["under"] == _plain(under):
+            return known
+        begun = time.perf_counter()
+        entry = make() | {"under": under, "library": iia.__version__, "code": CODE}
+        entry["cell_seconds"] = time.perf_counter() - begun
+        self.put(file, name, entry)
+        say(f"{file} {name}: {brief(entry)} ({entry['cell_seconds']:.1f} s)")
+        return entry
+
+
+def brief(entry: Entry) -> str:
+    """What an entry found, in a few words."""
+    if entry.get("skipped"):
+        return f"skipped, {entry['skipped']}"
+    kept = {
+        k: v
+        for k, v in entry.items()
+        if isinstance(v, int | float | str) and k not in ("library", "code", "cell_seconds")
+    }
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in kept.items())
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: six digits of numbers, None for what is not finite, lists for tuples."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+# ---- batches and references ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Initial states with their converged final states.
+
+    Attributes
+    ----------
+    setting, ode, x : the problem and the states.
+    final : converged final states [B, ...].
+    about : how they were made and how far they are known to be from the truth; JSON-ready.
+    """
+
+    setting: Setting
+    ode: iia.ProbabilityFlowODE
+    x: Tensor
+    final: Tensor
+    about: Entry
+
+    @property
+    def start(self) -> float:
+        """The time of the initial states."""
+        return start_of(self.setting)
+
+    def first(self, n: int) -> Batch:
+        """The first n samples."""
+        part = slice(0, n)
+        return Batch(self.setting, self.ode.subset(part, len(self.x)), self.x[part], self.final[part], self.about)
+
+
+@cache
+def setting_of(name: str) -> Setting:
+    """The setting, made once."""
+    return get_setting(name)
+
+
+def is_closed_form(setting: Setting) -> bool:
+    """Whether an evaluation costs next to nothing."""
+    return isinstance(setting, _ClosedForm)
+
+
+def start_of(setting: Setting) -> float:
+    """The time that runs start at."""
+    return setting.schedule.t_of_noise_to_signal(setting.sigma_max)
+
+
+@cache
+def batch(name: str, samples: int, seed: int, unseen: bool, steps: int = 150, cached: Path = CACHE) -> Batch:
+    """Noise for fits or, with `unseen`, for measuring, with a reference.
+
+    Problems in closed form: dopri8 in float64 at the setting's tolerance. Networks: `steps` steps of the teacher's method,
+    and on the first 64 samples the same with two thirds of the steps, whose distance is recorded.
+    """
+    setting = setting_of(name)
+    ode, x = setting.draw(samples, batch_seed(seed, unseen=unseen))
+    start, end = start_of(setting), setting.schedule.t_data
+    if is_closed_form(setting):
+        tolerance = setting.reference_tolerance
+        final = iia.reference.solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
+        return Batch(setting, ode, x, final, {"reference": f"dopri8 in float64, tolerance {tolerance:g}"})
+    path = cached / f"{name}-{samples}-{seed}-{'unseen' if unseen else 'fit'}-{steps}.safetensors"
+    try:
+        tensors, header = read_tensors(path, "benchmark reference")
+        if torch.equal(tensors["x"], x):
+            return Batch(setting, ode, x, tensors["final"], header["about"])
+    except iia.FileFormatError:
+        pass
+    say(f"{name}: reference of {samples} {'unseen' if unseen else 'fitting'} samples, {steps} steps")
+
+    def solve(count: int, steps: int) -> Tensor:
+        own = slice(0, count)
+        low = setting.sigma_min
+        sub = ode.subset(own, len(x))
+        return Teacher.solve(sub, x[own], start, end, steps=steps, sigma_min=low, chunk_size=CHUNK).final
+
+    final = solve(samples, steps)
+    checked, fewer = min(CHECKED, samples), 2 * steps // 3
+    distance, _ = rmse_with_error(solve(checked, fewer), final[:checked])
+    about = {
+        "reference": f"{steps} steps of the teacher's method",
+        "check": f"{distance:.1e} from {fewer} steps on {checked} samples",
+    }
+    write_tensors(path, "benchmark reference", {"x": x, "final": final}, {"about": about})
+    return Batch(setting, ode, x, final, about)
+
+
+@cache
+def teacher_of(name: str, samples: int, seed: int, steps: int = 60) -> Teacher:
+    """Trajectories of the fitting noise."""
+    setting = setting_of(name)
+    ode, x = setting.draw(samples, batch_seed(seed, unseen=False))
+    return Teacher.solve(
+        ode, x, start_of(setting), setting.schedule.t_data, steps=steps, sigma_min=setting.sigma_min, chunk_size=CHUNK
+    )
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run(plan: Plan, batch: Batch) -> Tensor:
+    """Final states, by parts of the batch; what is not finite stays so."""
+    n = len(batch.x)
+    size = n if is_closed_form(batch.setting) else CHUNK
+    parts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return torch.cat([plan.run(batch.ode.subset(p, n), batch.x[p], check_finite=False) for p in parts])
+
+
+def measure(plan: Plan, batch: Batch) -> Entry:
+    """RMSE with its standard error, the median of the samples' own RMSE, and the share of bad samples."""
+    final = run(plan, batch)
+    value, error = rmse_with_error(final, batch.final)
+    own = (final.double() - batch.final.double()).square().flatten(1).mean(dim=1).sqrt()
+    return {"rmse": value, "error": error, "median": float(own.median()), "bad": float((~(own <= BAD)).double().mean())}
+
+
+def error_of(plan: Plan, batch: Batch) -> float:
+    """RMSE, infinite where the run is not finite."""
+    value, _ = rmse_with_error(run(plan, batch), batch.final)
+    return value if math.isfinite(value) else math.inf
+
+
+def karras_family(setting: Setting, rho: float, level: float) -> Callable[[int], Tensor]:
+    """From a number of levels to the Karras grid from the setting's noisiest level."""
+    start = start_of(setting)
+
+    def make(n: int) -> Tensor:
+        grid = iia.grids.karras(n, level, setting.sigma_max, rho, schedule=setting.schedule)
+        grid[0] = start
+        return grid
+
+    return make
+
+
+@cache
+def levels_for(solver: str, name: str, nfe: int) -> int | None:
+    """How many levels a solver needs for this many evaluations; None where it cannot make them."""
+    setting = setting_of(name)
+    try:
+        grid = iia.get_solver(solver).grid_for(nfe, karras_family(setting, *DEFAULT), setting.schedule)
+    except iia.GridError:
+        return None
+    return len(grid) - 1
+
+
+def plan_of(solver: str, setting: Setting, grid: Tensor) -> Plan:
+    """A registered solver on a grid."""
+    return iia.trace(iia.get_solver(solver), setting.schedule, grid, consistent=False)
+
+
+# ---- command line and pages ----------------------------------------------------------------------------------------------
+
+
+def parser(text: str, name: str, settings: Sequence[str], nfes: Sequence[int]) -> argparse.ArgumentParser:
+    """The options that all of these scripts have."""
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--settings", nargs="+", default=list(settings), help="default: %(default)s")
+    found.add_argument("--nfe", nargs="+", type=int, default=list(nfes), help="default: %(default)s")
+    found.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    found.add_argument("--out", type=Path, default=RESULTS / name, help="folder of the results (default: %(default)s)")
+    found.add_argument("--page", type=Path, default=PAGES / f"{name}.md", help="what --table writes")
+    found.add_argument("--table", action="store_true", help="only write the page, from the stored results")
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; all columns but the first `left` are right-aligned."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows)) + "\n"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure of a table; a dash for what is not there."""
+    return "-" if value is None else f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
+
+
+def conditions(entries: Iterable[Entry], *keys: str) -> str:
+    """Which values of these conditions stand behind the entries: one each where all were made alike."""
+    found = []
+    entries = list(entries)
+    for key in keys:
+        values = {json.dumps(e["under"][key]) for e in entries if key in e.get("under", {})}
+        if values:
+            found.append(f"{key.replace('_', ' ')} {', '.join(sorted(values))}")
+    versions = sorted({e["library"] for e in entries if "library" in e})
+    codes = sorted({e.get("code", "not noted") for e in entries})
+    return "; ".join([*found, f"iia_ode {', '.join(versions)}, sources {', '.join(codes)}"])
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page."""
+    write_bytes(path, (text.rstrip() + "\n").encode())
+    say(f"wrote {path.name}")

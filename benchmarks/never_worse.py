@@ -1,0 +1,320 @@
+"""Whether a guarded fit ever ends worse than its base: python benchmarks/never_worse.py [--settings mixture].
+
+Over all registered solvers as bases and many numbers of evaluations, on Karras grids (rho 7) from sigma 80 to 0.002 and the
+data: IIA(base, terms="window", target="trajectory") and, where the paper has terms for the base, IIA(base), both with the
+guard. Each is compared with its base on noise that the fit did not see; a ratio of errors above 1.01 is a violation. Results
+are stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/never_worse.md.
+"""
+
+import argparse
+import math
+import statistics
+import warnings
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import torch
+from common import (
+    CHUNK,
+    DEFAULT,
+    Batch,
+    Entry,
+    Store,
+    batch,
+    conditions,
+    is_closed_form,
+    karras_family,
+    levels_for,
+    number,
+    parser,
+    plan_of,
+    run,
+    say,
+    setting_of,
+    table,
+    teacher_of,
+    write_page,
+)
+
+import iia_ode as iia
+from iia_ode.iia import IIA
+from iia_ode.metrics import rmse_with_error
+
+SETTINGS = ("mixture", "mixture64", "digits")
+NFES = (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40)
+LIMIT = 1.01
+TERMS = {"window": {"terms": "window", "target": "trajectory"}, "paper": {"terms": "paper", "target": "substeps"}}
+SUBSET = (  # of the networks, where an evaluation costs something: one of each kind
+    "ddim", "heun", "rk4", "dpm2", "dpm_solver_3m", "dpmpp_2s", "dpmpp_2m", "deis_tab3", "ipndm", "ipndm3", "spndm",
+    "plms", "unipc", "expab3",
+)  # fmt: skip
+SUBSET_NFES = (5, 6, 10, 15, 25)
+SAMPLES = {"closed form": (256, 512), "network": (64, 64)}
+"""Draws that fits see, and draws that are measured."""
+FAR, NEAR = 64, 16  # evaluations between which the error of a base that converges falls by half
+MANY_SAMPLES, FRESH = 8192, 1000
+"""Where the model is in closed form, violations are measured again on so many samples, of a seed that is so much higher."""
+MANY = 4  # more evaluations than asked for, until a base can make them
+
+
+def counts(name: str) -> tuple[int, int]:
+    """Draws for fits and for measuring."""
+    return SAMPLES["closed form" if is_closed_form(setting_of(name)) else "network"]
+
+
+@cache
+def failing(solver: str, name: str) -> str | None:
+    """Why a base is left out: it makes no plan, or its error does not fall; None where it takes part."""
+    errors = []
+    for wanted in (NEAR, FAR):
+        nfe = next((n for n in range(wanted, wanted + MANY) if levels_for(solver, name, n)), None)
+        if nfe is None:
+            return f"makes none of {wanted} to {wanted + MANY - 1} evaluations"
+        try:
+            plan = plan_of(solver, setting_of(name), grid_of(solver, name, nfe))
+            part = batch(name, counts(name)[1], 0, True, 90).first(64 if is_closed_form(setting_of(name)) else 8)
+            error, _ = rmse_with_error(run(plan, part), part.final)
+        except iia.IIAError as problem:
+            return str(problem).splitlines()[0]
+        errors.append(error)
+    near, far = errors
+    if not far <= max(near / 2, 1e-3):
+        return f"does not converge on this grid: error {near:.3g} at {NEAR} and {far:.3g} at {FAR} evaluations"
+    return None
+
+
+def grid_of(solver: str, name: str, nfe: int) -> torch.Tensor:
+    """The Karras grid on which a solver makes that many evaluations."""
+    levels = levels_for(solver, name, nfe)
+    if levels is None:
+        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
+    return karras_family(setting_of(name), *DEFAULT)(levels)
+
+
+def exists(solver: str, name: str, nfe: int, terms: str) -> bool:
+    """Whether there is such a fit: the base can make that many evaluations, and the paper has terms for it."""
+    try:
+        IIA(solver, **TERMS[terms])  # type: ignore[arg-type]
+    except iia.InputError:
+        return False
+    return levels_for(solver, name, nfe) is not None
+
+
+def measured(solver: str, name: str, nfe: int, terms: str, seed: int, again: bool = False) -> Entry:
+    """One guarded fit against its base; `again`, on many more samples than at first."""
+    method = IIA(solver, **TERMS[terms], guard=True)  # type: ignore[arg-type]
+    own, unseen = counts(name)
+    test = batch(name, MANY_SAMPLES, seed + FRESH, True, 90) if again else batch(name, unseen, seed, True, 90)
+    ode, x = setting_of(name).draw(own, 2 * seed)
+    teacher = teacher_of(name, own, seed)
+    grid = grid_of(solver, name, nfe)
+    base, base_error = rmse_with_error(run(plan_of(solver, setting_of(name), grid), test), test.final)
+    if not math.isfinite(base):
+        return {"skipped": "the base is not finite"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            size = None if is_closed_form(setting_of(name)) else CHUNK
+            fit = method.fit(ode, grid, x, teacher=teacher, chunk_size=size)
+        except iia.NonFiniteError as problem:
+            return {"skipped": f"not finite: {str(problem).splitlines()[0]}"}
+    value, error = rmse_with_error(run(fit.plan, test), test.final)
+    outcome, size = fit.about["endpoint"], float(test.final.double().square().mean().sqrt())
+    rounding = 100 * torch.finfo(test.x.dtype).eps * size
+    return {
+        "base": base,
+        "fit": value if math.isfinite(value) else 1e300,
+        "base_error": base_error,
+        "fit_error": error,
+        "ratio": ratio_of(value, base, rounding),
+        "held_base": outcome["base"],
+        "held_fit": outcome["fit"],
+        "fell_back": outcome["fell_back"],
+        "kept_steps": sum(not r.accepted for r in fit.reports),
+        "steps": len(fit.reports),
+        **by_sample(fit.plan, plan_of(solver, setting_of(name), grid), test),
+        "warned": len(caught),
+    }
+
+
+def ratio_of(fit: float, base: float, rounding: float) -> float:
+    """Error of the fit over that of its base, 1 where both are rounding."""
+    if not math.isfinite(fit):
+        return 1e300
+    return 1.0 if max(fit, base) <= rounding else fit / max(base, 1e-300)
+
+
+def by_sample(fit: Any, base: Any, test: Batch) -> Entry:
+    """Medians; how much of the fit's squared error the worst hundredth of the samples makes; and how sure the difference is.
+
+    `sure` is the mean difference of squared errors, fit less base, over its standard error: paired, sample by sample.
+    """
+    squares = [(run(p, test).double() - test.final.double()).square().flatten(1).mean(dim=1) for p in (fit, base)]
+    count = max(1, len(test.x) // 100)
+    top = squares[0].nan_to_num(posinf=1e300).sort(descending=True).values
+    share = float(top[:count].sum() / top.sum()) if float(top.sum()) > 0 else 0.0
+    gap = squares[0] - squares[1]
+    error = float(gap.std()) / len(gap) ** 0.5
+    medians = {"fit_median": float(squares[0].median().sqrt()), "base_median": float(squares[1].median().sqrt())}
+    return medians | {"top": share, "sure": float(gap.mean()) / error if error > 0 else 0.0}
+
+
+def cells(store: Store, name: str, options: argparse.Namespace) -> None:
+    """All bases at all numbers of evaluations on a setting."""
+    subset = not is_closed_form(setting_of(name)) and not options.all_bases
+    bases = options.bases or (SUBSET if subset else iia.solver_names())
+    nfes = [n for n in options.nfe if not subset or n in SUBSET_NFES]
+    own, unseen = counts(name)
+    under = {"samples": unseen, "fit_samples": own, "seed": options.seed}
+    say(f"{name}: {len(bases)} bases at {nfes}")
+    for solver in bases:
+        file = f"{name}-{solver}-seed{options.seed}"
+        reason = store.cell(file, "converges", under, lambda s=solver: verdict(failing(s, name)))  # type: ignore[misc]
+        if reason.get("skipped"):
+            continue
+        for nfe, terms in product(nfes, TERMS):
+            if not exists(solver, name, nfe, terms):
+                continue
+            cell, more = f"{terms} {nfe}", under | {"samples": MANY_SAMPLES}
+            found = store.cell(file, cell, under, partial(measured, solver, name, nfe, terms, options.seed))
+            if found.get("ratio", 0) > LIMIT and is_closed_form(setting_of(name)):
+                store.cell(file, f"{cell} again", more, partial(measured, solver, name, nfe, terms, options.seed, True))
+
+
+def verdict(reason: str | None) -> Entry:
+    """As an entry."""
+    return {"converges": True} if reason is None else {"skipped": reason}
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+INTRO = """# Is a guarded fit ever worse than its base?
+
+Made by `python benchmarks/never_worse.py`, then `python benchmarks/never_worse.py --table`. Registered solvers as bases, on
+the Karras grid (rho 7, sigma 80 to 0.002, then the data), with the guard: `IIA(base, terms="window", target="trajectory")`,
+called *window*, and, where the paper has terms for the base, `IIA(base)`, called *paper*. Errors are root mean square
+differences per component to a converged reference, on noise that the fit did not see; the ratio is that of the fit over that
+of its base.
+
+- *Fell back*: the guard found the whole fit worse on held-out noise, a quarter of the fitting draws, and returned the base.
+- *Top 1%*: how much of the fit's squared error the worst hundredth of the samples makes. Where that is nearly all, the
+  held-out draws may hold none of them.
+- *Sure*: the mean difference of squared errors, fit less base, over its standard error. Below 2 it may be chance.
+- *Again*: where the model is in closed form, violations are measured once more, on 8192 other draws.
+"""
+
+Row = tuple[str, str, str, int, Entry]
+"""Setting, base, terms, evaluations, entry."""
+
+
+def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[str, str, str]]]:
+    """What was measured, and the bases that were left out with the reason."""
+    rows: list[Row] = []
+    out: list[tuple[str, str, str]] = []
+    for file, entries in files.items():
+        name, solver, _ = file.split("-")
+        for cell, entry in entries.items():
+            if cell == "converges":
+                if entry.get("skipped"):
+                    out.append((name, solver, entry["skipped"]))
+            elif entry.get("ratio") is not None and not cell.endswith("again"):
+                terms, nfe = cell.split()
+                more = {"again": entries.get(f"{cell} again", {})}
+                rows.append((name, solver, terms, int(nfe), entry | more))
+            elif entry.get("skipped", "").startswith(("not finite", "the base")):
+                out.append((name, f"{solver} {cell}", entry["skipped"]))
+    return rows, out
+
+
+def summary(rows: list[Row]) -> str:
+    """A line for each setting and set of terms."""
+    lines = []
+    for name, terms in dict.fromkeys((row[0], row[2]) for row in rows):
+        own = [row for row in rows if (row[0], row[2]) == (name, terms)]
+        ratios = [row[4]["ratio"] for row in own]
+        repeated = [row[4]["again"]["ratio"] for row in own if row[4]["again"]]
+        worst = max(own, key=lambda row: row[4]["ratio"])
+        lines.append([
+            name, terms, str(len(own)), str(sum(r > LIMIT for r in ratios)), number(max(ratios), 3),
+            f"`{worst[1]}` at {worst[3]}", number(statistics.median(ratios), 3), number(min(ratios), 3),
+            str(sum(bool(row[4]["fell_back"]) for row in own)), str(len(repeated)), str(sum(r > LIMIT for r in repeated)),
+        ])  # fmt: skip
+    head = [
+        "setting",
+        "terms",
+        "fits",
+        f"above {LIMIT}",
+        "worst ratio",
+        "where",
+        "median",
+        "best",
+        "fell back",
+        "run again",
+        f"still above {LIMIT}",
+    ]
+    return table(head, lines, left=2)
+
+
+def violations(rows: list[Row]) -> str:
+    """Every fit that ended worse than its base."""
+    bad = sorted((row for row in rows if row[4]["ratio"] > LIMIT), key=lambda row: -row[4]["ratio"])
+    if not bad:
+        return "No violations.\n"
+    head = [
+        "setting", "base", "terms", "NFE", "ratio", "fit", "base", "median fit", "median base", "top 1%",
+        "sure", "held-out fit", "held-out base", "again: ratio", "sure",
+    ]  # fmt: skip
+    keys = ("fit", "base", "fit_median", "base_median", "top", "sure", "held_fit", "held_base")
+    lines = [
+        [name, f"`{solver}`", terms, str(nfe), number(e["ratio"], 3), *(digits(e[key]) for key in keys), *again(e)]
+        for name, solver, terms, nfe, e in bad
+    ]
+    return table(head, lines, left=3)
+
+
+def again(entry: Entry) -> list[str]:
+    """Ratio and certainty on many more samples, where those were run."""
+    more = entry["again"]
+    return [number(more.get("ratio"), 3), digits(more.get("sure"))]
+
+
+def digits(value: float | None) -> str:
+    """Four significant digits."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def page(files: dict[str, dict[str, Entry]]) -> str:
+    """The whole page from the stored results."""
+    rows, out = rows_of(files)
+    entries = [row[4] for row in rows]
+    parts = [INTRO]
+    for name in dict.fromkeys(row[0] for row in rows):
+        own = [row for row in rows if row[0] == name]
+        bases, nfes = {row[1] for row in own}, sorted({row[3] for row in own})
+        under = conditions([row[4] for row in own], "samples", "fit_samples", "seed")
+        parts.append(f"- {name}: {len(bases)} bases, {', '.join(map(str, nfes))} evaluations; {under}.")
+    if entries:
+        parts += ["", summary(rows), "## Violations\n", violations(rows)]
+    if out:
+        parts += ["## Left out\n", table(["setting", "base", "why"], ([n, f"`{s}`", why] for n, s, why in out), left=3)]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    found = parser(__doc__ or "", "never_worse", SETTINGS, NFES)
+    found.add_argument("--bases", nargs="+", help="only these")
+    found.add_argument(
+        "--all-bases", action="store_true", help="all bases and counts on networks too, not one of each kind"
+    )
+    options = found.parse_args()
+    store = Store(options.out)
+    if not options.table:
+        for name in options.settings:
+            cells(store, name, options)
+    else:
+        write_page(options.page, page(store.files()))
+
+
+if __name__ == "__main__":
+    main()

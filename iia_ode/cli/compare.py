@@ -1,0 +1,129 @@
+"""``iia-ode compare``: solvers against each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import click
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import MissingDependencyError
+from ..experiments import Comparison, compare
+from ..experiments.compare import RECIPE
+from ..files import check_writable, write_bytes
+from ..iia import BUDGETS
+from ..plots import error_against_nfe, sample_panels, save_figure
+from .options import COUNT, Job, given, interactive, names, numbers, on_a_model
+
+__all__ = ["compare_command"]
+
+
+@click.command("compare")
+@on_a_model
+@click.option(
+    "--solvers",
+    callback=names,
+    metavar="NAME,NAME,...",
+    default="ddim,iia-ddim,heun,biia-edm,iia-edm",
+    show_default=True,
+    help=f"Registered solvers, presets, and {RECIPE!r}: what iia_ode.fit finds.",
+)
+@click.option(
+    "--nfe",
+    callback=numbers,
+    metavar="N,N,...",
+    default="5,6,7,8,9,10,11,15,20",
+    show_default=True,
+    help="Evaluations; a solver sits out those it cannot make.",
+)
+@click.option("--samples", type=COUNT, default=128, show_default=True, help="Unseen initial states to measure on.")
+@click.option("--fit-samples", type=COUNT, default=200, show_default=True, help="Initial states that fits see.")
+@click.option(
+    "--target",
+    type=click.Choice(["substeps", "local", "trajectory"]),
+    default="substeps",
+    show_default=True,
+    help="What presets are fitted to: sub-steps of the base, as in the paper, an accurate integration of each step, or "
+    "the accurate trajectory from the same noise.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(list(BUDGETS)),
+    default="closed-form",
+    show_default=True,
+    help=f"What solver {RECIPE!r} may spend on its fit.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/compare", show_default=True)
+def compare_command(
+    job: Job,
+    solvers: tuple[str, ...],
+    nfe: tuple[int, ...],
+    samples: int,
+    fit_samples: int,
+    target: str,
+    budget: str,
+    out: Path,
+) -> None:
+    """Fit, sample, measure: endpoint error of solvers at equal evaluations, on noise that no fit has seen.
+
+    Prints a table and writes into --out: compare.csv, table.md, compare.json (what was run), compare.png, samples.png
+    (images from the same noise, a panel per solver) and the fitted solvers.
+    """
+    if given("budget") and RECIPE not in solvers:
+        raise click.UsageError(f"--budget is that of solver {RECIPE!r}, which is not among --solvers.")
+    check_writable(out / "compare.csv")
+    result = compare(
+        job.setting,
+        solvers,
+        nfe,
+        job.family(),
+        samples=samples,
+        fit_samples=fit_samples,
+        target=target,
+        budget=budget,
+        guidance_scale=job.guidance,
+        seed=job.seed,
+        device=job.device,
+        progress=interactive(),
+        report=partial(tqdm.write, file=sys.stderr),
+    )
+    written = _write_comparison(result, job.setting.is_image, out)
+    click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
+    click.echo(result.table())
+    fits = sum(p.parent != out for p in written)
+    names = [p.name for p in written if p.parent == out] + ([f"fits/*.safetensors ({fits})"] if fits else [])
+    click.echo(f"\nwritten to {out}/: {', '.join(names)}")
+
+
+def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Path]:
+    written = [
+        write_bytes(out / "compare.csv", result.csv().encode()),
+        write_bytes(out / "table.md", (result.table(markdown=True) + "\n").encode()),
+        write_bytes(out / "compare.json", (json.dumps(result.settings, indent=2) + "\n").encode()),
+    ]
+    for (name, count), fit in result.fits.items():
+        written.append(fit.save(out / "fits" / f"{name}-{count}.safetensors"))
+    try:
+        written.append(save_figure(error_against_nfe(result), out / "compare.png"))
+        if is_image:
+            written.append(save_figure(sample_panels(_panels(result)), out / "samples.png"))
+    except MissingDependencyError as error:
+        click.echo(f"no plots: {error}", err=True)
+    return written
+
+
+def _panels(result: Comparison) -> dict[str, Tensor]:
+    """The reference, and each solver at the middle one of the counts that all can make (or at its own middle one)."""
+    counts = {s: [r.nfe for r in result.rows if r.solver == s] for s in result.solvers}
+    shared = [n for n in result.nfes if all(n in c for c in counts.values())]
+    panels = {"converged reference": result.reference}
+    for solver, own in counts.items():
+        if own:
+            among = shared or own
+            nfe = among[len(among) // 2]
+            panels[f"{solver}, {nfe} evaluations, RMSE {result.error(solver, nfe):.3f}"] = result.samples[solver, nfe]
+    return panels

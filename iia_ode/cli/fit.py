@@ -1,0 +1,279 @@
+"""``iia-ode fit``: the best solver for a number of evaluations, or IIA over one base on one grid; saved as a file."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import unknown_name
+from ..files import check_writable
+from ..iia import BUDGETS, IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
+from ..iia.fitting import floor_of
+from ..iia.recipe import fit
+from ..iia.targets import resolve_target
+from ..ode import ProbabilityFlowODE
+from ..solvers import solver_names
+from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model
+from .ranks import Process, joined, process_count
+
+__all__ = ["fit_command"]
+
+_OF_IIA = ("terms", "target", "history", "substeps", "ridge", "guard", "intercept")
+_SMALL = 3.0  # below this level, `iia_ode.fit` could take initial states for the noise that it would scale
+
+
+def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == "auto":
+        return value
+    convert: Callable[..., float] = Range(0, 1e9).convert
+    return convert(value, param, ctx)
+
+
+@click.command("fit")
+@on_a_model
+@click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations of the fitted solver.")
+@click.option("--budget", type=click.Choice(list(BUDGETS)), help="What the fit may spend [default: standard].")
+@click.option(
+    "--solver",
+    "--preset",
+    "solver",
+    help=f"IIA on the given grid instead: a preset ({', '.join(PRESETS)}), or any registered solver as base.",
+)
+@click.option(
+    "--terms",
+    type=click.Choice(["paper", "window", "biia-edm", "iia-edm", "iia-ddim"]),
+    help="Directions that a step of the base may add [default: paper].",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["substeps", "local", "trajectory"]),
+    help="What each step is fitted to: sub-steps of the base, the flow, or the accurate trajectory [default: substeps].",
+)
+@click.option("--history", type=click.IntRange(0, 10_000), help="Earlier steps to use, r [default: 1].")
+@click.option("--substeps", type=click.IntRange(1, 10_000), help="Sub-steps of the target, M [default: 3].")
+@click.option("--ridge", callback=_ridge, metavar="NUMBER|auto", help="Relative ridge towards the base [default: 0].")
+@click.option(
+    "--guard/--no-guard",
+    default=None,
+    help="Hold samples out and keep the base where they say so [default: for a base yes, for a preset no].",
+)
+@click.option("--intercept", is_flag=True, default=None, help="Also fit a constant in each step.")
+@click.option("--samples", type=COUNT, help="Initial states to fit on [default: 256, with --solver 200].")
+@click.option(
+    "--chunk-size", type=COUNT, help="Samples that go through the model at once [default: 64, with --solver all]."
+)
+@click.option(
+    "--teacher",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Accurate trajectories that --save-teacher wrote.",
+)
+@click.option(
+    "--save-teacher",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the accurate trajectories in this file.",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
+def fit_command(
+    job: Job,
+    nfe: int,
+    budget: str | None,
+    solver: str | None,
+    samples: int | None,
+    chunk_size: int | None,
+    teacher: Path | None,
+    save_teacher: Path | None,
+    out: Path,
+    **options: Any,
+) -> None:
+    """Fit a solver to a model and save it as one safetensors file.
+
+    Finds the grid and the weights with the lowest error for --nfe evaluations that --budget can buy. With --solver, fits
+    the weights of one solver on one grid, by improved integration approximation; torchrun may then share the samples out
+    among processes: torchrun --nproc-per-node=2 -m iia_ode fit --solver ...
+    """
+    if teacher is not None and save_teacher is not None:
+        raise click.UsageError("--teacher reads trajectories and --save-teacher makes them: choose one.")
+    files = _Files(teacher, save_teacher, out)
+    if solver is None:
+        _find(job, nfe, budget or "standard", samples or 256, chunk_size or 64, files)
+    else:
+        method = _method(solver, budget, {k: v for k, v in options.items() if v is not None}, files)
+        _fit_iia(job, nfe, method, samples or 200, chunk_size, files)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is read and written."""
+
+    teacher: Path | None
+    save_teacher: Path | None
+    out: Path
+
+    def check(self) -> None:
+        """Find out now what cannot be written."""
+        for path in (self.save_teacher, self.out):
+            if path is not None:
+                check_writable(path)
+
+    def teach(self, solve: Callable[[], Teacher], say: Callable[[str], None]) -> Teacher | None:
+        """The teacher of the file, or a new one where it is to be kept; None where the fit may make its own."""
+        if self.teacher is not None:
+            return Teacher.load(self.teacher)
+        if self.save_teacher is None:
+            return None
+        teacher = solve()
+        say(f"teacher: {teacher.sample_evaluations} sample evaluations; written: {teacher.save(self.save_teacher)}")
+        return teacher
+
+
+def _find(job: Job, nfe: int, budget: str, samples: int, chunk_size: int, files: _Files) -> None:
+    """`iia_ode.fit`."""
+    for name in (*_OF_IIA, "grid", "rho"):
+        if given(name):
+            option = "--guard/--no-guard" if name == "guard" else f"--{name}"
+            raise click.UsageError(f"{option} goes with --solver: without that, grid and weights are searched for.")
+    if process_count() > 1:
+        raise click.UsageError(
+            "the search for grid and weights runs in one process; with --solver, torchrun may be used."
+        )
+    if job.setting.sigma_max < _SMALL and (files.teacher or files.save_teacher):
+        raise click.UsageError(f"a file of trajectories needs --sigma-max of at least {_SMALL:g}, or --solver.")
+    files.check()
+    ode, x = job.draw(samples, unseen=False)
+    schedule, top = job.setting.schedule, job.setting.sigma_max
+
+    def solve() -> Teacher:
+        start, steps = schedule.t_of_noise_to_signal(top), BUDGETS[budget].teacher_steps
+        return Teacher.solve(
+            ode,
+            x,
+            start,
+            schedule.t_data,
+            steps=steps,
+            sigma_min=job.lowest,
+            chunk_size=chunk_size,
+            progress=interactive(),
+        )
+
+    with _warnings_as_lines():
+        found = fit(
+            ode,
+            nfe,
+            x if top >= _SMALL else x / top,
+            budget=budget,
+            sigma_max=top,
+            sigma_min=job.lowest,
+            teacher=files.teach(solve, _say),
+            chunk_size=chunk_size,
+            seed=job.seed,
+            report=_say,
+            progress=interactive(),
+        )
+    _write(found, files.out)
+
+
+def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:
+    """IIA as the options say."""
+    if budget is not None:
+        raise click.UsageError("--budget is that of a search, and --solver leaves nothing to search for.")
+    if solver not in PRESETS and solver not in solver_names():
+        raise unknown_name("preset or solver", solver, [*PRESETS, *solver_names()])
+    if solver in PRESETS and "terms" in changes:
+        raise click.UsageError(
+            f"preset {solver} brings its own terms: --terms goes with a registered solver as --solver."
+        )
+    method = preset(solver, **changes) if solver in PRESETS else IIA(solver, **changes)
+    if "substeps" in changes and method.target != "substeps":
+        raise click.UsageError(f"--substeps is for --target substeps, not for {method.target}.")
+    if (files.teacher or files.save_teacher) and method.target != "trajectory" and not method.guard:
+        raise click.UsageError("a file of trajectories goes with --target trajectory or with --guard.")
+    return method
+
+
+def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | None, files: _Files) -> None:
+    """One solver on one grid, in this process or with others."""
+    grid = method.base_solver.grid_for(nfe, job.family(), job.setting.schedule)
+    if samples < (size := process_count()):
+        raise click.UsageError(f"{samples} samples are too few for {size} processes.")
+    if size > 1 and files.save_teacher:
+        raise click.UsageError(
+            "each process makes the trajectories of its own samples: --save-teacher needs one process."
+        )
+    with joined(job.device) as process, _warnings_as_lines(process.leads):
+        if process.leads:
+            files.check()
+        say = _say if process.leads else _silent
+        say(_spending(method, nfe, samples, process))
+        ode, x = replace(job, device=process.device).draw(
+            samples, unseen=False
+        )  # whole, so that ranks change no sample
+        teacher = files.teach(lambda: _teacher(method, ode, grid, x, chunk_size), say)
+        if teacher is not None:
+            teacher.check(ode, x)
+            teacher = teacher.subset(process.share(samples))
+        fitted = method.fit(
+            ode.subset(process.share(samples), samples),
+            grid,
+            x[process.share(samples)],
+            teacher=teacher,
+            chunk_size=chunk_size,
+            seed=job.seed,
+            progress=process.leads and interactive(),
+        )
+        if process.leads:
+            _write(fitted, files.out)
+
+
+def _teacher(method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chunk_size: int | None) -> Teacher:
+    """The one that the fit would make for itself."""
+    target = resolve_target(method.target, method.substeps)
+    steps = target.steps if isinstance(target, TeacherTrajectory) else None
+    start, last, end = (float(grid[i]) for i in (0, -2, -1))
+    floor = floor_of(ode, last) if ode.is_data(end) else 0.002
+    return Teacher.solve(
+        ode, x, start, end, steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=interactive()
+    )
+
+
+def _spending(method: IIA, nfe: int, samples: int, process: Process) -> str:
+    """What a fit will cost, in words."""
+    target = resolve_target(method.target, method.substeps)
+    work = {
+        "substeps": f"{method.substeps} sub-steps of {method.base_solver.name} in each step as targets",
+        "local": "an adaptive integration of each step as its target",
+        "trajectory": f"accurate trajectories of {getattr(target, 'steps', 0)} steps",
+    }[target.name]
+    where = f", in {process.size} processes" if process.size > 1 else ""
+    return f"{samples} initial states, {nfe} evaluations each, and {work}{where}"
+
+
+def _write(fitted: FittedSolver, out: Path) -> None:
+    fitted.save(out)
+    _say(f"\n{fitted}\n\nwritten: {out}")
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)  # past the bars
+
+
+def _silent(line: str) -> None:
+    """Nothing."""
+
+
+@contextmanager
+def _warnings_as_lines(shown: bool = True) -> Iterator[None]:
+    """A warning is a line on standard error, like an error, and from one process only."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(w.message) for w in caught) if shown else ():
+        click.echo(f"iia-ode: warning: {' '.join(text.split())}", err=True)

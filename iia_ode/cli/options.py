@@ -1,0 +1,173 @@
+"""Options that several commands share: the model, its noise, a family of grids; counts and numbers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+from torch import Tensor
+
+from .. import grids
+from ..experiments import Setting, batch_seed, get_setting, setting_names
+from ..ode import ProbabilityFlowODE
+
+__all__ = [
+    "COUNT",
+    "NFE",
+    "SEED",
+    "Job",
+    "Range",
+    "given",
+    "interactive",
+    "names",
+    "numbers",
+    "on_a_model",
+    "usable_device",
+]
+
+_MANY = 10_000_000  # beyond this a count is a slip of the finger, and would end in a kill for lack of memory
+
+
+class Range(click.FloatRange):
+    """A range of numbers; NaN, which no comparison finds outside, is outside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or a usage error."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+COUNT = click.IntRange(1, _MANY)
+NFE = click.IntRange(1, 10_000)
+SEED = click.IntRange(0, 2**62)
+LEVEL = Range(0, 1e9, min_open=True)
+_WITH_RHO = ("karras", "polyexponential")
+
+
+def interactive() -> bool:
+    """Bars are for people: in a log they are noise."""
+    return sys.stderr.isatty()
+
+
+def numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """A callback: numbers of evaluations, separated by commas."""
+    convert: Callable[..., int] = NFE.convert  # click's own annotation has it from int to int
+    return tuple(dict.fromkeys(convert(v, param, ctx) for v in value.split(",")))
+
+
+def given(name: str) -> bool:
+    """Whether the user named this option of the running command."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """A callback: names, separated by commas."""
+    return tuple(dict.fromkeys(v.strip() for v in value.split(",")))
+
+
+def _rho(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and 0 < value < 0.1:  # sigma^(1/rho) overflows
+        raise click.BadParameter(f"{value:g} is too small: use 0 for a log-SNR grid, or at least 0.1.")
+    return value
+
+
+def usable_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A callback: a device that tensors can be made on and read from."""
+    try:
+        torch.ones(1, device=value).cpu()  # "meta" makes tensors that cannot be read
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"{value!r} cannot be used here: {reason}") from error
+    return value
+
+
+_MODEL_OPTIONS = [
+    click.option("--setting", default="digits", show_default=True, help=f"Model: {', '.join(setting_names())}."),
+    click.option(
+        "--guidance",
+        type=Range(-1e3, 1e3),
+        default=1.0,
+        show_default=True,
+        help="Scale of classifier-free guidance.",
+    ),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of noise and labels."),
+    click.option("--device", default="cpu", show_default=True, callback=usable_device, help="Where the model runs."),
+    click.option(
+        "--grid",
+        type=click.Choice(list(grids.GRIDS)),
+        default="karras",
+        show_default=True,
+        help="Family of grids: how noise levels are spaced.",
+    ),
+    click.option(
+        "--rho",
+        type=Range(0, 1e3),
+        callback=_rho,
+        help="Exponent of a karras grid [default: 7; 0 for log_snr] or a polyexponential one [default: 1].",
+    ),
+    click.option("--sigma-min", type=LEVEL, help="Last positive noise level [default: the setting's]."),
+    click.option("--sigma-max", type=LEVEL, help="First noise level [default: the setting's]."),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `_MODEL_OPTIONS` say: a model, its noise and a family of grids."""
+
+    setting: Setting
+    guidance: float
+    seed: int
+    device: str
+    grid: str
+    rho: float | None
+    sigma_min: float | None
+
+    @property
+    def lowest(self) -> float:
+        """The last positive noise level."""
+        return self.setting.sigma_min if self.sigma_min is None else self.sigma_min
+
+    def family(self) -> Callable[[int], Tensor]:
+        """From a number of levels to a grid."""
+        levels: dict[str, Any] = {
+            "sigma_min": self.lowest,
+            "sigma_max": self.setting.sigma_max,
+            "schedule": self.setting.schedule,
+        }
+        if self.rho is not None and self.grid not in _WITH_RHO:
+            raise click.UsageError(f"--rho goes with --grid {' or '.join(_WITH_RHO)}, not with {self.grid}.")
+        if self.grid == "karras" and self.rho == 0:
+            return partial(grids.log_snr, **levels)
+        if self.rho is not None:
+            levels["rho"] = self.rho
+        return partial(grids.GRIDS[self.grid], **levels)
+
+    def draw(self, samples: int, *, unseen: bool) -> tuple[ProbabilityFlowODE, Tensor]:
+        """Initial states for a fit, or such as no fit has seen."""
+        seed = batch_seed(self.seed, unseen=unseen)
+        return self.setting.draw(samples, seed, guidance_scale=self.guidance, device=self.device)
+
+
+def on_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `_MODEL_OPTIONS`, and hand them to it as one `Job`."""
+
+    @wraps(command)
+    def run(setting: str, sigma_max: float | None, **options: Any) -> None:
+        own = {name: options.pop(name) for name in ("guidance", "seed", "device", "grid", "rho", "sigma_min")}
+        job = Job(get_setting(setting), **own)
+        if sigma_max is not None:
+            job.setting.sigma_max = sigma_max
+        command(job, **options)
+
+    for option in reversed(_MODEL_OPTIONS):
+        run = option(run)
+    return run

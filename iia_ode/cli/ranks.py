@@ -1,0 +1,66 @@
+"""Several processes for one fit, as ``torchrun`` starts them: who this one is, and which samples are its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import click
+import torch
+import torch.distributed as dist
+
+__all__ = ["Process", "joined", "process_count"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of `size` processes that fit together, on a device of its own."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, samples: int) -> slice:
+        """Its part of a batch: ranks in order have samples in order, as evenly as can be."""
+        return slice(self.rank * samples // self.size, (self.rank + 1) * samples // self.size)
+
+
+def process_count() -> int:
+    """How many processes there are, by the environment that ``torchrun`` sets."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or text == "0":
+        raise click.ClickException(f"WORLD_SIZE must be a number of processes, got {text!r}.")
+    return int(text)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Process]:
+    """Join the other processes if there are any: over gloo, or over NCCL if the model runs on CUDA devices.
+
+    There each process takes the device of its LOCAL_RANK, unless `device` names one.
+    """
+    size = process_count()
+    if size == 1:
+        yield Process(0, 1, device)
+        return
+    if not dist.is_available():
+        raise click.ClickException("this build of torch cannot fit in several processes.")
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index)
+        torch.cuda.set_device(place)
+    try:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise click.ClickException(f"the {size} processes that WORLD_SIZE speaks of cannot meet: {error}") from error
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), str(place))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""``iia-ode sample``: states from noise, by a registered solver or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import MissingDependencyError
+from ..experiments.compare import RECIPE
+from ..files import check_writable, write_tensors
+from ..iia import PRESETS, FittedSolver, load
+from ..integrate import sample
+from ..plots import image_grid, save_figure
+from ..solvers import Solver, get_solver, solver_names
+from .options import COUNT, NFE, Job, given, interactive, on_a_model
+
+__all__ = ["sample_command"]
+
+
+@click.command("sample")
+@on_a_model
+@click.argument("solver")
+@click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations, where the solver is a name.")
+@click.option("--samples", type=COUNT, default=64, show_default=True, help="How many samples.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/samples", show_default=True)
+def sample_command(
+    job: Job,
+    solver: str,
+    nfe: int,
+    samples: int,
+    out: Path,
+) -> None:
+    """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote, which brings its own grid.
+
+    Writes samples.safetensors and, where the samples are images, samples.png into --out.
+    """
+    known = {*PRESETS, RECIPE, *solver_names()}
+    method: Solver | FittedSolver
+    if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
+        _refuse_grid_options(solver)
+        method = load(solver)
+        grid, about = method.grid, {"solver": method.about | {"name": method.name}, "nfe": method.nfe}
+        job.setting.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
+    elif solver in (*PRESETS, RECIPE):
+        option = f"--nfe {nfe}" if solver == RECIPE else f"--solver {solver}"
+        raise click.UsageError(f"{solver} has to be fitted first: iia-ode fit {option} --out FILE.safetensors")
+    else:
+        method = get_solver(solver)
+        grid = method.grid_for(nfe, job.family(), job.setting.schedule)
+        about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
+    check_writable(out / "samples.safetensors")
+    ode, x = job.draw(samples, unseen=True)
+    final = sample(ode, x, grid, method, progress=interactive())
+    about |= {"setting": job.setting.name, "seed": job.seed, "guidance_scale": job.guidance}
+    paths = [write_tensors(out / "samples.safetensors", "samples", {"samples": final}, about)]
+    if job.setting.is_image:
+        try:
+            paths.append(save_figure(image_grid(final), out / "samples.png"))
+        except MissingDependencyError as error:
+            click.echo(f"no picture: {error}", err=True)
+    click.echo(f"written: {', '.join(map(str, paths))}")
+
+
+def _refuse_grid_options(file: str) -> None:
+    for name in ("nfe", "grid", "rho", "sigma_min", "sigma_max"):
+        if given(name):
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{file} brings its own grid: leave out {option}, or fit again with it.")

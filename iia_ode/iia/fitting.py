@@ -1,0 +1,233 @@
+"""The run of a fit: step after step, the base is traced, its directions are weighted, and the result is guarded."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import GuardWarning, InputError
+from ..ode import ProbabilityFlowODE
+from ..plan import Past, Plan, Tracer, Vector, trace
+from ..plan.tracer import take_step
+from ..plan.vectors import vector_indices
+from .chunks import Chunk, StepSystem
+from .gather import Gather
+from .lstsq import LeastSquares, Solution
+from .report import StepReport
+from .targets import Target, resolve_target
+from .teacher import Teacher
+from .terms import StepRecord, Term, resolve_terms
+
+if TYPE_CHECKING:
+    from .fit import IIA
+
+__all__ = ["RIDGES", "Fitting"]
+
+RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+"""What ``ridge="auto"`` chooses from."""
+
+_F64 = torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What was found for a step, and whether it is to be used."""
+
+    solution: Solution
+    ridge: float
+    held_before: float | None
+    held_after: float | None
+    accepted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """Everything that one call of :meth:`IIA.fit` works with.
+
+    Attributes
+    ----------
+    method : the options.
+    ode, times : the model and the grid.
+    chunks : the samples of this process.
+    first, total, held_out : place of its first sample in the whole batch, size of that, and how many are held out at its end.
+    teacher : of the samples of this process, if there is one.
+    gather : how to share with other processes.
+    """
+
+    method: IIA
+    ode: ProbabilityFlowODE
+    times: list[float]
+    chunks: list[Chunk]
+    first: int
+    total: int
+    held_out: int
+    teacher: Teacher | None
+    gather: Gather
+
+    @cached_property
+    def target(self) -> Target:
+        """What steps are fitted to."""
+        return resolve_target(self.method.target, self.method.substeps)
+
+    def run(self, progress: bool) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
+        """The plan, the report of each fitted step, and the outcome of the guard."""
+        base = self.method.base_solver
+        _, terms = resolve_terms(self.method.terms, base.label)
+        name = self.method.name or f"iia({base.label})"
+        tracer, x, memory = Tracer(self.ode.schedule), Vector({0: 1.0}), ()
+        records: tuple[StepRecord, ...] = ()
+        reports: list[StepReport] = []
+        intervals = list(zip(self.times[:-1], self.times[1:], strict=True))
+        for i, (t, s) in enumerate(tqdm(intervals, desc=f"fit {name}", disable=not progress)):
+            seen = len(tracer.evaluations)
+            y, memory = take_step(base, tracer, x, t, s, Past(memory, i, len(intervals) - 1 - i))
+            made = tuple(tracer.evaluations[seen:])
+            record = StepRecord(i, t, s, x, made, tracer.known(x, t), self.ode.is_data(s), y, y)
+            candidates = terms(record, records)
+            if not all(isinstance(term, Term) for term in candidates):
+                raise InputError("terms must be a function that returns a tuple of iia_ode.iia.Term.")
+            if candidates:
+                choice = self._choose(tracer, record, candidates)
+                reports.append(_report(record, candidates, choice))
+                if choice.accepted:
+                    pairs = list(zip(reports[-1].corrections, candidates, strict=True))
+                    own = sum((c * term.direction for c, term in pairs if not term.history), start=y)
+                    y = sum((c * term.direction for c, term in pairs if term.history), start=own)
+                    record = replace(record, own=own)
+                    if choice.solution.constant is not None:
+                        y = y + choice.solution.constant
+            x = tracer.hold(y, step=i + 1)
+            records = (record, *records)[: self.method.history]
+            live = tracer.retain(vector_indices((x, memory, records)))
+            for chunk in self.chunks:
+                chunk.advance(tracer, live)
+        plan = Plan(self.ode.schedule, tuple(self.times), tuple(tracer.code), name)
+        return self._guarded(plan, tuple(reports))
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def _choose(self, tracer: Tracer, record: StepRecord, candidates: tuple[Term, ...]) -> _Choice:
+        """The least squares of one step, on the training samples, and how it does on the others."""
+        fork = tracer.fork()
+        aim = self.target.aim(fork, self.method.base_solver, record)
+        system = StepSystem(tracer, fork, record, candidates, aim)
+        train, held = (LeastSquares(len(candidates), intercept=self.method.intercept) for _ in range(2))
+        noise = torch.zeros(len(candidates), dtype=_F64, device="cpu")
+        for chunk in self.chunks:
+            noise += system.add(chunk, train, held, self._cut(chunk))
+        train, held = (self.gather.merged(part) for part in (train, held))
+        noise = self.gather.sum(noise).sqrt()
+        ridges = RIDGES if self.method.ridge == "auto" else (float(self.method.ridge),)
+        if not held.samples:
+            ridge = ridges[0]
+            return _Choice(train.solve(ridge=ridge, noise=noise), ridge, None, None, True)
+        found = [train.solve(ridge=ridge, noise=noise) for ridge in ridges]
+        losses = [held.residual(s.coefficients, s.constant) for s in found]
+        best = min(range(len(found)), key=losses.__getitem__)
+        before = held.residual(torch.zeros_like(found[0].coefficients), None)
+        accepted = not self.method.guard or losses[best] < before
+        return _Choice(found[best], ridges[best], before, losses[best], accepted)
+
+    def _cut(self, chunk: Chunk) -> int:
+        """How many of a chunk's samples, from its first, are fitted to; the rest are held out."""
+        left: int = self.total - self.held_out - self.first - chunk.samples.index.start
+        return min(max(left, 0), len(chunk.samples.initial))
+
+    # ---- the whole ---------------------------------------------------------------------------------------------------
+
+    def _guarded(
+        self, plan: Plan, reports: tuple[StepReport, ...]
+    ) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
+        """The fit if its final states on held-out samples are no worse than the base's; else the base, and a warning."""
+        outcome: dict[str, Any] = {"base": None, "fit": None, "fell_back": False, "reference": "none"}
+        if not (self.method.guard and self.held_out and any(r.accepted for r in reports)):
+            return plan, reports, outcome
+        base = trace(
+            self.method.base_solver, plan.schedule, torch.tensor(plan.grid, dtype=_F64, device="cpu"), consistent=False
+        )
+        sums = torch.zeros(4, dtype=_F64, device="cpu")  # squared errors of base and fit, squared reference, components
+        for chunk in self.chunks:
+            sums += self._endpoint_errors(chunk, base, len(plan.code))
+        sums = self.gather.sum(sums)
+        by_base, by_fit, size = (sums[:3] / sums[3]).sqrt().tolist()
+        rounding = 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps * size
+        worse = not by_fit <= by_base + rounding
+        reference = self.teacher.way if self.teacher is not None else {"solver": "expab4", "steps": 60}
+        outcome |= {
+            "base": by_base if math.isfinite(by_base) else None,
+            "fit": by_fit if math.isfinite(by_fit) else None,
+            "fell_back": worse,
+            "reference": ", ".join(f"{k} {v}" for k, v in reference.items()),
+        }
+        if not worse:
+            return plan, reports, outcome
+        warnings.warn(
+            f"{plan.name} ends farther from the truth than its base on the {self.held_out} held-out samples ({by_fit:.3g} "
+            f"against {by_base:.3g}, root mean square), so the base is kept. Fit on more samples, with other terms or another "
+            "target (target='trajectory' repairs earlier error), with a ridge, or pass guard=False to have the fit anyway.",
+            GuardWarning,
+            stacklevel=5,
+        )
+        return replace(base, name=plan.name), tuple(_refused(r) for r in reports), outcome
+
+    def _endpoint_errors(self, chunk: Chunk, base: Plan, final: int) -> Tensor:
+        cut, own = self._cut(chunk), chunk.samples
+        n = len(own.initial)
+        if cut == n:
+            return torch.zeros(4, dtype=_F64, device="cpu")
+        ode, x = own.ode.subset(slice(cut, n), n), own.initial[cut:].to(chunk.device)
+        if self.teacher is not None:
+            exact = self.teacher.at(self.times[-1], slice(own.index.start + cut, own.index.stop))
+        else:
+            last = self.times[-2] if ode.is_data(self.times[-1]) else self.times[-1]
+            level = floor_of(ode, last)
+            exact = Teacher.solve(ode, x, self.times[0], self.times[-1], sigma_min=level).final
+        exact = exact.double()
+        by_base = base.run(ode, x, check_finite=False).cpu().double()
+        by_fit = chunk.values[final][cut:].double()
+        parts = [(by_base - exact).square().sum(), (by_fit - exact).square().sum(), exact.square().sum()]
+        return torch.stack([*parts, torch.tensor(float(exact.numel()), dtype=_F64, device="cpu")])
+
+
+def floor_of(ode: ProbabilityFlowODE, last: float) -> float:
+    """The level whose data estimate a teacher takes for the data: 0.002, or that of the grid's last point above the data."""
+    schedule = ode.schedule
+    level = schedule.noise_to_signal(last)
+    time = torch.tensor(schedule.t_of_noise_to_signal(min(level, 0.002)), dtype=_F64, device="cpu")
+    return min(level, 0.002) if schedule.covers(time) else level
+
+
+def _report(record: StepRecord, candidates: tuple[Term, ...], choice: _Choice) -> StepReport:
+    solution = choice.solution
+    corrections = tuple(solution.coefficients.tolist()) if choice.accepted else (0.0,) * len(candidates)
+    constant = solution.constant if choice.accepted else None
+    return StepReport(
+        index=record.index,
+        t=record.t,
+        s=record.s,
+        symbols=tuple(term.symbol for term in candidates),
+        values=tuple(term.base + term.unit * c for term, c in zip(candidates, corrections, strict=True)),
+        base_values=tuple(term.base for term in candidates),
+        corrections=corrections,
+        before=solution.before,
+        after=solution.after,
+        held_before=choice.held_before,
+        held_after=choice.held_after,
+        accepted=choice.accepted,
+        rank=solution.rank,
+        condition=solution.condition,
+        ridge=choice.ridge,
+        intercept=0.0 if constant is None else float(constant.square().mean().sqrt()),
+    )
+
+
+def _refused(report: StepReport) -> StepReport:
+    zero = (0.0,) * len(report.corrections)
+    return replace(report, values=report.base_values, corrections=zero, accepted=False, intercept=0.0)

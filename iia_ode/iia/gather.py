@@ -1,0 +1,106 @@
+"""One fit over several processes: each has some of the samples, and all of them solve the same least squares."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import RankError
+from .lstsq import LeastSquares
+
+__all__ = ["Alone", "Gather", "Ranks", "gather_over"]
+
+
+class Gather(Protocol):
+    """How the processes of a fit share what each has seen of its own samples."""
+
+    def begin(self, samples: int, task: object) -> tuple[int, int]:
+        """The place of this process's first sample in the whole batch, and the size of that; `task` must be everyone's."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes of small float64 tensors on the host, the same on all."""
+
+    def merged(self, system: LeastSquares) -> LeastSquares:
+        """The least squares of the samples of all processes, in their order."""
+
+
+class Alone:
+    """A single process."""
+
+    def begin(self, samples: int, task: object) -> tuple[int, int]:
+        """From 0, all of them."""
+        return 0, samples
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def merged(self, system: LeastSquares) -> LeastSquares:
+        """The system itself."""
+        return system
+
+
+class Ranks:
+    """The processes of a group of ``torch.distributed``. Nothing but tensors of numbers is exchanged.
+
+    Every message is answered within the timeout of the group (``init_process_group(timeout=...)``), or is a RankError.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        on_host = "gloo" in dist.get_backend(group) or "mpi" in dist.get_backend(group)
+        self.device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+
+    def begin(self, samples: int, task: object) -> tuple[int, int]:
+        """Samples count in the order of the ranks."""
+        mark = int.from_bytes(hashlib.sha256(repr(task).encode()).digest()[:7], "big")
+        rows = self._even(torch.tensor([samples, mark], dtype=torch.int64, device="cpu"))
+        if len({int(row[1]) for row in rows}) > 1:
+            raise RankError(
+                "the processes were asked for different fits: give all of them the same method, ODE and grid."
+            )
+        counts = [int(row[0]) for row in rows]
+        return sum(counts[: self.rank]), sum(counts)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Added in the order of the ranks."""
+        return torch.stack(self._even(values)).sum(0)
+
+    def merged(self, system: LeastSquares) -> LeastSquares:
+        """The factors of every sample, in the order of the ranks."""
+        factors, total = system.state()
+        sizes = torch.tensor([len(factors), len(total), system.samples, system.rows], dtype=torch.int64, device="cpu")
+        shapes = [row.tolist() for row in self._even(sizes)]
+        most = max(n + m for n, m, _, _ in shapes)
+        message = torch.zeros(most, system.columns + 1, dtype=torch.float64, device="cpu")
+        message[: len(factors) + len(total)] = torch.cat([factors, total])
+        whole = LeastSquares(system.columns, intercept=system.intercept)
+        for (n, m, samples, rows), part in zip(shapes, self._even(message), strict=True):
+            numbers = {"samples": samples, "rows": rows, "intercept": system.intercept}
+            whole.merge(LeastSquares.of_state(part[:n], part[n : n + m], shape=system.sample_shape, **numbers))
+        return whole
+
+    def _even(self, values: Tensor) -> list[Tensor]:
+        """A tensor of the same shape from every rank."""
+        mine = values.to(self.device)
+        theirs = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(theirs, mine, group=self.group)
+        except RuntimeError as error:
+            raise RankError(
+                f"process {self.rank} of {self.size} heard nothing from another one, which failed or is too slow for the "
+                f"timeout of the group: {error}"
+            ) from error
+        return [v.cpu() for v in theirs]
+
+
+def gather_over(group: Any) -> Gather:
+    """That of a group of ``torch.distributed``; of the default one, where there is one, if `group` is None."""
+    if not dist.is_available() or not (group is not None or dist.is_initialized()):
+        return Alone()
+    return Ranks(group) if dist.get_world_size(group) > 1 else Alone()

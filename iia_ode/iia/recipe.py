@@ -1,0 +1,437 @@
+"""One call: the lowest error per evaluation that a budget can buy, with every ingredient chosen by held-out noise."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GridError, IIAError, InputError, MismatchError, unknown_name
+from ..grids import karras
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan, check_start, trace
+from ..schedules import Schedule
+from ..solvers import get_solver
+from .fit import IIA
+from .fitted import FittedSolver
+from .refine import Refinement, refine
+from .search import GridSearch, LeapGrid, leap_grids, search_grid
+from .teacher import Teacher
+
+__all__ = ["BUDGETS", "Budget", "Ingredient", "fit"]
+
+_F64 = torch.float64
+_NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
+_BASELINE = "ipndm3"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a fit may spend.
+
+    Attributes
+    ----------
+    teacher_steps : of the accurate trajectories that everything is fitted to.
+    rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
+    starts : how many of the best grids are refined.
+    iterations, samples, probes : of each refinement.
+    """
+
+    teacher_steps: int = 60
+    rounds: tuple[tuple[int, int], ...] = ((24, 10), (96, 3))
+    descent: int = 1
+    starts: int = 0
+    iterations: int = 0
+    samples: int = 0
+    probes: int = 0
+
+    def cost(self, nfe: int, candidates: int, batch: int) -> int:
+        """About how many sample evaluations a fit with `nfe` evaluations spends."""
+        search, alive = 0, candidates
+        for samples, keep in self.rounds:
+            search, alive = search + alive * samples, keep
+        search += 6 * self.descent * self.rounds[-1][0]
+        refinement = self.starts * self.iterations * (self.samples * (2 * self.probes + 4) + batch // 4)
+        return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
+
+
+BUDGETS: dict[str, Budget] = {
+    "closed-form": Budget(),
+    "standard": Budget(descent=2, starts=1, iterations=6, samples=96, probes=2),
+    "thorough": Budget(
+        teacher_steps=80, rounds=((32, 12), (128, 4)), descent=2, starts=2, iterations=15, samples=192, probes=3
+    ),
+}
+"""The budgets by name: no gradients, one short refinement, several long ones."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """What was tried: the held-out error with it, and what it cost.
+
+    Attributes
+    ----------
+    name : what it is.
+    error : root mean square endpoint error on the held-out noise; None where it could not be made.
+    sample_evaluations, seconds : spent on it.
+    chosen : whether it is the result.
+    """
+
+    name: str
+    error: float | None
+    sample_evaluations: int
+    seconds: float
+    chosen: bool = False
+
+
+def fit(
+    ode: ProbabilityFlowODE,
+    nfe: int,
+    noise: Tensor | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    samples: int = 256,
+    budget: str | Budget = "standard",
+    sigma_max: float | None = None,
+    sigma_min: float = 0.002,
+    held_out: float = 0.25,
+    teacher: Teacher | None = None,
+    chunk_size: int = 64,
+    seed: int = 0,
+    report: Callable[[str], None] | None = print,
+    progress: bool = False,
+) -> FittedSolver:
+    """A solver with `nfe` evaluations for this model, as accurate as the budget can make it.
+
+    Accurate trajectories are made once, from the given noise. Grids that leap from the noisiest level are searched, each
+    with weights in closed form (:class:`IIA` over DDIM with ``terms="window"`` and ``target="trajectory"``); with a budget
+    above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`). Every choice is
+    made by the endpoint error on held-out noise, the last part of `noise`, which no fit sees; the solver that the model
+    would have had without a fit is among the candidates.
+
+    Parameters
+    ----------
+    ode : the model, with conditions for each noise or one for all. Guidance is part of it.
+    nfe : evaluations of a run, at least 1.
+    noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good. Initial states, which have
+        the size of the noisiest level, are recognised by that size and taken as they are.
+    shape : instead of `noise`, the shape of one sample: `samples` draws are made from `seed`, in float32.
+    budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`Budget`.
+    sigma_max : level sigma/alpha to start from; by default the noisiest of the schedule, or 80 where it has none.
+    sigma_min : level whose data estimate the teacher takes for the data: the smallest that the model was trained on.
+    held_out : share of the noise, its last part, that decides.
+    teacher : of these very initial states, if there is one already.
+    chunk_size : samples that go through the model at once.
+    seed : of `shape`'s draws and of the refinement's signs; recorded.
+    report : is told what it will cost, how far it is and what it found; None for silence.
+    progress : show bars.
+
+    Returns
+    -------
+    A :class:`FittedSolver` that starts from ``sigma * noise`` at ``fit.grid[0]`` and ends at the data. Its
+    ``about["recipe"]`` has the list of ingredients with their errors and costs; ``fit.explain()`` says it in words.
+
+    Raises
+    ------
+    InputError, GridError, MismatchError : an argument is not usable.
+    NonFiniteError : the model is not finite.
+    """
+    chosen = _budget(budget)
+    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+        raise InputError(f"nfe must be a positive whole number, got {nfe!r}.")
+    start = _start(ode.schedule, sigma_max)
+    x = _initial(ode, noise, shape, samples, start, seed)
+    if len(x) < 8:
+        raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
+    job = _Job(ode, nfe, x, start, sigma_min, chosen, held_out, chunk_size, seed, report or (lambda _: None), progress)
+    return job.run(teacher)
+
+
+class _Job:
+    """The state of one call of :func:`fit`."""
+
+    def __init__(
+        self,
+        ode: ProbabilityFlowODE,
+        nfe: int,
+        x: Tensor,
+        start: float,
+        sigma_min: float,
+        budget: Budget,
+        held_out: float,
+        chunk_size: int,
+        seed: int,
+        say: Callable[[str], None],
+        progress: bool,
+    ) -> None:
+        if not 0 < held_out < 1:
+            raise InputError(f"held_out is a share of the noise between 0 and 1, got {held_out!r}.")
+        self.ode, self.nfe, self.x, self.start, self.sigma_min = ode, nfe, x, start, sigma_min
+        self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
+        self.train = len(x) - min(max(1, round(held_out * len(x))), len(x) - 1)
+        self.method = IIA("ddim", terms="window", target="trajectory", history=2, ridge="auto", name=f"iia-{nfe}")
+        self.found: list[tuple[Ingredient, Plan, FittedSolver | Refinement | None]] = []
+        self.teacher: Teacher
+
+    def run(self, teacher: Teacher | None) -> FittedSolver:
+        """All stages, and the best of what they found."""
+        begun = time.perf_counter()
+        with self.ode.counting() as spent:
+            self._announce(teacher)
+            with self._stage() as cost:
+                self.teacher = self._check(teacher) or Teacher.solve(
+                    self.ode,
+                    self.x,
+                    self.start,
+                    self.ode.schedule.t_data,
+                    steps=self.budget.teacher_steps,
+                    sigma_min=self.sigma_min,
+                    chunk_size=self.chunk_size,
+                    progress=self.progress,
+                )
+            self.say(f"teacher: {cost.samples} sample evaluations, {cost.seconds:.1f} s")
+            self._classic()
+            search = self._closed_form()
+            if self.budget.starts:
+                self._refined(search)
+        return self._result(search, spent.evaluations, spent.samples, time.perf_counter() - begun)
+
+    # ---- stages --------------------------------------------------------------------------------------------------------
+
+    def _announce(self, teacher: Teacher | None) -> None:
+        """Time the model, and say what this will take."""
+        part = slice(0, min(self.chunk_size, len(self.x)))
+        ode, x = self.ode.subset(part, len(self.x)), self.x[part]
+        with torch.no_grad():
+            for _ in range(2):  # the first call may allocate or compile
+                began = time.perf_counter()
+                ode.data(x, self.start).sum().item() if self.ode.schedule.alpha(self.start) else ode.output(x, self.start)
+                seconds = time.perf_counter() - began
+        cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x))
+        cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
+        self.say(
+            f"{self.nfe} evaluations, {len(self.x)} draws of noise: about {cost} sample evaluations, "
+            f"{cost * seconds / len(x):.0f} s at {1e3 * seconds / len(x):.2g} ms each"
+        )
+
+    def _check(self, teacher: Teacher | None) -> Teacher | None:
+        if teacher is None:
+            return None
+        teacher.check(self.ode, self.x)
+        if teacher.about["t_start"] != self.start:
+            raise MismatchError(f"the teacher starts at t = {teacher.about['t_start']:g}, the fit at {self.start:g}.")
+        return teacher
+
+    def _classic(self) -> None:
+        """What the model would have had without a fit."""
+        with self._stage() as cost:
+            plan = None
+            try:
+                top = min(self._top(), 200.0)
+                low = max(self.sigma_min, min(0.02, top / 10))
+                grid = get_solver(_BASELINE).grid_for(
+                    self.nfe, lambda n: karras(n, low, top, schedule=self.ode.schedule), self.ode.schedule
+                )
+                grid[0] = self.start
+                plan = trace(get_solver(_BASELINE), self.ode.schedule, grid, consistent=False)
+            except IIAError:
+                pass
+            error = None if plan is None else self._error(plan)
+        if plan is not None:
+            self._add(f"{_BASELINE}, not fitted", plan, error, cost, None)
+
+    def _candidates(self, scale: float) -> list[LeapGrid]:
+        return leap_grids(self._top(), scale)
+
+    def _closed_form(self) -> GridSearch | None:
+        """The search for a grid, and the fit on the best ones with all training samples."""
+        search = None
+        own = slice(0, self.train)
+        ode, x, teacher = self._part(own)
+        if self.nfe > 1:
+            scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
+            plain = replace(self.method, guard=False, ridge=1e-9)
+
+            def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+                return plain.fit(ode, grid, x, teacher=teacher).plan
+
+            with self._stage() as cost:
+                search = search_grid(
+                    closed,
+                    ode,
+                    x,
+                    teacher,
+                    self.nfe,
+                    self._candidates(scale),
+                    rounds=self.budget.rounds,
+                    descent=self.budget.descent,
+                )
+            self.say(
+                f"grids: {len(search.trials)} tried, {cost.samples} sample evaluations, {cost.seconds:.1f} s; best {search.best}"
+            )
+        grids = [search.best] if search is not None else [None]
+        for grid in grids:
+            for intercept in (False, True):
+                with self._stage() as cost:
+                    fitted = replace(self.method, intercept=intercept, guard=False).fit(
+                        ode, self._grid(grid), x, teacher=teacher, held_out=0.2, chunk_size=self.chunk_size
+                    )
+                    error = self._error(fitted.plan)
+                name = f"closed form{', intercept' if intercept else ''}"
+                self._add(name, fitted.plan, error, cost, fitted)
+        return search
+
+    def _refined(self, search: GridSearch | None) -> None:
+        """Gauss-Newton from the best grids of the search."""
+        held = len(self.x) - self.train
+        count = min(self.budget.samples, self.train)
+        index = torch.cat([torch.arange(count), torch.arange(self.train, len(self.x))])
+        ode, x = self.ode.subset(index, len(self.x)), self.x[index]
+        target = self.teacher.final[index].to(x)
+        own, own_x, own_teacher = self._part(slice(0, self.train))
+        grids: list[LeapGrid | None] = [None] if search is None else [*search.ranking[: self.budget.starts]]
+        for k, grid in enumerate(grids):
+            with self._stage() as cost:
+                method = replace(self.method, guard=False, ridge=1e-9)
+                plan = method.fit(own, self._grid(grid), own_x, teacher=own_teacher, chunk_size=self.chunk_size).plan
+                try:
+                    found = refine(
+                        plan,
+                        ode,
+                        x,
+                        target,
+                        held_out=held / len(x),
+                        iterations=self.budget.iterations,
+                        probes=self.budget.probes,
+                        chunk_size=self.chunk_size,
+                        seed=self.seed,
+                        progress=self.progress,
+                    )
+                except (InputError, RuntimeError) as error:
+                    self.say(f"refined: not possible with this model ({str(error).splitlines()[0]})")
+                    return
+                error_now = self._error(found.plan)
+            cost.samples = found.sample_evaluations + cost.samples
+            self._add(f"refined from grid {k + 1}", found.plan, error_now, cost, found)
+
+    # ---- the outcome ---------------------------------------------------------------------------------------------------
+
+    def _result(self, search: GridSearch | None, evaluations: int, samples: int, seconds: float) -> FittedSolver:
+        usable = [entry for entry in self.found if entry[0].error is not None]
+        if not usable:
+            raise InputError("nothing could be fitted: the model is not finite on this noise.")
+        best = min(usable, key=lambda entry: entry[0].error or 0.0)
+        ladder = [replace(entry[0], chosen=entry is best) for entry in self.found]
+        source = next(e[2] for e in self.found if isinstance(e[2], FittedSolver))
+        fitted = best[2] if isinstance(best[2], FittedSolver) else source
+        reports = best[2].reports if isinstance(best[2], FittedSolver) else ()
+        recipe = {
+            "budget": asdict(self.budget),
+            "ingredients": [asdict(i) for i in ladder],
+            "grid": None if search is None else asdict(search.best),
+            "refinement": best[2].about() if isinstance(best[2], Refinement) else None,
+            "evaluations": evaluations,
+            "sample_evaluations": samples,
+            "seconds": seconds,
+        }
+        plan = replace(best[1], name=f"iia-{self.nfe}")
+        about = fitted.about | {
+            "batch": len(self.x),
+            "held_out": len(self.x) - self.train,
+            "seed": self.seed,
+            "evaluations": evaluations,
+            "sample_evaluations": samples,
+            "recipe": recipe,
+        }
+        base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
+        about["endpoint"] = about["endpoint"] | {"base": base, "fit": best[0].error, "fell_back": best[2] is None}
+        self.say(f"chosen: {best[0].name}, error {best[0].error:.4g} on held-out noise; {seconds:.0f} s in all")
+        return FittedSolver(plan, reports, about)
+
+    def _add(
+        self, name: str, plan: Plan, error: float | None, cost: _Cost, source: FittedSolver | Refinement | None
+    ) -> None:
+        self.found.append((Ingredient(name, error, cost.samples, cost.seconds), plan, source))
+        self.say(f"{name}: error {'-' if error is None else f'{error:.4g}'} on held-out noise ({cost.seconds:.1f} s)")
+
+    def _error(self, plan: Plan) -> float | None:
+        """Endpoint error on held-out noise."""
+        total, first = 0.0, self.train
+        for i in range(first, len(self.x), self.chunk_size):
+            part = slice(i, min(i + self.chunk_size, len(self.x)))
+            with torch.no_grad():
+                final = plan.run(self.ode.subset(part, len(self.x)), self.x[part], check_finite=False).cpu()
+            total += float((final.double() - self.teacher.final[part].double()).square().sum())
+        error = math.sqrt(total / ((len(self.x) - first) * self.x[0].numel()))
+        return error if math.isfinite(error) else None
+
+    def _part(self, part: slice) -> tuple[ProbabilityFlowODE, Tensor, Teacher]:
+        return self.ode.subset(part, len(self.x)), self.x[part], self.teacher.subset(part)
+
+    def _grid(self, grid: LeapGrid | None) -> Tensor:
+        if grid is None:
+            return torch.tensor([self.start, self.ode.schedule.t_data], dtype=_F64, device="cpu")
+        return grid.times(self.nfe, self.ode.schedule, self.start)
+
+    def _top(self) -> float:
+        schedule = self.ode.schedule
+        return schedule.noise_to_signal(self.start) if schedule.alpha(self.start) > 0 else math.inf
+
+    @contextmanager
+    def _stage(self) -> Iterator[_Cost]:
+        cost, begun, before = _Cost(), time.perf_counter(), self.ode.ledger.samples
+        yield cost
+        cost.seconds, cost.samples = time.perf_counter() - begun, self.ode.ledger.samples - before
+
+
+@dataclass
+class _Cost:
+    samples: int = 0
+    seconds: float = 0.0
+
+
+def _budget(budget: str | Budget) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if budget not in BUDGETS:
+        raise unknown_name("budget", budget, BUDGETS)
+    return BUDGETS[budget]
+
+
+def _start(schedule: Schedule, sigma_max: float | None) -> float:
+    """The time to start from."""
+    if sigma_max is not None:
+        if not (isinstance(sigma_max, int | float) and 0 < sigma_max < math.inf):
+            raise GridError(f"sigma_max is a positive level sigma/alpha, got {sigma_max!r}.")
+        return schedule.t_of_noise_to_signal(float(sigma_max))
+    return schedule.t_noise if schedule._ends_at_noise else schedule.t_of_noise_to_signal(_NOISIEST)
+
+
+def _initial(
+    ode: ProbabilityFlowODE, noise: Tensor | None, shape: tuple[int, ...] | None, samples: int, t: float, seed: int
+) -> Tensor:
+    """Initial states from noise, or from a shape."""
+    if (noise is None) == (shape is None):
+        raise InputError("a fit needs either noise=, draws of standard normal noise, or shape=, of one sample.")
+    sigma = ode.schedule.sigma(t)
+    if noise is None:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn((samples, *(shape or ())), generator=generator, device="cpu")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 2:
+        raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
+    size = float(noise.double().square().mean().sqrt())
+    if 0.5 < size < 2.0:
+        noise = sigma * noise
+    elif not 0.8 * sigma < size < 1.25 * sigma + 1:
+        raise InputError(
+            f"noise must be draws of the standard normal distribution, or states at the noisiest level {sigma:g}: its root "
+            f"mean square is {size:.3g}."
+        )
+    check_start(ode, noise)
+    return noise

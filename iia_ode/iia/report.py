@@ -1,0 +1,169 @@
+"""What is said about a fit: the report of each step, the table, and an explanation in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..ode import conversion
+from ..plan import Combine, Evaluate, Plan
+from .origin import brief
+
+__all__ = ["StepReport", "describe_fit", "explain_fit", "table_of"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """How the fit of one step went.
+
+    Attributes
+    ----------
+    index, t, s : the step.
+    symbols, values, base_values : the paper's coefficients: names, values in use, and the values that give the base.
+    corrections : what is in use, in units of the directions; zeros where the step keeps the base.
+    before, after : root mean square distance to the target per component on the samples fitted to, base and least squares.
+    held_before, held_after : the same on held-out samples; None where none were held out.
+    accepted : whether the least-squares solution is in use; False where it did not help held-out samples.
+    rank, condition : of the least-squares problem with columns of unit length.
+    ridge : relative ridge used.
+    intercept : root mean square of the constant that is added, 0 where there is none.
+    """
+
+    index: int
+    t: float
+    s: float
+    symbols: tuple[str, ...]
+    values: tuple[float, ...]
+    base_values: tuple[float, ...]
+    corrections: tuple[float, ...]
+    before: float
+    after: float
+    held_before: float | None
+    held_after: float | None
+    accepted: bool
+    rank: int
+    condition: float
+    ridge: float
+    intercept: float
+
+    @property
+    def gain(self) -> float:
+        """Share of the residual that the fit removes, on held-out samples where there are any; negative if it adds."""
+        before, after = self.before, self.after
+        if self.held_before is not None and self.held_after is not None:
+            before, after = self.held_before, self.held_after
+        return 1 - after / before if before else 0.0
+
+
+def table_of(reports: tuple[StepReport, ...]) -> str:
+    """Every coefficient in the paper's symbols, and the step's residuals without and with it."""
+    held = any(r.held_before is not None for r in reports)
+    head = f"{'step':>4} {'t':>9} {'to':>9}  {'residual':>9} {'fitted':>9}"
+    head += f"  {'held out':>9} {'fitted':>9}" if held else ""
+    lines = [head + f"  {'rank':>4}  coefficients (base value)"]
+    for r in reports:
+        parts = [f"{n} = {v:.4g} ({b:.3g})" for n, v, b in zip(r.symbols, r.values, r.base_values, strict=True)]
+        parts += [f"intercept {r.intercept:.2g}"] if r.intercept else []
+        parts += [] if r.accepted else ["refused"]
+        line = f"{r.index:>4} {r.t:>9.4g} {r.s:>9.4g}  {r.before:>9.2e} {r.after:>9.2e}"
+        if held:
+            line += " " + "".join(f" {'-' if v is None else f'{v:.2e}':>9}" for v in (r.held_before, r.held_after))
+        lines.append(f"{line}  {r.rank:>4}  {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
+    """What a fitted solver is, how it was made, and its table."""
+    a, end = about, about["endpoint"]
+    ridge = a["ridge"] if isinstance(a["ridge"], str) else f"{a['ridge']:g}"
+    head = [
+        f"{name}: {a['base']['name']} with fitted weights, {steps} steps, {nfe} evaluations",
+        f"schedule {brief(a['schedule'])}, prediction {a['prediction']}, guidance scale {a['guidance_scale']:g}",
+        f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {brief(a['target'])}, "
+        f"history {a['history']}, ridge {ridge}",
+        f"fitted on {a['batch'] - a['held_out']} samples [{', '.join(map(str, a['state_shape']))}] {a['state_dtype']}, "
+        f"{a['held_out']} more held out, seed {a['seed']}",
+        f"the fit made {a['evaluations']} model calls ({a['sample_evaluations']} sample evaluations)",
+    ]
+    if end["base"] is not None:
+        head.append(_endpoint(end))
+    return "\n".join([*head, "", table_of(reports)])
+
+
+def _endpoint(end: Mapping[str, Any]) -> str:
+    fit = "not finite" if end["fit"] is None else f"{end['fit']:.3g}"
+    outcome = "the base was kept" if end["fell_back"] else "the fit was kept"
+    return f"endpoint error on held-out noise: base {end['base']:.3g}, fit {fit}; {outcome}"
+
+
+def explain_fit(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
+    """What was fitted, what it gained and what its weights say, in words."""
+    if not reports:
+        return f"{plan.name} is its base, {about['base']['name']}: these terms leave every step of this grid alone."
+    most = max(len(r.symbols) for r in reports)
+    where = f"{about['held_out']} held-out samples" if about["held_out"] else "the samples that were fitted to"
+    lines = [
+        f"{plan.name} is {about['base']['name']} with up to {most} weights a step ({about['terms']}), fitted on "
+        f"{about['batch'] - about['held_out']} samples in {len(reports)} of {plan.steps} steps."
+    ]
+    if not about["held_out"]:
+        lines.append("No samples were held out: nothing here says how the fit does on other noise.")
+    used = [r for r in reports if r.accepted]
+    for r in sorted(used, key=lambda r: r.gain, reverse=True)[:3]:
+        lines.append(f"Step {r.index} ({r.t:.3g} to {r.s:.3g}): {r.gain:.0%} of its residual is gone, on {where}.")
+    if about["endpoint"]["fell_back"]:
+        lines.append("The base was kept in every step: the whole fit ended farther from the truth on held-out samples.")
+    elif refused := [str(r.index) for r in reports if not r.accepted]:
+        lines.append(f"The base was kept in {_steps(refused)}: the fit did not help held-out samples.")
+    if poor := [str(r.index) for r in reports if r.rank < len(r.symbols)]:
+        lines.append(f"Some directions are combinations of the others in {_steps(poor)}: those share their weight.")
+    if constants := [r for r in reports if r.intercept]:
+        largest = max(constants, key=lambda r: r.intercept)
+        lines.append(f"The largest intercept is in step {largest.index}, {largest.intercept:.2g} per component.")
+    weights = {index: (own, older) for index, own, older in _data_weights(plan)}
+    if weighted := [r.index for r in used if weights.get(r.index, (0.0, 0.0))[1]]:
+        most_older = max(weighted, key=lambda index: abs(weights[index][1]))
+        own, older = weights[most_older]
+        lines.append(
+            f"Most weight on the past is in step {most_older}, which weighs its own data estimates by {own:.3g} and those of "
+            f"earlier steps by {older:.3g}."
+        )
+    if about["endpoint"]["base"] is not None:
+        end = _endpoint(about["endpoint"])
+        lines.append(end[0].upper() + end[1:] + ".")
+    return "\n".join(lines)
+
+
+def _steps(indices: list[str]) -> str:
+    return f"step{'s' if len(indices) > 1 else ''} {', '.join(indices)}"
+
+
+def _data_weights(plan: Plan) -> list[tuple[int, float, float]]:
+    """For each step, the sums of its weights on the data estimates made in it, and on those of earlier steps."""
+    totals: list[dict[int, float]] = [{}]  # for each vector, weights by the step that the estimate was made in
+    step, found = 0, []
+    for ins in plan.code:
+        if isinstance(ins, Evaluate):
+            _, q = conversion(plan.schedule, ins.t, "data", ins.form)
+            totals.append({step: q})
+            continue
+        mine = _combined(ins, totals)
+        if ins.step is None:
+            totals.append(mine)
+        else:
+            found.append((step, mine.get(step, 0.0), sum(w for k, w in mine.items() if k != step)))
+            totals.append({})  # a state at a grid point stands for itself
+            step += 1
+    return found
+
+
+def _combined(ins: Combine, totals: list[dict[int, float]]) -> dict[int, float]:
+    mine: dict[int, float] = {}
+    for j, weight in ins.terms:
+        number = float(weight.mean()) if isinstance(weight, Tensor) else weight
+        for k, w in totals[j].items():
+            mine[k] = mine.get(k, 0.0) + number * w
+    return mine

@@ -1,0 +1,168 @@
+"""Grids found by trial: every candidate is fitted in closed form and judged by its final states on other samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import GridError, IIAError, InputError
+from ..grids import karras
+from ..grids.base import as_grid, data_time, times_of
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan, check_grid
+from ..schedules import Schedule
+from .teacher import Teacher
+
+__all__ = ["GridSearch", "LeapGrid", "Trial", "leap_grids", "search_grid"]
+
+
+@dataclass(frozen=True, order=True)
+class LeapGrid:
+    """A grid that leaps from its start to `sigma_1` and goes on as Karras et al.'s does, to `sigma_min` and the data.
+
+    One evaluation at the noisiest level says little more than the mean of the data, and what follows it is nearly linear
+    for as long as the noise dwarfs the data: a solver whose first step is fitted can take it all at once, which leaves the
+    other evaluations for the levels where images form.
+
+    Attributes
+    ----------
+    sigma_1, sigma_min : levels sigma/alpha of the second and the last evaluation.
+    rho : spacing between them, as for :func:`iia_ode.grids.karras`.
+    """
+
+    sigma_1: float
+    sigma_min: float
+    rho: float = 7.0
+
+    def times(self, n: int, schedule: Schedule, t_start: float) -> Tensor:
+        """The grid of n evaluations from `t_start` to the data, float64 [n + 1].
+
+        Raises
+        ------
+        GridError : n < 1, or the levels are not in order.
+        """
+        if n < 1:
+            raise GridError(f"a grid needs at least one evaluation, got {n}.")
+        if n == 1:
+            return as_grid([t_start, data_time(schedule)])
+        if n == 2:
+            rest = times_of([self.sigma_1], schedule, True)
+        else:
+            rest = karras(n - 1, self.sigma_min, self.sigma_1, self.rho, schedule=schedule)
+        grid = torch.cat([as_grid([t_start]), rest])
+        return as_grid(check_grid(schedule, grid))
+
+
+def leap_grids(start: float, scale: float) -> list[LeapGrid]:
+    """Candidates between the level `start` and the data, for data of root mean square `scale`."""
+    firsts = [scale * f for f in (3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
+    lasts = [scale * f for f in (0.5, 0.25, 0.12, 0.05, 0.015)]
+    return [LeapGrid(a, b, rho) for a in firsts if a < start for b in lasts for rho in (3.0, 7.0)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate and its error: root mean square distance of final states, on samples that it was not fitted to."""
+
+    grid: LeapGrid
+    error: float
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class GridSearch:
+    """The outcome of :func:`search_grid`: all trials in order, and the candidates of the last round, best first."""
+
+    trials: tuple[Trial, ...]
+    ranking: tuple[LeapGrid, ...]
+
+    @property
+    def best(self) -> LeapGrid:
+        """The winner."""
+        return self.ranking[0]
+
+
+Fit = Callable[[ProbabilityFlowODE, Tensor, Tensor, Teacher], Plan]
+"""From an ODE, a grid, initial states and their teacher to a fitted plan."""
+
+
+def search_grid(
+    fit: Fit,
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    teacher: Teacher,
+    nfe: int,
+    candidates: Sequence[LeapGrid],
+    *,
+    rounds: Sequence[tuple[int, int]] = ((32, 8), (96, 3)),
+    descent: int = 2,
+    report: Callable[[str], None] | None = None,
+) -> GridSearch:
+    """Successive halving over the candidates, then coordinate descent from the best of them.
+
+    In each trial half of the samples are fitted to and the other half judged by, and what wins on few samples is tried again
+    on more: neither the noise of a candidate nor its fit decides alone. The teacher costs nothing more, whatever the grid.
+
+    Parameters
+    ----------
+    fit : how a grid is fitted.
+    ode, x, teacher : the model, initial states [B, ...] and their trajectories.
+    nfe : evaluations, at least 2 for there to be anything to choose.
+    candidates : where to look.
+    rounds : (samples, candidates to keep) of each round; clipped to what there is.
+    descent : passes over (sigma_1, sigma_min, rho), each changed up and down by a factor, which is halved every pass.
+
+    Raises
+    ------
+    InputError : no candidate could be fitted.
+    """
+    trials: list[Trial] = []
+    schedule, t_start = ode.schedule, float(teacher.about["t_start"])
+    top = schedule.noise_to_signal(t_start) if schedule.alpha(t_start) > 0 else math.inf
+
+    def attempt(grid: LeapGrid, samples: int) -> float:
+        known = next((t.error for t in trials if (t.grid, t.samples) == (grid, samples)), None)
+        if known is None:
+            known = _error(fit, ode, x, teacher, grid.times(nfe, schedule, t_start), samples)
+            trials.append(Trial(grid, known, samples))
+        return known
+
+    floor = float(teacher.about["sigma_min"])
+    alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
+    if nfe == 2:
+        alive = list({g.sigma_1: g for g in alive}.values())
+    samples = min(rounds[0][0], len(x))
+    for samples, keep in rounds:
+        samples = min(samples, len(x))
+        alive = sorted(alive, key=lambda g: attempt(g, samples))[:keep]
+        if report and alive:
+            report(f"{len(trials)} grids tried on {samples} samples, error {attempt(alive[0], samples):.4g}")
+    if not alive or not math.isfinite(attempt(alive[0], samples)):
+        raise InputError("no grid could be fitted: the model is not finite, or the teacher reaches too few levels.")
+    best, step = alive[0], 1.4
+    for _ in range(descent if nfe > 2 else 0):
+        for name in ("sigma_1", "sigma_min", "rho"):
+            moved = [replace(best, **{name: getattr(best, name) * f}) for f in (step, 1 / step)]
+            moved = [g for g in moved if _in_order(g, top, floor)]
+            best = min([best, *moved], key=lambda g: attempt(g, samples))
+        step = math.sqrt(step)
+    return GridSearch(tuple(trials), (best, *(g for g in alive if g != best)))
+
+
+def _in_order(grid: LeapGrid, top: float, floor: float) -> bool:
+    return floor < grid.sigma_min < 0.9 * grid.sigma_1 and grid.sigma_1 < 0.95 * top and 1 <= grid.rho <= 20
+
+
+def _error(fit: Fit, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher, grid: Tensor, samples: int) -> float:
+    half = max(1, samples // 2)
+    own, other = slice(0, half), slice(half, samples) if samples > 1 else slice(0, 1)
+    try:
+        plan = fit(ode.subset(own, len(x)), grid, x[own], teacher.subset(own))
+        final = plan.run(ode.subset(other, len(x)), x[other]).double().cpu()
+    except IIAError:
+        return math.inf
+    return float((final - teacher.final[other].double()).square().mean().sqrt())

@@ -1,0 +1,121 @@
+"""The layout of a fitted solver's file: a plan as JSON and tensors, and what its header has to hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Combine, Evaluate, Plan
+from ..schedules import Schedule
+
+__all__ = ["SCHEMA", "misfit", "pack", "unpack"]
+
+_F64 = torch.float64
+
+# What a file's header holds: a dict has these keys, a list has entries like its only one, anything else is of that type.
+_NUMBER = int | float
+_MAYBE = int | float | None
+SCHEMA: dict[str, Any] = {
+    "name": str,
+    "code": [list],
+    "about": {
+        "base": {"name": str, "options": dict},
+        "terms": str,
+        "target": {"name": str},
+        "history": int,
+        "ridge": _NUMBER | str,
+        "guard": bool,
+        "intercept": bool,
+        "schedule": {"type": str},
+        "prediction": str,
+        "guidance_scale": _NUMBER,
+        "conditioning": dict,
+        "state_shape": [int],
+        "state_dtype": str,
+        "batch": int,
+        "held_out": int,
+        "endpoint": {"base": _MAYBE, "fit": _MAYBE, "fell_back": bool, "reference": str},
+        "teacher": dict | None,
+        "seed": int | None,
+        "fingerprint": str,
+        "evaluations": int,
+        "sample_evaluations": int,
+    },
+    "reports": [
+        {
+            **dict.fromkeys(("t", "s", "before", "after", "condition", "ridge", "intercept"), _NUMBER),
+            **dict.fromkeys(("held_before", "held_after"), _MAYBE),
+            **dict.fromkeys(("index", "rank"), int),
+            **{key: [_NUMBER] for key in ("values", "base_values", "corrections")},
+            "symbols": [str],
+            "accepted": bool,
+        }
+    ],
+}
+
+
+def misfit(value: Any, pattern: Any, where: str) -> str | None:
+    """Where a JSON value first departs from its pattern (see SCHEMA), in words."""
+    kind: Any = type(pattern) if isinstance(pattern, dict | list) else pattern
+    if not isinstance(value, kind):
+        return f"{where} is {value!r}"
+    parts: list[str | None] = []
+    if isinstance(pattern, dict):
+        if missing := sorted(pattern.keys() - value.keys()):
+            return f"{where} lacks {', '.join(missing)}"
+        parts = [misfit(value[k], p, f"{where}.{k}") for k, p in pattern.items()]
+    elif isinstance(pattern, list):
+        parts = [misfit(v, pattern[0], f"{where}[{k}]") for k, v in enumerate(value)]
+    return next(filter(None, parts), None)
+
+
+def pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
+    """A plan as a JSON-ready list of instructions, and tensors: numbers in the order of use, odd ones by their place."""
+    code: list[list[Any]] = []
+    weights: list[float] = []
+    times: list[float] = []
+    tensors: dict[str, Tensor] = {}
+    for k, ins in enumerate(plan.code, start=1):
+        if isinstance(ins, Evaluate):
+            code.append(["evaluate", ins.state, ins.form])
+            times.append(ins.t)
+            continue
+        code.append(["combine", [j for j, _ in ins.terms], ins.step])
+        for j, weight in ins.terms:
+            if isinstance(weight, Tensor):
+                tensors[f"weight.{k}.{j}"] = weight.double()
+            else:
+                weights.append(weight)
+        if ins.constant is not None:
+            tensors[f"constant.{k}"] = ins.constant.double()
+    for name, numbers in (("grid", plan.grid), ("times", times), ("weights", weights)):
+        tensors[name] = torch.tensor(numbers, dtype=_F64, device="cpu")
+    return code, tensors
+
+
+def unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]) -> Plan:
+    """The plan that :func:`pack` took apart; every number and tensor has to find its place."""
+    rest = dict(tensors)
+    grid = rest.pop("grid")
+    weights, times = (iter(rest.pop(key).tolist()) for key in ("weights", "times"))
+    instructions: list[Evaluate | Combine] = []
+    try:
+        for k, item in enumerate(code, start=1):
+            match item:
+                case ["evaluate", int(state), str(form)]:
+                    instructions.append(Evaluate(state, next(times), form))
+                case ["combine", [*indices], int() | None as step] if all(isinstance(j, int) for j in indices):
+                    terms = [
+                        (j, rest.pop(key) if (key := f"weight.{k}.{j}") in rest else next(weights)) for j in indices
+                    ]
+                    instructions.append(Combine(tuple(terms), rest.pop(f"constant.{k}", None), step))
+                case _:
+                    raise ValueError(f"instruction {k} is {item!r}.")
+    except StopIteration as error:
+        raise ValueError("it has fewer weights or times than its instructions need.") from error
+    surplus = [key for key, numbers in (("weights", weights), ("times", times)) if next(numbers, None) is not None]
+    if surplus := [*surplus, *rest]:
+        raise ValueError(f"its instructions do not use all of {', '.join(surplus)}.")
+    return Plan(schedule, tuple(grid.tolist()), tuple(instructions), name)

@@ -1,0 +1,178 @@
+"""Frequency bands and projections of channels: a decomposition of images and sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, unknown_name
+from .projections import Part, Projections, is_orthonormal
+
+__all__ = ["Bands"]
+
+_F64 = torch.float64
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Bands(Projections):
+    """Radial frequency bands, times projections of the channels.
+
+    Frequencies are those of the orthonormal DCT-II [Ahmed et al. 1974], one small matrix per axis, so that d components
+    cost O(d (H + W)). Bands hold equal shares of the octaves between the lowest and the highest frequency, and the mean is
+    in the lowest. Channels come first in the order of groups, then bands from the lowest.
+
+    Parameters
+    ----------
+    shape : of one sample, [C, H, W], [C, L] or [L].
+    bands : how many, or ``"all"`` for every frequency by itself.
+    channels : None (all alike), ``"luma-chroma"`` ((1, 1, 1)/sqrt(3) and its complement; None where there are not three) or an
+        orthogonal matrix [C, C], each row of which is a direction with groups of its own.
+    axes : trailing axes that are transformed, 2 where the shape has 3 axes and 1 otherwise.
+
+    Raises
+    ------
+    InputError : the options do not fit the shape, or a band would be empty.
+    """
+
+    shape: tuple[int, ...]
+    bands: int | str = 1
+    channels: str | Tensor | None = None
+    axes: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if self.axes is None:
+            object.__setattr__(self, "axes", 2 if len(self.shape) > 2 else 1)
+        if self.axes not in (1, 2) or not self.axes <= len(self.shape) <= self.axes + 1 or min(self.shape) < 1:
+            raise InputError(f"bands need samples [C, H, W], [C, L] or [L], got {list(self.shape)}, axes={self.axes}.")
+        if self.bands != "all" and (not isinstance(self.bands, int) or isinstance(self.bands, bool) or self.bands < 1):
+            raise InputError(f"bands is a positive whole number or 'all', got {self.bands!r}.")
+        count = self.shape[0] if len(self.shape) > self.axes else 1
+        if isinstance(self.channels, Tensor):
+            q = self.channels.detach().to("cpu", _F64, copy=True).contiguous()
+            if q.shape != (count, count) or not is_orthonormal(q):
+                raise InputError(f"channels must be an orthogonal matrix [{count}, {count}], a row per direction.")
+            object.__setattr__(self, "channels", q if count > 1 else None)
+        elif self.channels is not None:
+            if self.channels != "luma-chroma":
+                raise unknown_name("split of channels", self.channels, ["luma-chroma"])
+            if count != 3:
+                object.__setattr__(self, "channels", None)
+        if len(torch.unique(self._band)) != self._band_count:
+            raise InputError(f"{self.bands} bands of samples {list(self.shape)} leave some of them empty: use fewer.")
+
+    @cached_property
+    def _band_count(self) -> int:
+        return self.bands if isinstance(self.bands, int) else self._band.numel()
+
+    @cached_property
+    def _band(self) -> Tensor:
+        """The band of each frequency, int64 over the transformed axes."""
+        spatial = self.shape[len(self.shape) - (self.axes or 1) :]
+        if self.bands == "all":
+            return torch.arange(math.prod(spatial), device="cpu").reshape(spatial)
+        steps = [torch.arange(n, dtype=_F64, device="cpu") / n for n in spatial]
+        radius = torch.stack(torch.meshgrid(*steps, indexing="ij")).square().sum(0).sqrt()
+        if int(self.bands) == 1 or radius.numel() == 1:
+            return torch.zeros(radius.shape, dtype=torch.int64, device="cpu")
+        low, high = float(radius[radius > 0].min()), float(radius.max())
+        octaves = (radius.clamp(min=low) / low).log() / max(math.log(high / low), 1e-300)
+        return (octaves * int(self.bands) + 1e-9).floor().long().clamp(0, int(self.bands) - 1)
+
+    @cached_property
+    def _rotation(self) -> Tensor | None:
+        if isinstance(self.channels, str):
+            rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
+            q = torch.tensor(rows, dtype=_F64, device="cpu")
+            unit: Tensor = q / torch.linalg.vector_norm(q, dim=1, keepdim=True)
+            return unit
+        return self.channels  # a matrix or None
+
+    @cached_property
+    def _channel(self) -> list[int]:
+        """The channel group of each rotated channel."""
+        count = self.shape[0] if len(self.shape) > (self.axes or 1) else 1
+        if self.channels is None:
+            return [0] * count
+        return [0, 1, 1] if isinstance(self.channels, str) else list(range(count))
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """The group of each coordinate, int64 [*shape]."""
+        rows = [self._band + c * self._band_count for c in self._channel]
+        return torch.stack(rows).reshape(self.shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``band 2, luma``, counted from 1, the lowest frequencies."""
+        bands = [f"band {b + 1}" for b in range(self._band_count)] if self._band_count > 1 else [""]
+        kinds = [f"channel {c + 1}" for c in range(max(self._channel) + 1)]
+        kinds = ["luma", "chroma"] if isinstance(self.channels, str) else kinds if self.channels is not None else [""]
+        return tuple(", ".join(filter(None, (band, kind))) or "all" for kind in kinds for band in bands)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Coefficients in each group."""
+        return torch.bincount(self._index.flatten()).double()
+
+    def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        """The factor of each coordinate, [*shape]."""
+        return (coefficients[self._index],)
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return self._transform
+
+    @cached_property
+    def _transform(self) -> tuple[Tensor, ...]:
+        """The rotation of channels if there is one, then a DCT matrix per axis if there are several bands."""
+        spatial = self.shape[len(self.shape) - (self.axes or 1) :] if self._band_count > 1 else ()
+        return (*(() if self._rotation is None else (self._rotation,)), *(_dct(n) for n in spatial))
+
+    def _coordinates(self, x: Tensor, tables: tuple[Tensor, ...], back: bool = False) -> Tensor:
+        """x [B, *shape] in the basis of channels and frequencies, or back from it."""
+        turned = self._rotation is not None
+        if turned:
+            x = torch.einsum("ji,bj...->bi..." if back else "ij,bj...->bi...", tables[0], x)
+        matrices = tables[1:] if turned else tables
+        if matrices:
+            x = x @ (matrices[-1] if back else matrices[-1].T)
+        if len(matrices) == 2:
+            x = (matrices[0].T if back else matrices[0]) @ x
+        return x
+
+    def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor:
+        total = None
+        for x, (factor,) in parts:
+            term = self._coordinates(x, tables) * factor
+            total = term if total is None else total + term
+        return self._coordinates(torch.as_tensor(total), tables, back=True).contiguous()
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """sum_b <P_g x_b, P_g y_b>, float64 [G]."""
+        u, v = (self._coordinates(w.detach().double().cpu(), self._tables()) for w in (x, y))
+        out = torch.zeros(self.count, dtype=_F64, device="cpu")
+        return out.index_add_(0, self._index.flatten(), (u * v).sum(0).flatten())
+
+    def config(self) -> dict[str, Any]:
+        """The options."""
+        channels = "matrix" if isinstance(self.channels, Tensor) else self.channels
+        rest = {"bands": self.bands, "channels": channels, "axes": self.axes}
+        return {"kind": "bands", "shape": list(self.shape), **rest}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix of channels, if it was given."""
+        return {"channels": self.channels} if isinstance(self.channels, Tensor) else {}
+
+
+def _dct(n: int) -> Tensor:
+    """The orthonormal DCT-II of length n as a matrix [n, n], a row per frequency."""
+    k = torch.arange(n, dtype=_F64, device="cpu")
+    rows = torch.cos(math.pi / n * torch.outer(k, k + 0.5)) * math.sqrt(2 / n)
+    rows[0] /= math.sqrt(2)
+    return rows

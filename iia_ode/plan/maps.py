@@ -1,0 +1,300 @@
+"""Weights that are linear maps of a sample, and constants that depend on a condition."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, MismatchError, PlanError, unknown_name
+from .bands import Bands
+from .projections import Cache, Matrices, Principal, Projections, place
+
+if TYPE_CHECKING:
+    from ..ode import ProbabilityFlowODE
+
+__all__ = ["LinearMap", "PerCondition", "projections_from"]
+
+_F64 = torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A linear operator on one sample, ``sum_g coefficients[g] * P_g`` over orthogonal projections P_g; a weight of a plan.
+
+    Maps over equal projections may be added, subtracted and multiplied (they commute); a number k stands for k times the
+    identity in sums. Calling it applies it.
+
+    Parameters
+    ----------
+    projections : the decomposition.
+    coefficients : one for each of its groups, [G]; kept in float64 on the host.
+
+    Raises
+    ------
+    PlanError : not one finite number for each group.
+    """
+
+    projections: Projections
+    coefficients: Tensor
+
+    __array_ufunc__ = None  # a NumPy number on the left must leave the product to __rmul__
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.projections, Projections):
+            raise PlanError(f"a linear map is over Projections such as Bands, got {type(self.projections).__name__}.")
+        c = torch.as_tensor(self.coefficients).to("cpu", _F64)
+        object.__setattr__(self, "coefficients", c)
+        if c.shape != (self.projections.count,) or not bool(torch.isfinite(c).all()):
+            raise PlanError(
+                f"a linear map over {self.projections!r} needs {self.projections.count} finite coefficients, got "
+                f"{list(c.shape)}: {c.tolist() if c.numel() < 9 else '...'}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the samples that it maps."""
+        return self.projections.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The image of x [B, *shape], in its dtype and on its device."""
+        return self.projections.combine([(x, self.ready(x))])
+
+    def of_constant(self, constant: Tensor) -> Tensor:
+        """The image of one sample, or of what broadcasts against one; float64 [*shape] on the host."""
+        whole = constant.to("cpu", _F64).expand(self.shape)
+        return self(whole[None])[0]
+
+    def ready(self, like: Tensor) -> tuple[Tensor, ...]:
+        """What applying it to `like` needs, in its dtype and on its device; copied there once."""
+        return place(self._placed, self._prepared, like.device, like.dtype)
+
+    @cached_property
+    def _prepared(self) -> tuple[Tensor, ...]:
+        return self.projections.prepare(self.coefficients)
+
+    @cached_property
+    def _placed(self) -> Cache:
+        return {}
+
+    # ---- its size ----------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> float:
+        """Its norm: the largest magnitude of a coefficient."""
+        return float(self.coefficients.detach().abs().max())
+
+    @property
+    def mean(self) -> float:
+        """Its trace per component: what a number in its place would be."""
+        return self._average(self.coefficients)
+
+    @property
+    def mean_square(self) -> float:
+        """Mean square of its image of white noise of unit variance."""
+        return self._average(self.coefficients.square())
+
+    def _average(self, values: Tensor) -> float:
+        sizes = self.projections.sizes
+        return float((values.detach() * sizes).sum() / sizes.sum())
+
+    # ---- arithmetic --------------------------------------------------------------------------------------------------
+
+    def _with(self, coefficients: Tensor) -> LinearMap:
+        return LinearMap(self.projections, coefficients)
+
+    def _operand(self, other: Any, verb: str) -> Any:
+        """The coefficients of another map, or a number."""
+        if isinstance(other, LinearMap):
+            if other.projections == self.projections:
+                return other.coefficients
+            raise PlanError(
+                f"cannot {verb} linear maps over {self.projections!r} and {other.projections!r}: only maps over equal "
+                "projections have a common decomposition."
+            )
+        if isinstance(other, numbers.Real):
+            return float(other)
+        if isinstance(other, Tensor) and not other.ndim:
+            return other.to("cpu", _F64)
+        what = f"a tensor {list(other.shape)}" if isinstance(other, Tensor) else f"{type(other).__name__} {other!r}"
+        raise PlanError(
+            f"cannot {verb} a linear map and {what}: linear maps go with numbers, and with maps over equal projections."
+        )
+
+    def __add__(self, other: Any) -> LinearMap:
+        return self._with(self.coefficients + self._operand(other, "add"))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> LinearMap:
+        return self._with(self.coefficients - self._operand(other, "subtract"))
+
+    def __rsub__(self, other: Any) -> LinearMap:
+        return self._with(self._operand(other, "subtract") - self.coefficients)
+
+    def __mul__(self, other: Any) -> LinearMap:
+        if hasattr(other, "weights"):  # a vector, which takes it from here
+            return NotImplemented
+        return self._with(self.coefficients * self._operand(other, "multiply"))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> LinearMap:
+        if isinstance(other, LinearMap):
+            raise PlanError("a linear map may be divided by a number only.")
+        divisor = self._operand(other, "divide")
+        if divisor == 0:
+            raise PlanError("a linear map is divided by zero.")
+        return self._with(self.coefficients / divisor)
+
+    def __rtruediv__(self, other: Any) -> LinearMap:
+        raise PlanError("a linear map may be divided by a number, and nothing by a linear map.")
+
+    def __neg__(self) -> LinearMap:
+        return self._with(-self.coefficients)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, LinearMap) and other.projections == self.projections
+        return same and torch.equal(self.coefficients, other.coefficients)  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((self.projections, self.coefficients.detach().numpy().tobytes()))
+
+    def __repr__(self) -> str:
+        return f"map {self.projections!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class PerCondition:
+    """A constant that depends on an integer condition of the ODE, such as a class label: a row of a table for each value.
+
+    A run looks its rows up once, before its first instruction.
+
+    Parameters
+    ----------
+    key : the condition's name in ``ode.conditioning``: a whole number, or an integer tensor [B], [1] or [].
+    values : the n labels it may have.
+    table : [n, *sample], the constants, where sample broadcasts against one sample; float64 on the host.
+
+    Raises
+    ------
+    PlanError : the values are not different whole numbers, or the table has not one finite row for each.
+    """
+
+    key: str
+    values: tuple[int, ...]
+    table: Tensor
+
+    def __post_init__(self) -> None:
+        table = torch.as_tensor(self.table).to("cpu", _F64)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "values", tuple(self.values))
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in self.values)
+        if not whole or len(set(self.values)) != len(self.values) or not self.values:
+            raise PlanError(f"the values of condition {self.key!r} must be different whole numbers: {self.values}.")
+        if not table.ndim or len(table) != len(self.values) or not bool(torch.isfinite(table).all()):
+            raise PlanError(
+                f"constants for {len(self.values)} values of condition {self.key!r} need as many finite rows, got "
+                f"{list(table.shape)}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one constant."""
+        return tuple(self.table.shape[1:])
+
+    def rows(self, ode: ProbabilityFlowODE | None, like: Tensor) -> Tensor:
+        """The constants of a batch `like` under the conditions of `ode`: [B, *shape], or [1, *shape] for one condition.
+
+        Raises
+        ------
+        MismatchError : the ODE lacks the condition, has no integers there, or has a value that the table has not.
+        """
+        labels = None if ode is None else ode.conditioning.get(self.key)
+        if isinstance(labels, numbers.Integral) and not isinstance(labels, bool):
+            labels = torch.tensor(int(labels), device="cpu")
+        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        if not isinstance(labels, Tensor) or labels.dtype not in kinds or labels.ndim > 1:
+            known = [] if ode is None else sorted(ode.conditioning)
+            raise MismatchError(
+                f"this plan has constants for each value of the integer condition {self.key!r}, one number per sample; the "
+                f"ODE's conditions are {known}{'' if labels is None else ', and that one is of another kind'}."
+            )
+        labels = labels.reshape(-1)
+        if len(labels) not in (1, len(like)):
+            raise MismatchError(f"condition {self.key!r} has {len(labels)} values for {len(like)} samples.")
+        hits = labels[:, None] == torch.tensor(self.values, dtype=torch.int64, device=labels.device)
+        if not bool(hits.any(1).all()):
+            missing = sorted({int(v) for v in labels[~hits.any(1)].tolist()})
+            raise MismatchError(
+                f"this plan has constants for {self.key} = {', '.join(map(str, self.values))}, none for "
+                f"{', '.join(map(str, missing))}: make it with samples of these conditions too."
+            )
+        (table,) = place(self._placed, (self.table,), like.device, like.dtype)
+        rows = table[hits.long().argmax(1).to(like.device)]
+        return rows.reshape(len(rows), *[1] * (like.ndim - 1 - len(self.shape)), *self.shape)
+
+    @cached_property
+    def _placed(self) -> Cache:
+        return {}
+
+    def _with(self, table: Tensor) -> PerCondition:
+        return PerCondition(self.key, self.values, table)
+
+    def __add__(self, other: Any) -> PerCondition:
+        if isinstance(other, PerCondition):
+            if (other.key, other.values) != (self.key, self.values):
+                raise PlanError(f"constants per {self.key!r} and per {other.key!r} with other values cannot be added.")
+            other = other.table
+        elif isinstance(other, Tensor):
+            other = other.to("cpu", _F64)
+            if other.ndim > len(self.shape):  # one row for all, not one for each
+                return PerCondition(self.key, self.values, _rows(self.table, other.ndim) + other)
+        return self._with(self.table + other)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: Any) -> PerCondition:
+        if isinstance(factor, LinearMap):
+            return self._with(factor(self.table.expand(len(self.table), *factor.shape)))
+        if isinstance(factor, Tensor) and factor.ndim > len(self.shape):
+            return self._with(_rows(self.table, factor.ndim) * factor)
+        return self._with(self.table * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> PerCondition:
+        reciprocal: float | Tensor = 1.0 / divisor
+        return self * reciprocal
+
+
+def _rows(table: Tensor, ndim: int) -> Tensor:
+    """A table whose constants have at least `ndim` axes."""
+    return table.reshape(len(table), *[1] * (ndim - table.ndim + 1), *table.shape[1:])
+
+
+def projections_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Projections:
+    """The projections whose :meth:`~Projections.config` and :meth:`~Projections.tensors` these are.
+
+    Raises
+    ------
+    InputError, UnknownNameError : they are of none.
+    """
+    try:
+        shape, kind = tuple(config["shape"]), config["kind"]
+        match kind:
+            case "bands":
+                channels = tensors["channels"] if config["channels"] == "matrix" else config["channels"]
+                return Bands(shape, config["bands"], channels, config["axes"])
+            case "principal":
+                return Principal(tensors["directions"], shape)
+            case "matrices":
+                return Matrices(tensors["matrices"], shape)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"these are not the configuration and tensors of projections: {error!r}.") from error
+    raise unknown_name("kind of projections", kind, ["bands", "principal", "matrices"])

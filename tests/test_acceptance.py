@@ -1,0 +1,187 @@
+"""The benchmarks of fitted solvers: what is stored is kept, the search covers all solvers, pages are made from the store."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import iia_ode as iia
+from iia_ode.iia.search import LeapGrid
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _load(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+common, acceptance, ablation, never_worse = map(_load, ("common", "acceptance", "ablation", "never_worse"))
+
+
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Lines of progress; nothing that one test caches is seen by another."""
+    lines: list[str] = []
+    monkeypatch.setattr(common, "say", lines.append)
+    yield lines
+    common.batch.cache_clear()
+
+
+def few_grids() -> list[LeapGrid]:
+    return [LeapGrid(a, 0.1) for a in (4.0, 10.0)]
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    module.main()
+
+
+def test_an_entry_is_made_once_and_again_under_other_conditions(tmp_path: Path) -> None:
+    store, made = common.Store(tmp_path / "new"), []
+
+    def make() -> dict[str, float]:
+        made.append(1)
+        return {"rmse": 0.1234567891, "worst": float("inf")}
+
+    for _ in range(2):
+        entry = store.cell("digits-nfe05-seed0", "classic", {"samples": 8}, make)
+    assert len(made) == 1
+    assert (entry["rmse"], entry["worst"]) == (0.123457, None)
+    assert entry["library"] == iia.__version__
+    store.cell("digits-nfe05-seed0", "scalar", {"samples": 8}, make)
+    store.cell("digits-nfe05-seed0", "classic", {"samples": 16}, make)
+    assert len(made) == 3
+    assert {k: e["under"]["samples"] for k, e in store.read("digits-nfe05-seed0").items()} == {
+        "classic": 16,
+        "scalar": 8,
+    }
+    assert not list((tmp_path / "new").glob(".*"))
+
+
+def test_what_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    store = common.Store(tmp_path)
+    store.put("a", "kept", {"rmse": 1.0, "under": {}})
+
+    def fail() -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.cell("a", "new", {}, fail)
+    assert list(store.read("a")) == ["kept"]
+
+
+def test_noise_that_is_measured_is_not_noise_that_is_fitted_to(cached: list[str]) -> None:
+    own, test = (common.batch("gaussian", 16, 0, unseen) for unseen in (False, True))
+    assert not torch.isclose(own.x, test.x).any()
+    assert own.final.shape == own.x.shape
+
+
+@pytest.mark.parametrize("nfe", [4, 5])
+def test_the_search_covers_every_solver_that_can_make_the_count(nfe: int) -> None:
+    found, left = acceptance.able("gaussian", nfe), []
+    for name in set(iia.solver_names()) - set(found):
+        with pytest.raises(iia.GridError):
+            iia.get_solver(name).grid_for(nfe, iia.grids.karras, iia.EDM())
+        left.append(name)
+    assert len(found) + len(left) == len(iia.solver_names())
+    assert all(acceptance.classic_plan(name, "gaussian", nfe, 5.0, 0.1).nfe == nfe for name in found)
+
+
+def test_every_pair_is_tried_and_halving_finds_a_good_one(cached: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "KARRAS", common.KARRAS[::9])
+    monkeypatch.setattr(acceptance, "able", lambda *_: ["ddim", "ipndm3", "dpmpp_2m", "unipc"])
+    own = common.batch("gaussian", 32, 0, False)
+    every, spent = acceptance.classic_search("gaussian", 5, own, exhaustive=True)
+    assert {pair for _, pair in every} == {
+        (s, grid) for s in acceptance.able("gaussian", 5) for grid in acceptance.KARRAS
+    }
+    assert spent == 5 * 32 * len(every)
+    some, less = acceptance.classic_search("gaussian", 5, own, exhaustive=False)
+    assert less < spent
+    assert every[0][0] <= some[0][0] < 1.5 * every[0][0]
+
+
+def test_a_rerun_does_only_what_is_missing(cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "KARRAS", common.KARRAS[::9])
+    monkeypatch.setattr(acceptance, "leap_grids", lambda *_: few_grids())
+    some = ["--settings", "gaussian", "--nfe", 4, "--samples", 16, "--fit-samples", 16, "--out", tmp_path / "results"]
+    rows = ["--rows", "classic", "scalar", "iia-ddim"]
+    run(acceptance, monkeypatch, *some, *rows)
+    (path,) = (tmp_path / "results").iterdir()
+    first = common.Store(path.parent).read(path.stem)
+    assert list(first) == ["classic", "scalar", "iia-ddim"]
+    run(acceptance, monkeypatch, *some, *rows, "biia-edm", "iia-ipndm")
+    second = common.Store(path.parent).read(path.stem)
+    assert {k: second[k] for k in first} == first
+    assert set(second) - set(first) == {"biia-edm", "iia-ipndm"}
+    page = tmp_path / "page.md"
+    run(acceptance, monkeypatch, "--out", path.parent, "--page", page, "--table")
+    text = page.read_text()
+    assert f"`{first['classic']['solver']}`" in text
+    assert f"{first['scalar']['rmse']:.4f} ±" in text
+    assert "samples 16; fit samples 16; seed 0; iia_ode" in text
+
+
+def test_thresholds_are_set_beside_what_was_measured() -> None:
+    found = {5: {"classic": {"rmse": 0.2}, "scalar": {"rmse": 0.1}, "thorough": {"rmse": 0.1}}}
+    text = acceptance.judged("digits", found)
+    assert "| scalar closed form | 5 | 0.85 | 0.500 | yes |" in text
+    assert "| thorough | 5 | 0.35 | 0.500 | **no** |" in text
+    assert "| thorough | 6 | 0.35 | - | not measured |" in text
+
+
+def test_a_preset_that_does_not_win_is_flagged() -> None:
+    found = {5: {"iia-ddim": {"rmse": 0.3, "base_rmse": 0.2}, "iia-edm": {"rmse": 0.1, "base_rmse": 0.2}}}
+    text = acceptance.presets(found, [5])
+    assert "0.3000 / 0.2000 = 1.50 **loses**" in text
+    assert text.count("loses") == 1
+
+
+def test_violations_are_listed_with_their_figures(
+    cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(never_worse.SAMPLES, "closed form", (16, 16))
+    out, page = tmp_path / "results", tmp_path / "page.md"
+    run(never_worse, monkeypatch, "--settings", "gaussian", "--bases", "ddim", "rk4", "--nfe", 4, 5, "--out", out)
+    store = common.Store(out)
+    assert {k for k in store.read("gaussian-ddim-seed0") if k[-1] in "45"} == {
+        f"{t} {n}" for t in ("window", "paper") for n in (4, 5)
+    }
+    entry = store.read("gaussian-ddim-seed0")["window 5"]
+    assert entry["ratio"] == pytest.approx(entry["fit"] / entry["base"], rel=1e-4)
+    assert entry["ratio"] < never_worse.LIMIT
+    store.put("gaussian-ddim-seed0", "window 5", entry | {"ratio": 1.5})
+    run(never_worse, monkeypatch, "--out", out, "--page", page, "--table")
+    assert "| gaussian | `ddim` | window | 5 | 1.500 |" in page.read_text()
+
+
+def test_the_ablation_page_has_a_row_for_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, page = common.Store(tmp_path), tmp_path / "page.md"
+    for seed, error in enumerate((0.1, 0.3)):
+        for label, factor in (("full recipe", 1), ("history: 0", 2)):
+            entry = {"rmse": factor * error, "median": 0.05, "under": {"samples": 4}, "library": "0"}
+            store.put(f"gaussian-nfe05-seed{seed}", label, entry)
+    run(ablation, monkeypatch, "--out", tmp_path, "--page", page, "--table")
+    lines = page.read_text().splitlines()
+    assert "| full recipe | 0.2000 ± 0.1414 | 1.00 | 0.0500 |" in lines
+    assert "| history: 0 | 0.4000 ± 0.2828 | 2.00 | 0.0500 |" in lines
+    assert all(any(line.startswith(f"| {v} |") for line in lines) for v in {**ablation.CHANGED, **ablation.ADDED})
+
+
+@pytest.mark.parametrize("label", ["full recipe", "warm start", "refinement: none, intercept", "+ window, substeps"])
+def test_a_variant_is_made(label: str, cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ablation.EFFORT, "closed form", {"refined": 16, "gauss_newton": 1, "probes": 1, "adam": 1})
+    monkeypatch.setattr(ablation, "leap_grids", lambda *_: few_grids())
+    some = ["--settings", "gaussian", "--nfe", 3, "--seeds", 1, "--samples", 8, "--fit-samples", 32, "--out", tmp_path]
+    run(ablation, monkeypatch, *some, "--variants", label)
+    entry = common.Store(tmp_path).read("gaussian-nfe03-seed0")[label]
+    assert entry.get("skipped") is None
+    assert entry["rmse"] < 0.5

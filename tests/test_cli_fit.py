@@ -1,0 +1,267 @@
+"""``iia-ode fit``: one call or one solver, options that go together, files of trajectories, several processes."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import run
+
+import iia_ode as iia
+from iia_ode.cli.ranks import Process
+from iia_ode.experiments import get_setting
+from iia_ode.iia import IIA, Teacher
+
+SEARCH = ["fit", "--setting", "mixture", "--nfe", "4", "--samples", "32", "--budget", "closed-form"]
+WINDOW = ["--setting", "mixture", "--solver", "ddim", "--terms", "window", "--target", "trajectory", "--nfe", "5"]
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+# ---- one call --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ode_and_x():
+    return get_setting("mixture").draw(32, 0)
+
+
+def test_without_a_solver_fit_is_the_one_call(tmp_path, capsys, ode_and_x):
+    file = tmp_path / "fit.safetensors"
+    status, printed, error = run(capsys, *SEARCH, "--out", str(file))
+    assert (status, error) == (0, "")
+    ode, x = ode_and_x
+    by_hand = iia.fit(ode, 4, x, budget="closed-form", sigma_max=80.0, report=None)
+    fit = iia.load(file)
+    assert fit.plan.difference(by_hand.plan) == 0
+    assert str(fit) in printed
+    assert re.match(r"4 evaluations, 32 draws of noise: about \d+ sample evaluations", printed)
+    for ingredient in fit.about["recipe"]["ingredients"]:
+        assert f"{ingredient['name']}: error" in printed
+
+
+def test_show_lists_the_ingredients_and_marks_the_chosen_one(tmp_path, capsys):
+    file = tmp_path / "fit.safetensors"
+    assert run(capsys, *SEARCH, "--out", str(file))[0] == 0
+    status, shown, error = run(capsys, "show", str(file))
+    assert (status, error) == (0, "")
+    fit = iia.load(file)
+    assert fit.explain() in shown
+    table = shown.split("ingredient ")[-1].splitlines()[1:]
+    ingredients = fit.about["recipe"]["ingredients"]
+    assert [line.split("  ")[0] for line in table] == [i["name"] for i in ingredients]
+    assert ["*" in line for line in table] == [i["chosen"] for i in ingredients]
+
+
+def test_what_was_found_samples_unseen_noise(tmp_path, capsys):
+    file = tmp_path / "fit.safetensors"
+    assert run(capsys, *SEARCH, "--out", str(file))[0] == 0
+    sample = ["sample", str(file), "--setting", "mixture", "--samples", "5", "--out", str(tmp_path)]
+    assert run(capsys, *sample)[0] == 0
+    ode, x = get_setting("mixture").draw(5, 1)
+    stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
+    assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
+
+
+# ---- one solver ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (["iia-edm"], iia.preset("iia-edm")),
+        (["iia-ddim", "--history", "2", "--ridge", "1e-6"], iia.preset("iia-ddim", history=2, ridge=1e-6)),
+        (["biia-edm", "--substeps", "2", "--guard"], iia.preset("biia-edm", substeps=2, guard=True)),
+        (["heun", "--terms", "window", "--target", "local"], IIA("heun", "window", "local")),
+        (["heun", "--no-guard"], IIA("heun", guard=False)),
+        (
+            ["dpmpp_3m", "--terms", "window", "--target", "trajectory", "--ridge", "auto", "--intercept"],
+            IIA("dpmpp_3m", "window", "trajectory", ridge="auto", intercept=True),
+        ),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+@pytest.mark.filterwarnings("ignore::iia_ode.GuardWarning")
+def test_with_a_solver_fit_is_iia_with_these_options(tmp_path, capsys, options, method, ode_and_x):
+    file = tmp_path / "fit.safetensors"
+    fit = ["fit", "--setting", "mixture", "--nfe", "5", "--samples", "32", "--solver", *options]
+    status, printed, _ = run(capsys, *fit, "--out", str(file))
+    assert status == 0
+    grid = method.base_solver.grid_for(5, iia.grids.karras, iia.EDM())
+    expected = method.fit(ode_and_x[0], grid, ode_and_x[1], seed=0)
+    assert iia.load(file).plan.difference(expected.plan) == 0
+    assert str(expected) in printed
+
+
+def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monkeypatch):
+    def worse(self, plan, reports):
+        warnings.warn("worse than\nits base", iia.GuardWarning, stacklevel=2)
+        return plan, reports, {"base": 1.0, "fit": 2.0, "fell_back": True, "reference": "none"}
+
+    monkeypatch.setattr("iia_ode.iia.fitting.Fitting._guarded", worse)
+    fit = ["fit", *WINDOW, "--samples", "8", "--out", str(tmp_path / "a")]
+    assert run(capsys, *fit)[::2] == (0, "iia-ode: warning: worse than its base\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--terms", "window"], "--terms goes with --solver"),
+        (["--target", "local"], "--target goes with --solver"),
+        (["--history", "2"], "--history goes with --solver"),
+        (["--substeps", "2"], "--substeps goes with --solver"),
+        (["--ridge", "auto"], "--ridge goes with --solver"),
+        (["--intercept"], "--intercept goes with --solver"),
+        (["--no-guard"], "--guard/--no-guard goes with --solver"),
+        (["--grid", "karras"], "--grid goes with --solver"),
+        (["--rho", "3"], "--rho goes with --solver"),
+        (["--solver", "heun", "--budget", "standard"], "--budget is that of a search"),
+        (["--solver", "iia-edm", "--terms", "window"], "preset iia-edm brings its own terms"),
+        (
+            ["--solver", "heun", "--substeps", "2", "--target", "local"],
+            "--substeps is for --target substeps, not for local",
+        ),
+        (["--solver", "heun", "--ridge", "much"], "'much' is not a valid float"),
+        (["--solver", "heun", "--ridge", "-1"], "-1.0 is not in the range"),
+        (["--solver", "unipc_bh9"], "unknown preset or solver 'unipc_bh9'. Did you mean"),
+        (["--solver", "midpoint"], "the paper has no terms for base 'midpoint'"),
+        (["--solver", "heun", "--target", "nearest"], "'nearest' is not one of"),
+        (["--budget", "huge"], "'huge' is not one of"),
+        (["--samples", "4"], "at least 8 draws of noise"),
+        (["--teacher", "a", "--save-teacher", "b"], "choose one"),
+        (["--solver", "iia-edm", "--teacher", "a"], "goes with --target trajectory or with --guard"),
+        (["--sigma-max", "2", "--save-teacher", "b"], "needs --sigma-max of at least 3"),
+        (["--teacher", "nothing"], "no file 'nothing'"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_options_that_do_not_go_together_are_one_line_of_error(tmp_path, capsys, monkeypatch, options, text):
+    monkeypatch.chdir(tmp_path)
+    status, printed, error = run(capsys, "fit", "--setting", "mixture", "--nfe", "5", *options, "--out", "fit")
+    assert (status, printed, len(error.splitlines())) == (2, "", 1)
+    assert text in error
+    assert not (tmp_path / "fit").exists()
+
+
+# ---- files of trajectories -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [SEARCH, ["fit", *WINDOW, "--samples", "32"]], ids=["one call", "one solver"])
+def test_trajectories_are_made_once_and_serve_every_fit_of_the_same_noise(tmp_path, capsys, method):
+    kept, plain, first, second = (str(tmp_path / name) for name in ("teacher", "plain", "first", "second"))
+    assert run(capsys, *method, "--out", plain)[0] == 0
+    assert run(capsys, *method, "--save-teacher", kept, "--out", first)[0] == 0
+    assert len(Teacher.load(kept)) == 32
+    assert run(capsys, *method, "--teacher", kept, "--out", second)[0] == 0
+    fits = [iia.load(file) for file in (plain, first, second)]
+    assert all(fit.plan.difference(fits[0].plan) == 0 for fit in fits)
+    assert fits[2].about["sample_evaluations"] <= fits[0].about["sample_evaluations"] - 32 * 60
+    other = ["fit", *WINDOW, "--samples", "32"] if method is SEARCH else SEARCH
+    assert run(capsys, *other, "--teacher", kept, "--out", second)[0] == 0
+    status, _, error = run(capsys, *method, "--seed", "1", "--teacher", kept, "--out", second)
+    assert status == 2
+    assert "the teacher starts from other states" in error
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_every_sample_belongs_to_exactly_one_process():
+    for size in (1, 2, 3, 7):
+        shares = [list(range(20))[Process(rank, size, "cpu").share(20)] for rank in range(size)]
+        assert [k for share in shares for k in share] == list(range(20))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "runs in one process; with --solver, torchrun may be used"),
+        (["--solver", "ddim", "--samples", "1"], "1 samples are too few for 2 processes"),
+        (["--solver", "ddim", "--save-teacher", "t", "--target", "trajectory"], "--save-teacher needs one process"),
+        (["--solver", "ddim"], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_what_does_not_go_with_several_processes_is_said(tmp_path, capsys, monkeypatch, options, text):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    status, _, error = run(capsys, "fit", "--setting", "mixture", *options, "--out", str(tmp_path / "fit"))
+    assert (status, len(error.splitlines())) == (2, 1)
+    assert text in error
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert "WORLD_SIZE must be a number" in run(capsys, "fit", "--setting", "mixture", "--out", str(tmp_path / "f"))[2]
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+with_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+@with_gloo
+def test_two_processes_write_the_file_that_one_would(tmp_path, capsys):
+    options = ["--samples", "21", "--guard", "--ridge", "auto", "--intercept"]
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    command = [sys.executable, "-m", *launch, "-m", "iia_ode", "fit", *WINDOW, *options, "--out", str(two)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run(capsys, "fit", *WINDOW, *options, "--out", str(one))[0] == 0
+    together, alone = iia.load(two), iia.load(one)
+    assert together.about["batch"] == alone.about["batch"] == 21
+    for a, b in zip(together.reports, alone.reports, strict=True):
+        assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
+        assert a.accepted == b.accepted
+    assert together.plan.difference(alone.plan) < 1e-9
+    assert done.stdout.count("written: ") == 1
+    assert "in 2 processes" in done.stdout
+
+
+@with_gloo
+def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(tmp_path):
+    """The second process ends as if killed, in the middle of the fit."""
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import os, sys\n"
+        "from iia_ode.cli import main\n"
+        "from iia_ode.iia.fitting import Fitting\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    Fitting._guarded = lambda *_: os._exit(9)\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, str(dying), "fit", *WINDOW, "--samples", "8", "--out", str(tmp_path / "fit")]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(command, env=environment(RANK=str(k), **meeting), stderr=subprocess.PIPE, text=True)
+        for k in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 9]
+    (line,) = (line for line in errors[0].splitlines() if line.startswith("iia-ode: error: "))
+    assert "process 0 of 2 heard nothing from another one" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dying.py"]
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_section_on_fits_runs(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["fit"].nfe == 5
+    assert "chosen: " in capsys.readouterr().out

@@ -1,0 +1,233 @@
+"""Held-out samples: what the guard refuses, what ridge="auto" chooses, and what is said about it."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support import mixture, normal
+
+import iia_ode as iia
+from iia_ode.errors import GuardWarning
+from iia_ode.iia import IIA, Target, Teacher
+from iia_ode.iia.chunks import Chunk
+from iia_ode.iia.fitting import RIDGES
+
+F64 = torch.float64
+GRID = iia.grids.karras(6)
+
+
+def states(n=40, seed=0):
+    return mixture().noisy(n, iia.EDM(), 80.0, torch.Generator().manual_seed(seed))
+
+
+def ode():
+    return mixture().ode(iia.EDM())
+
+
+@dataclass(frozen=True)
+class Wrong(Target):
+    """Stay where you are and grow: every step can be fitted to it, and the end is far from the truth."""
+
+    name = "wrong"
+
+    def aim(self, tracer, base, step):
+        return 1.5 * step.x
+
+    def options(self):
+        return {"name": self.name}
+
+
+def test_the_held_out_samples_are_the_last_ones_and_coefficients_come_from_the_others():
+    x = states()
+    other = torch.cat([x[:30], states(seed=5)[:10]])
+    a, b = (IIA("ddim", guard=False).fit(ode(), GRID, v, held_out=0.25) for v in (x, other))
+    alone = IIA("ddim", guard=False).fit(ode(), GRID, x[:30])
+    assert (a.about["held_out"], alone.about["held_out"]) == (10, 0)
+    for r, s, u in zip(a.reports, b.reports, alone.reports, strict=True):
+        assert r.corrections == s.corrections == u.corrections
+        assert (r.before, r.after) == (s.before, s.after) == (u.before, u.after)
+        assert r.held_before != s.held_before
+        assert u.held_before is u.held_after is None
+
+
+def test_held_out_residuals_are_those_of_the_fitted_trajectory():
+    x = states()
+    fit = IIA("ddim", "window", intercept=True, guard=False).fit(ode(), GRID, x, held_out=0.3, chunk_size=7)
+    path = iia.odeint(ode(), x[28:], method=fit)
+    for r in fit.reports:
+        target = iia.sample(ode(), path[r.index], torch.linspace(r.t, r.s, 4, dtype=F64), "ddim")
+        base = iia.sample(ode(), path[r.index], torch.tensor([r.t, r.s], dtype=F64), "ddim")
+        assert r.held_before == pytest.approx(float((target - base).square().mean().sqrt()), rel=1e-8)
+        assert r.held_after == pytest.approx(float((target - path[r.index + 1]).square().mean().sqrt()), rel=1e-5)
+
+
+def test_a_step_that_does_not_help_held_out_samples_keeps_the_weights_of_the_base():
+    fit = IIA("ddim", "window", "trajectory").fit(ode(), iia.grids.karras(8), states(64))
+    assert {r.accepted for r in fit.reports} == {True, False}
+    for r in fit.reports:
+        assert r.accepted == (r.held_after < r.held_before)
+        if not r.accepted:
+            assert r.values == r.base_values
+            assert set(r.corrections) == {0.0}
+    assert "refused" in fit.table()
+    assert "The base was kept in step" in fit.explain()
+
+
+def test_a_fit_that_ends_worse_than_its_base_on_held_out_noise_is_the_base_and_says_so(tmp_path):
+    method = IIA("heun", "biia-edm", Wrong())
+    with pytest.warns(GuardWarning, match=r"farther from the truth than its base on the 10 held-out samples"):
+        fit = method.fit(ode(), GRID, states())
+    assert fit.plan.difference(iia.get_solver("heun").plan(iia.EDM(), GRID)) == 0
+    assert not any(r.accepted for r in fit.reports)
+    assert fit.about["endpoint"]["fell_back"]
+    assert fit.about["endpoint"]["fit"] > fit.about["endpoint"]["base"]
+    assert "the base was kept" in str(fit)
+    assert "The base was kept in every step" in fit.explain()
+    assert iia.load(fit.save(tmp_path / "fit.safetensors")).about == fit.about
+
+
+def test_without_guard_nothing_is_judged_and_nothing_more_is_spent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = IIA("heun", "biia-edm", Wrong(), guard=False).fit(ode(), GRID, states())
+    assert fit.about["held_out"] == 0
+    assert fit.about["endpoint"] == {"base": None, "fit": None, "fell_back": False, "reference": "none"}
+    assert all(r.accepted for r in fit.reports)
+    assert fit.about["sample_evaluations"] == 40 * fit.nfe
+
+
+def test_the_guards_endpoint_errors_are_those_of_the_samples_and_its_cost_is_counted():
+    x, model = states(), ode()
+    fit = IIA("ddim").fit(model, GRID, x)
+    exact = Teacher.solve(ode(), x[30:], 80.0, 0.0).final
+    for solver, key in (("ddim", "base"), (fit, "fit")):
+        y = iia.sample(ode(), x[30:], None if solver is fit else GRID, solver)
+        assert fit.about["endpoint"][key] == pytest.approx(float((y - exact).square().mean().sqrt()), rel=1e-9)
+    assert fit.about["sample_evaluations"] == model.ledger.samples
+    unguarded = IIA("ddim", guard=False).fit(ode(), GRID, x).about["sample_evaluations"]
+    assert fit.about["sample_evaluations"] == unguarded + 10 * (61 + 6)  # a teacher and the base on ten samples
+
+
+def test_a_given_teacher_serves_the_guard_of_any_target():
+    x = states()
+    teacher = Teacher.solve(ode(), x, 80.0, 0.0, rtol=1e-7)
+    fit = IIA("ddim").fit(ode(), GRID, x, teacher=teacher)
+    assert (
+        fit.about["sample_evaluations"] == IIA("ddim", guard=False).fit(ode(), GRID, x).about["sample_evaluations"] + 60
+    )
+    assert fit.about["teacher"]["solver"] == "dopri8"
+    assert "dopri8" in fit.about["endpoint"]["reference"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_batch_too_small_to_hold_any_out_is_fitted_whole_and_said_so(n):
+    fit = IIA("ddim", ridge="auto").fit(ode(), GRID, states(n))
+    assert (fit.about["held_out"], fit.about["batch"]) == (0, n)
+    assert all(r.accepted and r.ridge == 0 and r.held_after is None for r in fit.reports)
+    assert "No samples were held out" in fit.explain()
+
+
+def test_a_batch_of_four_holds_one_out():
+    assert IIA("ddim", guard=False).fit(ode(), GRID, states(4), held_out=0.01).about["held_out"] == 1
+    assert IIA("ddim", guard=False).fit(ode(), GRID, states(4), held_out=0.99).about["held_out"] == 3
+
+
+def test_ridge_auto_is_the_ridge_of_the_path_with_the_least_held_out_loss():
+    x, grid = states(12), iia.grids.karras(2)
+    auto = IIA("heun", "window", ridge="auto", history=2, guard=False).fit(ode(), grid, x)
+    fixed = [
+        IIA("heun", "window", ridge=r, history=2, guard=False).fit(ode(), grid, x, held_out=0.25).reports[0]
+        for r in RIDGES
+    ]
+    best = min(fixed, key=lambda r: r.held_after)
+    assert auto.reports[0].held_after == best.held_after
+    assert auto.reports[0].ridge == best.ridge
+    assert auto.about["ridge"] == "auto"
+
+
+@pytest.mark.parametrize("case", ["one sample", "equal samples", "constant model", "gaussian", "isotropic gaussian"])
+@pytest.mark.parametrize("target", ["substeps", "trajectory"])
+@pytest.mark.parametrize("base", ["ddim", "heun"])
+def test_poor_batches_give_finite_fits_that_are_no_worse_than_the_base(base, target, case):
+    model, x = ode(), states(1) if case == "one sample" else states(8)
+    if case == "equal samples":
+        x = states(1).expand(8, -1).clone()
+    elif case == "constant model":
+        model = iia.ProbabilityFlowODE(lambda x, t: torch.full_like(x, 0.3), iia.EDM())
+    elif "gaussian" in case:
+        spread = torch.ones(4, dtype=F64) if "iso" in case else torch.tensor([0.1, 1.0, 2.0, 3.0], dtype=F64)
+        model = iia.problems.Gaussian(torch.zeros(4, dtype=F64), spread).ode(iia.EDM())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GuardWarning)
+        fit = IIA(base, "window", target, ridge="auto", intercept=True).fit(model, GRID, x)
+    assert all(math.isfinite(v) for r in fit.reports for v in (*r.values, r.intercept, r.condition))
+    exact = iia.reference.solve(model, x, 80.0, 0.0, sigma_min=0.002)
+    errors = [(iia.sample(model, x, *how) - exact).norm() for how in ((None, fit), (GRID, base))]
+    assert float(errors[0]) <= 1.001 * float(errors[1]) + 1e-6
+
+
+def test_reports_explain_themselves_in_words():
+    text = IIA("ddim", "window", "trajectory", intercept=True).fit(ode(), GRID, states(200)).explain()
+    assert "is ddim with up to 4 weights a step (window), fitted on 150 samples in 6 of 6 steps." in text
+    assert "of its residual is gone, on 50 held-out samples." in text
+    assert "weighs its own data estimates by" in text
+    assert "The largest intercept is in step" in text
+    assert "Endpoint error on held-out noise: base" in text
+    plain = IIA("ddim", history=0, guard=False).fit(ode(), GRID, states()).explain()
+    assert plain == "iia(ddim) is its base, ddim: these terms leave every step of this grid alone."
+
+
+def test_guided_conditions_are_fitted_and_held_out_with_their_samples():
+    def model(x, t, c):
+        return torch.tanh(x) * (1 + c[:, None])
+
+    x, c = 80 * normal(16, 3), torch.linspace(0, 1, 16, dtype=F64)
+
+    def guided(scale, index):
+        null = {"c": torch.zeros(1, dtype=F64)}
+        return iia.ProbabilityFlowODE(
+            model, iia.EDM(), conditioning={"c": c[index]}, unconditional=null, guidance_scale=scale
+        )
+
+    fit = IIA("dpmpp_2m", guard=False).fit(guided(2.0, slice(16)), GRID, x, held_out=0.25)
+    alone = IIA("dpmpp_2m", guard=False).fit(guided(2.0, slice(12)), GRID, x[:12])
+    assert [r.corrections for r in fit.reports] == [r.corrections for r in alone.reports]
+    assert fit.about["guidance_scale"] == 2.0
+
+
+def test_between_steps_a_batch_rests_on_the_host_and_only_with_what_is_still_needed(monkeypatch):
+    kept = []
+    advance = Chunk.advance
+
+    def watched(self, tracer, live):
+        advance(self, tracer, live)
+        kept.append(len(self.values))
+        assert all(v.device.type == "cpu" for v in self.values.values())
+
+    monkeypatch.setattr(Chunk, "advance", watched)
+    IIA("ddim", "window", guard=False).fit(ode(), iia.grids.karras(12), states(8), chunk_size=4)
+    assert max(kept) <= 4  # z_i, z_{i-1} and the evaluation there, and what DDIM itself remembers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_on_the_device_does_not_grow_with_the_number_of_chunks():
+    layer = torch.nn.Linear(4096, 4096, dtype=F64).cuda()
+    peaks = []
+    for chunks in (2, 8):
+        torch.cuda.reset_peak_memory_stats()
+        x = 80 * torch.randn(chunks * 64, 4096, dtype=F64)
+        module = iia.ProbabilityFlowODE(_Wrapped(layer), iia.EDM())
+        IIA("ddim", "window", guard=False).fit(module, GRID, x, chunk_size=64)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= 1.01 * peaks[0]
+
+
+class _Wrapped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, t):
+        return torch.tanh(self.layer(x / (1 + t[:, None])))

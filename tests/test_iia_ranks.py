@@ -1,0 +1,125 @@
+"""A fit over several processes is the fit of the whole batch in one; this file is also what those processes run."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import mixture
+
+import iia_ode as iia
+from iia_ode.errors import RankError
+from iia_ode.iia import IIA
+
+GRID = iia.grids.karras(5)
+BATCH = 20
+CUTS = {"three": [0, 5, 17, 20], "two": [0, 13, 20]}
+METHODS = {
+    "three": IIA("ddim", "window", "substeps", intercept=True, ridge="auto"),
+    "two": IIA("heun", "iia-edm", "trajectory"),
+}
+
+
+def problem(rows):
+    """A conditional model: each sample has its own shift."""
+    shift = torch.linspace(-0.5, 0.5, BATCH, dtype=torch.float64)
+    x = mixture().noisy(BATCH, iia.EDM(), 80.0, torch.Generator().manual_seed(0))
+    inner = mixture().ode(iia.EDM()).model
+
+    def model(x, t, shift):
+        return inner(x, t) + shift[:, None]
+
+    return iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"shift": shift[rows]}), x[rows]
+
+
+def worker(rank, folder):
+    """What each of three processes does: two fits, a mistake, and a fit in which the last process dies."""
+    options = {"timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, **options)
+    pair = dist.new_group([0, 1], **options)
+    fragile = dist.new_group([0, 1, 2], timeout=timedelta(seconds=10))
+    for name, group in (("three", None), ("two", pair)):
+        if rank + 1 < len(CUTS[name]):
+            ode, x = problem(slice(CUTS[name][rank], CUTS[name][rank + 1]))
+            METHODS[name].fit(ode, GRID, x, group=group, chunk_size=4).save(folder / f"{name}-{rank}.safetensors")
+    ode, x = problem(slice(rank, rank + 2))
+    try:
+        METHODS["three"].fit(ode, iia.grids.karras(3 + rank), x)
+    except RankError as error:
+        (folder / f"mistake-{rank}").write_text(str(error))
+    calls = 0
+
+    def dying(x, t, shift):
+        nonlocal calls
+        calls += 1
+        if rank == 2 and calls == 6:
+            os._exit(7)
+        return x / (1 + t[:, None]) + shift[:, None]
+
+    try:
+        failing = iia.ProbabilityFlowODE(dying, iia.EDM(), conditioning=ode.conditioning)
+        METHODS["three"].fit(failing, GRID, x, group=fragile).save(folder / f"partial-{rank}.safetensors")
+    except RankError as error:
+        (folder / f"death-{rank}").write_text(str(error))
+    os._exit(0)  # the group is broken: there is nothing left to close down in order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where three processes left what they found."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(3)]
+    processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    results = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+    assert [code for _, code in results] == [0, 0, 7], "\n".join(text[-2000:] for text, _ in results)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["three", "two"])
+def test_every_process_gets_the_fit_of_the_whole_batch(folder, name):
+    whole = METHODS[name].fit(*_arguments())
+    for rank in range(len(CUTS[name]) - 1):
+        fit = iia.load(folder / f"{name}-{rank}.safetensors")
+        assert fit.about["batch"] == BATCH
+        assert fit.about["held_out"] == whole.about["held_out"] == 5
+        assert fit.about["sample_evaluations"] == whole.about["sample_evaluations"]
+        assert [r.accepted for r in fit.reports] == [r.accepted for r in whole.reports]
+        for a, b in zip(fit.reports, whole.reports, strict=True):
+            assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
+            assert a.held_after == pytest.approx(b.held_after, rel=1e-9)
+        assert fit.plan.difference(whole.plan) < 1e-9
+        assert fit.about["endpoint"]["fit"] == pytest.approx(whole.about["endpoint"]["fit"], rel=1e-9)
+
+
+def _arguments():
+    ode, x = problem(slice(None))
+    return ode, GRID, x
+
+
+@pytest.mark.parametrize("name", ["three", "two"])
+def test_all_processes_have_the_very_same_numbers(folder, name):
+    fits = [iia.load(folder / f"{name}-{rank}.safetensors") for rank in range(len(CUTS[name]) - 1)]
+    assert all(fit.reports == fits[0].reports for fit in fits)
+    assert all(fit.plan.difference(fits[0].plan) == 0 for fit in fits)
+
+
+def test_processes_that_ask_for_different_fits_are_told(folder):
+    for rank in range(3):
+        assert "asked for different fits" in (folder / f"mistake-{rank}").read_text()
+
+
+def test_a_process_that_dies_is_an_error_for_the_others_and_leaves_no_file(folder):
+    for rank in range(2):
+        assert "heard nothing from another one" in (folder / f"death-{rank}").read_text()
+    assert not list(folder.glob("partial*"))
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,117 @@
+"""Figures of a fit: what is drawn is what was fitted."""
+
+import matplotlib as mpl
+import pytest
+import torch
+
+import iia_ode as iia
+from iia_ode import plots
+from iia_ode.experiments import get_setting
+
+
+@pytest.fixture(scope="module")
+def stepwise():
+    ode, x = get_setting("mixture").draw(40, 0)
+    return iia.IIA("ddim", "window", "trajectory").fit(ode, iia.grids.karras(5), x)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """One fit in closed form and one that was refined."""
+    ode, x = get_setting("mixture").draw(32, 0)
+    return {
+        budget: iia.fit(ode, 4, x, budget=budget, sigma_max=80.0, report=None) for budget in ("closed-form", "standard")
+    }
+
+
+def lines_of(axes):
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_coefficients_have_a_line_each_and_steps_that_keep_the_base_are_shaded(stepwise):
+    (axes,) = plots.plot_coefficients(stepwise).axes
+    lines = lines_of(axes)
+    assert set(lines) == {symbol for report in stepwise.reports for symbol in report.symbols}
+    for report in stepwise.reports:
+        for symbol, correction in zip(report.symbols, report.corrections, strict=True):
+            line = lines[symbol]
+            assert correction in [
+                y for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if x == report.index
+            ]
+    assert len(axes.patches) == sum(not report.accepted for report in stepwise.reports)
+
+
+def test_without_steps_of_its_own_a_fits_weights_are_those_of_its_states_on_data_estimates(found):
+    whole = found["closed-form"]
+    fit = iia.FittedSolver(whole.plan, (), whole.about)
+    (axes,) = plots.plot_coefficients(fit).axes
+    lines, form = lines_of(axes), fit.plan.canonical()
+    assert set(lines) == {"D[i]", "D[i-1]", "D[i-2]", "D[i-3]"}
+    assert lines["D[i]"].get_ydata()[-1] == form.final.weights[4]
+    assert lines["D[i-3]"].get_ydata()[-1] == form.final.weights[1]
+    with pytest.raises(iia.InputError, match="not fitted step by step"):
+        plots.plot_residuals(fit)
+
+
+def test_residuals_are_drawn_for_both_halves_of_the_batch(stepwise):
+    (axes,) = plots.plot_residuals(stepwise).axes
+    lines = lines_of(axes)
+    assert set(lines) == {"base", "fitted", "base, held out", "fitted, held out"}
+    assert list(lines["fitted"].get_ydata()) == [r.after for r in stepwise.reports]
+    assert list(lines["base, held out"].get_ydata()) == [r.held_before for r in stepwise.reports]
+    assert axes.get_yscale() == "log"
+
+
+def test_residuals_of_a_fit_to_the_whole_batch_have_no_held_out_half():
+    ode, x = get_setting("mixture").draw(8, 0)
+    fit = iia.preset("iia-ddim").fit(ode, iia.grids.karras(4), x)
+    assert set(lines_of(plots.plot_residuals(fit).axes[0])) == {"base", "fitted"}
+
+
+@pytest.mark.parametrize("budget", ["closed-form", "standard"])
+def test_ingredients_have_a_bar_each_and_the_chosen_one_is_in_colour(found, budget):
+    fit = found[budget]
+    ingredients = fit.about["recipe"]["ingredients"]
+    (axes,) = plots.plot_ingredients(fit).axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == [i["name"] for i in ingredients]
+    assert [bar.get_width() for bar in axes.patches] == [i["error"] for i in ingredients]
+    colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in axes.patches]
+    (chosen,) = (k for k, i in enumerate(ingredients) if i["chosen"])
+    assert colours.count(colours[chosen]) == 1
+
+
+def test_an_ingredient_that_could_not_be_made_is_named_without_a_bar(found):
+    fit = found["closed-form"]
+    entries = [{**fit.about["recipe"]["ingredients"][0], "error": None}, *fit.about["recipe"]["ingredients"][1:]]
+    changed = iia.FittedSolver(fit.plan, fit.reports, fit.about | {"recipe": {"ingredients": entries}})
+    (axes,) = plots.plot_ingredients(changed).axes
+    assert len(axes.patches) == len(entries) - 1
+    assert axes.texts[0].get_text() == "not possible"
+
+
+def test_only_what_one_call_found_has_ingredients(stepwise):
+    with pytest.raises(iia.InputError, match=r"not made by iia_ode\.fit"):
+        plots.plot_ingredients(stepwise)
+
+
+def test_no_text_of_a_figure_overlaps_another(stepwise, found, tmp_path):
+    grid = iia.grids.karras(25)
+    ode, x = get_setting("mixture").draw(40, 0)
+    long = iia.IIA("heun", terms="window", history=2).fit(ode, grid, x)
+    figures = [plots.plot_coefficients(f) for f in (stepwise, long, *found.values())]
+    figures += [plots.plot_residuals(f) for f in (stepwise, long)]
+    figures += [plots.plot_ingredients(f) for f in found.values()]
+    for k, figure in enumerate(figures):
+        assert plots.save_figure(figure, tmp_path / f"{k}.png").stat().st_size > 1000
+        (axes,) = figure.axes
+        for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+            boxes = [t.get_window_extent() for t in labels if t.get_text()]
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_plots_of_a_fit_need_no_default_device(stepwise):
+    torch.set_default_device("meta")
+    try:
+        plots.plot_coefficients(stepwise)
+    finally:
+        torch.set_default_device(None)

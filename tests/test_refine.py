@@ -1,0 +1,217 @@
+"""Endpoint refinement: a plan as a differentiable function of its weights and grid, and what Gauss-Newton makes of it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import every_prediction, every_schedule, gaussian, mixture
+from torch import nn
+
+import iia_ode as iia
+from iia_ode.iia import Teacher
+from iia_ode.iia.parameters import Parameters
+from iia_ode.iia.refine import refine, robust_mean
+
+F64 = torch.float64
+
+
+def levels(schedule, *sigmas):
+    times = [schedule.t_of_noise_to_signal(s) for s in sigmas]
+    return torch.tensor([*times, schedule.t_data], dtype=F64)
+
+
+def plan_of(solver="ddim", schedule=None, sigmas=(40.0, 6.0, 1.5, 0.3)):
+    schedule = schedule or iia.EDM()
+    return iia.trace(iia.get_solver(solver), schedule, levels(schedule, *sigmas))
+
+
+def states(n, schedule, sigma=40.0, problem=None):
+    t = schedule.t_of_noise_to_signal(sigma)
+    return (problem or mixture()).noisy(n, schedule, t, torch.Generator().manual_seed(1))
+
+
+def truth(ode, x, sigma=40.0):
+    schedule = ode.schedule
+    return Teacher.solve(ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, rtol=1e-8).final
+
+
+# ---- the parameters -----------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+@pytest.mark.parametrize("solver", ["ddim", "heun", "ipndm3", "dpmpp_2m", "dpm2", "unipc"])
+def test_a_plan_made_of_its_own_parameters_is_the_same_algorithm(solver, schedule):
+    plan = plan_of(solver, schedule)
+    parameters = Parameters(plan)
+    again = parameters.plan(parameters.initial)
+    assert plan.canonical().difference(again.canonical()) < 1e-11
+    assert again.nfe == plan.nfe
+    x, ode = states(4, schedule), mixture().ode(schedule)
+    torch.testing.assert_close(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=plan), rtol=1e-9, atol=1e-9)
+
+
+@every_schedule
+@every_prediction
+def test_the_differentiable_run_ends_where_the_plan_does(schedule, prediction):
+    plan, ode, x = plan_of("ipndm3", schedule), mixture().ode(schedule, prediction), states(3, schedule)
+    parameters = Parameters(plan)
+    final, _ = parameters.run(ode, x, parameters.initial)
+    torch.testing.assert_close(final.detach(), iia.sample(ode, x, solver=plan), rtol=1e-8, atol=1e-8)
+
+
+@every_schedule
+def test_gradients_per_sample_are_those_of_finite_differences(schedule):
+    ode, x = mixture().ode(schedule, "noise"), states(3, schedule)
+    parameters = Parameters(plan_of("ipndm2", schedule))
+    theta = parameters.initial
+    final, leaf = parameters.run(ode, x, theta)
+    probe = torch.randn(final.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad(final, leaf, probe)
+
+    def value(theta):
+        return (parameters.plan(theta).run(ode, x) * probe).flatten(1).sum(dim=1)
+
+    for p in range(len(theta)):
+        step = torch.zeros_like(theta)
+        step[p] = 1e-5
+        expected = (value(theta + step) - value(theta - step)) / 2e-5
+        torch.testing.assert_close(found[:, p], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    ode, x, parameters = mixture().ode(iia.EDM()), states(5, iia.EDM()), Parameters(plan_of())
+    gradients = []
+    for checkpointed in (False, True):
+        final, leaf = parameters.run(ode, x, parameters.initial, checkpointed=checkpointed)
+        gradients.append(torch.autograd.grad(final.square().sum(), leaf)[0])
+    assert torch.equal(*gradients)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=3, max_size=3))
+def test_times_that_cross_or_leave_the_grid_are_not_valid(moves):
+    parameters = Parameters(plan_of())
+    theta = parameters.initial.clone()
+    theta[len(parameters.entries) :] += torch.tensor(moves, dtype=F64)
+    times = [40.0, *theta[len(parameters.entries) :].exp().tolist()]
+    assert parameters.valid(theta) == all(a > b for a, b in zip(times, times[1:], strict=False))
+
+
+def test_stage_evaluations_at_one_time_move_together():
+    plan = plan_of("heun")
+    parameters = Parameters(plan)
+    theta = parameters.initial.clone()
+    theta[len(parameters.entries) :] += 0.1
+    moved = parameters.plan(theta).evaluation_times
+    same = [a == b for a, b in zip(plan.evaluation_times, plan.evaluation_times[1:], strict=False)]
+    assert [a == b for a, b in zip(moved, moved[1:], strict=False)] == same
+    assert any(same)
+
+
+# ---- the refinement -----------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+def test_refinement_takes_a_third_off_the_error_on_noise_it_has_not_seen(schedule):
+    ode, x = mixture().ode(schedule), states(160, schedule)
+    exact = truth(ode, x)
+    plan = plan_of("ipndm3", schedule)
+    found = refine(plan, ode, x[:96], exact[:96])
+    before, after = (
+        (iia.sample(ode, x[96:], solver=p) - exact[96:]).flatten(1).square().mean(dim=1).sqrt().median()
+        for p in (plan, found.plan)
+    )
+    assert after < 0.67 * before
+    assert found.plan.nfe == plan.nfe
+
+
+@pytest.mark.parametrize("method", ["gauss-newton", "adam"])
+def test_the_result_is_never_worse_on_held_out_noise_than_the_start(method):
+    ode, x = mixture().ode(iia.EDM()), states(24, iia.EDM())
+    exact = truth(ode, x)
+    found = refine(plan_of(), ode, x, exact, method=method, iterations=4)
+    assert found.iterations[found.best].held_out <= found.iterations[0].held_out
+    assert found.gain <= 1
+    nothing = refine(plan_of(), ode, x, iia.sample(ode, x, solver=plan_of()), method=method, iterations=2)
+    assert nothing.best == 0 and nothing.gain == 1
+
+
+def test_gauss_newton_needs_far_fewer_evaluations_than_adam():
+    ode, x = mixture().ode(iia.EDM()), states(96, iia.EDM())
+    exact = truth(ode, x)
+    newton = refine(plan_of("ipndm2"), ode, x, exact)
+    adam = refine(plan_of("ipndm2"), ode, x, exact, method="adam", iterations=40)
+    assert newton.gain < adam.gain
+    assert newton.sample_evaluations < adam.sample_evaluations
+
+
+def test_on_gaussian_data_two_evaluations_can_be_made_nearly_exact_per_variance():
+    # Two variances, and weights of three evaluations: more parameters than a linear map of two numbers needs.
+    problem = iia.problems.Gaussian(torch.zeros(2, dtype=F64), torch.tensor([0.3, 1.5], dtype=F64))
+    ode, schedule = problem.ode(iia.EDM()), iia.EDM()
+    x = states(40, schedule, problem=problem)
+    exact = problem.flow(x, schedule, 40.0, 0.0)
+    plan = plan_of(sigmas=(40.0, 3.0, 0.5))
+    found = refine(plan, ode, x, exact, iterations=60, tolerance=1e-9, outliers=math.inf)
+    assert found.gain < 1e-5
+
+
+def test_a_refinement_is_repeatable_and_its_chunks_do_not_matter():
+    ode, x = mixture().ode(iia.EDM()), states(20, iia.EDM())
+    exact = truth(ode, x)
+    a, b = (refine(plan_of(), ode, x, exact, iterations=2) for _ in range(2))
+    assert [i.train for i in a.iterations] == [i.train for i in b.iterations]
+    c = refine(plan_of(), ode, x, exact, method="adam", iterations=2, chunk_size=7)
+    d = refine(plan_of(), ode, x, exact, method="adam", iterations=2)
+    torch.testing.assert_close(torch.tensor(c.plan.grid), torch.tensor(d.plan.grid), rtol=1e-10, atol=0)
+
+
+def test_the_grid_stays_where_it_is_if_asked():
+    ode, x = mixture().ode(iia.EDM()), states(40, iia.EDM())
+    found = refine(plan_of(), ode, x, truth(ode, x), learn_grid=False, iterations=4)
+    assert found.plan.grid == pytest.approx(plan_of().grid, rel=1e-12)
+    assert found.best > 0
+
+
+def test_conditions_and_guidance_belong_to_their_samples():
+    class Shifted(nn.Module):
+        def forward(self, x, t, shift):
+            return gaussian().denoise(x, 1.0, t[:, None]) + torch.tanh(x / (1 + t[:, None])) * shift[:, None]
+
+    shift = torch.linspace(0, 1, 30, dtype=F64)
+    ode = iia.ProbabilityFlowODE(
+        Shifted(),
+        iia.EDM(),
+        conditioning={"shift": shift},
+        unconditional={"shift": torch.zeros(1, dtype=F64)},
+        guidance_scale=1.5,
+    )
+    x = states(30, iia.EDM(), problem=gaussian())
+    exact = truth(ode, x)
+    found = refine(plan_of(), ode, x, exact, chunk_size=8)
+    assert found.gain < 0.7
+
+
+def test_what_cannot_be_refined_says_so():
+    ode, x = mixture().ode(iia.EDM()), states(6, iia.EDM())
+    with pytest.raises(iia.UnknownNameError, match="gauss-newton"):
+        refine(plan_of(), ode, x, x, method="newton")
+    with pytest.raises(iia.InputError, match="shape"):
+        refine(plan_of(), ode, x, x[:3])
+
+    def blind(x, t):
+        with torch.no_grad():
+            return mixture().denoise(x, 1.0, t[:, None])
+
+    with pytest.raises(iia.InputError, match="gradient"):
+        refine(plan_of(), iia.ProbabilityFlowODE(blind, iia.EDM()), x, x)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20), st.floats(1e-3, 1e3))
+def test_the_robust_mean_is_below_the_plain_one_and_near_it_without_outliers(errors, scale):
+    errors = torch.tensor(errors, dtype=F64)
+    plain = float(errors.square().mean().sqrt())
+    assert robust_mean(errors, math.inf) == pytest.approx(plain)
+    assert robust_mean(errors, scale) <= plain * (1 + 1e-12)
+    assert robust_mean(errors, 1e3 * max(plain, 1e-6)) == pytest.approx(plain, rel=1e-4, abs=1e-12)

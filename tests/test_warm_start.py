@@ -1,0 +1,409 @@
+"""Warm starts and structured weights: exact on Gaussian data, and worth having on a trained network."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import ALL_SCHEDULES, F64, close, every_schedule, normal
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode.denoisers import digits
+from iia_ode.iia import LeastSquares, StepRecord
+from iia_ode.iia.moments import Moments, estimate_moments, exact_moments
+from iia_ode.iia.structure import Window
+from iia_ode.iia.terms import window
+from iia_ode.iia.warm_choice import choose
+from iia_ode.iia.warm_start import WarmStart
+from iia_ode.plan import Bands, LinearMap, Past, PerCondition, Plan, Principal, Tracer, Vector
+from iia_ode.plan.tracer import take_step
+
+D = 6
+RATIOS = st.floats(0.05, 60.0)
+
+
+def covariance(d: int = D, seed: int = 0) -> Tensor:
+    """One with a wide spectrum, and no axis among its eigenvectors."""
+    q = torch.linalg.qr(normal(d, d, seed=seed))[0]
+    return q @ torch.diag(torch.logspace(-2, 1, d, dtype=F64)) @ q.T
+
+
+def exact_flow(x: Tensor, mean: Tensor, cov: Tensor, schedule: iia.Schedule, t: float, s: float) -> Tensor:
+    """By square roots of the marginal covariances themselves, which commute."""
+    eye = torch.eye(len(cov), dtype=F64)
+
+    def root(u: float, power: float) -> Tensor:
+        values, q = torch.linalg.eigh(schedule.alpha(u) ** 2 * cov + schedule.sigma(u) ** 2 * eye)
+        return q @ torch.diag(values**power) @ q.T
+
+    return schedule.alpha(s) * mean + (x - schedule.alpha(t) * mean) @ root(t, -0.5) @ root(s, 0.5)
+
+
+def times(schedule: iia.Schedule, *ratios: float) -> list[float]:
+    return [schedule.t_of_noise_to_signal(r) for r in ratios]
+
+
+def gaussian_ode(mean: Tensor, cov: Tensor, schedule: iia.Schedule) -> iia.ProbabilityFlowODE:
+    """The exact ODE of N(mean, cov), not diagonal."""
+    eye = torch.eye(len(cov), dtype=F64)
+
+    def data(x: Tensor, t: Tensor) -> Tensor:
+        a, s = schedule.alpha(float(t[0])), schedule.sigma(float(t[0]))
+        return mean + (x - a * mean) @ torch.linalg.solve(a * a * cov + s * s * eye, a * cov)
+
+    return iia.ProbabilityFlowODE(data, schedule)
+
+
+# ---- the Gaussian map ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(ALL_SCHEDULES), RATIOS, RATIOS, st.integers(0, 9))
+def test_with_the_true_moments_the_map_is_the_exact_flow_on_every_schedule(
+    schedule: iia.Schedule, r: float, q: float, seed: int
+) -> None:
+    t, s = times(schedule, max(r, q) * 1.01, min(r, q))
+    mean, cov, x = normal(D, seed=seed), covariance(seed=seed), normal(3, D, seed=seed + 1) * schedule.sigma(t)
+    warm = WarmStart.gaussian(schedule, t, s, mean=mean, covariance=cov)
+    close(warm.apply(x), exact_flow(x, mean, cov, schedule, t, s), atol=1e-12 * max(1.0, float(x.abs().max())))
+
+
+@every_schedule
+def test_to_where_it_starts_a_warm_start_is_the_identity(schedule: iia.Schedule) -> None:
+    (t,) = times(schedule, 20.0)
+    warm = WarmStart.gaussian(schedule, t, t, mean=normal(D), covariance=covariance())
+    x = normal(3, D)
+    close(warm.apply(x), x)
+    close(LinearMap(warm.weight.projections, warm.weight.coefficients)(x) + warm.constant, x, atol=1e-13)
+    plan = iia.get_solver("ddim").plan(schedule, torch.tensor(times(schedule, 20.0, 1.0), dtype=F64))
+    assert warm.then(plan) is plan
+
+
+@given(st.integers(0, 9), st.integers(0, D))
+def test_low_rank_and_remainder_are_the_dense_flow_where_nothing_is_left_out(seed: int, rank: int) -> None:
+    q = torch.linalg.qr(normal(D, D, seed=seed))[0]
+    variances = torch.cat([torch.linspace(3, 2, rank, dtype=F64), torch.full((D - rank,), 0.3, dtype=F64)])
+    cov, mean, x = q @ torch.diag(variances) @ q.T, normal(D, seed=seed), 80 * normal(3, D)
+    warm = WarmStart.gaussian(iia.EDM(), 80.0, 3.0, mean=mean, covariance=cov, rank=rank)
+    assert warm.weight.projections.count == rank + 1
+    close(warm.apply(x), exact_flow(x, mean, cov, iia.EDM(), 80.0, 3.0), atol=1e-11)
+
+
+def test_variances_and_one_number_are_covariances_too() -> None:
+    x, mean, v = 80 * normal(3, 2, 3), normal(2, 3), normal(2, 3).square() + 0.1
+    for cov, full in ((v, torch.diag(v.flatten())), (torch.tensor(0.4, dtype=F64), 0.4 * torch.eye(6, dtype=F64))):
+        warm = WarmStart.gaussian(iia.EDM(), 80.0, 3.0, mean=mean, covariance=cov)
+        flow = exact_flow(x.reshape(3, 6), mean.flatten(), full, iia.EDM(), 80.0, 3.0)
+        close(warm.apply(x), flow.reshape(3, 2, 3), atol=1e-11)
+
+
+@every_schedule
+def test_two_maps_in_a_row_are_one_map(schedule: iia.Schedule) -> None:
+    t, u, s = times(schedule, 50.0, 10.0, 2.0)
+    moments, x = exact_moments(normal(D), covariance()), normal(3, D)
+    first, second = (WarmStart.of_moments(moments, schedule, *pair) for pair in ((t, u), (u, s)))
+    both, whole = first.compose(second), WarmStart.of_moments(moments, schedule, t, s)
+    assert (both.t_start, both.t_1) == (t, s)
+    close(both.apply(x), second.apply(first.apply(x)), atol=1e-12)
+    close(both.apply(x), whole.apply(x), atol=1e-12)
+    with pytest.raises(iia.MismatchError):
+        second.compose(first)
+
+
+@every_schedule
+@pytest.mark.parametrize("solver", ["ddim", "heun", "ipndm3"])
+def test_a_warm_started_plan_is_the_map_and_then_the_plan(schedule: iia.Schedule, solver: str) -> None:
+    t, s = times(schedule, 50.0, 8.0)
+    mean, cov = normal(D), covariance()
+    warm = WarmStart.gaussian(schedule, t, s, mean=mean, covariance=cov)
+    ode, x = gaussian_ode(mean, cov, schedule), schedule.sigma(t) * normal(5, D)
+    exact = exact_flow(x, mean, cov, schedule, t, schedule.t_data)
+    errors = []
+    for n in (8, 64):
+        plan = iia.get_solver(solver).plan(schedule, iia.grids.karras(n, 0.02, 8.0, schedule=schedule))
+        plan = replace(plan, grid=(s, *plan.grid[1:]))  # the same but for rounding
+        started = warm.then(plan)
+        assert started.nfe == plan.nfe and started.grid == (t, *plan.grid)
+        y = iia.sample(ode, x, solver=started)
+        close(y, plan.run(ode, warm.apply(x)), atol=1e-12 * float(x.abs().max()))
+        assert iia.odeint(ode, x, method=started).shape == (len(plan.grid) + 1, 5, D)
+        errors.append(float((y - exact).square().mean().sqrt()))
+    assert errors[1] < errors[0] / 5 and errors[1] < 0.1
+
+
+def test_a_warm_start_that_does_not_fit_is_refused() -> None:
+    warm = WarmStart.gaussian(iia.EDM(), 80.0, 8.0, mean=normal(D), covariance=covariance())
+    euler = iia.get_solver("euler")
+    with pytest.raises(iia.MismatchError, match=r"ends at t = 8.*starts at 7"):
+        warm.then(euler.plan(iia.EDM(), torch.tensor([7.0, 1.0], dtype=F64)))
+    with pytest.raises(iia.MismatchError, match="for"):
+        warm.then(euler.plan(iia.VE(), torch.tensor([64.0, 1.0], dtype=F64)))
+    with pytest.raises(iia.GridError, match="less noise"):
+        WarmStart.gaussian(iia.EDM(), 8.0, 80.0, mean=normal(D), covariance=covariance())
+    with pytest.raises(iia.PlanError, match="not finite"):
+        WarmStart(iia.EDM(), 80.0, 8.0, math.nan)
+    for options in ({}, {"mean": normal(D)}, {"mean": normal(D), "covariance": covariance(), "samples": normal(9, D)}):
+        with pytest.raises(iia.InputError, match="mean and covariance, or samples"):
+            WarmStart.gaussian(iia.EDM(), 80.0, 8.0, **options)
+    for cov in (torch.eye(3), -covariance(), normal(D, D)):
+        with pytest.raises(iia.InputError):
+            exact_moments(normal(D), cov)
+
+
+# ---- moments from samples --------------------------------------------------------------------------------------------
+
+
+def smooth_images(n: int, seed: int = 0) -> Tensor:
+    """RGB images with a power-law spectrum, more of it in the luma."""
+    p = Bands((3, 16, 16), 4, "luma-chroma")
+    return LinearMap(p, torch.tensor([4.0, 1.0, 0.3, 0.1, 1.0, 0.2, 0.05, 0.02], dtype=F64))(
+        normal(n, 3, 16, 16, seed=seed)
+    )
+
+
+def test_with_many_samples_the_estimate_is_the_truth() -> None:
+    samples = normal(4000, D) @ torch.linalg.cholesky(covariance()).T + 2.0
+    moments = estimate_moments(samples, level=1.0)
+    x = 80 * normal(50, D, seed=3)
+    got = WarmStart.of_moments(moments, iia.EDM(), 80.0, 3.0).apply(x)
+    exact = exact_flow(x, torch.full((D,), 2.0, dtype=F64), covariance(), iia.EDM(), 80.0, 3.0)
+    close(got, exact, atol=0.15)
+
+
+def test_with_few_images_the_choice_is_a_spectrum_and_no_worse_than_any_other() -> None:
+    samples, others = smooth_images(60), smooth_images(200, seed=9)
+    kinds = ("auto", "dct", "ledoit-wolf", 0.1, 1.0)
+    found = {k: estimate_moments(samples, shrink=k, level=1.0) for k in kinds}
+    scores = {k: m.log_likelihood(others, 1.0) for k, m in found.items()}
+    assert found["auto"].about["covariance"] == "dct" == found["dct"].about["covariance"]
+    assert max(scores, key=scores.__getitem__) in ("auto", "dct")
+    assert scores["dct"] > scores["ledoit-wolf"] > scores[1.0]
+
+
+def test_the_likelihood_is_that_of_the_gaussian() -> None:
+    cov, r = covariance(), normal(20, D)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(D, dtype=F64), cov).log_prob(r).mean() / D
+    assert exact_moments(torch.zeros(D, dtype=F64), cov).log_likelihood(r, 0.0) == pytest.approx(float(exact))
+
+
+@pytest.mark.parametrize("rank", [0, 3, None])
+def test_the_rank_bounds_the_directions(rank: int | None) -> None:
+    moments = estimate_moments(normal(5, 3, 4), rank=rank, shrink=0.2)
+    assert isinstance(moments.projections, Principal)
+    assert moments.projections.count == (6 if rank is None else rank + 1)
+    total = float((moments.variances * moments.projections.sizes).sum())
+    r = normal(5, 3, 4) - normal(5, 3, 4).mean(0)
+    assert total == pytest.approx(float(r.square().sum()) / 4)  # shrinking keeps the trace
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"samples": normal(1, 4)},
+        {"samples": normal(5)},
+        {"samples": normal(9, 4) / 0},
+        {"samples": normal(9, 4), "shrink": "oas"},
+        {"samples": normal(9, 4), "shrink": 1.5},
+        {"samples": normal(9, 4), "labels": torch.zeros(9)},
+        {"samples": normal(9, 4), "labels": torch.zeros(8), "key": "c"},
+        {"samples": normal(2, 4), "labels": torch.arange(2), "key": "c"},
+        {"samples": normal(9, 4), "rank": -1},
+    ],
+)
+def test_samples_that_do_not_do_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(iia.InputError):
+        estimate_moments(**options)
+    with pytest.raises(iia.InputError):
+        Moments(normal(4), Bands((5,), "all"), torch.ones(5))
+
+
+# ---- per condition ---------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+def test_a_mean_for_each_class_makes_the_map_exact_for_each_class(schedule: iia.Schedule) -> None:
+    t, s = times(schedule, 40.0, 4.0)
+    labels = torch.tensor([3, 1, 3, 8, 1, 8, 8, 3] * 5)
+    centres = {1: normal(D, seed=1), 3: normal(D, seed=3), 8: normal(D, seed=8)}
+    samples = torch.stack([centres[int(c)] for c in labels]) + 0.5 * normal(len(labels), D)
+    warm = WarmStart.gaussian(schedule, t, s, samples=samples, labels=labels, per="c", shrink=0.1)
+    assert isinstance(warm.constant, PerCondition) and warm.constant.values == (1, 3, 8)
+    x = schedule.sigma(t) * normal(3, D)
+    ode = iia.ProbabilityFlowODE(lambda x, t, c: x, schedule, conditioning={"c": torch.tensor([8, 1, 3])})
+    moments = estimate_moments(samples, labels=labels, key="c", shrink=0.1)
+    for i, c in enumerate((8, 1, 3)):
+        own = Moments(samples[labels == c].mean(0), moments.projections, moments.variances)
+        close(warm.apply(x, ode)[i], WarmStart.of_moments(own, schedule, t, s).apply(x)[i], atol=1e-12)
+    plan = iia.get_solver("euler").plan(schedule, torch.tensor(times(schedule, 4.0, 1.0), dtype=F64))
+    close(warm.then(plan).run(ode, x), plan.run(ode, warm.apply(x, ode)), atol=1e-12)
+    with pytest.raises(iia.MismatchError, match="'c'"):
+        warm.apply(x)
+
+
+# ---- from pairs of states --------------------------------------------------------------------------------------------
+
+
+def test_pairs_on_a_line_are_fitted_exactly() -> None:
+    x, c = 80 * normal(9, 2, 3), normal(2, 3, seed=1)
+    warm = WarmStart.affine(iia.EDM(), 80.0, 8.0, x, 0.1 * x + c)
+    assert warm.weight == pytest.approx(0.1)
+    close(warm.apply(x), 0.1 * x + c, atol=1e-12)
+    labels = torch.tensor([0, 1, 1] * 3)
+    shift = torch.stack([c, -2 * c])
+    per = WarmStart.affine(iia.EDM(), 80.0, 8.0, x, 0.1 * x + shift[labels], labels=labels, per="c")
+    ode = iia.ProbabilityFlowODE(lambda x, t, c: x, iia.EDM(), conditioning={"c": labels})
+    close(per.apply(x, ode), 0.1 * x + shift[labels], atol=1e-12)
+    with pytest.raises(iia.InputError, match="pairs"):
+        WarmStart.affine(iia.EDM(), 80.0, 8.0, x, x[:4])
+
+
+@pytest.mark.parametrize("prior", ["auto", 0.0])
+def test_a_gain_per_coefficient_finds_those_of_a_diagonal_map(prior: Any) -> None:
+    p = Bands((1, 8, 8), 3)
+    true = LinearMap(p, torch.tensor([0.3, 0.1, 0.12], dtype=F64))
+    x = 80 * normal(20, 1, 8, 8)
+    warm = WarmStart.affine(iia.EDM(), 80.0, 8.0, x, true(x) + 1.0, over=p, prior=prior)
+    close(warm.weight.coefficients, true.coefficients, atol=1e-6)
+
+
+def test_gains_from_pairs_are_shrunk_to_those_of_the_gaussian() -> None:
+    moments = exact_moments(torch.zeros(D), covariance())
+    exact = WarmStart.of_moments(moments, iia.EDM(), 80.0, 3.0)
+    x = 80 * normal(8, D)
+    y = exact.apply(x) + normal(8, D, seed=5)  # pairs that are not quite of this Gaussian
+    fits = {k: WarmStart.affine(iia.EDM(), 80.0, 3.0, x, y, over=moments, prior=k) for k in (0.0, 10.0, math.inf)}
+    gaps = [float((fits[k].weight.coefficients - exact.weight.coefficients)[:-1].abs().max()) for k in fits]
+    assert gaps[0] > gaps[1] > gaps[2] == 0.0
+    with pytest.raises(iia.InputError, match="prior"):
+        WarmStart.affine(iia.EDM(), 80.0, 3.0, x, y, over=moments, prior="some")
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_the_best_map_of_each_level_and_the_level_with_the_least_error() -> None:
+    mean, cov, x = normal(D), covariance(), 80 * normal(20, D)
+    good = [WarmStart.gaussian(iia.EDM(), 80.0, s, mean=mean, covariance=cov) for s in (5.0, 10.0)]
+    bad = [WarmStart(iia.EDM(), 80.0, s, s / 80) for s in (5.0, 10.0)]
+    asked: list[Any] = []
+
+    def error(warm: WarmStart | None) -> float:
+        asked.append(warm)
+        return math.nan if warm is None else abs(warm.level - 9.0)
+
+    states = lambda t: exact_flow(x, mean, cov, iia.EDM(), 80.0, t)  # noqa: E731
+    choice = choose([None, *bad, *good], x, states, error=error)
+    assert choice.warm is good[1] and set(asked) == {None, *good}
+    assert choice.rows[4][2] < 1e-12 < choice.rows[2][2] and choice.rows[1][3] is None
+    assert str(choice).splitlines()[5].startswith("* gaussian")
+    assert choose([bad[0], good[0]], x, states).warm is good[0]
+    assert choose([None, good[0]], x, states, error=lambda w: float(w is not None)).warm is None
+    for candidates in ([], [None, good[0]], good):
+        with pytest.raises(iia.InputError, match="error="):
+            choose(candidates, x, states)
+
+
+# ---- on a trained network --------------------------------------------------------------------------------------------
+
+
+def test_on_digits_a_warm_start_makes_six_evaluations_better_on_unseen_noise() -> None:
+    ode = iia.ProbabilityFlowODE(digits(), iia.EDM())
+    noise = 80 * normal(128 + 16, 1, 8, 8, dtype=torch.float32)
+    ends = iia.sample(ode, noise, iia.grids.karras(9, 0.1), "heun")
+    x, exact = noise[128:], ends[128:]
+
+    def error(warm: WarmStart | None) -> float:
+        start = 80.0 if warm is None else warm.t_1
+        plan = iia.get_solver("ipndm3").plan(iia.EDM(), iia.grids.karras(6, 0.2, start))
+        plan = plan if warm is None else warm.then(plan)
+        assert plan.nfe == 6
+        return float((iia.sample(ode, x, solver=plan) - exact).square().mean().sqrt())
+
+    warm = [WarmStart.gaussian(iia.EDM(), 80.0, s, samples=ends[:128]) for s in (5.0, 10.0)]
+    choice = choose([None, *warm], x, lambda t: torch.zeros_like(x), error=error)
+    errors = [row[3] for row in choice.rows]
+    assert choice.warm is not None and min(errors[1:]) < 0.75 * errors[0]
+
+
+# ---- structured weights ----------------------------------------------------------------------------------------------
+
+
+def record(shape: tuple[int, ...]) -> tuple[Tracer, StepRecord]:
+    """The first step of Euler, as a fit sees it."""
+    tracer, x = Tracer(iia.EDM()), Vector({0: 1.0})
+    y, _ = take_step(iia.get_solver("euler"), tracer, x, 5.0, 1.0, Past())
+    return tracer, StepRecord(0, 5.0, 1.0, x, tuple(tracer.evaluations), tracer.known(x, 5.0), False, y, y)
+
+
+def test_a_window_with_one_band_is_the_plain_window() -> None:
+    _, step = record((3, 8, 8))
+    assert Window().__name__ == "window"
+    plain = window(step, (step,))
+    assert [t.symbol for t in Window()(step, (step,))] == [t.symbol for t in plain]
+    assert [t.symbol for t in Window(history=0)(step, (step,))] == [t.symbol for t in window(step, ())]
+    assert len(Window(channels="luma-chroma", shape=(1, 8, 8))(step, ())) == len(window(step, ()))
+
+
+def test_a_window_has_a_direction_for_each_vector_and_group() -> None:
+    _, step = record((3, 8, 8))
+    terms = Window(4, "luma-chroma", shape=(3, 8, 8))
+    assert terms.__name__ == "window(bands=4, channels=luma-chroma)"
+    found = terms(step, ())
+    plain = window(step, ())
+    assert len(found) == 8 * len(plain) and found[1].symbol == "z[i][band 2, luma]"
+    for i, term in enumerate(plain):
+        total = sum((t.direction for t in found[8 * i : 8 * i + 8]), Vector({}))
+        parts = {j: w.coefficients.tolist() for j, w in total.weights.items()}
+        assert parts == {j: [pytest.approx(w)] * 8 for j, w in term.direction.weights.items()}
+
+
+def test_earlier_states_can_be_left_out_of_a_window() -> None:
+    tracer, first = record((4,))
+    y, _ = take_step(iia.get_solver("euler"), tracer, tracer.hold(first.base), 1.0, 0.5, Past((), 1, 0))
+    made = tuple(tracer.evaluations[1:])
+    step = StepRecord(1, 1.0, 0.5, made[0].x, made, made[0], False, y, y)
+    assert [t.symbol for t in Window()(step, (first,))] == ["z[i]", "z[i-1]", "D[i]", "D[i-1]"]
+    assert [t.symbol for t in Window(states=0)(step, (first,))] == ["z[i]", "D[i]", "D[i-1]"]
+
+
+def test_a_weight_per_band_takes_one_step_exactly_where_the_gaussian_has_one_variance_per_band() -> None:
+    shape, schedule = (3, 8, 8), iia.EDM()
+    p = Bands(shape, 3, "luma-chroma")
+    moments = Moments(torch.zeros(shape), p, torch.tensor([4.0, 1.0, 0.1, 2.0, 0.5, 0.05], dtype=F64))
+    flow = WarmStart.of_moments(moments, schedule, 5.0, 1.0)
+    data = LinearMap(p, moments.variances / (moments.variances + 25))
+    tracer, step = record(shape)
+    x = 5 * normal(20, *shape)
+    values = {0: x, 1: (x - data(x)) / 5}  # Euler stores the velocity
+    errors = []
+    for terms in (Window(), Window(3, "luma-chroma", shape)):
+        candidates = terms(step, ())
+        columns = [_value(t.direction, values) for t in candidates]
+        system = LeastSquares(len(columns))
+        system.add(columns, flow.apply(x) - _value(step.base, values))
+        fitted = sum((c * t.direction for c, t in zip(system.solve().coefficients, candidates, strict=True)), step.base)
+        plan = Plan(schedule, (5.0, 1.0), (tracer.code[0], _combine(fitted)))
+        y = plan.run(iia.ProbabilityFlowODE(lambda x, t: data(x), schedule), x)
+        errors.append(float((y - flow.apply(x)).abs().max()))
+    assert errors[1] < 1e-9 < 1e-2 < errors[0]
+
+
+def _value(v: Vector, values: dict[int, Tensor]) -> Tensor:
+    return sum(w(values[j]) if isinstance(w, LinearMap) else w * values[j] for j, w in v.weights.items())
+
+
+def _combine(v: Vector) -> Any:
+    return iia.plan.Combine(tuple(v.weights.items()), v.constant, step=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bands": 4}, {"history": -1}, {"states": 0.5}, {"bands": 2, "shape": (8,), "maps": Bands((8,), 2)}],
+)
+def test_a_window_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(iia.InputError):
+        Window(**options)
