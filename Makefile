@@ -11,10 +11,10 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Targets share one virtual environment, and two pips must not write to it at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint types docs figures tables clean
+.PHONY: help venv demo test lint types docs figures tables acceptance never-worse ablation clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.stamp-dev ## create .venv with everything that development needs
 
@@ -62,6 +62,17 @@ figures: demo ## remake the figures and the table that README and documentation 
 
 tables: $(VENV)/.stamp-plot ## measure every solver again for the documentation (some ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver_table.py
+
+# Each of these goes on where it was stopped. Networks take hours on one core: SETTINGS=mixture64 is done in minutes.
+SETTINGS_ARG = $(if $(SETTINGS),--settings $(SETTINGS))
+
+acceptance never-worse ablation: $(VENV)/.stamp-plot
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$@).py $(SETTINGS_ARG)
+	$(BIN)/python benchmarks/$(subst -,_,$@).py --table
+
+acceptance: ## fitted solvers against the best classic ones, on unseen noise
+never-worse: ## guarded fits against their bases, on unseen noise
+ablation: ## what each ingredient of a fit is worth
 
 clean: ## remove what was built and cached; .venv stays
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -176,7 +176,7 @@ def start_of(setting: Setting) -> float:
 
 
 @cache
-def batch(name: str, samples: int, seed: int, unseen: bool, steps: int = 150, cached: Path = CACHE) -> Batch:
+def batch(name: str, samples: int, seed: int, unseen: bool, steps: int = 150) -> Batch:
     """Noise for fits or, with `unseen`, for measuring, with a reference.
 
     Problems in closed form: dopri8 in float64 at the setting's tolerance. Networks: `steps` steps of the teacher's method,
@@ -185,32 +185,32 @@ def batch(name: str, samples: int, seed: int, unseen: bool, steps: int = 150, ca
     setting = setting_of(name)
     ode, x = setting.draw(samples, batch_seed(seed, unseen=unseen))
     start, end = start_of(setting), setting.schedule.t_data
-    if is_closed_form(setting):
-        tolerance = setting.reference_tolerance
-        final = iia.reference.solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
-        return Batch(setting, ode, x, final, {"reference": f"dopri8 in float64, tolerance {tolerance:g}"})
-    path = cached / f"{name}-{samples}-{seed}-{'unseen' if unseen else 'fit'}-{steps}.safetensors"
+    path = CACHE / f"{name}-{samples}-{seed}-{'unseen' if unseen else 'fit'}-{steps}.safetensors"
     try:
         tensors, header = read_tensors(path, "benchmark reference")
         if torch.equal(tensors["x"], x):
             return Batch(setting, ode, x, tensors["final"], header["about"])
     except iia.FileFormatError:
         pass
-    say(f"{name}: reference of {samples} {'unseen' if unseen else 'fitting'} samples, {steps} steps")
+    say(f"{name}: reference of {samples} {'unseen' if unseen else 'fitting'} samples")
 
     def solve(count: int, steps: int) -> Tensor:
         own = slice(0, count)
-        low = setting.sigma_min
-        sub = ode.subset(own, len(x))
+        low, sub = setting.sigma_min, ode.subset(own, len(x))
         return Teacher.solve(sub, x[own], start, end, steps=steps, sigma_min=low, chunk_size=CHUNK).final
 
-    final = solve(samples, steps)
-    checked, fewer = min(CHECKED, samples), 2 * steps // 3
-    distance, _ = rmse_with_error(solve(checked, fewer), final[:checked])
-    about = {
-        "reference": f"{steps} steps of the teacher's method",
-        "check": f"{distance:.1e} from {fewer} steps on {checked} samples",
-    }
+    if is_closed_form(setting):
+        tolerance = setting.reference_tolerance
+        final = iia.reference.solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
+        about = {"reference": f"dopri8 in float64, tolerance {tolerance:g}"}
+    else:
+        final = solve(samples, steps)
+        checked, fewer = min(CHECKED, samples), 2 * steps // 3
+        distance, _ = rmse_with_error(solve(checked, fewer), final[:checked])
+        about = {
+            "reference": f"{steps} steps of the teacher's method",
+            "check": f"{distance:.1e} from {fewer} steps on {checked} samples",
+        }
     write_tensors(path, "benchmark reference", {"x": x, "final": final}, {"about": about})
     return Batch(setting, ode, x, final, about)
 

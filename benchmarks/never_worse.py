@@ -168,6 +168,7 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
     own, unseen = counts(name)
     under = {"samples": unseen, "fit_samples": own, "seed": options.seed}
     say(f"{name}: {len(bases)} bases at {nfes}")
+    again: list[tuple[str, str, tuple[str, str, int, str, int]]] = []
     for solver in bases:
         file = f"{name}-{solver}-seed{options.seed}"
         reason = store.cell(file, "converges", under, lambda s=solver: verdict(failing(s, name)))  # type: ignore[misc]
@@ -176,10 +177,12 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
         for nfe, terms in product(nfes, TERMS):
             if not exists(solver, name, nfe, terms):
                 continue
-            cell, more = f"{terms} {nfe}", under | {"samples": MANY_SAMPLES}
-            found = store.cell(file, cell, under, partial(measured, solver, name, nfe, terms, options.seed))
+            what = (solver, name, nfe, terms, options.seed)
+            found = store.cell(file, f"{terms} {nfe}", under, partial(measured, *what))
             if found.get("ratio", 0) > LIMIT and is_closed_form(setting_of(name)):
-                store.cell(file, f"{cell} again", more, partial(measured, solver, name, nfe, terms, options.seed, True))
+                again.append((file, f"{terms} {nfe} again", what))
+    for file, cell, what in again:
+        store.cell(file, cell, under | {"samples": MANY_SAMPLES}, partial(measured, *what, again=True))
 
 
 def verdict(reason: str | None) -> Entry:

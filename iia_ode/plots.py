@@ -13,13 +13,14 @@ from torch import Tensor
 
 from .errors import InputError, MissingDependencyError
 from .files import write_bytes
+from .plan.vectors import weight_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .experiments import Comparison
-    from .iia import FittedSolver
+    from .iia import FittedSolver, StepReport
 
 __all__ = [
     "error_against_nfe",
@@ -121,7 +122,8 @@ def plot_coefficients(fit: FittedSolver) -> Figure:
         ax.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, linewidth=1, label=label)
     for report in fit.reports:
         if not report.accepted:
-            ax.axvspan(report.index - 0.4, report.index + 0.4, color=_QUIET, alpha=0.25, linewidth=0)
+            place = _place(fit, report)
+            ax.axvspan(place - 0.4, place + 0.4, color=_QUIET, alpha=0.25, linewidth=0)
     sizes = sorted(abs(p[1]) for points in lines.values() for p in points if p[1])
     if sizes and sizes[-1] > 30 * sizes[len(sizes) // 2]:
         ax.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(sizes[len(sizes) // 2])))
@@ -150,7 +152,7 @@ def plot_residuals(fit: FittedSolver) -> Figure:
         "fitted, held out": ([r.held_after for r in fit.reports], {"color": _FITTED, "marker": "s", "linestyle": "--"}),
     }
     for label, (values, style) in rows.items():
-        points = [(r.index, v) for r, v in zip(fit.reports, values, strict=True) if v is not None]
+        points = [(_place(fit, r), v) for r, v in zip(fit.reports, values, strict=True) if v is not None]
         if points:
             ax.plot([p[0] for p in points], [p[1] for p in points], markersize=5, label=label, **style)
     ax.set_yscale("log")
@@ -201,8 +203,13 @@ def _corrections(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
     lines: dict[str, list[tuple[int, float]]] = {}
     for report in fit.reports:
         for symbol, value in zip(report.symbols, report.corrections, strict=True):
-            lines.setdefault(symbol, []).append((report.index, value))
+            lines.setdefault(symbol, []).append((_place(fit, report), value))
     return dict(sorted(lines.items()))
+
+
+def _place(fit: FittedSolver, report: StepReport) -> int:
+    """The step of the plan that a report is of: a plan may begin with steps that were not fitted."""
+    return min(range(fit.plan.steps), key=lambda k: abs(fit.plan.grid[k] - report.t))
 
 
 def _data_weights(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
@@ -211,9 +218,8 @@ def _data_weights(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
     lines: dict[str, list[tuple[int, float]]] = {}
     for place, row in enumerate([*form.states, form.final]):
         for lag in range(place):
-            weight = row.weights.get(place - lag, 0.0)
-            number = float(weight.mean()) if isinstance(weight, Tensor) else weight
-            lines.setdefault(f"D[i-{lag}]" if lag else "D[i]", []).append((place - 1, number))
+            weight = weight_mean(row.weights.get(place - lag, 0.0))
+            lines.setdefault(f"D[i-{lag}]" if lag else "D[i]", []).append((place - 1, weight))
     return lines
 
 

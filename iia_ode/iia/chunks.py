@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ode import ProbabilityFlowODE
 from ..plan import Tracer, Vector
 from ..plan.plan import run_code
+from ..plan.vectors import weight_mean_square
 from .lstsq import LeastSquares
 from .targets import Numeric, Samples
 from .terms import StepRecord, Term
@@ -98,12 +99,10 @@ class StepSystem:
         # One transfer: a number for each vector. Sums over samples would depend on the cut of the batch in the last bit.
         sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
         size = dict(zip(plain, sizes.square().tolist(), strict=True))
-        noise = [sum(_mean_square(w) * size[j] for j, w in term.direction.weights.items()) for term in self.candidates]
+        noise = [
+            sum(weight_mean_square(w) * size[j] for j, w in term.direction.weights.items()) for term in self.candidates
+        ]
         return torch.tensor(noise, dtype=torch.float64, device="cpu")
-
-
-def _mean_square(weight: float | Tensor) -> float:
-    return float(weight.square().mean()) if isinstance(weight, Tensor) else weight * weight
 
 
 def _read(values: dict[int, Tensor], held: Vector) -> Tensor:

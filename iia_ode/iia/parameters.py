@@ -100,7 +100,8 @@ class Parameters:
         old = [*self._times, self.grid_end]
         covered = self.schedule.covers(torch.tensor(times, dtype=_F64, device="cpu"))
         return covered and all(
-            sign * (b - a) > 0 if q != p else b == a for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
+            sign * (b - a) > 0 if q != p else b == a
+            for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
         )
 
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:
@@ -165,7 +166,9 @@ class Parameters:
         for r, row in enumerate(by_row):
             moving = self._time_of[r] if r < len(self._times) else None
             if r not in self.fixed:
-                scale = torch.full_like(leaf[:, 0], self._end_size if r == len(self._times) else self._size(self._times[r]))
+                scale = torch.full_like(
+                    leaf[:, 0], self._end_size if r == len(self._times) else self._size(self._times[r])
+                )
                 if moving is not None:
                     size, slope = levels[moving].size
                     scale = size + slope * moves[moving]

@@ -20,15 +20,18 @@ from ..schedules import Schedule
 from ..solvers import get_solver
 from .fit import IIA
 from .fitted import FittedSolver
-from .refine import Refinement, refine
-from .search import GridSearch, LeapGrid, leap_grids, search_grid
+from .moments import Moments, estimate_moments
+from .refine import Refinement, per_sample, refine, robust_mean
+from .search import LeapGrid, by_robust_error, leap_grids, search_grid
 from .teacher import Teacher
+from .warm_start import WarmStart
 
 __all__ = ["BUDGETS", "Budget", "Ingredient", "fit"]
 
 _F64 = torch.float64
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _BASELINE = "ipndm3"
+_LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,15 @@ class Budget:
     ----------
     teacher_steps : of the accurate trajectories that everything is fitted to.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
-    starts : how many of the best grids are refined.
+    warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
+    starts : how many of the best routes are refined.
     iterations, samples, probes : of each refinement.
     """
 
     teacher_steps: int = 60
     rounds: tuple[tuple[int, int], ...] = ((24, 10), (96, 3))
     descent: int = 1
+    warm_starts: bool = False
     starts: int = 0
     iterations: int = 0
     samples: int = 0
@@ -57,15 +62,23 @@ class Budget:
         for samples, keep in self.rounds:
             search, alive = search + alive * samples, keep
         search += 6 * self.descent * self.rounds[-1][0]
+        search *= 2 if self.warm_starts else 1
         refinement = self.starts * self.iterations * (self.samples * (2 * self.probes + 4) + batch // 4)
         return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
 
 
 BUDGETS: dict[str, Budget] = {
     "closed-form": Budget(),
-    "standard": Budget(descent=2, starts=1, iterations=6, samples=96, probes=2),
+    "standard": Budget(descent=2, starts=1, iterations=6, samples=128, probes=2),
     "thorough": Budget(
-        teacher_steps=80, rounds=((32, 12), (128, 4)), descent=2, starts=2, iterations=15, samples=192, probes=3
+        teacher_steps=80,
+        rounds=((32, 12), (128, 4)),
+        descent=2,
+        warm_starts=True,
+        starts=3,
+        iterations=15,
+        samples=192,
+        probes=3,
     ),
 }
 """The budgets by name: no gradients, one short refinement, several long ones."""
@@ -176,7 +189,7 @@ class _Job:
         self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
         self.train = len(x) - min(max(1, round(held_out * len(x))), len(x) - 1)
         self.method = IIA("ddim", terms="window", target="trajectory", history=2, ridge="auto", name=f"iia-{nfe}")
-        self.found: list[tuple[Ingredient, Plan, FittedSolver | Refinement | None]] = []
+        self.found: list[_Found] = []
         self.teacher: Teacher
 
     def run(self, teacher: Teacher | None) -> FittedSolver:
@@ -197,10 +210,10 @@ class _Job:
                 )
             self.say(f"teacher: {cost.samples} sample evaluations, {cost.seconds:.1f} s")
             self._classic()
-            search = self._closed_form()
+            routes = self._closed_form()
             if self.budget.starts:
-                self._refined(search)
-        return self._result(search, spent.evaluations, spent.samples, time.perf_counter() - begun)
+                self._refined(routes)
+        return self._result(spent.evaluations, spent.samples, time.perf_counter() - begun)
 
     # ---- stages --------------------------------------------------------------------------------------------------------
 
@@ -211,7 +224,9 @@ class _Job:
         with torch.no_grad():
             for _ in range(2):  # the first call may allocate or compile
                 began = time.perf_counter()
-                ode.data(x, self.start).sum().item() if self.ode.schedule.alpha(self.start) else ode.output(x, self.start)
+                ode.data(x, self.start).sum().item() if self.ode.schedule.alpha(self.start) else ode.output(
+                    x, self.start
+                )
                 seconds = time.perf_counter() - began
         cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x))
         cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
@@ -242,69 +257,104 @@ class _Job:
                 plan = trace(get_solver(_BASELINE), self.ode.schedule, grid, consistent=False)
             except IIAError:
                 pass
-            error = None if plan is None else self._error(plan)
-        if plan is not None:
+            error = None if plan is None else self._errors(plan)
+        if plan is not None and error is not None:
             self._add(f"{_BASELINE}, not fitted", plan, error, cost, None)
 
     def _candidates(self, scale: float) -> list[LeapGrid]:
         return leap_grids(self._top(), scale)
 
-    def _closed_form(self) -> GridSearch | None:
-        """The search for a grid, and the fit on the best ones with all training samples."""
-        search = None
+    def _closed_form(self) -> list[_Route]:
+        """Weights in closed form on the best grid of each way to start, with all training samples; best route first."""
         own = slice(0, self.train)
         ode, x, teacher = self._part(own)
+        routes: list[_Route] = []
         if self.nfe > 1:
             scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
-            plain = replace(self.method, guard=False, ridge=1e-9)
-
-            def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
-                return plain.fit(ode, grid, x, teacher=teacher).plan
-
-            with self._stage() as cost:
-                search = search_grid(
-                    closed,
-                    ode,
-                    x,
-                    teacher,
-                    self.nfe,
-                    self._candidates(scale),
-                    rounds=self.budget.rounds,
-                    descent=self.budget.descent,
-                )
-            self.say(
-                f"grids: {len(search.trials)} tried, {cost.samples} sample evaluations, {cost.seconds:.1f} s; best {search.best}"
-            )
-        grids = [search.best] if search is not None else [None]
-        for grid in grids:
-            for intercept in (False, True):
+            routes.append(self._searched(_Route(None), self._candidates(scale)))
+            cold = routes[0].grid or LeapGrid(scale, 0.1 * scale)
+            near = [
+                LeapGrid(scale * first, last, cold.rho)
+                for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
+                for last in (cold.sigma_min, cold.sigma_min / 2)
+            ]
+            for start in self._starts(teacher) if self.budget.warm_starts else []:
+                try:
+                    routes.append(self._searched(_Route(start), near))
+                except IIAError as error:
+                    self.say(f"{start.name}: not possible here ({str(error).splitlines()[0]})")
+        else:
+            routes.append(_Route(None))
+        for route in routes:
+            for intercept in (False, True) if route.start is None else (False,):
                 with self._stage() as cost:
-                    fitted = replace(self.method, intercept=intercept, guard=False).fit(
-                        ode, self._grid(grid), x, teacher=teacher, held_out=0.2, chunk_size=self.chunk_size
-                    )
-                    error = self._error(fitted.plan)
-                name = f"closed form{', intercept' if intercept else ''}"
-                self._add(name, fitted.plan, error, cost, fitted)
-        return search
+                    method = replace(self.method, intercept=intercept, guard=False)
+                    plan, fitted = route.fit(method, self._grid(route), ode, x, teacher, self.chunk_size, held_out=0.2)
+                    errors = self._errors(plan)
+                name = f"{route.name}{', intercept' if intercept else ''}"
+                self._add(name, plan, errors, cost, fitted)
+                if not intercept:
+                    route.errors = errors
+        return by_robust_error(routes, lambda route: route.errors)
 
-    def _refined(self, search: GridSearch | None) -> None:
-        """Gauss-Newton from the best grids of the search."""
+    def _starts(self, teacher: Teacher) -> list[_Start]:
+        """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes."""
+        key = _classes(self.ode, len(self.x), self.train)
+        labels = None if key is None else self.ode.conditioning[key][: self.train].cpu()
+        x = self.x[: self.train]
+        starts = [_Start("affine", x, teacher)]
+        if teacher.final[0].numel() <= _LARGEST:
+            try:
+                starts.append(_Start("diagonal", x, teacher, estimate_moments(teacher.final)))
+                if key is not None:
+                    moments = estimate_moments(teacher.final, labels=labels, key=key)
+                    starts.append(_Start("diagonal, per " + key, x, teacher, moments, key, labels))
+            except IIAError as error:
+                self.say(f"no covariance of the data: {str(error).splitlines()[0]}")
+        return starts
+
+    def _searched(self, route: _Route, candidates: list[LeapGrid]) -> _Route:
+        plain = replace(self.method, guard=False, ridge=1e-9)
+        ode, x, teacher = self._part(slice(0, self.train))
+
+        def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+            return route.fit(plain, grid, ode, x, teacher, self.chunk_size)[0]
+
+        with self._stage() as cost:
+            search = search_grid(
+                closed,
+                ode,
+                x,
+                teacher,
+                self.nfe + (route.start is not None),
+                candidates,
+                rounds=self.budget.rounds,
+                descent=self.budget.descent,
+            )
+        best = ", ".join(f"{k} {v:.3g}" for k, v in asdict(search.best).items())
+        self.say(
+            f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {best}"
+        )
+        return replace(route, grid=search.best)
+
+    def _refined(self, routes: list[_Route]) -> None:
+        """Gauss-Newton from the best routes."""
         held = len(self.x) - self.train
         count = min(self.budget.samples, self.train)
         index = torch.cat([torch.arange(count), torch.arange(self.train, len(self.x))])
         ode, x = self.ode.subset(index, len(self.x)), self.x[index]
         target = self.teacher.final[index].to(x)
         own, own_x, own_teacher = self._part(slice(0, self.train))
-        grids: list[LeapGrid | None] = [None] if search is None else [*search.ranking[: self.budget.starts]]
-        for k, grid in enumerate(grids):
+        for route in routes[: self.budget.starts]:
             with self._stage() as cost:
                 method = replace(self.method, guard=False, ridge=1e-9)
-                plan = method.fit(own, self._grid(grid), own_x, teacher=own_teacher, chunk_size=self.chunk_size).plan
+                grid = self._grid(route)
+                warm, rest, _ = route.parts(method, grid, own, own_x, own_teacher, self.chunk_size)
                 try:
                     found = refine(
-                        plan,
+                        rest,
                         ode,
-                        x,
+                        x if warm is None else warm.apply(x, ode),
                         target,
                         held_out=held / len(x),
                         iterations=self.budget.iterations,
@@ -316,31 +366,31 @@ class _Job:
                 except (InputError, RuntimeError) as error:
                     self.say(f"refined: not possible with this model ({str(error).splitlines()[0]})")
                     return
-                error_now = self._error(found.plan)
+                plan = found.plan if warm is None else warm.then(found.plan)
+                errors = self._errors(plan)
             cost.samples = found.sample_evaluations + cost.samples
-            self._add(f"refined from grid {k + 1}", found.plan, error_now, cost, found)
+            self._add(f"{route.name}, refined", plan, errors, cost, found)
 
     # ---- the outcome ---------------------------------------------------------------------------------------------------
 
-    def _result(self, search: GridSearch | None, evaluations: int, samples: int, seconds: float) -> FittedSolver:
-        usable = [entry for entry in self.found if entry[0].error is not None]
+    def _result(self, evaluations: int, samples: int, seconds: float) -> FittedSolver:
+        usable = [f for f in self.found if f.ingredient.error is not None]
         if not usable:
             raise InputError("nothing could be fitted: the model is not finite on this noise.")
-        best = min(usable, key=lambda entry: entry[0].error or 0.0)
-        ladder = [replace(entry[0], chosen=entry is best) for entry in self.found]
-        source = next(e[2] for e in self.found if isinstance(e[2], FittedSolver))
-        fitted = best[2] if isinstance(best[2], FittedSolver) else source
-        reports = best[2].reports if isinstance(best[2], FittedSolver) else ()
+        best = by_robust_error(usable, lambda f: f.errors)[0]
+        ladder = [replace(f.ingredient, chosen=f is best) for f in self.found]
+        source = next(f.source for f in self.found if isinstance(f.source, FittedSolver))
+        fitted = best.source if isinstance(best.source, FittedSolver) else source
+        reports = best.source.reports if isinstance(best.source, FittedSolver) else ()
         recipe = {
             "budget": asdict(self.budget),
             "ingredients": [asdict(i) for i in ladder],
-            "grid": None if search is None else asdict(search.best),
-            "refinement": best[2].about() if isinstance(best[2], Refinement) else None,
+            "refinement": best.source.about() if isinstance(best.source, Refinement) else None,
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,
         }
-        plan = replace(best[1], name=f"iia-{self.nfe}")
+        plan = replace(best.plan, name=f"iia-{self.nfe}")
         about = fitted.about | {
             "batch": len(self.x),
             "held_out": len(self.x) - self.train,
@@ -350,34 +400,43 @@ class _Job:
             "recipe": recipe,
         }
         base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
-        about["endpoint"] = about["endpoint"] | {"base": base, "fit": best[0].error, "fell_back": best[2] is None}
-        self.say(f"chosen: {best[0].name}, error {best[0].error:.4g} on held-out noise; {seconds:.0f} s in all")
+        about["endpoint"] = about["endpoint"] | {
+            "base": base,
+            "fit": best.ingredient.error,
+            "fell_back": best.source is None,
+        }
+        self.say(
+            f"chosen: {best.ingredient.name}, error {best.ingredient.error:.4g} on held-out noise; {seconds:.0f} s in all"
+        )
         return FittedSolver(plan, reports, about)
 
     def _add(
-        self, name: str, plan: Plan, error: float | None, cost: _Cost, source: FittedSolver | Refinement | None
+        self, name: str, plan: Plan, errors: Tensor, cost: _Cost, source: FittedSolver | Refinement | None
     ) -> None:
-        self.found.append((Ingredient(name, error, cost.samples, cost.seconds), plan, source))
-        self.say(f"{name}: error {'-' if error is None else f'{error:.4g}'} on held-out noise ({cost.seconds:.1f} s)")
+        error = robust_mean(errors, math.inf)
+        known = error if math.isfinite(error) else None
+        self.found.append(_Found(Ingredient(name, known, cost.samples, cost.seconds), plan, errors, source))
+        self.say(
+            f"{name}: error {error:.4g} on held-out noise, median {float(errors.median()):.4g} ({cost.seconds:.1f} s)"
+        )
 
-    def _error(self, plan: Plan) -> float | None:
-        """Endpoint error on held-out noise."""
-        total, first = 0.0, self.train
-        for i in range(first, len(self.x), self.chunk_size):
+    def _errors(self, plan: Plan) -> Tensor:
+        """Endpoint errors on held-out noise, one for each sample."""
+        found = []
+        for i in range(self.train, len(self.x), self.chunk_size):
             part = slice(i, min(i + self.chunk_size, len(self.x)))
             with torch.no_grad():
                 final = plan.run(self.ode.subset(part, len(self.x)), self.x[part], check_finite=False).cpu()
-            total += float((final.double() - self.teacher.final[part].double()).square().sum())
-        error = math.sqrt(total / ((len(self.x) - first) * self.x[0].numel()))
-        return error if math.isfinite(error) else None
+            found.append(per_sample(final.double() - self.teacher.final[part].double()))
+        return torch.cat(found)
 
     def _part(self, part: slice) -> tuple[ProbabilityFlowODE, Tensor, Teacher]:
         return self.ode.subset(part, len(self.x)), self.x[part], self.teacher.subset(part)
 
-    def _grid(self, grid: LeapGrid | None) -> Tensor:
-        if grid is None:
+    def _grid(self, route: _Route) -> Tensor:
+        if route.grid is None:
             return torch.tensor([self.start, self.ode.schedule.t_data], dtype=_F64, device="cpu")
-        return grid.times(self.nfe, self.ode.schedule, self.start)
+        return route.grid.times(self.nfe + (route.start is not None), self.ode.schedule, self.start)
 
     def _top(self) -> float:
         schedule = self.ode.schedule
@@ -388,6 +447,93 @@ class _Job:
         cost, begun, before = _Cost(), time.perf_counter(), self.ode.ledger.samples
         yield cost
         cost.seconds, cost.samples = time.perf_counter() - begun, self.ode.ledger.samples - before
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """A way to take the first interval without an evaluation."""
+
+    name: str
+    x: Tensor
+    teacher: Teacher
+    moments: Moments | None = None
+    key: str | None = None
+    labels: Tensor | None = None
+
+    def make(self, schedule: Schedule, t: float, s: float) -> WarmStart:
+        """The map from the states at t to the teacher's at s: of all training samples, also where few are fitted to."""
+        there = self.teacher.at(s)
+        return WarmStart.affine(
+            schedule, t, s, self.x.cpu(), there, over=self.moments, labels=self.labels, per=self.key
+        )
+
+
+@dataclass(eq=False)
+class _Route:
+    """A way to start, the grid that suits it, and the errors with both."""
+
+    start: _Start | None
+    grid: LeapGrid | None = None
+    errors: Tensor = torch.empty(0)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return "closed form" if self.start is None else f"warm start {self.start.name}"
+
+    def parts(
+        self,
+        method: IIA,
+        grid: Tensor,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        teacher: Teacher,
+        chunk: int,
+        **options: Any,
+    ) -> tuple[WarmStart | None, Plan, FittedSolver]:
+        """The warm start if there is one, the fitted plan from where it ends, and the fit."""
+        if self.start is None:
+            fitted = method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options)
+            return None, fitted.plan, fitted
+        t, s = (float(v) for v in grid[:2])
+        warm = self.start.make(ode.schedule, t, s)
+        y = warm.apply(x, ode)
+        fitted = method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), chunk_size=chunk, **options)
+        return warm, fitted.plan, fitted
+
+    def fit(
+        self,
+        method: IIA,
+        grid: Tensor,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        teacher: Teacher,
+        chunk: int,
+        **options: Any,
+    ) -> tuple[Plan, FittedSolver]:
+        """The fitted plan from the start of the grid, and the fit."""
+        warm, plan, fitted = self.parts(method, grid, ode, x, teacher, chunk, **options)
+        return plan if warm is None else warm.then(plan), fitted
+
+
+def _classes(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:
+    """The name of a condition with few values, each held by enough of the training samples to have a mean."""
+    for key, value in ode.conditioning.items():
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value) == batch and not value.is_floating_point():
+            _, counts = torch.unique(value[:train], return_counts=True)
+            if len(counts) > 1 and bool((counts >= 8).all()) and bool(torch.isin(value, value[:train]).all()):
+                return key
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Something that was tried, with its errors on held-out noise and where it comes from; None is no fit at all."""
+
+    ingredient: Ingredient
+    plan: Plan
+    errors: Tensor
+    source: FittedSolver | Refinement | None
 
 
 @dataclass

@@ -208,7 +208,7 @@ class _Job:
         plan, found = self.parameters.plan(theta), []
         for part in self._parts(first, last):
             final = plan.run(self.ode.subset(part, len(self.x)), self.x[part], check_finite=False)
-            found.append(_per_sample(final.double() - self.target[part].to(final.device).double()).cpu())
+            found.append(per_sample(final.double() - self.target[part].to(final.device).double()).cpu())
             self._count(part, 1)
         return torch.cat(found)
 
@@ -221,7 +221,7 @@ class _Job:
             with torch.enable_grad():
                 final, leaf = self.parameters.run(ode, self.x[part], theta, checkpointed=self.checkpointed)
                 residual = final.detach().double() - self.target[part].to(final.device).double()
-                weight = 1 / (1 + (_per_sample(residual) / self.scale).square())  # derivative of the loss, per sample
+                weight = 1 / (1 + (per_sample(residual) / self.scale).square())  # derivative of the loss, per sample
                 residual = residual * weight.reshape(-1, *[1] * (residual.ndim - 1))
                 signs = [
                     2.0 * torch.randint(0, 2, final.shape, generator=generator, device="cpu") - 1 for _ in range(probes)
@@ -246,13 +246,16 @@ class _Job:
         self.sample_evaluations += calls * (part.stop - part.start)
 
 
-def _per_sample(difference: Tensor) -> Tensor:
+def per_sample(difference: Tensor) -> Tensor:
+    """Root mean square of each sample of [B, ...], [B]."""
     return difference.flatten(1).square().mean(dim=1).sqrt()
 
 
 def robust_mean(errors: Tensor, scale: float) -> float:
     """The mean of errors, root mean square for those far below `scale` and growing like a logarithm beyond it."""
     squares = errors.double().square()
+    if not bool(torch.isfinite(squares).all()):
+        return math.inf
     if math.isfinite(scale):
         squares = scale * scale * (squares / (scale * scale)).log1p()
     return math.sqrt(float(squares.mean()))
@@ -296,7 +299,7 @@ def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float
         gradient, _ = job.derivatives(torch.cat([g.detach() for g in groups]), 0, generator)
         if not bool(torch.isfinite(gradient).all()):
             return
-        for g, part in zip(groups, gradient.split([weights, len(gradient) - weights]), strict=True):
+        for g, part in zip(groups, (gradient[:weights], gradient[weights:]), strict=True):
             g.grad = part / (job.train * job.x[0].numel())
         optimiser.step()
         theta = torch.cat([g.detach() for g in groups])

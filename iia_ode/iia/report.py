@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ..ode import conversion
 from ..plan import Combine, Evaluate, Plan
+from ..plan.vectors import weight_mean
 from .origin import brief
 
 __all__ = ["StepReport", "describe_fit", "explain_fit", "table_of"]
@@ -163,7 +162,7 @@ def _data_weights(plan: Plan) -> list[tuple[int, float, float]]:
 def _combined(ins: Combine, totals: list[dict[int, float]]) -> dict[int, float]:
     mine: dict[int, float] = {}
     for j, weight in ins.terms:
-        number = float(weight.mean()) if isinstance(weight, Tensor) else weight
+        number = weight_mean(weight)
         for k, w in totals[j].items():
             mine[k] = mine.get(k, 0.0) + number * w
     return mine

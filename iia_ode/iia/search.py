@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from ..grids.base import as_grid, data_time, times_of
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
+from .refine import per_sample, robust_mean
 from .teacher import Teacher
+
+T = TypeVar("T")
 
 __all__ = ["GridSearch", "LeapGrid", "Trial", "leap_grids", "search_grid"]
 
@@ -64,13 +68,18 @@ def leap_grids(start: float, scale: float) -> list[LeapGrid]:
     return [LeapGrid(a, b, rho) for a in firsts if a < start for b in lasts for rho in (3.0, 7.0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
-    """A candidate and its error: root mean square distance of final states, on samples that it was not fitted to."""
+    """A candidate, and the root mean square error of each final state on samples that it was not fitted to, float64."""
 
     grid: LeapGrid
-    error: float
+    errors: Tensor
     samples: int
+
+    @property
+    def error(self) -> float:
+        """Root mean square over all of them."""
+        return robust_mean(self.errors, math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +133,15 @@ def search_grid(
     schedule, t_start = ode.schedule, float(teacher.about["t_start"])
     top = schedule.noise_to_signal(t_start) if schedule.alpha(t_start) > 0 else math.inf
 
-    def attempt(grid: LeapGrid, samples: int) -> float:
-        known = next((t.error for t in trials if (t.grid, t.samples) == (grid, samples)), None)
+    def attempt(grid: LeapGrid, samples: int) -> Trial:
+        known = next((t for t in trials if (t.grid, t.samples) == (grid, samples)), None)
         if known is None:
-            known = _error(fit, ode, x, teacher, grid.times(nfe, schedule, t_start), samples)
-            trials.append(Trial(grid, known, samples))
+            errors = _errors(fit, ode, x, teacher, grid.times(nfe, schedule, t_start), samples)
+            trials.append(known := Trial(grid, errors, samples))
         return known
+
+    def ranked(grids: Sequence[LeapGrid], samples: int) -> list[LeapGrid]:
+        return [t.grid for t in by_robust_error([attempt(g, samples) for g in grids], lambda t: t.errors)]
 
     floor = float(teacher.about["sigma_min"])
     alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
@@ -138,17 +150,16 @@ def search_grid(
     samples = min(rounds[0][0], len(x))
     for samples, keep in rounds:
         samples = min(samples, len(x))
-        alive = sorted(alive, key=lambda g: attempt(g, samples))[:keep]
+        alive = ranked(alive, samples)[:keep]
         if report and alive:
-            report(f"{len(trials)} grids tried on {samples} samples, error {attempt(alive[0], samples):.4g}")
-    if not alive or not math.isfinite(attempt(alive[0], samples)):
+            report(f"{len(trials)} grids tried on {samples} samples, error {attempt(alive[0], samples).error:.4g}")
+    if not alive or not math.isfinite(attempt(alive[0], samples).error):
         raise InputError("no grid could be fitted: the model is not finite, or the teacher reaches too few levels.")
     best, step = alive[0], 1.4
     for _ in range(descent if nfe > 2 else 0):
         for name in ("sigma_1", "sigma_min", "rho"):
             moved = [replace(best, **{name: getattr(best, name) * f}) for f in (step, 1 / step)]
-            moved = [g for g in moved if _in_order(g, top, floor)]
-            best = min([best, *moved], key=lambda g: attempt(g, samples))
+            best = ranked([best, *(g for g in moved if _in_order(g, top, floor))], samples)[0]
         step = math.sqrt(step)
     return GridSearch(tuple(trials), (best, *(g for g in alive if g != best)))
 
@@ -157,12 +168,24 @@ def _in_order(grid: LeapGrid, top: float, floor: float) -> bool:
     return floor < grid.sigma_min < 0.9 * grid.sigma_1 and grid.sigma_1 < 0.95 * top and 1 <= grid.rho <= 20
 
 
-def _error(fit: Fit, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher, grid: Tensor, samples: int) -> float:
+def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor]) -> list[T]:
+    """The items, best first, by the robust mean of their errors per sample.
+
+    What counts as an outlier is the same for all: more than four times the lowest of their medians.
+    """
+    if not items:
+        return []
+    scale = 4 * min(float(errors(item).median()) for item in items)
+    scale = scale if 0 < scale < math.inf else math.inf
+    return sorted(items, key=lambda item: robust_mean(errors(item), scale))
+
+
+def _errors(fit: Fit, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher, grid: Tensor, samples: int) -> Tensor:
     half = max(1, samples // 2)
     own, other = slice(0, half), slice(half, samples) if samples > 1 else slice(0, 1)
     try:
         plan = fit(ode.subset(own, len(x)), grid, x[own], teacher.subset(own))
         final = plan.run(ode.subset(other, len(x)), x[other]).double().cpu()
     except IIAError:
-        return math.inf
-    return float((final - teacher.final[other].double()).square().mean().sqrt())
+        return torch.full((other.stop - other.start,), math.inf, dtype=torch.float64, device="cpu")
+    return per_sample(final - teacher.final[other].double())

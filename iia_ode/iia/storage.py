@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Combine, Evaluate, Plan
+from ..plan import Combine, Evaluate, Plan, Projections
+from ..plan.storing import SHARED, restore, store
+from ..plan.vectors import is_number
 from ..schedules import Schedule
 
 __all__ = ["SCHEMA", "misfit", "pack", "unpack"]
@@ -83,13 +85,13 @@ def pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
             times.append(ins.t)
             continue
         code.append(["combine", [j for j, _ in ins.terms], ins.step])
-        for j, weight in ins.terms:
-            if isinstance(weight, Tensor):
-                tensors[f"weight.{k}.{j}"] = weight.double()
-            else:
-                weights.append(weight)
-        if ins.constant is not None:
-            tensors[f"constant.{k}"] = ins.constant.double()
+        weights += [w for _, w in ins.terms if is_number(w)]
+        values: dict[str, Any] = {f"weight.{k}.{j}": w for j, w in ins.terms if not is_number(w)}
+        values |= {} if ins.constant is None else {f"constant.{k}": ins.constant}
+        stored = {key: store(value, key) for key, value in values.items()}
+        tensors |= {name: v for _, parts in stored.values() for name, v in parts.items()}
+        if odd := {key: about for key, (about, _) in stored.items() if about is not None}:
+            code[-1].append(odd)  # what is neither a number nor a tensor
     for name, numbers in (("grid", plan.grid), ("times", times), ("weights", weights)):
         tensors[name] = torch.tensor(numbers, dtype=_F64, device="cpu")
     return code, tensors
@@ -97,7 +99,8 @@ def pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
 
 def unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]) -> Plan:
     """The plan that :func:`pack` took apart; every number and tensor has to find its place."""
-    rest = dict(tensors)
+    rest = {key: v for key, v in tensors.items() if not key.startswith(SHARED)}
+    known: dict[str, Projections] = {}
     grid = rest.pop("grid")
     weights, times = (iter(rest.pop(key).tolist()) for key in ("weights", "times"))
     instructions: list[Evaluate | Combine] = []
@@ -106,11 +109,14 @@ def unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[s
             match item:
                 case ["evaluate", int(state), str(form)]:
                     instructions.append(Evaluate(state, next(times), form))
-                case ["combine", [*indices], int() | None as step] if all(isinstance(j, int) for j in indices):
+                case ["combine", [*indices], int() | None as step, *odd] if _fits(indices, odd):
+                    about = odd[0] if odd else {}
+                    own = [key for key in _keys(k, indices) if rest.pop(key, None) is not None]
+                    values = {key: restore(about.get(key), key, tensors, known) for key in own}
                     terms = [
-                        (j, rest.pop(key) if (key := f"weight.{k}.{j}") in rest else next(weights)) for j in indices
+                        (j, values[key] if (key := f"weight.{k}.{j}") in values else next(weights)) for j in indices
                     ]
-                    instructions.append(Combine(tuple(terms), rest.pop(f"constant.{k}", None), step))
+                    instructions.append(Combine(tuple(terms), values.get(f"constant.{k}"), step))
                 case _:
                     raise ValueError(f"instruction {k} is {item!r}.")
     except StopIteration as error:
@@ -119,3 +125,12 @@ def unpack(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[s
     if surplus := [*surplus, *rest]:
         raise ValueError(f"its instructions do not use all of {', '.join(surplus)}.")
     return Plan(schedule, tuple(grid.tolist()), tuple(instructions), name)
+
+
+def _fits(indices: list[Any], odd: list[Any]) -> bool:
+    return all(isinstance(j, int) for j in indices) and all(isinstance(o, dict) for o in odd) and len(odd) <= 1
+
+
+def _keys(k: int, indices: list[int]) -> list[str]:
+    """The names of the tensors that instruction k may have of its own."""
+    return [*(f"weight.{k}.{j}" for j in indices), f"constant.{k}"]

@@ -162,6 +162,11 @@ class Teacher:
         """The teacher of some of the samples."""
         return Teacher(self.initial[index], _part(self.path, index), self.about | {"conditions": None})
 
+    def restarted(self, t: float, x: Tensor) -> Teacher:
+        """The same trajectories as the aim of solvers that start at time t from states x, which need not lie on them."""
+        self.at(t, slice(0, 1))  # a GridError now rather than after the work
+        return Teacher(x.detach().cpu(), self.path, self.about | {"t_start": float(t), "conditions": None})
+
     def check(self, ode: ProbabilityFlowODE, x: Tensor) -> None:
         """Raise unless this is the teacher of this ODE from these very states; warn if the model's weights differ.
 

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import Tensor
-
 from ..errors import InputError, unknown_name
 from ..ode import Evaluation
 from ..plan import Vector
-from ..plan.vectors import weight_size
+from ..plan.vectors import is_number, weight_size
 
 __all__ = ["PAPER_TERMS", "StepRecord", "Term", "Terms", "bi_iia_edm", "iia_ddim", "iia_edm", "resolve_terms", "window"]
 
@@ -143,7 +141,7 @@ def window(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...
     seen: set[object] = set()
 
     def offer(symbol: str, direction: Vector, history: bool) -> None:
-        plain = not any(isinstance(w, Tensor) for w in direction.weights.values())
+        plain = all(is_number(w) for w in direction.weights.values())
         key = frozenset((j, float(w)) for j, w in direction.weights.items()) if plain else id(direction)
         if key not in seen:
             seen.add(key)

@@ -1,0 +1,55 @@
+"""Structured weights and warm starts in a fit, and in its file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support import F64, normal
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode.iia.structure import Window
+from iia_ode.iia.warm_start import WarmStart
+from iia_ode.plan import Bands, LinearMap
+
+SHAPE = (3, 8, 8)
+P = Bands(SHAPE, 3, "luma-chroma")
+VARIANCES = torch.tensor([4.0, 1.0, 0.1, 2.0, 0.5, 0.05], dtype=F64)
+
+
+def data(x: Tensor, t: Tensor) -> Tensor:
+    """The denoiser of Gaussian data with one variance per band and channel."""
+    return LinearMap(P, VARIANCES / (VARIANCES + float(t[0]) ** 2))(x)
+
+
+ODE = iia.ProbabilityFlowODE(data, iia.EDM())
+GRID = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=F64)
+
+
+def test_a_fit_with_a_weight_per_band_is_exact_where_each_band_has_one_variance(tmp_path: Path) -> None:
+    x, unseen = 10 * normal(24, *SHAPE), 10 * normal(5, *SHAPE, seed=3)
+    exact = LinearMap(P, (VARIANCES / (VARIANCES + 100)).sqrt())(unseen)
+    errors = {}
+    for terms in ("window", Window(3, "luma-chroma", SHAPE)):
+        fit = iia.IIA("ddim", terms=terms, target="local").fit(ODE, GRID, x)
+        errors[fit.about["terms"]] = float((iia.sample(ODE, unseen, solver=fit) - exact).abs().max())
+    assert list(errors) == ["window", "window(bands=3, channels=luma-chroma)"]
+    plain, banded = errors.values()
+    assert banded < 1e-2 * plain and banded < 1e-3
+    assert "band 1, luma" in fit.table() and fit.explain() and str(fit)
+    back = iia.load(fit.save(tmp_path / "fit.safetensors"))
+    assert torch.equal(iia.sample(ODE, unseen, solver=back), iia.sample(ODE, unseen, solver=fit))
+
+
+@pytest.mark.parametrize("per", [None, "c"])
+def test_a_fit_behind_a_warm_start_is_saved_with_it(tmp_path: Path, per: str | None) -> None:
+    labels = torch.arange(24) % 2
+    ode = iia.ProbabilityFlowODE(lambda x, t, c: data(x, t), iia.EDM(), conditioning={"c": labels})
+    samples, x = normal(24, *SHAPE), 80 * normal(24, *SHAPE, seed=1)
+    by = {"labels": labels, "per": per} if per else {}
+    warm = WarmStart.gaussian(iia.EDM(), 80.0, 10.0, samples=samples, shrink="dct", **by)
+    fit = iia.IIA("ddim", terms="window").fit(ode, GRID, warm.apply(x, ode))
+    whole = replace(fit, plan=warm.then(fit.plan))
+    back = iia.load(whole.save(tmp_path / "warm.safetensors"))
+    assert torch.equal(iia.sample(ode, x, solver=back), iia.sample(ode, warm.apply(x, ode), solver=fit))
