@@ -145,7 +145,7 @@ def plot_residuals(fit: FittedSolver) -> Figure:
         raise InputError(f"{fit.name} has no residuals of single steps: its weights were not fitted step by step.")
     figure = _figure(figsize=(6.4, 4.4))
     ax = figure.add_subplot()
-    rows = {
+    rows: dict[str, tuple[list[float | None], dict[str, Any]]] = {
         "base": ([r.before for r in fit.reports], {"color": _BASE, "marker": "o"}),
         "fitted": ([r.after for r in fit.reports], {"color": _FITTED, "marker": "o"}),
         "base, held out": ([r.held_before for r in fit.reports], {"color": _BASE, "marker": "s", "linestyle": "--"}),

@@ -20,7 +20,8 @@ from iia_ode.iia import IIA, Teacher
 
 SEARCH = ["fit", "--setting", "mixture", "--nfe", "4", "--samples", "32", "--budget", "closed-form"]
 WINDOW = ["--setting", "mixture", "--solver", "ddim", "--terms", "window", "--target", "trajectory", "--nfe", "5"]
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 # ---- one call --------------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dying.py"]
 
 
-# ---- the README ------------------------------------------------------------------------------------------------------
+# ---- the README and the reference ----------------------------------------------------------------------------------
 
 
 def test_the_readmes_section_on_fits_runs(tmp_path, monkeypatch, capsys):
@@ -265,3 +266,11 @@ def test_the_readmes_section_on_fits_runs(tmp_path, monkeypatch, capsys):
     exec(code, namespace)
     assert namespace["fit"].nfe == 5
     assert "chosen: " in capsys.readouterr().out
+
+
+def test_every_name_of_a_fit_is_in_the_api_reference():
+    reference = (ROOT / "docs" / "api.md").read_text()
+    documented = {line.split("::")[1].strip().rsplit(".", 1)[-1] for line in reference.splitlines() if "::" in line}
+    modules = {"__version__", "denoisers", "grids", "problems", "reference", "testing"}
+    for names in (iia.__all__, iia.iia.__all__, iia.plots.__all__):
+        assert set(names) - modules <= documented

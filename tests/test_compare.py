@@ -3,15 +3,12 @@
 import csv
 import io
 import json
-import sys
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from support import mixture, run
+from support import run
 
 import iia_ode as iia
-from iia_ode import plots
 from iia_ode.experiments import compare, get_setting, setting_names
 from iia_ode.metrics import rmse, rmse_with_error
 
@@ -104,25 +101,6 @@ def test_a_setting_draws_the_same_whatever_the_default_device(name):
     assert all(v.device.type == "cpu" for v in ode.model.state_dict().values())
 
 
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-
-def test_plots_draw_on_the_axes_they_are_given(digits, tmp_path):
-    ax = Figure().add_subplot()
-    assert plots.error_against_nfe(digits, ax) is ax
-    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(digits.solvers)
-    grid = plots.image_grid(digits.reference, columns=8)
-    assert grid.images[0].get_array().shape == (4 * 9 - 1, 8 * 9 - 1)
-    assert plots.save_figure(ax, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_without_matplotlib_a_plot_names_the_extra(monkeypatch, digits):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[plot\]'"):
-        plots.error_against_nfe(digits)
-
-
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -194,218 +172,7 @@ def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, cap
     assert listed("ddim") == plain
 
 
-@pytest.mark.parametrize(
-    ("arguments", "work"),
-    [
-        (["compare", "--out", "/dev/null/x"], "iia_ode.cli.compare.compare"),
-        (["fit", "--out", "/dev/null/x"], "iia_ode.cli.fit.fit"),
-        (["fit", "--solver", "iia-edm", "--out", "/dev/null/x"], "iia_ode.iia.IIA.fit"),
-        (["fit", "--save-teacher", "/dev/null/x", "--out", "x"], "iia_ode.iia.Teacher.solve"),
-        (["sample", "heun", "--out", "/dev/null/x"], "iia_ode.cli.sample.sample"),
-        (["train", "digits", "--out", "/dev/null/x"], "iia_ode.cli.train.train_digits"),
-        (["train", "patches", "--out", "/dev/null/x"], "iia_ode.cli.train.train_patches"),
-    ],
-    ids=lambda v: v[0] if isinstance(v, list) else "",
-)
-def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, monkeypatch, tmp_path, arguments, work):
-    monkeypatch.chdir(tmp_path)
-
-    def refuse(*_, **__):
-        raise AssertionError("the work was begun")
-
-    monkeypatch.setattr(work, refuse)
-    status, _, error = run(capsys, *arguments)
-    assert (status, len(error.splitlines())) == (2, 1)
-    assert "/dev/null" in error
-
-
 def test_compare_writes_a_picture_of_samples_where_they_are_images(tmp_path, capsys):
     small = ["--samples", "8", "--fit-samples", "8", "--nfe", "5", "--solvers", "ddim,heun"]
     assert run(capsys, "compare", *small, "--out", str(tmp_path))[0] == 0
     assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_fit_then_show_then_sample(tmp_path, capsys):
-    file = str(tmp_path / "fit.safetensors")
-    common = ["--setting", "mixture", "--samples", "12"]
-    status, printed, _ = run(
-        capsys, "fit", *common, "--preset", "iia-edm", "--nfe", "7", "--history", "2", "--out", file
-    )
-    assert status == 0
-    assert "7 evaluations" in printed
-    status, shown, _ = run(capsys, "show", file, "--plan")
-    assert status == 0
-    assert iia.load(file).table() in shown
-    assert iia.load(file).explain() in shown
-    assert str(iia.load(file).plan) in shown
-    assert "history 2" in shown
-    out = tmp_path / "samples"
-    assert run(capsys, "sample", file, *common, "--out", str(out))[0] == 0
-    ode, x = get_setting("mixture").draw(12, 1)
-    stored = iia.files.read_tensors(out / "samples.safetensors", "samples")[0]["samples"]
-    assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
-
-
-def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_path, capsys):
-    file = tmp_path / "a fit"
-    common = ["--setting", "mixture", "--samples", "12"]
-    fit = ["fit", "--solver", "iia-edm", "--nfe", "5", "--sigma-max", "10", "--out", str(file)]
-    assert run(capsys, *fit, *common)[0] == 0
-    assert run(capsys, "sample", str(file), *common, "--out", str(tmp_path))[0] == 0
-    setting = get_setting("mixture")
-    setting.sigma_max = 10.0
-    ode, x = setting.draw(12, 1)
-    stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
-    assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
-    for option in ("--nfe", "--rho", "--sigma-min", "--sigma-max"):
-        status, _, error = run(capsys, "sample", str(file), *common, option, "7")
-        assert status == 2
-        assert f"brings its own grid: leave out {option}, or fit again with it" in error
-
-
-def test_a_file_called_like_a_solver_does_not_stand_in_its_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "heun").touch()
-    assert run(capsys, "sample", "heun", "--setting", "mixture", "--samples", "2")[0] == 0
-
-
-def test_a_given_smallest_level_is_used(tmp_path, capsys):
-    common = ["sample", "ddim", "--setting", "mixture", "--samples", "2", "--nfe", "3", "--out", str(tmp_path)]
-    assert run(capsys, *common, "--sigma-min", "1e-5")[0] == 0
-    assert iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[1]["grid"][-2:] == [1e-5, 0.0]
-
-
-def test_show_needs_no_schedule_and_its_plan_does(tmp_path, capsys):
-    mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
-    grid = iia.grids.karras(3, schedule=mine)
-    fit = iia.preset("iia-ddim").fit(mixture().ode(mine), grid, torch.randn(4, 4, dtype=torch.float64))
-    file = str(fit.save(tmp_path / "fit.safetensors"))
-    status, printed, error = run(capsys, "show", file)
-    assert (status, error) == (0, "")
-    assert printed.startswith(f"{fit}\n\nnot explained: ")
-    assert "pass schedule=" in printed
-    status, printed, error = run(capsys, "show", file, "--plan")
-    assert (status, printed) == (2, "")
-    assert "pass schedule=" in error
-
-
-def test_sample_takes_a_registered_name_and_draws_a_picture(tmp_path, capsys):
-    status, printed, _ = run(capsys, "sample", "ddim", "--nfe", "3", "--samples", "4", "--out", str(tmp_path))
-    assert status == 0
-    assert "samples.png" in printed
-    assert (tmp_path / "samples.png").exists()
-
-
-def test_solvers_lists_every_name_that_can_be_used(capsys):
-    status, printed, _ = run(capsys, "solvers")
-    assert status == 0
-    for name in [*iia.solver_names(), *iia.iia.PRESETS, *iia.torchdiffeq_methods()]:
-        assert name in printed
-
-
-def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
-    images, labels = iia.denoisers.digits_data()
-    monkeypatch.setattr("iia_ode.denoisers.pretrained.digits_data", lambda: (images[:40], labels[:40]))
-    file = tmp_path / "net.safetensors"
-    assert run(capsys, "train", "digits", "--steps", "2", "--batch", "4", "--out", str(file))[0] == 0
-    assert iia.denoisers.load_denoiser(file).state_shape == (1, 8, 8)
-    images, held_out = torch.rand(40, 3, 16, 16), torch.arange(40) < 10
-    monkeypatch.setattr("iia_ode.denoisers.pretrained.patches_data", lambda: (images, held_out))
-    assert run(capsys, "train", "patches", "--steps", "2", "--batch", "4", "--out", str(file))[0] == 0
-    assert iia.denoisers.load_denoiser(file).state_shape == (3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["bogus"], "No such command 'bogus'"),
-        (["compare", "--solvers", "huen"], "unknown solver 'huen'. Did you mean 'heun'"),
-        (["compare", "--setting", "digit"], "unknown setting 'digit'. Did you mean 'digits'?"),
-        (["compare", "--nfe", "5,x"], "Invalid value for '--nfe': 'x' is not a valid integer"),
-        (["compare", "--nfe", "5,0"], "Invalid value for '--nfe': 0 is not in the range"),
-        (["compare", "--nfe", ""], "Invalid value for '--nfe'"),
-        (["compare", "--device", "tpu9"], "cannot be used here"),
-        (["compare", "--device", "meta"], "cannot be used here"),
-        (["compare", "--rho", "-1"], "Invalid value for '--rho': -1.0 is not in the range"),
-        (["compare", "--rho", "1e-5"], "use 0 for a log-SNR grid, or at least 0.1"),
-        (["compare", "--rho", "nan"], "'nan' is not a number"),
-        (["compare", "--guidance", "inf"], "Invalid value for '--guidance'"),
-        (["compare", "--sigma-min", "0"], "Invalid value for '--sigma-min': 0.0 is not in the range"),
-        (["compare", *SMALL, "--sigma-min", "90"], "needs 0 < sigma_min < sigma_max, got 90.0 and 80.0"),
-        (["compare", "--fit-samples", "-1"], "Invalid value for '--fit-samples'"),
-        (["compare", "--seed", "99999999999999999999999"], "Invalid value for '--seed'"),
-        (["compare", "--seed", "-1"], "Invalid value for '--seed'"),
-        (["fit", "--out", "x", "--history", "-1"], "Invalid value for '--history'"),
-        (["fit", "--out", "x", "--substeps", "0"], "Invalid value for '--substeps'"),
-        (["fit", "--out", "x", "--chunk-size", "0"], "Invalid value for '--chunk-size'"),
-        (["fit", "--out", "x", "--nfe", "0"], "Invalid value for '--nfe'"),
-        (["sample", "heun", "--samples", "-1"], "Invalid value for '--samples'"),
-        (["train", "digits", "--steps", "0"], "Invalid value for '--steps'"),
-        (["train", "digits", "--steps", "-1"], "Invalid value for '--steps'"),
-        (["train", "digits", "--batch", "0"], "Invalid value for '--batch'"),
-        (["train", "bogus"], "No such command 'bogus'"),
-        (["compare", *SMALL, "--guidance", "2"], "no conditions to guide by"),
-        (["compare", "--setting", "patches", "--guidance", "2"], "patches has no conditions to guide by"),
-        (["compare", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range"),
-        (["fit"], "Missing option '--out'"),
-        (["fit", "--preset", "iia-edn", "--out", "x"], "Did you mean 'iia-edm'"),
-        (["fit", *SMALL[:2], "--solver", "heun", "--nfe", "6", "--out", "x"], "cannot make exactly 6 evaluations"),
-        (["sample", "iia-ddim"], "has to be fitted first: iia-ode fit --solver iia-ddim"),
-        (["sample", "iia", "--nfe", "6"], "has to be fitted first: iia-ode fit --nfe 6"),
-        (["compare", "--budget", "standard"], "--budget is that of solver 'iia'"),
-        (["sample", "nothing.safetensors"], "no file 'nothing.safetensors'"),
-        (["show", "nothing"], "no file 'nothing'"),
-        (["sample", "heun", "--setting", "mixture", "--nfe", "5", "--out", "/dev/null/x"], "/dev/null"),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)
-def test_an_error_is_one_line_and_exit_status_2(capsys, monkeypatch, tmp_path, arguments, text):
-    monkeypatch.chdir(tmp_path)
-    status, printed, error = run(capsys, *arguments)
-    assert status == 2
-    assert printed == ""
-    lines = error.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("iia-ode: error: ")
-    assert text in lines[0]
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory.\nadvice"), "OutOfMemoryError: CUDA out of memory."),
-        (RuntimeError("a device has gone\nadvice"), "RuntimeError: a device has gone"),
-        (MemoryError(), "MemoryError: out of memory"),
-    ],
-    ids=lambda v: "" if isinstance(v, str) else type(v).__name__,
-)
-def test_trouble_of_torch_is_one_line_too(capsys, monkeypatch, tmp_path, error, text):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr("iia_ode.cli.compare.compare", fail)
-    assert run(capsys, "compare", *SMALL, "--out", str(tmp_path)) == (2, "", f"iia-ode: error: {text}\n")
-
-
-@pytest.mark.parametrize("arguments", [[], ["train"]])
-def test_a_group_without_a_command_prints_its_help(capsys, arguments):
-    status, printed, error = run(capsys, *arguments)
-    assert (status, error) == (0, "")
-    assert run(capsys, *arguments, "--help")[1] == printed
-
-
-def test_every_command_explains_itself(capsys):
-    for command in (
-        [],
-        ["compare"],
-        ["fit"],
-        ["sample"],
-        ["show"],
-        ["solvers"],
-        ["train"],
-        ["train", "digits"],
-        ["train", "patches"],
-    ):
-        status, printed, _ = run(capsys, *command, "--help")
-        assert status == 0
-        assert "Usage: iia-ode" in printed

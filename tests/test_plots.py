@@ -1,12 +1,15 @@
-"""Figures of a fit: what is drawn is what was fitted."""
+"""Plots: of a comparison and its images, and figures of a fit."""
+
+import sys
 
 import matplotlib as mpl
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import iia_ode as iia
 from iia_ode import plots
-from iia_ode.experiments import get_setting
+from iia_ode.experiments import compare, get_setting
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,28 @@ def test_plots_of_a_fit_need_no_default_device(stepwise):
         plots.plot_coefficients(stepwise)
     finally:
         torch.set_default_device(None)
+
+
+# ---- comparisons and images -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    setting, make_grid = get_setting("digits"), iia.grids.karras
+    return compare(setting, ["ddim", "heun"], [3, 5], make_grid, samples=32, fit_samples=1)
+
+
+def test_plots_draw_on_the_axes_they_are_given(comparison, tmp_path):
+    ax = Figure().add_subplot()
+    assert plots.error_against_nfe(comparison, ax) is ax
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(comparison.solvers)
+    grid = plots.image_grid(comparison.reference, columns=8)
+    assert grid.images[0].get_array().shape == (4 * 9 - 1, 8 * 9 - 1)
+    assert plots.save_figure(ax, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_matplotlib_a_plot_names_the_extra(monkeypatch, comparison):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[plot\]'"):
+        plots.error_against_nfe(comparison)

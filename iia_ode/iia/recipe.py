@@ -368,7 +368,7 @@ class _Job:
                     return
                 plan = found.plan if warm is None else warm.then(found.plan)
                 errors = self._errors(plan)
-            cost.samples = found.sample_evaluations + cost.samples
+            cost.samples += found.backward
             self._add(f"{route.name}, refined", plan, errors, cost, found)
 
     # ---- the outcome ---------------------------------------------------------------------------------------------------
@@ -382,8 +382,9 @@ class _Job:
         source = next(f.source for f in self.found if isinstance(f.source, FittedSolver))
         fitted = best.source if isinstance(best.source, FittedSolver) else source
         reports = best.source.reports if isinstance(best.source, FittedSolver) else ()
+        samples += sum(f.source.backward for f in self.found if isinstance(f.source, Refinement))
         recipe = {
-            "budget": asdict(self.budget),
+            "budget": asdict(self.budget) | {"rounds": [list(r) for r in self.budget.rounds]},
             "ingredients": [asdict(i) for i in ladder],
             "refinement": best.source.about() if isinstance(best.source, Refinement) else None,
             "evaluations": evaluations,
@@ -513,7 +514,11 @@ class _Route:
     ) -> tuple[Plan, FittedSolver]:
         """The fitted plan from the start of the grid, and the fit."""
         warm, plan, fitted = self.parts(method, grid, ode, x, teacher, chunk, **options)
-        return plan if warm is None else warm.then(plan), fitted
+        if warm is None:
+            return plan, fitted
+        plan = warm.then(plan)
+        reports = tuple(replace(r, index=r.index + 1) for r in fitted.reports)
+        return plan, replace(fitted, plan=plan, reports=reports)
 
 
 def _classes(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:

@@ -48,15 +48,16 @@ class Refinement:
     iterations : the start, then each iteration.
     best : which of them the plan is from; 0 is the start.
     reason : why it stopped.
-    evaluations, sample_evaluations : what it spent; a backward pass counts as two evaluations.
+    sample_evaluations : what it spent; a backward pass counts as two evaluations.
+    backward : the part of that which is backward passes.
     """
 
     plan: Plan
     iterations: tuple[Iteration, ...]
     best: int
     reason: str
-    evaluations: int
     sample_evaluations: int
+    backward: int
 
     @property
     def gain(self) -> float:
@@ -139,7 +140,6 @@ def refine(
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     job = _Job(Parameters(plan, learn_grid=learn_grid), ode, x, target, n - held, chunk_size, checkpointed)
-    job.set_scale(job.parameters.initial, outliers)
     steps: Iterator[tuple[Tensor, float]]
     if method == "gauss-newton":
         steps = _gauss_newton(job, probes, seed, tolerance)
@@ -148,24 +148,26 @@ def refine(
         steps = _adam(job, rates)
         most, wait = iterations or 250, 25 * patience
     theta = job.parameters.initial
-    found = [Iteration(job.loss(theta, train=True), job.loss(theta, train=False), 0.0)]
-    best, best_theta, reason = 0, theta, "converged"
-    for i, (theta, damping) in enumerate(tqdm(steps, desc="refine", total=most, disable=not progress), start=1):
-        found.append(Iteration(job.loss(theta, train=True), job.loss(theta, train=False), damping))
-        if found[-1].held_out < found[best].held_out:
-            best, best_theta = i, theta
-        elif i - best >= wait:
-            reason = "the held-out error no longer falls"
-            break
-        if i == most:
-            reason = "as many iterations as allowed"
-            break
+    best, best_theta, reason = 0, theta, "the training error no longer fell"
+    with ode.counting() as spent:
+        job.set_scale(theta, outliers)
+        found = [Iteration(job.loss(theta, train=True), job.loss(theta, train=False), 0.0)]
+        for i, (theta, damping) in enumerate(tqdm(steps, desc="refine", total=most, disable=not progress), start=1):
+            found.append(Iteration(job.loss(theta, train=True), job.loss(theta, train=False), damping))
+            if found[-1].held_out < found[best].held_out:
+                best, best_theta = i, theta
+            elif i - best >= wait:
+                reason = "the held-out error no longer fell"
+                break
+            if i == most:
+                reason = "it had made as many iterations as allowed"
+                break
     result = plan if best == 0 else job.parameters.plan(best_theta, plan.name)
-    return Refinement(result, tuple(found), best, reason, job.evaluations, job.sample_evaluations)
+    return Refinement(result, tuple(found), best, reason, spent.samples + job.backward, job.backward)
 
 
 class _Job:
-    """The error as a function of the parameters, with its derivatives; counts what it spends."""
+    """The error as a function of the parameters, with its derivatives; counts its backward passes."""
 
     def __init__(
         self,
@@ -179,7 +181,7 @@ class _Job:
     ) -> None:
         self.parameters, self.ode, self.x, self.target, self.train = parameters, ode, x, target, train
         self.chunk_size, self.checkpointed = chunk_size, checkpointed
-        self.evaluations = self.sample_evaluations = 0
+        self.backward = 0
         self._known: dict[tuple[bytes, bool], float] = {}
 
     def set_scale(self, theta: Tensor, outliers: float) -> None:
@@ -209,7 +211,6 @@ class _Job:
         for part in self._parts(first, last):
             final = plan.run(self.ode.subset(part, len(self.x)), self.x[part], check_finite=False)
             found.append(per_sample(final.double() - self.target[part].to(final.device).double()).cpu())
-            self._count(part, 1)
         return torch.cat(found)
 
     def derivatives(self, theta: Tensor, probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -231,7 +232,7 @@ class _Job:
                     torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < probes)[0].double().cpu()
                     for k, v in enumerate((residual, *signs))
                 ]
-            self._count(part, 1 + (2 + self.checkpointed) * (1 + probes))
+            self.backward += 2 * (1 + probes) * self.parameters.evaluations * (part.stop - part.start)
             gradient += rows[0].sum(dim=0)
             for row in rows[1:]:
                 square += (root * row).T @ (root * row) / probes
@@ -239,11 +240,6 @@ class _Job:
 
     def _parts(self, first: int, last: int) -> list[slice]:
         return [slice(i, min(i + self.chunk_size, last)) for i in range(first, last, self.chunk_size)]
-
-    def _count(self, part: slice, passes: int) -> None:
-        calls = passes * self.parameters.evaluations
-        self.evaluations += calls
-        self.sample_evaluations += calls * (part.stop - part.start)
 
 
 def per_sample(difference: Tensor) -> Tensor:

@@ -100,8 +100,42 @@ def _endpoint(end: Mapping[str, Any]) -> str:
 
 def explain_fit(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
     """What was fitted, what it gained and what its weights say, in words."""
+    if "recipe" in about:
+        return "\n".join([*_explain_recipe(plan, about), *(_explain_steps(plan, about, reports) if reports else [])])
     if not reports:
         return f"{plan.name} is its base, {about['base']['name']}: these terms leave every step of this grid alone."
+    return "\n".join(_explain_steps(plan, about, reports))
+
+
+def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
+    """What was tried, what it gained and what it cost."""
+    recipe = about["recipe"]
+    tried = recipe["ingredients"]
+    chosen = next(i for i in tried if i["chosen"])
+    lines = [
+        f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
+        f"Chosen from {len(tried)} by the error on {about['held_out']} held-out samples: {chosen['name']}, {chosen['error']:.3g}.",
+    ]
+    for other in tried:
+        if not other["chosen"] and other["error"]:
+            lines.append(
+                f"  {other['name']}: {other['error']:.3g}; what was chosen has {chosen['error'] / other['error']:.2f} of that."
+            )
+    if (refinement := recipe["refinement"]) is not None:
+        start, end = refinement["held_out"][0], refinement["held_out"][refinement["best"]]
+        lines.append(
+            f"The refinement took {refinement['iterations']} iterations, of which number {refinement['best']} is used: "
+            f"{start:.3g} to {end:.3g} on held-out samples, outliers counted less; it stopped because {refinement['reason']}."
+        )
+    lines.append(
+        f"All of it took {recipe['seconds']:.0f} s and {recipe['sample_evaluations']} sample evaluations of the model, "
+        "backward passes counted as two each."
+    )
+    return lines
+
+
+def _explain_steps(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> list[str]:
+    """What the fits of the steps gained and what their weights say."""
     most = max(len(r.symbols) for r in reports)
     where = f"{about['held_out']} held-out samples" if about["held_out"] else "the samples that were fitted to"
     lines = [
@@ -133,7 +167,7 @@ def explain_fit(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport,
     if about["endpoint"]["base"] is not None:
         end = _endpoint(about["endpoint"])
         lines.append(end[0].upper() + end[1:] + ".")
-    return "\n".join(lines)
+    return lines
 
 
 def _steps(indices: list[str]) -> str:

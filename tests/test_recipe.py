@@ -1,0 +1,230 @@
+"""One call, and the search for grids behind it: what people who only want a good solver are promised."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import every_schedule, mixture
+from torch import nn
+
+import iia_ode as iia
+from iia_ode.experiments import get_setting
+from iia_ode.iia import IIA, FittedSolver, Teacher
+from iia_ode.iia.recipe import BUDGETS, Budget, fit
+from iia_ode.iia.search import LeapGrid, by_robust_error, leap_grids, search_grid
+
+F64 = torch.float64
+QUICK = Budget(teacher_steps=50, rounds=((16, 3), (32, 2)), descent=1)
+REFINED = Budget(teacher_steps=50, rounds=((16, 3),), descent=0, starts=1, iterations=3, samples=40, probes=2)
+
+
+def noise(n=80, seed=0):
+    return torch.randn((n, 4), dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def quiet(*args, **options):
+    return fit(*args, report=None, **options)
+
+
+def start_of(fitted, z):
+    return fitted.plan.schedule.sigma(fitted.plan.grid[0]) * z
+
+
+def median_error(ode, solver, x, grid=None):
+    exact = Teacher.solve(ode, x, float(grid[0] if grid is not None else solver.grid[0]), ode.schedule.t_data).final
+    return float((iia.sample(ode, x, grid, solver) - exact).flatten(1).square().mean(dim=1).sqrt().median())
+
+
+# ---- one call -----------------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+def test_one_call_gives_a_solver_twice_as_accurate_as_the_best_classic_ones(schedule):
+    ode = mixture().ode(schedule)
+    found = quiet(ode, 6, noise(), budget=QUICK)
+    assert found.nfe == 6
+    x = start_of(found, noise(seed=1))
+    top = min(schedule.noise_to_signal(found.plan.grid[0]), 80.0) if schedule.alpha(found.plan.grid[0]) else 80.0
+    classic = []
+    for solver in ("ipndm3", "dpmpp_3m", "unipc", "deis_lab3"):
+        for sigma_min in (0.03, 0.2):
+            grid = iia.grids.karras(6, sigma_min, top, schedule=schedule)
+            grid[0] = found.plan.grid[0]
+            try:
+                classic.append(median_error(ode, iia.get_solver(solver), x, grid))
+            except iia.ScheduleError:  # no data estimate of noise where alpha = 0
+                continue
+    assert median_error(ode, found, x) < 0.5 * min(classic)
+
+
+def test_a_bigger_budget_is_not_worse_and_the_report_says_what_it_gained():
+    ode, said = mixture().ode(iia.EDM()), []
+    plain = quiet(ode, 5, noise(), budget=QUICK)
+    refined = fit(ode, 5, noise(), budget=REFINED, report=said.append)
+    tried = refined.about["recipe"]["ingredients"]
+    assert [i["chosen"] for i in tried].count(True) == 1
+    assert tried[0]["name"].endswith("not fitted") and tried[0]["error"] > refined.about["endpoint"]["fit"]
+    assert any("refined" in i["name"] for i in tried)
+    assert refined.about["recipe"]["sample_evaluations"] > plain.about["recipe"]["sample_evaluations"] / 2
+    assert "sample evaluations" in said[0] and "chosen" in said[-1]
+    text = refined.explain()
+    assert "held-out samples" in text and f"{tried[0]['error']:.3g}" in text
+
+
+def test_what_is_said_to_be_spent_is_what_was_spent():
+    ode = mixture().ode(iia.EDM())
+    with ode.counting() as spent:
+        found = quiet(ode, 4, noise(), budget=QUICK)
+    assert found.about["recipe"]["sample_evaluations"] == spent.samples
+    assert sum(i["sample_evaluations"] for i in found.about["recipe"]["ingredients"]) < spent.samples
+
+
+@pytest.mark.parametrize("budget", [QUICK, REFINED])
+def test_a_fit_survives_its_file(tmp_path, budget):
+    ode = mixture().ode(iia.EDM())
+    found = quiet(ode, 4, noise(), budget=budget)
+    again = iia.load(found.save(tmp_path / "fit.safetensors"))
+    x = start_of(found, noise(8, seed=2))
+    assert torch.equal(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=found))
+    assert again.about == found.about
+    assert again.explain() == found.explain()
+    assert isinstance(again, FittedSolver) and found.name in str(again)
+
+
+def test_the_same_noise_and_seed_give_the_same_fit():
+    ode = mixture().ode(iia.EDM())
+    a, b = (quiet(ode, 4, noise(), budget=REFINED) for _ in range(2))
+    assert a.plan.canonical().difference(b.plan.canonical()) == 0
+
+
+def test_noise_may_be_given_as_noise_or_as_initial_states_or_as_a_shape():
+    ode = mixture().ode(iia.EDM())
+    a, b = (quiet(ode, 3, z, budget=QUICK) for z in (noise(), 80.0 * noise()))
+    assert a.plan.canonical().difference(b.plan.canonical()) < 1e-9
+    assert quiet(ode, 3, shape=(4,), samples=32, budget=QUICK).about["batch"] == 32
+    for bad in ({}, {"noise": noise(), "shape": (4,)}, {"noise": 7.0 * noise()}, {"noise": noise(4)}):
+        with pytest.raises(iia.InputError, match="noise"):
+            quiet(ode, 3, **bad)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3])
+def test_very_few_evaluations_work_too(nfe):
+    ode = mixture().ode(iia.EDM())
+    found = quiet(ode, nfe, noise(), budget=REFINED)
+    assert found.nfe == nfe
+    x = start_of(found, noise(seed=1))
+    assert median_error(ode, found, x) <= 1.02 * median_error(ode, iia.get_solver("ddim"), x, found.grid)
+
+
+def test_warm_starts_are_tried_per_class_where_there_are_classes():
+    class Classes(nn.Module):
+        def forward(self, x, t, label):
+            centre = torch.tensor([[2.0, 0.0, 0.0, 0.0], [-2.0, 0.0, 1.0, 0.0]], dtype=F64)[label]
+            s = t[:, None]
+            return centre + 0.3 / (0.3 + s * s) * (x - centre) + 0.2 * torch.tanh((x - centre) / (1 + s)) * s / (1 + s)
+
+    label = torch.arange(80) % 2
+    ode = iia.ProbabilityFlowODE(Classes(), iia.EDM(), conditioning={"label": label})
+    budget = Budget(teacher_steps=50, rounds=((16, 3),), descent=0, warm_starts=True)
+    found = quiet(ode, 3, noise(), budget=budget)
+    names = [i["name"] for i in found.about["recipe"]["ingredients"]]
+    assert any("per label" in name for name in names) and any("affine" in name for name in names)
+    other = iia.ProbabilityFlowODE(Classes(), iia.EDM(), conditioning={"label": torch.ones(5, dtype=torch.long)})
+    assert iia.sample(other, start_of(found, noise(5, seed=3)), solver=found).shape == (5, 4)
+
+
+def test_a_model_without_gradients_is_fitted_in_closed_form():
+    @torch.no_grad()
+    def blind(x, t):
+        return mixture().denoise(x, 1.0, t[:, None])
+
+    said = []
+    found = fit(iia.ProbabilityFlowODE(blind, iia.EDM()), 4, noise(), budget=REFINED, report=said.append)
+    assert found.about["recipe"]["refinement"] is None
+    assert any("gradient" in line for line in said)
+
+
+def test_a_teacher_can_be_used_for_every_number_of_evaluations():
+    ode = mixture().ode(iia.EDM())
+    teacher = Teacher.solve(ode, 80.0 * noise(), 80.0, 0.0, steps=50)
+    with ode.counting() as spent:
+        quiet(ode, 4, noise(), budget=QUICK, teacher=teacher)
+    with ode.counting() as own:
+        quiet(ode, 4, noise(), budget=QUICK)
+    assert own.samples - spent.samples == 51 * 80
+    with pytest.raises(iia.MismatchError):
+        quiet(ode, 4, noise(seed=5), budget=QUICK, teacher=teacher)
+
+
+def test_bad_arguments_say_what_was_wrong():
+    ode = mixture().ode(iia.EDM())
+    with pytest.raises(iia.UnknownNameError, match="closed-form"):
+        quiet(ode, 4, noise(), budget="huge")
+    for bad in (0, 2.5, True):
+        with pytest.raises(iia.InputError, match="nfe"):
+            quiet(ode, bad, noise())
+    with pytest.raises(iia.GridError, match="sigma_max"):
+        quiet(ode, 4, noise(), sigma_max=-1.0)
+    with pytest.raises(iia.InputError, match="held_out"):
+        quiet(ode, 4, noise(), held_out=1.0)
+
+
+def test_the_budgets_cost_what_their_names_say():
+    costs = [BUDGETS[name].cost(8, 70, 256) for name in ("closed-form", "standard", "thorough")]
+    assert costs == sorted(costs)
+    assert costs[0] < 60_000  # a minute, at a millisecond for an evaluation of a sample
+
+
+# ---- the search ---------------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+@given(
+    st.integers(1, 12),
+    st.floats(1.0, 20.0),
+    st.floats(0.01, 0.5),
+    st.floats(1.0, 12.0),
+)
+def test_a_leap_grid_has_its_levels_where_it_says(schedule, n, sigma_1, sigma_min, rho):
+    start = schedule.t_of_noise_to_signal(60.0)
+    grid = LeapGrid(sigma_1, sigma_min, rho).times(n, schedule, start)
+    assert len(grid) == n + 1 and grid.dtype == F64
+    assert float(grid[0]) == start and float(grid[-1]) == schedule.t_data
+    if n > 1:
+        assert schedule.noise_to_signal(float(grid[1])) == pytest.approx(sigma_1, rel=1e-5)
+    if n > 2:
+        assert schedule.noise_to_signal(float(grid[-2])) == pytest.approx(sigma_min, rel=1e-5)
+
+
+def test_candidates_scale_with_the_data_and_stay_below_the_start():
+    near, far = leap_grids(80.0, 0.5), leap_grids(80.0, 5.0)
+    assert max(g.sigma_1 for g in near) < 80 and max(g.sigma_1 for g in far) < 80
+    assert min(g.sigma_1 for g in far) == pytest.approx(10 * min(g.sigma_1 for g in near))
+    assert math.isfinite(max(g.sigma_1 for g in leap_grids(math.inf, 0.5)))
+
+
+def test_the_search_finds_a_better_grid_than_it_was_given():
+    setting = get_setting("mixture")
+    ode, x = setting.draw(96, 0)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0)
+    method = IIA("ddim", terms="window", target="trajectory", history=2, guard=False)
+
+    def closed(ode, grid, x, teacher):
+        return method.fit(ode, grid, x, teacher=teacher).plan
+
+    poor = LeapGrid(60.0, 0.003, 7.0)
+    found = search_grid(closed, ode, x, teacher, 6, [poor, *leap_grids(80.0, 1.0)[::6]], rounds=((24, 4), (96, 2)))
+    assert found.best != poor
+    first = next(t for t in found.trials if t.grid == poor)
+    assert min(t.error for t in found.trials if t.grid == found.best) < first.error
+    with pytest.raises(iia.InputError, match="grid"):
+        search_grid(closed, ode, x, teacher, 6, [])
+
+
+def test_one_outlier_does_not_decide_between_candidates():
+    steady, better = torch.full((50,), 0.1), torch.full((50,), 0.05)
+    better[7] = 3.0
+    assert by_robust_error([steady, better], lambda e: e)[0] is better
+    assert by_robust_error([torch.full((3,), math.inf), steady], lambda e: e)[0] is steady
