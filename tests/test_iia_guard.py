@@ -114,9 +114,9 @@ def test_a_given_teacher_serves_the_guard_of_any_target():
     x = states()
     teacher = Teacher.solve(ode(), x, 80.0, 0.0, rtol=1e-7)
     fit = IIA("ddim").fit(ode(), GRID, x, teacher=teacher)
-    assert (
-        fit.about["sample_evaluations"] == IIA("ddim", guard=False).fit(ode(), GRID, x).about["sample_evaluations"] + 60
-    )
+    plain = IIA("ddim", guard=False).fit(ode(), GRID, x)
+    by_base = fit.nfe * len(x)  # where the teacher knows all endpoints, the base is run on all samples
+    assert fit.about["sample_evaluations"] == plain.about["sample_evaluations"] + by_base
     assert fit.about["teacher"]["solver"] == "dopri8"
     assert "dopri8" in fit.about["endpoint"]["reference"]
 

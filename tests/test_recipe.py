@@ -228,3 +228,18 @@ def test_one_outlier_does_not_decide_between_candidates():
     better[7] = 3.0
     assert by_robust_error([steady, better], lambda e: e)[0] is better
     assert by_robust_error([torch.full((3,), math.inf), steady], lambda e: e)[0] is steady
+
+
+def test_the_table_of_a_refined_fit_has_every_weight_of_its_plan():
+    found = quiet(mixture().ode(iia.EDM()), 4, noise(), budget=REFINED)
+    lines = found.table().splitlines()
+    if not found.reports:
+        assert len(lines) == 2 + found.nfe
+        assert f"{found.plan.canonical().final.weights[1]:.4f}" in lines[-1]
+
+
+def test_a_run_that_starts_among_the_data_is_fitted_too():
+    ode = mixture().ode(iia.EDM())
+    x = mixture().noisy(60, iia.EDM(), 1.0, torch.Generator().manual_seed(0))
+    found = quiet(ode, 3, x, sigma_max=1.0, budget=QUICK)
+    assert found.plan.grid[0] == 1.0 and found.nfe == 3

@@ -6,19 +6,24 @@ The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_
 from .fit import IIA, PRESETS, preset
 from .fitted import FittedSolver, StepReport, describe, load
 from .lstsq import LeastSquares
+from .moments import Moments, estimate_moments, exact_moments
 from .parameters import Parameters
 from .recipe import BUDGETS, Budget, Ingredient
 from .refine import Iteration, Refinement
 from .search import GridSearch, LeapGrid, Trial, leap_grids, search_grid
+from .structure import Window
 from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
 from .terms import StepRecord, Term
+from .warm_choice import Choice, choose
+from .warm_start import WarmStart
 
 __all__ = [
     "BUDGETS",
     "IIA",
     "PRESETS",
     "Budget",
+    "Choice",
     "FittedSolver",
     "GridSearch",
     "Ingredient",
@@ -26,6 +31,7 @@ __all__ = [
     "LeapGrid",
     "LeastSquares",
     "Local",
+    "Moments",
     "Parameters",
     "Refinement",
     "Samples",
@@ -37,7 +43,12 @@ __all__ = [
     "TeacherTrajectory",
     "Term",
     "Trial",
+    "WarmStart",
+    "Window",
+    "choose",
     "describe",
+    "estimate_moments",
+    "exact_moments",
     "leap_grids",
     "load",
     "preset",

@@ -16,7 +16,7 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from ..schedules import Discrete, Schedule, schedule_from_config
 from .origin import brief, check_origin
-from .report import StepReport, describe_fit, explain_fit, table_of
+from .report import StepReport, describe_fit, explain_fit, table_of, table_of_weights
 from .storage import SCHEMA, misfit, pack, unpack
 
 __all__ = ["FittedSolver", "StepReport", "describe", "load"]
@@ -89,8 +89,11 @@ class FittedSolver:
         return describe_fit(self.name, self.plan.steps, self.nfe, self.about, self.reports)
 
     def table(self) -> str:
-        """Every coefficient in the paper's symbols, and the step's residual without and with it, held out too."""
-        return table_of(self.reports)
+        """Every coefficient in the paper's symbols, and the step's residual without and with it, held out too.
+
+        Where the steps were not fitted one by one, as in a refinement: the weights of the plan.
+        """
+        return table_of(self.reports) if self.reports else table_of_weights(self.plan)
 
     def explain(self) -> str:
         """What was fitted, which steps gained most, which keep the base, and what the weights say, in plain words."""

@@ -20,6 +20,7 @@ from ..schedules import Schedule
 __all__ = ["Parameters"]
 
 _F64 = torch.float64
+_MOVE = 0.5  # of log sigma/alpha, at most, in one step of a refinement
 _STEP = 1e-4  # of central differences in log sigma/alpha, whose error is about 1e-9
 
 
@@ -103,6 +104,26 @@ class Parameters:
             sign * (b - a) > 0 if q != p else b == a
             for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
         )
+
+    def clipped(self, theta: Tensor, tried: Tensor) -> Tensor:
+        """`tried` with no time farther from where `theta` has it than half a unit of log sigma or 0.4 of the gap beside it.
+
+        A level that hardly matters at the end may otherwise be sent anywhere, and take every other parameter's step with it.
+        """
+        first = len(self.entries)
+        if first == len(theta):
+            return tried
+        levels = theta[first:]
+        order = torch.argsort(levels)
+        gaps = 0.4 * levels[order].diff()
+        wide = torch.full((1,), _MOVE, dtype=_F64, device="cpu")
+        below, above = torch.empty_like(levels), torch.empty_like(levels)
+        below[order], above[order] = torch.cat([wide, gaps]), torch.cat([gaps, wide])
+        if self.schedule.alpha(self.start) > 0:
+            top = math.log(self.schedule.noise_to_signal(self.start))
+            above[order[-1]] = min(_MOVE, 0.4 * max(top - float(levels[order[-1]]), 0.0))
+        moved = torch.clamp(tried[first:], levels - below.clamp(max=_MOVE), levels + above.clamp(max=_MOVE))
+        return torch.cat([tried[:first], moved])
 
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:
         """The plan with these parameters: one step per distinct time of an evaluation, and one to the end."""

@@ -31,6 +31,7 @@ __all__ = ["BUDGETS", "Budget", "Ingredient", "fit"]
 _F64 = torch.float64
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _BASELINE = "ipndm3"
+_RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
 _LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
 
@@ -77,8 +78,8 @@ BUDGETS: dict[str, Budget] = {
         warm_starts=True,
         starts=3,
         iterations=15,
-        samples=192,
-        probes=3,
+        samples=128,
+        probes=4,
     ),
 }
 """The budgets by name: no gradients, one short refinement, several long ones."""
@@ -113,7 +114,7 @@ def fit(
     budget: str | Budget = "standard",
     sigma_max: float | None = None,
     sigma_min: float = 0.002,
-    held_out: float = 0.25,
+    held_out: float = 0.5,
     teacher: Teacher | None = None,
     chunk_size: int = 64,
     seed: int = 0,
@@ -295,7 +296,7 @@ class _Job:
                 self._add(name, plan, errors, cost, fitted)
                 if not intercept:
                     route.errors = errors
-        return by_robust_error(routes, lambda route: route.errors)
+        return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
 
     def _starts(self, teacher: Teacher) -> list[_Start]:
         """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes."""
@@ -314,7 +315,7 @@ class _Job:
         return starts
 
     def _searched(self, route: _Route, candidates: list[LeapGrid]) -> _Route:
-        plain = replace(self.method, guard=False, ridge=1e-9)
+        plain = replace(self.method, guard=False, ridge=_RIDGE)
         ode, x, teacher = self._part(slice(0, self.train))
 
         def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
@@ -347,7 +348,7 @@ class _Job:
         own, own_x, own_teacher = self._part(slice(0, self.train))
         for route in routes[: self.budget.starts]:
             with self._stage() as cost:
-                method = replace(self.method, guard=False, ridge=1e-9)
+                method = replace(self.method, guard=False, ridge=_RIDGE)
                 grid = self._grid(route)
                 warm, rest, _ = route.parts(method, grid, own, own_x, own_teacher, self.chunk_size)
                 try:
@@ -377,7 +378,7 @@ class _Job:
         usable = [f for f in self.found if f.ingredient.error is not None]
         if not usable:
             raise InputError("nothing could be fitted: the model is not finite on this noise.")
-        best = by_robust_error(usable, lambda f: f.errors)[0]
+        best = by_robust_error(usable, lambda f: f.errors, outliers_too=True)[0]
         ladder = [replace(f.ingredient, chosen=f is best) for f in self.found]
         source = next(f.source for f in self.found if isinstance(f.source, FittedSolver))
         fitted = best.source if isinstance(best.source, FittedSolver) else source

@@ -270,7 +270,7 @@ def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterat
             # In units of the diagonal, where the matrix is a correlation matrix and rounding has no scale to hide in.
             unit = scale.sqrt()
             matrix = square / unit / unit[:, None] + damping * torch.eye(len(theta), dtype=_F64, device="cpu")
-            tried = theta - torch.linalg.solve(matrix, gradient / unit) / unit
+            tried = job.parameters.clipped(theta, theta - torch.linalg.solve(matrix, gradient / unit) / unit)
             tried_error = job.loss(tried, train=True)
             if tried_error < error:
                 break

@@ -11,7 +11,7 @@ from ..plan import Combine, Evaluate, Plan
 from ..plan.vectors import weight_mean
 from .origin import brief
 
-__all__ = ["StepReport", "describe_fit", "explain_fit", "table_of"]
+__all__ = ["StepReport", "describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,17 @@ def table_of(reports: tuple[StepReport, ...]) -> str:
     return "\n".join(lines)
 
 
+def table_of_weights(plan: Plan) -> str:
+    """The plan as weights on its initial state and its data estimates: a row per state that is evaluated, and the last."""
+    form = plan.canonical()
+    times = [f"{t:.4g}" for t in (*plan.evaluation_times, plan.grid[-1])]
+    lines = [f"{'state at':>9}  weights on x_0 and on D_1, D_2, ..."]
+    for time, row in zip(times, (*form.states, form.final), strict=True):
+        weights = [f"{weight_mean(row.weights.get(j, 0.0)):>9.4f}" for j in range(max(row.weights, default=0) + 1)]
+        lines.append(f"{time:>9}  {' '.join(weights)}{' + constant' if row.constant is not None else ''}")
+    return "\n".join(lines)
+
+
 def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
     """What a fitted solver is, how it was made, and its table."""
     a, end = about, about["endpoint"]
@@ -114,7 +125,8 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
     chosen = next(i for i in tried if i["chosen"])
     lines = [
         f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
-        f"Chosen from {len(tried)} by the error on {about['held_out']} held-out samples: {chosen['name']}, {chosen['error']:.3g}.",
+        f"Chosen from {len(tried)} by the error on {about['held_out']} held-out samples: {chosen['name']}, "
+        f"{chosen['error']:.3g}.",
     ]
     for other in tried:
         if not other["chosen"] and other["error"]:

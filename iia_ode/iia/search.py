@@ -64,8 +64,10 @@ class LeapGrid:
 def leap_grids(start: float, scale: float) -> list[LeapGrid]:
     """Candidates between the level `start` and the data, for data of root mean square `scale`."""
     firsts = [scale * f for f in (3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
+    firsts = [a for a in firsts if a < 0.9 * start] or [start * f for f in (0.8, 0.6, 0.4)]
     lasts = [scale * f for f in (0.5, 0.25, 0.12, 0.05, 0.015)]
-    return [LeapGrid(a, b, rho) for a in firsts if a < start for b in lasts for rho in (3.0, 7.0)]
+    lasts = [b for b in lasts if b < 0.5 * firsts[0]] or [firsts[0] * f for f in (0.3, 0.1)]
+    return [LeapGrid(a, b, rho) for a in firsts for b in lasts for rho in (3.0, 7.0)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,16 +170,23 @@ def _in_order(grid: LeapGrid, top: float, floor: float) -> bool:
     return floor < grid.sigma_min < 0.9 * grid.sigma_1 and grid.sigma_1 < 0.95 * top and 1 <= grid.rho <= 20
 
 
-def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor]) -> list[T]:
+def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor], *, outliers_too: bool = False) -> list[T]:
     """The items, best first, by the robust mean of their errors per sample.
 
-    What counts as an outlier is the same for all: more than four times the lowest of their medians.
+    What counts as an outlier is the same for all: more than four times the lowest of their medians. With `outliers_too` by
+    the product of that and the plain mean: for a last choice, where a solver that loses more samples should have to be much
+    better on the others.
     """
     if not items:
         return []
     scale = 4 * min(float(errors(item).median()) for item in items)
     scale = scale if 0 < scale < math.inf else math.inf
-    return sorted(items, key=lambda item: robust_mean(errors(item), scale))
+    return sorted(
+        items,
+        key=lambda item: (
+            robust_mean(errors(item), scale) * (robust_mean(errors(item), math.inf) if outliers_too else 1.0)
+        ),
+    )
 
 
 def _errors(fit: Fit, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher, grid: Tensor, samples: int) -> Tensor:
