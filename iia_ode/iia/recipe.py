@@ -287,15 +287,14 @@ class _Job:
         else:
             routes.append(_Route(None))
         for route in routes:
+            tried: list[tuple[bool, Tensor]] = []
             for intercept in (False, True) if route.start is None else (False,):
                 with self._stage() as cost:
                     method = replace(self.method, intercept=intercept, guard=False)
                     plan, fitted = route.fit(method, self._grid(route), ode, x, teacher, self.chunk_size, held_out=0.2)
-                    errors = self._errors(plan)
-                name = f"{route.name}{', intercept' if intercept else ''}"
-                self._add(name, plan, errors, cost, fitted)
-                if not intercept:
-                    route.errors = errors
+                    tried.append((intercept, self._errors(plan)))
+                self._add(f"{route.name}{', intercept' if intercept else ''}", plan, tried[-1][1], cost, fitted)
+            route.intercept, route.errors = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0]
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
 
     def _starts(self, teacher: Teacher) -> list[_Start]:
@@ -348,7 +347,7 @@ class _Job:
         own, own_x, own_teacher = self._part(slice(0, self.train))
         for route in routes[: self.budget.starts]:
             with self._stage() as cost:
-                method = replace(self.method, guard=False, ridge=_RIDGE)
+                method = replace(self.method, guard=False, ridge=_RIDGE, intercept=route.intercept)
                 grid = self._grid(route)
                 warm, rest, _ = route.parts(method, grid, own, own_x, own_teacher, self.chunk_size)
                 try:
@@ -370,7 +369,8 @@ class _Job:
                 plan = found.plan if warm is None else warm.then(found.plan)
                 errors = self._errors(plan)
             cost.samples += found.backward
-            self._add(f"{route.name}, refined", plan, errors, cost, found)
+            name = f"{route.name}{', intercept' if route.intercept else ''}, refined"
+            self._add(name, plan, errors, cost, found)
 
     # ---- the outcome ---------------------------------------------------------------------------------------------------
 
@@ -472,10 +472,11 @@ class _Start:
 
 @dataclass(eq=False)
 class _Route:
-    """A way to start, the grid that suits it, and the errors with both."""
+    """A way to start, the grid that suits it, whether an intercept helps, and the errors of all that."""
 
     start: _Start | None
     grid: LeapGrid | None = None
+    intercept: bool = False
     errors: Tensor = torch.empty(0)
 
     @property
