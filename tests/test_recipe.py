@@ -243,3 +243,61 @@ def test_a_run_that_starts_among_the_data_is_fitted_too():
     x = mixture().noisy(60, iia.EDM(), 1.0, torch.Generator().manual_seed(0))
     found = quiet(ode, 3, x, sigma_max=1.0, budget=QUICK)
     assert found.plan.grid[0] == 1.0 and found.nfe == 3
+
+
+class Small(nn.Module):
+    """A network with parameters, and a count of the largest batch it saw."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 4))
+        self.largest, self.times = 0, []
+
+    def forward(self, x, t):
+        self.largest = max(self.largest, len(x))
+        self.times.append(float(t.detach().min()))
+        s = t[:, None]
+        return (x + 0.3 * s * torch.tanh(self.layers(x / (1 + s)))) / (1 + s * s)
+
+
+def test_closed_forms_keep_no_graph_of_a_network_and_respect_the_chunks():
+    model = Small()
+    ode = iia.ProbabilityFlowODE(model, iia.EDM())
+    x = 80.0 * noise().float()
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=30, chunk_size=8)
+    method = IIA("ddim", terms="window", target="trajectory", guard=False)
+
+    def closed(ode, grid, x, teacher):
+        return method.fit(ode, grid, x, teacher=teacher, chunk_size=8).plan
+
+    found = search_grid(closed, ode, x, teacher, 3, leap_grids(80.0, 1.0)[:3], rounds=((40, 1),), chunk_size=8)
+    assert not any(t.errors.requires_grad for t in found.trials)
+    quiet(ode, 3, noise().float(), budget=REFINED, chunk_size=8)
+    assert model.largest == 8
+
+
+def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
+    for bad in ({"starts": 1, "samples": 0}, {"probes": 0}, {"iterations": 0}, {"rounds": ()}, {"descent": -1}):
+        with pytest.raises(iia.InputError, match="budget"):
+            Budget(**bad)
+    ode, x = mixture().ode(iia.EDM()), 80.0 * noise(6)
+    plan = iia.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
+    for bad in ({"probes": 0}, {"iterations": 0}, {"held_out": 1.0}):
+        with pytest.raises(iia.InputError):
+            iia.refine(plan, ode, x, x, **bad)
+
+
+def test_a_schedule_that_ends_just_before_the_data_can_be_fitted_for():
+    schedule = iia.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
+    found = quiet(mixture().ode(schedule, "velocity"), 4, noise(), budget=QUICK)
+    assert found.plan.grid[-1] == 1e-3
+
+
+def test_no_model_of_integer_timesteps_is_asked_below_the_first():
+    from support import ALPHAS_CUMPROD
+
+    model = Small()
+    ode = iia.ProbabilityFlowODE(model, iia.Discrete(ALPHAS_CUMPROD), "noise")
+    found = quiet(ode, 5, noise(), budget=REFINED)
+    assert min(model.times) > -1e-4 and min(found.plan.evaluation_times) > -1e-4

@@ -86,7 +86,8 @@ class FittedSolver:
         check_origin(self.name, self.about, ode, x)
 
     def __str__(self) -> str:
-        return describe_fit(self.name, self.plan.steps, self.nfe, self.about, self.reports)
+        said = describe_fit(self.name, self.plan.steps, self.nfe, self.about, self.reports)
+        return said if self.reports else f"{said}\n\n{self.table()}"
 
     def table(self) -> str:
         """Every coefficient in the paper's symbols, and the step's residual without and with it, held out too.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..ode import ProbabilityFlowODE, conversion
-from ..plan import Combine, Evaluate, Plan
+from ..plan import Combine, Evaluate, PerCondition, Plan
 from ..plan.plan import Instruction
 from ..schedules import Schedule
 
@@ -46,19 +46,22 @@ class Parameters:
     ----------
     plan : with numbers as weights; constants are kept as they are.
     learn_grid : whether the times are parameters.
+    sigma_min : level sigma/alpha below which none of them is moved.
 
     Raises
     ------
-    InputError : the plan has weights that are tensors or maps, or it starts with an evaluation elsewhere than its grid.
+    InputError : the plan has weights that are tensors or maps, or constants per condition.
     """
 
-    def __init__(self, plan: Plan, *, learn_grid: bool = True) -> None:
+    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0) -> None:
         form = plan.canonical()
         rows = [*form.states, form.final]
         if any(isinstance(w, Tensor) or not isinstance(w, float | int) for row in rows for w in row.weights.values()):
             raise InputError(f"{plan.name} has weights that are not numbers: those cannot be refined.")
+        if any(isinstance(row.constant, PerCondition) for row in rows):
+            raise InputError(f"{plan.name} has constants per condition: refine the plan that follows its warm start.")
         self.schedule, self.name, self.grid_end = plan.schedule, plan.name, plan.grid[-1]
-        self.start = plan.grid[0]
+        self.start, self.sigma_min = plan.grid[0], sigma_min
         self.constants = [row.constant for row in rows]
         times = plan.evaluation_times
         # Row 0 is the initial state itself where the plan evaluates that; such a row has nothing to learn.
@@ -123,6 +126,8 @@ class Parameters:
             top = math.log(self.schedule.noise_to_signal(self.start))
             above[order[-1]] = min(_MOVE, 0.4 * max(top - float(levels[order[-1]]), 0.0))
         moved = torch.clamp(tried[first:], levels - below.clamp(max=_MOVE), levels + above.clamp(max=_MOVE))
+        if self.sigma_min > 0:
+            moved = torch.maximum(moved, levels.clamp(max=math.log(self.sigma_min)))
         return torch.cat([tried[:first], moved])
 
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:

@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import GridError, IIAError, InputError, MismatchError, unknown_name
 from ..grids import karras
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start, trace
-from ..schedules import Schedule
+from ..schedules import Discrete, Schedule
 from ..solvers import get_solver
+from .chunks import device_of
 from .fit import IIA
 from .fitted import FittedSolver
 from .moments import Moments, estimate_moments
@@ -53,18 +55,26 @@ class Budget:
     descent: int = 1
     warm_starts: bool = False
     starts: int = 0
-    iterations: int = 0
-    samples: int = 0
-    probes: int = 0
+    iterations: int = 6
+    samples: int = 128
+    probes: int = 2
+
+    def __post_init__(self) -> None:
+        wrong = [k for k in ("iterations", "samples", "probes") if getattr(self, k) < 1]
+        wrong += [k for k in ("descent", "starts") if getattr(self, k) < 0]
+        if wrong or not self.rounds or self.teacher_steps < 2:
+            raise InputError(
+                f"a budget needs rounds, at least 2 steps of the teacher, and counts: {wrong or 'rounds'}."
+            )
 
     def cost(self, nfe: int, candidates: int, batch: int) -> int:
         """About how many sample evaluations a fit with `nfe` evaluations spends."""
-        search, alive = 0, candidates
+        search, alive = 0, candidates if nfe > 1 else 0
         for samples, keep in self.rounds:
             search, alive = search + alive * samples, keep
         search += 6 * self.descent * self.rounds[-1][0]
         search *= 2 if self.warm_starts else 1
-        refinement = self.starts * self.iterations * (self.samples * (2 * self.probes + 4) + batch // 4)
+        refinement = self.starts * self.iterations * (self.samples * (2 * self.probes + 4) + batch // 2)
         return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
 
 
@@ -113,7 +123,7 @@ def fit(
     samples: int = 256,
     budget: str | Budget = "standard",
     sigma_max: float | None = None,
-    sigma_min: float = 0.002,
+    sigma_min: float | None = None,
     held_out: float = 0.5,
     teacher: Teacher | None = None,
     chunk_size: int = 64,
@@ -133,12 +143,14 @@ def fit(
     ----------
     ode : the model, with conditions for each noise or one for all. Guidance is part of it.
     nfe : evaluations of a run, at least 1.
-    noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good. Initial states, which have
-        the size of the noisiest level, are recognised by that size and taken as they are.
+    noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good. Initial states are
+        recognised by their size and taken as they are where the noisiest level is far from 1; those of a `teacher` always.
     shape : instead of `noise`, the shape of one sample: `samples` draws are made from `seed`, in float32.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`Budget`.
-    sigma_max : level sigma/alpha to start from; by default the noisiest of the schedule, or 80 where it has none.
-    sigma_min : level whose data estimate the teacher takes for the data: the smallest that the model was trained on.
+    sigma_max : level sigma/alpha to start from; by default the noisiest of the schedule, or 80 where its model says nothing
+        of the data there (noise or score where alpha = 0).
+    sigma_min : level whose data estimate the teacher takes for the data: the smallest that the model was trained on. By
+        default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
     held_out : share of the noise, its last part, that decides.
     teacher : of these very initial states, if there is one already.
     chunk_size : samples that go through the model at once.
@@ -159,8 +171,17 @@ def fit(
     chosen = _budget(budget)
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise InputError(f"nfe must be a positive whole number, got {nfe!r}.")
-    start = _start(ode.schedule, sigma_max)
-    x = _initial(ode, noise, shape, samples, start, seed)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise InputError(
+            "iia_ode.fit runs in one process: over several ranks, fit IIA(...) on a grid, or run it on one rank."
+        )
+    start = _start(ode, sigma_max)
+    x = noise if teacher is not None and noise is not None else _initial(ode, noise, shape, samples, start, seed)
+    if teacher is not None and not torch.equal(teacher.initial, x.detach().cpu().to(teacher.initial.dtype)):
+        x = _initial(ode, noise, shape, samples, start, seed)
+    check_start(ode, x)
+    x = x.detach().to(device_of(ode, x))
+    sigma_min = _floor(ode.schedule) if sigma_min is None else sigma_min
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
     job = _Job(ode, nfe, x, start, sigma_min, chosen, held_out, chunk_size, seed, report or (lambda _: None), progress)
@@ -225,9 +246,7 @@ class _Job:
         with torch.no_grad():
             for _ in range(2):  # the first call may allocate or compile
                 began = time.perf_counter()
-                ode.data(x, self.start).sum().item() if self.ode.schedule.alpha(self.start) else ode.output(
-                    x, self.start
-                )
+                ode.output(x, self.start).sum().item()
                 seconds = time.perf_counter() - began
         cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x))
         cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
@@ -330,6 +349,7 @@ class _Job:
                 candidates,
                 rounds=self.budget.rounds,
                 descent=self.budget.descent,
+                chunk_size=self.chunk_size,
             )
         best = ", ".join(f"{k} {v:.3g}" for k, v in asdict(search.best).items())
         self.say(
@@ -357,15 +377,16 @@ class _Job:
                         x if warm is None else warm.apply(x, ode),
                         target,
                         held_out=held / len(x),
+                        sigma_min=self.sigma_min,
                         iterations=self.budget.iterations,
                         probes=self.budget.probes,
                         chunk_size=self.chunk_size,
                         seed=self.seed,
                         progress=self.progress,
                     )
-                except (InputError, RuntimeError) as error:
-                    self.say(f"refined: not possible with this model ({str(error).splitlines()[0]})")
-                    return
+                except (IIAError, RuntimeError) as error:
+                    self.say(f"{route.name}, refined: not possible ({str(error).splitlines()[0]})")
+                    continue
                 plan = found.plan if warm is None else warm.then(found.plan)
                 errors = self._errors(plan)
             cost.samples += found.backward
@@ -394,6 +415,7 @@ class _Job:
         }
         plan = replace(best.plan, name=f"iia-{self.nfe}")
         about = fitted.about | {
+            "intercept": any(r.intercept > 0 for r in reports) if reports else fitted.about["intercept"],
             "batch": len(self.x),
             "held_out": len(self.x) - self.train,
             "seed": self.seed,
@@ -557,13 +579,24 @@ def _budget(budget: str | Budget) -> Budget:
     return BUDGETS[budget]
 
 
-def _start(schedule: Schedule, sigma_max: float | None) -> float:
+def _floor(schedule: Schedule) -> float:
+    """The smallest level that a model of this schedule may be asked at."""
+    first = (
+        schedule.noise_to_signal(0.0) if isinstance(schedule, Discrete) else schedule.noise_to_signal(schedule.t_data)
+    )
+    return max(0.002, first)
+
+
+def _start(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
     """The time to start from."""
+    schedule = ode.schedule
     if sigma_max is not None:
         if not (isinstance(sigma_max, int | float) and 0 < sigma_max < math.inf):
             raise GridError(f"sigma_max is a positive level sigma/alpha, got {sigma_max!r}.")
         return schedule.t_of_noise_to_signal(float(sigma_max))
-    return schedule.t_noise if schedule._ends_at_noise else schedule.t_of_noise_to_signal(_NOISIEST)
+    if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
+        return schedule.t_of_noise_to_signal(_NOISIEST)
+    return schedule.t_noise
 
 
 def _initial(

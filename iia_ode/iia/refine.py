@@ -85,6 +85,7 @@ def refine(
     held_out: float = 0.25,
     method: str = "gauss-newton",
     learn_grid: bool = True,
+    sigma_min: float = 0.0,
     iterations: int | None = None,
     probes: int = 3,
     rates: tuple[float, float] = (5e-3, 2e-2),
@@ -115,6 +116,7 @@ def refine(
     held_out : share of the batch, its last samples, by whose error the best iteration is chosen and the search is stopped.
     method : ``"gauss-newton"`` or ``"adam"``.
     learn_grid : whether the interior times move.
+    sigma_min : level sigma/alpha below which Gauss-Newton moves no time: the smallest that the model was trained on.
     iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
     probes : sketched rows per sample.
     rates : of Adam, for weights and for log sigma.
@@ -135,18 +137,25 @@ def refine(
     check_start(ode, x)
     if method not in METHODS:
         raise unknown_name("method of refinement", method, METHODS)
+    counts = {"probes": probes, "chunk_size": chunk_size, "iterations": 1 if iterations is None else iterations}
+    if wrong := [f"{k}={v!r}" for k, v in counts.items() if not isinstance(v, int) or v < 1]:
+        raise InputError(f"{' and '.join(wrong)}: a refinement takes whole numbers from 1.")
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
+    if not 0 <= held_out < 1:
+        raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
-    job = _Job(Parameters(plan, learn_grid=learn_grid), ode, x, target, n - held, chunk_size, checkpointed)
+    job = _Job(
+        Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min), ode, x, target, n - held, chunk_size, checkpointed
+    )
     steps: Iterator[tuple[Tensor, float]]
     if method == "gauss-newton":
         steps = _gauss_newton(job, probes, seed, tolerance)
-        most, wait = iterations or 12, patience
+        most, wait = 12 if iterations is None else iterations, patience
     else:
         steps = _adam(job, rates)
-        most, wait = iterations or 250, 25 * patience
+        most, wait = 250 if iterations is None else iterations, 25 * patience
     theta = job.parameters.initial
     best, best_theta, reason = 0, theta, "the training error no longer fell"
     with ode.counting() as spent:

@@ -100,7 +100,7 @@ def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], repo
     ]
     if end["base"] is not None:
         head.append(_endpoint(end))
-    return "\n".join([*head, "", table_of(reports)])
+    return "\n".join([*head, "", table_of(reports)] if reports else head)
 
 
 def _endpoint(end: Mapping[str, Any]) -> str:

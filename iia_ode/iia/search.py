@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import GridError, IIAError, InputError
+from ..errors import GridError, InputError, NonFiniteError
 from ..grids import karras
-from ..grids.base import as_grid, data_time, times_of
+from ..grids.base import as_grid, times_of
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
@@ -51,14 +51,12 @@ class LeapGrid:
         """
         if n < 1:
             raise GridError(f"a grid needs at least one evaluation, got {n}.")
-        if n == 1:
-            return as_grid([t_start, data_time(schedule)])
+        rest = as_grid([])
         if n == 2:
-            rest = times_of([self.sigma_1], schedule, True)
-        else:
-            rest = karras(n - 1, self.sigma_min, self.sigma_1, self.rho, schedule=schedule)
-        grid = torch.cat([as_grid([t_start]), rest])
-        return as_grid(check_grid(schedule, grid))
+            rest = times_of([self.sigma_1], schedule, False)
+        elif n > 2:
+            rest = karras(n - 1, self.sigma_min, self.sigma_1, self.rho, schedule=schedule, to_data=False)
+        return as_grid(check_grid(schedule, torch.cat([as_grid([t_start]), rest, as_grid([schedule.t_data])])))
 
 
 def leap_grids(start: float, scale: float) -> list[LeapGrid]:
@@ -111,6 +109,7 @@ def search_grid(
     *,
     rounds: Sequence[tuple[int, int]] = ((32, 8), (96, 3)),
     descent: int = 2,
+    chunk_size: int = 64,
     report: Callable[[str], None] | None = None,
 ) -> GridSearch:
     """Successive halving over the candidates, then coordinate descent from the best of them.
@@ -126,6 +125,8 @@ def search_grid(
     candidates : where to look.
     rounds : (samples, candidates to keep) of each round; clipped to what there is.
     descent : passes over (sigma_1, sigma_min, rho), each changed up and down by a factor, which is halved every pass.
+    chunk_size : samples that go through the model at once where a candidate is judged.
+    report : is told how far the search is.
 
     Raises
     ------
@@ -138,14 +139,14 @@ def search_grid(
     def attempt(grid: LeapGrid, samples: int) -> Trial:
         known = next((t for t in trials if (t.grid, t.samples) == (grid, samples)), None)
         if known is None:
-            errors = _errors(fit, ode, x, teacher, grid.times(nfe, schedule, t_start), samples)
+            errors = _errors(fit, ode, x, teacher, grid, nfe, samples, chunk_size)
             trials.append(known := Trial(grid, errors, samples))
         return known
 
     def ranked(grids: Sequence[LeapGrid], samples: int) -> list[LeapGrid]:
         return [t.grid for t in by_robust_error([attempt(g, samples) for g in grids], lambda t: t.errors)]
 
-    floor = float(teacher.about["sigma_min"])
+    floor = max(float(teacher.about["sigma_min"]), schedule.noise_to_signal(schedule.t_data))
     alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
     if nfe == 2:
         alive = list({g.sigma_1: g for g in alive}.values())
@@ -158,8 +159,8 @@ def search_grid(
     if not alive or not math.isfinite(attempt(alive[0], samples).error):
         raise InputError("no grid could be fitted: the model is not finite, or the teacher reaches too few levels.")
     best, step = alive[0], 1.4
-    for _ in range(descent if nfe > 2 else 0):
-        for name in ("sigma_1", "sigma_min", "rho"):
+    for _ in range(descent):
+        for name in ("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",):
             moved = [replace(best, **{name: getattr(best, name) * f}) for f in (step, 1 / step)]
             best = ranked([best, *(g for g in moved if _in_order(g, top, floor))], samples)[0]
         step = math.sqrt(step)
@@ -189,12 +190,24 @@ def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor], *, outlie
     )
 
 
-def _errors(fit: Fit, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher, grid: Tensor, samples: int) -> Tensor:
+@torch.no_grad()
+def _errors(
+    fit: Fit,
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    teacher: Teacher,
+    grid: LeapGrid,
+    nfe: int,
+    samples: int,
+    chunk_size: int,
+) -> Tensor:
     half = max(1, samples // 2)
     own, other = slice(0, half), slice(half, samples) if samples > 1 else slice(0, 1)
     try:
-        plan = fit(ode.subset(own, len(x)), grid, x[own], teacher.subset(own))
-        final = plan.run(ode.subset(other, len(x)), x[other]).double().cpu()
-    except IIAError:
+        times = grid.times(nfe, ode.schedule, float(teacher.about["t_start"]))
+        plan = fit(ode.subset(own, len(x)), times, x[own], teacher.subset(own))
+        parts = [slice(i, min(i + chunk_size, other.stop)) for i in range(other.start, other.stop, chunk_size)]
+        finals = [plan.run(ode.subset(part, len(x)), x[part]).cpu() for part in parts]
+    except (GridError, NonFiniteError):
         return torch.full((other.stop - other.start,), math.inf, dtype=torch.float64, device="cpu")
-    return per_sample(final - teacher.final[other].double())
+    return per_sample(torch.cat(finals).double() - teacher.final[other].double())
