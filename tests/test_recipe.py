@@ -12,8 +12,9 @@ from torch import nn
 import iia_ode as iia
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher
+from iia_ode.iia.endpoint import by_robust_error
 from iia_ode.iia.recipe import BUDGETS, Budget, fit
-from iia_ode.iia.search import LeapGrid, by_robust_error, leap_grids, search_grid
+from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
 
 F64 = torch.float64
 QUICK = Budget(teacher_steps=50, rounds=((16, 3), (32, 2)), descent=1)

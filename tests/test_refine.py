@@ -11,8 +11,9 @@ from torch import nn
 
 import iia_ode as iia
 from iia_ode.iia import Teacher
+from iia_ode.iia.endpoint import robust_mean
 from iia_ode.iia.parameters import Parameters
-from iia_ode.iia.refine import refine, robust_mean
+from iia_ode.iia.refine import refine
 
 F64 = torch.float64
 

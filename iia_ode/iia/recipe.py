@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,13 +19,14 @@ from ..plan import Plan, check_start, trace
 from ..schedules import Discrete, Schedule
 from ..solvers import get_solver
 from .chunks import device_of
+from .endpoint import by_robust_error, endpoint_errors, robust_mean
 from .fit import IIA
 from .fitted import FittedSolver
-from .moments import Moments, estimate_moments
-from .refine import Refinement, per_sample, refine, robust_mean
-from .search import LeapGrid, by_robust_error, leap_grids, search_grid
+from .moments import estimate_moments
+from .refine import Refinement, refine
+from .routes import Route, Start, class_condition
+from .search import LeapGrid, leap_grids, search_grid
 from .teacher import Teacher
-from .warm_start import WarmStart
 
 __all__ = ["BUDGETS", "Budget", "Ingredient", "fit"]
 
@@ -284,14 +284,14 @@ class _Job:
     def _candidates(self, scale: float) -> list[LeapGrid]:
         return leap_grids(self._top(), scale)
 
-    def _closed_form(self) -> list[_Route]:
+    def _closed_form(self) -> list[Route]:
         """Weights in closed form on the best grid of each way to start, with all training samples; best route first."""
         own = slice(0, self.train)
         ode, x, teacher = self._part(own)
-        routes: list[_Route] = []
+        routes: list[Route] = []
         if self.nfe > 1:
             scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
-            routes.append(self._searched(_Route(None), self._candidates(scale)))
+            routes.append(self._searched(Route(None), self._candidates(scale)))
             cold = routes[0].grid or LeapGrid(scale, 0.1 * scale)
             near = [
                 LeapGrid(scale * first, last, cold.rho)
@@ -300,11 +300,11 @@ class _Job:
             ]
             for start in self._starts(teacher) if self.budget.warm_starts else []:
                 try:
-                    routes.append(self._searched(_Route(start), near))
+                    routes.append(self._searched(Route(start), near))
                 except IIAError as error:
                     self.say(f"{start.name}: not possible here ({str(error).splitlines()[0]})")
         else:
-            routes.append(_Route(None))
+            routes.append(Route(None))
         for route in routes:
             tried: list[tuple[bool, Tensor]] = []
             for intercept in (False, True) if route.start is None else (False,):
@@ -316,23 +316,23 @@ class _Job:
             route.intercept, route.errors = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0]
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
 
-    def _starts(self, teacher: Teacher) -> list[_Start]:
+    def _starts(self, teacher: Teacher) -> list[Start]:
         """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes."""
-        key = _classes(self.ode, len(self.x), self.train)
+        key = class_condition(self.ode, len(self.x), self.train)
         labels = None if key is None else self.ode.conditioning[key][: self.train].cpu()
         x = self.x[: self.train]
-        starts = [_Start("affine", x, teacher)]
+        starts = [Start("affine", x, teacher)]
         if teacher.final[0].numel() <= _LARGEST:
             try:
-                starts.append(_Start("diagonal", x, teacher, estimate_moments(teacher.final)))
+                starts.append(Start("diagonal", x, teacher, estimate_moments(teacher.final)))
                 if key is not None:
                     moments = estimate_moments(teacher.final, labels=labels, key=key)
-                    starts.append(_Start("diagonal, per " + key, x, teacher, moments, key, labels))
+                    starts.append(Start("diagonal, per " + key, x, teacher, moments, key, labels))
             except IIAError as error:
                 self.say(f"no covariance of the data: {str(error).splitlines()[0]}")
         return starts
 
-    def _searched(self, route: _Route, candidates: list[LeapGrid]) -> _Route:
+    def _searched(self, route: Route, candidates: list[LeapGrid]) -> Route:
         plain = replace(self.method, guard=False, ridge=_RIDGE)
         ode, x, teacher = self._part(slice(0, self.train))
 
@@ -357,7 +357,7 @@ class _Job:
         )
         return replace(route, grid=search.best)
 
-    def _refined(self, routes: list[_Route]) -> None:
+    def _refined(self, routes: list[Route]) -> None:
         """Gauss-Newton from the best routes."""
         held = len(self.x) - self.train
         count = min(self.budget.samples, self.train)
@@ -446,18 +446,13 @@ class _Job:
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""
-        found = []
-        for i in range(self.train, len(self.x), self.chunk_size):
-            part = slice(i, min(i + self.chunk_size, len(self.x)))
-            with torch.no_grad():
-                final = plan.run(self.ode.subset(part, len(self.x)), self.x[part], check_finite=False).cpu()
-            found.append(per_sample(final.double() - self.teacher.final[part].double()))
-        return torch.cat(found)
+        held = slice(self.train, len(self.x))
+        return endpoint_errors(plan, self.ode, self.x, self.teacher.final, held, chunk_size=self.chunk_size)
 
     def _part(self, part: slice) -> tuple[ProbabilityFlowODE, Tensor, Teacher]:
         return self.ode.subset(part, len(self.x)), self.x[part], self.teacher.subset(part)
 
-    def _grid(self, route: _Route) -> Tensor:
+    def _grid(self, route: Route) -> Tensor:
         if route.grid is None:
             return torch.tensor([self.start, self.ode.schedule.t_data], dtype=_F64, device="cpu")
         return route.grid.times(self.nfe + (route.start is not None), self.ode.schedule, self.start)
@@ -471,88 +466,6 @@ class _Job:
         cost, begun, before = _Cost(), time.perf_counter(), self.ode.ledger.samples
         yield cost
         cost.seconds, cost.samples = time.perf_counter() - begun, self.ode.ledger.samples - before
-
-
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """A way to take the first interval without an evaluation."""
-
-    name: str
-    x: Tensor
-    teacher: Teacher
-    moments: Moments | None = None
-    key: str | None = None
-    labels: Tensor | None = None
-
-    def make(self, schedule: Schedule, t: float, s: float) -> WarmStart:
-        """The map from the states at t to the teacher's at s: of all training samples, also where few are fitted to."""
-        there = self.teacher.at(s)
-        return WarmStart.affine(
-            schedule, t, s, self.x.cpu(), there, over=self.moments, labels=self.labels, per=self.key
-        )
-
-
-@dataclass(eq=False)
-class _Route:
-    """A way to start, the grid that suits it, whether an intercept helps, and the errors of all that."""
-
-    start: _Start | None
-    grid: LeapGrid | None = None
-    intercept: bool = False
-    errors: Tensor = torch.empty(0)
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        return "closed form" if self.start is None else f"warm start {self.start.name}"
-
-    def parts(
-        self,
-        method: IIA,
-        grid: Tensor,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        teacher: Teacher,
-        chunk: int,
-        **options: Any,
-    ) -> tuple[WarmStart | None, Plan, FittedSolver]:
-        """The warm start if there is one, the fitted plan from where it ends, and the fit."""
-        if self.start is None:
-            fitted = method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options)
-            return None, fitted.plan, fitted
-        t, s = (float(v) for v in grid[:2])
-        warm = self.start.make(ode.schedule, t, s)
-        y = warm.apply(x, ode)
-        fitted = method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), chunk_size=chunk, **options)
-        return warm, fitted.plan, fitted
-
-    def fit(
-        self,
-        method: IIA,
-        grid: Tensor,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        teacher: Teacher,
-        chunk: int,
-        **options: Any,
-    ) -> tuple[Plan, FittedSolver]:
-        """The fitted plan from the start of the grid, and the fit."""
-        warm, plan, fitted = self.parts(method, grid, ode, x, teacher, chunk, **options)
-        if warm is None:
-            return plan, fitted
-        plan = warm.then(plan)
-        reports = tuple(replace(r, index=r.index + 1) for r in fitted.reports)
-        return plan, replace(fitted, plan=plan, reports=reports)
-
-
-def _classes(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:
-    """The name of a condition with few values, each held by enough of the training samples to have a mean."""
-    for key, value in ode.conditioning.items():
-        if isinstance(value, Tensor) and value.ndim == 1 and len(value) == batch and not value.is_floating_point():
-            _, counts = torch.unique(value[:train], return_counts=True)
-            if len(counts) > 1 and bool((counts >= 8).all()) and bool(torch.isin(value, value[:train]).all()):
-                return key
-    return None
 
 
 @dataclass(frozen=True, eq=False)

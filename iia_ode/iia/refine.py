@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start
+from .endpoint import chunks_of, endpoint_errors, per_sample, robust_mean
 from .parameters import Parameters
 
 __all__ = ["METHODS", "Iteration", "Refinement", "refine"]
@@ -211,22 +212,18 @@ class _Job:
             self._known[key] = error if math.isfinite(error) else math.inf
         return self._known[key]
 
-    @torch.no_grad()
     def _errors(self, theta: Tensor, first: int, last: int) -> Tensor:
         """Root mean square error of each sample, float64 on the host."""
         if not self.parameters.valid(theta):
             return torch.full((last - first,), math.inf, dtype=_F64, device="cpu")
-        plan, found = self.parameters.plan(theta), []
-        for part in self._parts(first, last):
-            final = plan.run(self.ode.subset(part, len(self.x)), self.x[part], check_finite=False)
-            found.append(per_sample(final.double() - self.target[part].to(final.device).double()).cpu())
-        return torch.cat(found)
+        plan, samples = self.parameters.plan(theta), slice(first, last)
+        return endpoint_errors(plan, self.ode, self.x, self.target, samples, chunk_size=self.chunk_size)
 
     def derivatives(self, theta: Tensor, probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The gradient of half the squared error over the training samples, [P], and the sketch of J^T J, [P, P]."""
         gradient = torch.zeros(len(theta), dtype=_F64, device="cpu")
         square = torch.zeros(len(theta), len(theta), dtype=_F64, device="cpu")
-        for part in self._parts(0, self.train):
+        for part in chunks_of(0, self.train, self.chunk_size):
             ode = self.ode.subset(part, len(self.x))
             with torch.enable_grad():
                 final, leaf = self.parameters.run(ode, self.x[part], theta, checkpointed=self.checkpointed)
@@ -246,24 +243,6 @@ class _Job:
             for row in rows[1:]:
                 square += (root * row).T @ (root * row) / probes
         return gradient, square
-
-    def _parts(self, first: int, last: int) -> list[slice]:
-        return [slice(i, min(i + self.chunk_size, last)) for i in range(first, last, self.chunk_size)]
-
-
-def per_sample(difference: Tensor) -> Tensor:
-    """Root mean square of each sample of [B, ...], [B]."""
-    return difference.flatten(1).square().mean(dim=1).sqrt()
-
-
-def robust_mean(errors: Tensor, scale: float) -> float:
-    """The mean of errors, root mean square for those far below `scale` and growing like a logarithm beyond it."""
-    squares = errors.double().square()
-    if not bool(torch.isfinite(squares).all()):
-        return math.inf
-    if math.isfinite(scale):
-        squares = scale * scale * (squares / (scale * scale)).log1p()
-    return math.sqrt(float(squares.mean()))
 
 
 def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterator[tuple[Tensor, float]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from ..grids.base import as_grid, times_of
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
-from .refine import per_sample, robust_mean
+from .endpoint import by_robust_error, endpoint_errors, robust_mean
 from .teacher import Teacher
-
-T = TypeVar("T")
 
 __all__ = ["GridSearch", "LeapGrid", "Trial", "leap_grids", "search_grid"]
 
@@ -171,26 +168,6 @@ def _in_order(grid: LeapGrid, top: float, floor: float) -> bool:
     return floor < grid.sigma_min < 0.9 * grid.sigma_1 and grid.sigma_1 < 0.95 * top and 1 <= grid.rho <= 20
 
 
-def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor], *, outliers_too: bool = False) -> list[T]:
-    """The items, best first, by the robust mean of their errors per sample.
-
-    What counts as an outlier is the same for all: more than four times the lowest of their medians. With `outliers_too` by
-    the product of that and the plain mean: for a last choice, where a solver that loses more samples should have to be much
-    better on the others.
-    """
-    if not items:
-        return []
-    scale = 4 * min(float(errors(item).median()) for item in items)
-    scale = scale if 0 < scale < math.inf else math.inf
-    return sorted(
-        items,
-        key=lambda item: (
-            robust_mean(errors(item), scale) * (robust_mean(errors(item), math.inf) if outliers_too else 1.0)
-        ),
-    )
-
-
-@torch.no_grad()
 def _errors(
     fit: Fit,
     ode: ProbabilityFlowODE,
@@ -206,8 +183,6 @@ def _errors(
     try:
         times = grid.times(nfe, ode.schedule, float(teacher.about["t_start"]))
         plan = fit(ode.subset(own, len(x)), times, x[own], teacher.subset(own))
-        parts = [slice(i, min(i + chunk_size, other.stop)) for i in range(other.start, other.stop, chunk_size)]
-        finals = [plan.run(ode.subset(part, len(x)), x[part]).cpu() for part in parts]
+        return endpoint_errors(plan, ode, x, teacher.final, other, chunk_size=chunk_size, check_finite=True)
     except (GridError, NonFiniteError):
         return torch.full((other.stop - other.start,), math.inf, dtype=torch.float64, device="cpu")
-    return per_sample(torch.cat(finals).double() - teacher.final[other].double())

@@ -1,0 +1,84 @@
+"""How far final states are from where they should be, and which of several solvers that makes the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan
+
+__all__ = ["by_robust_error", "chunks_of", "endpoint_errors", "per_sample", "robust_mean"]
+
+T = TypeVar("T")
+
+
+def chunks_of(first: int, last: int, size: int) -> list[slice]:
+    """The samples from `first` to before `last`, `size` at a time."""
+    return [slice(i, min(i + size, last)) for i in range(first, last, size)]
+
+
+@torch.no_grad()
+def endpoint_errors(
+    plan: Plan,
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    target: Tensor,
+    samples: slice,
+    *,
+    chunk_size: int,
+    check_finite: bool = False,
+) -> Tensor:
+    """Root mean square error of each final state, float64 on the host, [samples].
+
+    Parameters
+    ----------
+    plan, ode : what runs.
+    x, target : initial states of the whole batch [B, ...] and where they should end, each on any device.
+    samples : those of the batch that are asked for.
+    chunk_size : how many go through the model at once.
+    check_finite : whether a model that is not finite is an error (NonFiniteError).
+    """
+    found = []
+    for part in chunks_of(samples.start, samples.stop, chunk_size):
+        final = plan.run(ode.subset(part, len(x)), x[part], check_finite=check_finite).double()
+        found.append(per_sample(final - target[part].to(final.device).double()).cpu())
+    return torch.cat(found)
+
+
+def per_sample(difference: Tensor) -> Tensor:
+    """Root mean square of each sample of [B, ...], [B]."""
+    return difference.flatten(1).square().mean(dim=1).sqrt()
+
+
+def robust_mean(errors: Tensor, scale: float) -> float:
+    """The mean of errors, root mean square for those far below `scale` and growing like a logarithm beyond it."""
+    squares = errors.double().square()
+    if not bool(torch.isfinite(squares).all()):
+        return math.inf
+    if math.isfinite(scale):
+        squares = scale * scale * (squares / (scale * scale)).log1p()
+    return math.sqrt(float(squares.mean()))
+
+
+def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor], *, outliers_too: bool = False) -> list[T]:
+    """The items, best first, by the robust mean of their errors per sample.
+
+    What counts as an outlier is the same for all: more than four times the lowest of their medians. With `outliers_too` by
+    the product of that and the plain mean: for a last choice, where a solver that loses more samples should have to be much
+    better on the others.
+    """
+    if not items:
+        return []
+    scale = 4 * min(float(errors(item).median()) for item in items)
+    scale = scale if 0 < scale < math.inf else math.inf
+    return sorted(
+        items,
+        key=lambda item: (
+            robust_mean(errors(item), scale) * (robust_mean(errors(item), math.inf) if outliers_too else 1.0)
+        ),
+    )

@@ -1,0 +1,103 @@
+"""The ways into a fit: how its first interval is taken, on which grid, and the plan that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan
+from ..schedules import Schedule
+from .fit import IIA
+from .fitted import FittedSolver
+from .moments import Moments
+from .search import LeapGrid
+from .teacher import Teacher
+from .warm_start import WarmStart
+
+__all__ = ["Route", "Start", "class_condition"]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A way to take the first interval without an evaluation."""
+
+    name: str
+    x: Tensor
+    teacher: Teacher
+    moments: Moments | None = None
+    key: str | None = None
+    labels: Tensor | None = None
+
+    def make(self, schedule: Schedule, t: float, s: float) -> WarmStart:
+        """The map from the states at t to the teacher's at s: of all training samples, also where few are fitted to."""
+        there = self.teacher.at(s)
+        return WarmStart.affine(
+            schedule, t, s, self.x.cpu(), there, over=self.moments, labels=self.labels, per=self.key
+        )
+
+
+@dataclass(eq=False)
+class Route:
+    """A way to start, the grid that suits it, whether an intercept helps, and the errors of all that."""
+
+    start: Start | None
+    grid: LeapGrid | None = None
+    intercept: bool = False
+    errors: Tensor = torch.empty(0)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return "closed form" if self.start is None else f"warm start {self.start.name}"
+
+    def parts(
+        self,
+        method: IIA,
+        grid: Tensor,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        teacher: Teacher,
+        chunk: int,
+        **options: Any,
+    ) -> tuple[WarmStart | None, Plan, FittedSolver]:
+        """The warm start if there is one, the fitted plan from where it ends, and the fit."""
+        if self.start is None:
+            fitted = method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options)
+            return None, fitted.plan, fitted
+        t, s = (float(v) for v in grid[:2])
+        warm = self.start.make(ode.schedule, t, s)
+        y = warm.apply(x, ode)
+        fitted = method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), chunk_size=chunk, **options)
+        return warm, fitted.plan, fitted
+
+    def fit(
+        self,
+        method: IIA,
+        grid: Tensor,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        teacher: Teacher,
+        chunk: int,
+        **options: Any,
+    ) -> tuple[Plan, FittedSolver]:
+        """The fitted plan from the start of the grid, and the fit."""
+        warm, plan, fitted = self.parts(method, grid, ode, x, teacher, chunk, **options)
+        if warm is None:
+            return plan, fitted
+        plan = warm.then(plan)
+        reports = tuple(replace(r, index=r.index + 1) for r in fitted.reports)
+        return plan, replace(fitted, plan=plan, reports=reports)
+
+
+def class_condition(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:
+    """The name of a condition with few values, each held by enough of the training samples to have a mean."""
+    for key, value in ode.conditioning.items():
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value) == batch and not value.is_floating_point():
+            _, counts = torch.unique(value[:train], return_counts=True)
+            if len(counts) > 1 and bool((counts >= 8).all()) and bool(torch.isin(value, value[:train]).all()):
+                return key
+    return None
