@@ -1,10 +1,10 @@
 """Endpoint error of fitted solvers against the best that is not fitted: python benchmarks/acceptance.py [--settings digits].
 
-Everything is fitted and chosen on 256 draws of noise, and measured on others, against a converged reference. Results are
+Everything is fitted and chosen on some draws of noise, and measured on others, against a converged reference. Results are
 stored one by one under --out, and a rerun does only what is missing; --table writes the page docs/results/acceptance.md.
 
 Classic solvers: every registered one that can make exactly that number of evaluations, each with its Karras grid tuned over
-rho and sigma_min. With --exhaustive all pairs run on all 256 draws, else by successive halving: all solvers on 4 of the grids
+rho and sigma_min. With --exhaustive all pairs run on all draws, else by successive halving: all solvers on 4 of the grids
 with 16 draws, the best 10 solvers on all 28 grids with 32, the best 6 pairs on all draws.
 """
 
@@ -42,12 +42,13 @@ from common import (
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
 from iia_ode.iia.recipe import BUDGETS, fit
-from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
+from iia_ode.iia.search import LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
 NFES = (4, 5, 6, 8, 10, 15)
 COARSE = [(7.0, 0.03), (7.0, 0.1), (3.0, 0.1), (7.0, 0.3)]  # grids of the first round of halving
+FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws that fits and choices see: more where they cost nothing
 SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws that are measured
 LEAPED = 3  # classic solvers whose leap grid is searched for
 ROWS = {
@@ -152,7 +153,7 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: list[st
         def unfitted(_ode: Any, grid: Any, _x: Any, _teacher: Any, solver: str = solver) -> Plan:
             return plan_of(solver, setting, grid)
 
-        budget = BUDGETS["thorough"]
+        budget = BUDGETS["closed-form"]
         with own.ode.counting() as counted:
             search = search_grid(
                 unfitted, own.ode, own.x, teacher, nfe, leap_grids(setting.sigma_max, scale),
@@ -192,10 +193,7 @@ def trajectories(own: Batch) -> Teacher:
 
 
 def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
-    """One number per direction, in closed form on trajectory targets; no intercept, no warm start; the grid searched.
-
-    The search and the fit of ``budget="closed-form"`` without the intercept that the recipe may choose.
-    """
+    """One number per direction, in closed form on trajectory targets; no intercept, no warm start; the grid searched."""
     setting, begun = own.setting, time.perf_counter()
     method = IIA("ddim", terms="window", target="trajectory", history=2, ridge=1e-9, guard=False)
 
@@ -211,11 +209,13 @@ def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
         search = search_grid(
             closed, own.ode, own.x, teacher, nfe, candidates, rounds=BUDGETS["closed-form"].rounds, descent=1
         )
-        grid = search.best.times(nfe, setting.schedule, own.start)
+        levels = search_levels(closed, own.ode, own.x, teacher, nfe, search.best, passes=1)
+        grid = levels.best.times(nfe, setting.schedule, own.start)
         plan = method.fit(own.ode, grid, own.x, teacher=teacher, chunk_size=CHUNK).plan
     return {
         **measure(plan, test),
         "grid": [search.best.sigma_1, search.best.sigma_min, search.best.rho],
+        "levels": list(levels.best.levels),
         "seconds": time.perf_counter() - begun,
         "sample_evaluations": counted.samples,
     }
@@ -271,11 +271,12 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
     """All rows of one setting at one number of evaluations."""
     seed, file = options.seed, f"{name}-nfe{nfe:02}-seed{options.seed}"
     exhaustive = is_closed_form(setting_of(name)) if options.exhaustive is None else options.exhaustive
-    samples = options.samples or SAMPLES["closed form" if is_closed_form(setting_of(name)) else "network"]
-    under = {"samples": samples, "fit_samples": options.fit_samples, "seed": seed}
+    kind = "closed form" if is_closed_form(setting_of(name)) else "network"
+    samples, fitted = options.samples or SAMPLES[kind], options.fit_samples or FIT_SAMPLES[kind]
+    under = {"samples": samples, "fit_samples": fitted, "seed": seed}
 
     def own() -> Batch:
-        return batch(name, options.fit_samples, seed, False, 90)
+        return batch(name, fitted, seed, False, 90)
 
     def test() -> Batch:
         return batch(name, samples, seed, True, 150)
@@ -487,7 +488,7 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
 def main() -> None:
     found = parser(__doc__ or "", "acceptance", SETTINGS, NFES)
     found.add_argument("--samples", type=int, help=f"unseen draws that are measured (default: {SAMPLES})")
-    found.add_argument("--fit-samples", type=int, default=256, help="draws that fits see (default: %(default)s)")
+    found.add_argument("--fit-samples", type=int, help=f"draws that fits see (default: {FIT_SAMPLES})")
     found.add_argument("--rows", nargs="+", help=f"only these of {', '.join([*ROWS, *PRESETS])}")
     found.add_argument(
         "--exhaustive", action=argparse.BooleanOptionalAction, default=None,

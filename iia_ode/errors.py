@@ -86,7 +86,7 @@ class MismatchWarning(UserWarning):
 
 
 class GuardWarning(UserWarning):
-    """A fit was worse than its base on held-out noise, and was replaced by the base."""
+    """A fit was not clearly better than its base, and was replaced by the base."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

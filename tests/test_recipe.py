@@ -1,10 +1,11 @@
 """One call, and the search for grids behind it: what people who only want a good solver are promised."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import every_schedule, mixture
 from torch import nn
@@ -14,11 +15,11 @@ from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher
 from iia_ode.iia.endpoint import by_robust_error
 from iia_ode.iia.recipe import BUDGETS, Budget, fit
-from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
+from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 
 F64 = torch.float64
-QUICK = Budget(teacher_steps=50, rounds=((16, 3), (32, 2)), descent=1)
-REFINED = Budget(teacher_steps=50, rounds=((16, 3),), descent=0, starts=1, iterations=3, samples=40, probes=2)
+QUICK = Budget(teacher_steps=50, rounds=((0.25, 3), (0.5, 2)), descent=1)
+REFINED = Budget(teacher_steps=50, rounds=((0.25, 3),), descent=0, starts=1, iterations=3, probes=2)
 
 
 def noise(n=80, seed=0):
@@ -128,7 +129,7 @@ def test_warm_starts_are_tried_per_class_where_there_are_classes():
 
     label = torch.arange(80) % 2
     ode = iia.ProbabilityFlowODE(Classes(), iia.EDM(), conditioning={"label": label})
-    budget = Budget(teacher_steps=50, rounds=((16, 3),), descent=0, warm_starts=True)
+    budget = Budget(teacher_steps=50, rounds=((0.25, 3),), descent=0, warm_starts=True)
     found = quiet(ode, 3, noise(), budget=budget)
     names = [i["name"] for i in found.about["recipe"]["ingredients"]]
     assert any("per label" in name for name in names) and any("affine" in name for name in names)
@@ -173,7 +174,7 @@ def test_bad_arguments_say_what_was_wrong():
 
 
 def test_the_budgets_cost_what_their_names_say():
-    costs = [BUDGETS[name].cost(8, 70, 256) for name in ("closed-form", "standard", "thorough")]
+    costs = [BUDGETS[name].cost(8, 35, 256, 128) for name in ("closed-form", "standard", "thorough")]
     assert costs == sorted(costs)
     assert costs[0] < 60_000  # a minute, at a millisecond for an evaluation of a sample
 
@@ -216,12 +217,67 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
         return method.fit(ode, grid, x, teacher=teacher).plan
 
     poor = LeapGrid(60.0, 0.003, 7.0)
-    found = search_grid(closed, ode, x, teacher, 6, [poor, *leap_grids(80.0, 1.0)[::6]], rounds=((24, 4), (96, 2)))
+    found = search_grid(closed, ode, x, teacher, 6, [poor, *leap_grids(80.0, 1.0)[::6]], rounds=((0.25, 4), (1.0, 2)))
     assert found.best != poor
     first = next(t for t in found.trials if t.grid == poor)
     assert min(t.error for t in found.trials if t.grid == found.best) < first.error
     with pytest.raises(iia.InputError, match="grid"):
         search_grid(closed, ode, x, teacher, 6, [])
+
+
+@given(
+    st.lists(st.floats(0.01, 70.0), min_size=1, max_size=8, unique=True),
+    st.sampled_from([iia.EDM(), iia.VP(), iia.FlowMatching()]),
+)
+def test_a_free_grid_has_the_levels_it_was_given_on_every_schedule(levels, schedule):
+    levels = sorted(levels, reverse=True)
+    assume(all(a > 1.01 * b for a, b in pairwise(levels)))
+    start = schedule.t_of_noise_to_signal(80.0)
+    grid = FreeGrid(tuple(levels)).times(len(levels) + 1, schedule, start)
+    assert float(grid[0]) == start and float(grid[-1]) == schedule.t_data
+    again = FreeGrid.of(grid, schedule)
+    assert again.levels == pytest.approx(levels, rel=1e-6)
+    with pytest.raises(iia.GridError, match="levels make a grid"):
+        again.times(len(levels), schedule, start)
+
+
+def test_levels_moved_one_by_one_end_nearer_the_truth_than_the_family_they_come_from():
+    ode, x = get_setting("mixture").draw(96, 0)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0)
+    method = IIA("ddim", terms="window", target="trajectory", history=2, guard=False)
+
+    def closed(ode, grid, x, teacher):
+        return method.fit(ode, grid, x, teacher=teacher).plan
+
+    poor = LeapGrid(40.0, 0.01, 7.0)
+    said = []
+    found = search_levels(closed, ode, x, teacher, 5, poor, passes=3, report=said.append)
+    assert len(found.best.levels) == 4 and len(said) <= 3
+    start = found.trials[0]
+    assert start.grid == FreeGrid.of(poor.times(5, ode.schedule, 80.0), ode.schedule)
+    best = next(t for t in found.trials if t.grid == found.best)
+    assert best.error < 0.8 * start.error
+    assert all(t.samples == len(x) == len(t.errors) for t in found.trials)
+    with pytest.raises(iia.InputError, match="step"):
+        search_levels(closed, ode, x, teacher, 5, poor, step=1.0)
+
+
+def test_every_sample_of_a_trial_is_judged_by_a_fit_that_did_not_see_it():
+    ode, x = get_setting("mixture").draw(20, 0)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=30)
+    seen = []
+
+    def closed(ode, grid, x, teacher):
+        seen.append(x)
+        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+
+    grid = LeapGrid(10.0, 0.1)
+    found = search_grid(closed, ode, x, teacher, 4, [grid], rounds=((1.0, 1),), descent=0)
+    assert [len(part) for part in seen] == [10, 10]
+    assert torch.equal(torch.cat(seen), x)
+    final = iia.sample(ode, x, grid.times(4, ode.schedule, 80.0), "ddim")
+    own = (final - teacher.final).square().mean(dim=1).sqrt()
+    assert torch.allclose(found.trials[0].errors, own, rtol=1e-12)
 
 
 def test_one_outlier_does_not_decide_between_candidates():
@@ -272,14 +328,14 @@ def test_closed_forms_keep_no_graph_of_a_network_and_respect_the_chunks():
     def closed(ode, grid, x, teacher):
         return method.fit(ode, grid, x, teacher=teacher, chunk_size=8).plan
 
-    found = search_grid(closed, ode, x, teacher, 3, leap_grids(80.0, 1.0)[:3], rounds=((40, 1),), chunk_size=8)
+    found = search_grid(closed, ode, x, teacher, 3, leap_grids(80.0, 1.0)[:3], rounds=((1.0, 1),), chunk_size=8)
     assert not any(t.errors.requires_grad for t in found.trials)
     quiet(ode, 3, noise().float(), budget=REFINED, chunk_size=8)
     assert model.largest == 8
 
 
 def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
-    for bad in ({"starts": 1, "samples": 0}, {"probes": 0}, {"iterations": 0}, {"rounds": ()}, {"descent": -1}):
+    for bad in ({"starts": -1}, {"probes": 0}, {"iterations": 0}, {"rounds": ()}, {"descent": -1}):
         with pytest.raises(iia.InputError, match="budget"):
             Budget(**bad)
     ode, x = mixture().ode(iia.EDM()), 80.0 * noise(6)

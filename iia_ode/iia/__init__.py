@@ -10,7 +10,7 @@ from .moments import Moments, estimate_moments, exact_moments
 from .parameters import Parameters
 from .recipe import BUDGETS, Budget, Ingredient
 from .refine import Iteration, Refinement
-from .search import GridSearch, LeapGrid, Trial, leap_grids, search_grid
+from .search import FreeGrid, GridSearch, LeapGrid, Trial, leap_grids, search_grid, search_levels
 from .structure import Window
 from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
@@ -25,6 +25,7 @@ __all__ = [
     "Budget",
     "Choice",
     "FittedSolver",
+    "FreeGrid",
     "GridSearch",
     "Ingredient",
     "Iteration",
@@ -53,4 +54,5 @@ __all__ = [
     "load",
     "preset",
     "search_grid",
+    "search_levels",
 ]

@@ -77,8 +77,8 @@ class StepSystem:
     def add(self, chunk: Chunk, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
         """Add the first `cut` samples of a chunk to one system and the others to the other.
 
-        Returns the squared rounding error in each column over the first, float64 [k] on the host: each vector in a
-        direction is exact to the precision of its dtype only.
+        Returns, of the first, the squared rounding error in each column and at last the squared size of the base's result,
+        float64 [k + 1] on the host: each vector in a direction is exact to the precision of its dtype only.
         """
         values = chunk.explore(self.tracer, self.fork)
         if self.end is not None:
@@ -86,11 +86,13 @@ class StepSystem:
         elif not isinstance(self.aim, Vector):
             wanted = self.aim(chunk.samples, _read(values, self.start))
         # In float64 before the difference: a residual is small against the states at high noise.
-        residual = wanted.double() - _read(values, self.result).double()
+        result = _read(values, self.result).double()
+        residual = wanted.double() - result
         columns = [_read(values, c) for c in self.columns]
         train.add([c[:cut] for c in columns], residual[:cut])
         held.add([c[cut:] for c in columns], residual[cut:])
-        return self._rounding(values, cut)
+        size = result[:cut].square().sum().cpu().reshape(1)
+        return torch.cat([self._rounding(values, cut), size])
 
     def _rounding(self, values: dict[int, Tensor], cut: int) -> Tensor:
         plain = {j: values[j][:cut] for j in self._sources}

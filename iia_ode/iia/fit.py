@@ -45,7 +45,8 @@ class IIA:
     ridge : relative ridge towards the base; 0 is the paper's plain least squares, ``"auto"`` chooses for each step by the loss
         on held-out samples.
     guard : judge by held-out samples: a step whose correction does not help them keeps the base's weights, and if the whole
-        fit ends farther from the truth than the base on them, it is the base that is returned, with a `GuardWarning`.
+        fit does not end nearer the truth than the base beyond doubt, it is the base that is returned, with a `GuardWarning`.
+        Beyond doubt: no farther on held-out samples, and on all whose true ends are known nearer by three standard errors.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """
@@ -119,7 +120,7 @@ class IIA:
 
         Warns
         -----
-        GuardWarning : the fit was worse than the base on held-out samples, which is what is returned.
+        GuardWarning : the fit was not clearly better than the base, which is what is returned.
         """
         check_start(ode, x)
         if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):

@@ -33,6 +33,10 @@ __all__ = ["RIDGES", "Fitting"]
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """What ``ridge="auto"`` chooses from."""
 
+_HUGE = 30.0  # no term of a correction is larger than so many times the state; a larger ridge sees to it
+_SLACK = 1.001  # of the ridges with a held-out loss within this factor of the lowest, the largest is chosen
+_DOUBT = 3.0  # standard errors by which a fit has to be better than its base; heavy tails want more than the usual two
+
 _F64 = torch.float64
 
 
@@ -119,21 +123,30 @@ class Fitting:
         aim = self.target.aim(fork, self.method.base_solver, record)
         system = StepSystem(tracer, fork, record, candidates, aim)
         train, held = (LeastSquares(len(candidates), intercept=self.method.intercept) for _ in range(2))
-        noise = torch.zeros(len(candidates), dtype=_F64, device="cpu")
+        sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
         for chunk in self.chunks:
-            noise += system.add(chunk, train, held, self._cut(chunk))
+            sizes += system.add(chunk, train, held, self._cut(chunk))
         train, held = (self.gather.merged(part) for part in (train, held))
-        noise = self.gather.sum(noise).sqrt()
-        ridges = RIDGES if self.method.ridge == "auto" else (float(self.method.ridge),)
+        *_, size = sizes = self.gather.sum(sizes).sqrt()
+        noise = sizes[:-1]
+        auto = self.method.ridge == "auto"
+        ridges: tuple[float, ...] = RIDGES if auto else (float(self.method.ridge),)
         if not held.samples:
-            ridge = ridges[0]
-            return _Choice(train.solve(ridge=ridge, noise=noise), ridge, None, None, True)
+            return _Choice(train.solve(ridge=ridges[0], noise=noise), ridges[0], None, None, True)
+        if self.method.guard and not auto:
+            ridges += tuple(r for r in RIDGES if r > ridges[0])
         found = [train.solve(ridge=ridge, noise=noise) for ridge in ridges]
-        losses = [held.residual(s.coefficients, s.constant) for s in found]
-        best = min(range(len(found)), key=losses.__getitem__)
-        before = held.residual(torch.zeros_like(found[0].coefficients), None)
-        accepted = not self.method.guard or losses[best] < before
-        return _Choice(found[best], ridges[best], before, losses[best], accepted)
+        # Terms that are huge and cancel on these samples need not on the next one.
+        sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(size)] or [len(found) - 1]
+        best = 0 if not self.method.guard else sound[0]
+        if auto:
+            losses = {i: held.residual(found[i].coefficients, found[i].constant) for i in sound}
+            least = min(losses.values())
+            best = max((i for i in sound if losses[i] <= _SLACK * least), default=sound[-1])
+        chosen = found[best]
+        before = held.residual(torch.zeros_like(chosen.coefficients), None)
+        after = held.residual(chosen.coefficients, chosen.constant)
+        return _Choice(chosen, ridges[best], before, after, not self.method.guard or after < before)
 
     def _cut(self, chunk: Chunk) -> int:
         """How many of a chunk's samples, from its first, are fitted to; the rest are held out."""
@@ -152,15 +165,19 @@ class Fitting:
         base = trace(
             self.method.base_solver, plan.schedule, torch.tensor(plan.grid, dtype=_F64, device="cpu"), consistent=False
         )
-        # Squared errors of base and fit, squared reference and components: of the held-out samples, and of all.
-        sums = torch.zeros(2, 4, dtype=_F64, device="cpu")
+        sums = torch.zeros(2, 5, dtype=_F64, device="cpu")  # of the held-out samples, and of all that have a reference
         for chunk in self.chunks:
-            sums += self._endpoint_errors(chunk, base, len(plan.code))
+            sums += self._endpoint_sums(chunk, base, len(plan.code))
         sums = self.gather.sum(sums)
-        (by_base, by_fit, size), (all_base, all_fit, _) = (sums[:, :3] / sums[:, 3:]).sqrt().tolist()
+        count = sums[:, 4].clamp_min(1.0)
+        (by_base, by_fit, size, _), (all_base, all_fit, _, _) = (sums[:, :4].T / count).T.sqrt().tolist()
         rounding = 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps * size
-        # A sample in a hundred may end in another mode: where it costs no more than the base's run, all are asked.
-        worse = not (by_fit <= by_base + rounding and all_fit <= all_base + rounding)
+        gain = (sums[1, 0] - sums[1, 1]) / count[1]
+        spread = float(((sums[1, 3] / count[1] - gain.square()) / count[1]).clamp_min(0.0).sqrt())
+        # A sample in a hundred may end in another mode, and few of those are among the fit's own: a fit that gains on most
+        # samples what it loses on those has to be better beyond doubt.
+        clear = float(gain) > _DOUBT * spread or all_fit <= rounding or not math.isfinite(all_base)
+        worse = not (clear and by_fit <= by_base + rounding)
         reference = self.teacher.way if self.teacher is not None else {"solver": "expab4", "steps": 60}
         outcome |= {
             "base": by_base if math.isfinite(by_base) else None,
@@ -170,24 +187,29 @@ class Fitting:
         }
         if not worse:
             return plan, reports, outcome
-        also = "" if self.teacher is None else f" or on all of them ({all_fit:.3g} against {all_base:.3g})"
+        asked = self.held_out if self.teacher is None else self.total
         warnings.warn(
-            f"{plan.name} ends farther from the truth than its base on the {self.held_out} held-out samples ({by_fit:.3g} "
-            f"against {by_base:.3g}, root mean square){also}, so the base is kept. Fit on more samples, with other terms or "
-            "another target (target='trajectory' repairs earlier error), with a ridge, or pass guard=False to have the fit "
-            "anyway.",
+            f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends {by_fit:.3g} "
+            f"from the truth, the base {by_base:.3g} (root mean square); on {asked} samples the mean square falls by "
+            f"{float(gain):.2g}, which should be more than {_DOUBT:g} times its standard error of {spread:.2g}. So the base "
+            "is kept. Fit on more samples, with other terms or another target (target='trajectory' repairs earlier error), "
+            "with a ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
             stacklevel=5,
         )
         return replace(base, name=plan.name), tuple(_refused(r) for r in reports), outcome
 
-    def _endpoint_errors(self, chunk: Chunk, base: Plan, final: int) -> Tensor:
-        """The sums of a chunk's held-out samples, and of all of it where the teacher knows where those should end."""
+    def _endpoint_sums(self, chunk: Chunk, base: Plan, final: int) -> Tensor:
+        """Over a chunk's held-out samples, and over all of it where the teacher knows where those should end, [2, 5].
+
+        Mean squares per component of the errors of base and fit and of the reference, the squared difference of the first
+        two, and the number of samples.
+        """
         cut, own = self._cut(chunk), chunk.samples
         n = len(own.initial)
         first = 0 if self.teacher is not None else cut
         if first == n:
-            return torch.zeros(2, 4, dtype=_F64, device="cpu")
+            return torch.zeros(2, 5, dtype=_F64, device="cpu")
         ode, x = own.ode.subset(slice(first, n), n), own.initial[first:].to(chunk.device)
         if self.teacher is not None:
             exact = self.teacher.at(self.times[-1], own.index)
@@ -195,11 +217,12 @@ class Fitting:
             last = self.times[-2] if ode.is_data(self.times[-1]) else self.times[-1]
             level = floor_of(ode, last)
             exact = Teacher.solve(ode, x, self.times[0], self.times[-1], sigma_min=level).final
-        exact = exact.double()
+        exact = exact.double().cpu()
         by_base = base.run(ode, x, check_finite=False).cpu().double()
         by_fit = chunk.values[final][first:].double()
-        parts = [by_base - exact, by_fit - exact, exact, torch.ones_like(exact)]
-        rows = torch.stack([p.flatten(1).square().sum(dim=1) for p in parts], dim=1)
+        parts = [by_base - exact, by_fit - exact, exact]
+        rows = torch.stack([p.flatten(1).square().mean(dim=1) for p in parts], dim=1)
+        rows = torch.cat([rows, (rows[:, :1] - rows[:, 1:2]).square(), torch.ones_like(rows[:, :1])], dim=1)
         return torch.stack([rows[cut - first :].sum(dim=0), rows.sum(dim=0)])
 
 

@@ -26,6 +26,7 @@ class Solution:
     rank : numerical rank of the columns.
     condition : ratio of the largest to the smallest kept singular value of the scaled columns.
     before, after : root mean square residual per component, without and with the correction.
+    largest : norm of the largest term c_j A_j.
     constant : the intercept, float64 with the shape of one sample, on the host; None where none was fitted.
     """
 
@@ -34,6 +35,7 @@ class Solution:
     condition: float
     before: float
     after: float
+    largest: float
     constant: Tensor | None = None
 
 
@@ -172,7 +174,8 @@ class LeastSquares:
             constant = None if constant is None else torch.zeros_like(constant)
         rank = int(keep.sum())
         condition = float(singular[0] / singular[keep][-1]) if rank else 1.0
-        return Solution(coefficients, rank, condition, before, after, constant)
+        largest = float((coefficients.abs() * size).max())
+        return Solution(coefficients, rank, condition, before, after, largest, constant)
 
     def residual(self, coefficients: Tensor, constant: Tensor | None) -> float:
         """Root mean square of b - A c - m per component, on the samples seen here, which may be others than were fitted."""

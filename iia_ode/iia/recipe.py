@@ -25,7 +25,7 @@ from .fitted import FittedSolver
 from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition
-from .search import LeapGrid, leap_grids, search_grid
+from .search import Fit, LeapGrid, leap_grids, samples_of, search_grid, search_levels
 from .teacher import Teacher
 
 __all__ = ["BUDGETS", "Budget", "Ingredient", "fit"]
@@ -45,50 +45,52 @@ class Budget:
     ----------
     teacher_steps : of the accurate trajectories that everything is fitted to.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
+    levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
     warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
     starts : how many of the best routes are refined.
-    iterations, samples, probes : of each refinement.
+    iterations, probes : of each refinement.
     """
 
     teacher_steps: int = 60
-    rounds: tuple[tuple[int, int], ...] = ((24, 10), (96, 3))
+    rounds: tuple[tuple[float, int], ...] = ((0.125, 8), (0.5, 3), (1.0, 1))
     descent: int = 1
+    levels: int = 0
     warm_starts: bool = False
     starts: int = 0
     iterations: int = 6
-    samples: int = 128
     probes: int = 2
 
     def __post_init__(self) -> None:
-        wrong = [k for k in ("iterations", "samples", "probes") if getattr(self, k) < 1]
-        wrong += [k for k in ("descent", "starts") if getattr(self, k) < 0]
+        wrong = [k for k in ("iterations", "probes") if getattr(self, k) < 1]
+        wrong += [k for k in ("descent", "levels", "starts") if getattr(self, k) < 0]
         if wrong or not self.rounds or self.teacher_steps < 2:
             raise InputError(
                 f"a budget needs rounds, at least 2 steps of the teacher, and counts: {wrong or 'rounds'}."
             )
 
-    def cost(self, nfe: int, candidates: int, batch: int) -> int:
-        """About how many sample evaluations a fit with `nfe` evaluations spends."""
+    def cost(self, nfe: int, candidates: int, batch: int, train: int) -> int:
+        """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to."""
         search, alive = 0, candidates if nfe > 1 else 0
-        for samples, keep in self.rounds:
-            search, alive = search + alive * samples, keep
-        search += 6 * self.descent * self.rounds[-1][0]
+        for share, keep in self.rounds:
+            search, alive = search + alive * 2 * samples_of(share, train), keep
+        search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
+        search += 2 * (nfe - 1) * self.levels * 2 * train
         search *= 2 if self.warm_starts else 1
-        refinement = self.starts * self.iterations * (self.samples * (2 * self.probes + 4) + batch // 2)
+        refinement = self.starts * self.iterations * (train * (2 * self.probes + 4) + batch - train)
         return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
 
 
 BUDGETS: dict[str, Budget] = {
     "closed-form": Budget(),
-    "standard": Budget(descent=2, starts=1, iterations=6, samples=128, probes=2),
+    "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
     "thorough": Budget(
         teacher_steps=80,
-        rounds=((32, 12), (128, 4)),
+        rounds=((0.25, 12), (1.0, 4)),
         descent=2,
+        levels=2,
         warm_starts=True,
         starts=3,
         iterations=15,
-        samples=128,
         probes=4,
     ),
 }
@@ -248,7 +250,7 @@ class _Job:
                 began = time.perf_counter()
                 ode.output(x, self.start).sum().item()
                 seconds = time.perf_counter() - began
-        cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x))
+        cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x), self.train)
         cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
         self.say(
             f"{self.nfe} evaluations, {len(self.x)} draws of noise: about {cost} sample evaluations, "
@@ -291,8 +293,8 @@ class _Job:
         routes: list[Route] = []
         if self.nfe > 1:
             scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
-            routes.append(self._searched(Route(None), self._candidates(scale)))
-            cold = routes[0].grid or LeapGrid(scale, 0.1 * scale)
+            cold = self._searched(Route(None), self._candidates(scale))
+            routes.append(self._freed(Route(None, cold)))
             near = [
                 LeapGrid(scale * first, last, cold.rho)
                 for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
@@ -300,7 +302,7 @@ class _Job:
             ]
             for start in self._starts(teacher) if self.budget.warm_starts else []:
                 try:
-                    routes.append(self._searched(Route(start), near))
+                    routes.append(self._freed(Route(start, self._searched(Route(start), near))))
                 except IIAError as error:
                     self.say(f"{start.name}: not possible here ({str(error).splitlines()[0]})")
         else:
@@ -332,38 +334,46 @@ class _Job:
                 self.say(f"no covariance of the data: {str(error).splitlines()[0]}")
         return starts
 
-    def _searched(self, route: Route, candidates: list[LeapGrid]) -> Route:
-        plain = replace(self.method, guard=False, ridge=_RIDGE)
-        ode, x, teacher = self._part(slice(0, self.train))
-
-        def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
-            return route.fit(plain, grid, ode, x, teacher, self.chunk_size)[0]
-
+    def _searched(self, route: Route, candidates: list[LeapGrid]) -> LeapGrid:
+        """The best of a family of grids for this way to start."""
         with self._stage() as cost:
             search = search_grid(
-                closed,
-                ode,
-                x,
-                teacher,
-                self.nfe + (route.start is not None),
-                candidates,
-                rounds=self.budget.rounds,
-                descent=self.budget.descent,
-                chunk_size=self.chunk_size,
-            )
+                *self._search(route), candidates,
+                rounds=self.budget.rounds, descent=self.budget.descent, chunk_size=self.chunk_size,
+            )  # fmt: skip
         best = ", ".join(f"{k} {v:.3g}" for k, v in asdict(search.best).items())
         self.say(
             f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {best}"
         )
+        return search.best
+
+    def _freed(self, route: Route) -> Route:
+        """The route with every level of its grid moved to where it does best."""
+        if not self.budget.levels or route.grid is None:
+            return route
+        with self._stage() as cost:
+            search = search_levels(
+                *self._search(route), route.grid, passes=self.budget.levels, chunk_size=self.chunk_size
+            )
+        levels = " ".join(f"{v:.3g}" for v in search.best.levels)
+        self.say(
+            f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {levels}"
+        )
         return replace(route, grid=search.best)
+
+    def _search(self, route: Route) -> tuple[Fit, ProbabilityFlowODE, Tensor, Teacher, int]:
+        """What a search for a grid is about: how to fit, to what, and how many intervals there are."""
+        plain = replace(self.method, guard=False, ridge=_RIDGE)
+
+        def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+            return route.fit(plain, grid, ode, x, teacher, self.chunk_size)[0]
+
+        return closed, *self._part(slice(0, self.train)), self.nfe + (route.start is not None)
 
     def _refined(self, routes: list[Route]) -> None:
         """Gauss-Newton from the best routes."""
         held = len(self.x) - self.train
-        count = min(self.budget.samples, self.train)
-        index = torch.cat([torch.arange(count), torch.arange(self.train, len(self.x))])
-        ode, x = self.ode.subset(index, len(self.x)), self.x[index]
-        target = self.teacher.final[index].to(x)
+        target = self.teacher.final.to(self.x)
         own, own_x, own_teacher = self._part(slice(0, self.train))
         for route in routes[: self.budget.starts]:
             with self._stage() as cost:
@@ -373,10 +383,10 @@ class _Job:
                 try:
                     found = refine(
                         rest,
-                        ode,
-                        x if warm is None else warm.apply(x, ode),
+                        self.ode,
+                        self.x if warm is None else warm.apply(self.x, self.ode),
                         target,
-                        held_out=held / len(x),
+                        held_out=held / len(self.x),
                         sigma_min=self.sigma_min,
                         iterations=self.budget.iterations,
                         probes=self.budget.probes,

@@ -14,7 +14,7 @@ from ..schedules import Schedule
 from .fit import IIA
 from .fitted import FittedSolver
 from .moments import Moments
-from .search import LeapGrid
+from .search import FreeGrid, LeapGrid
 from .teacher import Teacher
 from .warm_start import WarmStart
 
@@ -45,7 +45,7 @@ class Route:
     """A way to start, the grid that suits it, whether an intercept helps, and the errors of all that."""
 
     start: Start | None
-    grid: LeapGrid | None = None
+    grid: LeapGrid | FreeGrid | None = None
     intercept: bool = False
     errors: Tensor = torch.empty(0)
 
