@@ -39,7 +39,7 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher
-from iia_ode.iia.recipe import BUDGETS
+from iia_ode.iia.budgets import BUDGETS
 from iia_ode.iia.refine import refine
 from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
 from iia_ode.iia.warm_start import WarmStart

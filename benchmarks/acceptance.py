@@ -41,7 +41,7 @@ from common import (
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
-from iia_ode.iia.recipe import BUDGETS, fit
+from iia_ode.iia.budgets import BUDGETS
 from iia_ode.iia.search import LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.plan import Plan
 
@@ -226,7 +226,7 @@ def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry
     begun = time.perf_counter()
     # Closed forms draw from the marginal at the noisiest level, which is not quite noise: such states are taken as they are.
     noise = own.x if is_closed_form(own.setting) else own.x / own.setting.sigma_max
-    found = fit(own.ode, nfe, noise, budget=name, seed=seed, report=None)
+    found = iia.fit(own.ode, nfe, noise, budget=name, seed=seed, report=None)
     seconds, recipe = time.perf_counter() - begun, found.about["recipe"]
     if found.plan.nfe != nfe:
         raise iia.PlanError(f"a fit for {nfe} evaluations makes {found.plan.nfe}.")
@@ -335,7 +335,7 @@ solver, grid or option has seen (odd seeds; fits draw from even ones). Columns a
   best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
   intercept, warm start or gradients.
-- *Budgets*: `iia_ode.iia.recipe.fit` with its defaults.
+- *Budgets*: `iia_ode.fit` with its defaults.
 - The standard error of a ratio takes its two errors for independent; they share their noise, so it is an upper bound.
 - The median is that of the samples' own errors. Where it lies far below the error, a few samples that end in another mode
   make up nearly all of the error.

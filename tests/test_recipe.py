@@ -13,8 +13,9 @@ from torch import nn
 import iia_ode as iia
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher
+from iia_ode.iia.budgets import BUDGETS, Budget
 from iia_ode.iia.endpoint import by_robust_error
-from iia_ode.iia.recipe import BUDGETS, Budget, fit
+from iia_ode.iia.recipe import fit
 from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 
 F64 = torch.float64

@@ -3,12 +3,12 @@
 The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_ode``: here those names are modules.
 """
 
+from .budgets import BUDGETS, Budget, Ingredient
 from .fit import IIA, PRESETS, preset
 from .fitted import FittedSolver, StepReport, describe, load
 from .lstsq import LeastSquares
 from .moments import Moments, estimate_moments, exact_moments
 from .parameters import Parameters
-from .recipe import BUDGETS, Budget, Ingredient
 from .refine import Iteration, Refinement
 from .search import FreeGrid, GridSearch, LeapGrid, Trial, leap_grids, search_grid, search_levels
 from .structure import Window

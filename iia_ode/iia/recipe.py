@@ -12,108 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import GridError, IIAError, InputError, MismatchError, unknown_name
+from ..errors import IIAError, InputError, MismatchError
 from ..grids import karras
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start, trace
-from ..schedules import Discrete, Schedule
 from ..solvers import get_solver
+from .budgets import Budget, Ingredient, budget_of
 from .chunks import device_of
 from .endpoint import by_robust_error, endpoint_errors, robust_mean
 from .fit import IIA
 from .fitted import FittedSolver
+from .initial import initial_states, smallest_level, start_time
 from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition
-from .search import Fit, LeapGrid, leap_grids, samples_of, search_grid, search_levels
+from .search import Fit, LeapGrid, leap_grids, search_grid, search_levels
 from .teacher import Teacher
 
-__all__ = ["BUDGETS", "Budget", "Ingredient", "fit"]
+__all__ = ["fit"]
 
 _F64 = torch.float64
-_NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _BASELINE = "ipndm3"
 _RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
 _LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a fit may spend.
-
-    Attributes
-    ----------
-    teacher_steps : of the accurate trajectories that everything is fitted to.
-    rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
-    levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
-    warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
-    starts : how many of the best routes are refined.
-    iterations, probes : of each refinement.
-    """
-
-    teacher_steps: int = 60
-    rounds: tuple[tuple[float, int], ...] = ((0.125, 8), (0.5, 3), (1.0, 1))
-    descent: int = 1
-    levels: int = 0
-    warm_starts: bool = False
-    starts: int = 0
-    iterations: int = 6
-    probes: int = 2
-
-    def __post_init__(self) -> None:
-        wrong = [k for k in ("iterations", "probes") if getattr(self, k) < 1]
-        wrong += [k for k in ("descent", "levels", "starts") if getattr(self, k) < 0]
-        if wrong or not self.rounds or self.teacher_steps < 2:
-            raise InputError(
-                f"a budget needs rounds, at least 2 steps of the teacher, and counts: {wrong or 'rounds'}."
-            )
-
-    def cost(self, nfe: int, candidates: int, batch: int, train: int) -> int:
-        """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to."""
-        search, alive = 0, candidates if nfe > 1 else 0
-        for share, keep in self.rounds:
-            search, alive = search + alive * 2 * samples_of(share, train), keep
-        search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
-        search += 2 * (nfe - 1) * self.levels * 2 * train
-        search *= 2 if self.warm_starts else 1
-        refinement = self.starts * self.iterations * (train * (2 * self.probes + 4) + batch - train)
-        return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
-
-
-BUDGETS: dict[str, Budget] = {
-    "closed-form": Budget(),
-    "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
-    "thorough": Budget(
-        teacher_steps=80,
-        rounds=((0.25, 12), (1.0, 4)),
-        descent=2,
-        levels=2,
-        warm_starts=True,
-        starts=3,
-        iterations=15,
-        probes=4,
-    ),
-}
-"""The budgets by name: no gradients, one short refinement, several long ones."""
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """What was tried: the held-out error with it, and what it cost.
-
-    Attributes
-    ----------
-    name : what it is.
-    error : root mean square endpoint error on the held-out noise; None where it could not be made.
-    sample_evaluations, seconds : spent on it.
-    chosen : whether it is the result.
-    """
-
-    name: str
-    error: float | None
-    sample_evaluations: int
-    seconds: float
-    chosen: bool = False
 
 
 def fit(
@@ -170,20 +91,20 @@ def fit(
     InputError, GridError, MismatchError : an argument is not usable.
     NonFiniteError : the model is not finite.
     """
-    chosen = _budget(budget)
+    chosen = budget_of(budget)
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise InputError(f"nfe must be a positive whole number, got {nfe!r}.")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise InputError(
             "iia_ode.fit runs in one process: over several ranks, fit IIA(...) on a grid, or run it on one rank."
         )
-    start = _start(ode, sigma_max)
-    x = noise if teacher is not None and noise is not None else _initial(ode, noise, shape, samples, start, seed)
+    start = start_time(ode, sigma_max)
+    x = noise if teacher is not None and noise is not None else initial_states(ode, noise, shape, samples, start, seed)
     if teacher is not None and not torch.equal(teacher.initial, x.detach().cpu().to(teacher.initial.dtype)):
-        x = _initial(ode, noise, shape, samples, start, seed)
+        x = initial_states(ode, noise, shape, samples, start, seed)
     check_start(ode, x)
     x = x.detach().to(device_of(ode, x))
-    sigma_min = _floor(ode.schedule) if sigma_min is None else sigma_min
+    sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
     job = _Job(ode, nfe, x, start, sigma_min, chosen, held_out, chunk_size, seed, report or (lambda _: None), progress)
@@ -290,30 +211,35 @@ class _Job:
         """Weights in closed form on the best grid of each way to start, with all training samples; best route first."""
         own = slice(0, self.train)
         ode, x, teacher = self._part(own)
-        routes: list[Route] = []
-        if self.nfe > 1:
-            scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
-            cold = self._searched(Route(None), self._candidates(scale))
-            routes.append(self._freed(Route(None, cold)))
-            near = [
-                LeapGrid(scale * first, last, cold.rho)
-                for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
-                for last in (cold.sigma_min, cold.sigma_min / 2)
-            ]
-            for start in self._starts(teacher) if self.budget.warm_starts else []:
-                try:
+        scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
+        with self._stage() as search:
+            cold = LeapGrid(scale, 0.1 * scale)
+            routes = [Route(None)]
+            if self.nfe > 1:
+                cold = self._searched(routes[0], self._candidates(scale))
+                routes = [self._freed(Route(None, cold))]
+        costs = [search]
+        near = [
+            LeapGrid(scale * first, last, cold.rho)
+            for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
+            for last in (cold.sigma_min, cold.sigma_min / 2)
+        ]
+        for start in self._starts(teacher) if self.budget.warm_starts else []:
+            try:
+                with self._stage() as search:
                     routes.append(self._freed(Route(start, self._searched(Route(start), near))))
-                except IIAError as error:
-                    self.say(f"{start.name}: not possible here ({str(error).splitlines()[0]})")
-        else:
-            routes.append(Route(None))
-        for route in routes:
+                costs.append(search)
+            except IIAError as error:
+                self.say(f"{start.name}: not possible here ({str(error).splitlines()[0]})")
+        for route, search in zip(routes, costs, strict=True):
             tried: list[tuple[bool, Tensor]] = []
             for intercept in (False, True) if route.start is None else (False,):
                 with self._stage() as cost:
                     method = replace(self.method, intercept=intercept, guard=False)
                     plan, fitted = route.fit(method, self._grid(route), ode, x, teacher, self.chunk_size, held_out=0.2)
                     tried.append((intercept, self._errors(plan)))
+                if not intercept:  # what was tried first on a grid bears the cost of finding it
+                    cost.samples, cost.seconds = cost.samples + search.samples, cost.seconds + search.seconds
                 self._add(f"{route.name}{', intercept' if intercept else ''}", plan, tried[-1][1], cost, fitted)
             route.intercept, route.errors = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0]
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
@@ -419,20 +345,26 @@ class _Job:
             "budget": asdict(self.budget) | {"rounds": [list(r) for r in self.budget.rounds]},
             "ingredients": [asdict(i) for i in ladder],
             "refinement": best.source.about() if isinstance(best.source, Refinement) else None,
+            "steps": {k: fitted.about[k] for k in ("batch", "held_out")} if reports else None,
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,
         }
         plan = replace(best.plan, name=f"iia-{self.nfe}")
-        about = fitted.about | {
-            "intercept": any(r.intercept > 0 for r in reports) if reports else fitted.about["intercept"],
-            "batch": len(self.x),
-            "held_out": len(self.x) - self.train,
-            "seed": self.seed,
-            "evaluations": evaluations,
-            "sample_evaluations": samples,
-            "recipe": recipe,
-        }
+        unfitted = {"base": {"name": _BASELINE, "options": {}}} if best.source is None else {}
+        about = (
+            fitted.about
+            | unfitted
+            | {
+                "intercept": any(r.intercept > 0 for r in reports) if reports else fitted.about["intercept"],
+                "batch": len(self.x),
+                "held_out": len(self.x) - self.train,
+                "seed": self.seed,
+                "evaluations": evaluations,
+                "sample_evaluations": samples,
+                "recipe": recipe,
+            }
+        )
         base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
         about["endpoint"] = about["endpoint"] | {
             "base": base,
@@ -492,55 +424,3 @@ class _Found:
 class _Cost:
     samples: int = 0
     seconds: float = 0.0
-
-
-def _budget(budget: str | Budget) -> Budget:
-    if isinstance(budget, Budget):
-        return budget
-    if budget not in BUDGETS:
-        raise unknown_name("budget", budget, BUDGETS)
-    return BUDGETS[budget]
-
-
-def _floor(schedule: Schedule) -> float:
-    """The smallest level that a model of this schedule may be asked at."""
-    first = (
-        schedule.noise_to_signal(0.0) if isinstance(schedule, Discrete) else schedule.noise_to_signal(schedule.t_data)
-    )
-    return max(0.002, first)
-
-
-def _start(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
-    """The time to start from."""
-    schedule = ode.schedule
-    if sigma_max is not None:
-        if not (isinstance(sigma_max, int | float) and 0 < sigma_max < math.inf):
-            raise GridError(f"sigma_max is a positive level sigma/alpha, got {sigma_max!r}.")
-        return schedule.t_of_noise_to_signal(float(sigma_max))
-    if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
-        return schedule.t_of_noise_to_signal(_NOISIEST)
-    return schedule.t_noise
-
-
-def _initial(
-    ode: ProbabilityFlowODE, noise: Tensor | None, shape: tuple[int, ...] | None, samples: int, t: float, seed: int
-) -> Tensor:
-    """Initial states from noise, or from a shape."""
-    if (noise is None) == (shape is None):
-        raise InputError("a fit needs either noise=, draws of standard normal noise, or shape=, of one sample.")
-    sigma = ode.schedule.sigma(t)
-    if noise is None:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((samples, *(shape or ())), generator=generator, device="cpu")
-    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 2:
-        raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
-    size = float(noise.double().square().mean().sqrt())
-    if 0.5 < size < 2.0:
-        noise = sigma * noise
-    elif not 0.8 * sigma < size < 1.25 * sigma + 1:
-        raise InputError(
-            f"noise must be draws of the standard normal distribution, or states at the noisiest level {sigma:g}: its root "
-            f"mean square is {size:.3g}."
-        )
-    check_start(ode, noise)
-    return noise

@@ -149,18 +149,20 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
 def _explain_steps(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> list[str]:
     """What the fits of the steps gained and what their weights say."""
     most = max(len(r.symbols) for r in reports)
-    where = f"{about['held_out']} held-out samples" if about["held_out"] else "the samples that were fitted to"
+    # In the one call, the steps are fitted to a part of the noise, and judged by a part of that.
+    batch, held = (((about.get("recipe") or {}).get("steps") or about)[k] for k in ("batch", "held_out"))
+    where = f"{held} held-out samples" if held else "the samples that were fitted to"
     lines = [
         f"{plan.name} is {about['base']['name']} with up to {most} weights a step ({about['terms']}), fitted on "
-        f"{about['batch'] - about['held_out']} samples in {len(reports)} of {plan.steps} steps."
+        f"{batch - held} samples in {len(reports)} of {plan.steps} steps."
     ]
-    if not about["held_out"]:
+    if not held:
         lines.append("No samples were held out: nothing here says how the fit does on other noise.")
     used = [r for r in reports if r.accepted]
     for r in sorted(used, key=lambda r: r.gain, reverse=True)[:3]:
         lines.append(f"Step {r.index} ({r.t:.3g} to {r.s:.3g}): {r.gain:.0%} of its residual is gone, on {where}.")
     if about["endpoint"]["fell_back"]:
-        lines.append("The base was kept in every step: the whole fit ended farther from the truth on held-out samples.")
+        lines.append("The base was kept in every step: the whole fit was not clearly better at the end.")
     elif refused := [str(r.index) for r in reports if not r.accepted]:
         lines.append(f"The base was kept in {_steps(refused)}: the fit did not help held-out samples.")
     if poor := [str(r.index) for r in reports if r.rank < len(r.symbols)]:

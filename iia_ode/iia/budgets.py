@@ -1,0 +1,98 @@
+"""What the one call may spend, by name, and the entry that it makes for everything it tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import InputError, unknown_name
+from .search import samples_of
+
+__all__ = ["BUDGETS", "Budget", "Ingredient", "budget_of"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a fit may spend.
+
+    Attributes
+    ----------
+    teacher_steps : of the accurate trajectories that everything is fitted to.
+    rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
+    levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
+    warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
+    starts : how many of the best routes are refined.
+    iterations, probes : of each refinement.
+    """
+
+    teacher_steps: int = 60
+    rounds: tuple[tuple[float, int], ...] = ((0.125, 8), (0.5, 3), (1.0, 1))
+    descent: int = 1
+    levels: int = 0
+    warm_starts: bool = False
+    starts: int = 0
+    iterations: int = 6
+    probes: int = 2
+
+    def __post_init__(self) -> None:
+        wrong = [k for k in ("iterations", "probes") if getattr(self, k) < 1]
+        wrong += [k for k in ("descent", "levels", "starts") if getattr(self, k) < 0]
+        if wrong or not self.rounds or self.teacher_steps < 2:
+            raise InputError(
+                f"a budget needs rounds, at least 2 steps of the teacher, and counts: {wrong or 'rounds'}."
+            )
+
+    def cost(self, nfe: int, candidates: int, batch: int, train: int) -> int:
+        """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to."""
+        search, alive = 0, candidates if nfe > 1 else 0
+        for share, keep in self.rounds:
+            search, alive = search + alive * 2 * samples_of(share, train), keep
+        search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
+        search += 2 * (nfe - 1) * self.levels * 2 * train
+        search *= 2 if self.warm_starts else 1
+        refinement = self.starts * self.iterations * (train * (2 * self.probes + 4) + batch - train)
+        return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
+
+
+BUDGETS: dict[str, Budget] = {
+    "closed-form": Budget(),
+    "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
+    "thorough": Budget(
+        teacher_steps=80,
+        rounds=((0.25, 12), (1.0, 4)),
+        descent=2,
+        levels=2,
+        warm_starts=True,
+        starts=3,
+        iterations=15,
+        probes=4,
+    ),
+}
+"""The budgets by name: no gradients, one short refinement, several long ones."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """What was tried: the held-out error with it, and what it cost.
+
+    Attributes
+    ----------
+    name : what it is.
+    error : root mean square endpoint error on the held-out noise; None where it could not be made.
+    sample_evaluations, seconds : spent on it.
+    chosen : whether it is the result.
+    """
+
+    name: str
+    error: float | None
+    sample_evaluations: int
+    seconds: float
+    chosen: bool = False
+
+
+def budget_of(budget: str | Budget) -> Budget:
+    """The budget, or the one of that name."""
+    if isinstance(budget, Budget):
+        return budget
+    if budget not in BUDGETS:
+        raise unknown_name("budget", budget, BUDGETS)
+    return BUDGETS[budget]
