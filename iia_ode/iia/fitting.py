@@ -192,8 +192,8 @@ class Fitting:
             f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends {by_fit:.3g} "
             f"from the truth, the base {by_base:.3g} (root mean square); on {asked} samples its mean square differs from the "
             f"base's by {-float(gain):+.2g}, standard error {spread:.2g}, and has to be lower by {_DOUBT:g} of those. So the "
-            "base is kept. Fit on more samples, with other terms or another target (target='trajectory' repairs earlier error), "
-            "with a ridge, or pass guard=False to have the fit anyway.",
+            "base is kept. Fit on more samples, with other terms or another target (target='trajectory' repairs earlier "
+            "error), with a ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
             stacklevel=5,
         )
