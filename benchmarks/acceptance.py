@@ -39,10 +39,12 @@ from common import (
     write_page,
 )
 
+import torch
+
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
 from iia_ode.iia.budgets import BUDGETS
-from iia_ode.iia.search import LeapGrid, leap_grids, search_grid, search_levels
+from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
@@ -120,7 +122,7 @@ def classic(name: str, nfe: int, own: Batch, exhaustive: bool) -> Entry:
     }
 
 
-def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid) -> Plan:
+def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid | FreeGrid) -> Plan:
     """A registered solver on a grid that leaps."""
     setting = setting_of(name)
     levels = levels_for(solver, name, nfe)
@@ -136,14 +138,16 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: list[st
     those that take one evaluation per step, then get the very search that the fit had, with their own fixed weights.
     """
     setting, begun, spent = own.setting, time.perf_counter(), 0
-    tried: list[tuple[float, str, LeapGrid]] = []
+    tried: list[tuple[float, str, FreeGrid]] = []
     for solver in able(name, nfe):
         try:
-            tried.append((error_of(leap_plan(solver, name, nfe, found), own), solver, found))
+            plan = leap_plan(solver, name, nfe, found)
+            tried.append((error_of(plan, own), solver, FreeGrid.of(torch.tensor(plan.grid), setting.schedule)))
         except iia.IIAError:
             continue
         spent += nfe * len(own.x)
     tried.sort(key=lambda entry: entry[0])
+    on_found = tried[0][0]
     simple = [s for s in dict.fromkeys([*(s for _, s, _ in tried), *best]) if levels_for(s, name, nfe) == nfe]
     chosen = list(dict.fromkeys([*simple[:LEAPED], *(s for s in best[:1] if s in simple)]))
     teacher = trajectories(own)
@@ -160,16 +164,16 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: list[st
                 rounds=budget.rounds, descent=budget.descent,
             )  # fmt: skip
         spent += counted.samples
-        for grid in search.ranking[:3]:
-            tried.append((error_of(leap_plan(solver, name, nfe, grid), own), solver, grid))
-            spent += nfe * len(own.x)
+            levels = search_levels(unfitted, own.ode, own.x, teacher, nfe, search.best, passes=1)
+        tried.append((error_of(leap_plan(solver, name, nfe, levels.best), own), solver, levels.best))
+        spent += nfe * len(own.x)
     error, solver, grid = min(tried, key=lambda entry: entry[0])
     return {
         "solver": solver,
-        "grid": [grid.sigma_1, grid.sigma_min, grid.rho],
+        "levels": list(grid.levels),
         "searched": chosen,
         "fit_rmse": error,
-        "on_found_grid": min(e for e, _, g in tried if g == found),
+        "on_found_grid": on_found,
         "seconds": time.perf_counter() - begun,
         "sample_evaluations": spent,
     }
@@ -311,7 +315,7 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
         search(
             "classic-leap",
             lambda: classic_leap(name, nfe, own(), LeapGrid(*found["grid"]), top),
-            lambda e: leap_plan(e["solver"], name, nfe, LeapGrid(*e["grid"])),
+            lambda e: leap_plan(e["solver"], name, nfe, FreeGrid(tuple(e["levels"]))),
         )
     for budget in BUDGETS:
         cell(budget, lambda budget=budget: budget_row(budget, nfe, own(), test(), seed))  # type: ignore[misc]
@@ -449,11 +453,11 @@ def winners(found: Found, nfes: list[int]) -> str:
             else "-"
         )
         grid = (
-            "`{}`, sigma_1 {:.2g}, sigma_min {:.2g}, rho {:.2g}".format(leap["solver"], *leap["grid"]) if leap else "-"
+            f"`{leap['solver']}`, {', '.join(f'{v:.2g}' for v in leap['levels'])}" if leap else "-"
         )
         chosen = [found[n].get(b, {}).get("chosen", "-") for b in BUDGETS]
         lines.append([str(n), plain, how, grid, *chosen])
-    head = ["NFE", "best classic", "search", "best classic on a leap grid", *(f"{b} chose" for b in BUDGETS)]
+    head = ["NFE", "best classic", "search", "best classic on a leap grid, its levels", *(f"{b} chose" for b in BUDGETS)]
     return table(head, lines, left=len(head))
 
 

@@ -336,9 +336,19 @@ def test_closed_forms_keep_no_graph_of_a_network_and_respect_the_chunks():
 
 
 def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
-    for bad in ({"starts": -1}, {"probes": 0}, {"iterations": 0}, {"rounds": ()}, {"descent": -1}):
-        with pytest.raises(iia.InputError, match="budget"):
+    for bad in (
+        {"starts": -1},
+        {"probes": 0},
+        {"iterations": 0},
+        {"teacher_steps": 1},
+        {"descent": -1},
+        {"levels": -1},
+    ):
+        with pytest.raises(iia.InputError, match=f"no budget: {next(iter(bad))}"):
             Budget(**bad)
+    for bad in ((), ((32, 3),), ((0.0, 3),), ((math.nan, 3),), ((0.5, 0),), ((0.5, 1.5),)):
+        with pytest.raises(iia.InputError, match="round"):
+            Budget(rounds=bad)
     ode, x = mixture().ode(iia.EDM()), 80.0 * noise(6)
     plan = iia.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
     for bad in ({"probes": 0}, {"iterations": 0}, {"held_out": 1.0}):

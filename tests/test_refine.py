@@ -94,8 +94,8 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_times_that_cross_or_leave_the_grid_are_not_valid(moves):
     parameters = Parameters(plan_of())
     theta = parameters.initial.clone()
-    theta[len(parameters.entries) :] += torch.tensor(moves, dtype=F64)
-    times = [40.0, *theta[len(parameters.entries) :].exp().tolist()]
+    theta[parameters.weights :] += torch.tensor(moves, dtype=F64)
+    times = [40.0, *theta[parameters.weights :].exp().tolist()]
     assert parameters.valid(theta) == all(a > b for a, b in zip(times, times[1:], strict=False))
 
 
@@ -103,7 +103,7 @@ def test_stage_evaluations_at_one_time_move_together():
     plan = plan_of("heun")
     parameters = Parameters(plan)
     theta = parameters.initial.clone()
-    theta[len(parameters.entries) :] += 0.1
+    theta[parameters.weights :] += 0.1
     moved = parameters.plan(theta).evaluation_times
     same = [a == b for a, b in zip(plan.evaluation_times, plan.evaluation_times[1:], strict=False)]
     assert [a == b for a, b in zip(moved, moved[1:], strict=False)] == same

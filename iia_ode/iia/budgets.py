@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError, unknown_name
-from .search import samples_of
+from .search import check_rounds, samples_of
 
-__all__ = ["BUDGETS", "Budget", "Ingredient", "budget_of"]
+__all__ = ["AGAIN", "BUDGETS", "Budget", "Ingredient", "budget_of"]
+
+AGAIN = 2
+"""Iterations of the last refinement, to all of the noise, from where the one to a part of it ended."""
+
+_WARM = 2  # ways to start without an evaluation, where those are tried
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,28 @@ class Budget:
     probes: int = 2
 
     def __post_init__(self) -> None:
-        wrong = [k for k in ("iterations", "probes") if getattr(self, k) < 1]
-        wrong += [k for k in ("descent", "levels", "starts") if getattr(self, k) < 0]
-        if wrong or not self.rounds or self.teacher_steps < 2:
-            raise InputError(
-                f"a budget needs rounds, at least 2 steps of the teacher, and counts: {wrong or 'rounds'}."
-            )
+        check_rounds(self.rounds)
+        least = {"teacher_steps": 2, "iterations": 1, "probes": 1, "descent": 0, "levels": 0, "starts": 0}
+        if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if getattr(self, k) < n]:
+            raise InputError(f"this is no budget: {', '.join(wrong)}; it needs at least {least}.")
 
     def cost(self, nfe: int, candidates: int, batch: int, train: int) -> int:
         """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to."""
         search, alive = 0, candidates if nfe > 1 else 0
         for share, keep in self.rounds:
-            search, alive = search + alive * 2 * samples_of(share, train), keep
-        search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
-        search += 2 * (nfe - 1) * self.levels * 2 * train
-        search *= 2 if self.warm_starts else 1
+            search, alive = search + alive * 2 * samples_of(share, train), min(alive, keep)
+        if nfe > 1:
+            search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
+            search += 2 * (nfe - 1) * self.levels * 2 * train
+        search *= 1 + _WARM * self.warm_starts
+        fits = 8 * batch  # what weights may be, two times on all; then what is chosen, to the part and to all
         refinement = self.starts * self.iterations * (train * (2 * self.probes + 4) + batch - train)
-        return (self.teacher_steps + 1) * batch + nfe * (search + 4 * batch + refinement)
+        refinement += AGAIN * batch * (2 * self.probes + 4) if self.starts else 0
+        return (self.teacher_steps + 1) * batch + nfe * (search + fits + refinement)
 
 
 BUDGETS: dict[str, Budget] = {
-    "closed-form": Budget(),
+    "closed-form": Budget(rounds=((0.125, 6), (0.5, 2))),
     "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
     "thorough": Budget(
         teacher_steps=80,

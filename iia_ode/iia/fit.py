@@ -43,10 +43,13 @@ class IIA:
     history : r, how many earlier steps the terms may use.
     substeps : M, sub-steps of the ``"substeps"`` target.
     ridge : relative ridge towards the base; 0 is the paper's plain least squares, ``"auto"`` chooses for each step by the loss
-        on held-out samples.
+        on held-out samples. With ``"auto"`` or a guard a step's ridge is raised where terms larger than 30 times the state
+        would cancel each other; its report has the ridge that was used.
     guard : judge by held-out samples: a step whose correction does not help them keeps the base's weights, and if the whole
-        fit does not end nearer the truth than the base beyond doubt, it is the base that is returned, with a `GuardWarning`.
-        Beyond doubt: no farther on held-out samples, and on all whose true ends are known nearer by three standard errors.
+        fit does not end clearly nearer the truth than the base, it is the base that is returned, with a `GuardWarning`.
+        Clearly: no farther in the mean of held-out samples, and of all whose true ends are known nearer on most of them and
+        in the mean by three standard errors (Student's for few samples). What befalls fewer than one sample in as many as
+        there are stays unseen.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """

@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from scipy.stats import norm as normal
+from scipy.stats import t as student_t
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -131,14 +133,14 @@ class Fitting:
         noise = sizes[:-1]
         auto = self.method.ridge == "auto"
         ridges: tuple[float, ...] = RIDGES if auto else (float(self.method.ridge),)
-        if not held.samples:
-            return _Choice(train.solve(ridge=ridges[0], noise=noise), ridges[0], None, None, True)
         if self.method.guard and not auto:
             ridges += tuple(r for r in RIDGES if r > ridges[0])
         found = [train.solve(ridge=ridge, noise=noise) for ridge in ridges]
         # Terms that are huge and cancel on these samples need not on the next one.
         sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(size)] or [len(found) - 1]
-        best = 0 if not self.method.guard else sound[0]
+        best = sound[0] if self.method.guard or auto else 0
+        if not held.samples:
+            return _Choice(found[best], ridges[best], None, None, True)
         if auto:
             losses = {i: held.residual(found[i].coefficients, found[i].constant) for i in sound}
             least = min(losses.values())
@@ -158,26 +160,30 @@ class Fitting:
     def _guarded(
         self, plan: Plan, reports: tuple[StepReport, ...]
     ) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
-        """The fit if its final states on held-out samples are no worse than the base's; else the base, and a warning."""
+        """The fit if its final states are clearly nearer the truth than the base's; else the base, and a warning."""
         outcome: dict[str, Any] = {"base": None, "fit": None, "fell_back": False, "reference": "none"}
         if not (self.method.guard and self.held_out and any(r.accepted for r in reports)):
             return plan, reports, outcome
         base = trace(
             self.method.base_solver, plan.schedule, torch.tensor(plan.grid, dtype=_F64, device="cpu"), consistent=False
         )
-        sums = torch.zeros(2, 5, dtype=_F64, device="cpu")  # of the held-out samples, and of all that have a reference
+        sums = torch.zeros(2, 6, dtype=_F64, device="cpu")  # of the held-out samples, and of all that have a reference
         for chunk in self.chunks:
             sums += self._endpoint_sums(chunk, base, len(plan.code))
         sums = self.gather.sum(sums)
-        count = sums[:, 4].clamp_min(1.0)
-        (by_base, by_fit, size, _), (all_base, all_fit, _, _) = (sums[:, :4].T / count).T.sqrt().tolist()
+        means = sums[:, :5] / sums[:, 5:].clamp_min(1.0)
+        (by_base, by_fit, size), (all_base, all_fit, _) = means[:, :3].sqrt().tolist()
         rounding = 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps * size
-        gain = (sums[1, 0] - sums[1, 1]) / count[1]
-        spread = float(((sums[1, 3] / count[1] - gain.square()) / count[1]).clamp_min(0.0).sqrt())
-        # A sample in a hundred may end in another mode, and few of those are among the fit's own: a fit that gains on most
-        # samples what it loses on those has to be better beyond doubt.
-        clear = float(gain) > _DOUBT * spread or all_fit <= rounding or not math.isfinite(all_base)
-        worse = not (clear and by_fit <= by_base + rounding)
+        asked, share = int(sums[1, 5]), float(means[1, 4])
+        gain = float(means[1, 0] - means[1, 1])
+        spread = math.sqrt(max(float(means[1, 3]) - gain**2, 0.0) / (asked - 1)) if asked > 1 else math.inf
+        # Where a sample in a hundred ends in another mode, those make most of a mean, and few of them are among these: a
+        # fit has to be better on most samples, and in the mean by more than chance would make of so few.
+        doubt = float(student_t.isf(normal.sf(_DOUBT), asked - 1)) if asked > 1 else math.inf
+        clear = gain > doubt * spread and share >= 0.5
+        lost = not math.isfinite(by_base + all_base)  # the base has nowhere to fall back to
+        kept = all_fit <= rounding or (clear and by_fit <= by_base + rounding) or (lost and math.isfinite(all_fit))
+        worse = not kept
         reference = self.teacher.way if self.teacher is not None else {"solver": "expab4", "steps": 60}
         outcome |= {
             "base": by_base if math.isfinite(by_base) else None,
@@ -187,29 +193,28 @@ class Fitting:
         }
         if not worse:
             return plan, reports, outcome
-        asked = self.held_out if self.teacher is None else self.total
         warnings.warn(
             f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends {by_fit:.3g} "
             f"from the truth, the base {by_base:.3g} (root mean square); on {asked} samples its mean square differs from the "
-            f"base's by {-float(gain):+.2g}, standard error {spread:.2g}, and has to be lower by {_DOUBT:g} of those. So the "
-            "base is kept. Fit on more samples, with other terms or another target (target='trajectory' repairs earlier "
-            "error), with a ridge, or pass guard=False to have the fit anyway.",
+            f"base's by {-gain:+.2g}, standard error {spread:.2g}, and has to be lower by {doubt:.3g} of those, and on at "
+            f"least half of them, not {share:.0%}. So the base is kept. Fit on more samples, with other terms or another "
+            "target (target='trajectory' repairs earlier error), with a ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
             stacklevel=5,
         )
         return replace(base, name=plan.name), tuple(_refused(r) for r in reports), outcome
 
     def _endpoint_sums(self, chunk: Chunk, base: Plan, final: int) -> Tensor:
-        """Over a chunk's held-out samples, and over all of it where the teacher knows where those should end, [2, 5].
+        """Over a chunk's held-out samples, and over all of it where the teacher knows where those should end, [2, 6].
 
         Mean squares per component of the errors of base and fit and of the reference, the squared difference of the first
-        two, and the number of samples.
+        two, whether the fit's is the lower, and the number of samples.
         """
         cut, own = self._cut(chunk), chunk.samples
         n = len(own.initial)
         first = 0 if self.teacher is not None else cut
         if first == n:
-            return torch.zeros(2, 5, dtype=_F64, device="cpu")
+            return torch.zeros(2, 6, dtype=_F64, device="cpu")
         ode, x = own.ode.subset(slice(first, n), n), own.initial[first:].to(chunk.device)
         if self.teacher is not None:
             exact = self.teacher.at(self.times[-1], own.index)
@@ -222,7 +227,8 @@ class Fitting:
         by_fit = chunk.values[final][first:].double()
         parts = [by_base - exact, by_fit - exact, exact]
         rows = torch.stack([p.flatten(1).square().mean(dim=1) for p in parts], dim=1)
-        rows = torch.cat([rows, (rows[:, :1] - rows[:, 1:2]).square(), torch.ones_like(rows[:, :1])], dim=1)
+        gap = rows[:, :1] - rows[:, 1:2]
+        rows = torch.cat([rows, gap.square(), (gap >= 0).double(), torch.ones_like(gap)], dim=1)
         return torch.stack([rows[cut - first :].sum(dim=0), rows.sum(dim=0)])
 
 

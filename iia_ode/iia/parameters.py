@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..ode import ProbabilityFlowODE, conversion
-from ..plan import Combine, Evaluate, PerCondition, Plan
+from ..plan import Combine, Evaluate, LinearMap, PerCondition, Plan, Projections
 from ..plan.plan import Instruction
 from ..schedules import Schedule
 
@@ -42,22 +42,31 @@ class Parameters:
     size when its time moves. Times count as log sigma/alpha, so that steps of one size mean the same at every level. The
     first time is where the initial state is, and stays.
 
+    Where weights are linear maps over a decomposition, a weight is a number for each of its groups. By default these move
+    together, so that what the groups differ by stays as it is; with `per_group` each moves on its own.
+
     Parameters
     ----------
-    plan : with numbers as weights; constants are kept as they are.
+    plan : with numbers as weights, or linear maps over one decomposition; constants are kept as they are.
     learn_grid : whether the times are parameters.
     sigma_min : level sigma/alpha below which none of them is moved.
+    per_group : whether each group of a linear map has a parameter of its own.
 
     Raises
     ------
-    InputError : the plan has weights that are tensors or maps, or constants per condition.
+    InputError : the plan has weights that are tensors, maps over several decompositions, or constants per condition.
     """
 
-    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0) -> None:
+    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0, per_group: bool = False) -> None:
         form = plan.canonical()
         rows = [*form.states, form.final]
-        if any(isinstance(w, Tensor) or not isinstance(w, float | int) for row in rows for w in row.weights.values()):
-            raise InputError(f"{plan.name} has weights that are not numbers: those cannot be refined.")
+        found = [w for row in rows for w in row.weights.values()]
+        if any(isinstance(w, Tensor) or not isinstance(w, float | int | LinearMap) for w in found):
+            raise InputError(f"{plan.name} has weights that are not numbers or linear maps: those cannot be refined.")
+        maps = [w.projections for w in found if isinstance(w, LinearMap)]
+        if any(p != maps[0] for p in maps):
+            raise InputError(f"{plan.name} has linear maps over several decompositions: it cannot be refined.")
+        self.projections: Projections | None = maps[0] if maps else None
         if any(isinstance(row.constant, PerCondition) for row in rows):
             raise InputError(f"{plan.name} has constants per condition: refine the plan that follows its warm start.")
         self.schedule, self.name, self.grid_end = plan.schedule, plan.name, plan.grid[-1]
@@ -71,13 +80,22 @@ class Parameters:
         self._times = list(times)
         self._end_size = math.hypot(self.schedule.alpha(self.grid_end), self.schedule.sigma(self.grid_end))
         self.entries = [(r, j) for r in range(len(rows)) if r not in self.fixed for j in range(min(r, len(times)) + 1)]
-        weights = []
-        for r, j in self.entries:
-            weight = float(rows[r].weights.get(j, 0.0))
-            weights.append(weight * (self._size(self.start) if j == 0 else 1.0) / self._row_size(r, None))
-        self.initial = torch.tensor(
-            weights + [math.log(self.schedule.noise_to_signal(t)) for t in self.moving], dtype=_F64, device="cpu"
-        )
+        groups = 1 if self.projections is None else self.projections.count
+        # A weight of G groups is its fixed part, plus its own parameters times the basis: the ones, or the unit vectors.
+        self._basis = torch.eye(groups, dtype=_F64, device="cpu")
+        if not per_group:
+            self._basis = torch.ones(1, groups, dtype=_F64, device="cpu")
+        weights = torch.zeros(len(self.entries), groups, dtype=_F64, device="cpu")
+        for row, (r, j) in zip(weights, self.entries, strict=True):
+            weight = rows[r].weights.get(j, 0.0)
+            size = (self._size(self.start) if j == 0 else 1.0) / self._row_size(r, None)
+            row[:] = weight.coefficients * size if isinstance(weight, LinearMap) else float(weight) * size
+        sizes = torch.ones(1, dtype=_F64, device="cpu") if self.projections is None else self.projections.sizes
+        own = weights if per_group else (weights @ sizes / sizes.sum())[:, None]
+        self._fixed_part = weights - own @ self._basis
+        self.weights = own.numel()
+        levels = [math.log(self.schedule.noise_to_signal(t)) for t in self.moving]
+        self.initial = torch.cat([own.reshape(-1), torch.tensor(levels, dtype=_F64, device="cpu")])
 
     def __len__(self) -> int:
         return len(self.initial)
@@ -91,13 +109,13 @@ class Parameters:
 
     def times(self, theta: Tensor) -> list[float]:
         """The times of the evaluations, in order."""
-        levels = theta[len(self.entries) :].tolist()
+        levels = theta[self.weights :].tolist()
         found = [_time(self.schedule, level) for level in levels]
         return [t if m is None else found[m] for t, m in zip(self._times, self._time_of, strict=True)]
 
     def valid(self, theta: Tensor) -> bool:
         """Whether all parameters are finite and the times still run in the direction and the order of the grid."""
-        if not bool(torch.isfinite(theta).all()) or bool((theta[len(self.entries) :].abs() > 50).any()):
+        if not bool(torch.isfinite(theta).all()) or bool((theta[self.weights :].abs() > 50).any()):
             return False
         times = [*self.times(theta), self.grid_end]
         sign = math.copysign(1.0, self.grid_end - self.start)
@@ -113,7 +131,7 @@ class Parameters:
 
         A level that hardly matters at the end may otherwise be sent anywhere, and take every other parameter's step with it.
         """
-        first = len(self.entries)
+        first = self.weights
         if first == len(theta):
             return tried
         levels = theta[first:]
@@ -132,11 +150,12 @@ class Parameters:
 
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:
         """The plan with these parameters: one step per distinct time of an evaluation, and one to the end."""
-        times, values = self.times(theta), theta.tolist()
-        weights: list[dict[int, float]] = [{} for _ in range(len(times) + 1)]
-        for (r, j), value in zip(self.entries, values, strict=False):
-            size = self._row_size(r, times) / (self._size(self.start) if j == 0 else 1.0)
-            weights[r][j] = value * size
+        times = self.times(theta)
+        weights: list[dict[int, float | LinearMap]] = [{} for _ in range(len(times) + 1)]
+        values = self._fixed_part + theta[: self.weights].reshape(len(self.entries), -1) @ self._basis
+        for (r, j), value in zip(self.entries, values, strict=True):
+            value = value * (self._row_size(r, times) / (self._size(self.start) if j == 0 else 1.0))
+            weights[r][j] = float(value[0]) if self.projections is None else LinearMap(self.projections, value)
         code: list[Instruction] = []
         outputs: list[int] = [0]  # the vector of the initial state, then of each data estimate
         grid = [self.start]
@@ -149,7 +168,7 @@ class Parameters:
             lands = last or (times[r] != self.start and (r + 1 == len(times) or times[r + 1] != times[r]))
             if lands:
                 grid.append(self.grid_end if last else times[r])
-            terms = tuple((outputs[j], w) for j, w in row.items() if w != 0.0)
+            terms = tuple((outputs[j], w) for j, w in row.items() if isinstance(w, LinearMap) or w != 0.0)
             code.append(Combine(terms, self.constants[r], len(grid) - 1 if lands else None))
             if not last:
                 code.append(Evaluate(len(code), times[r], "data"))
@@ -182,12 +201,14 @@ class Parameters:
         def spread(values: Tensor) -> Tensor:
             return values.to(x.dtype).reshape(shape)
 
-        host = theta[len(self.entries) :].tolist()
+        host = theta[self.weights :].tolist()
         levels = [self._level(ode.prediction, v) for v in host]
-        moves = [leaf[:, len(self.entries) + m] - v for m, v in enumerate(host)]  # zero, with the gradient of the level
-        by_row: list[list[tuple[int, int]]] = [[] for _ in range(len(self._times) + 1)]
+        moves = [leaf[:, self.weights + m] - v for m, v in enumerate(host)]  # zero, with the gradient of the level
+        by_row: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(self._times) + 1)]
+        own = leaf[:, : self.weights].reshape(len(x), len(self.entries), -1) @ self._basis.to(leaf.device)
+        own = own + self._fixed_part.to(leaf.device)
         for p, (r, j) in enumerate(self.entries):
-            by_row[r].append((j, p))
+            by_row[r].append((j, own[:, p]))  # [B, groups]
         values, state = [x], x
         for r, row in enumerate(by_row):
             moving = self._time_of[r] if r < len(self._times) else None
@@ -198,10 +219,14 @@ class Parameters:
                 if moving is not None:
                     size, slope = levels[moving].size
                     scale = size + slope * moves[moving]
-                state = torch.zeros_like(x)
-                for j, p in row:
-                    own = leaf[:, p] * scale / (self._size(self.start) if j == 0 else 1.0)
-                    state = state + spread(own) * values[j]
+                parts = [(values[j], w * scale[:, None] / (self._size(self.start) if j == 0 else 1.0)) for j, w in row]
+                if self.projections is None:
+                    state = torch.zeros_like(x)
+                    for value, w in parts:
+                        state = state + spread(w) * value
+                else:
+                    ready = [tuple(v.to(x.dtype) for v in self.projections.prepare(w)) for _, w in parts]
+                    state = self.projections.combine(list(zip([v for v, _ in parts], ready, strict=True)))
                 constant = self.constants[r]
                 if constant is not None:
                     state = state + constant.to(x)

@@ -17,7 +17,7 @@ from ..grids import karras
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start, trace
 from ..solvers import get_solver
-from .budgets import Budget, Ingredient, budget_of
+from .budgets import AGAIN, Budget, Ingredient, budget_of
 from .chunks import device_of
 from .endpoint import by_robust_error, endpoint_errors, robust_mean
 from .fit import IIA
@@ -26,8 +26,10 @@ from .initial import initial_states, smallest_level, start_time
 from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition
-from .search import Fit, LeapGrid, leap_grids, search_grid, search_levels
+from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
 from .teacher import Teacher
+from .variants import SCALARS, variants_of
+from .warm_start import WarmStart
 
 __all__ = ["fit"]
 
@@ -133,7 +135,9 @@ class _Job:
         self.ode, self.nfe, self.x, self.start, self.sigma_min = ode, nfe, x, start, sigma_min
         self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
         self.train = len(x) - min(max(1, round(held_out * len(x))), len(x) - 1)
-        self.method = IIA("ddim", terms="window", target="trajectory", history=2, ridge="auto", name=f"iia-{nfe}")
+        self.method = IIA(
+            "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{nfe}"
+        )
         self.found: list[_Found] = []
         self.teacher: Teacher
 
@@ -158,7 +162,10 @@ class _Job:
             routes = self._closed_form()
             if self.budget.starts:
                 self._refined(routes)
-        return self._result(spent.evaluations, spent.samples, time.perf_counter() - begun)
+            best = self._choice()
+            plan, fitted, backward = self._finished(best)
+        samples = spent.samples + backward
+        return self._result(best, plan, fitted, spent.evaluations, samples, time.perf_counter() - begun)
 
     # ---- stages --------------------------------------------------------------------------------------------------------
 
@@ -202,23 +209,17 @@ class _Job:
                 pass
             error = None if plan is None else self._errors(plan)
         if plan is not None and error is not None:
-            self._add(f"{_BASELINE}, not fitted", plan, error, cost, None)
+            self._add(_Found(self._ingredient(f"{_BASELINE}, not fitted", error, cost), plan, error))
 
     def _candidates(self, scale: float) -> list[LeapGrid]:
         return leap_grids(self._top(), scale)
 
     def _closed_form(self) -> list[Route]:
         """Weights in closed form on the best grid of each way to start, with all training samples; best route first."""
-        own = slice(0, self.train)
-        ode, x, teacher = self._part(own)
+        _, _, teacher = self._part(slice(0, self.train))
         scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
-        with self._stage() as search:
-            cold = LeapGrid(scale, 0.1 * scale)
-            routes = [Route(None)]
-            if self.nfe > 1:
-                cold = self._searched(routes[0], self._candidates(scale))
-                routes = [self._freed(Route(None, cold))]
-        costs = [search]
+        routes = self._routes(Route(None), self._candidates(scale) if self.nfe > 1 else [])
+        cold = routes[0].family or LeapGrid(scale, 0.1 * scale)
         near = [
             LeapGrid(scale * first, last, cold.rho)
             for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
@@ -226,23 +227,41 @@ class _Job:
         ]
         for start in self._starts(teacher) if self.budget.warm_starts else []:
             try:
-                with self._stage() as search:
-                    routes.append(self._freed(Route(start, self._searched(Route(start), near))))
-                costs.append(search)
+                routes += self._routes(Route(start), near)
             except IIAError as error:
-                self.say(f"{start.name}: not possible here ({str(error).splitlines()[0]})")
-        for route, search in zip(routes, costs, strict=True):
-            tried: list[tuple[bool, Tensor]] = []
-            for intercept in (False, True) if route.start is None else (False,):
-                with self._stage() as cost:
-                    method = replace(self.method, intercept=intercept, guard=False)
-                    plan, fitted = route.fit(method, self._grid(route), ode, x, teacher, self.chunk_size, held_out=0.2)
-                    tried.append((intercept, self._errors(plan)))
-                if not intercept:  # what was tried first on a grid bears the cost of finding it
-                    cost.samples, cost.seconds = cost.samples + search.samples, cost.seconds + search.seconds
-                self._add(f"{route.name}{', intercept' if intercept else ''}", plan, tried[-1][1], cost, fitted)
-            route.intercept, route.errors = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0]
+                self.say(f"warm start {start.name}: not possible here ({str(error).splitlines()[0]})")
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
+
+    def _routes(self, route: Route, candidates: list[LeapGrid]) -> list[Route]:
+        """For a way to start: the grid, found with scalars, what else its weights may be, and the fits of both."""
+        ode, x, teacher = self._part(slice(0, self.train))
+        with self._stage() as search:
+            if candidates:
+                route.grid = route.family = self._searched(route, candidates)
+            chosen = self._freed(self._varied(route))
+        routes = [chosen] if chosen.variant is SCALARS else [replace(chosen, variant=SCALARS), chosen]
+        for own in routes:
+            with self._stage() as cost:
+                plan, fitted = own.fit(self.method, self._grid(own), ode, x, teacher, self.chunk_size, held_out=0.2)
+                own.errors = self._errors(plan)
+            if own is routes[0]:  # what is made first on a grid bears the cost of finding it
+                cost.samples, cost.seconds = cost.samples + search.samples, cost.seconds + search.seconds
+            own.fitted = fitted
+            self._add(_Found(self._ingredient(own.name, own.errors, cost), plan, own.errors, own))
+        return routes
+
+    def _varied(self, route: Route) -> Route:
+        """The route with the weights that do best on its grid, on halves of the training samples that they do not see."""
+        variants = variants_of(self.x.shape[1:], intercepts=route.start is None)
+        if len(variants) < 2 or self.train < 4:
+            return route
+        tried = []
+        for variant in variants:
+            own = replace(route, variant=variant)
+            bench = Bench(*self._search(own), self.chunk_size)
+            tried.append((own, bench.judge(self._grid(own), self.train)))
+        best = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0][0]
+        return best if bool(torch.isfinite(torch.cat([e for _, e in tried])).any()) else route
 
     def _starts(self, teacher: Teacher) -> list[Start]:
         """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes."""
@@ -289,7 +308,7 @@ class _Job:
 
     def _search(self, route: Route) -> tuple[Fit, ProbabilityFlowODE, Tensor, Teacher, int]:
         """What a search for a grid is about: how to fit, to what, and how many intervals there are."""
-        plain = replace(self.method, guard=False, ridge=_RIDGE)
+        plain = replace(self.method, ridge=_RIDGE)
 
         def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
             return route.fit(plain, grid, ode, x, teacher, self.chunk_size)[0]
@@ -298,93 +317,114 @@ class _Job:
 
     def _refined(self, routes: list[Route]) -> None:
         """Gauss-Newton from the best routes."""
-        held = len(self.x) - self.train
-        target = self.teacher.final.to(self.x)
         own, own_x, own_teacher = self._part(slice(0, self.train))
         for route in routes[: self.budget.starts]:
             with self._stage() as cost:
-                method = replace(self.method, guard=False, ridge=_RIDGE, intercept=route.intercept)
-                grid = self._grid(route)
-                warm, rest, _ = route.parts(method, grid, own, own_x, own_teacher, self.chunk_size)
-                try:
-                    found = refine(
-                        rest,
-                        self.ode,
-                        self.x if warm is None else warm.apply(self.x, self.ode),
-                        target,
-                        held_out=held / len(self.x),
-                        sigma_min=self.sigma_min,
-                        iterations=self.budget.iterations,
-                        probes=self.budget.probes,
-                        chunk_size=self.chunk_size,
-                        seed=self.seed,
-                        progress=self.progress,
-                    )
-                except (IIAError, RuntimeError) as error:
-                    self.say(f"{route.name}, refined: not possible ({str(error).splitlines()[0]})")
+                method = replace(self.method, ridge=_RIDGE)
+                warm, rest, _ = route.parts(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
+                found = self._refine(
+                    f"{route.name}, refined", warm, rest, 1 - self.train / len(self.x), self.budget.iterations
+                )
+                if found is None:
                     continue
                 plan = found.plan if warm is None else warm.then(found.plan)
                 errors = self._errors(plan)
             cost.samples += found.backward
-            name = f"{route.name}{', intercept' if route.intercept else ''}, refined"
-            self._add(name, plan, errors, cost, found)
+            ingredient = self._ingredient(f"{route.name}, refined", errors, cost)
+            self._add(_Found(ingredient, plan, errors, route, found, warm))
+
+    def _refine(
+        self, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
+    ) -> Refinement | None:
+        """The refinement of what follows a warm start, if there is one."""
+        try:
+            return refine(
+                rest,
+                self.ode,
+                self.x if warm is None else warm.apply(self.x, self.ode),
+                self.teacher.final.to(self.x),
+                held_out=held_out,
+                sigma_min=self.sigma_min,
+                iterations=iterations,
+                probes=self.budget.probes,
+                chunk_size=self.chunk_size,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        except (IIAError, RuntimeError) as error:
+            self.say(f"{name}: not possible ({str(error).splitlines()[0]})")
+            return None
+
+    def _finished(self, best: _Found) -> tuple[Plan, FittedSolver | None, int]:
+        """The choice is made: what was chosen is fitted once more, now to all of the noise; and the backward passes of that.
+
+        Its held-out error was that of the fit to the first part, which had less to learn from.
+        """
+        route = best.route
+        if route is None:
+            return best.plan, None, 0
+        if best.refinement is None:
+            return *route.fit(
+                self.method, self._grid(route), self.ode, self.x, self.teacher, self.chunk_size, held_out=0.2
+            ), 0
+        again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
+        if again is None:
+            return best.plan, route.fitted, 0
+        return (again.plan if best.warm is None else best.warm.then(again.plan)), route.fitted, again.backward
 
     # ---- the outcome ---------------------------------------------------------------------------------------------------
 
-    def _result(self, evaluations: int, samples: int, seconds: float) -> FittedSolver:
+    def _choice(self) -> _Found:
         usable = [f for f in self.found if f.ingredient.error is not None]
         if not usable:
             raise InputError("nothing could be fitted: the model is not finite on this noise.")
-        best = by_robust_error(usable, lambda f: f.errors, outliers_too=True)[0]
+        return by_robust_error(usable, lambda f: f.errors, outliers_too=True)[0]
+
+    def _result(
+        self, best: _Found, plan: Plan, fitted: FittedSolver | None, evaluations: int, samples: int, seconds: float
+    ) -> FittedSolver:
         ladder = [replace(f.ingredient, chosen=f is best) for f in self.found]
-        source = next(f.source for f in self.found if isinstance(f.source, FittedSolver))
-        fitted = best.source if isinstance(best.source, FittedSolver) else source
-        reports = best.source.reports if isinstance(best.source, FittedSolver) else ()
-        samples += sum(f.source.backward for f in self.found if isinstance(f.source, Refinement))
+        closed = best.refinement is None and fitted is not None
+        samples += sum(f.refinement.backward for f in self.found if f.refinement is not None)
+        # Whatever is not fitted is described like a fit over it that changes nothing.
+        about = fitted or next(f.route.fitted for f in self.found if f.route is not None and f.route.fitted is not None)
+        reports = about.reports if closed else ()
         recipe = {
             "budget": asdict(self.budget) | {"rounds": [list(r) for r in self.budget.rounds]},
             "ingredients": [asdict(i) for i in ladder],
-            "refinement": best.source.about() if isinstance(best.source, Refinement) else None,
-            "steps": {k: fitted.about[k] for k in ("batch", "held_out")} if reports else None,
+            "refinement": None if best.refinement is None else best.refinement.about(),
+            "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,
         }
-        plan = replace(best.plan, name=f"iia-{self.nfe}")
-        unfitted = {"base": {"name": _BASELINE, "options": {}}} if best.source is None else {}
-        about = (
-            fitted.about
-            | unfitted
-            | {
-                "intercept": any(r.intercept > 0 for r in reports) if reports else fitted.about["intercept"],
-                "batch": len(self.x),
-                "held_out": len(self.x) - self.train,
-                "seed": self.seed,
-                "evaluations": evaluations,
-                "sample_evaluations": samples,
-                "recipe": recipe,
-            }
-        )
         base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
-        about["endpoint"] = about["endpoint"] | {
-            "base": base,
-            "fit": best.ingredient.error,
-            "fell_back": best.source is None,
+        outcome = {"base": base, "fit": best.ingredient.error, "fell_back": best.route is None}
+        more = {
+            "batch": len(self.x),
+            "held_out": len(self.x) - self.train,
+            "endpoint": about.about["endpoint"] | outcome,
+            "seed": self.seed,
+            "evaluations": evaluations,
+            "sample_evaluations": samples,
+            "recipe": recipe,
         }
+        if best.route is None:
+            more["base"] = {"name": _BASELINE, "options": {}}
         self.say(
             f"chosen: {best.ingredient.name}, error {best.ingredient.error:.4g} on held-out noise; {seconds:.0f} s in all"
         )
-        return FittedSolver(plan, reports, about)
+        return FittedSolver(replace(plan, name=f"iia-{self.nfe}"), reports, about.about | more)
 
-    def _add(
-        self, name: str, plan: Plan, errors: Tensor, cost: _Cost, source: FittedSolver | Refinement | None
-    ) -> None:
+    def _ingredient(self, name: str, errors: Tensor, cost: _Cost) -> Ingredient:
         error = robust_mean(errors, math.inf)
-        known = error if math.isfinite(error) else None
-        self.found.append(_Found(Ingredient(name, known, cost.samples, cost.seconds), plan, errors, source))
-        self.say(
-            f"{name}: error {error:.4g} on held-out noise, median {float(errors.median()):.4g} ({cost.seconds:.1f} s)"
-        )
+        return Ingredient(name, error if math.isfinite(error) else None, cost.samples, cost.seconds)
+
+    def _add(self, found: _Found) -> None:
+        self.found.append(found)
+        i = found.ingredient
+        error = "not finite" if i.error is None else f"error {i.error:.4g}, median {float(found.errors.median()):.4g},"
+        self.say(f"{i.name}: {error} on held-out noise ({i.seconds:.1f} s)")
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""
@@ -412,12 +452,14 @@ class _Job:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """Something that was tried, with its errors on held-out noise and where it comes from; None is no fit at all."""
+    """Something that was tried, with its errors on held-out noise, and how it was made; no route is no fit at all."""
 
     ingredient: Ingredient
     plan: Plan
     errors: Tensor
-    source: FittedSolver | Refinement | None
+    route: Route | None = None
+    refinement: Refinement | None = None
+    warm: WarmStart | None = None
 
 
 @dataclass

@@ -86,6 +86,7 @@ def refine(
     held_out: float = 0.25,
     method: str = "gauss-newton",
     learn_grid: bool = True,
+    per_group: bool = False,
     sigma_min: float = 0.0,
     iterations: int | None = None,
     probes: int = 3,
@@ -110,13 +111,15 @@ def refine(
 
     Parameters
     ----------
-    plan : where to start; its weights must be numbers.
+    plan : where to start; its weights must be numbers, or linear maps over one decomposition.
     ode : the model; gradients must flow through it.
     x : initial states [B, ...] at the start of the plan's grid.
     target : where they should end, [B, ...].
     held_out : share of the batch, its last samples, by whose error the best iteration is chosen and the search is stopped.
     method : ``"gauss-newton"`` or ``"adam"``.
     learn_grid : whether the interior times move.
+    per_group : of weights that are linear maps, whether the groups move each on their own; by default they move together,
+        which takes far fewer probes.
     sigma_min : level sigma/alpha below which Gauss-Newton moves no time: the smallest that the model was trained on.
     iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
     probes : sketched rows per sample.
@@ -148,7 +151,13 @@ def refine(
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     job = _Job(
-        Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min), ode, x, target, n - held, chunk_size, checkpointed
+        Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min, per_group=per_group),
+        ode,
+        x,
+        target,
+        n - held,
+        chunk_size,
+        checkpointed,
     )
     steps: Iterator[tuple[Tensor, float]]
     if method == "gauss-newton":
@@ -276,7 +285,7 @@ def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterat
 def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float]]:
     generator = torch.Generator("cpu").manual_seed(0)
     theta = job.parameters.initial.clone()
-    weights = len(job.parameters.entries)
+    weights = job.parameters.weights
     groups = [theta[:weights].clone().requires_grad_(True), theta[weights:].clone().requires_grad_(True)]
     optimiser = torch.optim.Adam([{"params": [g], "lr": rate} for g, rate in zip(groups, rates, strict=True)])
     while True:

@@ -16,6 +16,7 @@ from .fitted import FittedSolver
 from .moments import Moments
 from .search import FreeGrid, LeapGrid
 from .teacher import Teacher
+from .variants import SCALARS, Variant
 from .warm_start import WarmStart
 
 __all__ = ["Route", "Start", "class_condition"]
@@ -42,17 +43,19 @@ class Start:
 
 @dataclass(eq=False)
 class Route:
-    """A way to start, the grid that suits it, whether an intercept helps, and the errors of all that."""
+    """A way to start, the grid that suits it, what the weights are, and the errors of all that on held-out noise."""
 
     start: Start | None
     grid: LeapGrid | FreeGrid | None = None
-    intercept: bool = False
+    family: LeapGrid | None = None  # where the search of the family ended
+    variant: Variant = SCALARS
     errors: Tensor = torch.empty(0)
+    fitted: FittedSolver | None = None  # to the training samples
 
     @property
     def name(self) -> str:
         """What reports call it."""
-        return "closed form" if self.start is None else f"warm start {self.start.name}"
+        return f"{'' if self.start is None else f'warm start {self.start.name}, '}{self.variant.name}"
 
     def parts(
         self,
@@ -64,7 +67,8 @@ class Route:
         chunk: int,
         **options: Any,
     ) -> tuple[WarmStart | None, Plan, FittedSolver]:
-        """The warm start if there is one, the fitted plan from where it ends, and the fit."""
+        """The warm start if there is one, the fitted plan from where it ends, and the fit; `method` less its variant."""
+        method = self.variant.of(method)
         if self.start is None:
             fitted = method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options)
             return None, fitted.plan, fitted

@@ -125,7 +125,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class GridSearch(Generic[_Grid]):
-    """The outcome of a search: all trials in order, and the candidates of the last round, best first."""
+    """The outcome of a search: all trials in order, and what is left of the candidates, best first."""
 
     trials: tuple[Trial, ...]
     ranking: tuple[_Grid, ...]
@@ -155,7 +155,7 @@ def search_grid(
 ) -> GridSearch[LeapGrid]:
     """Successive halving over the candidates, then coordinate descent from the best of them.
 
-    In each trial the samples are cut in half, and each half is judged by a fit to the other; what wins on few samples is
+    In each trial the samples are cut in half, and each half is judged by the `fit` to the other; what wins on few samples is
     tried again on more: neither the noise of a candidate nor its fit decides alone. The teacher costs nothing more,
     whatever the grid. As long as there are others to compare with, a sample in a hundred that ends in another mode counts
     less; in the last round and the descent it counts in full too (``outliers_too`` of
@@ -176,9 +176,10 @@ def search_grid(
     ------
     InputError : no candidate could be fitted.
     """
+    check_rounds(rounds)
     schedule, t_start = ode.schedule, float(teacher.about["t_start"])
     top = schedule.noise_to_signal(t_start) if schedule.alpha(t_start) > 0 else math.inf
-    bench = _Bench(fit, ode, x, teacher, nfe, chunk_size)
+    bench = Bench(fit, ode, x, teacher, nfe, chunk_size)
     floor = max(float(teacher.about["sigma_min"]), schedule.noise_to_signal(schedule.t_data))
     alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
     if nfe == 2:
@@ -231,13 +232,14 @@ def search_levels(
     Raises
     ------
     InputError : the start cannot be fitted, or the step is not above 1.
+    GridError : the start is no grid of so many evaluations.
     """
     if not step > 1:
         raise InputError(f"step is the factor by which levels are moved, above 1, got {step!r}.")
     schedule, t_start = ode.schedule, float(teacher.about["t_start"])
     top = schedule.noise_to_signal(t_start) if schedule.alpha(t_start) > 0 else math.inf
     floor = max(float(teacher.about["sigma_min"]), schedule.noise_to_signal(schedule.t_data))
-    bench = _Bench(fit, ode, x, teacher, nfe, chunk_size)
+    bench = Bench(fit, ode, x, teacher, nfe, chunk_size)
     best = FreeGrid.of(start.times(nfe, schedule, t_start), schedule)
     if not math.isfinite(bench.attempt(best, len(x)).error):
         raise InputError("the grid to start from could not be fitted: the model is not finite on it.")
@@ -245,7 +247,7 @@ def search_levels(
         before = best
         for k in range(len(best.levels)):
             moved = [(*best.levels[:k], best.levels[k] * f, *best.levels[k + 1 :]) for f in (step, 1 / step)]
-            inside = [FreeGrid(m) for m in moved if _decreasing((top, *m, floor))]
+            inside = [FreeGrid(m) for m in moved if _decreasing((top, *m, floor)[k : k + 3])]
             best = bench.ranked([best, *inside], len(x), last=True)[0]
         if report:
             report(f"{len(bench.trials)} grids tried, error {bench.attempt(best, len(x)).error:.4g}")
@@ -253,6 +255,18 @@ def search_levels(
             break
         step = math.sqrt(step)
     return GridSearch(tuple(bench.trials), (best,))
+
+
+def check_rounds(rounds: Sequence[tuple[float, int]]) -> None:
+    """Refuse rounds that are no shares and counts (InputError)."""
+    for share, keep in rounds:
+        if not (0 < share <= 1 and isinstance(keep, int) and keep >= 1):
+            raise InputError(
+                f"a round is a share of the samples, above 0 and at most 1, and a number of candidates to keep, at least 1: "
+                f"got ({share!r}, {keep!r})."
+            )
+    if not rounds:
+        raise InputError("a search needs at least one round.")
 
 
 def samples_of(share: float, batch: int) -> int:
@@ -269,7 +283,7 @@ def _decreasing(levels: Sequence[float]) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
+class Bench:
     """What candidates are tried on; remembers what came of them."""
 
     fit: Fit
@@ -284,20 +298,24 @@ class _Bench:
         """The grid on the first `samples`."""
         known = next((t for t in self.trials if (t.grid, t.samples) == (grid, samples)), None)
         if known is None:
-            self.trials.append(known := Trial(grid, self._errors(grid, samples), samples))
+            try:
+                times = grid.times(self.nfe, self.ode.schedule, float(self.teacher.about["t_start"]))
+                errors = self.judge(times, samples)
+            except GridError:
+                errors = torch.full((samples,), math.inf, dtype=torch.float64, device="cpu")
+            self.trials.append(known := Trial(grid, errors, samples))
         return known
 
     def ranked(self, grids: Sequence[_Grid], samples: int, *, last: bool) -> list[_Grid]:
         """The grids, best first."""
         return by_robust_error(grids, lambda g: self.attempt(g, samples).errors, outliers_too=last)
 
-    def _errors(self, grid: LeapGrid | FreeGrid, samples: int) -> Tensor:
-        """Of all these samples: each half is judged by the fit to the other; infinite where there is no such fit."""
+    def judge(self, times: Tensor, samples: int) -> Tensor:
+        """Errors of the first `samples`: each half is judged by the fit to the other; infinite where there is no such fit."""
         half = max(1, samples // 2)
         halves = (slice(0, half), slice(half, samples)) if samples > 1 else (slice(0, 1), slice(0, 1))
         found, n = [], len(self.x)
         try:
-            times = grid.times(self.nfe, self.ode.schedule, float(self.teacher.about["t_start"]))
             for own, other in (halves, halves[::-1]):
                 plan = self.fit(self.ode.subset(own, n), times, self.x[own], self.teacher.subset(own))
                 found.append(

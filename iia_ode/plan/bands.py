@@ -122,8 +122,8 @@ class Bands(Projections):
         return torch.bincount(self._index.flatten()).double()
 
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """The factor of each coordinate, [*shape]."""
-        return (coefficients[self._index],)
+        """The factor of each coordinate, [..., *shape]."""
+        return (coefficients[..., self._index.to(coefficients.device)],)
 
     def _tables(self) -> tuple[Tensor, ...]:
         return self._transform

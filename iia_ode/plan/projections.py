@@ -64,7 +64,7 @@ class Projections(ABC):
 
     @abstractmethod
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """What applying sum_g c_g P_g needs of the coefficients [G], as tensors on the host."""
+        """What applying sum_g c_g P_g needs of the coefficients [G], or [B, G] for samples with their own; where those are."""
 
     @abstractmethod
     def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor: ...
@@ -189,8 +189,8 @@ class Principal(Projections):
         return torch.tensor([1.0] * k + [float(d - k)], dtype=_F64, device="cpu")
 
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """The difference of each coefficient from the last one, [K], and that one."""
-        return coefficients[:-1] - coefficients[-1], coefficients[-1]
+        """The difference of each coefficient from the last one, [..., K], and that one, [..., 1]."""
+        return coefficients[..., :-1] - coefficients[..., -1:], coefficients[..., -1:]
 
     def _tables(self) -> tuple[Tensor, ...]:
         return (self.directions,)
@@ -265,14 +265,14 @@ class Matrices(Projections):
         return torch.diagonal(self.matrices, dim1=1, dim2=2).sum(1).round()
 
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """The matrix [d, d] of the whole."""
-        return (torch.tensordot(coefficients, self.matrices, dims=1),)
+        """The matrix [..., d, d] of the whole."""
+        return (torch.tensordot(coefficients, self.matrices.to(coefficients.device), dims=1),)
 
     def _tables(self) -> tuple[Tensor, ...]:
         return ()
 
     def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor:
-        total = torch.stack([x.reshape(len(x), -1) @ matrix for x, (matrix,) in parts]).sum(0)
+        total = torch.stack([x.reshape(len(x), 1, -1) @ matrix for x, (matrix,) in parts]).sum(0)
         return total.reshape(parts[0][0].shape)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
