@@ -15,6 +15,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import torch
 from common import (
     CHUNK,
     DEFAULT,
@@ -38,8 +39,6 @@ from common import (
     table,
     write_page,
 )
-
-import torch
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
@@ -163,8 +162,8 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: list[st
                 unfitted, own.ode, own.x, teacher, nfe, leap_grids(setting.sigma_max, scale),
                 rounds=budget.rounds, descent=budget.descent,
             )  # fmt: skip
-        spent += counted.samples
             levels = search_levels(unfitted, own.ode, own.x, teacher, nfe, search.best, passes=1)
+        spent += counted.samples
         tried.append((error_of(leap_plan(solver, name, nfe, levels.best), own), solver, levels.best))
         spent += nfe * len(own.x)
     error, solver, grid = min(tried, key=lambda entry: entry[0])
@@ -452,12 +451,16 @@ def winners(found: Found, nfes: list[int]) -> str:
             if best
             else "-"
         )
-        grid = (
-            f"`{leap['solver']}`, {', '.join(f'{v:.2g}' for v in leap['levels'])}" if leap else "-"
-        )
+        grid = f"`{leap['solver']}`, {', '.join(f'{v:.2g}' for v in leap['levels'])}" if leap else "-"
         chosen = [found[n].get(b, {}).get("chosen", "-") for b in BUDGETS]
         lines.append([str(n), plain, how, grid, *chosen])
-    head = ["NFE", "best classic", "search", "best classic on a leap grid, its levels", *(f"{b} chose" for b in BUDGETS)]
+    head = [
+        "NFE",
+        "best classic",
+        "search",
+        "best classic on a leap grid, its levels",
+        *(f"{b} chose" for b in BUDGETS),
+    ]
     return table(head, lines, left=len(head))
 
 
