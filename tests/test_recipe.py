@@ -1,6 +1,7 @@
 """One call, and the search for grids behind it: what people who only want a good solver are promised."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,8 @@ from iia_ode.iia.budgets import BUDGETS, Budget
 from iia_ode.iia.endpoint import by_robust_error
 from iia_ode.iia.recipe import fit
 from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
+from iia_ode.iia.variants import SCALARS, variants_of
+from iia_ode.plan import Bands
 
 F64 = torch.float64
 QUICK = Budget(teacher_steps=50, rounds=((0.25, 3), (0.5, 2)), descent=1)
@@ -79,9 +82,14 @@ def test_a_bigger_budget_is_not_worse_and_the_report_says_what_it_gained():
 def test_what_is_said_to_be_spent_is_what_was_spent():
     ode = mixture().ode(iia.EDM())
     with ode.counting() as spent:
-        found = quiet(ode, 4, noise(), budget=QUICK)
-    assert found.about["recipe"]["sample_evaluations"] == spent.samples
-    assert sum(i["sample_evaluations"] for i in found.about["recipe"]["ingredients"]) < spent.samples
+        found = quiet(ode, 4, noise(), budget=QUICK, chunk_size=16)
+    recipe = found.about["recipe"]
+    assert recipe["sample_evaluations"] == spent.samples
+    parts = [*recipe["ingredients"], recipe["teacher"], recipe["last"]]
+    timed = 2 * 16
+    assert sum(p["sample_evaluations"] for p in parts) + timed == spent.samples
+    assert recipe["teacher"]["sample_evaluations"] == 51 * 80
+    assert recipe["last"]["sample_evaluations"] == 4 * 80
 
 
 @pytest.mark.parametrize("budget", [QUICK, REFINED])
@@ -112,11 +120,13 @@ def test_noise_may_be_given_as_noise_or_as_initial_states_or_as_a_shape():
             quiet(ode, 3, **bad)
 
 
+@pytest.mark.parametrize("warm_starts", [False, True])
 @pytest.mark.parametrize("nfe", [1, 2, 3])
-def test_very_few_evaluations_work_too(nfe):
+def test_very_few_evaluations_work_too(nfe, warm_starts):
     ode = mixture().ode(iia.EDM())
-    found = quiet(ode, nfe, noise(), budget=REFINED)
+    found = quiet(ode, nfe, noise(), budget=replace(REFINED, warm_starts=warm_starts))
     assert found.nfe == nfe
+    assert any("warm start" in i["name"] for i in found.about["recipe"]["ingredients"]) == warm_starts
     x = start_of(found, noise(seed=1))
     assert median_error(ode, found, x) <= 1.02 * median_error(ode, iia.get_solver("ddim"), x, found.grid)
 
@@ -226,10 +236,8 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
         search_grid(closed, ode, x, teacher, 6, [])
 
 
-@given(
-    st.lists(st.floats(0.01, 70.0), min_size=1, max_size=8, unique=True),
-    st.sampled_from([iia.EDM(), iia.VP(), iia.FlowMatching()]),
-)
+@every_schedule
+@given(levels=st.lists(st.floats(0.01, 70.0), min_size=1, max_size=8, unique=True))
 def test_a_free_grid_has_the_levels_it_was_given_on_every_schedule(levels, schedule):
     levels = sorted(levels, reverse=True)
     assume(all(a > 1.01 * b for a, b in pairwise(levels)))
@@ -253,14 +261,30 @@ def test_levels_moved_one_by_one_end_nearer_the_truth_than_the_family_they_come_
     poor = LeapGrid(40.0, 0.01, 7.0)
     said = []
     found = search_levels(closed, ode, x, teacher, 5, poor, passes=3, report=said.append)
-    assert len(found.best.levels) == 4 and len(said) <= 3
-    start = found.trials[0]
-    assert start.grid == FreeGrid.of(poor.times(5, ode.schedule, 80.0), ode.schedule)
-    best = next(t for t in found.trials if t.grid == found.best)
-    assert best.error < 0.8 * start.error
+    assert len(found.best.levels) == 4 and 1 <= len(said) <= 3
+    assert found.trials[0].grid == FreeGrid.of(poor.times(5, ode.schedule, 80.0), ode.schedule)
     assert all(t.samples == len(x) == len(t.errors) for t in found.trials)
+    fresh, z = get_setting("mixture").draw(400, 1)
+    exact = Teacher.solve(fresh, z, 80.0, 0.0).final
+    errors = []
+    for grid in (poor, found.best):
+        plan = closed(ode, grid.times(5, ode.schedule, 80.0), x, teacher)
+        errors.append(float((iia.sample(fresh, z, solver=plan) - exact).square().mean().sqrt()))
+    assert errors[1] < 0.8 * errors[0]
     with pytest.raises(iia.InputError, match="step"):
         search_levels(closed, ode, x, teacher, 5, poor, step=1.0)
+
+
+def test_two_levels_close_together_do_not_hold_the_others():
+    ode, x = get_setting("mixture").draw(40, 0)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0)
+
+    def plain(ode, grid, x, teacher):
+        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+
+    found = search_levels(plain, ode, x, teacher, 5, FreeGrid((40.0, 39.9, 1.0, 0.02)), passes=1)
+    moved = {t.grid.levels[3] for t in found.trials}
+    assert len(moved) > 1
 
 
 def test_every_sample_of_a_trial_is_judged_by_a_fit_that_did_not_see_it():
@@ -279,6 +303,54 @@ def test_every_sample_of_a_trial_is_judged_by_a_fit_that_did_not_see_it():
     final = iia.sample(ode, x, grid.times(4, ode.schedule, 80.0), "ddim")
     own = (final - teacher.final).square().mean(dim=1).sqrt()
     assert torch.allclose(found.trials[0].errors, own, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "kinds"), [((5,), 2), ((2, 9), 2), ((1, 8, 8), 4), ((3, 16, 16), 4), ((3, 2, 2), 2)])
+def test_bands_are_tried_for_images_only_and_intercepts_for_everything(shape, kinds):
+    found = variants_of(shape, intercepts=True)
+    assert found[0] is SCALARS and len(found) == kinds
+    assert [v.name for v in found if not v.intercept] == [v.name for v in variants_of(shape, intercepts=False)]
+    for v in found:
+        method = v.of(IIA("ddim", "window", "trajectory", history=2))
+        assert method.intercept == v.intercept == v.name.endswith("intercept") and method.history == 2
+
+
+def test_images_whose_energy_falls_with_frequency_get_weights_per_band_and_survive_their_file(tmp_path):
+    """Gaussian images with a spectrum: a weight for each of its bands would be exact, and one for all is not."""
+    shape = (3, 8, 8)
+    bands = Bands(shape, 4, "luma-chroma")
+    spread = torch.tensor([3.0, 1.0, 0.4, 0.2, 1.0, 0.3, 0.1, 0.05], dtype=F64)
+
+    def model(x, t):
+        t = torch.as_tensor(t).reshape(-1)[0]
+        return bands.apply(x, spread.square() / (spread.square() + t * t))
+
+    ode = iia.ProbabilityFlowODE(model, iia.EDM())
+    z = torch.randn((64, *shape), dtype=F64, generator=torch.Generator().manual_seed(0))
+    refined = replace(REFINED, iterations=2)
+    found = quiet(ode, 3, z, budget=refined)
+    tried = {i["name"]: i["error"] for i in found.about["recipe"]["ingredients"]}
+    best = next(name for name in tried if name.startswith("bands") and "refined" not in name)
+    assert tried[best] < 0.1 * tried["scalars"]
+    assert any(name.startswith("bands") and "refined" in name for name in tried)
+    fresh = torch.randn((32, *shape), dtype=F64, generator=torch.Generator().manual_seed(1))
+    again = iia.load(found.save(tmp_path / "fit.safetensors"))
+    x = start_of(found, fresh)
+    assert torch.equal(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=found))
+
+
+def test_what_is_chosen_is_fitted_once_more_to_all_of_the_noise():
+    ode = mixture().ode(iia.EDM())
+    found = quiet(ode, 4, noise(), budget=QUICK)
+    chosen = next(i for i in found.about["recipe"]["ingredients"] if i["chosen"])
+    grid, x = found.grid, 80.0 * noise()
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=50)
+    method = IIA(
+        "ddim", "window", "trajectory", history=2, ridge="auto", guard=False, intercept="intercept" in chosen["name"]
+    )
+    whole = method.fit(ode, grid, x, teacher=teacher, held_out=0.2)
+    assert found.plan.difference(whole.plan) < 1e-9
+    assert found.about["recipe"]["steps"] == {"batch": 80, "held_out": 16}
 
 
 def test_one_outlier_does_not_decide_between_candidates():

@@ -10,10 +10,11 @@ from support import every_prediction, every_schedule, gaussian, mixture
 from torch import nn
 
 import iia_ode as iia
-from iia_ode.iia import Teacher
+from iia_ode.iia import IIA, Teacher, Window
 from iia_ode.iia.endpoint import robust_mean
 from iia_ode.iia.parameters import Parameters
 from iia_ode.iia.refine import refine
+from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
 
 F64 = torch.float64
 
@@ -79,6 +80,65 @@ def test_gradients_per_sample_are_those_of_finite_differences(schedule):
         step[p] = 1e-5
         expected = (value(theta + step) - value(theta - step)) / 2e-5
         torch.testing.assert_close(found[:, p], expected, rtol=2e-5, atol=2e-6)
+
+
+def structured(schedule, seed=0):
+    """A plan whose weights are maps: a fit of one weight per band."""
+    shape = (2, 4, 4)
+    window = Window(2, torch.eye(2, dtype=F64), shape)
+    ode = iia.ProbabilityFlowODE(lambda x, t: 0.4 * torch.tanh(x.cumsum(-1)), schedule)
+    t = schedule.t_of_noise_to_signal(40.0)
+    z = torch.randn((12, *shape), dtype=F64, generator=torch.Generator().manual_seed(seed))
+    x = math.hypot(schedule.alpha(t), schedule.sigma(t)) * z
+    method = IIA("ddim", terms=window, target="local", ridge=1e-3, guard=False, intercept=True)
+    return method.fit(ode, levels(schedule, 40.0, 4.0, 0.5), x).plan, ode, x
+
+
+@pytest.mark.parametrize("schedule", [iia.EDM(), iia.VP()], ids=["EDM", "VP"])
+def test_weights_that_are_maps_are_parameters_too(schedule):
+    plan, ode, x = structured(schedule)
+    parameters = Parameters(plan)
+    theta = parameters.initial
+    again = parameters.plan(theta)
+    torch.testing.assert_close(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=plan), rtol=1e-9, atol=1e-9)
+    final, leaf = parameters.run(ode, x, theta)
+    torch.testing.assert_close(final.detach(), iia.sample(ode, x, solver=plan), rtol=1e-8, atol=1e-8)
+    probe = torch.randn(final.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad(final, leaf, probe)
+    for p in range(len(theta)):
+        step = torch.zeros_like(theta)
+        step[p] = 1e-5
+        ends = [(parameters.plan(theta + s).run(ode, x) * probe).flatten(1).sum(dim=1) for s in (step, -step)]
+        torch.testing.assert_close(found[:, p], (ends[0] - ends[1]) / 2e-5, rtol=2e-5, atol=2e-6)
+
+
+def test_a_plan_of_maps_is_refined_and_its_bands_differ_as_before():
+    plan, ode, x = structured(iia.EDM())
+    found = refine(plan, ode, x, truth(ode, x), held_out=0.0, probes=8, outliers=math.inf)
+    assert found.gain < 0.5
+    spread = []
+    for p in (plan, found.plan):
+        weights = p.canonical().final.weights
+        spread.append(
+            [w.coefficients - w.coefficients.mean() for _, w in sorted(weights.items()) if isinstance(w, LinearMap)]
+        )
+    assert len(spread[0]) == len(spread[1]) > 0
+    for before, after in zip(*spread, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
+
+
+def test_maps_over_two_decompositions_are_refused():
+    shape = (1, 4, 4)
+    a, b = (LinearMap(p, torch.tensor([0.1, 0.2], dtype=F64)) for p in (Bands(shape, 2), Matrices(halves(), shape)))
+    code = (Combine(((0, a),), step=1), Evaluate(1, 1.0, "data"), Combine(((2, b),), step=2))
+    with pytest.raises(iia.IIAError, match="decomposition"):
+        Parameters(Plan(iia.EDM(), (40.0, 1.0, 0.0), code, "mixed"))
+
+
+def halves():
+    """The first and the second half of 16 components."""
+    first = torch.diag((torch.arange(16) < 8).double())
+    return torch.stack([first, torch.eye(16, dtype=F64) - first])
 
 
 def test_checkpointing_changes_nothing_but_memory():

@@ -42,22 +42,21 @@ class Parameters:
     size when its time moves. Times count as log sigma/alpha, so that steps of one size mean the same at every level. The
     first time is where the initial state is, and stays.
 
-    Where weights are linear maps over a decomposition, a weight is a number for each of its groups. By default these move
-    together, so that what the groups differ by stays as it is; with `per_group` each moves on its own.
+    Where weights are linear maps over a decomposition, a weight is a number for each of its groups. These move together, and
+    what the groups differ by stays as it is: a parameter each would be too many for the samples that there are.
 
     Parameters
     ----------
     plan : with numbers as weights, or linear maps over one decomposition; constants are kept as they are.
     learn_grid : whether the times are parameters.
     sigma_min : level sigma/alpha below which none of them is moved.
-    per_group : whether each group of a linear map has a parameter of its own.
 
     Raises
     ------
     InputError : the plan has weights that are tensors, maps over several decompositions, or constants per condition.
     """
 
-    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0, per_group: bool = False) -> None:
+    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0) -> None:
         form = plan.canonical()
         rows = [*form.states, form.final]
         found = [w for row in rows for w in row.weights.values()]
@@ -81,21 +80,19 @@ class Parameters:
         self._end_size = math.hypot(self.schedule.alpha(self.grid_end), self.schedule.sigma(self.grid_end))
         self.entries = [(r, j) for r in range(len(rows)) if r not in self.fixed for j in range(min(r, len(times)) + 1)]
         groups = 1 if self.projections is None else self.projections.count
-        # A weight of G groups is its fixed part, plus its own parameters times the basis: the ones, or the unit vectors.
-        self._basis = torch.eye(groups, dtype=_F64, device="cpu")
-        if not per_group:
-            self._basis = torch.ones(1, groups, dtype=_F64, device="cpu")
         weights = torch.zeros(len(self.entries), groups, dtype=_F64, device="cpu")
         for row, (r, j) in zip(weights, self.entries, strict=True):
             weight = rows[r].weights.get(j, 0.0)
             size = (self._size(self.start) if j == 0 else 1.0) / self._row_size(r, None)
             row[:] = weight.coefficients * size if isinstance(weight, LinearMap) else float(weight) * size
         sizes = torch.ones(1, dtype=_F64, device="cpu") if self.projections is None else self.projections.sizes
-        own = weights if per_group else (weights @ sizes / sizes.sum())[:, None]
-        self._fixed_part = weights - own @ self._basis
-        self.weights = own.numel()
+        own = weights @ sizes / sizes.sum()
+        self._apart = (
+            weights - own[:, None]
+        )  # what the groups of each weight differ by from its mean, [entries, groups]
+        self.weights = len(own)
         levels = [math.log(self.schedule.noise_to_signal(t)) for t in self.moving]
-        self.initial = torch.cat([own.reshape(-1), torch.tensor(levels, dtype=_F64, device="cpu")])
+        self.initial = torch.cat([own, torch.tensor(levels, dtype=_F64, device="cpu")])
 
     def __len__(self) -> int:
         return len(self.initial)
@@ -152,7 +149,7 @@ class Parameters:
         """The plan with these parameters: one step per distinct time of an evaluation, and one to the end."""
         times = self.times(theta)
         weights: list[dict[int, float | LinearMap]] = [{} for _ in range(len(times) + 1)]
-        values = self._fixed_part + theta[: self.weights].reshape(len(self.entries), -1) @ self._basis
+        values = self._apart + theta[: self.weights, None]
         for (r, j), value in zip(self.entries, values, strict=True):
             value = value * (self._row_size(r, times) / (self._size(self.start) if j == 0 else 1.0))
             weights[r][j] = float(value[0]) if self.projections is None else LinearMap(self.projections, value)
@@ -205,8 +202,7 @@ class Parameters:
         levels = [self._level(ode.prediction, v) for v in host]
         moves = [leaf[:, self.weights + m] - v for m, v in enumerate(host)]  # zero, with the gradient of the level
         by_row: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(self._times) + 1)]
-        own = leaf[:, : self.weights].reshape(len(x), len(self.entries), -1) @ self._basis.to(leaf.device)
-        own = own + self._fixed_part.to(leaf.device)
+        own = leaf[:, : self.weights, None] + self._apart.to(leaf.device)
         for p, (r, j) in enumerate(self.entries):
             by_row[r].append((j, own[:, p]))  # [B, groups]
         values, state = [x], x

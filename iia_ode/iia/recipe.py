@@ -139,6 +139,7 @@ class _Job:
             "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{nfe}"
         )
         self.found: list[_Found] = []
+        self.costs: dict[str, _Cost] = {}
         self.teacher: Teacher
 
     def run(self, teacher: Teacher | None) -> FittedSolver:
@@ -146,7 +147,7 @@ class _Job:
         begun = time.perf_counter()
         with self.ode.counting() as spent:
             self._announce(teacher)
-            with self._stage() as cost:
+            with self._stage() as self.costs["teacher"]:
                 self.teacher = self._check(teacher) or Teacher.solve(
                     self.ode,
                     self.x,
@@ -157,13 +158,15 @@ class _Job:
                     chunk_size=self.chunk_size,
                     progress=self.progress,
                 )
-            self.say(f"teacher: {cost.samples} sample evaluations, {cost.seconds:.1f} s")
+            self.say("teacher: {samples} sample evaluations, {seconds:.1f} s".format(**asdict(self.costs["teacher"])))
             self._classic()
             routes = self._closed_form()
             if self.budget.starts:
                 self._refined(routes)
             best = self._choice()
-            plan, fitted, backward = self._finished(best)
+            with self._stage() as self.costs["last"]:
+                plan, fitted, backward = self._finished(best)
+            self.costs["last"].samples += backward
         samples = spent.samples + backward
         return self._result(best, plan, fitted, spent.evaluations, samples, time.perf_counter() - begun)
 
@@ -394,6 +397,7 @@ class _Job:
             "ingredients": [asdict(i) for i in ladder],
             "refinement": None if best.refinement is None else best.refinement.about(),
             "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
+            **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,

@@ -86,7 +86,6 @@ def refine(
     held_out: float = 0.25,
     method: str = "gauss-newton",
     learn_grid: bool = True,
-    per_group: bool = False,
     sigma_min: float = 0.0,
     iterations: int | None = None,
     probes: int = 3,
@@ -118,8 +117,6 @@ def refine(
     held_out : share of the batch, its last samples, by whose error the best iteration is chosen and the search is stopped.
     method : ``"gauss-newton"`` or ``"adam"``.
     learn_grid : whether the interior times move.
-    per_group : of weights that are linear maps, whether the groups move each on their own; by default they move together,
-        which takes far fewer probes.
     sigma_min : level sigma/alpha below which Gauss-Newton moves no time: the smallest that the model was trained on.
     iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
     probes : sketched rows per sample.
@@ -151,7 +148,7 @@ def refine(
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     job = _Job(
-        Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min, per_group=per_group),
+        Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min),
         ode,
         x,
         target,
