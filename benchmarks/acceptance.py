@@ -5,7 +5,7 @@ stored one by one under --out, and a rerun does only what is missing; --table wr
 
 Classic solvers: every registered one that can make exactly that number of evaluations, each with its Karras grid tuned over
 rho and sigma_min. With --exhaustive all pairs run on all draws, else by successive halving: all solvers on 4 of the grids
-with 16 draws, the best 10 solvers on all 28 grids with 32, the best 6 pairs on all draws.
+with a sixteenth of the draws, the best 10 solvers on all 28 grids with an eighth, the best 6 pairs on all draws.
 """
 
 import argparse
@@ -98,9 +98,9 @@ def classic_search(name: str, nfe: int, own: Batch, exhaustive: bool) -> tuple[l
     solvers, n = able(name, nfe), len(own.x)
     if exhaustive:
         return attempt(list(product(solvers, KARRAS)), n), spent
-    first = attempt(list(product(solvers, COARSE)), min(16, n))
+    first = attempt(list(product(solvers, COARSE)), min(max(16, n // 16), n))
     kept = list(dict.fromkeys(solver for _, (solver, _) in first))[:10]
-    second = attempt(list(product(kept, KARRAS)), min(32, n))
+    second = attempt(list(product(kept, KARRAS)), min(max(32, n // 8), n))
     return attempt([pair for _, pair in second[:6]], n), spent
 
 
@@ -273,7 +273,7 @@ def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Ent
 def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> None:
     """All rows of one setting at one number of evaluations."""
     seed, file = options.seed, f"{name}-nfe{nfe:02}-seed{options.seed}"
-    exhaustive = is_closed_form(setting_of(name)) if options.exhaustive is None else options.exhaustive
+    exhaustive = options.exhaustive
     kind = "closed form" if is_closed_form(setting_of(name)) else "network"
     samples, fitted = options.samples or SAMPLES[kind], options.fit_samples or FIT_SAMPLES[kind]
     under = {"samples": samples, "fit_samples": fitted, "seed": seed}
@@ -332,8 +332,8 @@ solver, grid or option has seen (odd seeds; fits draw from even ones). Columns a
 
 - *Best classic*: the lowest of all registered solvers that can make exactly that many, each with its Karras grid tuned over
   rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3} on the fitting noise. Where the search is
-  called *halving*, all solvers ran on four of these grids with 16 draws, the best ten on all 28 with 32, and the best six
-  pairs on all draws.
+  called *halving*, all solvers ran on four of these grids with a sixteenth of the draws, the best ten on all 28 with an
+  eighth, and the best six pairs on all of them.
 - *Best classic, leap grid searched*: all solvers on the grid that was found for the fit, then the best three there and the
   best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
@@ -499,8 +499,7 @@ def main() -> None:
     found.add_argument("--fit-samples", type=int, help=f"draws that fits see (default: {FIT_SAMPLES})")
     found.add_argument("--rows", nargs="+", help=f"only these of {', '.join([*ROWS, *PRESETS])}")
     found.add_argument(
-        "--exhaustive", action=argparse.BooleanOptionalAction, default=None,
-        help="try all pairs of solver and grid on all draws (default: where the model is in closed form)",
+        "--exhaustive", action="store_true", help="try all pairs of solver and grid on all draws",
     )  # fmt: skip
     options = found.parse_args()
     store = Store(options.out)

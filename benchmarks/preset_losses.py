@@ -1,7 +1,7 @@
 """Why a preset of the paper loses to its base: python benchmarks/preset_losses.py, which writes docs/results/preset_losses.md.
 
 On the mixture in 64 dimensions, on the default grid, where the table of benchmarks/acceptance.py says that a preset loses: how
-many samples end in another component than they should, how far the rest end from the truth, and what another target makes of it.
+many samples end in another component, how far the rest end from the truth, and what another target makes of it.
 """
 
 from dataclasses import replace
