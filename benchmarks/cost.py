@@ -1,0 +1,61 @@
+"""What a fit in closed form costs: python benchmarks/cost.py, which writes docs/results/cost.md; with no other work running.
+
+On the digits denoiser with 256 draws and all defaults: seconds, sample evaluations, and the share of the time that is not
+spent in the model: searches, least squares, targets, and keeping the batch.
+"""
+
+import os
+import time
+
+import torch
+from common import PAGES, number, setting_of, table, write_page
+from torch import Tensor, nn
+
+import iia_ode as iia
+
+NAME, SAMPLES, NFES = "digits", 256, (5, 8, 10)
+
+PAGE = f"""# What a fit costs
+
+Made by `python benchmarks/cost.py`: `iia_ode.fit` with `budget="closed-form"` on the {NAME} denoiser, {SAMPLES} draws,
+{{where}}. *Besides the model* is the share of the time that no evaluation takes: searches, least squares, targets, and
+keeping the batch.
+
+{{table}}
+"""
+
+
+class Timed(nn.Module):
+    """A model, and the seconds that were spent in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.seconds = model, 0.0
+
+    def forward(self, *args: Tensor, **conditions: Tensor) -> Tensor:
+        """The model's answer, timed."""
+        begun = time.perf_counter()
+        out: Tensor = self.model(*args, **conditions)
+        self.seconds += time.perf_counter() - begun
+        return out
+
+
+def main() -> None:
+    setting, lines = setting_of(NAME), []
+    for nfe in NFES:
+        ode, x = setting.draw(SAMPLES, 0)
+        timed = Timed(ode.model)
+        ode = iia.ProbabilityFlowODE(timed, ode.schedule, ode.prediction, conditioning=dict(ode.conditioning))
+        begun = time.perf_counter()
+        fit = iia.fit(ode, nfe, x / setting.sigma_max, budget="closed-form", report=None)
+        seconds = time.perf_counter() - begun
+        spent = fit.about["recipe"]["sample_evaluations"]
+        lines.append([str(nfe), f"{seconds:.0f}", str(spent), number(100 * (1 - timed.seconds / seconds), 1) + "%"])
+        print(lines[-1], flush=True)
+    where = f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores"
+    head = ["NFE", "seconds", "sample evaluations", "besides the model"]
+    write_page(PAGES / "cost.md", PAGE.format(table=table(head, lines, left=0), where=where))
+
+
+if __name__ == "__main__":
+    main()
