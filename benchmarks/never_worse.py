@@ -201,8 +201,9 @@ called *window*, and, where the paper has terms for the base, `IIA(base)`, calle
 differences per component to a converged reference, on noise that the fit did not see; the ratio is that of the fit over that
 of its base.
 
-- *Fell back*: the fit was not better beyond doubt on the fitting draws, of which a quarter is held out, and the guard
-  returned the base.
+- *Fell back*: the fit was not clearly better on the fitting draws, of which a quarter is held out, and the guard returned
+  the base. A guard sees no more than its draws hold: with 256 of a mixture, where two or three samples in a thousand make
+  nearly the whole error, it lets fits through that lose.
 - *Top 1%*: how much of the fit's squared error the worst hundredth of the samples makes. Where that is nearly all, the
   fitting draws may hold none of them.
 - *Sure*: the mean difference of squared errors, fit less base, over its standard error. Below 2 it may be chance.
