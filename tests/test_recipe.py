@@ -335,6 +335,7 @@ def test_images_whose_energy_falls_with_frequency_get_weights_per_band_and_survi
     assert any(name.startswith("bands") and "refined" in name for name in tried)
     fresh = torch.randn((32, *shape), dtype=F64, generator=torch.Generator().manual_seed(1))
     again = iia.load(found.save(tmp_path / "fit.safetensors"))
+    assert len(found.table().splitlines()) > found.nfe and str(again) == str(found)
     x = start_of(found, fresh)
     assert torch.equal(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=found))
 
@@ -351,6 +352,7 @@ def test_what_is_chosen_is_fitted_once_more_to_all_of_the_noise():
     whole = method.fit(ode, grid, x, teacher=teacher, held_out=0.2)
     assert found.plan.difference(whole.plan) < 1e-9
     assert found.about["recipe"]["steps"] == {"batch": 80, "held_out": 16}
+    assert "fitted once more, to all 80 samples" in found.explain()
 
 
 def test_one_outlier_does_not_decide_between_candidates():
