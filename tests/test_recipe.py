@@ -89,7 +89,7 @@ def test_what_is_said_to_be_spent_is_what_was_spent():
     timed = 2 * 16
     assert sum(p["sample_evaluations"] for p in parts) + timed == spent.samples
     assert recipe["teacher"]["sample_evaluations"] == 51 * 80
-    assert recipe["last"]["sample_evaluations"] == 4 * 80
+    assert recipe["last"]["sample_evaluations"] == 3 * 4 * 80  # the fit, and both plans on all of the noise
 
 
 @pytest.mark.parametrize("budget", [QUICK, REFINED])
@@ -178,6 +178,8 @@ def test_bad_arguments_say_what_was_wrong():
     for bad in (0, 2.5, True):
         with pytest.raises(iia.InputError, match="nfe"):
             quiet(ode, bad, noise())
+        with pytest.raises(iia.InputError, match="chunk_size"):
+            quiet(ode, 4, noise(), chunk_size=bad)
     with pytest.raises(iia.GridError, match="sigma_max"):
         quiet(ode, 4, noise(), sigma_max=-1.0)
     with pytest.raises(iia.InputError, match="held_out"):
@@ -353,6 +355,21 @@ def test_what_is_chosen_is_fitted_once_more_to_all_of_the_noise():
     assert found.plan.difference(whole.plan) < 1e-9
     assert found.about["recipe"]["steps"] == {"batch": 80, "held_out": 16}
     assert "fitted once more, to all 80 samples" in found.explain()
+
+
+def test_with_little_noise_for_its_weights_the_fit_that_was_judged_stays():
+    found = quiet(mixture().ode(iia.EDM()), 8, noise(16), budget=REFINED)
+    assert not found.about["recipe"]["fitted_to_all"] and "fitted once more" not in found.explain()
+
+
+def test_a_fit_of_images_with_warm_starts_can_be_read():
+    ode = iia.ProbabilityFlowODE(lambda x, t: x / (1 + t.reshape(-1, 1, 1, 1) ** 2) + 0.1 * torch.sin(x), iia.EDM())
+    z = torch.randn((24, 3, 4, 4), dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = quiet(ode, 2, z, budget=replace(REFINED, warm_starts=True, starts=6, iterations=1))
+    names = [i["name"] for i in found.about["recipe"]["ingredients"]]
+    assert any("diagonal" in name for name in names)
+    assert not any("diagonal" in name and "bands" in name for name in names)
+    assert found.name in str(found)
 
 
 def test_one_outlier_does_not_decide_between_candidates():

@@ -1,4 +1,4 @@
-"""One call: the lowest error per evaluation that a budget can buy, with every ingredient chosen by held-out noise."""
+"""One call: the lowest error per evaluation that a budget can buy, every ingredient chosen by noise that it did not see."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ __all__ = ["fit"]
 
 _F64 = torch.float64
 _BASELINE = "ipndm3"
+_ENOUGH = 10  # components of training noise for each weight, or nothing is fitted to the rest of the noise
 _RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
 _LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
@@ -60,9 +61,11 @@ def fit(
 
     Accurate trajectories are made once, from the given noise. Grids that leap from the noisiest level are searched, each
     with weights in closed form (:class:`IIA` over DDIM with ``terms="window"`` and ``target="trajectory"``); with a budget
-    above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`). Every choice is
-    made by the endpoint error on held-out noise, the last part of `noise`, which no fit sees; the solver that the model
-    would have had without a fit is among the candidates.
+    above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`). Grids and kinds of
+    weights are chosen by two-fold cross-validation on the first part of `noise`, and among what was made of them by the
+    endpoint error on the rest, which is held out; the solver that the model would have had without a fit is among the
+    candidates. Last, what was chosen is fitted to all of the noise, where there is enough of it and it helps there; the
+    errors that are reported are those from before.
 
     Parameters
     ----------
@@ -94,8 +97,9 @@ def fit(
     NonFiniteError : the model is not finite.
     """
     chosen = budget_of(budget)
-    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
-        raise InputError(f"nfe must be a positive whole number, got {nfe!r}.")
+    for name, value in (("nfe", nfe), ("chunk_size", chunk_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} must be a positive whole number, got {value!r}.")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise InputError(
             "iia_ode.fit runs in one process: over several ranks, fit IIA(...) on a grid, or run it on one rank."
@@ -255,6 +259,8 @@ class _Job:
 
     def _varied(self, route: Route) -> Route:
         """The route with the weights that do best on its grid, on halves of the training samples that they do not see."""
+        if route.start is not None and route.start.moments is not None:
+            return route  # its map is over directions of the data, which do not go with bands
         variants = variants_of(self.x.shape[1:], intercepts=route.start is None)
         if len(variants) < 2 or self.train < 4:
             return route
@@ -359,21 +365,35 @@ class _Job:
             return None
 
     def _finished(self, best: _Found) -> tuple[Plan, FittedSolver | None, int]:
-        """The choice is made: what was chosen is fitted once more, now to all of the noise; and the backward passes of that.
+        """The choice is made: what was chosen is fitted once more, to all of the noise; and the backward passes of that.
 
-        Its held-out error was that of the fit to the first part, which had less to learn from.
+        Its held-out error was that of the fit to the first part, which had less to learn from. Where there is little noise
+        for so many weights, or the new fit is not better on all of it, the one that was judged stays.
         """
         route = best.route
         if route is None:
             return best.plan, None, 0
-        if best.refinement is None:
-            return *route.fit(
-                self.method, self._grid(route), self.ode, self.x, self.teacher, self.chunk_size, held_out=0.2
-            ), 0
-        again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
-        if again is None:
+        weights = self.nfe * (self.nfe + 3) // 2
+        if self.train * self.x[0].numel() < _ENOUGH * weights:
             return best.plan, route.fitted, 0
-        return (again.plan if best.warm is None else best.warm.then(again.plan)), route.fitted, again.backward
+        backward, fitted = 0, route.fitted
+        if best.refinement is None:
+            plan, fitted = route.fit(
+                self.method, self._grid(route), self.ode, self.x, self.teacher, self.chunk_size, held_out=0.2
+            )
+        else:
+            again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
+            if again is None:
+                return best.plan, fitted, 0
+            backward = again.backward
+            plan = again.plan if best.warm is None else best.warm.then(again.plan)
+        whole = slice(0, len(self.x))
+        pairs = [
+            (p, endpoint_errors(p, self.ode, self.x, self.teacher.final, whole, chunk_size=self.chunk_size))
+            for p in (plan, best.plan)
+        ]
+        kept, _ = by_robust_error(pairs, lambda pair: pair[1], outliers_too=True)[0]
+        return kept, fitted if kept is plan else route.fitted, backward
 
     # ---- the outcome ---------------------------------------------------------------------------------------------------
 
@@ -398,6 +418,7 @@ class _Job:
             "refinement": None if best.refinement is None else best.refinement.about(),
             "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
             **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
+            "fitted_to_all": plan is not best.plan,
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,

@@ -139,7 +139,7 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
             f"The refinement took {refinement['iterations']} iterations, of which number {refinement['best']} is used: "
             f"{start:.3g} to {end:.3g} on held-out samples, outliers counted less; it stopped because {refinement['reason']}."
         )
-    if recipe["last"]["sample_evaluations"]:
+    if recipe["fitted_to_all"]:
         lines.append(f"What was chosen was then fitted once more, to all {about['batch']} samples.")
     lines.append(
         f"All of it took {recipe['seconds']:.0f} s and {recipe['sample_evaluations']} sample evaluations of the model, "
