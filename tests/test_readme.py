@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def test_its_table_is_the_one_in_the_documentation():
 
 def table():
     rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.split("<!-- table")[1].splitlines()
+        if line.startswith("| ")
     ]
     counts = [int(c) for c in rows[0][1:]]
     return {row[0]: dict(zip(counts, row[1:], strict=True)) for row in rows[2:]}
@@ -44,6 +47,18 @@ def test_its_figures_show_every_fit_below_its_base(fitted, base, nfes):
     figures = table()
     for nfe in nfes:
         assert float(figures[fitted][nfe].rstrip("*")) < float(figures[base][nfe].rstrip("*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "setting"), [("digits 8x8", "digits"), ("patches 16x16", "patches"), ("mixture, 64-d", "mixture64")]
+)
+def test_what_it_says_of_the_one_call_is_what_was_measured(row, setting):
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+    said = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+    for nfe, figure in zip((5, 6, 8, 10), said, strict=True):
+        stored = ROOT / "benchmarks" / "results" / "acceptance" / f"{setting}-nfe{nfe:02}-seed0.json"
+        found = json.loads(stored.read_text())
+        assert figure == f"{found['standard']['rmse'] / found['classic']['rmse']:.2f}"
 
 
 def test_every_file_it_links_to_exists():
