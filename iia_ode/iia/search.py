@@ -68,7 +68,7 @@ class LeapGrid:
             rest = times_of([self.sigma_1], schedule, False)
         elif n > 2:
             rest = karras(n - 1, self.sigma_min, self.sigma_1, self.rho, schedule=schedule, to_data=False)
-        return as_grid(check_grid(schedule, torch.cat([as_grid([t_start]), rest, as_grid([schedule.t_data])])))
+        return _around(rest, schedule, t_start)
 
 
 @dataclass(frozen=True, order=True)
@@ -97,7 +97,12 @@ class FreeGrid:
         if n != len(self.levels) + 1:
             raise GridError(f"{len(self.levels)} levels make a grid of {len(self.levels) + 1} evaluations, not {n}.")
         inner = times_of(list(self.levels), schedule, False) if self.levels else as_grid([])
-        return as_grid(check_grid(schedule, torch.cat([as_grid([t_start]), inner, as_grid([schedule.t_data])])))
+        return _around(inner, schedule, t_start)
+
+
+def _around(inner: Tensor, schedule: Schedule, t_start: float) -> Tensor:
+    """The grid with these times between the start and the data."""
+    return as_grid(check_grid(schedule, torch.cat([as_grid([t_start]), inner, as_grid([schedule.t_data])])))
 
 
 def leap_grids(start: float, scale: float) -> list[LeapGrid]:
@@ -177,10 +182,8 @@ def search_grid(
     InputError : no candidate could be fitted.
     """
     check_rounds(rounds)
-    schedule, t_start = ode.schedule, float(teacher.about["t_start"])
-    top = schedule.noise_to_signal(t_start) if schedule.alpha(t_start) > 0 else math.inf
     bench = Bench(fit, ode, x, teacher, nfe, chunk_size)
-    floor = max(float(teacher.about["sigma_min"]), schedule.noise_to_signal(schedule.t_data))
+    top, floor = bench.range
     alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
     if nfe == 2:
         alive = list({g.sigma_1: g for g in alive}.values())
@@ -236,11 +239,9 @@ def search_levels(
     """
     if not step > 1:
         raise InputError(f"step is the factor by which levels are moved, above 1, got {step!r}.")
-    schedule, t_start = ode.schedule, float(teacher.about["t_start"])
-    top = schedule.noise_to_signal(t_start) if schedule.alpha(t_start) > 0 else math.inf
-    floor = max(float(teacher.about["sigma_min"]), schedule.noise_to_signal(schedule.t_data))
     bench = Bench(fit, ode, x, teacher, nfe, chunk_size)
-    best = FreeGrid.of(start.times(nfe, schedule, t_start), schedule)
+    top, floor = bench.range
+    best = FreeGrid.of(start.times(nfe, ode.schedule, bench.start), ode.schedule)
     if not math.isfinite(bench.attempt(best, len(x)).error):
         raise InputError("the grid to start from could not be fitted: the model is not finite on it.")
     for _ in range(passes):
@@ -294,12 +295,24 @@ class Bench:
     chunk_size: int
     trials: list[Trial] = field(default_factory=list)
 
+    @property
+    def start(self) -> float:
+        """The time that all runs start at."""
+        return float(self.teacher.about["t_start"])
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The levels sigma/alpha of the start and of the smallest that may be asked for; all others lie between."""
+        schedule = self.ode.schedule
+        top = schedule.noise_to_signal(self.start) if schedule.alpha(self.start) > 0 else math.inf
+        return top, max(float(self.teacher.about["sigma_min"]), schedule.noise_to_signal(schedule.t_data))
+
     def attempt(self, grid: LeapGrid | FreeGrid, samples: int) -> Trial:
         """The grid on the first `samples`."""
         known = next((t for t in self.trials if (t.grid, t.samples) == (grid, samples)), None)
         if known is None:
             try:
-                times = grid.times(self.nfe, self.ode.schedule, float(self.teacher.about["t_start"]))
+                times = grid.times(self.nfe, self.ode.schedule, self.start)
                 errors = self.judge(times, samples)
             except GridError:
                 errors = torch.full((samples,), math.inf, dtype=torch.float64, device="cpu")
