@@ -47,12 +47,19 @@ from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits")
 NFES = (6, 10)
-SEARCHED = 96  # samples of the fitting noise that grids are chosen on; a warm start is made from the others
 EFFORT: dict[str, dict[str, int]] = {
-    "closed form": {"refined": 128, "gauss_newton": 12, "probes": 3, "adam": 100},
-    "network": {"refined": 96, "gauss_newton": 6, "probes": 2, "adam": 60},
-}
-"""Of a refinement: samples (a quarter of them held out), iterations of either method, sketched rows per sample."""
+    "closed form": {
+        "samples": 4096, "fit_samples": 2048, "searched": 512, "refined": 1024, "gauss_newton": 12, "probes": 3,
+        "adam": 100, "chunk": 1024,
+    },
+    "network": {
+        "samples": 256, "fit_samples": 256, "searched": 96, "refined": 96, "gauss_newton": 6, "probes": 2, "adam": 60,
+        "chunk": CHUNK,
+    },
+}  # fmt: skip
+"""What a variant is given: draws that are measured, draws that fits see, how many of them grids are chosen on (a warm start is
+made from the others) and how many are refined on (a quarter of those held out), iterations of either refinement, and sketched
+rows per sample. A mixture needs more draws, because two or three samples in a thousand make nearly the whole error."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,8 @@ class Bench:
     name, nfe, seed : of the cell.
     own, test : the fitting noise, and the noise that is measured.
     teacher : of the fitting noise.
-    store, under : for the grids, which recipes share.
+    effort : what a variant is given; results are stored under it.
+    store : for the grids, which recipes share.
     """
 
     name: str
@@ -128,29 +136,29 @@ class Bench:
     own: Batch
     test: Batch
     teacher: Teacher
+    effort: dict[str, int]
     store: Store
-    under: Entry
 
     @property
     def file(self) -> str:
         """Of the results."""
         return f"{self.name}-nfe{self.nfe:02}-seed{self.seed}"
 
-    @property
-    def effort(self) -> dict[str, int]:
-        """Of refinements."""
-        return effort_of(self.name)
 
-
-def effort_of(name: str) -> dict[str, int]:
-    """Of refinements on a setting."""
-    return EFFORT["closed form" if is_closed_form(setting_of(name)) else "network"]
+def effort_of(name: str, samples: int | None, fit_samples: int | None) -> dict[str, int]:
+    """What a variant is given on a setting, with these numbers of draws where they are asked for."""
+    found = EFFORT["closed form" if is_closed_form(setting_of(name)) else "network"]
+    draws = fit_samples or found["fit_samples"]
+    fewer = {"searched": min(found["searched"], draws // 2), "refined": min(found["refined"], draws)}
+    return found | fewer | {"samples": samples or found["samples"], "fit_samples": draws}
 
 
 # ---- making one ----------------------------------------------------------------------------------------------------------
 
 
-def closed_form(recipe: Recipe, ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+def closed_form(
+    recipe: Recipe, ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher, chunk: int
+) -> Plan:
     """The plan of a recipe on a grid, before refinement."""
     if recipe.terms is None:
         return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
@@ -159,7 +167,7 @@ def closed_form(recipe: Recipe, ode: iia.ProbabilityFlowODE, grid: Tensor, x: Te
         intercept=recipe.intercept,
     )  # fmt: skip
     own = teacher if recipe.target == "trajectory" else None
-    return method.fit(ode, grid, x, teacher=own, chunk_size=CHUNK).plan
+    return method.fit(ode, grid, x, teacher=own, chunk_size=chunk).plan
 
 
 def warm_start(bench: Bench, t_1: float) -> WarmStart:
@@ -168,15 +176,17 @@ def warm_start(bench: Bench, t_1: float) -> WarmStart:
         bench.own.setting.schedule,
         bench.own.start,
         t_1,
-        samples=bench.teacher.final[min(SEARCHED, len(bench.own.x) // 2) :],
+        samples=bench.teacher.final[bench.effort["searched"] :],
     )
 
 
-def warmed(recipe: Recipe, warm: WarmStart, ode: Any, grid: Tensor, x: Tensor, teacher: Teacher) -> tuple[Plan, Tensor]:
+def warmed(
+    recipe: Recipe, warm: WarmStart, ode: Any, grid: Tensor, x: Tensor, teacher: Teacher, chunk: int
+) -> tuple[Plan, Tensor]:
     """The plan of what follows a warm start, and the states that it starts from; its targets are the true trajectories."""
     x_1 = warm.apply(x, ode)
     later = replace(teacher, initial=x_1.cpu(), about=teacher.about | {"t_start": warm.t_1})
-    return closed_form(recipe, ode, grid, x_1, later), x_1
+    return closed_form(recipe, ode, grid, x_1, later, chunk), x_1
 
 
 def grid_of(bench: Bench, kind: str, fitted: bool) -> tuple[Tensor, WarmStart | None]:
@@ -188,7 +198,7 @@ def grid_of(bench: Bench, kind: str, fitted: bool) -> tuple[Tensor, WarmStart | 
     if kind == "default":
         return karras_family(setting, *DEFAULT)(nfe), None
     entry = bench.store.cell(
-        bench.file, f"grid: {kind}{'' if fitted else ', DDIM'}", bench.under, lambda: searched(bench, kind, fitted)
+        bench.file, f"grid: {kind}{'' if fitted else ', DDIM'}", bench.effort, lambda: searched(bench, kind, fitted)
     )
     if kind == "tuned":
         return karras_family(setting, *entry["grid"])(nfe), None
@@ -200,20 +210,20 @@ def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
     """A search on the first samples: half of them fitted to, half judged by."""
     own, setting = bench.own, bench.own.setting
     recipe = replace(FULL if fitted else BASE, refinement=None)
-    samples = min(SEARCHED, len(own.x))
+    samples = bench.effort["searched"]
     if kind == "tuned":
         alive = [(math.inf, grid) for grid in KARRAS]
-        for count, keep in ((min(32, samples), 5), (samples, 1)):
+        for count, keep in ((samples // 3, 5), (samples, 1)):
             alive = sorted((karras_error(bench, recipe, grid, count), grid) for _, grid in alive)[:keep]
         return {"grid": list(alive[0][1])}
 
     def make(ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
         if kind == "leap":
-            return closed_form(recipe, ode, grid, x, teacher)
+            return closed_form(recipe, ode, grid, x, teacher, chunk)
         warm = warm_start(bench, float(grid[1]))
-        return warm.then(warmed(recipe, warm, ode, grid[1:], x, teacher)[0])
+        return warm.then(warmed(recipe, warm, ode, grid[1:], x, teacher, chunk)[0])
 
-    part = slice(0, samples)
+    part, chunk = slice(0, samples), bench.effort["chunk"]
     scale = float(bench.teacher.final.double().square().mean().sqrt())
     found = search_grid(
         make, own.ode.subset(part, len(own.x)), own.x[part], bench.teacher.subset(part), bench.nfe + (kind == "warm"),
@@ -228,7 +238,9 @@ def karras_error(bench: Bench, recipe: Recipe, grid: tuple[float, float], sample
     first, other = slice(0, half), slice(half, samples)
     try:
         times = karras_family(own.setting, *grid)(bench.nfe)
-        plan = closed_form(recipe, own.ode.subset(first, n), times, own.x[first], bench.teacher.subset(first))
+        plan = closed_form(
+            recipe, own.ode.subset(first, n), times, own.x[first], bench.teacher.subset(first), bench.effort["chunk"]
+        )
     except iia.IIAError:
         return math.inf
     part = Batch(own.setting, own.ode.subset(other, n), own.x[other], own.final[other], {})
@@ -238,18 +250,18 @@ def karras_error(bench: Bench, recipe: Recipe, grid: tuple[float, float], sample
 def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
     """The plan of a recipe, and what is to be known of its making."""
     grid, warm = grid_of(bench, recipe.grid, recipe.terms is not None or recipe.refinement is not None)
-    own, about = bench.own, {}
+    own, about, chunk = bench.own, {}, bench.effort["chunk"]
     if warm is None:
         x = own.x
-        plan = closed_form(recipe, own.ode, grid, x, bench.teacher)
+        plan = closed_form(recipe, own.ode, grid, x, bench.teacher, chunk)
     else:
-        plan, x = warmed(recipe, warm, own.ode, grid, own.x, bench.teacher)
+        plan, x = warmed(recipe, warm, own.ode, grid, own.x, bench.teacher, chunk)
         about["sigma_1"] = warm.level
     if recipe.refinement is not None:
         effort, part = bench.effort, slice(0, bench.effort["refined"])
         found = refine(
             plan, own.ode.subset(part, len(x)), x[part], bench.teacher.final[part].to(x), method=recipe.refinement,
-            iterations=effort[recipe.refinement.replace("-", "_")], probes=effort["probes"], chunk_size=CHUNK,
+            iterations=effort[recipe.refinement.replace("-", "_")], probes=effort["probes"], chunk_size=chunk,
             seed=bench.seed,
         )  # fmt: skip
         plan = found.plan
@@ -275,18 +287,18 @@ def variant(bench: Bench, recipe: Recipe) -> Entry:
 
 def cells(store: Store, name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
     """All variants of one setting, number of evaluations and seed."""
-    under = {"samples": options.samples, "fit_samples": options.fit_samples, **effort_of(name)}
+    effort = effort_of(name, options.samples, options.fit_samples)
     file = f"{name}-nfe{nfe:02}-seed{seed}"
     wanted = {k: r for k, r in {**CHANGED, **ADDED}.items() if not options.variants or k in options.variants}
     known = store.read(file)
-    if all(known.get(label, {}).get("under") == under for label in wanted):
+    if all(known.get(label, {}).get("under") == effort for label in wanted):
         say(f"{file}: all there")
         return
-    own = batch(name, options.fit_samples, seed, False, 90)
-    test = batch(name, options.samples, seed, True, 150)
-    bench = Bench(name, nfe, seed, own, test, teacher_of(name, options.fit_samples, seed), store, under)
+    own = batch(name, effort["fit_samples"], seed, False, 90)
+    test = batch(name, effort["samples"], seed, True, 150)
+    bench = Bench(name, nfe, seed, own, test, teacher_of(name, effort["fit_samples"], seed), effort, store)
     for label, recipe in wanted.items():
-        store.cell(file, label, under, lambda r=recipe: variant(bench, r))  # type: ignore[misc]
+        store.cell(file, label, effort, lambda r=recipe: variant(bench, r))  # type: ignore[misc]
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------------
@@ -346,7 +358,7 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
     for name, cells_of in sorted(found.items()):
         entries = [entry for seeds in cells_of.values() for rows in seeds.values() for entry in rows.values()]
         seeds = sorted({seed for by_seed in cells_of.values() for seed in by_seed})
-        keys = ("samples", "fit_samples", "refined", "gauss_newton", "adam", "probes")
+        keys = ("samples", "fit_samples", "searched", "refined", "gauss_newton", "adam", "probes")
         out.append(f"## {name}\n\n{conditions(entries, *keys)}; seeds {', '.join(map(str, seeds))}.\n")
         out.append("One ingredient of the full recipe changed:\n")
         out.append(star(cells_of, list(CHANGED), "full recipe", "full"))
@@ -358,8 +370,9 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
 def main() -> None:
     found = parser(__doc__ or "", "ablation", SETTINGS, NFES)
     found.add_argument("--seeds", type=int, default=5, help="how many, from --seed on (default: %(default)s)")
-    found.add_argument("--samples", type=int, default=256, help="unseen draws that are measured (default: %(default)s)")
-    found.add_argument("--fit-samples", type=int, default=256, help="draws that fits see (default: %(default)s)")
+    given = {kind: (effort["samples"], effort["fit_samples"]) for kind, effort in EFFORT.items()}
+    found.add_argument("--samples", type=int, help=f"unseen draws that are measured (default: the first of {given})")
+    found.add_argument("--fit-samples", type=int, help="draws that fits see (default: the second)")
     found.add_argument("--variants", nargs="+", help="only these")
     options = found.parse_args()
     store = Store(options.out)

@@ -186,7 +186,8 @@ def test_the_ablation_page_has_a_row_for_every_variant(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("label", ["full recipe", "warm start", "refinement: none, intercept", "+ window, substeps"])
 def test_a_variant_is_made(label: str, cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ablation.EFFORT, "closed form", {"refined": 16, "gauss_newton": 1, "probes": 1, "adam": 1})
+    few = {"refined": 16, "gauss_newton": 1, "probes": 1, "adam": 1}
+    monkeypatch.setitem(ablation.EFFORT, "closed form", ablation.EFFORT["closed form"] | few)
     monkeypatch.setattr(ablation, "leap_grids", lambda *_: few_grids())
     some = ["--settings", "gaussian", "--nfe", 3, "--seeds", 1, "--samples", 8, "--fit-samples", 32, "--out", tmp_path]
     run(ablation, monkeypatch, *some, "--variants", label)
