@@ -23,7 +23,9 @@ def _load(name: str) -> ModuleType:
         sys.path.pop(0)
 
 
-common, acceptance, ablation, never_worse = map(_load, ("common", "acceptance", "ablation", "never_worse"))
+common, acceptance, ablation, never_worse, further = map(
+    _load, ("common", "acceptance", "ablation", "never_worse", "further")
+)
 
 
 @pytest.fixture
@@ -194,3 +196,29 @@ def test_a_variant_is_made(label: str, cached: list[str], tmp_path: Path, monkey
     entry = common.Store(tmp_path).read("gaussian-nfe03-seed0")[label]
     assert entry.get("skipped") is None
     assert entry["rmse"] < 0.5
+
+
+@pytest.mark.parametrize("name", list(further.CASES))
+def test_a_denoiser_that_took_no_part_says_the_same_of_the_data_in_every_form(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(further, "STEPS", 1)
+    further.ode_of.cache_clear()
+    ode = further.ode_of(name)
+    further.ode_of.cache_clear()
+    t = ode.schedule.t_of_noise_to_signal(0.7)
+    x = torch.randn((5, further.CASES[name].dimension), dtype=torch.float64)
+    level = torch.full((5, 1), 0.7, dtype=torch.float64)
+    expected = ode.model.data(x / ode.schedule.alpha(t), level)
+    torch.testing.assert_close(ode.data(x, t), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_page_of_further_denoisers_has_their_ratios(tmp_path: Path) -> None:
+    store, page = common.Store(tmp_path), tmp_path / "page.md"
+    for row, rmse in {"classic": 0.2, "closed-form": 0.1, "standard": 0.06, "thorough": 0.05}.items():
+        more = {"solver": "ipndm", "rho": 7.0, "sigma_min": 0.1, "chosen": "scalars", "under": {}, "library": "0"}
+        store.put("moons-nfe05", row, {"rmse": rmse, "error": 0.01, **more})
+    options = ["--out", str(tmp_path), "--page", str(page), "--table"]
+    further.run(common.parser("", "further", ["moons"], [5]).parse_args(options))
+    line = next(line for line in page.read_text().splitlines() if line.startswith("| 5 |"))
+    assert "0.1000 = 0.50 | 0.0600 = 0.30 | 0.0500 = 0.25 | scalars |" in line

@@ -148,6 +148,32 @@ def test_warm_starts_are_tried_per_class_where_there_are_classes():
     assert iia.sample(other, start_of(found, noise(5, seed=3)), solver=found).shape == (5, 4)
 
 
+def test_a_budget_may_add_noise_under_the_same_conditions():
+    seen = []
+
+    class Labelled(nn.Module):
+        def forward(self, x, t, label):
+            seen.append((x[:, 1:].detach().clone(), label.clone()))
+            return (label.to(F64)[:, None] + 0.1 * x) / (1 + t[:, None] ** 2)
+
+    label = torch.arange(12) % 3
+    ode, z = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": label}), noise(12)
+    said = []
+    found = fit(ode, 2, z, budget=replace(QUICK, draws=30), report=said.append, chunk_size=64)
+    states, labels = max(seen, key=lambda call: len(call[0]))
+    assert torch.equal(labels, label.repeat(3)[:30])
+    assert torch.equal(states[:12], 80 * z[:, 1:])
+    assert len(torch.unique(states, dim=0)) == 30
+    assert 60 < float(states[12:].std()) < 100
+    assert found.about["batch"] == 30 and found.about["held_out"] == 15
+    assert any("12 draws of noise and 18 more" in line for line in said)
+    assert "Of the 30 samples, 12 were given" in found.explain()
+    enough = quiet(ode, 2, z, budget=replace(QUICK, draws=12))
+    assert enough.about["batch"] == 12 and "were given" not in enough.explain()
+    own = Teacher.solve(ode, 80.0 * z, 80.0, 0.0, steps=50)
+    assert quiet(ode, 2, z, budget=replace(QUICK, draws=30), teacher=own).about["batch"] == 12
+
+
 def test_a_model_without_gradients_is_fitted_in_closed_form():
     @torch.no_grad()
     def blind(x, t):
@@ -187,7 +213,8 @@ def test_bad_arguments_say_what_was_wrong():
 
 
 def test_the_budgets_cost_what_their_names_say():
-    costs = [BUDGETS[name].cost(8, 35, 256, 128) for name in ("closed-form", "standard", "thorough")]
+    draws = {name: max(256, budget.draws) for name, budget in BUDGETS.items()}
+    costs = [BUDGETS[n].cost(8, 35, draws[n], draws[n] // 2) for n in ("closed-form", "standard", "thorough")]
     assert costs == sorted(costs)
     assert costs[0] < 60_000  # a minute, at a millisecond for an evaluation of a sample
 

@@ -21,6 +21,8 @@ class Budget:
 
     Attributes
     ----------
+    draws : of noise to have at least. What is missing is drawn from the standard normal distribution, under the conditions
+        that were given, in turn; each costs a trajectory of the teacher, and what the fits spend on it.
     teacher_steps : of the accurate trajectories that everything is fitted to.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
     levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
@@ -29,6 +31,7 @@ class Budget:
     iterations, probes : of each refinement.
     """
 
+    draws: int = 0
     teacher_steps: int = 60
     rounds: tuple[tuple[float, int], ...] = ((0.125, 8), (0.5, 3), (1.0, 1))
     descent: int = 1
@@ -40,7 +43,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds)
-        least = {"teacher_steps": 2, "iterations": 1, "probes": 1, "descent": 0, "levels": 0, "starts": 0}
+        least = {"draws": 0, "teacher_steps": 2, "iterations": 1, "probes": 1, "descent": 0, "levels": 0, "starts": 0}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if getattr(self, k) < n]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; it needs at least {least}.")
 
@@ -63,17 +66,16 @@ BUDGETS: dict[str, Budget] = {
     "closed-form": Budget(rounds=((0.125, 6), (0.5, 2))),
     "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
     "thorough": Budget(
+        draws=512,
         teacher_steps=80,
-        rounds=((0.25, 12), (1.0, 4)),
-        descent=2,
-        levels=2,
+        levels=1,
         warm_starts=True,
         starts=3,
-        iterations=15,
-        probes=4,
+        iterations=12,
+        probes=2,
     ),
 }
-"""The budgets by name: no gradients, one short refinement, several long ones."""
+"""The budgets by name: no gradients; one refinement; more noise, more ways to start, and refinements of the best three."""
 
 
 @dataclass(frozen=True)

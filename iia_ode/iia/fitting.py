@@ -193,12 +193,17 @@ class Fitting:
         }
         if not worse:
             return plan, reports, outcome
+        asks = (
+            f"on {asked} samples its mean square differs from the base's by {-gain:+.2g}, standard error {spread:.2g}, and "
+            f"has to be lower by {doubt:.3g} of those, and on at least half of them, not {share:.0%}"
+            if asked > 1
+            else "and one sample does not say what is chance"
+        )
         warnings.warn(
             f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends {by_fit:.3g} "
-            f"from the truth, the base {by_base:.3g} (root mean square); on {asked} samples its mean square differs from the "
-            f"base's by {-gain:+.2g}, standard error {spread:.2g}, and has to be lower by {doubt:.3g} of those, and on at "
-            f"least half of them, not {share:.0%}. So the base is kept. Fit on more samples, with other terms or another "
-            "target (target='trajectory' repairs earlier error), with a ridge, or pass guard=False to have the fit anyway.",
+            f"from the truth, the base {by_base:.3g} (root mean square); {asks}. So the base is kept. Fit on more samples, "
+            "with other terms or another target (target='trajectory' repairs earlier error), with a ridge, or pass "
+            "guard=False to have the fit anyway.",
             GuardWarning,
             stacklevel=5,
         )

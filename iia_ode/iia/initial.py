@@ -12,9 +12,10 @@ from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
 
-__all__ = ["initial_states", "smallest_level", "start_time"]
+__all__ = ["initial_states", "more_states", "smallest_level", "start_time"]
 
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
+_OWN = 0x9E3779B9  # added to the seed of noise that nobody gave: far from those people count up from 0, within 32 bits
 
 
 def smallest_level(schedule: Schedule) -> float:
@@ -59,3 +60,17 @@ def initial_states(
         )
     check_start(ode, noise)
     return noise
+
+
+def more_states(
+    ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int
+) -> tuple[ProbabilityFlowODE, Tensor]:
+    """The ODE and the states of `draws` samples: the given ones, and then new noise under the same conditions in turn."""
+    missing = draws - len(x)
+    if missing <= 0:
+        return ode, x
+    # The generator drops what a seed has above 32 bits.
+    generator = torch.Generator("cpu").manual_seed((_OWN + seed) % 2**32)
+    noise = torch.randn((missing, *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
+    index = torch.arange(draws, device="cpu") % len(x)
+    return ode.subset(index, len(x)), torch.cat([x, ode.schedule.sigma(t) * noise.to(x.device)])

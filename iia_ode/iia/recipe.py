@@ -22,7 +22,7 @@ from .chunks import device_of
 from .endpoint import by_robust_error, endpoint_errors, robust_mean
 from .fit import IIA
 from .fitted import FittedSolver
-from .initial import initial_states, smallest_level, start_time
+from .initial import initial_states, more_states, smallest_level, start_time
 from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition
@@ -71,7 +71,8 @@ def fit(
     ----------
     ode : the model, with conditions for each noise or one for all. Guidance is part of it.
     nfe : evaluations of a run, at least 1.
-    noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good. Initial states are
+    noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good; a budget may add to them
+        (:attr:`Budget.draws`, ``"thorough"`` does, not beside a `teacher`). Initial states are
         recognised by their size and taken as they are where the noisiest level is far from 1; those of a `teacher` always.
     shape : instead of `noise`, the shape of one sample: `samples` draws are made from `seed`, in float32.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`Budget`.
@@ -79,10 +80,10 @@ def fit(
         of the data there (noise or score where alpha = 0).
     sigma_min : level whose data estimate the teacher takes for the data: the smallest that the model was trained on. By
         default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
-    held_out : share of the noise, its last part, that decides.
+    held_out : share of the noise, its last part, that decides; of all of it, where a budget adds some.
     teacher : of these very initial states, if there is one already.
     chunk_size : samples that go through the model at once.
-    seed : of `shape`'s draws and of the refinement's signs; recorded.
+    seed : of `shape`'s draws, of those that a budget adds, and of the refinement's signs; recorded.
     report : is told what it will cost, how far it is and what it found; None for silence.
     progress : show bars.
 
@@ -113,7 +114,12 @@ def fit(
     sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
-    job = _Job(ode, nfe, x, start, sigma_min, chosen, held_out, chunk_size, seed, report or (lambda _: None), progress)
+    given = len(x)
+    if teacher is None:  # a teacher has no more trajectories than those of the noise that was given
+        ode, x = more_states(ode, x, start, chosen.draws, seed)
+    job = _Job(
+        ode, nfe, x, given, start, sigma_min, chosen, held_out, chunk_size, seed, report or (lambda _: None), progress
+    )
     return job.run(teacher)
 
 
@@ -125,6 +131,7 @@ class _Job:
         ode: ProbabilityFlowODE,
         nfe: int,
         x: Tensor,
+        given: int,
         start: float,
         sigma_min: float,
         budget: Budget,
@@ -136,7 +143,7 @@ class _Job:
     ) -> None:
         if not 0 < held_out < 1:
             raise InputError(f"held_out is a share of the noise between 0 and 1, got {held_out!r}.")
-        self.ode, self.nfe, self.x, self.start, self.sigma_min = ode, nfe, x, start, sigma_min
+        self.ode, self.nfe, self.x, self.given, self.start, self.sigma_min = ode, nfe, x, given, start, sigma_min
         self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
         self.train = len(x) - min(max(1, round(held_out * len(x))), len(x) - 1)
         self.method = IIA(
@@ -187,8 +194,9 @@ class _Job:
                 seconds = time.perf_counter() - began
         cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x), self.train)
         cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
+        more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
         self.say(
-            f"{self.nfe} evaluations, {len(self.x)} draws of noise: about {cost} sample evaluations, "
+            f"{self.nfe} evaluations, {self.given} draws of noise{more}: about {cost} sample evaluations, "
             f"{cost * seconds / len(x):.0f} s at {1e3 * seconds / len(x):.2g} ms each"
         )
 
@@ -419,6 +427,7 @@ class _Job:
             "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
             **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
             "fitted_to_all": plan is not best.plan,
+            "given": self.given,
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,

@@ -1,0 +1,262 @@
+"""The one call on denoisers that took no part in making it: python benchmarks/further.py [--nfe 5].
+
+Three small networks are trained here, in half a minute each, on data, schedules and kinds of prediction that no default was
+chosen by. Each then goes through ``iia_ode.fit(ode, nfe, noise)`` with 256 draws and all defaults. Results are stored one by
+one under --out, and a rerun does only what is missing; --table writes docs/results/further.md.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from common import KARRAS, Entry, Store, conditions, number, parser, say, table, write_page
+from torch import Tensor, nn
+
+import iia_ode as iia
+from iia_ode.metrics import rmse_with_error
+from iia_ode.ode import Prediction
+from iia_ode.plan import Plan
+
+NFES = (5, 8)
+BUDGETS = ("closed-form", "standard", "thorough")
+FITTING, UNSEEN = 256, 2048
+STEPS, BATCH = 3000, 256  # of the training
+TOP = 80.0  # where the Karras grids of the classic solvers begin, where a schedule has no noisiest level of its own
+
+INTRO = f"""# Denoisers that took no part
+
+Made by `python benchmarks/further.py`, then `python benchmarks/further.py --table`. Small networks, trained by the script on
+data, schedules and kinds of prediction that no default was chosen by; states in float64. Each went through
+`iia_ode.fit(ode, nfe, noise)` with {FITTING} draws and all defaults, and is measured on {UNSEEN} others against dopri8 at
+tolerance 1e-6. *Best classic*: of all registered solvers that make exactly that many evaluations, on all 28 Karras grids of
+the acceptance table, the pair that is best on the fitting noise.
+
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to train.
+
+    Attributes
+    ----------
+    what : the data, the network and what it predicts, in words.
+    data : draws of the data [n, d] float32.
+    dimension : d.
+    schedule, prediction : of the ODE.
+    activation : of the network.
+    """
+
+    what: str
+    data: Callable[[int, torch.Generator], Tensor]
+    dimension: int
+    schedule: iia.Schedule
+    prediction: Prediction
+    activation: type[nn.Module]
+
+
+def moons(n: int, generator: torch.Generator) -> Tensor:
+    """Two half circles in the plane."""
+    angle = math.pi * torch.rand(n, generator=generator)
+    first = torch.rand(n, generator=generator) < 0.5
+    across = torch.where(first, angle.cos(), 1 - angle.cos()) - 0.5
+    up = torch.where(first, angle.sin(), 0.5 - angle.sin()) - 0.25
+    return torch.stack([across, up], dim=1) + 0.05 * torch.randn((n, 2), generator=generator)
+
+
+def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
+    """A rolled sheet, turned into 12 dimensions."""
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
+    height = 2 * torch.rand(n, generator=generator) - 1
+    rolled = torch.stack([angle * angle.cos() / 10, height, angle * angle.sin() / 10], dim=1)
+    turn = torch.randn((3, 12), generator=torch.Generator().manual_seed(5)) / 3**0.5
+    return rolled @ turn + 0.03 * torch.randn((n, 12), generator=generator)
+
+
+def sines(n: int, generator: torch.Generator) -> Tensor:
+    """Waves at 24 points, of random phase, frequency and height: a family of curves."""
+    phase, frequency, height = (torch.rand((n, 1), generator=generator) for _ in range(3))
+    at = torch.linspace(0, 1, 24)
+    return (0.5 + height) * torch.sin(2 * math.pi * (phase + (1 + frequency) * at))
+
+
+CASES = {
+    "moons": Case(
+        "two moons in 2 dimensions; SiLU; EDM schedule, data", moons, 2, iia.schedules.EDM(), "data", nn.SiLU
+    ),
+    "swiss-roll": Case(
+        "a Swiss roll in 12 dimensions; ReLU; variance-preserving schedule, noise", swiss_roll, 12,
+        iia.schedules.VP(), "noise", nn.ReLU,
+    ),
+    "sines": Case(
+        "waves at 24 points; SiLU; flow matching, velocity", sines, 24, iia.schedules.FlowMatching(), "velocity", nn.SiLU
+    ),
+}  # fmt: skip
+
+
+class Network(nn.Module):
+    """A residual network over vectors that is told the logarithm of the noise level, and gives what the case predicts.
+
+    As a function it is preconditioned like Karras et al.'s (2022, table 1), whatever it predicts, so that all are accurate.
+    """
+
+    def __init__(self, case: Case, spread: float, width: int = 128) -> None:
+        super().__init__()
+        self.case, self.spread = case, spread
+        self.first, self.last = nn.Linear(case.dimension + 16, width), nn.Linear(width, case.dimension)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.activation = case.activation()
+        self.register_buffer("frequencies", 0.3 + 0.5 * torch.arange(8))
+
+    def data(self, y: Tensor, level: Tensor) -> Tensor:
+        """The data from data plus noise of this level; both [n, ...]."""
+        size = (level**2 + self.spread**2).sqrt()
+        angle = level.log() / 4 * self.frequencies.to(y)
+        h = self.activation(self.first(torch.cat([y / size, angle.sin(), angle.cos()], dim=1)))
+        for block in self.blocks:
+            h = h + self.activation(block(h))
+        return self.spread**2 / size**2 * y + level * self.spread / size * self.last(h)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the case predicts, at a time of its schedule."""
+        time = torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1)  # one for all, or one for each
+        alpha, sigma = self.case.schedule.alpha(time), self.case.schedule.sigma(time)
+        # With no data left in the state, what is best said of it is said at a level that dwarfs them.
+        level = sigma / torch.maximum(alpha, sigma / 1e3)
+        estimate = self.data(x / sigma * level, level.expand(len(x), 1))
+        if self.case.prediction == "data":
+            return estimate
+        noise = (x - alpha * estimate) / sigma
+        return noise if self.case.prediction == "noise" else noise - estimate
+
+
+@cache
+def ode_of(name: str) -> iia.ProbabilityFlowODE:
+    """The network of a case, trained, in float64."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    spread = float(case.data(4096, generator).std())
+    network = Network(case, spread)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            x = case.data(BATCH, generator)
+            level = (1.6 * torch.randn((BATCH, 1), generator=generator) - 0.8).exp()
+            found = network.data(x + level * torch.randn(x.shape, generator=generator), level)
+            weight = (level**2 + spread**2) / (level * spread) ** 2
+            loss = (weight * (found - x).square()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+    say(f"{name}: trained, last loss {float(loss.detach()):.3g}")
+    return iia.ProbabilityFlowODE(network.double().eval().requires_grad_(False), case.schedule, case.prediction)
+
+
+def draws(name: str, unseen: bool) -> Tensor:
+    """Standard normal noise."""
+    generator = torch.Generator().manual_seed(int(unseen))
+    return torch.randn((UNSEEN if unseen else FITTING, CASES[name].dimension), generator=generator, dtype=torch.float64)
+
+
+@cache
+def batch_of(name: str, start: float, unseen: bool) -> tuple[Tensor, Tensor]:
+    """Initial states at a time, and where they truly end."""
+    ode = ode_of(name)
+    x = ode.schedule.sigma(start) * draws(name, unseen)
+    return x, iia.reference.solve(ode, x, start, ode.schedule.t_data, rtol=1e-6, atol=1e-6, sigma_min=0.002)
+
+
+def error_of(plan: Plan, name: str, unseen: bool) -> tuple[float, float]:
+    """RMSE and its standard error; infinite where the run is not finite."""
+    x, final = batch_of(name, plan.grid[0], unseen)
+    value, error = rmse_with_error(plan.run(ode_of(name), x, check_finite=False), final)
+    return (value, error) if math.isfinite(value) else (math.inf, math.inf)
+
+
+def classic(name: str, nfe: int, start: float) -> Entry:
+    """The best of all solvers and Karras grids on the fitting noise, measured on the other."""
+    schedule, tried = CASES[name].schedule, []
+    top = schedule.noise_to_signal(start) if schedule.alpha(start) > 0 else math.inf
+
+    def plan_of(solver: str, rho: float, level: float) -> Plan:
+        def family(n: int) -> Tensor:
+            grid = iia.grids.karras(n, level, min(top, TOP), rho, schedule=schedule)
+            grid[0] = start
+            return grid
+
+        own = iia.get_solver(solver)
+        return iia.trace(own, schedule, own.grid_for(nfe, family, schedule), consistent=False)
+
+    for solver, grid in product(iia.solver_names(), KARRAS):
+        try:
+            tried.append((error_of(plan_of(solver, *grid), name, unseen=False)[0], solver, grid))
+        except iia.IIAError:  # it cannot make so many evaluations, or not there
+            continue
+    _, solver, grid = min(tried)
+    value, error = error_of(plan_of(solver, *grid), name, unseen=True)
+    return {"rmse": value, "error": error, "solver": solver, "rho": grid[0], "sigma_min": grid[1], "pairs": len(tried)}
+
+
+def fitted(name: str, nfe: int, budget: str) -> Entry:
+    """The one call with all its defaults."""
+    found = iia.fit(ode_of(name), nfe, draws(name, unseen=False), budget=budget, report=None)
+    value, error = error_of(found.plan, name, unseen=True)
+    recipe = found.about["recipe"]
+    return {
+        "rmse": value,
+        "error": error,
+        "start": found.plan.grid[0],
+        "chosen": next(i["name"] for i in recipe["ingredients"] if i["chosen"]),
+        "held_out_rmse": found.about["endpoint"]["fit"],
+        "sample_evaluations": found.about["sample_evaluations"],
+    }
+
+
+def cells(store: Store, name: str, nfe: int) -> None:
+    """All rows of a case at a number of evaluations; classic solvers start where the fits do."""
+    under, file = {"samples": UNSEEN, "fit_samples": FITTING}, f"{name}-nfe{nfe:02}"
+    rows = [store.cell(file, budget, under, lambda b=budget: fitted(name, nfe, b)) for budget in BUDGETS]  # type: ignore[misc]
+    store.cell(file, "classic", under, lambda: classic(name, nfe, rows[0]["start"]))
+
+
+def page(files: dict[str, dict[str, Entry]]) -> str:
+    """The whole page from the stored results."""
+    out = [INTRO]
+    for name, case in CASES.items():
+        rows = {int(file.rsplit("nfe", 1)[1]): rows for file, rows in files.items() if file.rsplit("-", 1)[0] == name}
+        if not rows:
+            continue
+        entries = [entry for own in rows.values() for entry in own.values()]
+        out.append(f"## {name}\n\n{case.what.capitalize()}. {conditions(entries)}.\n")
+        lines = []
+        for nfe, own in sorted(rows.items()):
+            best = own["classic"]
+            ratios = [f"{number(own[b]['rmse'])} = {number(own[b]['rmse'] / best['rmse'], 2)}" for b in BUDGETS]
+            which = f"`{best['solver']}`, rho {best['rho']:g}, sigma_min {best['sigma_min']:g}"
+            error = f"{number(best['rmse'])} ± {number(best['error'])}"
+            lines.append([str(nfe), error, which, *ratios, own["standard"]["chosen"]])
+        budgets = [f"`{b}`: error = ratio" for b in BUDGETS]
+        out.append(table(["NFE", "best classic", "which", *budgets, "standard chose"], lines))
+    return "\n".join(out)
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    store = Store(options.out)
+    if options.table:
+        write_page(options.page, page(store.files()))
+        return
+    for name, nfe in product(options.settings, options.nfe):
+        cells(store, name, nfe)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        run(parser(__doc__ or "", "further", list(CASES), NFES).parse_args())
