@@ -314,6 +314,10 @@ All variants are over DDIM. Grids are searched once per seed, for the closed-for
 fitted, for DDIM, and shared by the variants. The full recipe: `terms="window"`, `target="trajectory"`, two earlier steps, a
 grid that leaps, then all weights and times refined by Gauss-Newton. The warm start is Gaussian, its moments from teacher
 endpoints, and takes the place of the first interval; its evaluations go to what follows.
+
+On the mixture, two or three samples in a thousand decide the root mean square, and most others the median. What is fitted to a
+trajectory beats what is fitted step by step in both. The refinement brings the median sample several times nearer to the truth
+and changes the root mean square little; an intercept does the reverse.
 """
 
 Found = dict[int, dict[int, dict[str, Entry]]]

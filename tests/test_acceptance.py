@@ -222,3 +222,6 @@ def test_the_page_of_further_denoisers_has_their_ratios(tmp_path: Path) -> None:
     further.run(common.parser("", "further", ["moons"], [5]).parse_args(options))
     line = next(line for line in page.read_text().splitlines() if line.startswith("| 5 |"))
     assert "0.1000 = 0.50 | 0.0600 = 0.30 | 0.0500 = 0.25 | scalars |" in line
+    store.put("moons-nfe08", "standard", {"rmse": 0.1, "error": 0.01, "under": {}, "library": "0"})
+    further.run(common.parser("", "further", ["moons"], [5]).parse_args(options))
+    assert not any(line.startswith("| 8 |") for line in page.read_text().splitlines())
