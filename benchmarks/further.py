@@ -234,7 +234,7 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
         if not rows:
             continue
         entries = [entry for own in rows.values() for entry in own.values()]
-        out.append(f"## {name}\n\n{case.what.capitalize()}. {conditions(entries)}.\n")
+        out.append(f"## {name}\n\n{case.what[0].upper() + case.what[1:]}. {conditions(entries)}.\n")
         lines = []
         for nfe, own in sorted(rows.items()):
             if not own.keys() >= {"classic", *BUDGETS}:  # not all of it was run yet
