@@ -1,0 +1,416 @@
+"""The stages of the one call: trajectories, grids and weights in closed form, refinement, the choice, and its last fit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import IIAError, InputError, MismatchError
+from ..grids import karras
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan, trace
+from ..solvers import get_solver
+from .budgets import AGAIN, Budget, Ingredient
+from .endpoint import by_robust_error, endpoint_errors, robust_mean
+from .fit import IIA
+from .fitted import FittedSolver
+from .moments import estimate_moments
+from .refine import Refinement, refine
+from .routes import Route, Start, class_condition
+from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
+from .teacher import Teacher
+from .variants import SCALARS, variants_of
+from .warm_start import WarmStart
+
+__all__ = ["Job"]
+
+_F64 = torch.float64
+_BASELINE = "ipndm3"
+_ENOUGH = 10  # components of training noise for each weight, or nothing is fitted to the rest of the noise
+_RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
+_LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
+
+
+class Job:
+    """The state of one call of :func:`iia_ode.fit`: what it was given, what it has found, and what that cost."""
+
+    def __init__(
+        self,
+        ode: ProbabilityFlowODE,
+        nfe: int,
+        x: Tensor,
+        given: int,
+        start: float,
+        sigma_min: float,
+        budget: Budget,
+        held_out: float,
+        chunk_size: int,
+        seed: int,
+        say: Callable[[str], None],
+        progress: bool,
+    ) -> None:
+        if not 0 < held_out < 1:
+            raise InputError(f"held_out is a share of the noise between 0 and 1, got {held_out!r}.")
+        self.ode, self.nfe, self.x, self.given, self.start, self.sigma_min = ode, nfe, x, given, start, sigma_min
+        self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
+        self.train = len(x) - min(max(1, round(held_out * len(x))), len(x) - 1)
+        self.method = IIA(
+            "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{nfe}"
+        )
+        self.found: list[_Found] = []
+        self.costs: dict[str, _Cost] = {}
+        self.teacher: Teacher
+
+    def run(self, teacher: Teacher | None) -> FittedSolver:
+        """All stages, and the best of what they found."""
+        begun = time.perf_counter()
+        with self.ode.counting() as spent:
+            self._announce(teacher)
+            with self._stage() as self.costs["teacher"]:
+                self.teacher = self._check(teacher) or Teacher.solve(
+                    self.ode,
+                    self.x,
+                    self.start,
+                    self.ode.schedule.t_data,
+                    steps=self.budget.teacher_steps,
+                    sigma_min=self.sigma_min,
+                    chunk_size=self.chunk_size,
+                    progress=self.progress,
+                )
+            self.say("teacher: {samples} sample evaluations, {seconds:.1f} s".format(**asdict(self.costs["teacher"])))
+            self._classic()
+            routes = self._closed_form()
+            if self.budget.starts:
+                self._refined(routes)
+            best = self._choice()
+            with self._stage() as self.costs["last"]:
+                plan, fitted, backward = self._finished(best)
+            self.costs["last"].samples += backward
+        samples = spent.samples + backward
+        return self._result(best, plan, fitted, spent.evaluations, samples, time.perf_counter() - begun)
+
+    # ---- stages --------------------------------------------------------------------------------------------------------
+
+    def _announce(self, teacher: Teacher | None) -> None:
+        """Time the model, and say what this will take."""
+        part = slice(0, min(self.chunk_size, len(self.x)))
+        ode, x = self.ode.subset(part, len(self.x)), self.x[part]
+        with torch.no_grad():
+            for _ in range(2):  # the first call may allocate or compile
+                began = time.perf_counter()
+                ode.output(x, self.start).sum().item()
+                seconds = time.perf_counter() - began
+        cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x), self.train)
+        cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
+        more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
+        self.say(
+            f"{self.nfe} evaluations, {self.given} draws of noise{more}: about {cost} sample evaluations, "
+            f"{cost * seconds / len(x):.0f} s at {1e3 * seconds / len(x):.2g} ms each"
+        )
+
+    def _check(self, teacher: Teacher | None) -> Teacher | None:
+        if teacher is None:
+            return None
+        teacher.check(self.ode, self.x)
+        if teacher.about["t_start"] != self.start:
+            raise MismatchError(f"the teacher starts at t = {teacher.about['t_start']:g}, the fit at {self.start:g}.")
+        return teacher
+
+    def _classic(self) -> None:
+        """What the model would have had without a fit."""
+        with self._stage() as cost:
+            plan = None
+            try:
+                top = min(self._top(), 200.0)
+                low = max(self.sigma_min, min(0.02, top / 10))
+                grid = get_solver(_BASELINE).grid_for(
+                    self.nfe, lambda n: karras(n, low, top, schedule=self.ode.schedule), self.ode.schedule
+                )
+                grid[0] = self.start
+                plan = trace(get_solver(_BASELINE), self.ode.schedule, grid, consistent=False)
+            except IIAError:
+                pass
+            error = None if plan is None else self._errors(plan)
+        if plan is not None and error is not None:
+            self._add(_Found(self._ingredient(f"{_BASELINE}, not fitted", error, cost), plan, error))
+
+    def _candidates(self, scale: float) -> list[LeapGrid]:
+        return leap_grids(self._top(), scale)
+
+    def _closed_form(self) -> list[Route]:
+        """Weights in closed form on the best grid of each way to start, with all training samples; best route first."""
+        _, _, teacher = self._part(slice(0, self.train))
+        scale = float(self.teacher.final.double().square().mean().sqrt()) or 1.0
+        routes = self._routes(Route(None), self._candidates(scale) if self.nfe > 1 else [])
+        cold = routes[0].family or LeapGrid(scale, 0.1 * scale)
+        near = [
+            LeapGrid(scale * first, last, cold.rho)
+            for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
+            for last in (cold.sigma_min, cold.sigma_min / 2)
+        ]
+        for start in self._starts(teacher) if self.budget.warm_starts else []:
+            try:
+                routes += self._routes(Route(start), near)
+            except IIAError as error:
+                self.say(f"warm start {start.name}: not possible here ({str(error).splitlines()[0]})")
+        return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
+
+    def _routes(self, route: Route, candidates: list[LeapGrid]) -> list[Route]:
+        """For a way to start: the grid, found with scalars, what else its weights may be, and the fits of both."""
+        ode, x, teacher = self._part(slice(0, self.train))
+        with self._stage() as search:
+            if candidates:
+                route.grid = route.family = self._searched(route, candidates)
+            chosen = self._freed(self._varied(route))
+        routes = [chosen] if chosen.variant is SCALARS else [replace(chosen, variant=SCALARS), chosen]
+        for own in routes:
+            with self._stage() as cost:
+                plan, fitted = own.fit(self.method, self._grid(own), ode, x, teacher, self.chunk_size, held_out=0.2)
+                own.errors = self._errors(plan)
+            if own is routes[0]:  # what is made first on a grid bears the cost of finding it
+                cost.samples, cost.seconds = cost.samples + search.samples, cost.seconds + search.seconds
+            own.fitted = fitted
+            self._add(_Found(self._ingredient(own.name, own.errors, cost), plan, own.errors, own))
+        return routes
+
+    def _varied(self, route: Route) -> Route:
+        """The route with the weights that do best on its grid, on halves of the training samples that they do not see."""
+        if route.start is not None and route.start.moments is not None:
+            return route  # its map is over directions of the data, which do not go with bands
+        variants = variants_of(self.x.shape[1:], intercepts=route.start is None)
+        if len(variants) < 2 or self.train < 4:
+            return route
+        tried = []
+        for variant in variants:
+            own = replace(route, variant=variant)
+            bench = Bench(*self._search(own), self.chunk_size)
+            tried.append((own, bench.judge(self._grid(own), self.train)))
+        best = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0][0]
+        return best if bool(torch.isfinite(torch.cat([e for _, e in tried])).any()) else route
+
+    def _starts(self, teacher: Teacher) -> list[Start]:
+        """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes."""
+        key = class_condition(self.ode, len(self.x), self.train)
+        labels = None if key is None else self.ode.conditioning[key][: self.train].cpu()
+        x = self.x[: self.train]
+        starts = [Start("affine", x, teacher)]
+        if teacher.final[0].numel() <= _LARGEST:
+            try:
+                starts.append(Start("diagonal", x, teacher, estimate_moments(teacher.final)))
+                if key is not None:
+                    moments = estimate_moments(teacher.final, labels=labels, key=key)
+                    starts.append(Start("diagonal, per " + key, x, teacher, moments, key, labels))
+            except IIAError as error:
+                self.say(f"no covariance of the data: {str(error).splitlines()[0]}")
+        return starts
+
+    def _searched(self, route: Route, candidates: list[LeapGrid]) -> LeapGrid:
+        """The best of a family of grids for this way to start."""
+        with self._stage() as cost:
+            search = search_grid(
+                *self._search(route), candidates,
+                rounds=self.budget.rounds, descent=self.budget.descent, chunk_size=self.chunk_size,
+            )  # fmt: skip
+        best = ", ".join(f"{k} {v:.3g}" for k, v in asdict(search.best).items())
+        self.say(
+            f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {best}"
+        )
+        return search.best
+
+    def _freed(self, route: Route) -> Route:
+        """The route with every level of its grid moved to where it does best."""
+        if not self.budget.levels or route.grid is None:
+            return route
+        with self._stage() as cost:
+            search = search_levels(
+                *self._search(route), route.grid, passes=self.budget.levels, chunk_size=self.chunk_size
+            )
+        levels = " ".join(f"{v:.3g}" for v in search.best.levels)
+        self.say(
+            f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {levels}"
+        )
+        return replace(route, grid=search.best)
+
+    def _search(self, route: Route) -> tuple[Fit, ProbabilityFlowODE, Tensor, Teacher, int]:
+        """What a search for a grid is about: how to fit, to what, and how many intervals there are."""
+        plain = replace(self.method, ridge=_RIDGE)
+
+        def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+            return route.fit(plain, grid, ode, x, teacher, self.chunk_size)[0]
+
+        return closed, *self._part(slice(0, self.train)), self.nfe + (route.start is not None)
+
+    def _refined(self, routes: list[Route]) -> None:
+        """Gauss-Newton from the best routes."""
+        own, own_x, own_teacher = self._part(slice(0, self.train))
+        for route in routes[: self.budget.starts]:
+            with self._stage() as cost:
+                method = replace(self.method, ridge=_RIDGE)
+                warm, rest, _ = route.parts(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
+                found = self._refine(
+                    f"{route.name}, refined", warm, rest, 1 - self.train / len(self.x), self.budget.iterations
+                )
+                if found is None:
+                    continue
+                plan = found.plan if warm is None else warm.then(found.plan)
+                errors = self._errors(plan)
+            cost.samples += found.backward
+            ingredient = self._ingredient(f"{route.name}, refined", errors, cost)
+            self._add(_Found(ingredient, plan, errors, route, found, warm))
+
+    def _refine(
+        self, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
+    ) -> Refinement | None:
+        """The refinement of what follows a warm start, if there is one."""
+        try:
+            return refine(
+                rest,
+                self.ode,
+                self.x if warm is None else warm.apply(self.x, self.ode),
+                self.teacher.final.to(self.x),
+                held_out=held_out,
+                sigma_min=self.sigma_min,
+                iterations=iterations,
+                probes=self.budget.probes,
+                chunk_size=self.chunk_size,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        except (IIAError, RuntimeError) as error:
+            self.say(f"{name}: not possible ({str(error).splitlines()[0]})")
+            return None
+
+    def _finished(self, best: _Found) -> tuple[Plan, FittedSolver | None, int]:
+        """The choice is made: what was chosen is fitted once more, to all of the noise; and the backward passes of that.
+
+        Its held-out error was that of the fit to the first part, which had less to learn from. Where there is little noise
+        for so many weights, or the new fit is not better on all of it, the one that was judged stays.
+        """
+        route = best.route
+        if route is None:
+            return best.plan, None, 0
+        weights = self.nfe * (self.nfe + 3) // 2
+        if self.train * self.x[0].numel() < _ENOUGH * weights:
+            return best.plan, route.fitted, 0
+        backward, fitted = 0, route.fitted
+        if best.refinement is None:
+            plan, fitted = route.fit(
+                self.method, self._grid(route), self.ode, self.x, self.teacher, self.chunk_size, held_out=0.2
+            )
+        else:
+            again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
+            if again is None:
+                return best.plan, fitted, 0
+            backward = again.backward
+            plan = again.plan if best.warm is None else best.warm.then(again.plan)
+        whole = slice(0, len(self.x))
+        pairs = [
+            (p, endpoint_errors(p, self.ode, self.x, self.teacher.final, whole, chunk_size=self.chunk_size))
+            for p in (plan, best.plan)
+        ]
+        kept, _ = by_robust_error(pairs, lambda pair: pair[1], outliers_too=True)[0]
+        return kept, fitted if kept is plan else route.fitted, backward
+
+    # ---- the outcome ---------------------------------------------------------------------------------------------------
+
+    def _choice(self) -> _Found:
+        usable = [f for f in self.found if f.ingredient.error is not None]
+        if not usable:
+            raise InputError("nothing could be fitted: the model is not finite on this noise.")
+        return by_robust_error(usable, lambda f: f.errors, outliers_too=True)[0]
+
+    def _result(
+        self, best: _Found, plan: Plan, fitted: FittedSolver | None, evaluations: int, samples: int, seconds: float
+    ) -> FittedSolver:
+        ladder = [replace(f.ingredient, chosen=f is best) for f in self.found]
+        closed = best.refinement is None and fitted is not None
+        samples += sum(f.refinement.backward for f in self.found if f.refinement is not None)
+        # Whatever is not fitted is described like a fit over it that changes nothing.
+        about = fitted or next(f.route.fitted for f in self.found if f.route is not None and f.route.fitted is not None)
+        reports = about.reports if closed else ()
+        recipe = {
+            "budget": asdict(self.budget) | {"rounds": [list(r) for r in self.budget.rounds]},
+            "ingredients": [asdict(i) for i in ladder],
+            "refinement": None if best.refinement is None else best.refinement.about(),
+            "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
+            **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
+            "fitted_to_all": plan is not best.plan,
+            "given": self.given,
+            "evaluations": evaluations,
+            "sample_evaluations": samples,
+            "seconds": seconds,
+        }
+        base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
+        outcome = {"base": base, "fit": best.ingredient.error, "fell_back": best.route is None}
+        more = {
+            "batch": len(self.x),
+            "held_out": len(self.x) - self.train,
+            "endpoint": about.about["endpoint"] | outcome,
+            "seed": self.seed,
+            "evaluations": evaluations,
+            "sample_evaluations": samples,
+            "recipe": recipe,
+        }
+        if best.route is None:
+            more["base"] = {"name": _BASELINE, "options": {}}
+        self.say(
+            f"chosen: {best.ingredient.name}, error {best.ingredient.error:.4g} on held-out noise; {seconds:.0f} s in all"
+        )
+        return FittedSolver(replace(plan, name=f"iia-{self.nfe}"), reports, about.about | more)
+
+    def _ingredient(self, name: str, errors: Tensor, cost: _Cost) -> Ingredient:
+        error = robust_mean(errors, math.inf)
+        return Ingredient(name, error if math.isfinite(error) else None, cost.samples, cost.seconds)
+
+    def _add(self, found: _Found) -> None:
+        self.found.append(found)
+        i = found.ingredient
+        error = "not finite" if i.error is None else f"error {i.error:.4g}, median {float(found.errors.median()):.4g},"
+        self.say(f"{i.name}: {error} on held-out noise ({i.seconds:.1f} s)")
+
+    def _errors(self, plan: Plan) -> Tensor:
+        """Endpoint errors on held-out noise, one for each sample."""
+        held = slice(self.train, len(self.x))
+        return endpoint_errors(plan, self.ode, self.x, self.teacher.final, held, chunk_size=self.chunk_size)
+
+    def _part(self, part: slice) -> tuple[ProbabilityFlowODE, Tensor, Teacher]:
+        return self.ode.subset(part, len(self.x)), self.x[part], self.teacher.subset(part)
+
+    def _grid(self, route: Route) -> Tensor:
+        if route.grid is None:
+            return torch.tensor([self.start, self.ode.schedule.t_data], dtype=_F64, device="cpu")
+        return route.grid.times(self.nfe + (route.start is not None), self.ode.schedule, self.start)
+
+    def _top(self) -> float:
+        schedule = self.ode.schedule
+        return schedule.noise_to_signal(self.start) if schedule.alpha(self.start) > 0 else math.inf
+
+    @contextmanager
+    def _stage(self) -> Iterator[_Cost]:
+        cost, begun, before = _Cost(), time.perf_counter(), self.ode.ledger.samples
+        yield cost
+        cost.seconds, cost.samples = time.perf_counter() - begun, self.ode.ledger.samples - before
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Something that was tried, with its errors on held-out noise, and how it was made; no route is no fit at all."""
+
+    ingredient: Ingredient
+    plan: Plan
+    errors: Tensor
+    route: Route | None = None
+    refinement: Refinement | None = None
+    warm: WarmStart | None = None
+
+
+@dataclass
+class _Cost:
+    samples: int = 0
+    seconds: float = 0.0
