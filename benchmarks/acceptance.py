@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from typing import Any
 
@@ -316,8 +317,8 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
             lambda: classic_leap(name, nfe, own(), LeapGrid(*found["grid"]), top),
             lambda e: leap_plan(e["solver"], name, nfe, FreeGrid(tuple(e["levels"]))),
         )
-    for budget in BUDGETS:
-        cell(budget, lambda budget=budget: budget_row(budget, nfe, own(), test(), seed))  # type: ignore[misc]
+    for name_of, budget in BUDGETS.items():
+        cell(name_of, lambda b=name_of: budget_row(b, nfe, own(), test(), seed), budget=asdict(budget))  # type: ignore[misc]
     for preset in PRESETS:
         cell(preset, lambda preset=preset: preset_row(preset, name, nfe, own(), test()))  # type: ignore[misc]
 
@@ -338,7 +339,7 @@ solver, grid or option has seen (odd seeds; fits draw from even ones). Columns a
   best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
   intercept, warm start or gradients.
-- *Budgets*: `iia_ode.fit` with its defaults.
+- *Budgets*: `iia_ode.fit` with its defaults; `thorough` adds noise of its own where there are fewer than 512 draws.
 - The standard error of a ratio takes its two errors for independent; they share their noise, so it is an upper bound.
 - The median is that of the samples' own errors. Where it lies far below the error, a few samples that end in another mode
   make up nearly all of the error.

@@ -1,14 +1,14 @@
 """The one call on denoisers that took no part in making it: python benchmarks/further.py [--nfe 5].
 
 Three small networks are trained here, in half a minute each, on data, schedules and kinds of prediction that no default was
-chosen by. Each then goes through ``iia_ode.fit(ode, nfe, noise)`` with 256 draws and all defaults. Results are stored one by
+chosen by. Each then goes through ``iia_ode.fit(ode, nfe, noise)`` with 256 draws, at every budget. Results are stored one by
 one under --out, and a rerun does only what is missing; --table writes docs/results/further.md.
 """
 
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 
@@ -17,23 +17,23 @@ from common import KARRAS, Entry, Store, conditions, number, parser, say, table,
 from torch import Tensor, nn
 
 import iia_ode as iia
+from iia_ode.iia import BUDGETS
 from iia_ode.metrics import rmse_with_error
 from iia_ode.ode import Prediction
 from iia_ode.plan import Plan
 
 NFES = (5, 8)
-BUDGETS = ("closed-form", "standard", "thorough")
 FITTING, UNSEEN = 256, 2048
 STEPS, BATCH = 3000, 256  # of the training
-TOP = 80.0  # where the Karras grids of the classic solvers begin, where a schedule has no noisiest level of its own
+TOP = 80.0  # where the Karras grids of the classic solvers go on, where a schedule has no noisiest level of its own
 
 INTRO = f"""# Denoisers that took no part
 
 Made by `python benchmarks/further.py`, then `python benchmarks/further.py --table`. Small networks, trained by the script on
 data, schedules and kinds of prediction that no default was chosen by; states in float64. Each went through
-`iia_ode.fit(ode, nfe, noise)` with {FITTING} draws and all defaults, and is measured on {UNSEEN} others against dopri8 at
-tolerance 1e-6. *Best classic*: of all registered solvers that make exactly that many evaluations, on all 28 Karras grids of
-the acceptance table, the pair that is best on the fitting noise.
+`iia_ode.fit(ode, nfe, noise, budget=...)` with {FITTING} draws, to which `thorough` adds as many, and no other option, and is
+measured on {UNSEEN} others against dopri8 at tolerance 1e-6. *Best classic*: of all registered solvers that make exactly that
+many evaluations, on all 28 Karras grids of the acceptance table, the pair that is best on the fitting noise.
 
 """
 
@@ -183,11 +183,11 @@ def error_of(plan: Plan, name: str, unseen: bool) -> tuple[float, float]:
 def classic(name: str, nfe: int, start: float) -> Entry:
     """The best of all solvers and Karras grids on the fitting noise, measured on the other."""
     schedule, tried = CASES[name].schedule, []
-    top = schedule.noise_to_signal(start) if schedule.alpha(start) > 0 else math.inf
+    top = schedule.noise_to_signal(start) if schedule.alpha(start) > 0 else TOP
 
     def plan_of(solver: str, rho: float, level: float) -> Plan:
         def family(n: int) -> Tensor:
-            grid = iia.grids.karras(n, level, min(top, TOP), rho, schedule=schedule)
+            grid = iia.grids.karras(n, level, top, rho, schedule=schedule)
             grid[0] = start
             return grid
 
@@ -205,7 +205,7 @@ def classic(name: str, nfe: int, start: float) -> Entry:
 
 
 def fitted(name: str, nfe: int, budget: str) -> Entry:
-    """The one call with all its defaults."""
+    """The one call at a budget."""
     found = iia.fit(ode_of(name), nfe, draws(name, unseen=False), budget=budget, report=None)
     value, error = error_of(found.plan, name, unseen=True)
     recipe = found.about["recipe"]
@@ -221,8 +221,11 @@ def fitted(name: str, nfe: int, budget: str) -> Entry:
 
 def cells(store: Store, name: str, nfe: int) -> None:
     """All rows of a case at a number of evaluations; classic solvers start where the fits do."""
-    under, file = {"samples": UNSEEN, "fit_samples": FITTING}, f"{name}-nfe{nfe:02}"
-    rows = [store.cell(file, budget, under, lambda b=budget: fitted(name, nfe, b)) for budget in BUDGETS]  # type: ignore[misc]
+    under = {"samples": UNSEEN, "fit_samples": FITTING, "network": ode_of(name).fingerprint()}
+    file, rows = f"{name}-nfe{nfe:02}", []
+    for budget in BUDGETS:
+        more = under | {"budget": asdict(BUDGETS[budget])}
+        rows.append(store.cell(file, budget, more, lambda b=budget: fitted(name, nfe, b)))  # type: ignore[misc]
     store.cell(file, "classic", under, lambda: classic(name, nfe, rows[0]["start"]))
 
 
@@ -240,7 +243,10 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
             if not own.keys() >= {"classic", *BUDGETS}:  # not all of it was run yet
                 continue
             best = own["classic"]
-            ratios = [f"{number(own[b]['rmse'])} = {number(own[b]['rmse'] / best['rmse'], 2)}" for b in BUDGETS]
+            ratios = [
+                f"{number(own[b]['rmse'])} ± {number(own[b]['error'])} = {number(own[b]['rmse'] / best['rmse'], 2)}"
+                for b in BUDGETS
+            ]
             which = f"`{best['solver']}`, rho {best['rho']:g}, sigma_min {best['sigma_min']:g}"
             error = f"{number(best['rmse'])} ± {number(best['error'])}"
             lines.append([str(nfe), error, which, *ratios, own["standard"]["chosen"]])

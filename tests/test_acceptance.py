@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import iia_ode as iia
+from iia_ode.iia.initial import start_time
 from iia_ode.iia.search import LeapGrid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,6 +212,8 @@ def test_a_denoiser_that_took_no_part_says_the_same_of_the_data_in_every_form(
     level = torch.full((5, 1), 0.7, dtype=torch.float64)
     expected = ode.model.data(x / ode.schedule.alpha(t), level)
     torch.testing.assert_close(ode.data(x, t), expected, rtol=1e-9, atol=1e-9)
+    noisiest = ode.data(ode.schedule.sigma(start_time(ode, None)) * x, start_time(ode, None))  # where the fits begin
+    assert bool(torch.isfinite(noisiest).all()) and float(noisiest.abs().max()) < 100
 
 
 def test_the_page_of_further_denoisers_has_their_ratios(tmp_path: Path) -> None:
@@ -221,7 +224,7 @@ def test_the_page_of_further_denoisers_has_their_ratios(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path), "--page", str(page), "--table"]
     further.run(common.parser("", "further", ["moons"], [5]).parse_args(options))
     line = next(line for line in page.read_text().splitlines() if line.startswith("| 5 |"))
-    assert "0.1000 = 0.50 | 0.0600 = 0.30 | 0.0500 = 0.25 | scalars |" in line
+    assert "0.1000 ± 0.0100 = 0.50 | 0.0600 ± 0.0100 = 0.30 | 0.0500 ± 0.0100 = 0.25 | scalars |" in line
     store.put("moons-nfe08", "standard", {"rmse": 0.1, "error": 0.01, "under": {}, "library": "0"})
     further.run(common.parser("", "further", ["moons"], [5]).parse_args(options))
     assert not any(line.startswith("| 8 |") for line in page.read_text().splitlines())

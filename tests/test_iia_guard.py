@@ -291,3 +291,9 @@ class _Wrapped(torch.nn.Module):
 
     def forward(self, x, t):
         return torch.tanh(self.layer(x / (1 + t[:, None])))
+
+
+def test_the_guard_of_one_held_out_sample_says_that_it_can_tell_nothing():
+    ode, x = get_setting("mixture").draw(4, 0)
+    with pytest.warns(GuardWarning, match="one sample does not say what is chance. So the base is kept"):
+        IIA("ddim", terms="window").fit(ode, iia.grids.karras(5), x)

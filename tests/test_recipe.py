@@ -16,6 +16,7 @@ from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher
 from iia_ode.iia.budgets import BUDGETS, Budget
 from iia_ode.iia.endpoint import by_robust_error
+from iia_ode.iia.initial import more_states
 from iia_ode.iia.recipe import fit
 from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.iia.variants import SCALARS, variants_of
@@ -148,30 +149,66 @@ def test_warm_starts_are_tried_per_class_where_there_are_classes():
     assert iia.sample(other, start_of(found, noise(5, seed=3)), solver=found).shape == (5, 4)
 
 
+class Labelled(nn.Module):
+    """Data at the label, whatever the state; says what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, x, t, label):
+        self.asked.append((float(t[0]), x.detach().clone(), label.clone()))
+        return (label.to(F64)[:, None] + 0.1 * x) / (1 + t[:, None] ** 2)
+
+
 def test_a_budget_may_add_noise_under_the_same_conditions():
-    seen = []
-
-    class Labelled(nn.Module):
-        def forward(self, x, t, label):
-            seen.append((x[:, 1:].detach().clone(), label.clone()))
-            return (label.to(F64)[:, None] + 0.1 * x) / (1 + t[:, None] ** 2)
-
-    label = torch.arange(12) % 3
-    ode, z = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": label}), noise(12)
-    said = []
+    model, z, said = Labelled(), noise(12), []
+    ode = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"label": torch.arange(12)})
     found = fit(ode, 2, z, budget=replace(QUICK, draws=30), report=said.append, chunk_size=64)
-    states, labels = max(seen, key=lambda call: len(call[0]))
-    assert torch.equal(labels, label.repeat(3)[:30])
-    assert torch.equal(states[:12], 80 * z[:, 1:])
-    assert len(torch.unique(states, dim=0)) == 30
-    assert 60 < float(states[12:].std()) < 100
     assert found.about["batch"] == 30 and found.about["held_out"] == 15
     assert any("12 draws of noise and 18 more" in line for line in said)
-    assert "Of the 30 samples, 12 were given" in found.explain()
-    enough = quiet(ode, 2, z, budget=replace(QUICK, draws=12))
-    assert enough.about["batch"] == 12 and "were given" not in enough.explain()
-    own = Teacher.solve(ode, 80.0 * z, 80.0, 0.0, steps=50)
-    assert quiet(ode, 2, z, budget=replace(QUICK, draws=30), teacher=own).about["batch"] == 12
+    assert "Of the 30 samples, 12 were asked for" in found.explain()
+    whole = [(x, label) for t, x, label in model.asked if len(x) == 30 and t == 80.0]
+    assert len(whole) >= 3  # the timing, the teacher and the last fit see all of it
+    for states, label in whole:
+        assert torch.equal(states, whole[0][0])
+        assert set(label[:15].tolist()) == set(range(6)) and set(label[15:].tolist()) == set(range(6, 12))
+        own = [int((label == k).nonzero()[0]) for k in range(12)]
+        assert torch.equal(states[own], 80 * z)
+        assert len(torch.unique(states, dim=0)) == 30
+    assert all(len(label) == len(x) for _, x, label in model.asked)
+
+
+def test_noise_is_added_only_where_there_is_less_than_the_budget_asks_for():
+    ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(12)})
+    enough = quiet(ode, 2, noise(12), budget=replace(QUICK, draws=12))
+    assert enough.about["batch"] == 12 and "were asked for" not in enough.explain()
+    own, said = Teacher.solve(ode, 80.0 * noise(12), 80.0, 0.0, steps=50), []
+    kept = fit(ode, 2, noise(12), budget=replace(QUICK, draws=30), teacher=own, report=said.append)
+    assert kept.about["batch"] == 12 and any("no noise is added" in line for line in said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_added_noise_is_standard_normal_new_for_each_seed_and_guided_as_the_rest(dtype):
+    x = 3.0 * torch.randn((9, 40), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    ode = iia.ProbabilityFlowODE(
+        Labelled(),
+        iia.EDM(),
+        conditioning={"label": torch.arange(9), "all": torch.ones(1)},
+        unconditional={"label": -torch.arange(9), "all": torch.ones(1)},
+        guidance_scale=2.0,
+    )
+    t = ode.schedule.t_of_noise_to_signal(3.0)
+    more, states = more_states(ode, x, t, 100, 0.3, seed=0)
+    label = more.conditioning["label"]
+    assert states.dtype == dtype and len(states) == 100
+    assert torch.equal(more.unconditional["label"], -label) and torch.equal(more.conditioning["all"], torch.ones(1))
+    new = torch.cat([torch.zeros(1, dtype=torch.bool), label[1:] == label[:-1]])
+    assert torch.equal(states[~new], x) and torch.equal(label[~new], torch.arange(9))
+    assert float(states[new].std()) == pytest.approx(3.0, rel=0.05) and abs(float(states[new].mean())) < 0.2
+    again, other = (more_states(ode, x, t, 100, 0.3, seed=seed)[1] for seed in (0, 1))
+    assert torch.equal(again, states)
+    assert not torch.isclose(other[new], states[new]).all(dim=1).any()
 
 
 def test_a_model_without_gradients_is_fitted_in_closed_form():

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,11 @@ def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
     help="Hold samples out and keep the base where they say so [default: for a base yes, for a preset no].",
 )
 @click.option("--intercept", is_flag=True, default=None, help="Also fit a constant in each step.")
-@click.option("--samples", type=COUNT, help="Initial states to fit on [default: 256, with --solver 200].")
+@click.option(
+    "--samples",
+    type=COUNT,
+    help="Initial states to fit on [default: 256, with --solver 200]; --budget thorough adds to few.",
+)
 @click.option(
     "--chunk-size", type=COUNT, help="Samples that go through the model at once [default: 64, with --solver all]."
 )
@@ -104,7 +109,7 @@ def fit_command(
         raise click.UsageError("--teacher reads trajectories and --save-teacher makes them: choose one.")
     files = _Files(teacher, save_teacher, out)
     if solver is None:
-        _find(job, nfe, budget or "standard", samples or 256, chunk_size or 64, files)
+        _find(job, nfe, budget or "standard", samples, chunk_size or 64, files)
     else:
         method = _method(solver, budget, {k: v for k, v in options.items() if v is not None}, files)
         _fit_iia(job, nfe, method, samples or 200, chunk_size, files)
@@ -124,18 +129,21 @@ class _Files:
             if path is not None:
                 check_writable(path)
 
+    @cached_property
+    def kept(self) -> Teacher | None:
+        """The teacher of the file that is read."""
+        return None if self.teacher is None else Teacher.load(self.teacher)
+
     def teach(self, solve: Callable[[], Teacher], say: Callable[[str], None]) -> Teacher | None:
         """The teacher of the file, or a new one where it is to be kept; None where the fit may make its own."""
-        if self.teacher is not None:
-            return Teacher.load(self.teacher)
-        if self.save_teacher is None:
-            return None
+        if self.kept is not None or self.save_teacher is None:
+            return self.kept
         teacher = solve()
         say(f"teacher: {teacher.sample_evaluations} sample evaluations; written: {teacher.save(self.save_teacher)}")
         return teacher
 
 
-def _find(job: Job, nfe: int, budget: str, samples: int, chunk_size: int, files: _Files) -> None:
+def _find(job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, files: _Files) -> None:
     """`iia_ode.fit`."""
     for name in (*_OF_IIA, "grid", "rho"):
         if given(name):
@@ -148,7 +156,10 @@ def _find(job: Job, nfe: int, budget: str, samples: int, chunk_size: int, files:
     if job.setting.sigma_max < _SMALL and (files.teacher or files.save_teacher):
         raise click.UsageError(f"a file of trajectories needs --sigma-max of at least {_SMALL:g}, or --solver.")
     files.check()
-    ode, x = job.draw(samples, unseen=False)
+    count = samples or (256 if files.kept is None else len(files.kept.initial))
+    if files.save_teacher is not None:  # the budget adds no noise beside a teacher: that has all that it asks for
+        count = max(count, BUDGETS[budget].draws)
+    ode, x = job.draw(count, unseen=False)
     schedule, top = job.setting.schedule, job.setting.sigma_max
 
     def solve() -> Teacher:

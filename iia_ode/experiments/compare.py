@@ -129,7 +129,8 @@ def compare(
     solvers : registered solvers and presets of IIA, by name, and ``"iia"``: what :func:`iia_ode.fit` finds.
     nfes : numbers of evaluations; a solver that cannot make one exactly has no entry there.
     make_grid : from a number of levels to a grid; all solvers but ``"iia"``, which finds its own, use this family.
-    samples, fit_samples : unseen initial states that are measured, and initial states that fits see.
+    samples, fit_samples : unseen initial states that are measured, and initial states that fits see; a `budget` may add
+        to these.
     target : what presets are fitted to: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.
     budget : what ``"iia"`` may spend on a fit.
     guidance_scale : of classifier-free guidance.
@@ -224,7 +225,7 @@ class _Fits:
             )
         self.made[name, nfe] = fit
         evaluations = int(fit.about["evaluations"]) + (teacher.evaluations if teacher is not None else 0)
-        return fit, (len(self.x), evaluations, time.perf_counter() - begun + shared)
+        return fit, (int(fit.about["batch"]), evaluations, time.perf_counter() - begun + shared)
 
 
 def _grids(

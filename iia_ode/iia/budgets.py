@@ -21,8 +21,9 @@ class Budget:
 
     Attributes
     ----------
-    draws : of noise to have at least. What is missing is drawn from the standard normal distribution, under the conditions
-        that were given, in turn; each costs a trajectory of the teacher, and what the fits spend on it.
+    draws : of noise to have at least, where no teacher is given. What is missing is made under the conditions that were given,
+        each about as often: sigma times standard normal noise, as runs start from, also where states that have more in them
+        were given. Each costs a trajectory of the teacher, in memory too, and what the fits spend on it.
     teacher_steps : of the accurate trajectories that everything is fitted to.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
     levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.

@@ -12,7 +12,7 @@ from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
 
-__all__ = ["initial_states", "more_states", "smallest_level", "start_time"]
+__all__ = ["held_out_of", "initial_states", "more_states", "smallest_level", "start_time"]
 
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _OWN = 0x9E3779B9  # added to the seed of noise that nobody gave: far from those people count up from 0, within 32 bits
@@ -62,15 +62,33 @@ def initial_states(
     return noise
 
 
+def held_out_of(draws: int, share: float) -> int:
+    """How many of the draws are held out: about that share, one at least, and not all."""
+    if not 0 < share < 1:
+        raise InputError(f"held_out is a share of the noise between 0 and 1, got {share!r}.")
+    return min(max(1, round(share * draws)), draws - 1)
+
+
 def more_states(
-    ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int
+    ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, held_out: float, seed: int
 ) -> tuple[ProbabilityFlowODE, Tensor]:
-    """The ODE and the states of `draws` samples: the given ones, and then new noise under the same conditions in turn."""
-    missing = draws - len(x)
-    if missing <= 0:
+    """The ODE and the states of `draws` samples: after each given one, new noise under the same condition.
+
+    What is held out of the given ones stays so, with its conditions; so do halves of what is fitted to.
+    """
+    if draws <= len(x):
         return ode, x
+    held, own = held_out_of(draws, held_out), held_out_of(len(x), held_out)
+    index = torch.cat([_in_turn(draws - held, len(x) - own), len(x) - own + _in_turn(held, own)])
+    new = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), index[1:] == index[:-1]])
     # The generator drops what a seed has above 32 bits.
     generator = torch.Generator("cpu").manual_seed((_OWN + seed) % 2**32)
-    noise = torch.randn((missing, *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
-    index = torch.arange(draws, device="cpu") % len(x)
-    return ode.subset(index, len(x)), torch.cat([x, ode.schedule.sigma(t) * noise.to(x.device)])
+    noise = torch.randn((int(new.sum()), *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
+    states = x.cpu()[index]
+    states[new] = ode.schedule.sigma(t) * noise
+    return ode.subset(index, len(x)), states.to(x.device)
+
+
+def _in_turn(n: int, own: int) -> Tensor:
+    """Each of 0 ... own - 1 about n / own times, one after the other."""
+    return torch.arange(n, device="cpu") * own // n

@@ -20,6 +20,7 @@ from .budgets import AGAIN, Budget, Ingredient
 from .endpoint import by_robust_error, endpoint_errors, robust_mean
 from .fit import IIA
 from .fitted import FittedSolver
+from .initial import held_out_of
 from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition
@@ -55,11 +56,9 @@ class Job:
         say: Callable[[str], None],
         progress: bool,
     ) -> None:
-        if not 0 < held_out < 1:
-            raise InputError(f"held_out is a share of the noise between 0 and 1, got {held_out!r}.")
         self.ode, self.nfe, self.x, self.given, self.start, self.sigma_min = ode, nfe, x, given, start, sigma_min
         self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
-        self.train = len(x) - min(max(1, round(held_out * len(x))), len(x) - 1)
+        self.train = len(x) - held_out_of(len(x), held_out)
         self.method = IIA(
             "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{nfe}"
         )

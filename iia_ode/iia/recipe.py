@@ -40,10 +40,10 @@ def fit(
 ) -> FittedSolver:
     """A solver with `nfe` evaluations for this model, as accurate as the budget can make it.
 
-    Accurate trajectories are made once, from the given noise. Grids that leap from the noisiest level are searched, each
+    Accurate trajectories are made once, from the noise. Grids that leap from the noisiest level are searched, each
     with weights in closed form (:class:`IIA` over DDIM with ``terms="window"`` and ``target="trajectory"``); with a budget
     above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`). Grids and kinds of
-    weights are chosen by two-fold cross-validation on the first part of `noise`, and among what was made of them by the
+    weights are chosen by two-fold cross-validation on the first part of the noise, and among what was made of them by the
     endpoint error on the rest, which is held out; the solver that the model would have had without a fit is among the
     candidates. Last, what was chosen is fitted to all of the noise, where there is enough of it and it helps there; the
     errors that are reported are those from before.
@@ -53,16 +53,18 @@ def fit(
     ode : the model, with conditions for each noise or one for all. Guidance is part of it.
     nfe : evaluations of a run, at least 1.
     noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good; a budget may add to them
-        (:attr:`Budget.draws`, ``"thorough"`` does, not beside a `teacher`). Initial states are
+        (:attr:`Budget.draws`; ``"thorough"`` does). Initial states are
         recognised by their size and taken as they are where the noisiest level is far from 1; those of a `teacher` always.
-    shape : instead of `noise`, the shape of one sample: `samples` draws are made from `seed`, in float32.
+    shape : instead of `noise`, the shape of one sample: `samples` draws are made from `seed`, in float32; a budget may add to
+        them too.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`Budget`.
     sigma_max : level sigma/alpha to start from; by default the noisiest of the schedule, or 80 where its model says nothing
         of the data there (noise or score where alpha = 0).
     sigma_min : level whose data estimate the teacher takes for the data: the smallest that the model was trained on. By
         default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
-    held_out : share of the noise, its last part, that decides; of all of it, where a budget adds some.
-    teacher : of these very initial states, if there is one already.
+    held_out : share of the noise, its last part, that decides. Noise that a budget adds goes to the part that has its
+        condition: no condition of a sample that decides is fitted to.
+    teacher : of these very initial states, if there is one already; no noise is added to them.
     chunk_size : samples that go through the model at once.
     seed : of `shape`'s draws, of those that a budget adds, and of the refinement's signs; recorded.
     report : is told what it will cost, how far it is and what it found; None for silence.
@@ -95,10 +97,10 @@ def fit(
     sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
-    given = len(x)
-    if teacher is None:  # a teacher has no more trajectories than those of the noise that was given
-        ode, x = more_states(ode, x, start, chosen.draws, seed)
-    job = Job(
-        ode, nfe, x, given, start, sigma_min, chosen, held_out, chunk_size, seed, report or (lambda _: None), progress
-    )
+    given, say = len(x), report or (lambda _: None)
+    if teacher is None:
+        ode, x = more_states(ode, x, start, chosen.draws, held_out, seed)
+    elif chosen.draws > given:
+        say(f"the teacher has {given} trajectories: no noise is added, though the budget asks for {chosen.draws} draws")
+    job = Job(ode, nfe, x, given, start, sigma_min, chosen, held_out, chunk_size, seed, say, progress)
     return job.run(teacher)

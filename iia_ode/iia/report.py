@@ -142,7 +142,7 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
     if recipe["fitted_to_all"]:
         lines.append(f"What was chosen was then fitted once more, to all {about['batch']} samples.")
     if about["batch"] > recipe["given"]:
-        lines.append(f"Of the {about['batch']} samples, {recipe['given']} were given and the others drawn for the fit.")
+        lines.append(f"Of the {about['batch']} samples, {recipe['given']} were asked for; the budget added the others.")
     lines.append(
         f"All of it took {recipe['seconds']:.0f} s and {recipe['sample_evaluations']} sample evaluations of the model, "
         "backward passes counted as two each."
