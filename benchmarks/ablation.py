@@ -59,7 +59,7 @@ EFFORT: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """What a variant is given: draws that are measured, draws that fits see, how many of them grids are chosen on (a warm start is
 made from the others) and how many are refined on (a quarter of those held out), iterations of either refinement, and sketched
-rows per sample. A mixture needs more draws, because two or three samples in a thousand make nearly the whole error."""
+rows per sample. A mixture needs more draws, because a few samples in a thousand make nearly the whole error."""
 
 
 @dataclass(frozen=True)
@@ -315,9 +315,10 @@ fitted, for DDIM, and shared by the variants. The full recipe: `terms="window"`,
 grid that leaps, then all weights and times refined by Gauss-Newton. The warm start is Gaussian, its moments from teacher
 endpoints, and takes the place of the first interval; its evaluations go to what follows.
 
-On the mixture, two or three samples in a thousand decide the root mean square, and most others the median. What is fitted to a
-trajectory beats what is fitted step by step in both. The refinement brings the median sample several times nearer to the truth
-and changes the root mean square little; an intercept does the reverse.
+On the mixture, the one or two samples in a hundred that end in another component make most of the root mean square, and the
+others the median. Without refinement, aiming at the trajectory has a much lower root mean square than aiming step by step;
+refined, the local target is as good. The refinement brings the median sample several times nearer to the truth and changes the
+root mean square little; an intercept, without it, lowers that by a tenth or so.
 """
 
 Found = dict[int, dict[int, dict[str, Entry]]]

@@ -51,7 +51,7 @@ SUBSET = (  # of the networks, where an evaluation costs something: one of each 
 SUBSET_NFES = (5, 6, 10, 15, 25)
 SAMPLES = {"mixture": (2048, 16384), "mixture64": (2048, 8192)}
 OTHERS = (256, 256)
-"""Draws that fits see, and draws that are measured. Of a mixture two or three in a thousand make nearly the whole error."""
+"""Draws that fits see, and draws that are measured. Of a mixture a few in a thousand make nearly the whole error."""
 FAR, NEAR = 64, 16  # evaluations between which the error of a base that converges falls by half
 MANY = 4  # more evaluations than asked for, until a base can make them
 
@@ -202,7 +202,7 @@ differences per component to a converged reference, on noise that the fit did no
 of its base.
 
 - *Fell back*: the fit was not clearly better on the fitting draws, of which a quarter is held out, and the guard returned
-  the base. A guard sees no more than its draws hold: with 256 of a mixture, where two or three samples in a thousand make
+  the base. A guard sees no more than its draws hold: with 256 of a mixture, where a few samples in a thousand make
   nearly the whole error, it lets fits through that lose.
 - *Top 1%*: how much of the fit's squared error the worst hundredth of the samples makes. Where that is nearly all, the
   fitting draws may hold none of them.
