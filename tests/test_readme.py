@@ -61,6 +61,13 @@ def test_what_it_says_of_the_one_call_is_what_was_measured(row, setting):
         assert figure == f"{found['standard']['rmse'] / found['classic']['rmse']:.2f}"
 
 
+def test_what_it_says_of_further_denoisers_is_what_was_measured():
+    (figure,) = re.findall(r"leaves at most (\d\.\d\d) at 5 and 8 evaluations", README)
+    stored = [json.loads(p.read_text()) for p in (ROOT / "benchmarks" / "results" / "further").glob("*-nfe0[58].json")]
+    assert len(stored) == 6
+    assert figure == f"{max(rows['standard']['rmse'] / rows['classic']['rmse'] for rows in stored):.2f}"
+
+
 def test_every_file_it_links_to_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("https://") or (ROOT / link).exists()
