@@ -15,7 +15,7 @@ import iia_ode as iia
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher
 from iia_ode.iia.budgets import BUDGETS, Budget
-from iia_ode.iia.endpoint import by_robust_error
+from iia_ode.iia.endpoint import by_robust_error, known_ratio
 from iia_ode.iia.initial import more_states
 from iia_ode.iia.recipe import fit
 from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
@@ -440,7 +440,25 @@ def test_one_outlier_does_not_decide_between_candidates():
     steady, better = torch.full((50,), 0.1), torch.full((50,), 0.05)
     better[7] = 3.0
     assert by_robust_error([steady, better], lambda e: e)[0] is better
+    worse, unlucky = torch.full((256,), 0.02), torch.full((256,), 0.01)
+    unlucky[7] = 0.7  # more than all others together
+    assert by_robust_error([worse, unlucky], lambda e: e, outliers_too=True)[0] is unlucky
     assert by_robust_error([torch.full((3,), math.inf), steady], lambda e: e)[0] is steady
+
+
+def test_many_outliers_do():
+    steady, slightly_better = torch.full((400,), 0.1), torch.full((400,), 0.09)
+    slightly_better[::20] = 1.0
+    assert by_robust_error([slightly_better, steady], lambda e: e, outliers_too=True)[0] is steady
+
+
+@given(st.floats(0.1, 10.0), st.integers(0, 2**31 - 1))
+def test_what_every_sample_agrees_on_is_known(factor, seed):
+    errors = torch.rand(50, dtype=F64, generator=torch.Generator().manual_seed(seed)) + 0.01
+    assert known_ratio(factor * errors, errors) == pytest.approx(factor, rel=1e-6)
+    once = errors.clone()
+    once[3] = 100.0
+    assert 1.0 < known_ratio(once, errors) < 0.1 * float((once.square().mean() / errors.square().mean()).sqrt())
 
 
 def test_the_table_of_a_refined_fit_has_every_weight_of_its_plan():

@@ -12,9 +12,11 @@ from torch import Tensor
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 
-__all__ = ["by_robust_error", "chunks_of", "endpoint_errors", "per_sample", "robust_mean"]
+__all__ = ["by_robust_error", "chunks_of", "endpoint_errors", "known_ratio", "per_sample", "robust_mean"]
 
 T = TypeVar("T")
+
+_SPREAD = 0.25  # of the logarithms of ratios of plain means, among solvers that one has to choose from
 
 
 def chunks_of(first: int, last: int, size: int) -> list[slice]:
@@ -69,16 +71,33 @@ def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor], *, outlie
     """The items, best first, by the robust mean of their errors per sample.
 
     What counts as an outlier is the same for all: more than four times the lowest of their medians. With `outliers_too` by
-    the product of that and the plain mean: for a last choice, where a solver that loses more samples should have to be much
-    better on the others.
+    the product of that and the plain mean, as far as these samples know the latter: for a last choice, where a solver that
+    loses more samples should have to be much better on the others. One sample that ends in another mode may make most of a
+    plain mean, and says little of how rare such samples are. So the ratio of an item's plain mean to that of the item with the
+    best robust mean is drawn in, as one drawn from ratios that spread by `_SPREAD` and known to its standard error.
     """
     if not items:
         return []
     scale = 4 * min(float(errors(item).median()) for item in items)
     scale = scale if 0 < scale < math.inf else math.inf
-    return sorted(
-        items,
-        key=lambda item: (
-            robust_mean(errors(item), scale) * (robust_mean(errors(item), math.inf) if outliers_too else 1.0)
-        ),
-    )
+    ranked = sorted(items, key=lambda item: robust_mean(errors(item), scale))
+    if not outliers_too:
+        return ranked
+    best = errors(ranked[0])
+
+    def score(item: T) -> float:
+        robust = robust_mean(errors(item), scale)
+        return robust * known_ratio(errors(item), best) if math.isfinite(robust) else math.inf
+
+    return sorted(ranked, key=score)
+
+
+def known_ratio(errors: Tensor, to: Tensor) -> float:
+    """The ratio of two plain means of paired errors, drawn in toward 1 as far as it hangs on few samples."""
+    squares, others = errors.double().square(), to.double().square()
+    if not float(squares.sum()) > 0 or not float(others.sum()) > 0:
+        return 1.0 if float(squares.sum()) == float(others.sum()) else math.sqrt(float(squares.sum() / others.sum()))
+    logarithm = 0.5 * math.log(float(squares.sum() / others.sum()))
+    # What each sample adds to the logarithm, to first order: the sum of its squares estimates the variance.
+    doubt = 0.25 * float((squares / squares.sum() - others / others.sum()).square().sum())
+    return math.exp(logarithm * _SPREAD**2 / (_SPREAD**2 + doubt))
