@@ -27,6 +27,7 @@ from common import (
     batch,
     conditions,
     error_of,
+    grid_of,
     is_closed_form,
     karras_family,
     levels_for,
@@ -71,10 +72,7 @@ def able(name: str, nfe: int) -> list[str]:
 
 def classic_plan(solver: str, name: str, nfe: int, rho: float, level: float) -> Plan:
     """A registered solver on a Karras grid."""
-    levels = levels_for(solver, name, nfe)
-    if levels is None:
-        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
-    return plan_of(solver, setting_of(name), karras_family(setting_of(name), rho, level)(levels))
+    return plan_of(solver, setting_of(name), grid_of(solver, name, nfe, (rho, level)))
 
 
 Pair = tuple[str, tuple[float, float]]

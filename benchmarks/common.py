@@ -274,6 +274,14 @@ def levels_for(solver: str, name: str, nfe: int) -> int | None:
     return len(grid) - 1
 
 
+def grid_of(solver: str, name: str, nfe: int, grid: tuple[float, float] = DEFAULT) -> Tensor:
+    """The Karras grid, of this rho and smallest level, on which a solver makes that many evaluations."""
+    levels = levels_for(solver, name, nfe)
+    if levels is None:
+        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
+    return karras_family(setting_of(name), *grid)(levels)
+
+
 def plan_of(solver: str, setting: Setting, grid: Tensor) -> Plan:
     """A registered solver on a grid."""
     return iia.trace(iia.get_solver(solver), setting.schedule, grid, consistent=False)

@@ -16,13 +16,12 @@ from itertools import product
 import torch
 from common import (
     CHUNK,
-    DEFAULT,
     Entry,
     Store,
     batch,
     conditions,
+    grid_of,
     is_closed_form,
-    karras_family,
     levels_for,
     number,
     parser,
@@ -80,14 +79,6 @@ def failing(solver: str, name: str) -> str | None:
     if not far <= max(near / 2, 1e-3):
         return f"does not converge on this grid: error {near:.3g} at {NEAR} and {far:.3g} at {FAR} evaluations"
     return None
-
-
-def grid_of(solver: str, name: str, nfe: int) -> torch.Tensor:
-    """The Karras grid on which a solver makes that many evaluations."""
-    levels = levels_for(solver, name, nfe)
-    if levels is None:
-        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
-    return karras_family(setting_of(name), *DEFAULT)(levels)
 
 
 @lru_cache(maxsize=2)

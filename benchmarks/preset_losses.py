@@ -11,12 +11,10 @@ from dataclasses import replace
 import torch
 from common import (
     CHUNK,
-    DEFAULT,
     PAGES,
     Batch,
     batch,
-    karras_family,
-    levels_for,
+    grid_of,
     number,
     plan_of,
     run,
@@ -86,7 +84,7 @@ def networks() -> str:
     for name, preset, nfe in NETWORKS:
         own, test = batch(name, DRAWS, 0, False, 90), batch(name, DRAWS, 0, True, 90)
         method = PRESETS[preset]
-        grid = grid_of(name, method.base_solver.label, nfe)
+        grid = grid_of(method.base_solver.label, name, nfe)
         base = squares(plan_of(method.base_solver.label, own.setting, grid), test).mean()
         ratios = []
         for target, substeps in (("substeps", 3), ("substeps", FINER), ("trajectory", 3)):
@@ -118,7 +116,7 @@ def cancelling(nfe: int) -> list[list[str]]:
     """The lines of `iia-ipndm` and its base."""
     own, test = batch(NAME, SAMPLES, 0, False, 90), batch(NAME, UNSEEN, 0, True, 150).first(CARRIED)
     method = PRESETS["iia-ipndm"]
-    grid = grid_of(NAME, "ipndm", nfe)
+    grid = grid_of("ipndm", NAME, nfe)
     plans = {"`ipndm`": plan_of("ipndm", own.setting, grid)}
     for target in ("substeps", "trajectory"):
         teacher = teacher_of(NAME, SAMPLES, 0) if target == "trajectory" else None
@@ -138,14 +136,6 @@ def cancelling(nfe: int) -> list[list[str]]:
     return lines
 
 
-def grid_of(name: str, solver: str, nfe: int) -> Tensor:
-    """The default grid on which a solver makes that many evaluations."""
-    levels = levels_for(solver, name, nfe)
-    if levels is None:
-        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
-    return karras_family(setting_of(name), *DEFAULT)(levels)
-
-
 def main() -> None:
     setting, test = setting_of(NAME), batch(NAME, UNSEEN, 0, True, 150)
     own = batch(NAME, SAMPLES, 0, False, 90)
@@ -153,7 +143,7 @@ def main() -> None:
     for preset, nfe in LOSING:
         method = PRESETS[preset]
         solver = method.base_solver.label
-        grid = grid_of(NAME, solver, nfe)
+        grid = grid_of(solver, NAME, nfe)
         by_base = squares(plan_of(solver, setting, grid), test)
         for target in ("substeps", "trajectory"):
             teacher = teacher_of(NAME, SAMPLES, 0) if target == "trajectory" else None
