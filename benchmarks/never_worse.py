@@ -10,12 +10,14 @@ import argparse
 import math
 import statistics
 import warnings
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import product
 
 import torch
 from common import (
     CHUNK,
+    Batch,
     Entry,
     Store,
     batch,
@@ -48,29 +50,54 @@ SUBSET = (  # of the networks, where an evaluation costs something: one of each 
     "plms", "unipc", "expab3",
 )  # fmt: skip
 SUBSET_NFES = (5, 6, 10, 15, 25)
-SAMPLES = {"mixture": (2048, 16384), "mixture64": (2048, 8192)}
+ALL_NFES = (4, 5, 6, 10, 15, 25, 40)  # of the networks with every base
+SAMPLES = {
+    "mixture": (2048, 16384),
+    "mixture64": (2048, 8192),
+    "digits_all": (64, 64),
+    "patches_all": (64, 64),
+}
 OTHERS = (256, 256)
 """Draws that fits see, and draws that are measured. Of a mixture a few in a thousand make nearly the whole error."""
+ALL = "_all"  # ends the name under which results of every base on a network are kept
 FAR, NEAR = 64, 16  # evaluations between which the error of a base that converges falls by half
 MANY = 4  # more evaluations than asked for, until a base can make them
 
 
-def counts(name: str) -> tuple[int, int]:
-    """Draws for fits and for measuring."""
-    return SAMPLES.get(name, OTHERS)
+@dataclass(frozen=True)
+class Draws:
+    """How many draws of a setting fits see, and how many are measured.
+
+    Attributes
+    ----------
+    name : of the setting.
+    own, unseen : the two numbers.
+    seed : of the noise.
+    """
+
+    name: str
+    own: int
+    unseen: int
+    seed: int
+
+    @property
+    def test(self) -> Batch:
+        """What is measured."""
+        return batch(self.name, self.unseen, self.seed, True, 90)
 
 
 @cache
-def failing(solver: str, name: str) -> str | None:
+def failing(solver: str, draws: Draws) -> str | None:
     """Why a base is left out: it makes no plan, or its error does not fall; None where it takes part."""
     errors = []
+    name = draws.name
     for wanted in (NEAR, FAR):
         nfe = next((n for n in range(wanted, wanted + MANY) if levels_for(solver, name, n)), None)
         if nfe is None:
             return f"makes none of {wanted} to {wanted + MANY - 1} evaluations"
         try:
             plan = plan_of(solver, setting_of(name), grid_of(solver, name, nfe))
-            part = batch(name, counts(name)[1], 0, True, 90).first(64 if is_closed_form(setting_of(name)) else 8)
+            part = draws.test.first(64 if is_closed_form(setting_of(name)) else 8)
             error, _ = rmse_with_error(run(plan, part), part.final)
         except iia.IIAError as problem:
             return str(problem).splitlines()[0]
@@ -82,10 +109,9 @@ def failing(solver: str, name: str) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def base_final(solver: str, name: str, nfe: int, seed: int) -> Tensor:
+def base_final(solver: str, draws: Draws, nfe: int) -> Tensor:
     """Where a base ends on the draws that are measured; both sets of terms are compared with it."""
-    test = batch(name, counts(name)[1], seed, True, 90)
-    return run(plan_of(solver, setting_of(name), grid_of(solver, name, nfe)), test)
+    return run(plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe)), draws.test)
 
 
 def exists(solver: str, name: str, nfe: int, terms: str) -> bool:
@@ -97,15 +123,14 @@ def exists(solver: str, name: str, nfe: int, terms: str) -> bool:
     return levels_for(solver, name, nfe) is not None
 
 
-def measured(solver: str, name: str, nfe: int, terms: str, seed: int) -> Entry:
+def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
     """One guarded fit against its base."""
     method = IIA(solver, **TERMS[terms], guard=True)  # type: ignore[arg-type]
-    own, unseen = counts(name)
-    test = batch(name, unseen, seed, True, 90)
-    ode, x = setting_of(name).draw(own, 2 * seed)
-    teacher = teacher_of(name, own, seed)
+    name, test = draws.name, draws.test
+    ode, x = setting_of(name).draw(draws.own, 2 * draws.seed)
+    teacher = teacher_of(name, draws.own, draws.seed)
     grid = grid_of(solver, name, nfe)
-    by_base = base_final(solver, name, nfe, seed)
+    by_base = base_final(solver, draws, nfe)
     base, base_error = rmse_with_error(by_base, test.final)
     if not math.isfinite(base):
         return {"skipped": "the base is not finite"}
@@ -159,22 +184,24 @@ def by_sample(fit: Tensor, base: Tensor, reference: Tensor) -> Entry:
 
 
 def cells(store: Store, name: str, options: argparse.Namespace) -> None:
-    """All bases at all numbers of evaluations on a setting."""
-    subset = not is_closed_form(setting_of(name)) and not options.all_bases
-    bases = options.bases or (SUBSET if subset else iia.solver_names())
-    nfes = [n for n in options.nfe if not subset or n in SUBSET_NFES]
-    own, unseen = counts(name)
-    under = {"samples": unseen, "fit_samples": own, "seed": options.seed}
-    say(f"{name}: {len(bases)} bases at {nfes}")
+    """The bases at the numbers of evaluations that are asked for, on a setting."""
+    network = not is_closed_form(setting_of(name))
+    every = options.all_bases or not network
+    label = name + ALL if network and every else name
+    bases = options.bases or (iia.solver_names() if every else SUBSET)
+    at = NFES if not network else ALL_NFES if every else SUBSET_NFES
+    nfes = [n for n in options.nfe if n in at]
+    draws = Draws(name, *SAMPLES.get(label, OTHERS), options.seed)
+    under = {"samples": draws.unseen, "fit_samples": draws.own, "seed": draws.seed}
+    say(f"{label}: {len(bases)} bases at {nfes}")
     for solver in bases:
-        file = f"{name}-{solver}-seed{options.seed}"
-        reason = store.cell(file, "converges", under, lambda s=solver: verdict(failing(s, name)))  # type: ignore[misc]
+        file = f"{label}-{solver}-seed{options.seed}"
+        reason = store.cell(file, "converges", under, lambda s=solver: verdict(failing(s, draws)))  # type: ignore[misc]
         if reason.get("skipped"):
             continue
         for nfe, terms in product(nfes, TERMS):
-            if not exists(solver, name, nfe, terms):
-                continue
-            store.cell(file, f"{terms} {nfe}", under, partial(measured, solver, name, nfe, terms, options.seed))
+            if exists(solver, name, nfe, terms):
+                store.cell(file, f"{terms} {nfe}", under, partial(measured, solver, draws, nfe, terms))
 
 
 def verdict(reason: str | None) -> Entry:
@@ -210,6 +237,7 @@ def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[s
     out: list[tuple[str, str, str]] = []
     for file, entries in files.items():
         name, solver, _ = file.split("-")
+        name = f"{name.removesuffix(ALL)}, every base" if name.endswith(ALL) else name
         for cell, entry in entries.items():
             if cell == "converges":
                 if entry.get("skipped"):
@@ -291,7 +319,7 @@ def main() -> None:
     found = parser(__doc__ or "", "never_worse", SETTINGS, NFES)
     found.add_argument("--bases", nargs="+", help="only these")
     found.add_argument(
-        "--all-bases", action="store_true", help="all bases and counts on networks too, not one of each kind"
+        "--all-bases", action="store_true", help="networks with every base and fewer draws, not with one of each kind"
     )
     options = found.parse_args()
     store = Store(options.out)

@@ -159,7 +159,7 @@ def test_a_preset_that_does_not_win_is_flagged() -> None:
 def test_violations_are_listed_with_their_figures(
     cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(never_worse.SAMPLES, "closed form", (16, 16))
+    monkeypatch.setitem(never_worse.SAMPLES, "gaussian", (16, 16))
     out, page = tmp_path / "results", tmp_path / "page.md"
     run(never_worse, monkeypatch, "--settings", "gaussian", "--bases", "ddim", "rk4", "--nfe", 4, 5, "--out", out)
     store = common.Store(out)
