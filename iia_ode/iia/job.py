@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .fitted import FittedSolver
 from .initial import held_out_of
 from .moments import estimate_moments
 from .refine import Refinement, refine
-from .routes import Route, Start, class_condition
+from .routes import Route, Start, class_condition, joined
 from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
 from .teacher import Teacher
 from .variants import SCALARS, variants_of
@@ -38,33 +38,40 @@ _RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but paral
 _LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
 
+@dataclass(eq=False)
 class Job:
-    """The state of one call of :func:`iia_ode.fit`: what it was given, what it has found, and what that cost."""
+    """The state of one call of :func:`iia_ode.fit`: what it was given, what it has found, and what that cost.
 
-    def __init__(
-        self,
-        ode: ProbabilityFlowODE,
-        nfe: int,
-        x: Tensor,
-        given: int,
-        start: float,
-        sigma_min: float,
-        budget: Budget,
-        held_out: float,
-        chunk_size: int,
-        seed: int,
-        say: Callable[[str], None],
-        progress: bool,
-    ) -> None:
-        self.ode, self.nfe, self.x, self.given, self.start, self.sigma_min = ode, nfe, x, given, start, sigma_min
-        self.budget, self.chunk_size, self.seed, self.say, self.progress = budget, chunk_size, seed, say, progress
-        self.train = len(x) - held_out_of(len(x), held_out)
+    Attributes
+    ----------
+    ode, nfe : the model, and evaluations of a run.
+    x : initial states [B, ...] at time `start`, of which the first `given` are the caller's or drawn for it.
+    sigma_min : level whose data estimate is taken for the data.
+    budget, held_out, chunk_size, seed, progress : as for :func:`iia_ode.fit`.
+    say : is told how far it is.
+    """
+
+    ode: ProbabilityFlowODE
+    nfe: int
+    x: Tensor
+    given: int
+    start: float
+    sigma_min: float
+    budget: Budget
+    held_out: float
+    chunk_size: int
+    seed: int
+    say: Callable[[str], None]
+    progress: bool
+    teacher: Teacher = field(init=False)
+    found: list[_Found] = field(init=False, default_factory=list)
+    costs: dict[str, _Cost] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.train = len(self.x) - held_out_of(len(self.x), self.held_out)
         self.method = IIA(
-            "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{nfe}"
+            "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{self.nfe}"
         )
-        self.found: list[_Found] = []
-        self.costs: dict[str, _Cost] = {}
-        self.teacher: Teacher
 
     def run(self, teacher: Teacher | None) -> FittedSolver:
         """All stages, and the best of what they found."""
@@ -170,12 +177,12 @@ class Job:
         routes = [chosen] if chosen.variant is SCALARS else [replace(chosen, variant=SCALARS), chosen]
         for own in routes:
             with self._stage() as cost:
-                plan, fitted = own.fit(self.method, self._grid(own), ode, x, teacher, self.chunk_size, held_out=0.2)
-                own.errors = self._errors(plan)
+                parts = own.fit(self.method, self._grid(own), ode, x, teacher, self.chunk_size, held_out=0.2)
+                own.fitted = parts.whole
+                own.errors = self._errors(own.fitted.plan)
             if own is routes[0]:  # what is made first on a grid bears the cost of finding it
                 cost.samples, cost.seconds = cost.samples + search.samples, cost.seconds + search.seconds
-            own.fitted = fitted
-            self._add(_Found(self._ingredient(own.name, own.errors, cost), plan, own.errors, own))
+            self._add(_Found(self._ingredient(own.name, own.errors, cost), own.fitted.plan, own.errors, own))
         return routes
 
     def _varied(self, route: Route) -> Route:
@@ -241,7 +248,7 @@ class Job:
         plain = replace(self.method, ridge=_RIDGE)
 
         def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
-            return route.fit(plain, grid, ode, x, teacher, self.chunk_size)[0]
+            return route.fit(plain, grid, ode, x, teacher, self.chunk_size).plan
 
         return closed, *self._part(slice(0, self.train)), self.nfe + (route.start is not None)
 
@@ -251,17 +258,18 @@ class Job:
         for route in routes[: self.budget.starts]:
             with self._stage() as cost:
                 method = replace(self.method, ridge=_RIDGE)
-                warm, rest, _ = route.parts(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
+                parts = route.fit(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
+                held_out = 1 - self.train / len(self.x)
                 found = self._refine(
-                    f"{route.name}, refined", warm, rest, 1 - self.train / len(self.x), self.budget.iterations
+                    f"{route.name}, refined", parts.warm, parts.rest.plan, held_out, self.budget.iterations
                 )
                 if found is None:
                     continue
-                plan = found.plan if warm is None else warm.then(found.plan)
+                plan = joined(parts.warm, found.plan)
                 errors = self._errors(plan)
             cost.samples += found.backward
             ingredient = self._ingredient(f"{route.name}, refined", errors, cost)
-            self._add(_Found(ingredient, plan, errors, route, found, warm))
+            self._add(_Found(ingredient, plan, errors, route, found, parts.warm))
 
     def _refine(
         self, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
@@ -299,15 +307,16 @@ class Job:
             return best.plan, route.fitted, 0
         backward, fitted = 0, route.fitted
         if best.refinement is None:
-            plan, fitted = route.fit(
+            fitted = route.fit(
                 self.method, self._grid(route), self.ode, self.x, self.teacher, self.chunk_size, held_out=0.2
-            )
+            ).whole
+            plan = fitted.plan
         else:
             again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
             if again is None:
                 return best.plan, fitted, 0
             backward = again.backward
-            plan = again.plan if best.warm is None else best.warm.then(again.plan)
+            plan = joined(best.warm, again.plan)
         whole = slice(0, len(self.x))
         pairs = [
             (p, endpoint_errors(p, self.ode, self.x, self.teacher.final, whole, chunk_size=self.chunk_size))

@@ -102,5 +102,8 @@ def fit(
         ode, x = more_states(ode, x, start, chosen.draws, held_out, seed)
     elif chosen.draws > given:
         say(f"the teacher has {given} trajectories: no noise is added, though the budget asks for {chosen.draws} draws")
-    job = Job(ode, nfe, x, given, start, sigma_min, chosen, held_out, chunk_size, seed, say, progress)
+    job = Job(
+        ode, nfe, x, given=given, start=start, sigma_min=sigma_min, budget=chosen, held_out=held_out,
+        chunk_size=chunk_size, seed=seed, say=say, progress=progress,
+    )  # fmt: skip
     return job.run(teacher)

@@ -19,7 +19,7 @@ from .teacher import Teacher
 from .variants import SCALARS, Variant
 from .warm_start import WarmStart
 
-__all__ = ["Route", "Start", "class_condition"]
+__all__ = ["Parts", "Route", "Start", "class_condition", "joined"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,27 +57,6 @@ class Route:
         """What reports call it."""
         return f"{'' if self.start is None else f'warm start {self.start.name}, '}{self.variant.name}"
 
-    def parts(
-        self,
-        method: IIA,
-        grid: Tensor,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        teacher: Teacher,
-        chunk: int,
-        **options: Any,
-    ) -> tuple[WarmStart | None, Plan, FittedSolver]:
-        """The warm start if there is one, the fitted plan from where it ends, and the fit; `method` less its variant."""
-        method = self.variant.of(method)
-        if self.start is None:
-            fitted = method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options)
-            return None, fitted.plan, fitted
-        t, s = (float(v) for v in grid[:2])
-        warm = self.start.make(ode.schedule, t, s)
-        y = warm.apply(x, ode)
-        fitted = method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), chunk_size=chunk, **options)
-        return warm, fitted.plan, fitted
-
     def fit(
         self,
         method: IIA,
@@ -87,14 +66,41 @@ class Route:
         teacher: Teacher,
         chunk: int,
         **options: Any,
-    ) -> tuple[Plan, FittedSolver]:
-        """The fitted plan from the start of the grid, and the fit."""
-        warm, plan, fitted = self.parts(method, grid, ode, x, teacher, chunk, **options)
-        if warm is None:
-            return plan, fitted
-        plan = warm.then(plan)
-        reports = tuple(replace(r, index=r.index + 1) for r in fitted.reports)
-        return plan, replace(fitted, plan=plan, reports=reports)
+    ) -> Parts:
+        """What it makes of these samples on this grid; `method` is how to fit, less the variant."""
+        method = self.variant.of(method)
+        if self.start is None:
+            return Parts(None, method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options))
+        t, s = (float(v) for v in grid[:2])
+        warm = self.start.make(ode.schedule, t, s)
+        y = warm.apply(x, ode)
+        return Parts(warm, method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), chunk_size=chunk, **options))
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A warm start, if there is one, and the fit from where it ends."""
+
+    warm: WarmStart | None
+    rest: FittedSolver
+
+    @property
+    def plan(self) -> Plan:
+        """The plan from the start of the grid."""
+        return joined(self.warm, self.rest.plan)
+
+    @property
+    def whole(self) -> FittedSolver:
+        """The fit from the start of the grid."""
+        if self.warm is None:
+            return self.rest
+        reports = tuple(replace(r, index=r.index + 1) for r in self.rest.reports)
+        return replace(self.rest, plan=self.plan, reports=reports)
+
+
+def joined(warm: WarmStart | None, rest: Plan) -> Plan:
+    """The plan of a warm start, if there is one, and what follows it."""
+    return rest if warm is None else warm.then(rest)
 
 
 def class_condition(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:
