@@ -18,6 +18,7 @@ from iia_ode.iia.budgets import BUDGETS, Budget
 from iia_ode.iia.endpoint import by_robust_error, known_ratio
 from iia_ode.iia.initial import more_states
 from iia_ode.iia.recipe import fit
+from iia_ode.iia.routes import Route, Start, worth_refining
 from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.iia.variants import SCALARS, variants_of
 from iia_ode.plan import Bands
@@ -300,6 +301,20 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
     assert min(t.error for t in found.trials if t.grid == found.best) < first.error
     with pytest.raises(iia.InputError, match="grid"):
         search_grid(closed, ode, x, teacher, 6, [])
+
+
+@given(warm=st.lists(st.booleans(), min_size=1, max_size=8), count=st.integers(1, 8))
+def test_both_kinds_of_routes_are_refined_where_there_is_room_and_the_best_always_is(warm, count):
+    start = Start("affine", torch.zeros(1, 1), None)
+    routes = [Route(start if w else None) for w in warm]
+    chosen = worth_refining(routes, count)
+    assert len(chosen) == min(count, len(routes)) == len({id(r) for r in chosen})
+    assert chosen[0] is routes[0]
+    assert {r.start is None for r in chosen} == {not w for w in warm} or count == 1
+    kinds = {w: [r for r in routes if (r.start is not None) == w] for w in (True, False)}
+    for own in kinds.values():  # of each kind those that come first
+        taken = [r for r in chosen if any(r is o for o in own)]
+        assert all(a is b for a, b in zip(taken, own, strict=False))
 
 
 @every_schedule

@@ -28,7 +28,7 @@ class Budget:
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
     levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
     warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
-    starts : how many of the best routes are refined.
+    starts : how many of the best routes are refined; from 2 on, the best with and the best without a warm start among them.
     iterations, probes : of each refinement.
     """
 

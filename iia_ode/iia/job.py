@@ -23,7 +23,7 @@ from .fitted import FittedSolver
 from .initial import held_out_of
 from .moments import estimate_moments
 from .refine import Refinement, refine
-from .routes import Route, Start, class_condition, joined
+from .routes import Route, Start, class_condition, joined, worth_refining
 from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
 from .teacher import Teacher
 from .variants import SCALARS, variants_of
@@ -253,9 +253,9 @@ class Job:
         return closed, *self._part(slice(0, self.train)), self.nfe + (route.start is not None)
 
     def _refined(self, routes: list[Route]) -> None:
-        """Gauss-Newton from the best routes."""
+        """Gauss-Newton from the best routes, given best first."""
         own, own_x, own_teacher = self._part(slice(0, self.train))
-        for route in routes[: self.budget.starts]:
+        for route in worth_refining(routes, self.budget.starts):
             with self._stage() as cost:
                 method = replace(self.method, ridge=_RIDGE)
                 parts = route.fit(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)

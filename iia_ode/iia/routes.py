@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from .teacher import Teacher
 from .variants import SCALARS, Variant
 from .warm_start import WarmStart
 
-__all__ = ["Parts", "Route", "Start", "class_condition", "joined"]
+__all__ = ["Parts", "Route", "Start", "class_condition", "joined", "worth_refining"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,16 @@ class Parts:
 def joined(warm: WarmStart | None, rest: Plan) -> Plan:
     """The plan of a warm start, if there is one, and what follows it."""
     return rest if warm is None else warm.then(rest)
+
+
+def worth_refining(routes: Sequence[Route], count: int) -> list[Route]:
+    """So many of the routes, given best first: the best with and the best without a warm start, then the others in order.
+
+    A few samples that end in another mode may put all routes of one kind behind, and refinement gains unlike amounts on
+    the two kinds; so where there is room for both, both are refined, and the choice between them comes after that.
+    """
+    of_kind = {route.start is None: route for route in reversed(routes)}
+    return sorted(routes, key=lambda route: route not in of_kind.values())[:count]
 
 
 def class_condition(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:
