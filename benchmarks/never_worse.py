@@ -3,7 +3,8 @@
 Over all registered solvers as bases and many numbers of evaluations, on Karras grids (rho 7) from sigma 80 to 0.002 and the
 data: IIA(base, terms="window", target="trajectory") and, where the paper has terms for the base, IIA(base), both with the
 guard. Each is compared with its base on noise that the fit did not see; a ratio of errors above 1.01 is a violation. Results
-are stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/never_worse.md.
+are stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/never_worse.md. On the
+networks, where an evaluation costs something, one base of each kind is run with 256 draws; --all-bases: every one with 64.
 """
 
 import argparse
@@ -217,7 +218,7 @@ Made by `python benchmarks/never_worse.py`, then `python benchmarks/never_worse.
 the Karras grid (rho 7, sigma 80 to 0.002, then the data), with the guard: `IIA(base, terms="window", target="trajectory")`,
 called *window*, and, where the paper has terms for the base, `IIA(base)`, called *paper*. Errors are root mean square
 differences per component to a converged reference, on noise that the fit did not see; the ratio is that of the fit over that
-of its base.
+of its base. On the networks one base of each kind was run on many draws, and *every base* on fewer.
 
 - *Fell back*: the fit was not clearly better on the fitting draws, of which a quarter is held out, and the guard returned
   the base. A guard sees no more than its draws hold: with 256 of a mixture, where a few samples in a thousand make
