@@ -3,7 +3,7 @@
 >>> import iia_ode as iia
 """
 
-from . import denoisers, grids, problems, reference
+from . import denoisers, grids, metrics, plots, problems, reference
 from .__about__ import __version__
 from .errors import (
     ConformanceError,
@@ -27,6 +27,7 @@ from .iia import IIA, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory,
 from .iia.recipe import fit
 from .iia.refine import refine
 from .integrate import odeint, sample, torchdiffeq_methods
+from .noise import sample_seeds, seeded_noise
 from .ode import Evaluation, ProbabilityFlowODE
 from .plan import Past, Plan, Vector, trace
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule, from_functions
@@ -79,13 +80,17 @@ __all__ = [
     "get_solver",
     "grids",
     "load",
+    "metrics",
     "odeint",
+    "plots",
     "preset",
     "problems",
     "reference",
     "refine",
     "register",
     "sample",
+    "sample_seeds",
+    "seeded_noise",
     "solver_names",
     "testing",
     "torchdiffeq_methods",

@@ -128,7 +128,7 @@ def plot_coefficients(fit: FittedSolver) -> Figure:
     if sizes and sizes[-1] > 30 * sizes[len(sizes) // 2]:
         ax.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(sizes[len(sizes) // 2])))
     ax.axhline(0, color="black", linewidth=0.8)
-    _step_axis(ax, fit, "correction of the base" if fit.reports else "weight")
+    _step_axis(ax, fit, "correction of the base" if fit.reports else _weight_label(fit))
     if lines:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
@@ -221,6 +221,13 @@ def _data_weights(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
             weight = weight_mean(row.weights.get(place - lag, 0.0))
             lines.setdefault(f"D[i-{lag}]" if lag else "D[i]", []).append((place - 1, weight))
     return lines
+
+
+def _weight_label(fit: FittedSolver) -> str:
+    """What a weight of the plan is shown by."""
+    form = fit.plan.canonical()
+    numbers = all(isinstance(w, float | int) for row in (*form.states, form.final) for w in row.weights.values())
+    return "weight" if numbers else "weight (mean over components)"
 
 
 def _step_axis(ax: Axes, fit: FittedSolver, label: str) -> None:

@@ -59,12 +59,23 @@ def test_show_lists_the_ingredients_and_marks_the_chosen_one(tmp_path, capsys):
     assert ["*" in line for line in table] == [i["chosen"] for i in ingredients]
 
 
+def test_what_was_found_is_drawn_where_one_asks(tmp_path, capsys):
+    file, drawn, again = tmp_path / "fit.safetensors", tmp_path / "drawn", tmp_path / "again"
+    status, printed, _ = run(capsys, *SEARCH, "--out", str(file), "--plots", str(drawn))
+    assert status == 0
+    assert sorted(p.name for p in drawn.iterdir()) == ["coefficients.png", "ingredients.png", "residuals.png"]
+    assert all(str(path) in printed for path in drawn.iterdir())
+    assert run(capsys, "show", str(file), "--plots", str(again))[0] == 0
+    for path in drawn.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
 def test_what_was_found_samples_unseen_noise(tmp_path, capsys):
     file = tmp_path / "fit.safetensors"
     assert run(capsys, *SEARCH, "--out", str(file))[0] == 0
     sample = ["sample", str(file), "--setting", "mixture", "--samples", "5", "--out", str(tmp_path)]
     assert run(capsys, *sample)[0] == 0
-    ode, x = get_setting("mixture").draw(5, 1)
+    ode, x = get_setting("mixture").draw_each(iia.sample_seeds(0, range(5)))
     stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
 
@@ -232,6 +243,24 @@ def test_two_processes_write_the_file_that_one_would(tmp_path, capsys):
 
 
 @with_gloo
+def test_two_processes_write_the_samples_that_one_would(tmp_path, capsys):
+    options = ["sample", "heun", "--setting", "mixture", "--nfe", "5", "--samples", "7"]
+    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    command = [sys.executable, "-m", *launch, "-m", "iia_ode", *options, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written: ") == 1
+    assert run(capsys, *options, "--out", str(tmp_path / "one"))[0] == 0
+    assert run(capsys, *options[:-1], "4", "--out", str(tmp_path / "fewer"))[0] == 0
+    two, one, fewer = (
+        iia.files.read_tensors(tmp_path / name / "samples.safetensors", "samples")[0]["samples"]
+        for name in ("two", "one", "fewer")
+    )
+    assert torch.allclose(two, one, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(fewer, one[:4], rtol=1e-12, atol=1e-12)
+
+
+@with_gloo
 def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(tmp_path):
     """The second process ends as if killed, in the middle of the fit."""
     dying = tmp_path / "dying.py"
@@ -271,6 +300,6 @@ def test_the_readmes_section_on_fits_runs(tmp_path, monkeypatch, capsys):
 def test_every_name_of_a_fit_is_in_the_api_reference():
     reference = (ROOT / "docs" / "api.md").read_text()
     documented = {line.split("::")[1].strip().rsplit(".", 1)[-1] for line in reference.splitlines() if "::" in line}
-    modules = {"__version__", "denoisers", "grids", "problems", "reference", "testing"}
+    modules = {"__version__", "denoisers", "grids", "metrics", "plots", "problems", "reference", "testing"}
     for names in (iia.__all__, iia.iia.__all__, iia.plots.__all__):
         assert set(names) - modules <= documented

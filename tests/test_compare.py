@@ -137,10 +137,25 @@ def test_what_one_call_finds_can_be_compared_and_finds_its_own_grid():
         assert result.settings["grids"][f"iia {nfe}"] == by_hand.grid.tolist()
     rows = {(r.solver, r.nfe): r for r in result.rows}
     assert rows["iia", 5].fit_samples == 32
-    assert rows["iia", 5].fit_evaluations == result.fits["iia", 5].about["evaluations"]
+    assert rows["iia", 5].fit_evaluations == by_hand.about["evaluations"]  # trajectories included
     assert rows["iia", 5].rmse < rows["heun", 5].rmse
     with pytest.raises(iia.UnknownNameError, match="unknown budget 'huge'"):
         compare(setting, ["iia"], [4], iia.grids.karras, budget="huge")
+
+
+def test_what_one_call_does_is_said_and_its_trajectories_are_made_once(monkeypatch):
+    setting, said, solved = get_setting("mixture"), [], []
+    solve = iia.Teacher.solve
+
+    def counted(*arguments, **options):
+        solved.append(options.get("steps"))
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(iia.Teacher, "solve", counted)
+    compare(setting, ["iia"], [3, 4], iia.grids.karras, samples=8, fit_samples=24, report=said.append)
+    assert solved == [60]
+    assert sum("sample evaluations" in line and "24 draws" in line for line in said) == 2
+    assert sum("chosen: " in line for line in said) == 2
 
 
 def _drawn(setting, nfe):

@@ -13,11 +13,12 @@ from torch import nn
 
 import iia_ode as iia
 from iia_ode.experiments import get_setting
-from iia_ode.iia import IIA, FittedSolver, Teacher
+from iia_ode.iia import IIA, FittedSolver, Teacher, Window
 from iia_ode.iia.budgets import BUDGETS, Budget
 from iia_ode.iia.endpoint import by_robust_error, known_ratio
 from iia_ode.iia.initial import more_states
 from iia_ode.iia.recipe import fit
+from iia_ode.iia.report import table_of_weights
 from iia_ode.iia.routes import Route, Start, worth_refining
 from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.iia.variants import SCALARS, variants_of
@@ -67,18 +68,53 @@ def test_one_call_gives_a_solver_twice_as_accurate_as_the_best_classic_ones(sche
     assert median_error(ode, found, x) < 0.5 * min(classic)
 
 
-def test_a_bigger_budget_is_not_worse_and_the_report_says_what_it_gained():
+def test_a_bigger_budget_is_better_on_unseen_noise_and_the_report_says_what_it_gained():
     ode, said = mixture().ode(iia.EDM()), []
-    plain = quiet(ode, 5, noise(), budget=QUICK)
-    refined = fit(ode, 5, noise(), budget=REFINED, report=said.append)
+    plain = quiet(ode, 5, noise(256), budget=QUICK)
+    refined = fit(ode, 5, noise(256), budget=replace(QUICK, starts=1, iterations=3), report=said.append)
+    small, large = (median_error(ode, f, start_of(f, noise(400, seed=5))) for f in (refined, plain))
+    assert small < 0.85 * large
     tried = refined.about["recipe"]["ingredients"]
     assert [i["chosen"] for i in tried].count(True) == 1
     assert tried[0]["name"].endswith("not fitted") and tried[0]["error"] > refined.about["endpoint"]["fit"]
     assert any("refined" in i["name"] for i in tried)
-    assert refined.about["recipe"]["sample_evaluations"] > plain.about["recipe"]["sample_evaluations"] / 2
+    assert refined.about["recipe"]["sample_evaluations"] > plain.about["recipe"]["sample_evaluations"]
     assert "sample evaluations" in said[0] and "chosen" in said[-1]
     text = refined.explain()
     assert "held-out samples" in text and f"{tried[0]['error']:.3g}" in text
+
+
+def test_what_a_file_shows_is_what_the_fit_shows_and_how_the_fit_was_made(tmp_path):
+    ode = mixture().ode(iia.EDM())
+    found = quiet(ode, 4, noise(), budget=replace(REFINED, teacher_steps=30))
+    assert found.about["recipe"]["refinement"] is not None
+    text = iia.iia.describe(found.save(tmp_path / "fit.safetensors"))
+    assert text == str(found) and found.table() in text
+    chosen = next(i["name"] for i in found.about["recipe"]["ingredients"] if i["chosen"])
+    assert f"chosen: {chosen}" in text and "iterations over all weights and times" in text
+    assert "steps 30" in text and "steps=60" not in text
+    assert ("then on all of them" in text) == found.about["recipe"]["fitted_to_all"]
+
+
+def test_weights_that_are_maps_are_shown_for_each_group():
+    def denoise(x, t):
+        return x / (1 + t.reshape(-1, 1, 1, 1) ** 2)
+
+    x = 80 * torch.randn((24, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    ode = iia.ProbabilityFlowODE(denoise, iia.EDM())
+    plan = IIA("ddim", terms=Window(bands=2), guard=False).fit(ode, iia.grids.karras(3), x).plan
+    table = table_of_weights(plan)
+    final = plan.canonical().final.weights[1]
+    assert [line for line in table.splitlines() if line in final.projections.names] == list(final.projections.names)
+    for value in final.coefficients.tolist():
+        assert f"{value:.4f}" in table
+
+
+def test_memory_of_refinements_is_bounded_where_one_asks():
+    ode = mixture().ode(iia.EDM())
+    plain, bounded = (quiet(ode, 4, noise(), budget=REFINED, checkpointed=c) for c in (False, True))
+    assert plain.plan.difference(bounded.plan) < 1e-9
+    assert bounded.about["evaluations"] > plain.about["evaluations"]  # those made again on the way back
 
 
 def test_what_is_said_to_be_spent_is_what_was_spent():
@@ -459,6 +495,10 @@ def test_one_outlier_does_not_decide_between_candidates():
     unlucky[7] = 0.7  # more than all others together
     assert by_robust_error([worse, unlucky], lambda e: e, outliers_too=True)[0] is unlucky
     assert by_robust_error([torch.full((3,), math.inf), steady], lambda e: e)[0] is steady
+    broken = torch.full((100,), math.nan)
+    for order in ([broken, better, steady], [steady, broken, better], [better, steady, broken]):
+        assert [id(e) for e in by_robust_error(order, lambda e: e)] == [id(better), id(steady), id(broken)]
+        assert by_robust_error(order, lambda e: e, outliers_too=True)[-1] is broken
 
 
 def test_many_outliers_do():

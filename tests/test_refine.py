@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import every_prediction, every_schedule, gaussian, mixture
+from support import every_prediction, every_schedule, gaussian, mixture, normal
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher, Window
 from iia_ode.iia.endpoint import robust_mean
 from iia_ode.iia.parameters import Parameters
-from iia_ode.iia.refine import refine
+from iia_ode.iia.refine import METHODS, refine
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
 
 F64 = torch.float64
@@ -139,6 +140,58 @@ def halves():
     """The first and the second half of 16 components."""
     first = torch.diag((torch.arange(16) < 8).double())
     return torch.stack([first, torch.eye(16, dtype=F64) - first])
+
+
+class Remembered(nn.Module):
+    """A denoiser that counts how many of its evaluations still have their inside in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7, dtype=F64))
+        self.kept, self.most = [], 0
+
+    def forward(self, x, t):
+        inside = torch.tanh(
+            self.scale * x / (1 + t.reshape(-1, 1))
+        )  # kept for the way back, as its derivative needs it
+        self.kept.append(StorageWeakRef(inside.untyped_storage()))
+        self.most = max(self.most, sum(not ref.expired() for ref in self.kept))
+        return inside.clone() * 1.0
+
+
+def test_checkpointing_holds_the_inside_of_one_evaluation_instead_of_all():
+    x = 40 * normal(20, 3).double()
+    held, gains = {}, {}
+    for checkpointed in (False, True):
+        model = Remembered()
+        ode = iia.ProbabilityFlowODE(model, iia.EDM())
+        exact = Teacher.solve(ode, x, 40.0, 0.0, steps=30).final
+        model.most = 0
+        found = refine(plan_of(), ode, x, exact, iterations=2, checkpointed=checkpointed)
+        held[checkpointed], gains[checkpointed] = model.most, found.gain
+    assert held[False] >= plan_of().nfe
+    assert held[True] <= 2
+    assert gains[True] == pytest.approx(gains[False], rel=1e-9)
+
+
+def test_no_method_moves_a_time_below_the_smallest_level_of_the_model():
+    ode, x = mixture().ode(iia.EDM()), states(40, iia.EDM())
+    exact = truth(ode, x)
+    plan = plan_of()
+    lowest = plan.evaluation_times[-1]
+    for method in METHODS:
+        found = refine(plan, ode, x, exact, method=method, iterations=8, rates=(5e-3, 0.5), sigma_min=0.999 * lowest)
+        assert min(found.plan.evaluation_times) >= 0.999 * lowest * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("method", ["gauss-newton", "adam"])
+def test_a_refinement_that_meets_numbers_that_are_not_finite_says_so(method):
+    def broken(x, t):
+        return x / (1 + t.reshape(-1, 1)) / torch.zeros(())
+
+    ode, x = iia.ProbabilityFlowODE(broken, iia.EDM()), states(8, iia.EDM())
+    found = refine(plan_of(), ode, x, torch.zeros_like(x), method=method)
+    assert found.best == 0 and "not finite" in found.reason
 
 
 def test_checkpointing_changes_nothing_but_memory():

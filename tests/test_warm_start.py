@@ -402,7 +402,13 @@ def _combine(v: Vector) -> Any:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bands": 4}, {"history": -1}, {"states": 0.5}, {"bands": 2, "shape": (8,), "maps": Bands((8,), 2)}],
+    [
+        {"bands": 0},
+        {"bands": 2.5},
+        {"history": -1},
+        {"states": 0.5},
+        {"bands": 2, "shape": (8,), "maps": Bands((8,), 2)},
+    ],
 )
 def test_a_window_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(iia.InputError):

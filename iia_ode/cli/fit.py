@@ -23,6 +23,7 @@ from ..iia.recipe import fit
 from ..iia.targets import resolve_target
 from ..ode import ProbabilityFlowODE
 from ..solvers import solver_names
+from .drawing import FOLDER, draw_fit
 from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model
 from .ranks import Process, joined, process_count
 
@@ -86,6 +87,12 @@ def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
     type=click.Path(dir_okay=False, path_type=Path),
     help="Keep the accurate trajectories in this file.",
 )
+@click.option(
+    "--checkpointed",
+    is_flag=True,
+    help="Refine with the memory of one evaluation instead of all, for half as much work again.",
+)
+@click.option("--plots", type=FOLDER, help="Draw the fit into this folder too.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
 def fit_command(
     job: Job,
@@ -96,6 +103,8 @@ def fit_command(
     chunk_size: int | None,
     teacher: Path | None,
     save_teacher: Path | None,
+    checkpointed: bool,
+    plots: Path | None,
     out: Path,
     **options: Any,
 ) -> None:
@@ -107,10 +116,12 @@ def fit_command(
     """
     if teacher is not None and save_teacher is not None:
         raise click.UsageError("--teacher reads trajectories and --save-teacher makes them: choose one.")
-    files = _Files(teacher, save_teacher, out)
+    files = _Files(teacher, save_teacher, out, plots)
     if solver is None:
-        _find(job, nfe, budget or "standard", samples, chunk_size or 64, files)
+        _find(job, nfe, budget or "standard", samples, chunk_size or 64, checkpointed, files)
     else:
+        if checkpointed:
+            raise click.UsageError("--checkpointed is for refinements, and --solver fits in closed form.")
         method = _method(solver, budget, {k: v for k, v in options.items() if v is not None}, files)
         _fit_iia(job, nfe, method, samples or 200, chunk_size, files)
 
@@ -122,10 +133,11 @@ class _Files:
     teacher: Path | None
     save_teacher: Path | None
     out: Path
+    plots: Path | None
 
     def check(self) -> None:
         """Find out now what cannot be written."""
-        for path in (self.save_teacher, self.out):
+        for path in (self.save_teacher, self.out, self.plots and self.plots / "coefficients.png"):
             if path is not None:
                 check_writable(path)
 
@@ -143,7 +155,9 @@ class _Files:
         return teacher
 
 
-def _find(job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, files: _Files) -> None:
+def _find(
+    job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, checkpointed: bool, files: _Files
+) -> None:
     """`iia_ode.fit`."""
     for name in (*_OF_IIA, "grid", "rho"):
         if given(name):
@@ -185,11 +199,12 @@ def _find(job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int,
             sigma_min=job.lowest,
             teacher=files.teach(solve, _say),
             chunk_size=chunk_size,
+            checkpointed=checkpointed,
             seed=job.seed,
             report=_say,
             progress=interactive(),
         )
-    _write(found, files.out)
+    _write(found, files)
 
 
 def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:
@@ -241,7 +256,7 @@ def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | No
             progress=process.leads and interactive(),
         )
         if process.leads:
-            _write(fitted, files.out)
+            _write(fitted, files)
 
 
 def _teacher(method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chunk_size: int | None) -> Teacher:
@@ -267,9 +282,10 @@ def _spending(method: IIA, nfe: int, samples: int, process: Process) -> str:
     return f"{samples} initial states, {nfe} evaluations each, and {work}{where}"
 
 
-def _write(fitted: FittedSolver, out: Path) -> None:
-    fitted.save(out)
-    _say(f"\n{fitted}\n\nwritten: {out}")
+def _write(fitted: FittedSolver, files: _Files) -> None:
+    fitted.save(files.out)
+    drawn = draw_fit(fitted, files.plots) if files.plots is not None else []
+    _say(f"\n{fitted}\n\nwritten: {', '.join(map(str, (files.out, *drawn)))}")
 
 
 def _say(line: str) -> None:

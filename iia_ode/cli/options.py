@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import grids
 from ..experiments import Setting, batch_seed, get_setting, setting_names
+from ..noise import sample_seeds
 from ..ode import ProbabilityFlowODE
 
 __all__ = [
@@ -155,6 +156,11 @@ class Job:
         """Initial states for a fit, or such as no fit has seen."""
         seed = batch_seed(self.seed, unseen=unseen)
         return self.setting.draw(samples, seed, guidance_scale=self.guidance, device=self.device)
+
+    def draw_each(self, index: slice) -> tuple[ProbabilityFlowODE, Tensor]:
+        """Initial states of some samples of a run, each from a seed of its own, which no fit has seen."""
+        seeds = sample_seeds(self.seed, range(index.start, index.stop))
+        return self.setting.draw_each(seeds, guidance_scale=self.guidance, device=self.device)
 
 
 def on_a_model(command: Callable[..., None]) -> Callable[..., None]:

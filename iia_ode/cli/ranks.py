@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import click
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import RankError
 
 __all__ = ["Process", "joined", "process_count"]
 
@@ -29,7 +32,32 @@ class Process:
 
     def share(self, samples: int) -> slice:
         """Its part of a batch: ranks in order have samples in order, as evenly as can be."""
-        return slice(self.rank * samples // self.size, (self.rank + 1) * samples // self.size)
+        return self._part(self.rank, samples)
+
+    def gathered(self, own: Tensor, samples: int) -> Tensor | None:
+        """The whole batch from everyone's part of it, at the one that leads; None at the others.
+
+        Raises
+        ------
+        RankError : another process failed.
+        """
+        if self.size == 1:
+            return own
+        try:
+            if not self.leads:
+                dist.send(own.contiguous(), 0)
+                return None
+            parts = [own]
+            for rank in range(1, self.size):
+                part = self._part(rank, samples)
+                parts.append(own.new_empty((part.stop - part.start, *own.shape[1:])))
+                dist.recv(parts[-1], rank)
+            return torch.cat(parts)
+        except RuntimeError as error:
+            raise RankError(f"process {self.rank} of {self.size} heard nothing from another one: {error}") from error
+
+    def _part(self, rank: int, samples: int) -> slice:
+        return slice(rank * samples // self.size, (rank + 1) * samples // self.size)
 
 
 def process_count() -> int:

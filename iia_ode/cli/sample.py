@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+from torch import Tensor
 
 from ..errors import MissingDependencyError
 from ..experiments.compare import RECIPE
@@ -14,6 +17,7 @@ from ..integrate import sample
 from ..plots import image_grid, save_figure
 from ..solvers import Solver, get_solver, solver_names
 from .options import COUNT, NFE, Job, given, interactive, on_a_model
+from .ranks import joined, process_count
 
 __all__ = ["sample_command"]
 
@@ -33,7 +37,8 @@ def sample_command(
 ) -> None:
     """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote, which brings its own grid.
 
-    Writes samples.safetensors and, where the samples are images, samples.png into --out.
+    Writes samples.safetensors and, where the samples are images, samples.png into --out. Every sample has a seed of its own,
+    made of --seed and its number: more samples, or several processes that share them, as torchrun starts them, change none.
     """
     known = {*PRESETS, RECIPE, *solver_names()}
     method: Solver | FittedSolver
@@ -49,9 +54,19 @@ def sample_command(
         method = get_solver(solver)
         grid = method.grid_for(nfe, job.family(), job.setting.schedule)
         about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
-    check_writable(out / "samples.safetensors")
-    ode, x = job.draw(samples, unseen=True)
-    final = sample(ode, x, grid, method, progress=interactive())
+    if samples < process_count():
+        raise click.UsageError(f"{samples} samples are too few for {process_count()} processes.")
+    with joined(job.device) as process:
+        if process.leads:
+            check_writable(out / "samples.safetensors")
+        ode, x = replace(job, device=process.device).draw_each(process.share(samples))
+        final = sample(ode, x, grid, method, progress=process.leads and interactive())
+        whole = process.gathered(final, samples)
+    if whole is not None:
+        _write(whole, about, job, out)
+
+
+def _write(final: Tensor, about: dict[str, Any], job: Job, out: Path) -> None:
     about |= {"setting": job.setting.name, "seed": job.seed, "guidance_scale": job.guidance}
     paths = [write_tensors(out / "samples.safetensors", "samples", {"samples": final}, about)]
     if job.setting.is_image:

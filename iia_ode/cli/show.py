@@ -10,6 +10,7 @@ import click
 
 from ..errors import FileFormatError
 from ..iia import describe, load
+from .drawing import FOLDER, draw_fit
 
 __all__ = ["ingredients_table", "show_command"]
 
@@ -17,7 +18,8 @@ __all__ = ["ingredients_table", "show_command"]
 @click.command("show")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--plan", "with_plan", is_flag=True, help="Print every instruction of the plan too.")
-def show_command(file: Path, with_plan: bool) -> None:
+@click.option("--plots", type=FOLDER, help="Draw the fit into this folder.")
+def show_command(file: Path, with_plan: bool, plots: Path | None) -> None:
     """Print a fitted solver's file, readably: what it is for, how it was made, every coefficient, and what they mean.
 
     For what iia_ode.fit made, all ingredients that were tried follow, with their errors and costs.
@@ -26,14 +28,18 @@ def show_command(file: Path, with_plan: bool) -> None:
     try:
         fit = load(file)
     except FileFormatError as error:  # a schedule that no file can hold: what needs none is shown nevertheless
-        if with_plan:
+        if with_plan or plots:
             raise
         click.echo(f"{text}\n\nnot explained: {error}")
         return
     parts = [text, fit.explain()]
     if recipe := fit.about.get("recipe"):
         parts.append(ingredients_table(recipe["ingredients"]))
-    click.echo("\n\n".join([*parts, str(fit.plan)] if with_plan else parts))
+    if with_plan:
+        parts.append(str(fit.plan))
+    if plots and (drawn := draw_fit(fit, plots)):
+        parts.append(f"written: {', '.join(map(str, drawn))}")
+    click.echo("\n\n".join(parts))
 
 
 def ingredients_table(ingredients: Sequence[Mapping[str, Any]]) -> str:

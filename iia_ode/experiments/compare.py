@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import GridError, InputError, unknown_name
-from ..iia import BUDGETS, IIA, PRESETS, FittedSolver, Teacher, preset
+from ..iia import BUDGETS, IIA, PRESETS, Budget, FittedSolver, Teacher, preset
 from ..iia.recipe import fit as find
 from ..integrate import sample
 from ..metrics import rmse_with_error
@@ -28,6 +28,7 @@ __all__ = ["RECIPE", "Comparison", "Row", "compare"]
 RECIPE = "iia"
 """The name of what :func:`iia_ode.fit` finds, among the solvers of a comparison."""
 
+_CHUNK = 64  # samples of a fit that go through the model at once
 _SMALL = 3.0  # below this level, `iia_ode.fit` could take initial states for the noise that it would scale
 
 
@@ -155,7 +156,7 @@ def compare(
     )
     grids = _grids(methods, nfes, make_grid, setting, say)
     start, end = (float(make_grid(2)[i]) for i in (0, -1))
-    fits = _Fits(setting, fit_ode, fit_x, (start, end), budget, seed)
+    fits = _Fits(setting, fit_ode, fit_x, (start, end), BUDGETS[budget], seed, say, progress)
     say(f"reference: {samples} unseen samples by dopri8, tolerance {setting.reference_tolerance:g}")
     tolerance = setting.reference_tolerance
     reference = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
@@ -195,34 +196,53 @@ class _Fits:
         ode: ProbabilityFlowODE,
         x: Tensor,
         ends: tuple[float, float],
-        budget: str,
+        budget: Budget,
         seed: int,
+        say: Callable[[str], None],
+        progress: bool,
     ) -> None:
         self.setting, self.ode, self.x, self.ends, self.budget, self.seed = setting, ode, x, ends, budget, seed
+        self.say, self.progress = say, progress
         self.made: dict[tuple[str, int], FittedSolver] = {}
 
     @cached_property
     def _teacher(self) -> tuple[Teacher, float]:
-        """The trajectories, and the seconds that they took."""
+        """The trajectories that presets aim at, and the seconds that they took."""
         begun = time.perf_counter()
         teacher = Teacher.solve(self.ode, self.x, *self.ends, sigma_min=self.setting.sigma_min)
+        return teacher, time.perf_counter() - begun
+
+    @cached_property
+    def _found_teacher(self) -> tuple[Teacher | None, float]:
+        """Those of :func:`iia_ode.fit`, made once for all numbers of evaluations; None where it adds noise of its own."""
+        begun = time.perf_counter()
+        if self.budget.draws > len(self.x) or self.setting.sigma_max < _SMALL:
+            return None, 0.0
+        start, end = self.setting.schedule.t_of_noise_to_signal(self.setting.sigma_max), self.setting.schedule.t_data
+        steps, low = self.budget.teacher_steps, self.setting.sigma_min
+        teacher = Teacher.solve(self.ode, self.x, start, end, steps=steps, sigma_min=low, chunk_size=_CHUNK)
         return teacher, time.perf_counter() - begun
 
     def make(
         self, name: str, nfe: int, method: IIA | None, grid: Tensor | None
     ) -> tuple[FittedSolver, tuple[int, int, float]]:
         """A fit, by IIA on a grid or else by :func:`iia_ode.fit`, and its cost: samples, evaluations, seconds."""
-        teacher, shared = self._teacher if method is not None and method.target == "trajectory" else (None, 0.0)
+        teacher, shared = None, 0.0
+        if method is None:
+            teacher, shared = self._found_teacher
+        elif method.target == "trajectory":
+            teacher, shared = self._teacher
         begun = time.perf_counter()
         if method is not None and grid is not None:
             fit = method.fit(self.ode, grid, self.x, teacher=teacher, seed=self.seed)
         else:
             top = self.setting.sigma_max
             noise = self.x if top >= _SMALL else self.x / top
-            low = self.setting.sigma_min
             fit = find(
-                self.ode, nfe, noise, budget=self.budget, sigma_max=top, sigma_min=low, seed=self.seed, report=None
-            )
+                self.ode, nfe, noise, budget=self.budget, sigma_max=top, sigma_min=self.setting.sigma_min,
+                teacher=teacher, chunk_size=_CHUNK, seed=self.seed,
+                report=lambda line: self.say(f"  {line}"), progress=self.progress,
+            )  # fmt: skip
         self.made[name, nfe] = fit
         evaluations = int(fit.about["evaluations"]) + (teacher.evaluations if teacher is not None else 0)
         return fit, (int(fit.about["batch"]), evaluations, time.perf_counter() - begun + shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..denoisers import EDMDenoiser, digits, patches
 from ..errors import InputError, unknown_name
+from ..noise import generator_of
 from ..ode import ProbabilityFlowODE
 from ..problems import Gaussian, Mixture, Problem
 from ..schedules import EDM, Schedule
@@ -36,11 +37,30 @@ class Setting(ABC):
     reference_tolerance: float = 1e-8
     is_image: bool = False
 
-    @abstractmethod
     def draw(
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
         """An ODE with n conditions, and n initial states at `sigma_max`; both from `seed`, the same on every device."""
+        conditions, x = self._states(n, torch.Generator("cpu").manual_seed(seed))
+        return self._ode(conditions, guidance_scale, device), x.to(device)
+
+    def draw_each(
+        self, seeds: Sequence[int], *, guidance_scale: float = 1.0, device: str = "cpu"
+    ) -> tuple[ProbabilityFlowODE, Tensor]:
+        """The same with condition and state of sample k from ``seeds[k]`` alone: see :func:`iia_ode.sample_seeds`."""
+        if not seeds:
+            raise InputError("a batch needs at least one sample.")
+        parts = [self._states(1, generator_of(seed)) for seed in seeds]
+        conditions = {key: torch.cat([own[key] for own, _ in parts]) for key in parts[0][0]}
+        return self._ode(conditions, guidance_scale, device), torch.cat([x for _, x in parts]).to(device)
+
+    @abstractmethod
+    def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Conditions and initial states, on the host."""
+
+    @abstractmethod
+    def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:
+        """The model under these conditions."""
 
     def _refuse_guidance(self, guidance_scale: float) -> None:
         if guidance_scale != 1.0:
@@ -60,24 +80,26 @@ class _Trained(Setting):
     def _model(self) -> EDMDenoiser:
         return self._load()
 
-    def draw(
-        self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
-    ) -> tuple[ProbabilityFlowODE, Tensor]:
-        """Labels, where the network has classes, and noise, from one generator."""
-        generator = torch.Generator("cpu").manual_seed(seed)
-        classes = self._model.network.classes
-        conditions: dict[str, Any] = {}
-        if classes:
-            labels = torch.randint(classes, (n,), generator=generator, device="cpu")
-            conditions = {
-                "conditioning": {"class_labels": labels.to(device)},
-                "unconditional": {"class_labels": torch.tensor([classes], device=device)},
+    def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Labels, where the network has classes, and then noise."""
+        conditions = {}
+        if classes := self._model.network.classes:
+            conditions["class_labels"] = torch.randint(classes, (n,), generator=generator, device="cpu")
+        return conditions, self.sigma_max * torch.randn(
+            (n, *self._model.state_shape), generator=generator, device="cpu"
+        )
+
+    def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:
+        options: dict[str, Any] = {}
+        if conditions:
+            options = {
+                "conditioning": {key: value.to(device) for key, value in conditions.items()},
+                "unconditional": {"class_labels": torch.tensor([self._model.network.classes], device=device)},
                 "guidance_scale": guidance_scale,
             }
         else:
             self._refuse_guidance(guidance_scale)
-        x = self.sigma_max * torch.randn((n, *self._model.state_shape), generator=generator, device="cpu")
-        return ProbabilityFlowODE(self._model.to(device), self.schedule, "data", **conditions), x.to(device)
+        return ProbabilityFlowODE(self._model.to(device), self.schedule, "data", **options)
 
 
 class _ClosedForm(Setting):
@@ -86,15 +108,15 @@ class _ClosedForm(Setting):
     def __init__(self, name: str, problem: Problem) -> None:
         self.name, self.problem = name, problem
 
-    def draw(
-        self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
-    ) -> tuple[ProbabilityFlowODE, Tensor]:
+    def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """States from the true marginal at `sigma_max`."""
-        self._refuse_guidance(guidance_scale)
-        generator = torch.Generator("cpu").manual_seed(seed)
         with torch.device("cpu"):
-            x = self.problem.noisy(n, self.schedule, self.schedule.t_of_noise_to_signal(self.sigma_max), generator)
-        return self.problem.ode(self.schedule), x.to(device)
+            t = self.schedule.t_of_noise_to_signal(self.sigma_max)
+            return {}, self.problem.noisy(n, self.schedule, t, generator)
+
+    def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:
+        self._refuse_guidance(guidance_scale)
+        return self.problem.ode(self.schedule)
 
 
 def _mixture(dimension: int, components: int) -> Mixture:

@@ -78,8 +78,9 @@ def by_robust_error(items: Sequence[T], errors: Callable[[T], Tensor], *, outlie
     """
     if not items:
         return []
-    scale = 4 * min(float(errors(item).median()) for item in items)
-    scale = scale if 0 < scale < math.inf else math.inf
+    medians = [float(errors(item).median()) for item in items]
+    scale = 4 * min((m for m in medians if math.isfinite(m)), default=math.inf)
+    scale = scale if scale > 0 else math.inf
     ranked = sorted(items, key=lambda item: robust_mean(errors(item), scale))
     if not outliers_too:
         return ranked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .fitted import FittedSolver
 from .fitting import Fitting, floor_of
 from .gather import gather_over
 from .origin import origin
+from .structure import Window
 from .targets import Samples, Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher
 from .terms import Terms, resolve_terms
@@ -126,6 +127,9 @@ class IIA:
         GuardWarning : the fit was not clearly better than the base, which is what is returned.
         """
         check_start(ode, x)
+        method = self
+        if isinstance(self.terms, Window):
+            method = replace(self, terms=self.terms.for_shape(x.shape[1:]))
         if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
             raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
         times = check_grid(ode.schedule, grid)
@@ -141,7 +145,7 @@ class IIA:
             slices = [slice(i, min(i + size, len(x))) for i in range(0, len(x), size)]
             chunks = [Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device) for i in slices]
             held = min(max(1, int(share * total)), total - 1) if share and total >= 4 else 0
-            plan, reports, outcome = Fitting(self, ode, times, chunks, first, total, held, teacher, gather).run(
+            plan, reports, outcome = Fitting(method, ode, times, chunks, first, total, held, teacher, gather).run(
                 progress
             )
         cost = gather.sum(torch.tensor([spent.evaluations, spent.samples], dtype=torch.float64, device="cpu")).tolist()

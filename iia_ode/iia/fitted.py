@@ -92,7 +92,8 @@ class FittedSolver:
     def table(self) -> str:
         """Every coefficient in the paper's symbols, and the step's residual without and with it, held out too.
 
-        Where the steps were not fitted one by one, as in a refinement: the weights of the plan.
+        Where the steps were not fitted one by one, as in a refinement: the weights of the plan on its initial state and its
+        data estimates, where they are linear maps those of each group; of maps with many groups, means.
         """
         return table_of(self.reports) if self.reports else table_of_weights(self.plan)
 
@@ -134,8 +135,19 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
     """
     if schedule is not None and not isinstance(schedule, Schedule):
         raise InputError(f"schedule must be a Schedule such as iia_ode.EDM(), got {type(schedule).__name__}.")
-    tensors, header, reports = _read(path)
-    config, table = header["about"]["schedule"], tensors.pop("schedule.alphas_cumprod", None)
+    return _built(path, *_read(path), schedule)
+
+
+def _built(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    header: dict[str, Any],
+    reports: tuple[StepReport, ...],
+    schedule: Schedule | None,
+) -> FittedSolver:
+    """What a file holds, on this schedule or its own."""
+    config, table = header["about"]["schedule"], tensors.get("schedule.alphas_cumprod")
+    tensors = {k: v for k, v in tensors.items() if k != "schedule.alphas_cumprod"}
     try:
         found = schedule_from_config(config, table) if schedule is None else schedule
     except (TypeError, ValueError) as error:
@@ -151,15 +163,21 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """What ``print(load(path))`` shows, for any schedule: one that a file cannot hold is not needed here.
+    """What ``print(load(path))`` shows, for any schedule.
+
+    Where the file cannot hold its schedule, it is all but the weights of a plan that was not fitted step by step, which need
+    it.
 
     Raises
     ------
     FileFormatError : missing, damaged or foreign file.
     """
     tensors, header, reports = _read(path)
-    nfe = sum(item[:1] == ["evaluate"] for item in header["code"])
-    return describe_fit(header["name"], len(tensors["grid"]) - 1, nfe, header["about"], reports)
+    try:
+        return str(_built(path, tensors, header, reports, None))
+    except FileFormatError:
+        nfe = sum(item[:1] == ["evaluate"] for item in header["code"])
+        return describe_fit(header["name"], len(tensors["grid"]) - 1, nfe, header["about"], reports)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[StepReport, ...]]:

@@ -47,7 +47,7 @@ class Job:
     ode, nfe : the model, and evaluations of a run.
     x : initial states [B, ...] at time `start`, of which the first `given` are the caller's or drawn for it.
     sigma_min : level whose data estimate is taken for the data.
-    budget, held_out, chunk_size, seed, progress : as for :func:`iia_ode.fit`.
+    budget, held_out, chunk_size, checkpointed, seed, progress : as for :func:`iia_ode.fit`.
     say : is told how far it is.
     """
 
@@ -60,11 +60,13 @@ class Job:
     budget: Budget
     held_out: float
     chunk_size: int
+    checkpointed: bool
     seed: int
     say: Callable[[str], None]
     progress: bool
     teacher: Teacher = field(init=False)
     found: list[_Found] = field(init=False, default_factory=list)
+    failed: list[Ingredient] = field(init=False, default_factory=list)
     costs: dict[str, _Cost] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -161,10 +163,14 @@ class Job:
             for last in (cold.sigma_min, cold.sigma_min / 2)
         ]
         for start in self._starts(teacher) if self.budget.warm_starts else []:
-            try:
-                routes += self._routes(Route(start), near)
-            except IIAError as error:
-                self.say(f"warm start {start.name}: not possible here ({str(error).splitlines()[0]})")
+            with self._stage() as cost:
+                try:
+                    routes += self._routes(Route(start), near)
+                    continue
+                except IIAError as error:
+                    reason = str(error).splitlines()[0]
+            self.say(f"warm start {start.name}: not possible here ({reason})")
+            self.failed.append(Ingredient(f"warm start {start.name}", None, cost.samples, cost.seconds))
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
 
     def _routes(self, route: Route, candidates: list[LeapGrid]) -> list[Route]:
@@ -255,21 +261,22 @@ class Job:
     def _refined(self, routes: list[Route]) -> None:
         """Gauss-Newton from the best routes, given best first."""
         own, own_x, own_teacher = self._part(slice(0, self.train))
-        for route in worth_refining(routes, self.budget.starts):
+        usable = [route for route in routes if bool(torch.isfinite(route.errors).all())]
+        for route in worth_refining(usable or routes, self.budget.starts):
             with self._stage() as cost:
                 method = replace(self.method, ridge=_RIDGE)
                 parts = route.fit(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
                 held_out = 1 - self.train / len(self.x)
-                found = self._refine(
-                    f"{route.name}, refined", parts.warm, parts.rest.plan, held_out, self.budget.iterations
-                )
-                if found is None:
-                    continue
-                plan = joined(parts.warm, found.plan)
-                errors = self._errors(plan)
+                name = f"{route.name}, refined"
+                found = self._refine(name, parts.warm, parts.rest.plan, held_out, self.budget.iterations)
+                if found is not None:
+                    plan = joined(parts.warm, found.plan)
+                    errors = self._errors(plan)
+            if found is None:
+                self.failed.append(Ingredient(name, None, cost.samples, cost.seconds))
+                continue
             cost.samples += found.backward
-            ingredient = self._ingredient(f"{route.name}, refined", errors, cost)
-            self._add(_Found(ingredient, plan, errors, route, found, parts.warm))
+            self._add(_Found(self._ingredient(name, errors, cost), plan, errors, route, found, parts.warm))
 
     def _refine(
         self, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
@@ -286,6 +293,7 @@ class Job:
                 iterations=iterations,
                 probes=self.budget.probes,
                 chunk_size=self.chunk_size,
+                checkpointed=self.checkpointed,
                 seed=self.seed,
                 progress=self.progress,
             )
@@ -302,8 +310,8 @@ class Job:
         route = best.route
         if route is None:
             return best.plan, None, 0
-        weights = self.nfe * (self.nfe + 3) // 2
-        if self.train * self.x[0].numel() < _ENOUGH * weights:
+        weights = self.nfe * (self.nfe + 3) // 2 * route.variant.groups
+        if self.train * self.x[0].numel() < _ENOUGH * weights or self.train < _ENOUGH:
             return best.plan, route.fitted, 0
         backward, fitted = 0, route.fitted
         if best.refinement is None:
@@ -336,7 +344,7 @@ class Job:
     def _result(
         self, best: _Found, plan: Plan, fitted: FittedSolver | None, evaluations: int, samples: int, seconds: float
     ) -> FittedSolver:
-        ladder = [replace(f.ingredient, chosen=f is best) for f in self.found]
+        ladder = [*(replace(f.ingredient, chosen=f is best) for f in self.found), *self.failed]
         closed = best.refinement is None and fitted is not None
         samples += sum(f.refinement.backward for f in self.found if f.refinement is not None)
         # Whatever is not fitted is described like a fit over it that changes nothing.

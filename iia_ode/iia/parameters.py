@@ -145,6 +145,13 @@ class Parameters:
             moved = torch.maximum(moved, levels.clamp(max=math.log(self.sigma_min)))
         return torch.cat([tried[:first], moved])
 
+    def floored(self, theta: Tensor) -> Tensor:
+        """`theta` with no time below `sigma_min`, or below where the plan had it if that is lower still."""
+        if self.sigma_min <= 0:
+            return theta
+        lowest = self.initial[self.weights :].clamp(max=math.log(self.sigma_min))
+        return torch.cat([theta[: self.weights], torch.maximum(theta[self.weights :], lowest)])
+
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:
         """The plan with these parameters: one step per distinct time of an evaluation, and one to the end."""
         times = self.times(theta)

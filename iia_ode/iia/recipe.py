@@ -34,6 +34,7 @@ def fit(
     held_out: float = 0.5,
     teacher: Teacher | None = None,
     chunk_size: int = 64,
+    checkpointed: bool = False,
     seed: int = 0,
     report: Callable[[str], None] | None = print,
     progress: bool = False,
@@ -42,7 +43,8 @@ def fit(
 
     Accurate trajectories are made once, from the noise. Grids that leap from the noisiest level are searched, each
     with weights in closed form (:class:`IIA` over DDIM with ``terms="window"`` and ``target="trajectory"``); with a budget
-    above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`). Grids and kinds of
+    above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`); with
+    ``"thorough"`` the best with and the best without a warm start are among these. Grids and kinds of
     weights are chosen by two-fold cross-validation on the first part of the noise, and among what was made of them by the
     endpoint error on the rest, which is held out; the solver that the model would have had without a fit is among the
     candidates. Last, what was chosen is fitted to all of the noise, where there is enough of it and it helps there; the
@@ -62,10 +64,12 @@ def fit(
         of the data there (noise or score where alpha = 0).
     sigma_min : level whose data estimate the teacher takes for the data: the smallest that the model was trained on. By
         default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
-    held_out : share of the noise, its last part, that decides. Noise that a budget adds goes to the part that has its
-        condition: no condition of a sample that decides is fitted to.
+    held_out : share of the noise, its last part, that decides. Noise that a budget adds goes to the part whose sample has
+        given it its condition: none of those that decide is fitted to, but for such as both parts have, as class labels.
     teacher : of these very initial states, if there is one already; no noise is added to them.
     chunk_size : samples that go through the model at once.
+    checkpointed : in refinements, forget the inside of each evaluation and make it again on the way back: the memory of one
+        evaluation of a chunk instead of all, for half as much work again. For models whose graphs are large.
     seed : of `shape`'s draws, of those that a budget adds, and of the refinement's signs; recorded.
     report : is told what it will cost, how far it is and what it found; None for silence.
     progress : show bars.
@@ -104,6 +108,6 @@ def fit(
         say(f"the teacher has {given} trajectories: no noise is added, though the budget asks for {chosen.draws} draws")
     job = Job(
         ode, nfe, x, given=given, start=start, sigma_min=sigma_min, budget=chosen, held_out=held_out,
-        chunk_size=chunk_size, seed=seed, say=say, progress=progress,
+        chunk_size=chunk_size, checkpointed=checkpointed, seed=seed, say=say, progress=progress,
     )  # fmt: skip
     return job.run(teacher)

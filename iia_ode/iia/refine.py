@@ -21,6 +21,7 @@ __all__ = ["METHODS", "Iteration", "Refinement", "refine"]
 
 _F64 = torch.float64
 METHODS = ("gauss-newton", "adam")
+_NOT_FINITE = "the derivatives are not finite"
 _TRIES = 6  # dampings that a Gauss-Newton iteration tries before it gives up
 
 
@@ -117,7 +118,7 @@ def refine(
     held_out : share of the batch, its last samples, by whose error the best iteration is chosen and the search is stopped.
     method : ``"gauss-newton"`` or ``"adam"``.
     learn_grid : whether the interior times move.
-    sigma_min : level sigma/alpha below which Gauss-Newton moves no time: the smallest that the model was trained on.
+    sigma_min : level sigma/alpha below which no time is moved: the smallest that the model was trained on.
     iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
     probes : sketched rows per sample.
     rates : of Adam, for weights and for log sigma.
@@ -164,7 +165,7 @@ def refine(
         steps = _adam(job, rates)
         most, wait = 250 if iterations is None else iterations, 25 * patience
     theta = job.parameters.initial
-    best, best_theta, reason = 0, theta, "the training error no longer fell"
+    best, best_theta, reason = 0, theta, ""
     with ode.counting() as spent:
         job.set_scale(theta, outliers)
         found = [Iteration(job.loss(theta, train=True), job.loss(theta, train=False), 0.0)]
@@ -179,7 +180,7 @@ def refine(
                 reason = "it had made as many iterations as allowed"
                 break
     result = plan if best == 0 else job.parameters.plan(best_theta, plan.name)
-    return Refinement(result, tuple(found), best, reason, spent.samples + job.backward, job.backward)
+    return Refinement(result, tuple(found), best, reason or job.reason, spent.samples + job.backward, job.backward)
 
 
 class _Job:
@@ -198,6 +199,7 @@ class _Job:
         self.parameters, self.ode, self.x, self.target, self.train = parameters, ode, x, target, train
         self.chunk_size, self.checkpointed = chunk_size, checkpointed
         self.backward = 0
+        self.reason = "the training error no longer fell"  # why there is no next iteration, once there is none
         self._known: dict[tuple[bytes, bool], float] = {}
 
     def set_scale(self, theta: Tensor, outliers: float) -> None:
@@ -258,6 +260,7 @@ def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterat
     while True:
         gradient, square = job.derivatives(theta, probes, generator)
         if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
+            job.reason = _NOT_FINITE
             return
         scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
         for _ in range(_TRIES):
@@ -288,11 +291,14 @@ def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float
     while True:
         gradient, _ = job.derivatives(torch.cat([g.detach() for g in groups]), 0, generator)
         if not bool(torch.isfinite(gradient).all()):
+            job.reason = _NOT_FINITE
             return
         for g, part in zip(groups, (gradient[:weights], gradient[weights:]), strict=True):
             g.grad = part / (job.train * job.x[0].numel())
         optimiser.step()
-        theta = torch.cat([g.detach() for g in groups])
+        theta = job.parameters.floored(torch.cat([g.detach() for g in groups]))
+        groups[1].data.copy_(theta[weights:])
         if not job.parameters.valid(theta):
+            job.reason = "times came to cross each other or to leave the grid"
             return
         yield theta, 0.0

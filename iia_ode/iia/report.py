@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..ode import conversion
-from ..plan import Combine, Evaluate, Plan
-from ..plan.vectors import weight_mean
+from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
+from ..plan.vectors import Weight, weight_mean
 from .origin import brief
 
 __all__ = ["StepReport", "describe_fit", "explain_fit", "table_of", "table_of_weights"]
+
+_GROUPS = 12  # of maps, up to which each has a table of its own
 
 
 @dataclass(frozen=True)
@@ -75,32 +78,69 @@ def table_of(reports: tuple[StepReport, ...]) -> str:
 
 
 def table_of_weights(plan: Plan) -> str:
-    """The plan as weights on its initial state and its data estimates: a row per state that is evaluated, and the last."""
+    """The plan as weights on its initial state and its data estimates: a row per state that is evaluated, and the last.
+
+    Where weights are linear maps, such a table for each of the groups that they tell apart; for more than a few groups, as of
+    the map of a warm start, one of means, and it says so.
+    """
     form = plan.canonical()
+    rows = (*form.states, form.final)
+    maps = [w for row in rows for w in row.weights.values() if isinstance(w, LinearMap)]
+    names = maps[0].projections.names if maps and all(m.projections == maps[0].projections for m in maps) else ()
+    if 0 < len(names) <= _GROUPS:
+        return "\n\n".join(f"{name}\n{_weights(plan, rows, partial(_of_group, g))}" for g, name in enumerate(names))
+    means = any(not isinstance(w, float | int) for row in rows for w in row.weights.values())
+    note = "\nWeights that are maps or tensors are given by their mean over components." if means else ""
+    return _weights(plan, rows, weight_mean) + note
+
+
+def _weights(plan: Plan, rows: Sequence[Vector], number: Callable[[Weight], float]) -> str:
     times = [f"{t:.4g}" for t in (*plan.evaluation_times, plan.grid[-1])]
     lines = [f"{'state at':>9}  weights on x_0 and on D_1, D_2, ..."]
-    for time, row in zip(times, (*form.states, form.final), strict=True):
-        weights = [f"{weight_mean(row.weights.get(j, 0.0)):>9.4f}" for j in range(max(row.weights, default=0) + 1)]
+    for time, row in zip(times, rows, strict=True):
+        weights = [f"{number(row.weights.get(j, 0.0)):>9.4f}" for j in range(max(row.weights, default=0) + 1)]
         lines.append(f"{time:>9}  {' '.join(weights)}{' + constant' if row.constant is not None else ''}")
     return "\n".join(lines)
+
+
+def _of_group(group: int, weight: Weight) -> float:
+    return float(weight.coefficients[group]) if isinstance(weight, LinearMap) else weight_mean(weight)
 
 
 def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
     """What a fitted solver is, how it was made, and its table."""
     a, end = about, about["endpoint"]
     ridge = a["ridge"] if isinstance(a["ridge"], str) else f"{a['ridge']:g}"
+    recipe = a.get("recipe")
     head = [
         f"{name}: {a['base']['name']} with fitted weights, {steps} steps, {nfe} evaluations",
         f"schedule {brief(a['schedule'])}, prediction {a['prediction']}, guidance scale {a['guidance_scale']:g}",
-        f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {brief(a['target'])}, "
+        f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {_target(a)}, "
         f"history {a['history']}, ridge {ridge}",
         f"fitted on {a['batch'] - a['held_out']} samples [{', '.join(map(str, a['state_shape']))}] {a['state_dtype']}, "
-        f"{a['held_out']} more held out, seed {a['seed']}",
+        f"{a['held_out']} more held out{', then on all of them' if recipe and recipe['fitted_to_all'] else ''}, "
+        f"seed {a['seed']}",
         f"the fit made {a['evaluations']} model calls ({a['sample_evaluations']} sample evaluations)",
     ]
+    if recipe:
+        chosen = next(i["name"] for i in recipe["ingredients"] if i["chosen"])
+        head.insert(3, f"chosen: {chosen}" + (_refined(recipe["refinement"]) if recipe["refinement"] else ""))
     if end["base"] is not None:
         head.append(_endpoint(end))
     return "\n".join([*head, "", table_of(reports)] if reports else head)
+
+
+def _target(about: Mapping[str, Any]) -> str:
+    """What the steps aim at: of trajectories, those that were used, which need not be those that the target would make."""
+    target, teacher = about["target"], about["teacher"]
+    if target["name"] != "trajectory" or teacher is None:
+        return brief(target)
+    known = {k: teacher[k] for k in ("solver", "steps", "rtol", "sigma_min") if k in teacher}  # whatever the order of a file
+    return f"trajectory ({', '.join(f'{k} {v}' for k, v in known.items())})"
+
+
+def _refined(refinement: Mapping[str, Any]) -> str:
+    return f" by {refinement['best']} iterations over all weights and times, from a fit with the above"
 
 
 def _endpoint(end: Mapping[str, Any]) -> str:
@@ -125,8 +165,8 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
     chosen = next(i for i in tried if i["chosen"])
     lines = [
         f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
-        f"Chosen from {len(tried)} by the error on {about['held_out']} held-out samples: {chosen['name']}, "
-        f"{chosen['error']:.3g}.",
+        f"Chosen from {len(tried)} on {about['held_out']} held-out samples, outliers counted less: {chosen['name']}, whose "
+        f"error there is {chosen['error']:.3g}.",
     ]
     for other in tried:
         if not other["chosen"] and other["error"]:

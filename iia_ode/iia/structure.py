@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,7 +20,7 @@ __all__ = ["Window"]
 class Window:
     """The directions of ``terms="window"``, each split by an orthogonal decomposition of the sample.
 
-    A set of terms for :class:`~iia_ode.IIA`, as ``IIA("ddim", terms=Window(4, "luma-chroma", shape=(3, 16, 16)))``. Scalar
+    A set of terms for :class:`~iia_ode.IIA`, as ``IIA("ddim", terms=Window(bands=4, channels="luma-chroma"))``. Scalar
     weights span one operator per direction, these one per direction and group: still linear, and fitted in closed form. With
     one band and no channels it is the plain window. The base's own weights must be numbers, or maps over the same
     decomposition.
@@ -27,8 +28,9 @@ class Window:
     Parameters
     ----------
     bands, channels, axes : of :class:`~iia_ode.plan.Bands`.
-    shape : of one sample; needed as soon as there is something to split.
-    maps : a decomposition of the user's own, in the place of all that.
+    shape : of one sample; by default that of the samples that are fitted to.
+    maps : a decomposition of the user's own, in the place of all that: orthogonal projections that sum to the identity, such
+        as :class:`~iia_ode.plan.Matrices`. A weight is then a number for each of them.
     history : how many earlier steps are used, at most as many as the fit's own `history`.
     states : how many earlier states are used, at most as many as steps; None is all of them.
 
@@ -37,7 +39,7 @@ class Window:
     InputError : options that do not fit together.
     """
 
-    bands: int = 1
+    bands: int | str = 1
     channels: str | Tensor | None = None
     shape: tuple[int, ...] | None = None
     maps: Projections | None = None
@@ -50,17 +52,43 @@ class Window:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise InputError(f"{name} is a whole number from 0, or None for all, got {value!r}.")
-        split = self.bands != 1 or self.channels is not None
-        if split and self.maps is not None:
+        if self.bands != "all" and (not isinstance(self.bands, int) or isinstance(self.bands, bool) or self.bands < 1):
+            raise InputError(f"bands is a whole number from 1, or 'all', got {self.bands!r}.")
+        if self._split and self.maps is not None:
             raise InputError("give bands and channels, or maps, not both.")
-        if split and self.shape is None:
-            raise InputError("a window with bands or channels needs the shape of one sample: shape=(3, 16, 16).")
-        _ = self.projections
+        if self.shape is not None:
+            _ = self.projections
+
+    @property
+    def _split(self) -> bool:
+        return self.bands != 1 or self.channels is not None
+
+    def for_shape(self, shape: Sequence[int]) -> Window:
+        """The same for samples of this shape.
+
+        Raises
+        ------
+        InputError : it is for samples of another shape, or these cannot be split so.
+        """
+        own = self.maps.shape if self.maps is not None else self.shape
+        if own is not None and tuple(own) != tuple(shape):
+            raise InputError(f"{self.__name__} is for samples {list(own)}, and these are {list(shape)}.")
+        return replace(self, shape=tuple(shape)) if self._split and own is None else self
 
     @cached_property
     def projections(self) -> Projections | None:
-        """The decomposition; None where there is one group only."""
+        """The decomposition; None where there is one group only.
+
+        Raises
+        ------
+        InputError : the shape of one sample is not known yet.
+        """
         found = self.maps
+        if self._split and self.shape is None:
+            raise InputError(
+                "a window with bands or channels is for samples of some shape, which IIA.fit sees; outside of a fit give it: "
+                "shape=(3, 16, 16)."
+            )
         if found is None and self.shape is not None:
             found = Bands(self.shape, self.bands, self.channels, self.axes)
         return None if found is None or found.count == 1 else found

@@ -26,6 +26,12 @@ class Variant:
     terms: str | Terms = "window"
     intercept: bool = False
 
+    @property
+    def groups(self) -> int:
+        """How many numbers a weight is."""
+        projections = self.terms.projections if isinstance(self.terms, Window) else None
+        return 1 if projections is None else projections.count
+
     def of(self, method: IIA) -> IIA:
         """The method with these options."""
         return IIA(**{**method.__dict__, "terms": self.terms, "intercept": self.intercept})
