@@ -218,7 +218,7 @@ Made by `python benchmarks/never_worse.py`, then `python benchmarks/never_worse.
 the Karras grid (rho 7, sigma 80 to 0.002, then the data), with the guard: `IIA(base, terms="window", target="trajectory")`,
 called *window*, and, where the paper has terms for the base, `IIA(base)`, called *paper*. Errors are root mean square
 differences per component to a converged reference, on noise that the fit did not see; the ratio is that of the fit over that
-of its base. On the networks one base of each kind was run on many draws, and *every base* on fewer.
+of its base. On the networks one base of each kind was run on more draws, and *every base* on fewer.
 
 - *Fell back*: the fit was not clearly better on the fitting draws, of which a quarter is held out, and the guard returned
   the base. A guard sees no more than its draws hold: with 256 of a mixture, where a few samples in a thousand make

@@ -135,12 +135,16 @@ def _target(about: Mapping[str, Any]) -> str:
     target, teacher = about["target"], about["teacher"]
     if target["name"] != "trajectory" or teacher is None:
         return brief(target)
-    known = {k: teacher[k] for k in ("solver", "steps", "rtol", "sigma_min") if k in teacher}  # whatever the order of a file
+    known = {
+        k: teacher[k] for k in ("solver", "steps", "rtol", "sigma_min") if k in teacher
+    }  # whatever the order of a file
     return f"trajectory ({', '.join(f'{k} {v}' for k, v in known.items())})"
 
 
 def _refined(refinement: Mapping[str, Any]) -> str:
-    return f" by {refinement['best']} iterations over all weights and times, from a fit with the above"
+    """That of the iterations on the samples fitted to; those on all samples come on top."""
+    used, made = refinement["best"], refinement["iterations"]
+    return f": a fit with the above, and {used} of {made} iterations over all weights and times"
 
 
 def _endpoint(end: Mapping[str, Any]) -> str:
