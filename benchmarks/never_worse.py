@@ -190,8 +190,7 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
     every = options.all_bases or not network
     label = name + ALL if network and every else name
     bases = options.bases or (iia.solver_names() if every else SUBSET)
-    at = NFES if not network else ALL_NFES if every else SUBSET_NFES
-    nfes = [n for n in options.nfe if n in at]
+    nfes = [n for n in options.nfe if not network or n in (ALL_NFES if every else SUBSET_NFES)]
     draws = Draws(name, *SAMPLES.get(label, OTHERS), options.seed)
     under = {"samples": draws.unseen, "fit_samples": draws.own, "seed": draws.seed}
     say(f"{label}: {len(bases)} bases at {nfes}")

@@ -74,7 +74,7 @@ class ConformanceError(IIAError, AssertionError):
 
 
 class RankError(IIAError, RuntimeError):
-    """A process of a distributed fit failed, did not answer in time, or was asked for another fit than the others."""
+    """One of several processes failed, did not answer in time, or was asked for another fit than the others."""
 
 
 class FingerprintWarning(UserWarning):
@@ -87,6 +87,11 @@ class MismatchWarning(UserWarning):
 
 class GuardWarning(UserWarning):
     """A fit was not clearly better than its base, and was replaced by the base."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the rest of torch's is advice for its developers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

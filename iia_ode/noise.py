@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from operator import index as as_index
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -18,8 +21,8 @@ _MOST = 2**32  # torch's generator on the host drops what a seed has above 32 bi
 def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
     """Seeds of the samples `index` of a run: they depend on `seed` and the sample's number, not on how many there are.
 
-    Processes that share a run each take the part of the numbers that is theirs. Seeds of different samples differ; those of
-    runs with another `seed` are elsewhere.
+    Processes that share a run each take the part of the numbers that is theirs. Within a run all seeds differ. Those of
+    another `seed` begin elsewhere among 2**32: that two runs of n samples have any in common has a chance of about n in 2**31.
 
     Parameters
     ----------
@@ -30,13 +33,10 @@ def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
     ------
     InputError : not such numbers.
     """
-    numbers = list(index)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"seed must be a whole number from 0, got {seed!r}.")
-    if wrong := [k for k in numbers if not isinstance(k, int) or not 0 <= k < _MOST]:
-        raise InputError(f"samples are numbered by whole numbers from 0 to below 2**32, got {wrong[0]!r}.")
-    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return [(first + k) % _MOST for k in numbers]
+    if not isinstance(index, Iterable):
+        raise InputError(f"index is the numbers of some samples, such as range(64), got {index!r}.")
+    first = int(np.random.SeedSequence(_whole(seed, "seed")).generate_state(1)[0])
+    return [(first + _whole(k, "the number of a sample", _MOST)) % _MOST for k in index]
 
 
 def seeded_noise(
@@ -57,15 +57,25 @@ def seeded_noise(
 
     Raises
     ------
-    InputError : a seed is not such a number.
+    InputError : a seed is not such a number, or another argument is not usable.
     """
-    rows = [torch.randn(tuple(shape), generator=generator_of(s), dtype=dtype, device="cpu") for s in seeds]
-    noise = torch.stack(rows) if rows else torch.empty((0, *shape), dtype=dtype, device="cpu")
-    return noise.to(device)
+    if not isinstance(seeds, Sequence) or not isinstance(shape, Sequence):
+        raise InputError(f"seeds and shape are sequences, such as [0, 1] and (3, 32, 32), got {seeds!r} and {shape!r}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"noise has a dtype of floating point, such as torch.float32, got {dtype!r}.")
+    size = tuple(_whole(n, "a length in shape") for n in shape)
+    rows = [torch.randn(size, generator=generator_of(s), dtype=dtype, device="cpu") for s in seeds]
+    return torch.stack(rows).to(device) if rows else torch.empty((0, *size), dtype=dtype, device=device)
 
 
 def generator_of(seed: int) -> torch.Generator:
     """A generator on the host with this seed (InputError where it would not be used whole)."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < _MOST:
-        raise InputError(f"the seed of a sample is a whole number from 0 to below 2**32, got {seed!r}.")
-    return torch.Generator("cpu").manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(_whole(seed, "the seed of a generator", _MOST))
+
+
+def _whole(value: object, what: str, below: float = math.inf) -> int:
+    """A whole number from 0, NumPy's too."""
+    if not isinstance(value, SupportsIndex) or isinstance(value, bool) or not 0 <= (number := as_index(value)) < below:
+        limit = f" to below {below}" if below < math.inf else ""
+        raise InputError(f"{what} is a whole number from 0{limit}, got {value!r}.")
+    return number

@@ -1,5 +1,6 @@
 """Samples with seeds of their own do not depend on batches."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,11 @@ def test_noise_of_a_sample_is_the_same_however_the_run_is_cut(seed, n, cut):
     ]
     assert torch.equal(torch.cat(parts), whole)
     assert whole.shape == (n, 2, 3) and whole.dtype == torch.float32
+
+
+def test_numbers_may_be_numpys():
+    assert iia.sample_seeds(np.int64(3), np.arange(4)) == iia.sample_seeds(3, range(4))
+    assert torch.equal(iia.seeded_noise([np.int64(7)], (np.int64(2),)), iia.seeded_noise([7], (2,)))
 
 
 def test_noise_is_standard_normal_and_that_of_other_samples_and_runs_is_other_noise():
@@ -50,9 +56,14 @@ def test_a_sample_of_a_setting_depends_on_its_own_seed_alone(name):
         lambda: iia.sample_seeds(0, [2**32]),
         lambda: iia.seeded_noise([2**32], (3,)),
         lambda: generator_of(True),
+        lambda: iia.sample_seeds(0, 5),
+        lambda: iia.sample_seeds(0, [True]),
+        lambda: iia.seeded_noise([0], 3),
+        lambda: iia.seeded_noise([0], (3,), dtype=torch.int64),
+        lambda: get_setting("gaussian").draw(2, 2**32),
         lambda: get_setting("gaussian").draw_each([]),
     ],
 )
-def test_seeds_that_would_be_cut_short_are_refused(wrong):
+def test_seeds_that_would_be_cut_short_and_shapes_that_are_none_are_refused(wrong):
     with pytest.raises(iia.InputError):
         wrong()

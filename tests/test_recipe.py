@@ -130,6 +130,22 @@ def test_what_is_said_to_be_spent_is_what_was_spent():
     assert recipe["last"]["sample_evaluations"] == 3 * 4 * 80  # the fit, and both plans on all of the noise
 
 
+def test_what_cannot_be_refined_is_listed_with_what_it_cost():
+    class Detached(nn.Module):
+        def forward(self, x, t):
+            return (x / (1 + t.reshape(-1, 1) ** 2)).detach()
+
+    ode = iia.ProbabilityFlowODE(Detached(), iia.EDM())
+    with ode.counting() as spent:
+        found = quiet(ode, 3, noise(), budget=REFINED, chunk_size=16)
+    recipe = found.about["recipe"]
+    failed = [i for i in recipe["ingredients"] if i["error"] is None]
+    assert [i["name"] for i in failed] == ["scalars, refined"] and failed[0]["sample_evaluations"] > 0
+    parts = [*recipe["ingredients"], recipe["teacher"], recipe["last"]]
+    assert sum(p["sample_evaluations"] for p in parts) + 2 * 16 == spent.samples
+    assert f"Chosen from {len(recipe['ingredients']) - 1} on" in found.explain()
+
+
 @pytest.mark.parametrize("budget", [QUICK, REFINED])
 def test_a_fit_survives_its_file(tmp_path, budget):
     ode = mixture().ode(iia.EDM())

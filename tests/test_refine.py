@@ -177,11 +177,23 @@ def test_checkpointing_holds_the_inside_of_one_evaluation_instead_of_all():
 def test_no_method_moves_a_time_below_the_smallest_level_of_the_model():
     ode, x = mixture().ode(iia.EDM()), states(40, iia.EDM())
     exact = truth(ode, x)
-    plan = plan_of()
-    lowest = plan.evaluation_times[-1]
+    plan = plan_of(sigmas=(40.0, 6.0, 1.5, 1.0))  # both would move the last time down to 0.4 or so
     for method in METHODS:
-        found = refine(plan, ode, x, exact, method=method, iterations=8, rates=(5e-3, 0.5), sigma_min=0.999 * lowest)
-        assert min(found.plan.evaluation_times) >= 0.999 * lowest * (1 - 1e-12)
+        ends = []
+        for lowest in (0.0, 0.9):
+            found = refine(plan, ode, x, exact, method=method, iterations=12, rates=(5e-3, 0.1), sigma_min=lowest)
+            ends.append(min(found.plan.evaluation_times))
+        assert ends[0] < 0.9 and ends[1] >= 0.9 * (1 - 1e-12)
+
+
+def test_two_times_at_the_smallest_level_stay_apart():
+    parameters = Parameters(plan_of(), sigma_min=1.0)
+    theta = parameters.initial.clone()
+    theta[parameters.weights :] = torch.tensor([1.0, -2.0, -3.0], dtype=F64)
+    assert parameters.valid(theta)
+    floored = parameters.floored(theta)
+    assert parameters.valid(floored)
+    assert float(floored[parameters.weights :].min()) >= min(0.0, float(parameters.initial[-1]))
 
 
 @pytest.mark.parametrize("method", ["gauss-newton", "adam"])

@@ -405,6 +405,8 @@ def _combine(v: Vector) -> Any:
     [
         {"bands": 0},
         {"bands": 2.5},
+        {"maps": 3},
+        {"axes": 1},
         {"history": -1},
         {"states": 0.5},
         {"bands": 2, "shape": (8,), "maps": Bands((8,), 2)},

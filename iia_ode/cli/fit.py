@@ -163,6 +163,8 @@ def _find(
         if given(name):
             option = "--guard/--no-guard" if name == "guard" else f"--{name}"
             raise click.UsageError(f"{option} goes with --solver: without that, grid and weights are searched for.")
+    if checkpointed and not BUDGETS[budget].starts:
+        raise click.UsageError(f"--checkpointed is for refinements, and --budget {budget} has none.")
     if process_count() > 1:
         raise click.UsageError(
             "the search for grid and weights runs in one process; with --solver, torchrun may be used."
@@ -173,7 +175,7 @@ def _find(
     count = samples or (256 if files.kept is None else len(files.kept.initial))
     if files.save_teacher is not None:  # the budget adds no noise beside a teacher: that has all that it asks for
         count = max(count, BUDGETS[budget].draws)
-    ode, x = job.draw(count, unseen=False)
+    ode, x = job.draw(count)
     schedule, top = job.setting.schedule, job.setting.sigma_max
 
     def solve() -> Teacher:
@@ -239,9 +241,7 @@ def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | No
             files.check()
         say = _say if process.leads else _silent
         say(_spending(method, nfe, samples, process))
-        ode, x = replace(job, device=process.device).draw(
-            samples, unseen=False
-        )  # whole, so that ranks change no sample
+        ode, x = replace(job, device=process.device).draw(samples)  # whole, so that ranks change no sample
         teacher = files.teach(lambda: _teacher(method, ode, grid, x, chunk_size), say)
         if teacher is not None:
             teacher.check(ode, x)
@@ -284,8 +284,9 @@ def _spending(method: IIA, nfe: int, samples: int, process: Process) -> str:
 
 def _write(fitted: FittedSolver, files: _Files) -> None:
     fitted.save(files.out)
-    drawn = draw_fit(fitted, files.plots) if files.plots is not None else []
-    _say(f"\n{fitted}\n\nwritten: {', '.join(map(str, (files.out, *drawn)))}")
+    _say(f"\n{fitted}\n\nwritten: {files.out}")
+    if files.plots is not None and (drawn := draw_fit(fitted, files.plots)):
+        _say(f"written: {', '.join(map(str, drawn))}")
 
 
 def _say(line: str) -> None:

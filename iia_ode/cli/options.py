@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from .. import grids
+from ..errors import first_line
 from ..experiments import Setting, batch_seed, get_setting, setting_names
 from ..noise import sample_seeds
 from ..ode import ProbabilityFlowODE
@@ -49,7 +50,7 @@ class Range(click.FloatRange):
 
 COUNT = click.IntRange(1, _MANY)
 NFE = click.IntRange(1, 10_000)
-SEED = click.IntRange(0, 2**62)
+SEED = click.IntRange(0, 2**31 - 1)  # two batches each, and generators use 32 bits of a seed
 LEVEL = Range(0, 1e9, min_open=True)
 _WITH_RHO = ("karras", "polyexponential")
 
@@ -86,8 +87,7 @@ def usable_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     try:
         torch.ones(1, device=value).cpu()  # "meta" makes tensors that cannot be read
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.BadParameter(f"{value!r} cannot be used here: {reason}") from error
+        raise click.BadParameter(f"{value!r} cannot be used here: {first_line(error)}") from error
     return value
 
 
@@ -152,13 +152,13 @@ class Job:
             levels["rho"] = self.rho
         return partial(grids.GRIDS[self.grid], **levels)
 
-    def draw(self, samples: int, *, unseen: bool) -> tuple[ProbabilityFlowODE, Tensor]:
-        """Initial states for a fit, or such as no fit has seen."""
-        seed = batch_seed(self.seed, unseen=unseen)
+    def draw(self, samples: int) -> tuple[ProbabilityFlowODE, Tensor]:
+        """Initial states for a fit."""
+        seed = batch_seed(self.seed, unseen=False)
         return self.setting.draw(samples, seed, guidance_scale=self.guidance, device=self.device)
 
     def draw_each(self, index: slice) -> tuple[ProbabilityFlowODE, Tensor]:
-        """Initial states of some samples of a run, each from a seed of its own, which no fit has seen."""
+        """Initial states of some samples of a run, each from a seed of its own."""
         seeds = sample_seeds(self.seed, range(index.start, index.stop))
         return self.setting.draw_each(seeds, guidance_scale=self.guidance, device=self.device)
 

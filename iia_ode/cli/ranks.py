@@ -1,11 +1,12 @@
-"""Several processes for one fit, as ``torchrun`` starts them: who this one is, and which samples are its own."""
+"""Several processes for one fit or one run, as ``torchrun`` starts them: who this one is, and which samples are its own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import click
 import torch
@@ -19,7 +20,7 @@ __all__ = ["Process", "joined", "process_count"]
 
 @dataclass(frozen=True)
 class Process:
-    """One of `size` processes that fit together, on a device of its own."""
+    """One of `size` processes that share the samples, on a device of its own."""
 
     rank: int
     size: int
@@ -43,18 +44,25 @@ class Process:
         """
         if self.size == 1:
             return own
+        if not self.leads:
+            self._heard(lambda: dist.send(own.contiguous(), 0))
+            return None
+        parts = [own.cpu()]
+        for rank in range(1, self.size):
+            part = self._part(rank, samples)
+            theirs = own.new_empty((part.stop - part.start, *own.shape[1:]))
+            self._heard(partial(dist.recv, theirs, rank))
+            parts.append(theirs.cpu())
+        return torch.cat(parts)
+
+    def _heard(self, message: Callable[[], object]) -> None:
         try:
-            if not self.leads:
-                dist.send(own.contiguous(), 0)
-                return None
-            parts = [own]
-            for rank in range(1, self.size):
-                part = self._part(rank, samples)
-                parts.append(own.new_empty((part.stop - part.start, *own.shape[1:])))
-                dist.recv(parts[-1], rank)
-            return torch.cat(parts)
+            message()
         except RuntimeError as error:
-            raise RankError(f"process {self.rank} of {self.size} heard nothing from another one: {error}") from error
+            raise RankError(
+                f"process {self.rank} of {self.size} heard nothing from another one, which failed or is too slow for the "
+                f"timeout of the group: {error}"
+            ) from error
 
     def _part(self, rank: int, samples: int) -> slice:
         return slice(rank * samples // self.size, (rank + 1) * samples // self.size)
@@ -79,7 +87,7 @@ def joined(device: str) -> Iterator[Process]:
         yield Process(0, 1, device)
         return
     if not dist.is_available():
-        raise click.ClickException("this build of torch cannot fit in several processes.")
+        raise click.ClickException("this build of torch cannot join several processes.")
     place = torch.device(device)
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index)

@@ -38,7 +38,8 @@ def sample_command(
     """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote, which brings its own grid.
 
     Writes samples.safetensors and, where the samples are images, samples.png into --out. Every sample has a seed of its own,
-    made of --seed and its number: more samples, or several processes that share them, as torchrun starts them, change none.
+    made of --seed and its number: more samples, or several processes that share them, as torchrun starts them, change none but
+    for the rounding of the model.
     """
     known = {*PRESETS, RECIPE, *solver_names()}
     method: Solver | FittedSolver

@@ -41,7 +41,7 @@ class Setting(ABC):
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
         """An ODE with n conditions, and n initial states at `sigma_max`; both from `seed`, the same on every device."""
-        conditions, x = self._states(n, torch.Generator("cpu").manual_seed(seed))
+        conditions, x = self._states(n, generator_of(seed))
         return self._ode(conditions, guidance_scale, device), x.to(device)
 
     def draw_each(

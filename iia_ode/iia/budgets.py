@@ -48,8 +48,11 @@ class Budget:
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if getattr(self, k) < n]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; it needs at least {least}.")
 
-    def cost(self, nfe: int, candidates: int, batch: int, train: int) -> int:
-        """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to."""
+    def cost(self, nfe: int, candidates: int, batch: int, train: int, *, checkpointed: bool = False) -> int:
+        """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to.
+
+        Refinements that are `checkpointed` make each evaluation again on every way back.
+        """
         search, alive = 0, candidates if nfe > 1 else 0
         for share, keep in self.rounds:
             search, alive = search + alive * 2 * samples_of(share, train), min(alive, keep)
@@ -58,8 +61,9 @@ class Budget:
             search += 2 * (nfe - 1) * self.levels * 2 * train
         search *= 1 + _WARM * self.warm_starts
         fits = 8 * batch  # what weights may be, two times on all; then what is chosen, to the part and to all
-        refinement = self.starts * self.iterations * (train * (2 * self.probes + 4) + batch - train)
-        refinement += AGAIN * batch * (2 * self.probes + 4) if self.starts else 0
+        passes = 2 * self.probes + 4 + (self.probes + 1) * checkpointed
+        refinement = self.starts * self.iterations * (train * passes + batch - train)
+        refinement += AGAIN * batch * passes if self.starts else 0
         return (self.teacher_steps + 1) * batch + nfe * (search + fits + refinement)
 
 

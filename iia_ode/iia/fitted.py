@@ -174,10 +174,11 @@ def describe(path: str | os.PathLike[str]) -> str:
     """
     tensors, header, reports = _read(path)
     try:
-        return str(_built(path, tensors, header, reports, None))
-    except FileFormatError:
+        schedule_from_config(header["about"]["schedule"], tensors.get("schedule.alphas_cumprod"))
+    except (TypeError, ValueError):
         nfe = sum(item[:1] == ["evaluate"] for item in header["code"])
         return describe_fit(header["name"], len(tensors["grid"]) - 1, nfe, header["about"], reports)
+    return str(_built(path, tensors, header, reports, None))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[StepReport, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..errors import IIAError, InputError, MismatchError
+from ..errors import IIAError, InputError, MismatchError, first_line
 from ..grids import karras
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, trace
@@ -34,6 +34,7 @@ __all__ = ["Job"]
 _F64 = torch.float64
 _BASELINE = "ipndm3"
 _ENOUGH = 10  # components of training noise for each weight, or nothing is fitted to the rest of the noise
+_SAMPLES = 10  # of training noise, for the mean that an intercept is
 _RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
 _LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
@@ -114,7 +115,9 @@ class Job:
                 began = time.perf_counter()
                 ode.output(x, self.start).sum().item()
                 seconds = time.perf_counter() - began
-        cost = self.budget.cost(self.nfe, len(self._candidates(1.0)), len(self.x), self.train)
+        cost = self.budget.cost(
+            self.nfe, len(self._candidates(1.0)), len(self.x), self.train, checkpointed=self.checkpointed
+        )
         cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
         more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
         self.say(
@@ -163,13 +166,19 @@ class Job:
             for last in (cold.sigma_min, cold.sigma_min / 2)
         ]
         for start in self._starts(teacher) if self.budget.warm_starts else []:
+            made = len(self.found)
             with self._stage() as cost:
                 try:
                     routes += self._routes(Route(start), near)
                     continue
                 except IIAError as error:
-                    reason = str(error).splitlines()[0]
+                    reason = first_line(error)
             self.say(f"warm start {start.name}: not possible here ({reason})")
+            for ingredient in (f.ingredient for f in self.found[made:]):  # what was possible bears its own cost
+                cost.samples, cost.seconds = (
+                    cost.samples - ingredient.sample_evaluations,
+                    cost.seconds - ingredient.seconds,
+                )
             self.failed.append(Ingredient(f"warm start {start.name}", None, cost.samples, cost.seconds))
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
 
@@ -219,7 +228,7 @@ class Job:
                     moments = estimate_moments(teacher.final, labels=labels, key=key)
                     starts.append(Start("diagonal, per " + key, x, teacher, moments, key, labels))
             except IIAError as error:
-                self.say(f"no covariance of the data: {str(error).splitlines()[0]}")
+                self.say(f"no covariance of the data: {first_line(error)}")
         return starts
 
     def _searched(self, route: Route, candidates: list[LeapGrid]) -> LeapGrid:
@@ -263,12 +272,15 @@ class Job:
         own, own_x, own_teacher = self._part(slice(0, self.train))
         usable = [route for route in routes if bool(torch.isfinite(route.errors).all())]
         for route in worth_refining(usable or routes, self.budget.starts):
+            name, found = f"{route.name}, refined", None
             with self._stage() as cost:
-                method = replace(self.method, ridge=_RIDGE)
-                parts = route.fit(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
-                held_out = 1 - self.train / len(self.x)
-                name = f"{route.name}, refined"
-                found = self._refine(name, parts.warm, parts.rest.plan, held_out, self.budget.iterations)
+                method, held_out = replace(self.method, ridge=_RIDGE), 1 - self.train / len(self.x)
+                try:
+                    parts = route.fit(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
+                except IIAError as error:
+                    self.say(f"{name}: not possible ({first_line(error)})")
+                else:
+                    found = self._refine(name, parts.warm, parts.rest.plan, held_out, self.budget.iterations)
                 if found is not None:
                     plan = joined(parts.warm, found.plan)
                     errors = self._errors(plan)
@@ -298,7 +310,8 @@ class Job:
                 progress=self.progress,
             )
         except (IIAError, RuntimeError) as error:
-            self.say(f"{name}: not possible ({str(error).splitlines()[0]})")
+            less = "; checkpointed=True or a smaller chunk_size takes less memory" if "memory" in str(error) else ""
+            self.say(f"{name}: not possible ({first_line(error)}{less})")
             return None
 
     def _finished(self, best: _Found) -> tuple[Plan, FittedSolver | None, int]:
@@ -311,7 +324,7 @@ class Job:
         if route is None:
             return best.plan, None, 0
         weights = self.nfe * (self.nfe + 3) // 2 * route.variant.groups
-        if self.train * self.x[0].numel() < _ENOUGH * weights or self.train < _ENOUGH:
+        if self.train < _SAMPLES or self.train * self.x[0].numel() < _ENOUGH * weights:
             return best.plan, route.fitted, 0
         backward, fitted = 0, route.fitted
         if best.refinement is None:
@@ -321,8 +334,8 @@ class Job:
             plan = fitted.plan
         else:
             again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
-            if again is None:
-                return best.plan, fitted, 0
+            if again is None or again.best == 0:
+                return best.plan, fitted, 0 if again is None else again.backward
             backward = again.backward
             plan = joined(best.warm, again.plan)
         whole = slice(0, len(self.x))
@@ -358,6 +371,7 @@ class Job:
             **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
             "fitted_to_all": plan is not best.plan,
             "given": self.given,
+            "checkpointed": self.checkpointed,
             "evaluations": evaluations,
             "sample_evaluations": samples,
             "seconds": seconds,

@@ -20,6 +20,7 @@ from ..schedules import Schedule
 __all__ = ["Parameters"]
 
 _F64 = torch.float64
+_ROOM = 1e-3  # of log sigma, between times at the smallest level
 _MOVE = 0.5  # of log sigma/alpha, at most, in one step of a refinement
 _STEP = 1e-4  # of central differences in log sigma/alpha, whose error is about 1e-9
 
@@ -146,10 +147,15 @@ class Parameters:
         return torch.cat([tried[:first], moved])
 
     def floored(self, theta: Tensor) -> Tensor:
-        """`theta` with no time below `sigma_min`, or below where the plan had it if that is lower still."""
+        """`theta` with no time below `sigma_min`, or below where the plan had it if that is lower still.
+
+        Times that come to lie there together keep a little room between them.
+        """
         if self.sigma_min <= 0:
             return theta
-        lowest = self.initial[self.weights :].clamp(max=math.log(self.sigma_min))
+        started = self.initial[self.weights :]
+        rank = torch.argsort(torch.argsort(started))
+        lowest = torch.minimum(started, math.log(self.sigma_min) + _ROOM * rank)
         return torch.cat([theta[: self.weights], torch.maximum(theta[self.weights :], lowest)])
 
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:

@@ -279,6 +279,7 @@ def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterat
         yield theta, damping
         damping = max(damping / 4, 1e-9)
         if gained < tolerance:
+            job.reason = f"the training error fell by less than {tolerance:g} of itself"
             return
 
 
@@ -299,6 +300,6 @@ def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float
         theta = job.parameters.floored(torch.cat([g.detach() for g in groups]))
         groups[1].data.copy_(theta[weights:])
         if not job.parameters.valid(theta):
-            job.reason = "times came to cross each other or to leave the grid"
+            job.reason = "the next iteration has times that cross or leave the schedule, or numbers that are not finite"
             return
         yield theta, 0.0

@@ -88,10 +88,13 @@ def table_of_weights(plan: Plan) -> str:
     maps = [w for row in rows for w in row.weights.values() if isinstance(w, LinearMap)]
     names = maps[0].projections.names if maps and all(m.projections == maps[0].projections for m in maps) else ()
     if 0 < len(names) <= _GROUPS:
-        return "\n\n".join(f"{name}\n{_weights(plan, rows, partial(_of_group, g))}" for g, name in enumerate(names))
-    means = any(not isinstance(w, float | int) for row in rows for w in row.weights.values())
-    note = "\nWeights that are maps or tensors are given by their mean over components." if means else ""
-    return _weights(plan, rows, weight_mean) + note
+        tables = [f"{name}\n{_weights(plan, rows, partial(_of_group, g))}" for g, name in enumerate(names)]
+    else:
+        tables = [_weights(plan, rows, weight_mean)]
+    shown = (float, int, LinearMap) if len(tables) > 1 else (float, int)
+    if any(not isinstance(w, shown) for row in rows for w in row.weights.values()):
+        tables.append("Weights that are maps or tensors are given by their mean over components.")
+    return "\n\n".join(tables)
 
 
 def _weights(plan: Plan, rows: Sequence[Vector], number: Callable[[Weight], float]) -> str:
@@ -112,8 +115,9 @@ def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], repo
     a, end = about, about["endpoint"]
     ridge = a["ridge"] if isinstance(a["ridge"], str) else f"{a['ridge']:g}"
     recipe = a.get("recipe")
+    unfitted = recipe and end["fell_back"]
     head = [
-        f"{name}: {a['base']['name']} with fitted weights, {steps} steps, {nfe} evaluations",
+        f"{name}: {a['base']['name']}{'' if unfitted else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
         f"schedule {brief(a['schedule'])}, prediction {a['prediction']}, guidance scale {a['guidance_scale']:g}",
         f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {_target(a)}, "
         f"history {a['history']}, ridge {ridge}",
@@ -144,7 +148,7 @@ def _target(about: Mapping[str, Any]) -> str:
 def _refined(refinement: Mapping[str, Any]) -> str:
     """That of the iterations on the samples fitted to; those on all samples come on top."""
     used, made = refinement["best"], refinement["iterations"]
-    return f": a fit with the above, and {used} of {made} iterations over all weights and times"
+    return f": such a fit in closed form, and {used} of {made} iterations over all weights and times"
 
 
 def _endpoint(end: Mapping[str, Any]) -> str:
@@ -167,9 +171,10 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
     recipe = about["recipe"]
     tried = recipe["ingredients"]
     chosen = next(i for i in tried if i["chosen"])
+    made = sum(i["error"] is not None for i in tried)
     lines = [
         f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
-        f"Chosen from {len(tried)} on {about['held_out']} held-out samples, outliers counted less: {chosen['name']}, whose "
+        f"Chosen from {made} on {about['held_out']} held-out samples, outliers counted less: {chosen['name']}, whose "
         f"error there is {chosen['error']:.3g}.",
     ]
     for other in tried:

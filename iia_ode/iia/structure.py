@@ -56,6 +56,10 @@ class Window:
             raise InputError(f"bands is a whole number from 1, or 'all', got {self.bands!r}.")
         if self._split and self.maps is not None:
             raise InputError("give bands and channels, or maps, not both.")
+        if self.maps is not None and not isinstance(self.maps, Projections):
+            raise InputError(f"maps is a decomposition such as Bands or Matrices of iia_ode.plan, got {self.maps!r}.")
+        if self.axes is not None and not self._split:
+            raise InputError("axes says where bands are taken: give bands or channels with it, or leave it out.")
         if self.shape is not None:
             _ = self.projections
 
@@ -72,7 +76,9 @@ class Window:
         """
         own = self.maps.shape if self.maps is not None else self.shape
         if own is not None and tuple(own) != tuple(shape):
-            raise InputError(f"{self.__name__} is for samples {list(own)}, and these are {list(shape)}.")
+            raise InputError(
+                f"{self.__name__} is for samples {list(own)}, and these are {list(shape)}: give it none, or maps for these."
+            )
         return replace(self, shape=tuple(shape)) if self._split and own is None else self
 
     @cached_property
