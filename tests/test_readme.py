@@ -61,6 +61,20 @@ def test_what_it_says_of_the_one_call_is_what_was_measured(row, setting):
         assert figure == f"{found['standard']['rmse'] / found['classic']['rmse']:.2f}"
 
 
+def test_what_it_says_of_the_largest_budget_is_what_was_measured():
+    text = " ".join(README.split())
+    said = re.search(
+        r"leaves at most (\S+) on the digits, (\S+) on the patches and (\S+) on the mixture", text
+    ).groups()
+    results = ROOT / "benchmarks" / "results" / "acceptance"
+    spent = []
+    for setting, figure in zip(("digits", "patches", "mixture64"), said, strict=True):
+        rows = [json.loads((results / f"{setting}-nfe{n:02}-seed0.json").read_text()) for n in (5, 6, 8, 10)]
+        assert figure == f"{max(r['thorough']['rmse'] / r['classic']['rmse'] for r in rows):.2f}"
+        spent += [r["thorough"]["sample_evaluations"] / r["standard"]["sample_evaluations"] for r in rows]
+    assert round(max(spent)) == 7 and "up to seven times as much" in text
+
+
 def test_what_it_says_of_further_denoisers_is_what_was_measured():
     (figure,) = re.findall(r"leaves at most (\d\.\d\d) at 5 and 8 evaluations", README)
     stored = [json.loads(p.read_text()) for p in (ROOT / "benchmarks" / "results" / "further").glob("*-nfe0[58].json")]
