@@ -341,9 +341,11 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
     parts = [INTRO]
     for name in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == name]
-        bases, nfes = {row[1] for row in own}, sorted({row[3] for row in own})
+        bases = {row[1] for row in own}
+        nfes = [(n, len({row[1] for row in own if row[3] == n})) for n in sorted({row[3] for row in own})]
         under = conditions([row[4] for row in own], "samples", "fit_samples", "seed")
-        parts.append(f"- {name}: {len(bases)} bases, {', '.join(map(str, nfes))} evaluations; {under}.")
+        counted = ", ".join(f"{n} ({count})" for n, count in nfes)
+        parts.append(f"- {name}: {len(bases)} bases; evaluations (bases): {counted}; {under}.")
     if entries:
         parts += ["", summary(rows), "## Violations\n", violations(rows)]
     if out:
