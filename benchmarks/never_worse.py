@@ -147,13 +147,8 @@ def again(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
         for found, plan in zip(squares, (fit.plan, base), strict=True):
             found.append((run(plan, test).double() - test.final.double()).square().flatten(1).mean(dim=1))
     by_fit, by_base = (torch.cat(found) for found in squares)
-    gap = by_fit - by_base
-    error = float(gap.std()) / len(gap) ** 0.5
-    return {
-        "again": float((by_fit.mean() / by_base.mean()).sqrt()),
-        "sure": float(gap.mean()) / error if error > 0 else 0.0,
-        "draws": len(gap),
-    }
+    ratio = float((by_fit.mean() / by_base.mean()).sqrt())
+    return {"again": ratio, "sure": sure_of(by_fit - by_base), "draws": len(by_fit)}
 
 
 def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
@@ -204,10 +199,14 @@ def by_sample(fit: Tensor, base: Tensor, reference: Tensor) -> Entry:
     count = max(1, len(reference) // 100)
     top = squares[0].nan_to_num(posinf=1e300).sort(descending=True).values
     share = float(top[:count].sum() / top.sum()) if float(top.sum()) > 0 else 0.0
-    gap = squares[0] - squares[1]
-    error = float(gap.std()) / len(gap) ** 0.5
     medians = {"fit_median": float(squares[0].median().sqrt()), "base_median": float(squares[1].median().sqrt())}
-    return medians | {"top": share, "sure": float(gap.mean()) / error if error > 0 else 0.0}
+    return medians | {"top": share, "sure": sure_of(squares[0] - squares[1])}
+
+
+def sure_of(gap: Tensor) -> float:
+    """The mean of paired differences over its standard error."""
+    error = float(gap.std()) / len(gap) ** 0.5
+    return float(gap.mean()) / error if error > 0 else 0.0
 
 
 def cells(store: Store, name: str, options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from ..ode import ProbabilityFlowODE
 from ..solvers import solver_names
 from .drawing import FOLDER, draw_fit
 from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model
-from .ranks import Process, joined, process_count
+from .ranks import Process, joined, process_count, processes_for
 
 __all__ = ["fit_command"]
 
@@ -230,9 +230,7 @@ def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Fi
 def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | None, files: _Files) -> None:
     """One solver on one grid, in this process or with others."""
     grid = method.base_solver.grid_for(nfe, job.family(), job.setting.schedule)
-    if samples < (size := process_count()):
-        raise click.UsageError(f"{samples} samples are too few for {size} processes.")
-    if size > 1 and files.save_teacher:
+    if processes_for(samples) > 1 and files.save_teacher:
         raise click.UsageError(
             "each process makes the trajectories of its own samples: --save-teacher needs one process."
         )

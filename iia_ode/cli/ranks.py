@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import click
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RankError
+from ..iia.gather import hearing
 
-__all__ = ["Process", "joined", "process_count"]
+__all__ = ["Process", "joined", "process_count", "processes_for"]
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,17 @@ class Process:
         if self.size == 1:
             return own
         if not self.leads:
-            self._heard(lambda: dist.send(own.contiguous(), 0))
+            with hearing(self.rank, self.size):
+                dist.send(own.contiguous(), 0)
             return None
         parts = [own.cpu()]
         for rank in range(1, self.size):
             part = self._part(rank, samples)
             theirs = own.new_empty((part.stop - part.start, *own.shape[1:]))
-            self._heard(partial(dist.recv, theirs, rank))
+            with hearing(self.rank, self.size):
+                dist.recv(theirs, rank)
             parts.append(theirs.cpu())
         return torch.cat(parts)
-
-    def _heard(self, message: Callable[[], object]) -> None:
-        try:
-            message()
-        except RuntimeError as error:
-            raise RankError(
-                f"process {self.rank} of {self.size} heard nothing from another one, which failed or is too slow for the "
-                f"timeout of the group: {error}"
-            ) from error
 
     def _part(self, rank: int, samples: int) -> slice:
         return slice(rank * samples // self.size, (rank + 1) * samples // self.size)
@@ -74,6 +66,13 @@ def process_count() -> int:
     if not text.isdecimal() or text == "0":
         raise click.ClickException(f"WORLD_SIZE must be a number of processes, got {text!r}.")
     return int(text)
+
+
+def processes_for(samples: int) -> int:
+    """How many processes there are, if each gets a sample; a usage error if not."""
+    if samples < (size := process_count()):
+        raise click.UsageError(f"{samples} samples are too few for {size} processes.")
+    return size
 
 
 @contextmanager

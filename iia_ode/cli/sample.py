@@ -17,7 +17,7 @@ from ..integrate import sample
 from ..plots import image_grid, save_figure
 from ..solvers import Solver, get_solver, solver_names
 from .options import COUNT, NFE, Job, given, interactive, on_a_model
-from .ranks import joined, process_count
+from .ranks import joined, processes_for
 
 __all__ = ["sample_command"]
 
@@ -55,8 +55,7 @@ def sample_command(
         method = get_solver(solver)
         grid = method.grid_for(nfe, job.family(), job.setting.schedule)
         about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
-    if samples < process_count():
-        raise click.UsageError(f"{samples} samples are too few for {process_count()} processes.")
+    processes_for(samples)
     with joined(job.device) as process:
         if process.leads:
             check_writable(out / "samples.safetensors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from ..errors import RankError
 from .lstsq import LeastSquares
 
-__all__ = ["Alone", "Gather", "Ranks", "gather_over"]
+__all__ = ["Alone", "Gather", "Ranks", "gather_over", "hearing"]
 
 
 class Gather(Protocol):
@@ -89,14 +91,21 @@ class Ranks:
         """A tensor of the same shape from every rank."""
         mine = values.to(self.device)
         theirs = [torch.empty_like(mine) for _ in range(self.size)]
-        try:
+        with hearing(self.rank, self.size):
             dist.all_gather(theirs, mine, group=self.group)
-        except RuntimeError as error:
-            raise RankError(
-                f"process {self.rank} of {self.size} heard nothing from another one, which failed or is too slow for the "
-                f"timeout of the group: {error}"
-            ) from error
         return [v.cpu() for v in theirs]
+
+
+@contextmanager
+def hearing(rank: int, size: int) -> Iterator[None]:
+    """Where process `rank` of `size` waits for another one: what torch raises if none answers becomes a RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"process {rank} of {size} heard nothing from another one, which failed or is too slow for the timeout of the "
+            f"group: {error}"
+        ) from error
 
 
 def gather_over(group: Any) -> Gather:
