@@ -48,9 +48,9 @@ class IIA:
         would cancel each other; its report has the ridge that was used.
     guard : judge by held-out samples: a step whose correction does not help them keeps the base's weights, and if the whole
         fit does not end clearly nearer the truth than the base, it is the base that is returned, with a `GuardWarning`.
-        Clearly: no farther in the mean of held-out samples, and of all whose true ends are known nearer on most of them and
-        in the mean by three standard errors (Student's for few samples). What befalls fewer than one sample in as many as
-        there are stays unseen.
+        Clearly: no farther in the mean of held-out samples; and of all whose true ends are known nearer on more of them
+        than chance would make, in the mean square by three standard errors (Student's for few samples), and in the sum of
+        squares by more than the largest of one sample. What befalls fewer than one in as many as there are stays unseen.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """

@@ -9,8 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.stats import norm as normal
-from scipy.stats import t as student_t
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,6 +19,7 @@ from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
 from .chunks import Chunk, StepSystem
 from .gather import Gather
+from .guard import verdict
 from .lstsq import LeastSquares, Solution
 from .report import StepReport
 from .targets import Target, resolve_target
@@ -37,7 +36,6 @@ RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 _HUGE = 30.0  # no term of a correction is larger than so many times the state; a larger ridge sees to it
 _SLACK = 1.001  # of the ridges with a held-out loss within this factor of the lowest, the largest is chosen
-_DOUBT = 3.0  # standard errors by which a fit has to be better than its base; heavy tails want more than the usual two
 
 _F64 = torch.float64
 
@@ -167,59 +165,40 @@ class Fitting:
         base = trace(
             self.method.base_solver, plan.schedule, torch.tensor(plan.grid, dtype=_F64, device="cpu"), consistent=False
         )
-        sums = torch.zeros(2, 6, dtype=_F64, device="cpu")  # of the held-out samples, and of all that have a reference
+        squares = torch.zeros(self.total, 3, dtype=_F64, device="cpu")  # everyone fills in its own samples
         for chunk in self.chunks:
-            sums += self._endpoint_sums(chunk, base, len(plan.code))
-        sums = self.gather.sum(sums)
-        means = sums[:, :5] / sums[:, 5:].clamp_min(1.0)
-        (by_base, by_fit, size), (all_base, all_fit, _) = means[:, :3].sqrt().tolist()
-        rounding = 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps * size
-        asked, share = int(sums[1, 5]), float(means[1, 4])
-        gain = float(means[1, 0] - means[1, 1])
-        spread = math.sqrt(max(float(means[1, 3]) - gain**2, 0.0) / (asked - 1)) if asked > 1 else math.inf
-        # Where a sample in a hundred ends in another mode, those make most of a mean, and few of them are among these: a
-        # fit has to be better on most samples, and in the mean by more than chance would make of so few.
-        doubt = float(student_t.isf(normal.sf(_DOUBT), asked - 1)) if asked > 1 else math.inf
-        clear = gain > doubt * spread and share >= 0.5
-        lost = not math.isfinite(by_base + all_base)  # the base has nowhere to fall back to
-        kept = all_fit <= rounding or (clear and by_fit <= by_base + rounding) or (lost and math.isfinite(all_fit))
-        worse = not kept
+            self._fill(squares, chunk, base, len(plan.code))
+        squares = self.gather.sum(squares)[0 if self.teacher is not None else self.total - self.held_out :]
+        found = verdict(squares, self.held_out, 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps)
         reference = self.teacher.way if self.teacher is not None else {"solver": "expab4", "steps": 60}
         outcome |= {
-            "base": by_base if math.isfinite(by_base) else None,
-            "fit": by_fit if math.isfinite(by_fit) else None,
-            "fell_back": worse,
+            "base": found.base if math.isfinite(found.base) else None,
+            "fit": found.fit if math.isfinite(found.fit) else None,
+            "fell_back": not found.kept,
             "reference": ", ".join(f"{k} {v}" for k, v in reference.items()),
         }
-        if not worse:
+        if found.kept:
             return plan, reports, outcome
-        asks = (
-            f"on {asked} samples its mean square differs from the base's by {-gain:+.2g}, standard error {spread:.2g}, and "
-            f"has to be lower by {doubt:.3g} of those, and on at least half of them, not {share:.0%}"
-            if asked > 1
-            else "and one sample does not say what is chance"
-        )
         warnings.warn(
-            f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends {by_fit:.3g} "
-            f"from the truth, the base {by_base:.3g} (root mean square); {asks}. So the base is kept. Fit on more samples, "
-            "with other terms or another target (target='trajectory' repairs earlier error), with a ridge, or pass "
-            "guard=False to have the fit anyway.",
+            f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends "
+            f"{found.fit:.3g} from the truth, the base {found.base:.3g} (root mean square); {found.why}. So the base is kept. "
+            "Fit on more samples, with other terms or another target (target='trajectory' repairs earlier error), with a "
+            "ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
             stacklevel=5,
         )
         return replace(base, name=plan.name), tuple(_refused(r) for r in reports), outcome
 
-    def _endpoint_sums(self, chunk: Chunk, base: Plan, final: int) -> Tensor:
-        """Over a chunk's held-out samples, and over all of it where the teacher knows where those should end, [2, 6].
+    def _fill(self, squares: Tensor, chunk: Chunk, base: Plan, final: int) -> None:
+        """Write the errors of base and fit and the sizes of the true ends of a chunk's samples into [total, 3].
 
-        Mean squares per component of the errors of base and fit and of the reference, the squared difference of the first
-        two, whether the fit's is the lower, and the number of samples.
+        Mean squares per component; of the held-out samples, and of all where the teacher knows where those should end.
         """
-        cut, own = self._cut(chunk), chunk.samples
+        own = chunk.samples
         n = len(own.initial)
-        first = 0 if self.teacher is not None else cut
+        first = 0 if self.teacher is not None else self._cut(chunk)
         if first == n:
-            return torch.zeros(2, 6, dtype=_F64, device="cpu")
+            return
         ode, x = own.ode.subset(slice(first, n), n), own.initial[first:].to(chunk.device)
         if self.teacher is not None:
             exact = self.teacher.at(self.times[-1], own.index)
@@ -231,10 +210,8 @@ class Fitting:
         by_base = base.run(ode, x, check_finite=False).cpu().double()
         by_fit = chunk.values[final][first:].double()
         parts = [by_base - exact, by_fit - exact, exact]
-        rows = torch.stack([p.flatten(1).square().mean(dim=1) for p in parts], dim=1)
-        gap = rows[:, :1] - rows[:, 1:2]
-        rows = torch.cat([rows, gap.square(), (gap >= 0).double(), torch.ones_like(gap)], dim=1)
-        return torch.stack([rows[cut - first :].sum(dim=0), rows.sum(dim=0)])
+        start = self.first + own.index.start
+        squares[start + first : start + n] = torch.stack([p.flatten(1).square().mean(dim=1) for p in parts], dim=1)
 
 
 def floor_of(ode: ProbabilityFlowODE, last: float) -> float:
