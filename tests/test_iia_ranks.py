@@ -13,7 +13,7 @@ from support import mixture
 
 import iia_ode as iia
 from iia_ode.errors import RankError
-from iia_ode.iia import IIA
+from iia_ode.iia import IIA, Teacher
 
 GRID = iia.grids.karras(5)
 BATCH = 80
@@ -37,7 +37,7 @@ def problem(rows):
 
 
 def worker(rank, folder):
-    """What each of three processes does: two fits, a mistake, and a fit in which the last process dies."""
+    """What each of three processes does: two fits, two mistakes, and a fit in which the last process dies."""
     options = {"timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, **options)
     pair = dist.new_group([0, 1], **options)
@@ -51,6 +51,10 @@ def worker(rank, folder):
         METHODS["three"].fit(ode, iia.grids.karras(3 + rank), x)
     except RankError as error:
         (folder / f"mistake-{rank}").write_text(str(error))
+    try:  # who has a teacher knows more ends than who has none
+        METHODS["three"].fit(ode, GRID, x, teacher=Teacher.solve(ode, x, 80.0, 0.0) if rank == 1 else None)
+    except RankError as error:
+        (folder / f"teacher-{rank}").write_text(str(error))
     calls = 0
 
     def dying(x, t, shift):
@@ -114,6 +118,7 @@ def test_all_processes_have_the_very_same_numbers(folder, name):
 def test_processes_that_ask_for_different_fits_are_told(folder):
     for rank in range(3):
         assert "asked for different fits" in (folder / f"mistake-{rank}").read_text()
+        assert "a teacher to all or to none" in (folder / f"teacher-{rank}").read_text()
 
 
 def test_a_process_that_dies_is_an_error_for_the_others_and_leaves_no_file(folder):

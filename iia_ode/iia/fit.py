@@ -48,9 +48,10 @@ class IIA:
         would cancel each other; its report has the ridge that was used.
     guard : judge by held-out samples: a step whose correction does not help them keeps the base's weights, and if the whole
         fit does not end clearly nearer the truth than the base, it is the base that is returned, with a `GuardWarning`.
-        Clearly: no farther in the mean of held-out samples; and of all whose true ends are known nearer on more of them
-        than chance would make, in the mean square by three standard errors (Student's for few samples), and in the sum of
-        squares by more than the largest of one sample. What befalls fewer than one in as many as there are stays unseen.
+        Clearly: its mean square error on held-out samples is no larger; and on all whose true ends are known more end nearer
+        than chance would make, the mean square is lower by three standard errors (more for few samples), and the sum of
+        squares by more than three times the largest of one sample. What befalls one sample in n goes unseen in n samples
+        one time in three. A fit whose error is rounding is kept anyway, and one that is finite where its base is not.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """
@@ -108,7 +109,8 @@ class IIA:
             is the mean over these. Between steps they rest on the host.
         teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
         held_out : share of the batch, its last samples, that coefficients are not fitted to: the guard and ``ridge="auto"``
-            judge by it. By default a quarter where one of these needs it, else none. A batch of less than 4 holds out none.
+            judge by it. By default a quarter where one of these needs it, else none. A batch of less than 4 holds out none,
+            and where none is held out there is no guard.
         chunk_size : samples that go through the model at once (all by default). The least squares does not depend on it;
             a network whose rounding depends on the batch size still may.
         group : processes that fit together; by default all of ``torch.distributed``, if that is initialised.
@@ -138,7 +140,7 @@ class IIA:
             raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
         gather = gather_over(group)
         made_for = origin(ode, x)
-        first, total = gather.begin(len(x), (self._options(), times, share, made_for))
+        first, total = gather.begin(len(x), (self._options(), times, share, made_for, teacher is not None))
         with ode.counting() as spent:
             teacher = self._teacher(ode, x, times, teacher, chunk_size, progress)
             size, device = chunk_size or len(x), device_of(ode, x)

@@ -159,7 +159,7 @@ class Fitting:
         self, plan: Plan, reports: tuple[StepReport, ...]
     ) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
         """The fit if its final states are clearly nearer the truth than the base's; else the base, and a warning."""
-        outcome: dict[str, Any] = {"base": None, "fit": None, "fell_back": False, "reference": "none"}
+        outcome: dict[str, Any] = {"base": None, "fit": None, "fell_back": False, "reference": "none", "why": ""}
         if not (self.method.guard and self.held_out and any(r.accepted for r in reports)):
             return plan, reports, outcome
         base = trace(
@@ -176,6 +176,7 @@ class Fitting:
             "fit": found.fit if math.isfinite(found.fit) else None,
             "fell_back": not found.kept,
             "reference": ", ".join(f"{k} {v}" for k, v in reference.items()),
+            "why": "" if found.kept else found.why,
         }
         if found.kept:
             return plan, reports, outcome

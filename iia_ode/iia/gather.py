@@ -24,7 +24,7 @@ class Gather(Protocol):
         """The place of this process's first sample in the whole batch, and the size of that; `task` must be everyone's."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over processes of small float64 tensors on the host, the same on all."""
+        """The sum over processes of float64 tensors on the host, a few numbers for each sample at most; the same on all."""
 
     def merged(self, system: LeastSquares) -> LeastSquares:
         """The least squares of the samples of all processes, in their order."""
@@ -64,7 +64,8 @@ class Ranks:
         rows = self._even(torch.tensor([samples, mark], dtype=torch.int64, device="cpu"))
         if len({int(row[1]) for row in rows}) > 1:
             raise RankError(
-                "the processes were asked for different fits: give all of them the same method, ODE and grid."
+                "the processes were asked for different fits: give all of them the same method, ODE and grid, and a teacher "
+                "to all or to none."
             )
         counts = [int(row[0]) for row in rows]
         return sum(counts[: self.rank]), sum(counts)

@@ -1,7 +1,7 @@
 """The guard: whether a fit is clearly better than its base, by the errors of both on the same samples.
 
-Final errors have heavy tails. Where a sample in a thousand ends in another mode of the data, a few samples make nearly the
-whole mean square, and a plain comparison of means hangs on them. So several things are asked for, each a sentence.
+Final errors have heavy tails: where a sample in a thousand ends in another mode of the data, a few samples make nearly the
+whole mean square, and a plain comparison of means hangs on them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from scipy.stats import binom
 from scipy.stats import norm as normal
 from scipy.stats import t as student_t
@@ -17,7 +18,8 @@ from torch import Tensor
 __all__ = ["Verdict", "verdict"]
 
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square has to be lower; heavy tails want more than the usual two
-_SIGN_ERRORS = 2.0  # chance allowed to the number of samples that end nearer; that has no tails
+_SIGN_CHANCE = float(normal.sf(2.0))  # of as many samples ending nearer by chance; a count has no tails
+_UNSEEN = 3.0  # what befalls so many samples in n goes unseen in n samples with a chance of 5% (the rule of three)
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,27 @@ class Verdict:
 def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     """Whether a fit stays.
 
-    It stays if, on the held-out samples, it ends no farther from the truth than its base in the mean; and if, of all samples
+    It stays if, on the held-out samples, its mean square error is no larger than that of its base; and if, of all samples
     whose true ends are known,
 
-    - more end nearer than two standard errors of a fair coin would make (an exact sign test),
-    - the mean square error is lower by three standard errors of the paired difference (Student's t for few samples), and
-    - the sum of squares is lower by more than the largest square of one sample, of fit or base: one more sample like the
-      worst that was seen, had it gone the other way, would not turn the outcome.
+    - more end nearer than chance would make of as good a base: an exact sign test at 2.3%, in which ties are not nearer;
+    - the mean square error is lower by three standard errors of the paired difference (as unlikely by chance as that under
+      Student's t, where samples are few); and
+    - the sum of squares is lower by more than three times the largest square of one sample, of fit or base. What befalls
+      three samples in n goes unseen in n samples with a chance of 5% (the rule of three); so often the fit alone might send
+      samples as far astray as the worst that was seen, and its mean square would still be the lower.
 
-    It also stays where its errors are rounding, and where the base's are not finite and its own are. What befalls fewer than
-    one sample in as many as there are stays unseen.
+    Where weights were fitted to some of these samples, those are a little kinder to the fit than new ones are.
+
+    Two exceptions: a fit whose error over all samples is rounding stays; and where the base is not finite on some samples, so
+    that there is nothing to fall back to, a fit that is finite on all and ends nearer on at least half.
 
     Parameters
     ----------
     squares : of each sample the mean squares over components of the error of the base, of the error of the fit, and of the
         true end, float64 [n, 3] on the host.
-    held_out : how many of them, from the end, neither weights nor options were chosen by.
+    held_out : how many of them, from the end, at least one, no weights were fitted to; ridges and steps may have been chosen
+        by them.
     relative : error relative to the true ends that is rounding.
     """
     n = len(squares)
@@ -63,22 +70,29 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     by_base, by_fit, exact = squares.unbind(dim=1)
     rounding = relative * float(exact.mean().sqrt())
     gaps = by_base - by_fit
-    nearer, needed = int((gaps > 0).sum()), int(binom.isf(normal.sf(_SIGN_ERRORS), n, 0.5)) + 1
+    nearer = int((gaps.where(by_base.isfinite(), torch.inf) > 0).sum())
+    needed = int(binom.isf(_SIGN_CHANCE, n, 0.5)) + 1
     gain, largest = float(gaps.sum()), float(squares[:, :2].max())
     error = math.sqrt(n) * float(gaps.std()) if n > 1 else math.inf
     doubt = float(student_t.isf(normal.sf(_MEAN_ERRORS), n - 1)) if n > 1 else math.inf
-    clear = nearer >= needed and gain > doubt * error and gain > largest and fit <= base + rounding
+    clear = nearer >= needed and gain > doubt * error and gain > _UNSEEN * largest and fit <= base + rounding
     exact_already = float(by_fit.mean().sqrt()) <= rounding
-    lost = not math.isfinite(float(by_base.sum()))  # the base has nowhere to fall back to
-    kept = clear or exact_already or (lost and math.isfinite(float(by_fit.sum())))
-    found = (
-        f"of {n} samples {nearer} end nearer ({needed} are asked for), their mean square is lower by {_ratio(gain, error)} "
-        f"standard errors ({doubt:.3g}), and its sum by {_ratio(gain, largest)} times the largest square of one (1)"
-        if n >= needed
-        else f"of {n} sample{'s' * (n > 1)} even all would not say what is chance"
-    )
-    return Verdict(base, fit, kept, found)
+    finite, base_finite = (bool(v.isfinite().all()) for v in (by_fit, by_base))
+    kept = clear or exact_already or (finite and not base_finite and 2 * nearer >= n)
+    if n < needed:
+        why = f"{n} sample{'s' * (n > 1)} cannot say what is chance, six are the fewest that can"
+    elif not (finite and base_finite):
+        why = "not all errors are finite"
+    else:
+        why = (
+            f"of {n} samples {nearer} end nearer, at least {needed} have to; over all of them the sum of squared errors "
+            f"changes by {_ratio(-gain, error)} standard errors, and has to by less than {-doubt:.3g}, and by "
+            f"{_ratio(-gain, largest)} of the largest, and has to by less than {-_UNSEEN:g}"
+        )
+    return Verdict(base, fit, kept, why)
 
 
 def _ratio(a: float, b: float) -> str:
-    return f"{a / b:.3g}" if b else "no"
+    """Its sign always, infinite where only b is 0."""
+    a += 0.0  # no minus before a zero
+    return f"{a / b:+.3g}" if b else f"{math.copysign(math.inf, a) if a else 0.0:+g}"

@@ -215,7 +215,10 @@ def _explain_steps(plan: Plan, about: Mapping[str, Any], reports: tuple[StepRepo
     for r in sorted(used, key=lambda r: r.gain, reverse=True)[:3]:
         lines.append(f"Step {r.index} ({r.t:.3g} to {r.s:.3g}): {r.gain:.0%} of its residual is gone, on {where}.")
     if about["endpoint"]["fell_back"]:
-        lines.append("The base was kept in every step: the whole fit was not clearly better at the end.")
+        why = about["endpoint"]["why"]
+        lines.append(
+            f"The base was kept in every step: the whole fit was not clearly better at the end{why and f' ({why})'}."
+        )
     elif refused := [str(r.index) for r in reports if not r.accepted]:
         lines.append(f"The base was kept in {_steps(refused)}: the fit did not help held-out samples.")
     if poor := [str(r.index) for r in reports if r.rank < len(r.symbols)]:

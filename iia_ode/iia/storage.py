@@ -38,7 +38,7 @@ SCHEMA: dict[str, Any] = {
         "state_dtype": str,
         "batch": int,
         "held_out": int,
-        "endpoint": {"base": _MAYBE, "fit": _MAYBE, "fell_back": bool, "reference": str},
+        "endpoint": {"base": _MAYBE, "fit": _MAYBE, "fell_back": bool, "reference": str, "why": str},
         "teacher": dict | None,
         "seed": int | None,
         "fingerprint": str,
