@@ -16,7 +16,7 @@ from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher, Window
 from iia_ode.iia.budgets import BUDGETS, Budget
 from iia_ode.iia.endpoint import by_robust_error, known_ratio
-from iia_ode.iia.initial import more_states
+from iia_ode.iia.initial import fresh_states, more_states
 from iia_ode.iia.recipe import fit
 from iia_ode.iia.report import table_of_weights
 from iia_ode.iia.routes import Route, Start, worth_refining
@@ -302,6 +302,46 @@ def test_bad_arguments_say_what_was_wrong():
         quiet(ode, 4, noise(), held_out=1.0)
 
 
+def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported():
+    ode, said = mixture().ode(iia.EDM()), []
+    budget = replace(REFINED, warm_starts=True, finals=48, teacher_steps=30)
+    found = fit(ode, 4, noise(), budget=budget, report=said.append)
+    plain = quiet(ode, 4, noise(), budget=replace(budget, finals=0))
+    recipe, before = found.about["recipe"], plain.about["recipe"]
+    assert (recipe["judged"], before["judged"]) == (48, 0)
+    assert recipe["finals"]["sample_evaluations"] >= 48 * (31 + 4 * len(recipe["ingredients"]))
+    one, other = ([i["error"] for i in r["ingredients"]] for r in (recipe, before))
+    assert len(one) == len(other) and all(a != b for a, b in zip(one, other, strict=True))
+    _, x = fresh_states(ode, 80.0 * noise(), 80.0, 48, 40, 0)
+    end = Teacher.solve(ode, torch.cat([80.0 * noise()[40:], x]), 80.0, 0.0, steps=30).final
+    unfitted = iia.sample(ode, torch.cat([80.0 * noise()[40:], x]), iia.grids.karras(4, 0.02, 80.0), "ipndm3")
+    assert one[0] == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
+    assert "Chosen from" in found.explain() and "on 88 held-out samples" in found.explain()
+    assert any("on 48 draws of noise more" in line for line in said)
+
+
+def test_where_a_teacher_is_given_the_last_choice_takes_no_more_noise():
+    ode, x = mixture().ode(iia.EDM()), 80.0 * noise()
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=30)
+    found = quiet(ode, 4, x, budget=replace(QUICK, finals=64), teacher=teacher)
+    assert found.about["recipe"]["judged"] == 0 and "finals" not in found.about["recipe"]
+
+
+@given(st.integers(2, 40), st.integers(1, 60), st.integers(0, 5), st.data())
+def test_noise_for_the_last_choice_is_new_and_under_the_conditions_that_were_held_out(batch, draws, seed, data):
+    first = data.draw(st.integers(0, batch - 1))
+    labels = torch.arange(batch)
+    ode = iia.ProbabilityFlowODE(lambda x, t, c: x, iia.EDM(), conditioning={"c": labels})
+    x = 80.0 * torch.randn((batch, 3), dtype=F64, generator=torch.Generator().manual_seed(seed))
+    own, fresh = fresh_states(ode, x, 80.0, draws, first, seed)
+    assert fresh.shape == (draws, 3) and fresh.dtype == F64
+    assert not torch.isin(fresh, x).any()
+    counts = torch.bincount(own.conditioning["c"], minlength=batch)
+    assert int(counts[:first].sum()) == 0 and int(counts[first:].max() - counts[first:].min()) <= 1
+    _, states = more_states(ode, x, 80.0, batch + draws, 0.5, seed)
+    assert not torch.isin(fresh, states).any()
+
+
 def test_the_budgets_cost_what_their_names_say():
     draws = {name: max(256, budget.draws) for name, budget in BUDGETS.items()}
     costs = [BUDGETS[n].cost(8, 35, draws[n], draws[n] // 2) for n in ("closed-form", "standard", "thorough")]
@@ -355,17 +395,24 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
         search_grid(closed, ode, x, teacher, 6, [])
 
 
-@given(warm=st.lists(st.booleans(), min_size=1, max_size=8), count=st.integers(1, 8))
-def test_both_kinds_of_routes_are_refined_where_there_is_room_and_the_best_always_is(warm, count):
-    start = Start("affine", torch.zeros(1, 1), None)
-    routes = [Route(start if w else None) for w in warm]
+KINDS = st.sampled_from(["none", "affine", "diagonal", "per class"])
+
+
+@given(names=st.lists(KINDS, min_size=1, max_size=8), count=st.integers(1, 8))
+def test_of_every_kind_of_route_the_best_is_refined_where_there_is_room_and_the_best_of_all_always_is(names, count):
+    x = torch.zeros(1, 1)
+    starts = {
+        n: Start(n, x, None, key="labels" if n == "per class" else None) for n in ("affine", "diagonal", "per class")
+    }
+    routes = [Route(starts.get(name)) for name in names]
     chosen = worth_refining(routes, count)
     assert len(chosen) == min(count, len(routes)) == len({id(r) for r in chosen})
     assert chosen[0] is routes[0]
-    assert {r.start is None for r in chosen} == {not w for w in warm} or count == 1
-    kinds = {w: [r for r in routes if (r.start is not None) == w] for w in (True, False)}
-    for own in kinds.values():  # of each kind those that come first
-        taken = [r for r in chosen if any(r is o for o in own)]
+    warm = {r.start is not None for r in routes}
+    assert {r.start is not None for r in chosen} == warm or count == 1
+    assert {r.kind for r in chosen} == {r.kind for r in routes} or count < 3
+    for kind in {r.kind for r in routes}:  # of each kind those that come first
+        own, taken = ([r for r in found if r.kind == kind] for found in (routes, chosen))
         assert all(a is b for a, b in zip(taken, own, strict=False))
 
 
@@ -587,6 +634,7 @@ def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
         {"teacher_steps": 1},
         {"descent": -1},
         {"levels": -1},
+        {"finals": -1},
     ):
         with pytest.raises(iia.InputError, match=f"no budget: {next(iter(bad))}"):
             Budget(**bad)

@@ -28,8 +28,11 @@ class Budget:
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
     levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
     warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
-    starts : how many of the best routes are refined; from 2 on, the best with and the best without a warm start among them.
+    starts : how many of the best routes are refined; from 2 on, the best with and the best without a warm start among them,
+        from 3 on also the best with a warm start per class, where there is one.
     iterations, probes : of each refinement.
+    finals : draws of noise beyond all those, made like them, that only the last choice sees: everything that was made runs on
+        them. Each costs a trajectory, of which the end is kept. None where a teacher is given.
     """
 
     draws: int = 0
@@ -41,10 +44,12 @@ class Budget:
     starts: int = 0
     iterations: int = 6
     probes: int = 2
+    finals: int = 0
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds)
         least = {"draws": 0, "teacher_steps": 2, "iterations": 1, "probes": 1, "descent": 0, "levels": 0, "starts": 0}
+        least |= {"finals": 0}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if getattr(self, k) < n]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; it needs at least {least}.")
 
@@ -64,7 +69,10 @@ class Budget:
         passes = 2 * self.probes + 4 + (self.probes + 1) * checkpointed
         refinement = self.starts * self.iterations * (train * passes + batch - train)
         refinement += AGAIN * batch * passes if self.starts else 0
-        return (self.teacher_steps + 1) * batch + nfe * (search + fits + refinement)
+        made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
+        return (self.teacher_steps + 1) * (batch + self.finals) + nfe * (
+            search + fits + refinement + made * self.finals
+        )
 
 
 BUDGETS: dict[str, Budget] = {
@@ -78,9 +86,10 @@ BUDGETS: dict[str, Budget] = {
         starts=3,
         iterations=12,
         probes=2,
+        finals=1024,
     ),
 }
-"""The budgets by name: no gradients; one refinement; more noise, more ways to start, and refinements of the best three."""
+"""The budgets by name: no gradients; one refinement; more of everything, and a last choice on noise of its own."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
+from .teacher import Teacher
 
-__all__ = ["by_robust_error", "chunks_of", "endpoint_errors", "known_ratio", "per_sample", "robust_mean"]
+__all__ = ["Ends", "by_robust_error", "chunks_of", "endpoint_errors", "known_ratio", "per_sample", "robust_mean"]
 
 T = TypeVar("T")
 
@@ -22,6 +24,39 @@ _SPREAD = 0.25  # of the logarithms of ratios of plain means, among solvers that
 def chunks_of(first: int, last: int, size: int) -> list[slice]:
     """The samples from `first` to before `last`, `size` at a time."""
     return [slice(i, min(i + size, last)) for i in range(first, last, size)]
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Initial states and where they should end: what plans are measured on.
+
+    Attributes
+    ----------
+    ode : the model with the conditions of the states.
+    x, target : [B, ...], each on any device.
+    chunk_size : how many go through the model at once.
+    """
+
+    ode: ProbabilityFlowODE
+    x: Tensor
+    target: Tensor
+    chunk_size: int
+
+    @classmethod
+    def solve(
+        cls, ode: ProbabilityFlowODE, x: Tensor, t: float, s: float, *, steps: int, sigma_min: float, chunk_size: int
+    ) -> Ends:
+        """Those of a :class:`Teacher` from t to s, of whose trajectories only the ends are kept."""
+        ends = [
+            Teacher.solve(ode.subset(part, len(x)), x[part], t, s, steps=steps, sigma_min=sigma_min).final
+            for part in chunks_of(0, len(x), chunk_size)
+        ]
+        return cls(ode, x, torch.cat(ends), chunk_size)
+
+    def errors(self, plan: Plan, samples: slice | None = None) -> Tensor:
+        """Root mean square error of each final state, float64 on the host, [samples]; of all by default."""
+        samples = slice(0, len(self.x)) if samples is None else samples
+        return endpoint_errors(plan, self.ode, self.x, self.target, samples, chunk_size=self.chunk_size)
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
 
-__all__ = ["held_out_of", "initial_states", "more_states", "smallest_level", "start_time"]
+__all__ = ["fresh_states", "held_out_of", "initial_states", "more_states", "smallest_level", "start_time"]
 
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _OWN = 0x9E3779B9  # added to the seed of noise that nobody gave: far from those people count up from 0, within 32 bits
+_FRESH = 0x7F4A7C15  # the same for the noise of the last choice
 
 
 def smallest_level(schedule: Schedule) -> float:
@@ -81,12 +82,23 @@ def more_states(
     held, own = held_out_of(draws, held_out), held_out_of(len(x), held_out)
     index = torch.cat([_in_turn(draws - held, len(x) - own), len(x) - own + _in_turn(held, own)])
     new = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), index[1:] == index[:-1]])
-    # The generator drops what a seed has above 32 bits.
-    generator = torch.Generator("cpu").manual_seed((_OWN + seed) % 2**32)
-    noise = torch.randn((int(new.sum()), *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
     states = x.cpu()[index]
-    states[new] = ode.schedule.sigma(t) * noise
+    states[new] = _drawn(ode, x, t, int(new.sum()), _OWN + seed)
     return ode.subset(index, len(x)), states.to(x.device)
+
+
+def fresh_states(
+    ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, first: int, seed: int
+) -> tuple[ProbabilityFlowODE, Tensor]:
+    """The ODE and the states of `draws` samples of new noise, under the conditions of those given from `first` on in turn."""
+    index = first + _in_turn(draws, len(x) - first)
+    return ode.subset(index, len(x)), _drawn(ode, x, t, draws, _FRESH + seed).to(x.device)
+
+
+def _drawn(ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int) -> Tensor:
+    """Noise of the level at t, like x, on the host."""
+    generator = torch.Generator("cpu").manual_seed(seed % 2**32)  # which drops what a seed has above 32 bits
+    return ode.schedule.sigma(t) * torch.randn((draws, *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
 
 
 def _in_turn(n: int, own: int) -> Tensor:

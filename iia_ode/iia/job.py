@@ -17,10 +17,10 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Plan, trace
 from ..solvers import get_solver
 from .budgets import AGAIN, Budget, Ingredient
-from .endpoint import by_robust_error, endpoint_errors, robust_mean
+from .endpoint import Ends, by_robust_error, robust_mean
 from .fit import IIA
 from .fitted import FittedSolver
-from .initial import held_out_of
+from .initial import fresh_states, held_out_of
 from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition, joined, worth_refining
@@ -69,6 +69,8 @@ class Job:
     found: list[_Found] = field(init=False, default_factory=list)
     failed: list[Ingredient] = field(init=False, default_factory=list)
     costs: dict[str, _Cost] = field(init=False, default_factory=dict)
+    finals: int = field(init=False, default=0)  # draws of noise that only the last choice sees
+    fresh: Ends | None = field(init=False, default=None)  # those
 
     def __post_init__(self) -> None:
         self.train = len(self.x) - held_out_of(len(self.x), self.held_out)
@@ -79,6 +81,7 @@ class Job:
     def run(self, teacher: Teacher | None) -> FittedSolver:
         """All stages, and the best of what they found."""
         begun = time.perf_counter()
+        self.finals = 0 if teacher is not None else self.budget.finals
         with self.ode.counting() as spent:
             self._announce(teacher)
             with self._stage() as self.costs["teacher"]:
@@ -97,6 +100,9 @@ class Job:
             routes = self._closed_form()
             if self.budget.starts:
                 self._refined(routes)
+            if self.finals:
+                with self._stage() as self.costs["finals"]:
+                    self._judged()
             best = self._choice()
             with self._stage() as self.costs["last"]:
                 plan, fitted, backward = self._finished(best)
@@ -115,10 +121,11 @@ class Job:
                 began = time.perf_counter()
                 ode.output(x, self.start).sum().item()
                 seconds = time.perf_counter() - began
-        cost = self.budget.cost(
-            self.nfe, len(self._candidates(1.0)), len(self.x), self.train, checkpointed=self.checkpointed
-        )
-        cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
+        numbers = self.nfe, len(self._candidates(1.0)), len(self.x), self.train
+        cost = self.budget.cost(*numbers, checkpointed=self.checkpointed)
+        if teacher is not None:
+            cost = replace(self.budget, finals=0).cost(*numbers, checkpointed=self.checkpointed)
+            cost -= (self.budget.teacher_steps + 1) * len(self.x)
         more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
         self.say(
             f"{self.nfe} evaluations, {self.given} draws of noise{more}: about {cost} sample evaluations, "
@@ -314,6 +321,19 @@ class Job:
             self.say(f"{name}: not possible ({first_line(error)}{less})")
             return None
 
+    def _judged(self) -> None:
+        """Run everything that was made on noise that none of the choices before has seen, too."""
+        ode, x = fresh_states(self.ode, self.x, self.start, self.finals, self.train, self.seed)
+        end, size = self.ode.schedule.t_data, self.chunk_size
+        steps, level = self.budget.teacher_steps, self.sigma_min
+        self.fresh = Ends.solve(ode, x, self.start, end, steps=steps, sigma_min=level, chunk_size=size)
+        self.say(f"and on {self.finals} draws of noise more:")
+        for k, found in enumerate(self.found):
+            errors = torch.cat([found.errors, self.fresh.errors(found.plan)])
+            i = replace(found.ingredient, error=_plain_error(errors))
+            self.found[k] = replace(found, errors=errors, ingredient=i)
+            self.say(f"{i.name}: {_told(i, errors)} on all of it")
+
     def _finished(self, best: _Found) -> tuple[Plan, FittedSolver | None, int]:
         """The choice is made: what was chosen is fitted once more, to all of the noise; and the backward passes of that.
 
@@ -338,11 +358,8 @@ class Job:
                 return best.plan, fitted, 0 if again is None else again.backward
             backward = again.backward
             plan = joined(best.warm, again.plan)
-        whole = slice(0, len(self.x))
-        pairs = [
-            (p, endpoint_errors(p, self.ode, self.x, self.teacher.final, whole, chunk_size=self.chunk_size))
-            for p in (plan, best.plan)
-        ]
+        judges = self.fresh or Ends(self.ode, self.x, self.teacher.final, self.chunk_size)
+        pairs = [(p, judges.errors(p)) for p in (plan, best.plan)]
         kept, _ = by_robust_error(pairs, lambda pair: pair[1], outliers_too=True)[0]
         return kept, fitted if kept is plan else route.fitted, backward
 
@@ -371,6 +388,7 @@ class Job:
             **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
             "fitted_to_all": plan is not best.plan,
             "given": self.given,
+            "judged": self.finals,
             "checkpointed": self.checkpointed,
             "evaluations": evaluations,
             "sample_evaluations": samples,
@@ -395,19 +413,17 @@ class Job:
         return FittedSolver(replace(plan, name=f"iia-{self.nfe}"), reports, about.about | more)
 
     def _ingredient(self, name: str, errors: Tensor, cost: _Cost) -> Ingredient:
-        error = robust_mean(errors, math.inf)
-        return Ingredient(name, error if math.isfinite(error) else None, cost.samples, cost.seconds)
+        return Ingredient(name, _plain_error(errors), cost.samples, cost.seconds)
 
     def _add(self, found: _Found) -> None:
         self.found.append(found)
         i = found.ingredient
-        error = "not finite" if i.error is None else f"error {i.error:.4g}, median {float(found.errors.median()):.4g},"
-        self.say(f"{i.name}: {error} on held-out noise ({i.seconds:.1f} s)")
+        self.say(f"{i.name}: {_told(i, found.errors)} on held-out noise ({i.seconds:.1f} s)")
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""
         held = slice(self.train, len(self.x))
-        return endpoint_errors(plan, self.ode, self.x, self.teacher.final, held, chunk_size=self.chunk_size)
+        return Ends(self.ode, self.x, self.teacher.final, self.chunk_size).errors(plan, held)
 
     def _part(self, part: slice) -> tuple[ProbabilityFlowODE, Tensor, Teacher]:
         return self.ode.subset(part, len(self.x)), self.x[part], self.teacher.subset(part)
@@ -438,6 +454,16 @@ class _Found:
     route: Route | None = None
     refinement: Refinement | None = None
     warm: WarmStart | None = None
+
+
+def _plain_error(errors: Tensor) -> float | None:
+    error = robust_mean(errors, math.inf)
+    return error if math.isfinite(error) else None
+
+
+def _told(ingredient: Ingredient, errors: Tensor) -> str:
+    error = ingredient.error
+    return "not finite" if error is None else f"error {error:.4g}, median {float(errors.median()):.4g},"
 
 
 @dataclass

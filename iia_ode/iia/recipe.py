@@ -48,7 +48,8 @@ def fit(
     weights are chosen by two-fold cross-validation on the first part of the noise, and among what was made of them by the
     endpoint error on the rest, which is held out; the solver that the model would have had without a fit is among the
     candidates. Last, what was chosen is fitted to all of the noise, where there is enough of it and it helps there; the
-    errors that are reported are those from before.
+    errors that are reported are those from before. ``"thorough"`` makes the last choice, and whether that last fit is better,
+    on :attr:`Budget.finals` draws more, which nothing else sees.
 
     Parameters
     ----------
@@ -66,7 +67,7 @@ def fit(
         default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
     held_out : share of the noise, its last part, that decides. Noise that a budget adds goes to the part whose sample has
         given it its condition: none of those that decide is fitted to, but for such as both parts have, as class labels.
-    teacher : of these very initial states, if there is one already; no noise is added to them.
+    teacher : of these very initial states, if there is one already; no noise is added to them, nor made for the last choice.
     chunk_size : samples that go through the model at once.
     checkpointed : in refinements, forget the inside of each evaluation and make it again on the way back: the memory of one
         evaluation of a chunk instead of all, for half as much work again. For models whose graphs are large.

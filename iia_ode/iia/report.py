@@ -174,7 +174,8 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
     made = sum(i["error"] is not None for i in tried)
     lines = [
         f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
-        f"Chosen from {made} on {about['held_out']} held-out samples, outliers counted less: {chosen['name']}, whose "
+        f"Chosen from {made} on {about['held_out'] + recipe['judged']} held-out samples, outliers counted less: "
+        f"{chosen['name']}, whose "
         f"error there is {chosen['error']:.3g}.",
     ]
     for other in tried:

@@ -54,6 +54,11 @@ class Route:
     fitted: FittedSolver | None = None  # to the training samples
 
     @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it has a warm start, and one per class."""
+        return self.start is not None, self.start is not None and self.start.key is not None
+
+    @property
     def name(self) -> str:
         """What reports call it."""
         return f"{'' if self.start is None else f'warm start {self.start.name}, '}{self.variant.name}"
@@ -105,13 +110,16 @@ def joined(warm: WarmStart | None, rest: Plan) -> Plan:
 
 
 def worth_refining(routes: Sequence[Route], count: int) -> list[Route]:
-    """So many of the routes, given best first: the best with and the best without a warm start, then the others in order.
+    """So many of the routes, given best first: of each kind the best, then the others in order.
 
-    A few samples that end in another mode may put all routes of one kind behind, and refinement gains unlike amounts on
-    the two kinds; so where there is room for both, both are refined, and the choice between them comes after that.
+    The best with and the best without a warm start come first, then the best with one per class. A few samples that end in
+    another mode may put all routes of one kind behind, and refinement gains unlike amounts on each; so where there is room,
+    all are refined, and the choice among them comes after that.
     """
-    of_kind = {route.start is None: route for route in reversed(routes)}
-    return sorted(routes, key=lambda route: route not in of_kind.values())[:count]
+    by_start = {route.kind[:1]: route for route in reversed(routes)}
+    by_kind = {route.kind: route for route in reversed(routes)}
+    leading = [route for firsts in (by_start, by_kind) for route in routes if route in firsts.values()]
+    return list(dict.fromkeys([*leading, *routes]))[:count]
 
 
 def class_condition(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:
