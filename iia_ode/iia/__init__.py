@@ -3,7 +3,8 @@
 The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_ode``: here those names are modules.
 """
 
-from .budgets import BUDGETS, Budget, Ingredient
+from .budgets import BUDGETS, Budget
+from .candidates import Ingredient
 from .fit import IIA, PRESETS, preset
 from .fitted import FittedSolver, StepReport, describe, load
 from .lstsq import LeastSquares

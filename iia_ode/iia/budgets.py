@@ -1,4 +1,4 @@
-"""What the one call may spend, by name, and the entry that it makes for everything it tries."""
+"""What the one call may spend, by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import InputError, unknown_name
 from .search import check_rounds, samples_of
 
-__all__ = ["AGAIN", "BUDGETS", "Budget", "Ingredient", "budget_of"]
+__all__ = ["AGAIN", "BUDGETS", "Budget", "budget_of"]
 
 AGAIN = 2
 """Iterations of the last refinement, to all of the noise, from where the one to a part of it ended."""
@@ -90,25 +90,6 @@ BUDGETS: dict[str, Budget] = {
     ),
 }
 """The budgets by name: no gradients; one refinement; more of everything, and a last choice on noise of its own."""
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """What was tried: the held-out error with it, and what it cost.
-
-    Attributes
-    ----------
-    name : what it is.
-    error : root mean square endpoint error on the held-out noise; None where it could not be made.
-    sample_evaluations, seconds : spent on it.
-    chosen : whether it is the result.
-    """
-
-    name: str
-    error: float | None
-    sample_evaluations: int
-    seconds: float
-    chosen: bool = False
 
 
 def budget_of(budget: str | Budget) -> Budget:

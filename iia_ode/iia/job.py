@@ -16,8 +16,9 @@ from ..grids import karras
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, trace
 from ..solvers import get_solver
-from .budgets import AGAIN, Budget, Ingredient
-from .endpoint import Ends, by_robust_error, robust_mean
+from .budgets import AGAIN, Budget
+from .candidates import Candidate, Cost, Ingredient
+from .endpoint import Ends, by_robust_error
 from .fit import IIA
 from .fitted import FittedSolver
 from .initial import fresh_states, held_out_of
@@ -66,9 +67,9 @@ class Job:
     say: Callable[[str], None]
     progress: bool
     teacher: Teacher = field(init=False)
-    found: list[_Found] = field(init=False, default_factory=list)
+    found: list[Candidate] = field(init=False, default_factory=list)
     failed: list[Ingredient] = field(init=False, default_factory=list)
-    costs: dict[str, _Cost] = field(init=False, default_factory=dict)
+    costs: dict[str, Cost] = field(init=False, default_factory=dict)
     finals: int = field(init=False, default=0)  # draws of noise that only the last choice sees
     fresh: Ends | None = field(init=False, default=None)  # those
 
@@ -156,7 +157,7 @@ class Job:
                 pass
             error = None if plan is None else self._errors(plan)
         if plan is not None and error is not None:
-            self._add(_Found(self._ingredient(f"{_BASELINE}, not fitted", error, cost), plan, error))
+            self._add(Candidate(f"{_BASELINE}, not fitted", plan, error, cost))
 
     def _candidates(self, scale: float) -> list[LeapGrid]:
         return leap_grids(self._top(), scale)
@@ -181,11 +182,8 @@ class Job:
                 except IIAError as error:
                     reason = first_line(error)
             self.say(f"warm start {start.name}: not possible here ({reason})")
-            for ingredient in (f.ingredient for f in self.found[made:]):  # what was possible bears its own cost
-                cost.samples, cost.seconds = (
-                    cost.samples - ingredient.sample_evaluations,
-                    cost.seconds - ingredient.seconds,
-                )
+            for own in (f.cost for f in self.found[made:]):  # what was possible bears its own cost
+                cost.samples, cost.seconds = cost.samples - own.samples, cost.seconds - own.seconds
             self.failed.append(Ingredient(f"warm start {start.name}", None, cost.samples, cost.seconds))
         return by_robust_error(routes, lambda route: route.errors, outliers_too=True)
 
@@ -204,7 +202,7 @@ class Job:
                 own.errors = self._errors(own.fitted.plan)
             if own is routes[0]:  # what is made first on a grid bears the cost of finding it
                 cost.samples, cost.seconds = cost.samples + search.samples, cost.seconds + search.seconds
-            self._add(_Found(self._ingredient(own.name, own.errors, cost), own.fitted.plan, own.errors, own))
+            self._add(Candidate(own.name, own.fitted.plan, own.errors, cost, own))
         return routes
 
     def _varied(self, route: Route) -> Route:
@@ -295,7 +293,7 @@ class Job:
                 self.failed.append(Ingredient(name, None, cost.samples, cost.seconds))
                 continue
             cost.samples += found.backward
-            self._add(_Found(self._ingredient(name, errors, cost), plan, errors, route, found, parts.warm))
+            self._add(Candidate(name, plan, errors, cost, route, found, parts.warm))
 
     def _refine(
         self, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
@@ -329,12 +327,10 @@ class Job:
         self.fresh = Ends.solve(ode, x, self.start, end, steps=steps, sigma_min=level, chunk_size=size)
         self.say(f"and on {self.finals} draws of noise more:")
         for k, found in enumerate(self.found):
-            errors = torch.cat([found.errors, self.fresh.errors(found.plan)])
-            i = replace(found.ingredient, error=_plain_error(errors))
-            self.found[k] = replace(found, errors=errors, ingredient=i)
-            self.say(f"{i.name}: {_told(i, errors)} on all of it")
+            self.found[k] = found.judged(self.fresh.errors(found.plan))
+            self.say(f"{self.found[k]} on all of it")
 
-    def _finished(self, best: _Found) -> tuple[Plan, FittedSolver | None, int]:
+    def _finished(self, best: Candidate) -> tuple[Plan, FittedSolver | None, int]:
         """The choice is made: what was chosen is fitted once more, to all of the noise; and the backward passes of that.
 
         Its held-out error was that of the fit to the first part, which had less to learn from. Where there is little noise
@@ -353,7 +349,7 @@ class Job:
             ).whole
             plan = fitted.plan
         else:
-            again = self._refine(best.ingredient.name, best.warm, best.refinement.plan, 0.0, AGAIN)
+            again = self._refine(best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
             if again is None or again.best == 0:
                 return best.plan, fitted, 0 if again is None else again.backward
             backward = again.backward
@@ -365,16 +361,16 @@ class Job:
 
     # ---- the outcome ---------------------------------------------------------------------------------------------------
 
-    def _choice(self) -> _Found:
-        usable = [f for f in self.found if f.ingredient.error is not None]
+    def _choice(self) -> Candidate:
+        usable = [f for f in self.found if f.error is not None]
         if not usable:
             raise InputError("nothing could be fitted: the model is not finite on this noise.")
         return by_robust_error(usable, lambda f: f.errors, outliers_too=True)[0]
 
     def _result(
-        self, best: _Found, plan: Plan, fitted: FittedSolver | None, evaluations: int, samples: int, seconds: float
+        self, best: Candidate, plan: Plan, fitted: FittedSolver | None, evaluations: int, samples: int, seconds: float
     ) -> FittedSolver:
-        ladder = [*(replace(f.ingredient, chosen=f is best) for f in self.found), *self.failed]
+        ladder = [*(f.ingredient(chosen=f is best) for f in self.found), *self.failed]
         closed = best.refinement is None and fitted is not None
         samples += sum(f.refinement.backward for f in self.found if f.refinement is not None)
         # Whatever is not fitted is described like a fit over it that changes nothing.
@@ -395,7 +391,7 @@ class Job:
             "seconds": seconds,
         }
         base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
-        outcome = {"base": base, "fit": best.ingredient.error, "fell_back": best.route is None}
+        outcome = {"base": base, "fit": best.error, "fell_back": best.route is None}
         more = {
             "batch": len(self.x),
             "held_out": len(self.x) - self.train,
@@ -407,18 +403,12 @@ class Job:
         }
         if best.route is None:
             more["base"] = {"name": _BASELINE, "options": {}}
-        self.say(
-            f"chosen: {best.ingredient.name}, error {best.ingredient.error:.4g} on held-out noise; {seconds:.0f} s in all"
-        )
+        self.say(f"chosen: {best.name}, error {best.error:.4g} on held-out noise; {seconds:.0f} s in all")
         return FittedSolver(replace(plan, name=f"iia-{self.nfe}"), reports, about.about | more)
 
-    def _ingredient(self, name: str, errors: Tensor, cost: _Cost) -> Ingredient:
-        return Ingredient(name, _plain_error(errors), cost.samples, cost.seconds)
-
-    def _add(self, found: _Found) -> None:
+    def _add(self, found: Candidate) -> None:
         self.found.append(found)
-        i = found.ingredient
-        self.say(f"{i.name}: {_told(i, found.errors)} on held-out noise ({i.seconds:.1f} s)")
+        self.say(f"{found} on held-out noise ({found.cost.seconds:.1f} s)")
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""
@@ -438,35 +428,7 @@ class Job:
         return schedule.noise_to_signal(self.start) if schedule.alpha(self.start) > 0 else math.inf
 
     @contextmanager
-    def _stage(self) -> Iterator[_Cost]:
-        cost, begun, before = _Cost(), time.perf_counter(), self.ode.ledger.samples
+    def _stage(self) -> Iterator[Cost]:
+        cost, begun, before = Cost(), time.perf_counter(), self.ode.ledger.samples
         yield cost
         cost.seconds, cost.samples = time.perf_counter() - begun, self.ode.ledger.samples - before
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """Something that was tried, with its errors on held-out noise, and how it was made; no route is no fit at all."""
-
-    ingredient: Ingredient
-    plan: Plan
-    errors: Tensor
-    route: Route | None = None
-    refinement: Refinement | None = None
-    warm: WarmStart | None = None
-
-
-def _plain_error(errors: Tensor) -> float | None:
-    error = robust_mean(errors, math.inf)
-    return error if math.isfinite(error) else None
-
-
-def _told(ingredient: Ingredient, errors: Tensor) -> str:
-    error = ingredient.error
-    return "not finite" if error is None else f"error {error:.4g}, median {float(errors.median()):.4g},"
-
-
-@dataclass
-class _Cost:
-    samples: int = 0
-    seconds: float = 0.0
