@@ -304,7 +304,7 @@ def test_bad_arguments_say_what_was_wrong():
 
 def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported():
     ode, said = mixture().ode(iia.EDM()), []
-    budget = replace(REFINED, warm_starts=True, finals=48, teacher_steps=30)
+    budget = replace(REFINED, warm_starts=True, finals=0.6, teacher_steps=30)
     found = fit(ode, 4, noise(), budget=budget, report=said.append)
     plain = quiet(ode, 4, noise(), budget=replace(budget, finals=0))
     recipe, before = found.about["recipe"], plain.about["recipe"]
@@ -323,7 +323,7 @@ def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported
 def test_where_a_teacher_is_given_the_last_choice_takes_no_more_noise():
     ode, x = mixture().ode(iia.EDM()), 80.0 * noise()
     teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=30)
-    found = quiet(ode, 4, x, budget=replace(QUICK, finals=64), teacher=teacher)
+    found = quiet(ode, 4, x, budget=replace(QUICK, finals=1.0), teacher=teacher)
     assert found.about["recipe"]["judged"] == 0 and "finals" not in found.about["recipe"]
 
 
@@ -634,7 +634,9 @@ def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
         {"teacher_steps": 1},
         {"descent": -1},
         {"levels": -1},
-        {"finals": -1},
+        {"finals": -0.5},
+        {"finals": math.nan},
+        {"finals": math.inf},
     ):
         with pytest.raises(iia.InputError, match=f"no budget: {next(iter(bad))}"):
             Budget(**bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..errors import InputError, unknown_name
@@ -31,8 +32,8 @@ class Budget:
     starts : how many of the best routes are refined; from 2 on, the best with and the best without a warm start among them,
         from 3 on also the best with a warm start per class, where there is one.
     iterations, probes : of each refinement.
-    finals : draws of noise beyond all those, made like them, that only the last choice sees: everything that was made runs on
-        them. Each costs a trajectory, of which the end is kept. None where a teacher is given.
+    finals : for each of all these draws so many more, made like them, that only the last choice sees: everything that was made
+        runs on them. Each costs a trajectory, of which the end is kept. None where a teacher is given.
     """
 
     draws: int = 0
@@ -44,13 +45,13 @@ class Budget:
     starts: int = 0
     iterations: int = 6
     probes: int = 2
-    finals: int = 0
+    finals: float = 0.0
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds)
-        least = {"draws": 0, "teacher_steps": 2, "iterations": 1, "probes": 1, "descent": 0, "levels": 0, "starts": 0}
-        least |= {"finals": 0}
-        if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if getattr(self, k) < n]:
+        least = dict.fromkeys(("draws", "descent", "levels", "starts", "finals"), 0)
+        least |= {"teacher_steps": 2, "iterations": 1, "probes": 1}
+        if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; it needs at least {least}.")
 
     def cost(self, nfe: int, candidates: int, batch: int, train: int, *, checkpointed: bool = False) -> int:
@@ -70,9 +71,12 @@ class Budget:
         refinement = self.starts * self.iterations * (train * passes + batch - train)
         refinement += AGAIN * batch * passes if self.starts else 0
         made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
-        return (self.teacher_steps + 1) * (batch + self.finals) + nfe * (
-            search + fits + refinement + made * self.finals
-        )
+        finals = self.finals_of(batch)
+        return (self.teacher_steps + 1) * (batch + finals) + nfe * (search + fits + refinement + made * finals)
+
+    def finals_of(self, batch: int) -> int:
+        """How many draws the last choice has of its own."""
+        return round(self.finals * batch)
 
 
 BUDGETS: dict[str, Budget] = {
@@ -86,7 +90,7 @@ BUDGETS: dict[str, Budget] = {
         starts=3,
         iterations=12,
         probes=2,
-        finals=1024,
+        finals=2.0,
     ),
 }
 """The budgets by name: no gradients; one refinement; more of everything, and a last choice on noise of its own."""

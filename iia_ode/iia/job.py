@@ -82,7 +82,7 @@ class Job:
     def run(self, teacher: Teacher | None) -> FittedSolver:
         """All stages, and the best of what they found."""
         begun = time.perf_counter()
-        self.finals = 0 if teacher is not None else self.budget.finals
+        self.finals = 0 if teacher is not None else self.budget.finals_of(len(self.x))
         with self.ode.counting() as spent:
             self._announce(teacher)
             with self._stage() as self.costs["teacher"]:
