@@ -337,7 +337,8 @@ solver, grid or option has seen (odd seeds; fits draw from even ones). Columns a
   best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
   intercept, warm start or gradients.
-- *Budgets*: `iia_ode.fit` with its defaults; `thorough` adds noise of its own where there are fewer than 512 draws.
+- *Budgets*: `iia_ode.fit` with its defaults; `thorough` adds noise of its own where there are fewer than 512
+  draws, and makes its last choice on twice as many more.
 - The standard error of a ratio takes its two errors for independent; they share their noise, so it is an upper bound.
 - The median is that of the samples' own errors. Where it lies far below the error, a few samples that end in another mode
   make up nearly all of the error.

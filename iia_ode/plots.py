@@ -170,7 +170,8 @@ def plot_ingredients(fit: FittedSolver) -> Figure:
     """
     if "recipe" not in fit.about:
         raise InputError(f"{fit.name} has no list of ingredients: it was not made by iia_ode.fit.")
-    ingredients = fit.about["recipe"]["ingredients"]
+    recipe = fit.about["recipe"]
+    ingredients = recipe["ingredients"]
     figure = _figure(figsize=(6.4, 1.1 + 0.4 * len(ingredients)))
     ax = figure.add_subplot()
     errors = [i["error"] for i in ingredients if i["error"]] or [1.0]
@@ -193,7 +194,7 @@ def plot_ingredients(fit: FittedSolver) -> Figure:
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
     ax.set_title(
-        f"{fit.name}: {fit.about['batch']} draws of noise, {fit.about['held_out']} held out", fontsize="medium"
+        f"{fit.name}: judged by {fit.about['held_out'] + recipe['final_draws']} draws of noise", fontsize="medium"
     )
     return figure
 

@@ -15,7 +15,7 @@ import iia_ode as iia
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher, Window
 from iia_ode.iia.budgets import BUDGETS, Budget
-from iia_ode.iia.endpoint import by_robust_error, known_ratio
+from iia_ode.iia.endpoint import Ends, by_robust_error, known_ratio
 from iia_ode.iia.initial import fresh_states, more_states
 from iia_ode.iia.recipe import fit
 from iia_ode.iia.report import table_of_weights
@@ -302,29 +302,95 @@ def test_bad_arguments_say_what_was_wrong():
         quiet(ode, 4, noise(), held_out=1.0)
 
 
+FINAL = replace(REFINED, warm_starts=True, finals=0.6, teacher_steps=30)
+
+
 def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported():
     ode, said = mixture().ode(iia.EDM()), []
-    budget = replace(REFINED, warm_starts=True, finals=0.6, teacher_steps=30)
-    found = fit(ode, 4, noise(), budget=budget, report=said.append)
-    plain = quiet(ode, 4, noise(), budget=replace(budget, finals=0))
+    with ode.counting() as spent:
+        found = fit(ode, 4, noise(), budget=FINAL, report=said.append, chunk_size=16)
+    plain = quiet(ode, 4, noise(), budget=replace(FINAL, finals=0.0), chunk_size=16)
     recipe, before = found.about["recipe"], plain.about["recipe"]
-    assert (recipe["judged"], before["judged"]) == (48, 0)
-    assert recipe["finals"]["sample_evaluations"] >= 48 * (31 + 4 * len(recipe["ingredients"]))
-    one, other = ([i["error"] for i in r["ingredients"]] for r in (recipe, before))
-    assert len(one) == len(other) and all(a != b for a, b in zip(one, other, strict=True))
+    assert (recipe["final_draws"], before["final_draws"]) == (48, 0)
+    made = recipe["ingredients"]
+    assert recipe["teacher"]["sample_evaluations"] == 31 * (80 + 48)
+    assert recipe["finals"]["sample_evaluations"] == 48 * 4 * len(made)
+    backward = recipe["sample_evaluations"] - spent.samples
+    parts = [*made, recipe["teacher"], recipe["finals"], recipe["last"]]
+    assert sum(p["sample_evaluations"] for p in parts) + 2 * 16 == spent.samples + backward
+    # Nothing that comes before knows of it.
+    assert [(i["name"], i["sample_evaluations"]) for i in made] == [
+        (i["name"], i["sample_evaluations"]) for i in before["ingredients"]
+    ]
     _, x = fresh_states(ode, 80.0 * noise(), 80.0, 48, 40, 0)
-    end = Teacher.solve(ode, torch.cat([80.0 * noise()[40:], x]), 80.0, 0.0, steps=30).final
-    unfitted = iia.sample(ode, torch.cat([80.0 * noise()[40:], x]), iia.grids.karras(4, 0.02, 80.0), "ipndm3")
-    assert one[0] == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
-    assert "Chosen from" in found.explain() and "on 88 held-out samples" in found.explain()
-    assert any("on 48 draws of noise more" in line for line in said)
+    x = torch.cat([80.0 * noise()[40:], x])
+    end = Teacher.solve(ode, x, 80.0, 0.0, steps=30).final
+    unfitted = iia.sample(ode, x, iia.grids.karras(4, 0.02, 80.0), "ipndm3")
+    assert made[0]["error"] == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
+    assert "on 88 held-out samples" in found.explain() and "40 more held out and 48 made for the last choice" in str(
+        found
+    )
+    assert "48 for the last choice" in said[0] and any("on 48 draws of noise more" in line for line in said)
 
 
-def test_where_a_teacher_is_given_the_last_choice_takes_no_more_noise():
+@pytest.mark.parametrize("last", [3.0, 1e-6], ids=["poor", "good"])
+def test_noise_of_the_last_choice_can_turn_it_and_alone_judges_the_last_fit(monkeypatch, last):
+    """On noise that was held out everything stays as it is; on that of the last choice, what was best is made the worst."""
+    ode = mixture().ode(iia.EDM())
+    made = quiet(ode, 4, noise(), budget=QUICK).about["recipe"]["ingredients"]
+    best = next(k for k, i in enumerate(made) if i["chosen"])
+    errors = [3.0 if k == best else 1e-4 for k in range(len(made))] + [last]
+    honest, runs = Ends.errors, []
+
+    def turned(self, plan, samples=None):
+        found = honest(self, plan, samples)
+        if len(self.x) == 160:
+            runs.append(plan)
+            found.fill_(errors[len(runs) - 1])
+        return found
+
+    monkeypatch.setattr(Ends, "errors", turned)
+    found = quiet(ode, 4, noise(), budget=replace(QUICK, finals=2.0))
+    recipe = found.about["recipe"]
+    assert [i["name"] for i in recipe["ingredients"]] == [i["name"] for i in made]
+    assert not recipe["ingredients"][best]["chosen"] and not found.about["endpoint"]["fell_back"]
+    assert len(runs) == len(made) + 1
+    assert recipe["fitted_to_all"] == (last < 1e-4)
+
+
+def test_the_noise_of_the_last_choice_has_conditions_that_nothing_was_fitted_under():
+    model = Labelled()
+    ode = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"label": torch.arange(12)})
+    _, fresh = fresh_states(ode, 80.0 * noise(12), 80.0, 24, 6, 0)
+    quiet(ode, 2, noise(12), budget=replace(QUICK, finals=2.0), chunk_size=64)
+    asked = [(x, label) for t, x, label in model.asked if t == 80.0 and torch.isin(fresh, x).all()]
+    assert len(asked) >= 3 and all(len(x) == 24 and int(label.min()) == 6 for x, label in asked)
+    others = [x for t, x, _ in model.asked if t == 80.0 and len(x) != 24]
+    assert not any(torch.isin(fresh, x).any() for x in others)
+
+
+def test_noise_on_which_nothing_is_finite_does_not_lose_what_was_made(monkeypatch):
+    honest = Ends.errors
+
+    def broken(self, plan, samples=None):
+        errors = honest(self, plan, samples)
+        return errors.fill_(math.nan) if len(self.x) == 160 else errors
+
+    monkeypatch.setattr(Ends, "errors", broken)
+    ode, said = mixture().ode(iia.EDM()), []
+    found = fit(ode, 3, noise(), budget=replace(QUICK, finals=2.0), report=said.append)
+    assert found.about["recipe"]["final_draws"] == 0 and found.about["endpoint"]["fit"] is not None
+    assert any("the choice is made without them" in line for line in said)
+
+
+def test_where_a_teacher_is_given_the_last_choice_has_noise_of_its_own_too():
     ode, x = mixture().ode(iia.EDM()), 80.0 * noise()
-    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=30)
-    found = quiet(ode, 4, x, budget=replace(QUICK, finals=1.0), teacher=teacher)
-    assert found.about["recipe"]["judged"] == 0 and "finals" not in found.about["recipe"]
+    budget = replace(QUICK, finals=1.0)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=budget.teacher_steps)
+    given, own = (quiet(ode, 4, x, budget=budget, teacher=known) for known in (teacher, None))
+    assert given.about["recipe"]["final_draws"] == 80 and given.plan.difference(own.plan) < 1e-9
+    spent = [f.about["recipe"]["teacher"]["sample_evaluations"] for f in (given, own)]
+    assert spent == [51 * 80, 51 * 160]
 
 
 @given(st.integers(2, 40), st.integers(1, 60), st.integers(0, 5), st.data())

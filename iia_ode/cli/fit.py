@@ -72,7 +72,8 @@ def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 @click.option(
     "--samples",
     type=COUNT,
-    help="Initial states to fit on [default: 256, with --solver 200]; --budget thorough adds to few.",
+    help="Initial states to fit on [default: 256, with --solver 200]; --budget thorough adds to few, and twice as many to "
+    "choose by.",
 )
 @click.option(
     "--chunk-size", type=COUNT, help="Samples that go through the model at once [default: 64, with --solver all]."

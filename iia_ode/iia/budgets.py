@@ -32,8 +32,8 @@ class Budget:
     starts : how many of the best routes are refined; from 2 on, the best with and the best without a warm start among them,
         from 3 on also the best with a warm start per class, where there is one.
     iterations, probes : of each refinement.
-    finals : for each of all these draws so many more, made like them, that only the last choice sees: everything that was made
-        runs on them. Each costs a trajectory, of which the end is kept. None where a teacher is given.
+    finals : for each of all these draws so many more, made like them under the conditions that were held out, for the last
+        choice only: everything that was made runs on them. Each costs a trajectory, of which the end is kept.
     """
 
     draws: int = 0
@@ -52,7 +52,7 @@ class Budget:
         least = dict.fromkeys(("draws", "descent", "levels", "starts", "finals"), 0)
         least |= {"teacher_steps": 2, "iterations": 1, "probes": 1}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
-            raise InputError(f"this is no budget: {', '.join(wrong)}; it needs at least {least}.")
+            raise InputError(f"this is no budget: {', '.join(wrong)}; it needs finite numbers of at least {least}.")
 
     def cost(self, nfe: int, candidates: int, batch: int, train: int, *, checkpointed: bool = False) -> int:
         """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to.

@@ -19,12 +19,13 @@ __all__ = ["Candidate", "Cost", "Ingredient"]
 
 @dataclass(frozen=True)
 class Ingredient:
-    """What was tried: the held-out error with it, and what it cost.
+    """What was tried: the error with it, and what it cost.
 
     Attributes
     ----------
     name : what it is.
-    error : root mean square endpoint error on the held-out noise; None where it could not be made.
+    error : root mean square endpoint error on the noise that it was judged by; None where that is not finite, or it could not
+        be made.
     sample_evaluations, seconds : spent on it.
     chosen : whether it is the result.
     """
@@ -74,9 +75,8 @@ class Candidate:
 
     def __str__(self) -> str:
         error = self.error
-        return f"{self.name}: " + (
-            "not finite" if error is None else f"error {error:.4g}, median {float(self.errors.median()):.4g},"
-        )
+        found = "not finite" if error is None else f"error {error:.4g}, median {float(self.errors.median()):.4g}"
+        return f"{self.name}: {found}"
 
     @property
     def error(self) -> float | None:

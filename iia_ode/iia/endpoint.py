@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
@@ -44,12 +45,21 @@ class Ends:
 
     @classmethod
     def solve(
-        cls, ode: ProbabilityFlowODE, x: Tensor, t: float, s: float, *, steps: int, sigma_min: float, chunk_size: int
+        cls,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        t: float,
+        s: float,
+        *,
+        steps: int,
+        sigma_min: float,
+        chunk_size: int,
+        progress: bool = False,
     ) -> Ends:
         """Those of a :class:`Teacher` from t to s, of whose trajectories only the ends are kept."""
         ends = [
             Teacher.solve(ode.subset(part, len(x)), x[part], t, s, steps=steps, sigma_min=sigma_min).final
-            for part in chunks_of(0, len(x), chunk_size)
+            for part in tqdm(chunks_of(0, len(x), chunk_size), desc="ends", disable=not progress)
         ]
         return cls(ode, x, torch.cat(ends), chunk_size)
 

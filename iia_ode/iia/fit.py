@@ -51,7 +51,8 @@ class IIA:
         Clearly: its mean square error on held-out samples is no larger; and on all whose true ends are known more end nearer
         than chance would make, the mean square is lower by three standard errors (more for few samples), and the sum of
         squares by more than three times the largest of one sample. What befalls one sample in n goes unseen in n samples
-        one time in three. A fit whose error is rounding is kept anyway, and one that is finite where its base is not.
+        one time in three. A fit whose error is rounding is kept anyway; and where its base is not finite on every sample,
+        one that is and that ends nearer on at least half.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     name : what the fitted solver is called; ``iia(<base>)`` by default.
     """

@@ -19,7 +19,7 @@ __all__ = ["Verdict", "verdict"]
 
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square has to be lower; heavy tails want more than the usual two
 _SIGN_CHANCE = float(normal.sf(2.0))  # of as many samples ending nearer by chance; a count has no tails
-_UNSEEN = 3.0  # what befalls so many samples in n goes unseen in n samples with a chance of 5% (the rule of three)
+_UNSEEN = 3.0  # what befalls so many samples in n goes unseen in n with a chance of at most 5% (the rule of three)
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     - the mean square error is lower by three standard errors of the paired difference (as unlikely by chance as that under
       Student's t, where samples are few); and
     - the sum of squares is lower by more than three times the largest square of one sample, of fit or base. What befalls
-      three samples in n goes unseen in n samples with a chance of 5% (the rule of three); so often the fit alone might send
-      samples as far astray as the worst that was seen, and its mean square would still be the lower.
+      three samples in n goes unseen in n samples with a chance of at most 5% (the rule of three); so often the fit alone
+      might send samples as far astray as the worst that was seen, and its mean square would still be the lower.
 
     Where weights were fitted to some of these samples, those are a little kinder to the fit than new ones are.
 
-    Two exceptions: a fit whose error over all samples is rounding stays; and where the base is not finite on some samples, so
-    that there is nothing to fall back to, a fit that is finite on all and ends nearer on at least half.
+    Two exceptions: a fit whose error over all samples is rounding stays; and where the base is not finite on every sample, so
+    that there is not much to fall back to, a fit that is and that ends nearer on at least half of all, broken ones counted as
+    nearer.
 
     Parameters
     ----------

@@ -70,7 +70,7 @@ class Job:
     found: list[Candidate] = field(init=False, default_factory=list)
     failed: list[Ingredient] = field(init=False, default_factory=list)
     costs: dict[str, Cost] = field(init=False, default_factory=dict)
-    finals: int = field(init=False, default=0)  # draws of noise that only the last choice sees
+    final_draws: int = field(init=False, default=0)  # of noise that only the last choice sees
     fresh: Ends | None = field(init=False, default=None)  # those
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Job:
     def run(self, teacher: Teacher | None) -> FittedSolver:
         """All stages, and the best of what they found."""
         begun = time.perf_counter()
-        self.finals = 0 if teacher is not None else self.budget.finals_of(len(self.x))
+        self.final_draws = self.budget.finals_of(len(self.x))
         with self.ode.counting() as spent:
             self._announce(teacher)
             with self._stage() as self.costs["teacher"]:
@@ -96,14 +96,15 @@ class Job:
                     chunk_size=self.chunk_size,
                     progress=self.progress,
                 )
+                self.fresh = self._fresh()  # now, so that a model that fails on it does so before the work
             self.say("teacher: {samples} sample evaluations, {seconds:.1f} s".format(**asdict(self.costs["teacher"])))
             self._classic()
             routes = self._closed_form()
             if self.budget.starts:
                 self._refined(routes)
-            if self.finals:
+            if self.fresh is not None:
                 with self._stage() as self.costs["finals"]:
-                    self._judged()
+                    self._judged(self.fresh)
             best = self._choice()
             with self._stage() as self.costs["last"]:
                 plan, fitted, backward = self._finished(best)
@@ -124,10 +125,9 @@ class Job:
                 seconds = time.perf_counter() - began
         numbers = self.nfe, len(self._candidates(1.0)), len(self.x), self.train
         cost = self.budget.cost(*numbers, checkpointed=self.checkpointed)
-        if teacher is not None:
-            cost = replace(self.budget, finals=0).cost(*numbers, checkpointed=self.checkpointed)
-            cost -= (self.budget.teacher_steps + 1) * len(self.x)
+        cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
         more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
+        more += f", {self.final_draws} for the last choice" if self.final_draws else ""
         self.say(
             f"{self.nfe} evaluations, {self.given} draws of noise{more}: about {cost} sample evaluations, "
             f"{cost * seconds / len(x):.0f} s at {1e3 * seconds / len(x):.2g} ms each"
@@ -319,16 +319,28 @@ class Job:
             self.say(f"{name}: not possible ({first_line(error)}{less})")
             return None
 
-    def _judged(self) -> None:
+    def _fresh(self) -> Ends | None:
+        """Noise that only the last choice sees, and where it should end; none where the budget has none."""
+        if not self.final_draws:
+            return None
+        ode, x = fresh_states(self.ode, self.x, self.start, self.final_draws, self.train, self.seed)
+        steps, size = self.budget.teacher_steps, self.chunk_size
+        end, level = self.ode.schedule.t_data, self.sigma_min
+        return Ends.solve(
+            ode, x, self.start, end, steps=steps, sigma_min=level, chunk_size=size, progress=self.progress
+        )
+
+    def _judged(self, fresh: Ends) -> None:
         """Run everything that was made on noise that none of the choices before has seen, too."""
-        ode, x = fresh_states(self.ode, self.x, self.start, self.finals, self.train, self.seed)
-        end, size = self.ode.schedule.t_data, self.chunk_size
-        steps, level = self.budget.teacher_steps, self.sigma_min
-        self.fresh = Ends.solve(ode, x, self.start, end, steps=steps, sigma_min=level, chunk_size=size)
-        self.say(f"and on {self.finals} draws of noise more:")
-        for k, found in enumerate(self.found):
-            self.found[k] = found.judged(self.fresh.errors(found.plan))
-            self.say(f"{self.found[k]} on all of it")
+        judged = [found.judged(fresh.errors(found.plan)) for found in self.found]
+        if all(found.error is None for found in judged):
+            self.say(f"nothing is finite on {self.final_draws} draws of noise more: the choice is made without them")
+            self.fresh, self.final_draws = None, 0
+            return
+        self.found = judged
+        self.say(f"and on {self.final_draws} draws of noise more:")
+        for found in judged:
+            self.say(f"{found}, on all of it")
 
     def _finished(self, best: Candidate) -> tuple[Plan, FittedSolver | None, int]:
         """The choice is made: what was chosen is fitted once more, to all of the noise; and the backward passes of that.
@@ -354,8 +366,11 @@ class Job:
                 return best.plan, fitted, 0 if again is None else again.backward
             backward = again.backward
             plan = joined(best.warm, again.plan)
-        judges = self.fresh or Ends(self.ode, self.x, self.teacher.final, self.chunk_size)
-        pairs = [(p, judges.errors(p)) for p in (plan, best.plan)]
+        if self.fresh is None:
+            judges = Ends(self.ode, self.x, self.teacher.final, self.chunk_size)
+            pairs = [(p, judges.errors(p)) for p in (plan, best.plan)]
+        else:
+            pairs = [(plan, self.fresh.errors(plan)), (best.plan, best.errors[-self.final_draws :])]
         kept, _ = by_robust_error(pairs, lambda pair: pair[1], outliers_too=True)[0]
         return kept, fitted if kept is plan else route.fitted, backward
 
@@ -384,7 +399,7 @@ class Job:
             **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
             "fitted_to_all": plan is not best.plan,
             "given": self.given,
-            "judged": self.finals,
+            "final_draws": self.final_draws,
             "checkpointed": self.checkpointed,
             "evaluations": evaluations,
             "sample_evaluations": samples,
@@ -403,12 +418,13 @@ class Job:
         }
         if best.route is None:
             more["base"] = {"name": _BASELINE, "options": {}}
-        self.say(f"chosen: {best.name}, error {best.error:.4g} on held-out noise; {seconds:.0f} s in all")
+        where = "held-out noise" if self.fresh is None else "all of it"
+        self.say(f"chosen: {best.name}, error {best.error:.4g} on {where}; {seconds:.0f} s in all")
         return FittedSolver(replace(plan, name=f"iia-{self.nfe}"), reports, about.about | more)
 
     def _add(self, found: Candidate) -> None:
         self.found.append(found)
-        self.say(f"{found} on held-out noise ({found.cost.seconds:.1f} s)")
+        self.say(f"{found}, on held-out noise ({found.cost.seconds:.1f} s)")
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""

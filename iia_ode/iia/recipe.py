@@ -44,12 +44,12 @@ def fit(
     Accurate trajectories are made once, from the noise. Grids that leap from the noisiest level are searched, each
     with weights in closed form (:class:`IIA` over DDIM with ``terms="window"`` and ``target="trajectory"``); with a budget
     above ``"closed-form"`` the weights and grids of the best are then refined together (:func:`refine`); with
-    ``"thorough"`` the best with and the best without a warm start are among these. Grids and kinds of
+    ``"thorough"`` of each kind the best: without a warm start, with one, with one per class. Grids and kinds of
     weights are chosen by two-fold cross-validation on the first part of the noise, and among what was made of them by the
     endpoint error on the rest, which is held out; the solver that the model would have had without a fit is among the
     candidates. Last, what was chosen is fitted to all of the noise, where there is enough of it and it helps there; the
-    errors that are reported are those from before. ``"thorough"`` makes the last choice, and whether that last fit is better,
-    on :attr:`Budget.finals` draws more, which nothing else sees.
+    errors that are reported are those from before. ``"thorough"`` makes the last choice on the held-out noise and on
+    :attr:`Budget.finals` times as many draws as there are, made for that; these alone say whether the last fit is better.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def fit(
         default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
     held_out : share of the noise, its last part, that decides. Noise that a budget adds goes to the part whose sample has
         given it its condition: none of those that decide is fitted to, but for such as both parts have, as class labels.
-    teacher : of these very initial states, if there is one already; no noise is added to them, nor made for the last choice.
+    teacher : of these very initial states, if there is one already; no noise is added to them.
     chunk_size : samples that go through the model at once.
     checkpointed : in refinements, forget the inside of each evaluation and make it again on the way back: the memory of one
         evaluation of a chunk instead of all, for half as much work again. For models whose graphs are large.

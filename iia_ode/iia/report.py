@@ -106,6 +106,14 @@ def _weights(plan: Plan, rows: Sequence[Vector], number: Callable[[Weight], floa
     return "\n".join(lines)
 
 
+def _and_then(recipe: Mapping[str, Any] | None) -> str:
+    """What the one call did beyond fitting to a part of the noise, if it was that."""
+    if recipe is None:
+        return ""
+    more = f" and {recipe['final_draws']} made for the last choice" if recipe["final_draws"] else ""
+    return more + (", then on all of them" if recipe["fitted_to_all"] else "")
+
+
 def _of_group(group: int, weight: Weight) -> float:
     return float(weight.coefficients[group]) if isinstance(weight, LinearMap) else weight_mean(weight)
 
@@ -122,8 +130,7 @@ def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], repo
         f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {_target(a)}, "
         f"history {a['history']}, ridge {ridge}",
         f"fitted on {a['batch'] - a['held_out']} samples [{', '.join(map(str, a['state_shape']))}] {a['state_dtype']}, "
-        f"{a['held_out']} more held out{', then on all of them' if recipe and recipe['fitted_to_all'] else ''}, "
-        f"seed {a['seed']}",
+        f"{a['held_out']} more held out{_and_then(recipe)}, seed {a['seed']}",
         f"the fit made {a['evaluations']} model calls ({a['sample_evaluations']} sample evaluations)",
     ]
     if recipe:
@@ -174,7 +181,7 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
     made = sum(i["error"] is not None for i in tried)
     lines = [
         f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
-        f"Chosen from {made} on {about['held_out'] + recipe['judged']} held-out samples, outliers counted less: "
+        f"Chosen from {made} on {about['held_out'] + recipe['final_draws']} held-out samples, outliers counted less: "
         f"{chosen['name']}, whose "
         f"error there is {chosen['error']:.3g}.",
     ]
@@ -193,6 +200,10 @@ def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
         lines.append(f"What was chosen was then fitted once more, to all {about['batch']} samples.")
     if about["batch"] > recipe["given"]:
         lines.append(f"Of the {about['batch']} samples, {recipe['given']} were asked for; the budget added the others.")
+    if recipe["final_draws"]:
+        lines.append(
+            f"Of the held-out samples, {recipe['final_draws']} were made for the last choice, and are beyond those."
+        )
     lines.append(
         f"All of it took {recipe['seconds']:.0f} s and {recipe['sample_evaluations']} sample evaluations of the model, "
         "backward passes counted as two each."
