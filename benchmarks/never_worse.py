@@ -252,7 +252,7 @@ of its base. On the networks one base of each kind was run on more draws, and *e
   64 draws of a network it asks much, and refuses many a fit that would have been better.
 - *Seeds*: an earlier guard let two of 1805 fits through that ended above the limit, on the draws of seed 0 (`unipc4` on
   mixture64 at 25 and `unipc2` on the patches at 15). The present one was made with these before its eyes, so seed 0 is no
-  test of it; the other seeds are.
+  test of it: other seeds are.
 - *Top 1%*: how much of the fit's squared error the worst hundredth of the samples makes. Where that is nearly all, the
   fitting draws may hold none of them.
 - *Sure*: the mean difference of squared errors, fit less base, over its standard error. Below 2 it may be chance.

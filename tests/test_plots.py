@@ -86,7 +86,8 @@ def test_ingredients_have_a_bar_each_and_the_chosen_one_is_in_colour(found, budg
 def test_an_ingredient_that_could_not_be_made_is_named_without_a_bar(found):
     fit = found["closed-form"]
     entries = [{**fit.about["recipe"]["ingredients"][0], "error": None}, *fit.about["recipe"]["ingredients"][1:]]
-    changed = iia.FittedSolver(fit.plan, fit.reports, fit.about | {"recipe": {"ingredients": entries}})
+    recipe = fit.about["recipe"] | {"ingredients": entries}
+    changed = iia.FittedSolver(fit.plan, fit.reports, fit.about | {"recipe": recipe})
     (axes,) = plots.plot_ingredients(changed).axes
     assert len(axes.patches) == len(entries) - 1
     assert axes.texts[0].get_text() == "not possible"
