@@ -23,7 +23,7 @@ from .guard import verdict
 from .lstsq import LeastSquares, Solution
 from .report import StepReport
 from .targets import Target, resolve_target
-from .teacher import Teacher
+from .teacher import DEFAULT_WAY, Teacher
 from .terms import StepRecord, Term, resolve_terms
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Fitting:
             self._fill(squares, chunk, base, len(plan.code))
         squares = self.gather.sum(squares)[0 if self.teacher is not None else self.total - self.held_out :]
         found = verdict(squares, self.held_out, 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps)
-        reference = self.teacher.way if self.teacher is not None else {"solver": "expab4", "steps": 60}
+        reference = DEFAULT_WAY if self.teacher is None else self.teacher.way
         outcome |= {
             "base": found.base if math.isfinite(found.base) else None,
             "fit": found.fit if math.isfinite(found.fit) else None,

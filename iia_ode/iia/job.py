@@ -70,8 +70,7 @@ class Job:
     found: list[Candidate] = field(init=False, default_factory=list)
     failed: list[Ingredient] = field(init=False, default_factory=list)
     costs: dict[str, Cost] = field(init=False, default_factory=dict)
-    final_draws: int = field(init=False, default=0)  # of noise that only the last choice sees
-    fresh: Ends | None = field(init=False, default=None)  # those
+    fresh: Ends | None = field(init=False, default=None)  # noise that only the last choice sees, where there is any
 
     def __post_init__(self) -> None:
         self.train = len(self.x) - held_out_of(len(self.x), self.held_out)
@@ -82,7 +81,6 @@ class Job:
     def run(self, teacher: Teacher | None) -> FittedSolver:
         """All stages, and the best of what they found."""
         begun = time.perf_counter()
-        self.final_draws = self.budget.finals_of(len(self.x))
         with self.ode.counting() as spent:
             self._announce(teacher)
             with self._stage() as self.costs["teacher"]:
@@ -127,7 +125,8 @@ class Job:
         cost = self.budget.cost(*numbers, checkpointed=self.checkpointed)
         cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
         more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
-        more += f", {self.final_draws} for the last choice" if self.final_draws else ""
+        finals = self.budget.finals_of(len(self.x))
+        more += f", {finals} for the last choice" if finals else ""
         self.say(
             f"{self.nfe} evaluations, {self.given} draws of noise{more}: about {cost} sample evaluations, "
             f"{cost * seconds / len(x):.0f} s at {1e3 * seconds / len(x):.2g} ms each"
@@ -321,9 +320,10 @@ class Job:
 
     def _fresh(self) -> Ends | None:
         """Noise that only the last choice sees, and where it should end; none where the budget has none."""
-        if not self.final_draws:
+        draws = self.budget.finals_of(len(self.x))
+        if not draws:
             return None
-        ode, x = fresh_states(self.ode, self.x, self.start, self.final_draws, self.train, self.seed)
+        ode, x = fresh_states(self.ode, self.x, self.start, draws, self.train, self.seed)
         steps, size = self.budget.teacher_steps, self.chunk_size
         end, level = self.ode.schedule.t_data, self.sigma_min
         return Ends.solve(
@@ -335,7 +335,7 @@ class Job:
         judged = [found.judged(fresh.errors(found.plan)) for found in self.found]
         if all(found.error is None for found in judged):
             self.say(f"nothing is finite on {self.final_draws} draws of noise more: the choice is made without them")
-            self.fresh, self.final_draws = None, 0
+            self.fresh = None
             return
         self.found = judged
         self.say(f"and on {self.final_draws} draws of noise more:")
@@ -367,8 +367,7 @@ class Job:
             backward = again.backward
             plan = joined(best.warm, again.plan)
         if self.fresh is None:
-            judges = Ends(self.ode, self.x, self.teacher.final, self.chunk_size)
-            pairs = [(p, judges.errors(p)) for p in (plan, best.plan)]
+            pairs = [(p, self._ends.errors(p)) for p in (plan, best.plan)]
         else:
             pairs = [(plan, self.fresh.errors(plan)), (best.plan, best.errors[-self.final_draws :])]
         kept, _ = by_robust_error(pairs, lambda pair: pair[1], outliers_too=True)[0]
@@ -428,8 +427,17 @@ class Job:
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""
-        held = slice(self.train, len(self.x))
-        return Ends(self.ode, self.x, self.teacher.final, self.chunk_size).errors(plan, held)
+        return self._ends.errors(plan, slice(self.train, len(self.x)))
+
+    @property
+    def _ends(self) -> Ends:
+        """The noise that fits and choices are made on, and where it ends."""
+        return Ends(self.ode, self.x, self.teacher.final, self.chunk_size)
+
+    @property
+    def final_draws(self) -> int:
+        """How many draws only the last choice saw."""
+        return 0 if self.fresh is None else len(self.fresh.x)
 
     def _part(self, part: slice) -> tuple[ProbabilityFlowODE, Tensor, Teacher]:
         return self.ode.subset(part, len(self.x)), self.x[part], self.teacher.subset(part)

@@ -22,7 +22,7 @@ from ..schedules import Discrete, Schedule, schedule_from_config
 from ..solvers import get_solver
 from .origin import check_origin, conditions_digest, origin
 
-__all__ = ["Teacher"]
+__all__ = ["DEFAULT_WAY", "Teacher"]
 
 _F64 = torch.float64
 _KIND = "teacher"
@@ -31,6 +31,8 @@ _SOLVER = (
 )
 _RHO = 10.0  # spacing of its levels: between Karras et al.'s 7 and equidistant in log-SNR
 _NOISIEST = 200.0  # a start noisier than this, alpha = 0 included, gets one step down to it
+DEFAULT_WAY: dict[str, Any] = {"solver": _SOLVER, "steps": 60}
+"""How trajectories are made where nothing else is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ class Teacher:
             raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
         plan = None
         if rtol is None:
-            steps = 60 if steps is None else steps
+            steps = DEFAULT_WAY["steps"] if steps is None else steps
             plan = _fixed_plan(ode.schedule, t_start, t_end, sigma_min, steps)
         size, parts = chunk_size or len(x), []
         with ode.counting() as spent:
