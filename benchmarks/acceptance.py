@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from common import (
+    CHOICE,
     CHUNK,
     DEFAULT,
     KARRAS,
@@ -54,6 +55,7 @@ COARSE = [(7.0, 0.03), (7.0, 0.1), (3.0, 0.1), (7.0, 0.3)]  # grids of the first
 FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws that fits and choices see: more where they cost nothing
 SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws that are measured
 LEAPED = 3  # classic solvers whose leap grid is searched for
+CHOSEN = ("classic-leap", "scalar", *BUDGETS)  # the rows that a new rule of choice concerns
 ROWS = {
     "classic": "best classic, Karras grid tuned",
     "classic-leap": "best classic, leap grid searched",
@@ -283,14 +285,17 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
     def test() -> Batch:
         return batch(name, samples, seed, True, 150)
 
+    def conditions_of(row: str, **more: Any) -> Entry:
+        return under | more | ({"choice": CHOICE} if row in CHOSEN else {})
+
     def cell(row: str, make: Callable[[], Entry], **more: Any) -> Entry:
         if options.rows and row not in options.rows:
             return {}
-        return store.cell(file, row, under | more, lambda: make() | {"reference": test().about})
+        return store.cell(file, row, conditions_of(row, **more), lambda: make() | {"reference": test().about})
 
     def search(row: str, make: Callable[[], Entry], plan: Callable[[Entry], Plan]) -> Entry:
         """A cell whose choice, which no unseen sample enters, is kept where only the unseen samples are others."""
-        more = under | {"exhaustive": exhaustive}
+        more = conditions_of(row, exhaustive=exhaustive)
         known = store.read(file).get(row)
         same = known is not None and known["under"] | {"samples": samples} == more
         keys = ("reference", "under", "library", "code", "cell_seconds")
@@ -377,17 +382,19 @@ def doubt(found: Found, row: str, nfe: int) -> float | None:
     return value * math.hypot(*(e["error"] / e["rmse"] for e in parts))
 
 
-def section(name: str, found: Found) -> str:
-    """The page's part on one setting."""
-    nfes = sorted(found)
+def section(name: str, seed: int, found: Found) -> str:
+    """The page's part on one setting, with the noise of one seed."""
+    nfes = sorted(n for n, rows in found.items() if set(rows) & set(ROWS))
     entries = [entry for rows in found.values() for entry in rows.values()]
-    out = [f"## {name}\n"]
+    out = [f"## {name}{f', noise of seed {seed}' if seed else ''}\n"]
     about = [e["reference"] for e in entries if "reference" in e]
     for text in dict.fromkeys(
         f"Reference: {a['reference']}" + (f"; {a['check']}" if "check" in a else "") for a in about
     ):
         out.append(f"{text}.")
     out.append(f"{conditions(entries, 'samples', 'fit_samples', 'seed')}.\n")
+    if old := [f"{ROWS[row]} ({', '.join(ns)})" for row in CHOSEN if (ns := outdated(found, row))]:
+        out.append(f"**Made with an earlier rule of choice**, at these numbers of evaluations: {'; '.join(old)}.\n")
     head = ["error (RMSE per component, ± standard error)", *map(str, nfes)]
 
     def error(entry: Entry | None) -> str:
@@ -401,8 +408,13 @@ def section(name: str, found: Found) -> str:
     out.append(judged(name, found))
     out.append(costs(found, nfes))
     out.append(winners(found, nfes))
-    out.append(presets(found, nfes))
+    out.append(presets(found, sorted(n for n, rows in found.items() if set(rows) & set(PRESETS))))
     return "\n".join(part for part in out if part)
+
+
+def outdated(found: Found, row: str) -> list[str]:
+    """At which numbers of evaluations a row is there that the present rule of choice did not make."""
+    return [str(n) for n in sorted(found) if row in found[n] and found[n][row]["under"].get("choice") != CHOICE]
 
 
 def spread(found: Found, nfes: list[int]) -> str:
@@ -489,7 +501,7 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
     out = [INTRO]
     order = {name: k for k, name in enumerate(("digits", "patches", "mixture64"))}
     for name, seed in sorted(found, key=lambda key: (order.get(key[0], 9), key)):
-        out.append(section(name, found[name, seed]))
+        out.append(section(name, seed, found[name, seed]))
     return "\n".join(out)
 
 

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product
 
 import torch
-from common import KARRAS, Entry, Store, conditions, number, parser, say, table, write_page
+from common import CHOICE, KARRAS, Entry, Store, conditions, number, parser, say, table, write_page
 from torch import Tensor, nn
 
 import iia_ode as iia
@@ -32,8 +32,7 @@ INTRO = f"""# Denoisers that took no part
 Made by `python benchmarks/further.py`, then `python benchmarks/further.py --table`. Small networks, trained by the script on
 data, schedules and kinds of prediction that no default was chosen by; states in float64. Each went through
 `iia_ode.fit(ode, nfe, noise, budget=...)` with {FITTING} draws (`thorough` adds as many, and four times as
-many for its last choice), no other option, and is
-measured on {UNSEEN} others against dopri8 at tolerance 1e-6. *Best classic*: of all registered solvers that make exactly that
+many for its last choice), no other option, and is measured on {UNSEEN} others against dopri8 at tolerance 1e-6. *Best classic*: of all registered solvers that make exactly that
 many evaluations, on all 28 Karras grids of the acceptance table, the pair that is best on the fitting noise; where the
 schedule starts above level 80, also with grids that go on from there.
 
@@ -236,7 +235,7 @@ def cells(store: Store, name: str, nfe: int) -> None:
     under = {"samples": UNSEEN, "fit_samples": FITTING, "network": ode_of(name).fingerprint()}
     file, rows = f"{name}-nfe{nfe:02}", []
     for budget in BUDGETS:
-        more = under | {"budget": asdict(BUDGETS[budget])}
+        more = under | {"budget": asdict(BUDGETS[budget]), "choice": CHOICE}
         rows.append(store.cell(file, budget, more, lambda b=budget: fitted(name, nfe, b)))  # type: ignore[misc]
     store.cell(file, "classic", under, lambda: classic(name, nfe, rows[0]["start"]))
 

@@ -1,24 +1,31 @@
-"""Why a preset of the paper loses to its base: python benchmarks/preset_losses.py, which writes docs/results/preset_losses.md.
+"""Why a preset of the paper loses to its base: python benchmarks/preset_losses.py, after benchmarks/acceptance.py.
 
-Where the tables of benchmarks/acceptance.py say that a preset loses on the default grid. On the mixture in 64 dimensions: how
-many samples end in another component, how far the rest end from the truth, what another target makes of it, and how the errors
-of single steps add up. On the networks, for one case of each preset that loses there: what more sub-steps and another target
-make of it.
+For every preset that the stored results of acceptance.py have losing on the default grid, on the same draws: its ratio with a
+paired standard error, what more sub-steps and another target make of it; on the mixture in 64 dimensions, how many samples end
+in another component and how far the rest end from the truth; and for a few, how the errors of single steps add up. Results are
+stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/preset_losses.md.
 """
 
+import argparse
 from dataclasses import replace
+from functools import partial
 
 import torch
+from acceptance import FIT_SAMPLES, SAMPLES
 from common import (
     CHUNK,
-    PAGES,
+    RESULTS,
     Batch,
+    Entry,
+    Store,
     batch,
+    conditions,
     grid_of,
+    is_closed_form,
     number,
+    parser,
     plan_of,
     run,
-    say,
     setting_of,
     table,
     teacher_of,
@@ -27,49 +34,47 @@ from common import (
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia import PRESETS
+from iia_ode.iia import IIA, PRESETS, Teacher
 from iia_ode.plan import Plan
 
-NAME, SAMPLES, UNSEEN = "mixture64", 2048, 4096
-LOSING = (("biia-edm", 15), ("iia-edm", 15), ("iia-ipndm", 10), ("iia-ipndm", 15))
-NETWORKS = (
-    ("digits", "iia-ipndm", 10),
-    ("digits", "iia-ipndm", 15),
-    ("patches", "iia-ipndm", 10),
-    ("patches", "iia-spndm", 6),
-    ("patches", "iia-dpmpp_2m", 15),
-)
-DRAWS = 256  # of networks, for fits and for measuring
-CARRIED = 512  # draws whose steps are looked at one by one
+SETTINGS = ("digits", "patches", "mixture64")
+NFES = tuple(range(4, 16))
+ADDED_UP = (("mixture64", "iia-ipndm", 10), ("mixture64", "iia-ipndm", 15), ("digits", "iia-ipndm", 10),
+            ("patches", "iia-spndm", 6))  # fmt: skip
+"""Fits whose steps are looked at one by one: the preset on which most is lost, and one of another kind."""
+CARRIED = {"closed form": 512, "network": 64}  # draws of which that is done
+CARRY_STEPS = 60  # of the teacher's method, on networks, from each state to the end
 FINER = 12  # sub-steps, for the paper's three
 APART = 0.3  # a sample whose own RMSE is above this has ended in another component
+TARGETS = {"as the paper": {}, f"{FINER} sub-steps": {"substeps": FINER}, "trajectory": {"target": "trajectory"}}
+KEY = " by step"  # ends the name of an entry about single steps
 
-PAGE = f"""# Where a preset loses to its base, and why
+INTRO = """# Where a preset loses to its base, and why
 
-Made by `python benchmarks/preset_losses.py`: {NAME}, fitted on {SAMPLES} draws and measured on {UNSEEN} others, on the
-default grid. A sample that ends more than {APART} from where it should has ended in another component. *The rest* are the
-samples that neither does that to, fit nor base.
+Made by `python benchmarks/preset_losses.py`, then `python benchmarks/preset_losses.py --table`, from the fits and the unseen
+noise of the [acceptance page](acceptance.md). Error over that of the base, with the standard error of that ratio, paired: both
+start from the same noise. Where the ratio is within two of these of 1, the draws do not say which is the better.
+"""
 
-{{table}}
-On the networks, {DRAWS} draws for fits and {DRAWS} others; error over that of the base:
+RESTS = f"""On the mixture, a sample that ends more than {APART} from where it should has ended in another component. *The
+rest* are the samples that neither fit nor base does that to.
+"""
 
-{{networks}}
-Errors of the single steps of `iia-ipndm` and its base on {NAME}, each carried to the end by the exact flow, so that they add
-up to the final error; over the {CARRIED} first draws, less those that end in another component. *Adjacent steps*: the cosine
-between the errors of one step and the next, all steps weighted by their size.
+STEPS = f"""Errors of single steps, each carried to the end by the exact flow, so that they add up to the final error; over the
+{CARRIED["closed form"]} first draws of the mixture, less those that end in another component, or {CARRIED["network"]} of a
+network. *Adjacent steps*: the cosine between the errors of one step and the next, all steps weighted by their size.
+"""
 
-{{carried}}
-Two things lose. Over Heun, the fits bring the rest several times nearer to the truth and send twice as many samples to
-another component. The least squares know the many samples between components, for which every step is nearly linear, not
-the few at a border, for which it is not; and one of those weighs as much as hundreds of others. The trajectory's target does
-no better there.
+WHY = """Two things lose. Over Heun, on the mixture, the fits bring the rest several times nearer to the truth and send twice
+as many samples to another component. The least squares know the many samples between components, for which every step is
+nearly linear, not the few at a border, for which it is not; and one of those weighs as much as hundreds of others. The
+trajectory's target does no better there.
 
-Over the multistep bases it is that the target is local. The errors of iPNDM's steps are large, each points the other way
-than the one before, and at the end they all but cancel. Aiming every step at the true solution from where it stands makes
-the errors three or four times smaller and takes the cancelling away: more is left at the end. More sub-steps make that
-target more accurate and help little. `target="trajectory"` aims at the trajectory from the beginning, so that a step makes
-up for those before it: it ends nearer than the base on the networks; on the mixture it is as near at 10 evaluations, and at 15
-what it makes up for is less than what cancelled.
+Over the multistep bases it is, wherever the steps were looked at, that the target is local. The errors of the base's steps
+are large, each points the other way than the one before, and at the end they all but cancel. Aiming every step at the true
+solution from where it stands makes the errors smaller and takes the cancelling away: more is left at the end. More sub-steps
+make that target more accurate and help little. `target="trajectory"` aims at the trajectory from the beginning, so that a
+step makes up for those before it.
 """
 
 
@@ -78,94 +83,151 @@ def squares(plan: Plan, test: Batch) -> Tensor:
     return (run(plan, test).double() - test.final.double()).square().flatten(1).mean(dim=1)
 
 
-def networks() -> str:
-    """The table of the networks."""
-    lines = []
-    for name, preset, nfe in NETWORKS:
-        own, test = batch(name, DRAWS, 0, False, 90), batch(name, DRAWS, 0, True, 90)
-        method = PRESETS[preset]
-        grid = grid_of(method.base_solver.label, name, nfe)
-        base = squares(plan_of(method.base_solver.label, own.setting, grid), test).mean()
-        ratios = []
-        for target, substeps in (("substeps", 3), ("substeps", FINER), ("trajectory", 3)):
-            teacher = teacher_of(name, DRAWS, 0) if target == "trajectory" else None
-            fit = replace(method, target=target, substeps=substeps).fit(
-                own.ode, grid, own.x, teacher=teacher, chunk_size=CHUNK
-            )
-            ratios.append(number(float((squares(fit.plan, test).mean() / base).sqrt()), 2))
-        lines.append([name, f"`{preset}`", str(nfe), *ratios])
-        say(" ".join(lines[-1]))
-    return table(["setting", "preset", "NFE", "3 sub-steps", f"{FINER} sub-steps", "trajectory"], lines, left=3)
+def ratio_with_error(fit: Tensor, base: Tensor) -> tuple[float, float]:
+    """Root of the ratio of two means of paired squares, and its standard error to first order."""
+    value = float((fit.mean() / base.mean()).sqrt())
+    return value, 0.5 * value * float((fit / fit.sum() - base / base.sum()).square().sum().sqrt())
+
+
+def draws(name: str) -> tuple[Batch, Batch]:
+    """Those of the acceptance page: for fits, and unseen."""
+    kind = "closed form" if is_closed_form(setting_of(name)) else "network"
+    return batch(name, FIT_SAMPLES[kind], 0, False, 90), batch(name, SAMPLES[kind], 0, True, 150)
+
+
+def fitted(method: IIA, own: Batch, grid: Tensor) -> Plan:
+    """The fit to these draws."""
+    teacher = teacher_of(own.setting.name, len(own.x), 0) if method.target == "trajectory" else None
+    return method.fit(own.ode, grid, own.x, teacher=teacher, chunk_size=CHUNK).plan
+
+
+def ratios(name: str, preset: str, nfe: int) -> Entry:
+    """A preset and its variants against the base."""
+    own, test = draws(name)
+    method = PRESETS[preset]
+    grid = grid_of(method.base_solver.label, name, nfe)
+    by_base, out = squares(plan_of(method.base_solver.label, own.setting, grid), test), {}
+    for label, options in TARGETS.items():
+        by_fit = squares(fitted(replace(method, **options), own, grid), test)  # type: ignore[arg-type]
+        apart = [e.sqrt() > APART for e in (by_base, by_fit)]
+        rest = ~(apart[0] | apart[1])
+        out[label] = {
+            "ratio": ratio_with_error(by_fit, by_base),
+            "apart": [int(a.sum()) for a in apart],
+            "rest": [float(e[rest].mean().sqrt()) for e in (by_base, by_fit)],
+        }
+    return out
 
 
 def carried(plan: Plan, test: Batch) -> Tensor:
     """The error of each step, carried to the end by the exact flow, [steps, samples, components]."""
-    states = [test.x]
+    states, network = [test.x], not is_closed_form(test.setting)
     plan.run(test.ode, test.x, callback=lambda _k, _t, state: states.append(state.clone()))
     ends = []
     for t, x in zip(plan.grid, states, strict=True):
         level = test.ode.schedule.noise_to_signal(t)
-        if level > 0:  # else these are the data already
+        if network and level > test.setting.sigma_min:
+            low = test.setting.sigma_min
+            x = Teacher.solve(test.ode, x, t, 0.0, steps=CARRY_STEPS, sigma_min=low, chunk_size=CHUNK).final
+        elif network and level > 0:
+            x = test.ode.data(x, t)
+        elif level > 0:  # else these are the data already
             x = iia.reference.solve(test.ode, x, t, 0.0, rtol=1e-6, atol=1e-6, sigma_min=min(level, 2e-3) / 2)
-        ends.append(x)
+        ends.append(x.double())
     found = torch.stack(ends).flatten(2)
     return found[1:] - found[:-1]
 
 
-def cancelling(nfe: int) -> list[list[str]]:
-    """The lines of `iia-ipndm` and its base."""
-    own, test = batch(NAME, SAMPLES, 0, False, 90), batch(NAME, UNSEEN, 0, True, 150).first(CARRIED)
-    method = PRESETS["iia-ipndm"]
-    grid = grid_of("ipndm", NAME, nfe)
-    plans = {"`ipndm`": plan_of("ipndm", own.setting, grid)}
-    for target in ("substeps", "trajectory"):
-        teacher = teacher_of(NAME, SAMPLES, 0) if target == "trajectory" else None
-        fit = replace(method, target=target).fit(own.ode, grid, own.x, teacher=teacher, chunk_size=512)
-        plans[f"`iia-ipndm`, {target}"] = fit.plan
-    errors = {name: carried(plan, test) for name, plan in plans.items()}
+def by_step(name: str, preset: str, nfe: int) -> Entry:
+    """How the errors of the steps of a base, a preset and the same with the trajectory's target add up."""
+    own, test = draws(name)
+    method, kind = PRESETS[preset], "closed form" if is_closed_form(own.setting) else "network"
+    base, test = method.base_solver.label, test.first(CARRIED[kind])
+    grid = grid_of(base, name, nfe)
+    plans = {f"`{base}`": plan_of(base, own.setting, grid)}
+    for label in ("as the paper", "trajectory"):
+        plans[f"`{preset}`, {label}"] = fitted(replace(method, **TARGETS[label]), own, grid)  # type: ignore[arg-type]
+    errors = {label: carried(plan, test) for label, plan in plans.items()}
     near = torch.stack([e.sum(dim=0).square().mean(dim=1).sqrt() <= APART for e in errors.values()]).all(dim=0)
-    lines = []
-    for name, every in errors.items():
+    out = {}
+    for label, every in errors.items():
         e = every[:, near]
         products, sizes = (e[1:] * e[:-1]).sum(dim=(1, 2)), e.flatten(1).norm(dim=1)
-        cosine = float(products.sum() / (sizes[1:] * sizes[:-1]).sum())
-        largest = e.square().flatten(1).mean(dim=1).max().sqrt()
-        apart, end = e.square().sum(dim=0).mean().sqrt(), e.sum(dim=0).square().mean().sqrt()
-        figures = (number(float(v)) for v in (largest, apart, end))
-        lines.append([name, str(nfe), *figures, number(cosine, 2)])
-    return lines
+        out[label] = {
+            "largest": float(e.square().flatten(1).mean(dim=1).max().sqrt()),
+            "root_of_sum": float(e.square().sum(dim=0).mean().sqrt()),
+            "end": float(e.sum(dim=0).square().mean().sqrt()),
+            "cosine": float(products.sum() / (sizes[1:] * sizes[:-1]).sum()),
+        }
+    return out
+
+
+def losing(name: str, nfes: list[int]) -> list[tuple[str, int]]:
+    """The presets that the stored results of the acceptance page have losing, and at how many evaluations."""
+    found, store = [], Store(RESULTS / "acceptance")
+    for nfe in sorted(nfes):
+        rows = store.read(f"{name}-nfe{nfe:02}-seed0")
+        for preset in PRESETS:
+            row = rows.get(preset, {})
+            if row.get("rmse") is not None and row.get("base_rmse") and row["rmse"] >= row["base_rmse"]:
+                found.append((preset, nfe))
+    return sorted(found)
+
+
+def fill(store: Store, options: argparse.Namespace) -> None:
+    """Whatever is missing."""
+    for name in options.settings:
+        kind = "closed form" if is_closed_form(setting_of(name)) else "network"
+        under = {"samples": SAMPLES[kind], "fit_samples": FIT_SAMPLES[kind], "seed": 0}
+        for preset, nfe in losing(name, options.nfe):
+            store.cell(name, f"{preset} {nfe}", under, partial(ratios, name, preset, nfe))
+        for own, preset, nfe in ADDED_UP:
+            if own == name and nfe in options.nfe:
+                more = under | {"samples": CARRIED[kind]}
+                store.cell(name, f"{preset} {nfe}{KEY}", more, partial(by_step, name, preset, nfe))
+
+
+def page(files: dict[str, dict[str, Entry]]) -> str:
+    """The whole page from the stored results."""
+    order = [(name, key, e) for name in SETTINGS for key, e in sorted(files.get(name, {}).items())]
+    compared = [(name, *key.split(), e) for name, key, e in order if not key.endswith(KEY)]
+    compared.sort(key=lambda row: (SETTINGS.index(row[0]), row[1], int(row[2])))
+    parts = [INTRO]
+    for name in SETTINGS:
+        if own := list(files.get(name, {}).values()):
+            parts.append(f"- {name}: {conditions(own, 'samples', 'fit_samples', 'seed')}.")
+    cell = "{0[0]:.2f} ± {0[1]:.2f}".format
+    head = ["setting", "preset", "NFE", *TARGETS]
+    lines = [[n, f"`{p}`", nfe, *(cell(e[label]["ratio"]) for label in TARGETS)] for n, p, nfe, e in compared]
+    parts += ["", table(head, lines, left=2), RESTS]
+    head = [
+        "preset", "NFE", "target", "base: other component", "fit: other component", "base: the rest, RMSE",
+        "fit: the rest, RMSE",
+    ]  # fmt: skip
+    lines = [
+        [f"`{p}`", nfe, label, *map(str, e[label]["apart"]), *map(number, e[label]["rest"])]
+        for n, p, nfe, e in compared if n == "mixture64" for label in TARGETS
+    ]  # fmt: skip
+    parts += [table(head, lines, left=3), STEPS]
+    head = [
+        "setting", "solver", "NFE", "largest step's error", "root of the sum of squares", "error at the end",
+        "adjacent steps",
+    ]  # fmt: skip
+    lines = [
+        [name, label, key.removesuffix(KEY).split()[1], *(number(v[k]) for k in ("largest", "root_of_sum", "end")),
+         number(v["cosine"], 2)]
+        for name, key, e in order if key.endswith(KEY) for label, v in e.items() if label.startswith("`")
+    ]  # fmt: skip
+    return "\n".join([*parts, table(head, lines, left=2), WHY])
 
 
 def main() -> None:
-    setting, test = setting_of(NAME), batch(NAME, UNSEEN, 0, True, 150)
-    own = batch(NAME, SAMPLES, 0, False, 90)
-    lines = []
-    for preset, nfe in LOSING:
-        method = PRESETS[preset]
-        solver = method.base_solver.label
-        grid = grid_of(solver, NAME, nfe)
-        by_base = squares(plan_of(solver, setting, grid), test)
-        for target in ("substeps", "trajectory"):
-            teacher = teacher_of(NAME, SAMPLES, 0) if target == "trajectory" else None
-            fit = replace(method, target=target).fit(own.ode, grid, own.x, teacher=teacher, chunk_size=512)
-            by_fit = squares(fit.plan, test)
-            apart = [e.sqrt() > APART for e in (by_base, by_fit)]
-            rest = ~(apart[0] | apart[1])
-            ends = [number(float(e[rest].mean().sqrt())) for e in (by_base, by_fit)]
-            ratio = number(float((by_fit.mean() / by_base.mean()).sqrt()), 2)
-            counts = [str(int(a.sum())) for a in apart]
-            lines.append([f"`{preset}`", str(nfe), target, ratio, *counts, *ends])
-    steps = table(
-        ["solver", "NFE", "largest step's error", "root of the sum of squares", "error at the end", "adjacent steps"],
-        [line for nfe in (10, 15) for line in cancelling(nfe)],
-    )
-    head = [
-        "preset", "NFE", "target", "error over the base's", "base: other component", "fit: other component",
-        "base: the rest, RMSE", "fit: the rest, RMSE",
-    ]  # fmt: skip
-    write_page(
-        PAGES / "preset_losses.md", PAGE.format(table=table(head, lines, left=3), networks=networks(), carried=steps)
-    )
+    options = parser(__doc__ or "", "preset_losses", SETTINGS, NFES).parse_args()
+    store = Store(options.out)
+    if options.table:
+        write_page(options.page, page(store.files()))
+    else:
+        fill(store, options)
 
 
 if __name__ == "__main__":
