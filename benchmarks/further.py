@@ -31,10 +31,10 @@ INTRO = f"""# Denoisers that took no part
 
 Made by `python benchmarks/further.py`, then `python benchmarks/further.py --table`. Small networks, trained by the script on
 data, schedules and kinds of prediction that no default was chosen by; states in float64. Each went through
-`iia_ode.fit(ode, nfe, noise, budget=...)` with {FITTING} draws (`thorough` adds as many, and four times as
-many for its last choice), no other option, and is measured on {UNSEEN} others against dopri8 at tolerance 1e-6. *Best classic*: of all registered solvers that make exactly that
-many evaluations, on all 28 Karras grids of the acceptance table, the pair that is best on the fitting noise; where the
-schedule starts above level 80, also with grids that go on from there.
+`iia_ode.fit(ode, nfe, noise, budget=...)` with {FITTING} draws (`thorough` adds as many, and four times as many for its last
+choice), no other option, and is measured on {UNSEEN} others against dopri8 at tolerance 1e-6. *Best classic*: of all
+registered solvers that make exactly that many evaluations, on all 28 Karras grids of the acceptance table, the pair that is
+best on the fitting noise; where the schedule starts above level 80, also with grids that go on from there.
 
 """
 

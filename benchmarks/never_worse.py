@@ -193,8 +193,8 @@ def highest(entry: Entry) -> float:
 
 
 def doubtful(entry: Entry) -> bool:
-    """Whether a fit that was kept may be above the limit for all that these draws say."""
-    return "ratio" in entry and not entry["fell_back"] and highest(entry) > LIMIT
+    """Whether a fit that was kept is not above the limit on these draws, and may be for all that they say."""
+    return entry.get("ratio", math.inf) <= LIMIT < highest(entry) and not entry["fell_back"]
 
 
 def ratio_of(fit: float, base: float, rounding: float) -> float:
@@ -272,8 +272,8 @@ of its base. On the networks one base of each kind was run on more draws, and *e
   test of it: other seeds are.
 - *Top 1%*: how much of the fit's squared error the worst hundredth of the samples makes. Where that is nearly all, the
   fitting draws may hold none of them.
-- *In doubt*: fits that were kept and, though none of these draws says so, may be above the limit: the upper end of the
-  one-sided 95% interval of the ratio is. A twentieth of all fits at the very limit would not be found.
+- *In doubt*: fits that were kept and are not above the limit on these draws, but the upper end of the one-sided 95% interval
+  of their ratio is.
 - *Sure*: the mean difference of squared errors, fit less base, over its standard error. Below 2 it may be chance.
 - *Again*: the ratio of the same fit on the draws of four more seeds, and how sure that is. A base and a fit that both send
   the same few samples astray have ratios that scatter about 1, however much better the fit is on all others.

@@ -23,7 +23,7 @@ from .errors import (
     UnknownNameError,
 )
 from .estimation import estimate_statistics
-from .iia import IIA, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, load, preset
+from .iia import IIA, Budget, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, WarmStart, Window, load, preset
 from .iia.recipe import fit
 from .iia.refine import refine
 from .integrate import odeint, sample, torchdiffeq_methods
@@ -40,6 +40,7 @@ __all__ = [
     "IIA",
     "VE",
     "VP",
+    "Budget",
     "ConformanceError",
     "Cosine",
     "Discrete",
@@ -72,6 +73,8 @@ __all__ = [
     "TeacherTrajectory",
     "UnknownNameError",
     "Vector",
+    "WarmStart",
+    "Window",
     "__version__",
     "denoisers",
     "estimate_statistics",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import FileFormatError
 
-__all__ = ["FORMAT_VERSION", "check_writable", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["FORMAT_VERSION", "check_writable", "misfit", "read_tensors", "write_bytes", "write_tensors"]
 
 FORMAT_VERSION = 1
 _KEY = "iia_ode"
@@ -113,6 +113,24 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     if found != kind:
         raise FileFormatError(f"{str(path)!r} holds a {found!r}, expected a {kind!r}.")
     return tensors, header
+
+
+def misfit(value: Any, pattern: Any, where: str) -> str | None:
+    """Where a JSON value first departs from its pattern, in words; None if it fits.
+
+    In a pattern, a dict has keys that have to be there, a list has one pattern for all entries, anything else is a type.
+    """
+    kind: Any = type(pattern) if isinstance(pattern, dict | list) else pattern
+    if not isinstance(value, kind):
+        return f"{where} is {value!r}"
+    parts: list[str | None] = []
+    if isinstance(pattern, dict):
+        if missing := sorted(pattern.keys() - value.keys()):
+            return f"{where} lacks {', '.join(missing)}"
+        parts = [misfit(value[k], p, f"{where}.{k}") for k, p in pattern.items()]
+    elif isinstance(pattern, list):
+        parts = [misfit(v, pattern[0], f"{where}[{k}]") for k, v in enumerate(value)]
+    return next(filter(None, parts), None)
 
 
 def _dump(body: Mapping[str, Any]) -> str:

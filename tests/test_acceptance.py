@@ -24,8 +24,8 @@ def _load(name: str) -> ModuleType:
         sys.path.pop(0)
 
 
-common, acceptance, ablation, never_worse, further = map(
-    _load, ("common", "acceptance", "ablation", "never_worse", "further")
+common, acceptance, ablation, never_worse, further, preset_losses = map(
+    _load, ("common", "acceptance", "ablation", "never_worse", "further", "preset_losses")
 )
 
 
@@ -178,6 +178,48 @@ def test_violations_are_listed_with_their_figures(
         row for row in page.read_text().splitlines() if row.startswith("| gaussian | `ddim` | window | 5 | 1.500 |")
     ]
     assert f"| {second['again']:.4g} |" in line
+
+
+def test_a_fit_is_in_doubt_where_its_interval_reaches_beyond_the_limit() -> None:
+    def entry(ratio: float, standard_errors: float, *, fell_back: bool = False) -> dict[str, float | bool]:
+        return {"ratio": ratio, "sure": standard_errors, "fell_back": fell_back}
+
+    # Squares 0.19 lower, known to 0.095: at most 1 - 0.19 + 1.645 * 0.095 of the base's, and to 0.19 no longer.
+    assert never_worse.highest(entry(0.9, -2.0)) == pytest.approx((1 - 0.19 + 1.645 * 0.095) ** 0.5)
+    assert not never_worse.doubtful(entry(0.9, -2.0))
+    assert never_worse.doubtful(entry(0.9, -1.0))
+    assert not never_worse.doubtful(entry(1.0, 0.0, fell_back=True))
+    assert not never_worse.doubtful(entry(1.2, 3.0))  # a violation, not a doubt
+
+
+def test_presets_that_lose_are_found_in_the_stored_results_and_their_page_says_how_sure_that_is(
+    cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preset_losses, "RESULTS", tmp_path)
+    monkeypatch.setattr(preset_losses, "SETTINGS", ("gaussian",))
+    monkeypatch.setattr(preset_losses, "ADDED_UP", (("gaussian", "iia-ddim", 4),))
+    monkeypatch.setattr(preset_losses, "FIT_SAMPLES", {"closed form": 16})
+    monkeypatch.setattr(preset_losses, "SAMPLES", {"closed form": 24})
+    rows = {"iia-ddim": {"rmse": 0.3, "base_rmse": 0.2}, "iia-ipndm": {"rmse": 0.1, "base_rmse": 0.2}}
+    for preset, row in rows.items():
+        common.Store(tmp_path / "acceptance").put("gaussian-nfe04-seed0", preset, row | {"under": {}})
+    assert preset_losses.losing("gaussian", [4, 5]) == [("iia-ddim", 4)]
+    out, page = tmp_path / "losses", tmp_path / "page.md"
+    run(preset_losses, monkeypatch, "--settings", "gaussian", "--out", out)
+    stored = common.Store(out).read("gaussian")
+    assert set(stored) == {"iia-ddim 4", "iia-ddim 4 by step"}
+    value, error = stored["iia-ddim 4"]["as the paper"]["ratio"]
+    run(preset_losses, monkeypatch, "--out", out, "--page", page, "--table")
+    assert f"| gaussian | `iia-ddim` | 4 | {value:.2f} ± {error:.2f} |" in page.read_text()
+
+
+def test_errors_of_steps_add_up_to_the_final_error(cached: list[str]) -> None:
+    test = common.batch("gaussian", 8, 0, True)
+    plan = acceptance.classic_plan("ddim", "gaussian", 5, 5.0, 0.1)
+    steps = preset_losses.carried(plan, test)
+    assert len(steps) == plan.steps
+    final = common.run(plan, test).double() - test.final
+    torch.testing.assert_close(steps.sum(dim=0), final.flatten(1), rtol=1e-3, atol=1e-4)
 
 
 def test_the_ablation_page_has_a_row_for_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -91,7 +91,7 @@ def test_a_schedule_from_functions_has_to_be_given_and_has_to_be_the_same(tmp_pa
     assert "damaged" not in str(caught.value)
     with pytest.raises(iia.InputError, match=r"must be a Schedule such as iia_ode.EDM\(\), got str"):
         iia.load(path, schedule="EDM")
-    with pytest.raises(iia.MismatchError, match="was fitted for schedule FromFunctions"):
+    with pytest.raises(iia.MismatchError, match="was made for schedule FromFunctions"):
         iia.load(path, schedule=other)
     assert iia.load(path, schedule=mine).nfe == 7
 
@@ -122,6 +122,45 @@ def test_weights_that_are_tensors_and_constants_come_back_too(tmp_path):
     again = iia.load(fit.save(tmp_path / "fit.safetensors"))
     x = states(iia.EDM())
     assert torch.equal(again.plan.run(ode_on(iia.EDM()), x), plan.run(ode_on(iia.EDM()), x))
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(iia.solver_names()), st.sampled_from(ALL_SCHEDULES))
+def test_a_plan_runs_from_its_file_as_it_did_before(tmp_path_factory, name, schedule):
+    try:
+        plan = iia.get_solver(name).plan(schedule, iia.grids.karras(6, 0.1, 40.0, schedule=schedule))
+    except iia.IIAError:  # solvers that cannot step so
+        assume(False)
+    again = iia.Plan.load(plan.save(tmp_path_factory.mktemp("plan") / "plan.safetensors"), schedule=schedule)
+    assert (again.name, again.grid, again.nfe) == (plan.name, plan.grid, plan.nfe)
+    x, ode = states(schedule), ode_on(schedule)
+    assert torch.equal(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=plan))
+
+
+def test_a_plan_behind_a_warm_start_is_saved_and_knows_its_schedule(tmp_path):
+    schedule = iia.Discrete(ALPHAS_CUMPROD)
+    top, level = (schedule.t_of_noise_to_signal(v) for v in (40.0, 5.0))
+    warm = iia.WarmStart.gaussian(schedule, top, level, mean=torch.zeros(4), covariance=torch.eye(4))
+    plan = warm.then(iia.get_solver("ipndm3").plan(schedule, iia.grids.karras(4, 0.1, 5.0, schedule=schedule)))
+    path = plan.save(tmp_path / "plan.safetensors")
+    x = states(schedule)
+    assert torch.equal(iia.Plan.load(path).run(ode_on(schedule), x), plan.run(ode_on(schedule), x))
+    with pytest.raises(iia.MismatchError, match="was made for schedule Discrete"):
+        iia.Plan.load(path, schedule=iia.VP())
+    with pytest.raises(iia.FileFormatError, match=r"holds a 'plan', expected a 'fitted solver'"):
+        iia.load(path)
+
+
+def test_a_damaged_plan_is_refused(tmp_path):
+    plan = iia.get_solver("heun").plan(iia.EDM(), iia.grids.karras(3))
+    tensors, header = read_tensors(plan.save(tmp_path / "plan.safetensors"), "plan")
+    bad = [(tensors | {"weights": tensors["weights"][:-1]}, header), (tensors | {"x": tensors["grid"]}, header)]
+    bad += [({k: v for k, v in tensors.items() if k != gone}, header) for gone in tensors]
+    bad += [(tensors, {k: v for k, v in header.items() if k != gone}) for gone in ("name", "code", "schedule")]
+    for parts, body in bad:
+        rest = {k: v for k, v in body.items() if k not in ("kind", "format")}
+        with pytest.raises(iia.FileFormatError, match=r"is damaged|no valid plan"):
+            iia.Plan.load(write_tensors(tmp_path / "bad.safetensors", "plan", parts, rest))
 
 
 # ---- a fit is used only where it belongs -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support import mixture, normal
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
 from iia_ode.errors import GuardWarning
@@ -273,6 +274,38 @@ def test_between_steps_a_batch_rests_on_the_host_and_only_with_what_is_still_nee
     monkeypatch.setattr(Chunk, "advance", watched)
     IIA("ddim", "window", guard=False).fit(ode(), iia.grids.karras(12), states(8), chunk_size=4)
     assert max(kept) <= 4  # z_i, z_{i-1} and the evaluation there, and what DDIM itself remembers
+
+
+@pytest.mark.parametrize("target", ["substeps", "trajectory"])
+def test_the_device_holds_the_vectors_of_one_chunk_however_many_there_are(target, monkeypatch):
+    """With copies where a device would have its own, and all of those that are alive counted at every evaluation."""
+    copies, peaks = [], []
+
+    def copied(values):
+        own = {j: v.clone() for j, v in values.items()}
+        copies.extend(StorageWeakRef(v.untyped_storage()) for v in own.values())
+        return own
+
+    def loaded(self, indices):
+        return copied({j: self.values[j] for j in indices})
+
+    def stored(self, values, tracer):
+        copies.extend(StorageWeakRef(v.untyped_storage()) for j, v in values.items() if j > self._done)
+        self.values |= {j: v.clone() for j, v in values.items() if j > self._done}  # the host's
+        self._done = len(tracer.code)
+
+    def model(x, t):
+        peaks[-1] = max(peaks[-1], sum(not ref.expired() for ref in copies))
+        return torch.tanh(x) / (1 + t.reshape(-1, 1))
+
+    monkeypatch.setattr(Chunk, "_loaded", loaded)
+    monkeypatch.setattr(Chunk, "_store", stored)
+    for chunks in (2, 4, 8):
+        copies.clear()
+        peaks.append(0)
+        own = iia.ProbabilityFlowODE(model, iia.EDM())
+        IIA("ipndm", "window", target, guard=False).fit(own, GRID, 80 * normal(4 * chunks, 3), chunk_size=4)
+    assert 0 < peaks[0] == peaks[1] == peaks[2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

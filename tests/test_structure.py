@@ -1,6 +1,5 @@
 """Structured weights and warm starts in a fit, and in its file."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +85,7 @@ def test_a_fit_behind_a_warm_start_is_saved_with_it(tmp_path: Path, per: str | N
     by = {"labels": labels, "per": per} if per else {}
     warm = WarmStart.gaussian(iia.EDM(), 80.0, 10.0, samples=samples, shrink="dct", **by)
     fit = iia.IIA("ddim", terms="window").fit(ode, GRID, warm.apply(x, ode))
-    whole = replace(fit, plan=warm.then(fit.plan))
+    whole = fit.after(warm)
+    assert [r.index for r in whole.reports] == [r.index + 1 for r in fit.reports]
     back = iia.load(whole.save(tmp_path / "warm.safetensors"))
     assert torch.equal(iia.sample(ode, x, solver=back), iia.sample(ode, warm.apply(x, ode), solver=fit))

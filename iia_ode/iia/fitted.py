@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FileFormatError, InputError, MismatchError
-from ..files import read_tensors, write_tensors
+from ..errors import FileFormatError
+from ..files import misfit, read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..schedules import Discrete, Schedule, schedule_from_config
-from .origin import brief, check_origin
+from ..plan.storing import pack, tensors_misfit, unpack
+from ..schedules import Schedule
+from ..schedules.stored import stored_schedule
+from .origin import check_origin
 from .report import StepReport, describe_fit, explain_fit, table_of, table_of_weights
-from .storage import SCHEMA, misfit, pack, unpack
+from .warm_start import WarmStart
 
 __all__ = ["FittedSolver", "StepReport", "describe", "load"]
 
 _F64 = torch.float64
+
+# What a file's header holds: a dict has these keys, a list has entries like its only one, anything else is of that type.
+_NUMBER = int | float
+_MAYBE = int | float | None
+_SCHEMA: dict[str, Any] = {
+    "name": str,
+    "code": [list],
+    "about": {
+        "base": {"name": str, "options": dict},
+        "terms": str,
+        "target": {"name": str},
+        "history": int,
+        "ridge": _NUMBER | str,
+        "guard": bool,
+        "intercept": bool,
+        "schedule": {"type": str},
+        "prediction": str,
+        "guidance_scale": _NUMBER,
+        "conditioning": dict,
+        "state_shape": [int],
+        "state_dtype": str,
+        "batch": int,
+        "held_out": int,
+        "endpoint": {"base": _MAYBE, "fit": _MAYBE, "fell_back": bool, "reference": str, "why": str},
+        "teacher": dict | None,
+        "seed": int | None,
+        "fingerprint": str,
+        "evaluations": int,
+        "sample_evaluations": int,
+    },
+    "reports": [
+        {
+            **dict.fromkeys(("t", "s", "before", "after", "condition", "ridge", "intercept"), _NUMBER),
+            **dict.fromkeys(("held_before", "held_after"), _MAYBE),
+            **dict.fromkeys(("index", "rank"), int),
+            **{key: [_NUMBER] for key in ("values", "base_values", "corrections")},
+            "symbols": [str],
+            "accepted": bool,
+        }
+    ],
+}
 
 _BIBTEX = {
     "iia": """@inproceedings{zhang2024iia,
@@ -101,6 +144,17 @@ class FittedSolver:
         """What was fitted, which steps gained most, which keep the base, and what the weights say, in plain words."""
         return explain_fit(self.plan, self.about, self.reports)
 
+    def after(self, warm: WarmStart) -> FittedSolver:
+        """The same solver with a warm start before it: from the states that :meth:`WarmStart.apply` takes, not its result.
+
+        Raises
+        ------
+        MismatchError : the warm start is for another schedule, or does not end where this solver starts.
+        """
+        plan = warm.then(self.plan)
+        more = plan.steps - self.plan.steps
+        return replace(self, plan=plan, reports=tuple(replace(r, index=r.index + more) for r in self.reports))
+
     def citation(self) -> str:
         """BibTeX entries of the papers behind this solver: IIA, and its base where it has one of its own."""
         base = _BIBTEX.get(self.about["base"]["name"])
@@ -109,8 +163,6 @@ class FittedSolver:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: grid, times and weights as tensors, everything else as JSON in its header."""
         code, tensors = pack(self.plan)
-        if isinstance(self.plan.schedule, Discrete):
-            tensors["schedule.alphas_cumprod"] = self.plan.schedule.alphas_cumprod
         header = {
             "name": self.name,
             "code": code,
@@ -133,8 +185,6 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
     FileFormatError : missing, damaged or foreign file, or one that does not hold its schedule.
     MismatchError : `schedule` is not the one the file was made for.
     """
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise InputError(f"schedule must be a Schedule such as iia_ode.EDM(), got {type(schedule).__name__}.")
     return _built(path, *_read(path), schedule)
 
 
@@ -146,20 +196,8 @@ def _built(
     schedule: Schedule | None,
 ) -> FittedSolver:
     """What a file holds, on this schedule or its own."""
-    config, table = header["about"]["schedule"], tensors.get("schedule.alphas_cumprod")
-    tensors = {k: v for k, v in tensors.items() if k != "schedule.alphas_cumprod"}
-    try:
-        found = schedule_from_config(config, table) if schedule is None else schedule
-    except (TypeError, ValueError) as error:
-        raise FileFormatError(f"{str(path)!r} does not hold the schedule it was fitted on: {error}") from error
-    if found.config() != config:
-        error_type = FileFormatError if schedule is None else MismatchError
-        raise error_type(f"{str(path)!r} was fitted for schedule {brief(config)}, not {brief(found.config())}.")
-    try:
-        plan = unpack(found, header["name"], header["code"], tensors)
-    except (LookupError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{str(path)!r} holds no valid plan: {error}") from error
-    return FittedSolver(plan, reports, header["about"])
+    found = stored_schedule(path, header["about"]["schedule"], tensors, schedule)
+    return FittedSolver(unpack(path, found, header["name"], header["code"], tensors), reports, header["about"])
 
 
 def describe(path: str | os.PathLike[str]) -> str:
@@ -174,8 +212,8 @@ def describe(path: str | os.PathLike[str]) -> str:
     """
     tensors, header, reports = _read(path)
     try:
-        schedule_from_config(header["about"]["schedule"], tensors.get("schedule.alphas_cumprod"))
-    except (TypeError, ValueError):
+        stored_schedule(path, header["about"]["schedule"], tensors)
+    except FileFormatError:
         nfe = sum(item[:1] == ["evaluate"] for item in header["code"])
         return describe_fit(header["name"], len(tensors["grid"]) - 1, nfe, header["about"], reports)
     return str(_built(path, tensors, header, reports, None))
@@ -184,12 +222,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[StepReport, ...]]:
     """A file whose checksum and layout are right; what it means is still to be checked."""
     tensors, header = read_tensors(path, "fitted solver")
-    problem = misfit(header, SCHEMA, "its header")
-    for name in ("grid", "times", "weights"):
-        if name not in tensors or tensors[name].ndim != 1:
-            problem = problem or f"its tensor {name!r} is missing or not 1-dimensional"
-    if any(v.dtype != _F64 for v in tensors.values()):
-        problem = problem or "a tensor is not float64"
+    problem = misfit(header, _SCHEMA, "its header") or tensors_misfit(tensors)
     if problem is None:
         try:
             return tensors, header, tuple(_step_report(r) for r in header["reports"])

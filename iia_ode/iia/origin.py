@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import FingerprintWarning, MismatchError, MismatchWarning
 from ..ode import ProbabilityFlowODE
+from ..schedules.stored import brief
 
-__all__ = ["brief", "check_origin", "conditions_digest", "origin"]
+__all__ = ["check_origin", "conditions_digest", "origin"]
 
 
 def origin(ode: ProbabilityFlowODE, x: Tensor) -> dict[str, Any]:
@@ -97,10 +98,3 @@ def conditions_digest(ode: ProbabilityFlowODE) -> str:
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
-
-
-def brief(config: Mapping[str, Any]) -> str:
-    """``VP (beta_0=0.1, beta_1=20.0)``, whatever the order of the keys."""
-    key = "type" if "type" in config else "name"
-    rest = ", ".join(f"{k}={v}" for k, v in sorted(config.items()) if k != key)
-    return f"{config[key]} ({rest})" if rest else str(config[key])

@@ -9,11 +9,12 @@ from typing import Any
 
 from ..ode import conversion
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
-from ..plan.vectors import Weight, weight_mean
-from .origin import brief
+from ..plan.vectors import Weight, is_number, weight_mean
+from ..schedules.stored import brief
 
 __all__ = ["StepReport", "describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
+_SMALL = 1e-3  # sum of weights on the past that is not worth a word
 _GROUPS = 12  # of maps, up to which each has a table of its own
 
 
@@ -239,12 +240,14 @@ def _explain_steps(plan: Plan, about: Mapping[str, Any], reports: tuple[StepRepo
         largest = max(constants, key=lambda r: r.intercept)
         lines.append(f"The largest intercept is in step {largest.index}, {largest.intercept:.2g} per component.")
     weights = {index: (own, older) for index, own, older in _data_weights(plan)}
-    if weighted := [r.index for r in used if weights.get(r.index, (0.0, 0.0))[1]]:
+    if weighted := [r.index for r in used if abs(weights.get(r.index, (0.0, 0.0))[1]) > _SMALL]:
         most_older = max(weighted, key=lambda index: abs(weights[index][1]))
         own, older = weights[most_older]
+        maps = any(not is_number(w) for ins in plan.code if isinstance(ins, Combine) for _, w in ins.terms)
+        mean = " (means over the components: the weights are maps)" if maps else ""
         lines.append(
             f"Most weight on the past is in step {most_older}, which weighs its own data estimates by {own:.3g} and those of "
-            f"earlier steps by {older:.3g}."
+            f"earlier steps by {older:.3g}{mean}."
         )
     if about["endpoint"]["base"] is not None:
         end = _endpoint(about["endpoint"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,10 +98,7 @@ class Parts:
     @property
     def whole(self) -> FittedSolver:
         """The fit from the start of the grid."""
-        if self.warm is None:
-            return self.rest
-        reports = tuple(replace(r, index=r.index + 1) for r in self.rest.reports)
-        return replace(self.rest, plan=self.plan, reports=reports)
+        return self.rest if self.warm is None else self.rest.after(self.warm)
 
 
 def joined(warm: WarmStart | None, rest: Plan) -> Plan:

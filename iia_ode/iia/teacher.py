@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
-from ..files import read_tensors, write_tensors
+from ..files import misfit, read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import check_grid, check_start, trace
 from ..plan.plan import Plan, run_code
 from ..reference import Trajectory, trajectory
-from ..schedules import Discrete, Schedule, schedule_from_config
+from ..schedules import Schedule
+from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
 from .origin import check_origin, conditions_digest, origin
 
@@ -190,9 +191,7 @@ class Teacher:
         tensors["slopes"] = self.path.slopes
         if self.path.data is not None:
             tensors["data"] = self.path.data
-        if isinstance(self.path.schedule, Discrete):
-            tensors["alphas_cumprod"] = self.path.schedule.alphas_cumprod
-        return write_tensors(path, _KIND, tensors, {"about": self.about})
+        return write_tensors(path, _KIND, tensors | schedule_tensors(self.path.schedule), {"about": self.about})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Teacher:
@@ -204,20 +203,17 @@ class Teacher:
         MismatchError : `schedule` is not the one the file was made for.
         """
         tensors, header = read_tensors(path, _KIND)
+        if problem := misfit(header, {"about": {"schedule": {"type": str}, "evaluations": int}}, "its header"):
+            raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
+        about = header["about"]
+        found = stored_schedule(path, about["schedule"], tensors, schedule)
         try:
-            about, table = header["about"], tensors.pop("alphas_cumprod", None)
-            found = schedule_from_config(about["schedule"], table) if schedule is None else schedule
             knots, states, slopes, data = (tensors.get(k) for k in ("knots", "states", "slopes", "data"))
             if knots is None or states is None or slopes is None or states.shape != slopes.shape:
                 raise ValueError("its tensors are not those of a trajectory.")
-            teacher = cls(
-                tensors["initial"], Trajectory(found, knots, states, slopes, data, about["evaluations"]), about
-            )
+            return cls(tensors["initial"], Trajectory(found, knots, states, slopes, data, about["evaluations"]), about)
         except (LookupError, TypeError, ValueError) as error:
             raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
-        if found.config() != about["schedule"]:
-            raise MismatchError(f"{str(path)!r} was made for another schedule than {found}.")
-        return teacher
 
 
 def _part(path: Trajectory, index: slice | Tensor | None) -> Trajectory:

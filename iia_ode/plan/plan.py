@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -160,6 +162,32 @@ class Plan:
         from .analysis import gaussian_response
 
         return gaussian_response(self, mean, variance)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: grid, times and weights as tensors, instructions and schedule as JSON in its header."""
+        from .storing import write_plan
+
+        return write_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Plan:
+        """Read what :meth:`save` wrote; samples are bit-equal to those before.
+
+        Parameters
+        ----------
+        path : the file. Those of fitted solvers are for :func:`iia_ode.load`.
+        schedule : needed only where the plan is for a schedule that a file cannot hold, such as one from functions.
+
+        Raises
+        ------
+        FileFormatError : missing, damaged or foreign file, or one that does not hold its schedule.
+        MismatchError : `schedule` is not the one that the plan is for.
+        """
+        from .storing import read_plan
+
+        return read_plan(path, schedule)
 
     def __str__(self) -> str:
         head = (

@@ -1,20 +1,141 @@
-"""Weights and constants that are more than one number, as JSON and tensors: what a file of a plan holds of them."""
+"""A plan as JSON and tensors, and its file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import FileFormatError, InputError
+from ..files import misfit, read_tensors, write_tensors
+from ..schedules import Schedule
+from ..schedules.stored import TABLE, schedule_tensors, stored_schedule
+from .instructions import Combine, Evaluate
 from .maps import LinearMap, PerCondition, projections_from
+from .plan import Plan
 from .projections import Projections
+from .vectors import is_number
 
-__all__ = ["SHARED", "restore", "store"]
+__all__ = ["SHARED", "pack", "read_plan", "restore", "store", "tensors_misfit", "unpack", "write_plan"]
 
 SHARED = "projections."
 """What the names of tensors begin with that several weights may share."""
+_KIND = "plan"
+_SCHEMA = {"name": str, "code": [list], "schedule": {"type": str}}
+_F64 = torch.float64
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
+    """Write a file of a plan; see :meth:`Plan.save`."""
+    code, tensors = pack(plan)
+    return write_tensors(path, _KIND, tensors, {"name": plan.name, "code": code, "schedule": plan.schedule.config()})
+
+
+def read_plan(path: str | os.PathLike[str], schedule: Schedule | None) -> Plan:
+    """Read such a file; see :meth:`Plan.load`."""
+    tensors, header = read_tensors(path, _KIND)
+    if problem := misfit(header, _SCHEMA, "its header") or tensors_misfit(tensors):
+        raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
+    found = stored_schedule(path, header["schedule"], tensors, schedule)
+    return unpack(path, found, header["name"], header["code"], tensors)
+
+
+def tensors_misfit(tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the tensors of a plan, in words, as far as can be told without its instructions."""
+    for name in ("grid", "times", "weights"):
+        if name not in tensors or tensors[name].ndim != 1:
+            return f"its tensor {name!r} is missing or not 1-dimensional"
+    return "a tensor is not float64" if any(v.dtype != _F64 for v in tensors.values()) else None
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------------
+
+
+def pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
+    """A plan as a JSON-ready list of instructions, and tensors: numbers in the order of use, odd ones by their place."""
+    code: list[list[Any]] = []
+    weights: list[float] = []
+    times: list[float] = []
+    tensors: dict[str, Tensor] = {}
+    for k, ins in enumerate(plan.code, start=1):
+        if isinstance(ins, Evaluate):
+            code.append(["evaluate", ins.state, ins.form])
+            times.append(ins.t)
+            continue
+        code.append(["combine", [j for j, _ in ins.terms], ins.step])
+        weights += [w for _, w in ins.terms if is_number(w)]
+        values: dict[str, Any] = {f"weight.{k}.{j}": w for j, w in ins.terms if not is_number(w)}
+        values |= {} if ins.constant is None else {f"constant.{k}": ins.constant}
+        stored = {key: store(value, key) for key, value in values.items()}
+        tensors |= {name: v for _, parts in stored.values() for name, v in parts.items()}
+        if odd := {key: about for key, (about, _) in stored.items() if about is not None}:
+            code[-1].append(odd)  # what is neither a number nor a tensor
+    for name, numbers in (("grid", plan.grid), ("times", times), ("weights", weights)):
+        tensors[name] = torch.tensor(numbers, dtype=_F64, device="cpu")
+    return code, tensors | schedule_tensors(plan.schedule)
+
+
+def unpack(
+    path: str | os.PathLike[str], schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]
+) -> Plan:
+    """The plan that :func:`pack` took apart; every number and tensor has to find its place.
+
+    Raises
+    ------
+    FileFormatError : one does not.
+    """
+    try:
+        return _unpacked(schedule, name, code, tensors)
+    except (LookupError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{str(path)!r} holds no valid plan: {error}") from error
+
+
+def _unpacked(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]) -> Plan:
+    rest = {key: v for key, v in tensors.items() if not key.startswith(SHARED) and key != TABLE}
+    known: dict[str, Projections] = {}
+    grid = rest.pop("grid")
+    weights, times = (iter(rest.pop(key).tolist()) for key in ("weights", "times"))
+    instructions: list[Evaluate | Combine] = []
+    try:
+        for k, item in enumerate(code, start=1):
+            match item:
+                case ["evaluate", int(state), str(form)]:
+                    instructions.append(Evaluate(state, next(times), form))
+                case ["combine", [*indices], int() | None as step, *odd] if _fits(indices, odd):
+                    about = odd[0] if odd else {}
+                    own = [key for key in _keys(k, indices) if rest.pop(key, None) is not None]
+                    values = {key: restore(about.get(key), key, tensors, known) for key in own}
+                    terms = [
+                        (j, values[key] if (key := f"weight.{k}.{j}") in values else next(weights)) for j in indices
+                    ]
+                    instructions.append(Combine(tuple(terms), values.get(f"constant.{k}"), step))
+                case _:
+                    raise ValueError(f"instruction {k} is {item!r}.")
+    except StopIteration as error:
+        raise ValueError("it has fewer weights or times than its instructions need.") from error
+    surplus = [key for key, numbers in (("weights", weights), ("times", times)) if next(numbers, None) is not None]
+    if surplus := [*surplus, *rest]:
+        raise ValueError(f"its instructions do not use all of {', '.join(surplus)}.")
+    return Plan(schedule, tuple(grid.tolist()), tuple(instructions), name)
+
+
+def _fits(indices: list[Any], odd: list[Any]) -> bool:
+    return all(isinstance(j, int) for j in indices) and all(isinstance(o, dict) for o in odd) and len(odd) <= 1
+
+
+def _keys(k: int, indices: list[int]) -> list[str]:
+    """The names of the tensors that instruction k may have of its own."""
+    return [*(f"weight.{k}.{j}" for j in indices), f"constant.{k}"]
+
+
+# ---- weights and constants that are more than one number ----------------------------------------------------------------
 
 
 def store(value: Tensor | LinearMap | PerCondition, key: str) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
