@@ -111,7 +111,7 @@ def test_every_pair_is_tried_and_halving_finds_a_good_one(cached: list[str], mon
     assert spent == 5 * 64 * len(every)
     some, _ = acceptance.classic_search("gaussian", 5, own, exhaustive=False)
     assert len(some) == 6
-    assert every[0][0] <= some[0][0] < 1.5 * every[0][0]
+    assert every[0][0] <= some[0][0] < 1.05 * every[0][0]
 
 
 def test_a_rerun_does_only_what_is_missing(cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

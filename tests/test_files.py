@@ -104,9 +104,10 @@ def test_a_file_is_described_without_its_schedule_as_it_is_with_it(tmp_path):
 
 def test_a_citation_names_the_papers_of_the_method_and_of_its_base_as_the_references_do():
     references = " ".join((ROOT / "docs" / "references.bib").read_text().split())
-    for name, keys in (("iia-edm", ["zhang2024iia", "karras2022edm"]), ("iia-ddim", ["zhang2024iia", "song2021ddim"])):
-        entries = fitted(name=name).citation().split("\n\n")
-        assert [e.splitlines()[0] for e in entries] == [f"@inproceedings{{{key}," for key in keys]
+    own = {"edm": "karras2022edm", "ddim": "song2021ddim", "spndm": "liu2022pndm", "ipndm": "zhang2023deis"}
+    for name, key in {**own, "dpmpp_2m": "lu2022dpmsolverpp"}.items():
+        entries = fitted(name=f"iia-{name}").citation().split("\n\n")
+        assert [e.splitlines()[0].split("{")[1] for e in entries] == ["zhang2024iia,", f"{key},"]
         for line in (line for e in entries for line in e.splitlines()[1:-1]):
             assert line.split("= ")[1] in references
     method = iia.IIA("midpoint", terms="biia-edm", guard=False)

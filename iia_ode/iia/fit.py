@@ -198,7 +198,7 @@ class IIA:
     def _options(self) -> dict[str, Any]:
         base = self.base_solver
         return {
-            "base": {"name": base.name, "options": base.options()},
+            "base": {"name": base.label.partition("(")[0], "options": base.options()},
             "terms": resolve_terms(self.terms, base.label)[0],
             "target": resolve_target(self.target, self.substeps).options(),
             "history": self.history,
