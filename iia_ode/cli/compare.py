@@ -30,7 +30,7 @@ __all__ = ["compare_command"]
     metavar="NAME,NAME,...",
     default="ddim,iia-ddim,heun,biia-edm,iia-edm",
     show_default=True,
-    help=f"Registered solvers, presets, and {RECIPE!r}: what iia_ode.fit finds.",
+    help=f"Registered solvers, presets, and {RECIPE!r}: what iia_ode.fit finds, on grids of its own.",
 )
 @click.option(
     "--nfe",
