@@ -241,10 +241,15 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
         for nfe, terms in product(nfes, TERMS):
             if not exists(solver, name, nfe, terms):
                 continue
-            more = under | {"guard": GUARD} | ({"teacher": False} if terms == "paper" else {})
+            more = under | judged_as(terms)
             entry = store.cell(file, f"{terms} {nfe}", more, partial(measured, solver, draws, nfe, terms))
             if entry.get("ratio", 0.0) > LIMIT or (options.again and doubtful(entry)):
                 store.cell(file, f"{terms} {nfe} again", more, partial(again, solver, draws, nfe, terms))
+
+
+def judged_as(terms: str) -> Entry:
+    """What an entry of the present guard has among its conditions."""
+    return {"guard": GUARD} | ({"teacher": False} if terms == "paper" else {})
 
 
 def verdict(reason: str | None) -> Entry:
@@ -371,8 +376,8 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
         nfes = [(n, len({row[1] for row in own if row[3] == n})) for n in sorted({row[3] for row in own})]
         under = conditions([row[4] for row in own], "samples", "fit_samples", "seed")
         counted = ", ".join(f"{n} ({count})" for n, count in nfes)
-        old = sum(row[4]["under"].get("guard") != GUARD for row in own)
-        more = f" **{old} of these fits were judged by an earlier guard.**" if old else ""
+        old = sum(not judged_as(row[2]).items() <= row[4]["under"].items() for row in own)
+        more = f" **{old} of these fits were judged by an earlier guard, or with a teacher.**" if old else ""
         parts.append(f"- {name}: {len(bases)} bases; evaluations (bases): {counted}; {under}.{more}")
     if entries:
         parts += ["", summary(rows), "## Violations\n", violations(rows)]
