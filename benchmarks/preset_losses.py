@@ -52,7 +52,7 @@ KEY = " by step"  # ends the name of an entry about single steps
 INTRO = """# Where a preset loses to its base, and why
 
 Made by `python benchmarks/preset_losses.py`, then `python benchmarks/preset_losses.py --table`, from the fits and the unseen
-noise of the [acceptance page](acceptance.md). Error over that of the base, with the standard error of that ratio, paired: both
+noise of `benchmarks/acceptance.py`. Error over that of the base, with the standard error of that ratio, paired: both
 start from the same noise. Where the ratio is within two of these of 1, the draws do not say which is the better.
 """
 
