@@ -24,13 +24,12 @@ from common import (
     batch,
     conditions,
     error_of,
-    is_closed_form,
     karras_family,
+    kind_of,
     measure,
     number,
     parser,
     say,
-    setting_of,
     table,
     teacher_of,
     write_page,
@@ -147,7 +146,7 @@ class Bench:
 
 def effort_of(name: str, samples: int | None, fit_samples: int | None) -> dict[str, int]:
     """What a variant is given on a setting, with these numbers of draws where they are asked for."""
-    found = EFFORT["closed form" if is_closed_form(setting_of(name)) else "network"]
+    found = EFFORT[kind_of(name)]
     draws = fit_samples or found["fit_samples"]
     fewer = {"searched": min(found["searched"], draws // 2), "refined": min(found["refined"], draws)}
     return found | fewer | {"samples": samples or found["samples"], "fit_samples": draws}

@@ -31,6 +31,7 @@ from common import (
     grid_of,
     is_closed_form,
     karras_family,
+    kind_of,
     levels_for,
     measure,
     number,
@@ -275,7 +276,7 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
     """All rows of one setting at one number of evaluations."""
     seed, file = options.seed, f"{name}-nfe{nfe:02}-seed{options.seed}"
     exhaustive = options.exhaustive
-    kind = "closed form" if is_closed_form(setting_of(name)) else "network"
+    kind = kind_of(name)
     samples, fitted = options.samples or SAMPLES[kind], options.fit_samples or FIT_SAMPLES[kind]
     under = {"samples": samples, "fit_samples": fitted, "seed": seed}
 

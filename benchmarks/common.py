@@ -171,6 +171,11 @@ def is_closed_form(setting: Setting) -> bool:
     return isinstance(setting, _ClosedForm)
 
 
+def kind_of(name: str) -> str:
+    """What a setting is, as far as the number of draws is concerned: what costs nothing gets more."""
+    return "closed form" if is_closed_form(setting_of(name)) else "network"
+
+
 def start_of(setting: Setting) -> float:
     """The time that runs start at."""
     return setting.schedule.t_of_noise_to_signal(setting.sigma_max)
@@ -238,11 +243,16 @@ def run(plan: Plan, batch: Batch) -> Tensor:
     return torch.cat([plan.run(batch.ode.subset(p, n), batch.x[p], check_finite=False) for p in parts])
 
 
+def squares(final: Tensor, reference: Tensor) -> Tensor:
+    """Mean square error of each sample, in float64."""
+    return (final.double() - reference.double()).square().flatten(1).mean(dim=1)
+
+
 def measure(plan: Plan, batch: Batch) -> Entry:
     """RMSE with its standard error, the median of the samples' own RMSE, and the share of bad samples."""
     final = run(plan, batch)
     value, error = rmse_with_error(final, batch.final)
-    own = (final.double() - batch.final.double()).square().flatten(1).mean(dim=1).sqrt()
+    own = squares(final, batch.final).sqrt()
     return {"rmse": value, "error": error, "median": float(own.median()), "bad": float((~(own <= BAD)).double().mean())}
 
 

@@ -36,6 +36,7 @@ from common import (
     teacher_of,
     write_page,
 )
+from common import squares as squares_of
 from torch import Tensor
 
 import iia_ode as iia
@@ -146,7 +147,7 @@ def again(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
     for seed in range(draws.seed + 1, draws.seed + 5):
         test = batch(draws.name, MORE.get(draws.name, draws.unseen), seed, True, 150)
         for found, plan in zip(squares, (fit.plan, base), strict=True):
-            found.append((run(plan, test).double() - test.final.double()).square().flatten(1).mean(dim=1))
+            found.append(squares_of(run(plan, test), test.final))
     by_fit, by_base = (torch.cat(found) for found in squares)
     ratio = float((by_fit.mean() / by_base.mean()).sqrt())
     return {"again": ratio, "sure": sure_of(by_fit - by_base), "draws": len(by_fit)}
@@ -209,7 +210,7 @@ def by_sample(fit: Tensor, base: Tensor, reference: Tensor) -> Entry:
 
     `sure` is the mean difference of squared errors, fit less base, over its standard error: paired, sample by sample.
     """
-    squares = [(final.double() - reference.double()).square().flatten(1).mean(dim=1) for final in (fit, base)]
+    squares = [squares_of(final, reference) for final in (fit, base)]
     count = max(1, len(reference) // 100)
     top = squares[0].nan_to_num(posinf=1e300).sort(descending=True).values
     share = float(top[:count].sum() / top.sum()) if float(top.sum()) > 0 else 0.0

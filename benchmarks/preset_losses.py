@@ -22,11 +22,12 @@ from common import (
     conditions,
     grid_of,
     is_closed_form,
+    kind_of,
     number,
     parser,
     plan_of,
     run,
-    setting_of,
+    squares,
     table,
     teacher_of,
     write_page,
@@ -78,11 +79,6 @@ step makes up for those before it.
 """
 
 
-def squares(plan: Plan, test: Batch) -> Tensor:
-    """Mean square error of each sample."""
-    return (run(plan, test).double() - test.final.double()).square().flatten(1).mean(dim=1)
-
-
 def ratio_with_error(fit: Tensor, base: Tensor) -> tuple[float, float]:
     """Root of the ratio of two means of paired squares, and its standard error to first order."""
     value = float((fit.mean() / base.mean()).sqrt())
@@ -91,7 +87,7 @@ def ratio_with_error(fit: Tensor, base: Tensor) -> tuple[float, float]:
 
 def draws(name: str) -> tuple[Batch, Batch]:
     """Those of the acceptance page: for fits, and unseen."""
-    kind = "closed form" if is_closed_form(setting_of(name)) else "network"
+    kind = kind_of(name)
     return batch(name, FIT_SAMPLES[kind], 0, False, 90), batch(name, SAMPLES[kind], 0, True, 150)
 
 
@@ -106,9 +102,10 @@ def ratios(name: str, preset: str, nfe: int) -> Entry:
     own, test = draws(name)
     method = PRESETS[preset]
     grid = grid_of(method.base_solver.label, name, nfe)
-    by_base, out = squares(plan_of(method.base_solver.label, own.setting, grid), test), {}
+    by_base, out = squares(run(plan_of(method.base_solver.label, own.setting, grid), test), test.final), {}
     for label, options in TARGETS.items():
-        by_fit = squares(fitted(replace(method, **options), own, grid), test)  # type: ignore[arg-type]
+        plan = fitted(replace(method, **options), own, grid)  # type: ignore[arg-type]
+        by_fit = squares(run(plan, test), test.final)
         apart = [e.sqrt() > APART for e in (by_base, by_fit)]
         rest = ~(apart[0] | apart[1])
         out[label] = {
@@ -141,8 +138,8 @@ def carried(plan: Plan, test: Batch) -> Tensor:
 def by_step(name: str, preset: str, nfe: int) -> Entry:
     """How the errors of the steps of a base, a preset and the same with the trajectory's target add up."""
     own, test = draws(name)
-    method, kind = PRESETS[preset], "closed form" if is_closed_form(own.setting) else "network"
-    base, test = method.base_solver.label, test.first(CARRIED[kind])
+    method = PRESETS[preset]
+    base, test = method.base_solver.label, test.first(CARRIED[kind_of(name)])
     grid = grid_of(base, name, nfe)
     plans = {f"`{base}`": plan_of(base, own.setting, grid)}
     for label in ("as the paper", "trajectory"):
@@ -177,7 +174,7 @@ def losing(name: str, nfes: list[int]) -> list[tuple[str, int]]:
 def fill(store: Store, options: argparse.Namespace) -> None:
     """Whatever is missing."""
     for name in options.settings:
-        kind = "closed form" if is_closed_form(setting_of(name)) else "network"
+        kind = kind_of(name)
         under = {"samples": SAMPLES[kind], "fit_samples": FIT_SAMPLES[kind], "seed": 0}
         for preset, nfe in losing(name, options.nfe):
             store.cell(name, f"{preset} {nfe}", under, partial(ratios, name, preset, nfe))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import FileFormatError
 
-__all__ = ["FORMAT_VERSION", "check_writable", "misfit", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["FORMAT_VERSION", "check_writable", "read_tensors", "write_bytes", "write_tensors"]
 
 FORMAT_VERSION = 1
 _KEY = "iia_ode"
@@ -74,13 +74,18 @@ def write_tensors(
     return write_bytes(path, save(stored, {_KEY: _dump({**body, "sha256": _digest(stored, body)})}))
 
 
-def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: str | os.PathLike[str], kind: str, pattern: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header of a file that :func:`write_tensors` wrote with the same `kind`.
+
+    In a `pattern` of the header, a dict has keys that have to be there, a list has one pattern for all entries, anything else
+    is a type.
 
     Raises
     ------
-    FileFormatError : no such file, not safetensors, not ours, damaged or edited, of another kind, or of a newer format
-        version.
+    FileFormatError : no such file, not safetensors, not ours, damaged or edited, of another kind, of a newer format version,
+        or with a header that does not fit the pattern.
     """
     if not Path(path).is_file():
         raise FileFormatError(f"no file {str(path)!r}.")
@@ -112,14 +117,13 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         )
     if found != kind:
         raise FileFormatError(f"{str(path)!r} holds a {found!r}, expected a {kind!r}.")
+    if problem := _misfit(header, {} if pattern is None else dict(pattern), "its header"):
+        raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
     return tensors, header
 
 
-def misfit(value: Any, pattern: Any, where: str) -> str | None:
-    """Where a JSON value first departs from its pattern, in words; None if it fits.
-
-    In a pattern, a dict has keys that have to be there, a list has one pattern for all entries, anything else is a type.
-    """
+def _misfit(value: Any, pattern: Any, where: str) -> str | None:
+    """Where a JSON value first departs from its pattern, in words; None if it fits."""
     kind: Any = type(pattern) if isinstance(pattern, dict | list) else pattern
     if not isinstance(value, kind):
         return f"{where} is {value!r}"
@@ -127,9 +131,9 @@ def misfit(value: Any, pattern: Any, where: str) -> str | None:
     if isinstance(pattern, dict):
         if missing := sorted(pattern.keys() - value.keys()):
             return f"{where} lacks {', '.join(missing)}"
-        parts = [misfit(value[k], p, f"{where}.{k}") for k, p in pattern.items()]
+        parts = [_misfit(value[k], p, f"{where}.{k}") for k, p in pattern.items()]
     elif isinstance(pattern, list):
-        parts = [misfit(v, pattern[0], f"{where}[{k}]") for k, v in enumerate(value)]
+        parts = [_misfit(v, pattern[0], f"{where}[{k}]") for k, v in enumerate(value)]
     return next(filter(None, parts), None)
 
 

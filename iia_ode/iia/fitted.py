@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError
-from ..files import misfit, read_tensors, write_tensors
+from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from ..plan.storing import pack, tensors_misfit, unpack
@@ -240,8 +240,8 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[StepReport, ...]]:
     """A file whose checksum and layout are right; what it means is still to be checked."""
-    tensors, header = read_tensors(path, "fitted solver")
-    problem = misfit(header, _SCHEMA, "its header") or tensors_misfit(tensors)
+    tensors, header = read_tensors(path, "fitted solver", _SCHEMA)
+    problem = tensors_misfit(tensors)
     if problem is None:
         try:
             return tensors, header, tuple(_step_report(r) for r in header["reports"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
-from ..files import misfit, read_tensors, write_tensors
+from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import check_grid, check_start, trace
 from ..plan.plan import Plan, run_code
@@ -27,6 +27,7 @@ __all__ = ["DEFAULT_WAY", "Teacher"]
 
 _F64 = torch.float64
 _KIND = "teacher"
+_SCHEMA = {"about": {"schedule": {"type": str}, "evaluations": int}}
 _SOLVER = (
     "expab4"  # of those registered, the most accurate at 40 to 60 evaluations that evaluates at its own grid states
 )
@@ -202,9 +203,7 @@ class Teacher:
         FileFormatError : missing, damaged or foreign file, or one that does not hold its schedule.
         MismatchError : `schedule` is not the one the file was made for.
         """
-        tensors, header = read_tensors(path, _KIND)
-        if problem := misfit(header, {"about": {"schedule": {"type": str}, "evaluations": int}}, "its header"):
-            raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
+        tensors, header = read_tensors(path, _KIND, _SCHEMA)
         about = header["about"]
         found = stored_schedule(path, about["schedule"], tensors, schedule)
         try:

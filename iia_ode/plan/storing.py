@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, InputError
-from ..files import misfit, read_tensors, write_tensors
+from ..files import read_tensors, write_tensors
 from ..schedules import Schedule
 from ..schedules.stored import TABLE, schedule_tensors, stored_schedule
 from .instructions import Combine, Evaluate
@@ -40,8 +40,8 @@ def write_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
 
 def read_plan(path: str | os.PathLike[str], schedule: Schedule | None) -> Plan:
     """Read such a file; see :meth:`Plan.load`."""
-    tensors, header = read_tensors(path, _KIND)
-    if problem := misfit(header, _SCHEMA, "its header") or tensors_misfit(tensors):
+    tensors, header = read_tensors(path, _KIND, _SCHEMA)
+    if problem := tensors_misfit(tensors):
         raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
     found = stored_schedule(path, header["schedule"], tensors, schedule)
     return unpack(path, found, header["name"], header["code"], tensors)
