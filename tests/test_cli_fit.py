@@ -193,7 +193,8 @@ def test_every_sample_belongs_to_exactly_one_process():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ([], "runs in one process; with --solver, torchrun may be used"),
+        (["--save-teacher", "t"], "--save-teacher needs one process"),
+        ([], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
         (["--solver", "ddim", "--samples", "1"], "1 samples are too few for 2 processes"),
         (["--solver", "ddim", "--save-teacher", "t", "--target", "trajectory"], "--save-teacher needs one process"),
         (["--solver", "ddim"], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
@@ -220,6 +221,16 @@ def free_port():
         return found.getsockname()[1]
 
 
+def launched(*arguments):
+    """What two processes printed."""
+    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    command = [sys.executable, "-m", *launch, "-m", "iia_ode", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written: ") == 1
+    return done.stdout
+
+
 with_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
@@ -227,10 +238,7 @@ with_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avail
 def test_two_processes_write_the_file_that_one_would(tmp_path, capsys):
     options = ["--samples", "21", "--guard", "--ridge", "auto", "--intercept"]
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    command = [sys.executable, "-m", *launch, "-m", "iia_ode", "fit", *WINDOW, *options, "--out", str(two)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert "in 2 processes" in launched("fit", *WINDOW, *options, "--out", str(two))
     assert run(capsys, "fit", *WINDOW, *options, "--out", str(one))[0] == 0
     together, alone = iia.load(two), iia.load(one)
     assert together.about["batch"] == alone.about["batch"] == 21
@@ -238,18 +246,24 @@ def test_two_processes_write_the_file_that_one_would(tmp_path, capsys):
         assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
         assert a.accepted == b.accepted
     assert together.plan.difference(alone.plan) < 1e-9
-    assert done.stdout.count("written: ") == 1
-    assert "in 2 processes" in done.stdout
+
+
+@with_gloo
+def test_two_processes_find_the_solver_that_one_would(tmp_path, capsys):
+    options = ["--setting", "mixture", "--nfe", "3", "--budget", "closed-form", "--samples", "24"]
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    assert launched("fit", *options, "--out", str(two)).count("teacher: ") == 1
+    assert run(capsys, "fit", *options, "--out", str(one))[0] == 0
+    together, alone = iia.load(two), iia.load(one)
+    assert together.plan.difference(alone.plan) < 1e-9
+    assert together.about["sample_evaluations"] == alone.about["sample_evaluations"]
+    assert together.about["fingerprint"] == alone.about["fingerprint"]
 
 
 @with_gloo
 def test_two_processes_write_the_samples_that_one_would(tmp_path, capsys):
     options = ["sample", "heun", "--setting", "mixture", "--nfe", "5", "--samples", "7"]
-    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    command = [sys.executable, "-m", *launch, "-m", "iia_ode", *options, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("written: ") == 1
+    launched(*options, "--out", str(tmp_path / "two"))
     assert run(capsys, *options, "--out", str(tmp_path / "one"))[0] == 0
     assert run(capsys, *options[:-1], "4", "--out", str(tmp_path / "fewer"))[0] == 0
     two, one, fewer = (

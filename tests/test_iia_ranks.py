@@ -1,5 +1,6 @@
 """A fit over several processes is the fit of the whole batch in one; this file is also what those processes run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from support import mixture
 
 import iia_ode as iia
 from iia_ode.errors import RankError
-from iia_ode.iia import IIA, Teacher
+from iia_ode.iia import IIA, Budget, Teacher
+from iia_ode.iia.gather import Ranks
+from iia_ode.iia.recipe import fit
+from iia_ode.iia.shared import SharedODE
 
 GRID = iia.grids.karras(5)
 BATCH = 80
@@ -22,6 +26,9 @@ METHODS = {
     "three": IIA("ddim", "window", "substeps", intercept=True, ridge="auto"),
     "two": IIA("heun", "iia-edm", "trajectory"),
 }
+# A refinement too, and draws that the call makes itself.
+BUDGET = Budget(draws=96, teacher_steps=20, rounds=((0.2, 1),), descent=0, starts=1, iterations=2, finals=0.5)
+CALL = {"budget": BUDGET, "chunk_size": 71, "report": None}
 
 
 def problem(rows):
@@ -36,16 +43,52 @@ def problem(rows):
     return iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"shift": shift[rows]}), x[rows]
 
 
+def derivatives(share=lambda ode: ode):
+    """Two samples, fewer than there are processes: output, and derivatives by states and by one time for both."""
+    ode, x = problem(slice(0, 2))
+    leaves = x.requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    out = share(ode).output(*leaves)
+    gradients = torch.autograd.grad((out * torch.arange(out.numel()).reshape(out.shape)).sum(), leaves)
+    return [v.flatten().tolist() for v in (out, *gradients)]
+
+
+def failing_in_the_last(ode, ranks):
+    """The ODE, whose model fails in the last process from its fourth call on."""
+    calls = 0
+
+    def model(x, t, shift):
+        nonlocal calls
+        calls += 1
+        if ranks.rank == ranks.size - 1 and calls > 3:
+            raise ValueError("no such layer")
+        return ode.model(x, t, shift)
+
+    return iia.ProbabilityFlowODE(model, ode.schedule, conditioning=ode.conditioning)
+
+
 def worker(rank, folder):
-    """What each of three processes does: two fits, two mistakes, and a fit in which the last process dies."""
+    """What each of three processes does: fits, mistakes, and fits in which the last process fails or dies."""
     options = {"timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, **options)
     pair = dist.new_group([0, 1], **options)
     fragile = dist.new_group([0, 1, 2], timeout=timedelta(seconds=10))
+    brief = dist.new_group([0, 1], timeout=timedelta(seconds=5))
     for name, group in (("three", None), ("two", pair)):
         if rank + 1 < len(CUTS[name]):
             ode, x = problem(slice(CUTS[name][rank], CUTS[name][rank + 1]))
             METHODS[name].fit(ode, GRID, x, group=group, chunk_size=4).save(folder / f"{name}-{rank}.safetensors")
+    ode, x = problem(slice(None))
+    fit(ode, 4, x / 80, **CALL).save(folder / f"call-{rank}.safetensors")
+    (folder / f"derivatives-{rank}").write_text(json.dumps(derivatives(lambda ode: SharedODE(ode, Ranks(None)))))
+    try:
+        fit(ode, 4, (x / 80).roll(rank, 0), **CALL)
+    except RankError as error:
+        (folder / f"noise-{rank}").write_text(str(error))
+    if rank < 2:
+        try:
+            fit(failing_in_the_last(ode, Ranks(brief)), 4, x / 80, group=brief, **CALL)
+        except RankError as error:
+            (folder / f"failure-{rank}").write_text(str(error))
     ode, x = problem(slice(rank, rank + 2))
     try:
         METHODS["three"].fit(ode, iia.grids.karras(3 + rank), x)
@@ -113,6 +156,34 @@ def test_all_processes_have_the_very_same_numbers(folder, name):
     fits = [iia.load(folder / f"{name}-{rank}.safetensors") for rank in range(len(CUTS[name]) - 1)]
     assert all(fit.reports == fits[0].reports for fit in fits)
     assert all(fit.plan.difference(fits[0].plan) == 0 for fit in fits)
+
+
+def test_one_call_in_several_processes_finds_what_it_finds_in_one(folder):
+    ode, x = problem(slice(None))
+    alone = fit(ode, 4, x / 80, **CALL)
+    assert "refined" in next(i["name"] for i in alone.about["recipe"]["ingredients"] if i["chosen"])
+    for rank in range(3):
+        found = iia.load(folder / f"call-{rank}.safetensors")
+        assert found.plan.difference(alone.plan) < 1e-9
+        assert found.about["sample_evaluations"] == alone.about["sample_evaluations"]
+        names = [f.about["fingerprint"].partition(".")[2] for f in (found, alone)]
+        assert names[0] == names[1]  # but for the name of this file, which is the main program of those processes
+
+
+def test_a_shared_evaluation_has_the_derivatives_of_the_whole_even_where_samples_are_fewer_than_processes(folder):
+    for rank in range(3):
+        for found, own in zip(json.loads((folder / f"derivatives-{rank}").read_text()), derivatives(), strict=True):
+            assert found == pytest.approx(own, rel=1e-12, abs=1e-12)
+
+
+def test_one_call_with_another_noise_in_each_process_is_refused(folder):
+    for rank in range(3):
+        assert "give all of them the same noise" in (folder / f"noise-{rank}").read_text()
+
+
+def test_a_model_that_fails_in_one_process_ends_the_call_in_all(folder):
+    assert "heard nothing from another one" in (folder / "failure-0").read_text()
+    assert "the model failed in process 1 of 2: ValueError: no such layer" in (folder / "failure-1").read_text()
 
 
 def test_processes_that_ask_for_different_fits_are_told(folder):

@@ -112,8 +112,8 @@ def fit_command(
     """Fit a solver to a model and save it as one safetensors file.
 
     Finds the grid and the weights with the lowest error for --nfe evaluations that --budget can buy. With --solver, fits
-    the weights of one solver on one grid, by improved integration approximation; torchrun may then share the samples out
-    among processes: torchrun --nproc-per-node=2 -m iia_ode fit --solver ...
+    the weights of one solver on one grid, by improved integration approximation. torchrun may share the samples out among
+    processes: torchrun --nproc-per-node=2 -m iia_ode fit --nfe 6 --out fit.safetensors
     """
     if teacher is not None and save_teacher is not None:
         raise click.UsageError("--teacher reads trajectories and --save-teacher makes them: choose one.")
@@ -159,20 +159,29 @@ class _Files:
 def _find(
     job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, checkpointed: bool, files: _Files
 ) -> None:
-    """`iia_ode.fit`."""
+    """The best solver for that many evaluations, in this process or with others."""
     for name in (*_OF_IIA, "grid", "rho"):
         if given(name):
             option = "--guard/--no-guard" if name == "guard" else f"--{name}"
             raise click.UsageError(f"{option} goes with --solver: without that, grid and weights are searched for.")
     if checkpointed and not BUDGETS[budget].starts:
         raise click.UsageError(f"--checkpointed is for refinements, and --budget {budget} has none.")
-    if process_count() > 1:
-        raise click.UsageError(
-            "the search for grid and weights runs in one process; with --solver, torchrun may be used."
-        )
+    if process_count() > 1 and files.save_teacher:
+        raise click.UsageError("several processes share the samples out: --save-teacher needs one process.")
     if job.setting.sigma_max < _SMALL and (files.teacher or files.save_teacher):
         raise click.UsageError(f"a file of trajectories needs --sigma-max of at least {_SMALL:g}, or --solver.")
-    files.check()
+    with joined(job.device) as process, _warnings_as_lines(process.leads):
+        if process.leads:
+            files.check()
+        found = _search(replace(job, device=process.device), nfe, budget, samples, chunk_size, checkpointed, files)
+        if process.leads:
+            _write(found, files)
+
+
+def _search(
+    job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, checkpointed: bool, files: _Files
+) -> FittedSolver:
+    """`iia_ode.fit` of the command's options."""
     count = samples or (256 if files.kept is None else len(files.kept.initial))
     if files.save_teacher is not None:  # the budget adds no noise beside a teacher: that has all that it asks for
         count = max(count, BUDGETS[budget].draws)
@@ -192,22 +201,20 @@ def _find(
             progress=interactive(),
         )
 
-    with _warnings_as_lines():
-        found = fit(
-            ode,
-            nfe,
-            x if top >= _SMALL else x / top,
-            budget=budget,
-            sigma_max=top,
-            sigma_min=job.lowest,
-            teacher=files.teach(solve, _say),
-            chunk_size=chunk_size,
-            checkpointed=checkpointed,
-            seed=job.seed,
-            report=_say,
-            progress=interactive(),
-        )
-    _write(found, files)
+    return fit(
+        ode,
+        nfe,
+        x if top >= _SMALL else x / top,
+        budget=budget,
+        sigma_max=top,
+        sigma_min=job.lowest,
+        teacher=files.teach(solve, _say),
+        chunk_size=chunk_size,
+        checkpointed=checkpointed,
+        seed=job.seed,
+        report=_say,
+        progress=interactive(),
+    )
 
 
 def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..iia.gather import hearing
+from ..iia.gather import hearing, share
 
 __all__ = ["Process", "joined", "process_count", "processes_for"]
 
@@ -31,8 +31,8 @@ class Process:
         return self.rank == 0
 
     def share(self, samples: int) -> slice:
-        """Its part of a batch: ranks in order have samples in order, as evenly as can be."""
-        return self._part(self.rank, samples)
+        """Its part of a batch."""
+        return share(self.rank, self.size, samples)
 
     def gathered(self, own: Tensor, samples: int) -> Tensor | None:
         """The whole batch from everyone's part of it, at the one that leads; None at the others.
@@ -49,15 +49,12 @@ class Process:
             return None
         parts = [own.cpu()]
         for rank in range(1, self.size):
-            part = self._part(rank, samples)
+            part = share(rank, self.size, samples)
             theirs = own.new_empty((part.stop - part.start, *own.shape[1:]))
             with hearing(self.rank, self.size):
                 dist.recv(theirs, rank)
             parts.append(theirs.cpu())
         return torch.cat(parts)
-
-    def _part(self, rank: int, samples: int) -> slice:
-        return slice(rank * samples // self.size, (rank + 1) * samples // self.size)
 
 
 def process_count() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import RankError
 from .lstsq import LeastSquares
 
-__all__ = ["Alone", "Gather", "Ranks", "gather_over", "hearing"]
+__all__ = ["Alone", "Gather", "Ranks", "gather_over", "hearing", "share"]
 
 
 class Gather(Protocol):
@@ -60,15 +60,28 @@ class Ranks:
 
     def begin(self, samples: int, task: object) -> tuple[int, int]:
         """Samples count in the order of the ranks."""
-        mark = int.from_bytes(hashlib.sha256(repr(task).encode()).digest()[:7], "big")
-        rows = self._even(torch.tensor([samples, mark], dtype=torch.int64, device="cpu"))
-        if len({int(row[1]) for row in rows}) > 1:
-            raise RankError(
-                "the processes were asked for different fits: give all of them the same method, ODE and grid, and a teacher "
-                "to all or to none."
-            )
-        counts = [int(row[0]) for row in rows]
+        counts = self.agree(samples, task, "the same method, ODE and grid, and a teacher to all or to none")
         return sum(counts[: self.rank]), sum(counts)
+
+    def agree(self, number: int, task: object, wanted: str) -> list[int]:
+        """Everyone's number, once it is known that all have the same task; else a RankError that says what is `wanted`."""
+        mark = int.from_bytes(hashlib.sha256(repr(task).encode()).digest()[:7], "big")
+        rows = self._even(torch.tensor([number, mark], dtype=torch.int64, device="cpu"))
+        if len({int(row[1]) for row in rows}) > 1:
+            raise RankError(f"the processes were asked for different fits: give all of them {wanted}.")
+        return [int(row[0]) for row in rows]
+
+    def share(self, samples: int) -> slice:
+        """This process's share of a batch that all of them have."""
+        return share(self.rank, self.size, samples)
+
+    def rows(self, own: Tensor, samples: int) -> Tensor:
+        """The whole batch [samples, ...] from everyone's share of it, on the device of this process's own."""
+        message = own.new_zeros((-(-samples // self.size), *own.shape[1:]))
+        message[: len(own)] = own
+        shares = (share(rank, self.size, samples) for rank in range(self.size))
+        parts = [part[: own.stop - own.start] for own, part in zip(shares, self._gathered(message), strict=True)]
+        return torch.cat(parts).to(own.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """Added in the order of the ranks."""
@@ -89,12 +102,20 @@ class Ranks:
         return whole
 
     def _even(self, values: Tensor) -> list[Tensor]:
-        """A tensor of the same shape from every rank."""
+        """A tensor of the same shape from every rank, on the host."""
+        return [v.cpu() for v in self._gathered(values)]
+
+    def _gathered(self, values: Tensor) -> list[Tensor]:
         mine = values.to(self.device)
         theirs = [torch.empty_like(mine) for _ in range(self.size)]
         with hearing(self.rank, self.size):
             dist.all_gather(theirs, mine, group=self.group)
-        return [v.cpu() for v in theirs]
+        return theirs
+
+
+def share(rank: int, size: int, samples: int) -> slice:
+    """The part of a batch that is for process `rank` of `size`: ranks in order have samples in order, as evenly as can be."""
+    return slice(rank * samples // size, (rank + 1) * samples // size)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..errors import IIAError, InputError, MismatchError, first_line
+from ..errors import IIAError, InputError, MismatchError, RankError, first_line
 from ..grids import karras
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, trace
@@ -26,6 +26,7 @@ from .moments import estimate_moments
 from .refine import Refinement, refine
 from .routes import Route, Start, class_condition, joined, worth_refining
 from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
+from .shared import SharedODE
 from .teacher import Teacher
 from .variants import SCALARS, variants_of
 from .warm_start import WarmStart
@@ -178,6 +179,8 @@ class Job:
                 try:
                     routes += self._routes(Route(start), near)
                     continue
+                except RankError:
+                    raise
                 except IIAError as error:
                     reason = first_line(error)
             self.say(f"warm start {start.name}: not possible here ({reason})")
@@ -281,6 +284,8 @@ class Job:
                 method, held_out = replace(self.method, ridge=_RIDGE), 1 - self.train / len(self.x)
                 try:
                     parts = route.fit(method, self._grid(route), own, own_x, own_teacher, self.chunk_size)
+                except RankError:
+                    raise
                 except IIAError as error:
                     self.say(f"{name}: not possible ({first_line(error)})")
                 else:
@@ -313,7 +318,11 @@ class Job:
                 seed=self.seed,
                 progress=self.progress,
             )
+        except RankError:
+            raise
         except (IIAError, RuntimeError) as error:
+            if isinstance(self.ode, SharedODE) and not isinstance(error, IIAError):  # the others wait for this process
+                raise RankError(f"{name} failed in this process: {first_line(error)}") from error
             less = "; checkpointed=True or a smaller chunk_size takes less memory" if "memory" in str(error) else ""
             self.say(f"{name}: not possible ({first_line(error)}{less})")
             return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
@@ -14,8 +15,11 @@ from ..plan import check_start
 from .budgets import Budget, budget_of
 from .chunks import device_of
 from .fitted import FittedSolver
+from .gather import Ranks, gather_over
 from .initial import initial_states, more_states, smallest_level, start_time
 from .job import Job
+from .origin import conditions_digest, origin
+from .shared import SharedODE
 from .teacher import Teacher
 
 __all__ = ["fit"]
@@ -35,6 +39,7 @@ def fit(
     teacher: Teacher | None = None,
     chunk_size: int = 64,
     checkpointed: bool = False,
+    group: Any = None,
     seed: int = 0,
     report: Callable[[str], None] | None = print,
     progress: bool = False,
@@ -50,6 +55,10 @@ def fit(
     candidates. Last, what was chosen is fitted to all of the noise, where there is enough of it and it helps there; the
     errors that are reported are those from before. ``"thorough"`` makes the last choice on the held-out noise and on
     :attr:`Budget.finals` times as many draws as there are, made for that; these alone say whether the last fit is better.
+
+    Where ``torch.distributed`` is initialised, this is a collective call: every process passes the same noise, conditions and
+    options, each runs the model on its share of the samples of every evaluation, and all get the same fit. Unlike in
+    :meth:`IIA.fit`, the whole noise is given to each process, and each holds all trajectories.
 
     Parameters
     ----------
@@ -71,9 +80,10 @@ def fit(
     chunk_size : samples that go through the model at once.
     checkpointed : in refinements, forget the inside of each evaluation and make it again on the way back: the memory of one
         evaluation of a chunk instead of all, for half as much work again. For models whose graphs are large.
+    group : processes that fit together; by default all of ``torch.distributed``, if that is initialised.
     seed : of `shape`'s draws, of those that a budget adds, and of the refinement's signs; recorded.
-    report : is told what it will cost, how far it is and what it found; None for silence.
-    progress : show bars.
+    report : is told what it will cost, how far it is and what it found, in the first process; None for silence.
+    progress : show bars, there.
 
     Returns
     -------
@@ -84,15 +94,12 @@ def fit(
     ------
     InputError, GridError, MismatchError : an argument is not usable.
     NonFiniteError : the model is not finite.
+    RankError : another process of the group failed, or was asked for another fit.
     """
     chosen = budget_of(budget)
     for name, value in (("nfe", nfe), ("chunk_size", chunk_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} must be a positive whole number, got {value!r}.")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise InputError(
-            "iia_ode.fit runs in one process: over several ranks, fit IIA(...) on a grid, or run it on one rank."
-        )
     start = start_time(ode, sigma_max)
     x = noise if teacher is not None and noise is not None else initial_states(ode, noise, shape, samples, start, seed)
     if teacher is not None and not torch.equal(teacher.initial, x.detach().cpu().to(teacher.initial.dtype)):
@@ -102,6 +109,11 @@ def fit(
     sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
+    if isinstance(ranks := gather_over(group), Ranks):
+        task = nfe, start, sigma_min, chosen, held_out, chunk_size, checkpointed, seed, _digest(ode, x, teacher)
+        ranks.agree(len(x), task, "the same noise, conditions, model and options, and a teacher to all or to none")
+        ode = SharedODE(ode, ranks)
+        report, progress = (report, progress) if ranks.rank == 0 else (None, False)
     given, say = len(x), report or (lambda _: None)
     if teacher is None:
         ode, x = more_states(ode, x, start, chosen.draws, held_out, seed)
@@ -112,3 +124,9 @@ def fit(
         chunk_size=chunk_size, checkpointed=checkpointed, seed=seed, say=say, progress=progress,
     )  # fmt: skip
     return job.run(teacher)
+
+
+def _digest(ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher | None) -> tuple[object, ...]:
+    """What must be the same in every process that takes part."""
+    states = hashlib.sha256(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return origin(ode, x), conditions_digest(ode), states, None if teacher is None else teacher.way
