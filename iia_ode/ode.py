@@ -266,6 +266,15 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
             expected = ", ".join(map(str, ("B", *self.state_shape)))
             raise InputError(f"the state must have shape [{expected}], got {list(x.shape)}.")
 
+    def check_conditions(self, batch: int) -> None:
+        """Raise InputError unless every condition has one entry for each of `batch` samples, or one for all."""
+        for name, value in (*self.conditioning.items(), *self.unconditional.items()):
+            if isinstance(value, Tensor) and value.ndim and len(value) not in (1, batch):
+                raise InputError(
+                    f"conditioning {name!r} has {len(value)} entries for a batch of {batch}: give one per sample, or one for "
+                    "all."
+                )
+
     # ---- calling the model -------------------------------------------------------------------------------------------
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
@@ -285,12 +294,13 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         else:
             times = torch.full((batch,), t, dtype=time_dtype, device=x.device)
         y = x.to(dtype, copy=True)
-        condition = {k: _batched(v, batch, x.device, k) for k, v in self.conditioning.items()}
+        self.check_conditions(batch)
+        condition = {k: _batched(v, batch, x.device) for k, v in self.conditioning.items()}
         self.ledger.evaluations += 1
         self.ledger.samples += batch
         if self.guidance_scale == 1.0:
             return _checked(self.model(y, times, **condition), x.shape).to(x.dtype)
-        null = {k: _batched(v, batch, x.device, k) for k, v in self.unconditional.items()}
+        null = {k: _batched(v, batch, x.device) for k, v in self.unconditional.items()}
         both = {k: _paired(condition[k], null[k], k) for k in condition}
         doubled = self.model(torch.cat([y, y]), torch.cat([times, times]), **both)
         cond, uncond = _checked(doubled, (2 * batch, *x.shape[1:])).chunk(2)
@@ -401,17 +411,11 @@ def _kind(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _batched(value: Any, batch: int, device: torch.device, name: str) -> Any:
+def _batched(value: Any, batch: int, device: torch.device) -> Any:
     """A conditioning value for `batch` samples on the state's device."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device, non_blocking=True)
     if value.ndim == 0:
         return value.expand(batch)
-    if len(value) == batch:
-        return value
-    if len(value) == 1:
-        return value.expand(batch, *value.shape[1:])
-    raise InputError(
-        f"conditioning {name!r} has {len(value)} entries for a batch of {batch}: give one per sample, or one for all."
-    )
+    return value if len(value) == batch else value.expand(batch, *value.shape[1:])

@@ -28,6 +28,7 @@ from torch import Tensor
 from .errors import FileFormatError, InputError, MismatchError
 from .files import read_tensors, write_tensors
 from .schedules import Schedule
+from .schedules.stored import brief
 
 __all__ = ["Curve", "ModelStatistics", "StepIntegrals"]
 
@@ -171,8 +172,8 @@ class ModelStatistics:
         """Raise MismatchError if these statistics belong to another schedule."""
         if self.schedule is not None and dict(self.schedule) != schedule.config():
             raise MismatchError(
-                f"<{self!r}> were estimated on the schedule {_brief(self.schedule)}, and this one is "
-                f"{_brief(schedule.config())}: estimate them again, or use the schedule that they were made for."
+                f"<{self!r}> were estimated on the schedule {brief(self.schedule)}, and this one is "
+                f"{brief(schedule.config())}: estimate them again, or use the schedule that they were made for."
             )
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -276,8 +277,3 @@ def _panel_rule() -> tuple[Array, Array, Array]:
     k = np.arange(1, n)
     integrals = np.column_stack([x + 1, (values[:, 2:] - values[:, :-2]) / (2 * k + 1)])
     return (x + 1) / 2, w / 2, integrals @ np.linalg.inv(values[:, :n]) / 2
-
-
-def _brief(config: Mapping[str, Any]) -> str:
-    """A schedule's configuration, its long lists of samples left out."""
-    return ", ".join(f"{k}={v!r}" if not isinstance(v, list) else f"{k}=[...]" for k, v in config.items())

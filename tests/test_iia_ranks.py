@@ -13,6 +13,7 @@ import torch.distributed as dist
 from support import mixture
 
 import iia_ode as iia
+from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.errors import RankError
 from iia_ode.iia import IIA, Budget, Teacher
 from iia_ode.iia.gather import Ranks
@@ -46,10 +47,20 @@ def problem(rows):
 def derivatives(share=lambda ode: ode):
     """Two samples, fewer than there are processes: output, and derivatives by states and by one time for both."""
     ode, x = problem(slice(0, 2))
-    leaves = x.requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    out = share(ode).output(*leaves)
-    gradients = torch.autograd.grad((out * torch.arange(out.numel()).reshape(out.shape)).sum(), leaves)
-    return [v.flatten().tolist() for v in (out, *gradients)]
+    found = []
+    guided = iia.ProbabilityFlowODE(
+        ode.model,
+        ode.schedule,
+        conditioning=ode.conditioning,
+        unconditional={"shift": torch.zeros(1)},
+        guidance_scale=2.5,
+    )
+    for own in (ode, guided, dynamic_thresholding(guided)):
+        leaves = x.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        out = share(own).output(*leaves)
+        gradients = torch.autograd.grad((out * torch.arange(out.numel()).reshape(out.shape)).sum(), leaves)
+        found += [v.flatten().tolist() for v in (out, *gradients)]
+    return found
 
 
 def failing_in_the_last(ode, ranks):
@@ -70,7 +81,7 @@ def worker(rank, folder):
     """What each of three processes does: fits, mistakes, and fits in which the last process fails or dies."""
     options = {"timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, **options)
-    pair = dist.new_group([0, 1], **options)
+    pair, single = dist.new_group([0, 1], **options), dist.new_group([2], **options)
     fragile = dist.new_group([0, 1, 2], timeout=timedelta(seconds=10))
     brief = dist.new_group([0, 1], timeout=timedelta(seconds=5))
     for name, group in (("three", None), ("two", pair)):
@@ -79,11 +90,21 @@ def worker(rank, folder):
             METHODS[name].fit(ode, GRID, x, group=group, chunk_size=4).save(folder / f"{name}-{rank}.safetensors")
     ode, x = problem(slice(None))
     fit(ode, 4, x / 80, **CALL).save(folder / f"call-{rank}.safetensors")
+    if rank < 2:
+        fit(ode, 3, x / 80, group=pair, checkpointed=True, **CALL).save(folder / f"again-{rank}.safetensors")
+    else:
+        fit(ode, 3, x / 80, group=single, **CALL).save(folder / f"again-{rank}.safetensors")
     (folder / f"derivatives-{rank}").write_text(json.dumps(derivatives(lambda ode: SharedODE(ode, Ranks(None)))))
+    few = iia.ProbabilityFlowODE(ode.model, ode.schedule, conditioning={"shift": torch.zeros(40)})
+    for name, own, noise in (("noise", ode, (x / 80).roll(rank, 0)), ("conditions", few, x / 80)):
+        try:
+            fit(own, 4, noise, **CALL)
+        except iia.IIAError as error:
+            (folder / f"{name}-{rank}").write_text(f"{type(error).__name__}: {error}")
     try:
-        fit(ode, 4, (x / 80).roll(rank, 0), **CALL)
+        SharedODE(ode, Ranks(None)).output(x, 0.5 + rank)
     except RankError as error:
-        (folder / f"noise-{rank}").write_text(str(error))
+        (folder / f"apart-{rank}").write_text(str(error))
     if rank < 2:
         try:
             fit(failing_in_the_last(ode, Ranks(brief)), 4, x / 80, group=brief, **CALL)
@@ -170,6 +191,12 @@ def test_one_call_in_several_processes_finds_what_it_finds_in_one(folder):
         assert names[0] == names[1]  # but for the name of this file, which is the main program of those processes
 
 
+def test_a_group_has_a_call_of_its_own_whether_checkpointed_or_of_one_process(folder):
+    ode, x = problem(slice(None))
+    alone = fit(ode, 3, x / 80, **CALL)
+    assert all(iia.load(folder / f"again-{rank}.safetensors").plan.difference(alone.plan) < 1e-9 for rank in range(3))
+
+
 def test_a_shared_evaluation_has_the_derivatives_of_the_whole_even_where_samples_are_fewer_than_processes(folder):
     for rank in range(3):
         for found, own in zip(json.loads((folder / f"derivatives-{rank}").read_text()), derivatives(), strict=True):
@@ -179,6 +206,17 @@ def test_a_shared_evaluation_has_the_derivatives_of_the_whole_even_where_samples
 def test_one_call_with_another_noise_in_each_process_is_refused(folder):
     for rank in range(3):
         assert "give all of them the same noise" in (folder / f"noise-{rank}").read_text()
+
+
+def test_conditions_for_too_few_samples_are_refused_as_in_one_process(folder):
+    for rank in range(3):
+        text = (folder / f"conditions-{rank}").read_text()
+        assert text.startswith("InputError: conditioning 'shift' has 40 entries for a batch of")
+
+
+def test_processes_that_make_different_calls_are_told(folder):
+    for rank in range(3):
+        assert "came to different decisions" in (folder / f"apart-{rank}").read_text()
 
 
 def test_a_model_that_fails_in_one_process_ends_the_call_in_all(folder):

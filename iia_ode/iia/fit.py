@@ -17,9 +17,8 @@ from ..solvers import Solver, SolverLike, as_solver
 from .chunks import Chunk, device_of
 from .fitted import FittedSolver
 from .fitting import Fitting, floor_of
-from .gather import Alone, gather_over
+from .gather import gather_over
 from .origin import origin
-from .shared import SharedODE
 from .structure import Window
 from .targets import Samples, Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher
@@ -140,7 +139,7 @@ class IIA:
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
-        gather = Alone() if isinstance(ode, SharedODE) else gather_over(group)
+        gather = gather_over(group)
         made_for = origin(ode, x)
         first, total = gather.begin(len(x), (self._options(), times, share, made_for, teacher is not None))
         with ode.counting() as spent:

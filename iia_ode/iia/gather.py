@@ -11,10 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RankError
+from ..errors import InputError, RankError
 from .lstsq import LeastSquares
 
-__all__ = ["Alone", "Gather", "Ranks", "gather_over", "hearing", "share"]
+__all__ = ["Alone", "Gather", "Ranks", "gather_over", "hearing", "ranks_of", "share"]
+
+
+_APART = (
+    "the processes came to different decisions: they were not given the same, or their arithmetic differs. Run them on "
+    "machines of one kind, with as many threads each."
+)
 
 
 class Gather(Protocol):
@@ -55,8 +61,8 @@ class Ranks:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        on_host = "gloo" in dist.get_backend(group) or "mpi" in dist.get_backend(group)
-        self.device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        self.on_host = "gloo" in dist.get_backend(group) or "mpi" in dist.get_backend(group)
+        self.device = torch.device("cpu") if self.on_host else torch.device("cuda", torch.cuda.current_device())
 
     def begin(self, samples: int, task: object) -> tuple[int, int]:
         """Samples count in the order of the ranks."""
@@ -75,13 +81,27 @@ class Ranks:
         """This process's share of a batch that all of them have."""
         return share(self.rank, self.size, samples)
 
-    def rows(self, own: Tensor, samples: int) -> Tensor:
-        """The whole batch [samples, ...] from everyone's share of it, on the device of this process's own."""
-        message = own.new_zeros((-(-samples // self.size), *own.shape[1:]))
+    def rows(self, own: Tensor, samples: int, mark: float = 0.0) -> Tensor:
+        """The whole batch [samples, ...] from everyone's share of it, on the device of this process's own.
+
+        Where messages are on the host, everyone's mark must be the same: it says which call this is.
+        """
+        most = -(-samples // self.size)
+        message = own.new_full((most + 1, *own.shape[1:]), mark)
         message[: len(own)] = own
+        parts = self._gathered(message)
+        if self.on_host and not all(torch.equal(part[most], parts[0][most]) for part in parts):
+            raise RankError(_APART)
         shares = (share(rank, self.size, samples) for rank in range(self.size))
-        parts = [part[: own.stop - own.start] for own, part in zip(shares, self._gathered(message), strict=True)]
-        return torch.cat(parts).to(own.device)
+        return torch.cat([part[: s.stop - s.start] for s, part in zip(shares, parts, strict=True)]).to(own.device)
+
+    def check_same(self, values: Tensor) -> None:
+        """Raise RankError unless these numbers are everyone's, to rounding."""
+        lengths = self._even(torch.tensor([len(values)], dtype=torch.int64, device="cpu"))
+        if not all(torch.equal(n, lengths[0]) for n in lengths):
+            raise RankError(_APART)
+        if not all(torch.allclose(v, values, rtol=1e-6, atol=0.0, equal_nan=True) for v in self._even(values)):
+            raise RankError(_APART)
 
     def sum(self, values: Tensor) -> Tensor:
         """Added in the order of the ranks."""
@@ -132,6 +152,18 @@ def hearing(rank: int, size: int) -> Iterator[None]:
 
 def gather_over(group: Any) -> Gather:
     """That of a group of ``torch.distributed``; of the default one, where there is one, if `group` is None."""
-    if not dist.is_available() or not (group is not None or dist.is_initialized()):
-        return Alone()
-    return Ranks(group) if dist.get_world_size(group) > 1 else Alone()
+    return group if isinstance(group, Alone) else ranks_of(group) or Alone()
+
+
+def ranks_of(group: Any) -> Ranks | None:
+    """The processes of a group; of the default one if `group` is None; None where there is only this process.
+
+    Raises
+    ------
+    InputError : this process is not in the group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    if dist.get_rank(group) < 0:
+        raise InputError("this process is not in the group that it was told to fit with.")
+    return Ranks(group) if dist.get_world_size(group) > 1 else None

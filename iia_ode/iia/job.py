@@ -321,9 +321,10 @@ class Job:
         except RankError:
             raise
         except (IIAError, RuntimeError) as error:
-            if isinstance(self.ode, SharedODE) and not isinstance(error, IIAError):  # the others wait for this process
-                raise RankError(f"{name} failed in this process: {first_line(error)}") from error
             less = "; checkpointed=True or a smaller chunk_size takes less memory" if "memory" in str(error) else ""
+            everyones = isinstance(error, IIAError | torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+            if isinstance(self.ode, SharedODE) and not everyones:  # the others wait for this process
+                raise RankError(f"{name} failed in this process: {first_line(error)}{less}") from error
             self.say(f"{name}: not possible ({first_line(error)}{less})")
             return None
 

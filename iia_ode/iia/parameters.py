@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..errors import InputError
 from ..ode import ProbabilityFlowODE, conversion
@@ -253,7 +253,8 @@ class Parameters:
                 (p0, q0), (p1, q1) = level.factors
                 p_x, q_x = p0 + p1 * moves[moving], q0 + q1 * moves[moving]
             call: Callable[..., Tensor] = ode.output
-            out = checkpoint(call, state, t, use_reentrant=False) if checkpointed else call(state, t)
+            with set_checkpoint_early_stop(False):  # it stops by an exception, amid what other processes wait for
+                out = checkpoint(call, state, t, use_reentrant=False) if checkpointed else call(state, t)
             if state.requires_grad and not out.requires_grad:
                 raise InputError("no gradient flows through the model: a plan cannot be refined through it.")
             values.append(spread(p_x) * state + spread(q_x) * out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..plan import check_start
 from .budgets import Budget, budget_of
 from .chunks import device_of
 from .fitted import FittedSolver
-from .gather import Ranks, gather_over
+from .gather import ranks_of
 from .initial import initial_states, more_states, smallest_level, start_time
 from .job import Job
 from .origin import conditions_digest, origin
@@ -77,7 +78,7 @@ def fit(
     held_out : share of the noise, its last part, that decides. Noise that a budget adds goes to the part whose sample has
         given it its condition: none of those that decide is fitted to, but for such as both parts have, as class labels.
     teacher : of these very initial states, if there is one already; no noise is added to them.
-    chunk_size : samples that go through the model at once.
+    chunk_size : samples that go through the model at once, in all processes together.
     checkpointed : in refinements, forget the inside of each evaluation and make it again on the way back: the memory of one
         evaluation of a chunk instead of all, for half as much work again. For models whose graphs are large.
     group : processes that fit together; by default all of ``torch.distributed``, if that is initialised.
@@ -94,7 +95,7 @@ def fit(
     ------
     InputError, GridError, MismatchError : an argument is not usable.
     NonFiniteError : the model is not finite.
-    RankError : another process of the group failed, or was asked for another fit.
+    RankError : a process of the group failed, was asked for another fit, or came to other decisions than the others.
     """
     chosen = budget_of(budget)
     for name, value in (("nfe", nfe), ("chunk_size", chunk_size)):
@@ -109,9 +110,9 @@ def fit(
     sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
-    if isinstance(ranks := gather_over(group), Ranks):
+    if (ranks := ranks_of(group)) is not None:
         task = nfe, start, sigma_min, chosen, held_out, chunk_size, checkpointed, seed, _digest(ode, x, teacher)
-        ranks.agree(len(x), task, "the same noise, conditions, model and options, and a teacher to all or to none")
+        ranks.agree(len(x), task, "the same noise, conditions, model, options and teacher, if any")
         ode = SharedODE(ode, ranks)
         report, progress = (report, progress) if ranks.rank == 0 else (None, False)
     given, say = len(x), report or (lambda _: None)
@@ -123,10 +124,17 @@ def fit(
         ode, nfe, x, given=given, start=start, sigma_min=sigma_min, budget=chosen, held_out=held_out,
         chunk_size=chunk_size, checkpointed=checkpointed, seed=seed, say=say, progress=progress,
     )  # fmt: skip
-    return job.run(teacher)
+    found = job.run(teacher)
+    if ranks is not None:
+        errors = [candidate.error or math.nan for candidate in job.found]
+        ranks.check_same(torch.tensor([*found.plan.grid, *errors], dtype=torch.float64, device="cpu"))
+    return found
 
 
 def _digest(ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher | None) -> tuple[object, ...]:
     """What must be the same in every process that takes part."""
-    states = hashlib.sha256(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-    return origin(ode, x), conditions_digest(ode), states, None if teacher is None else teacher.way
+    digest, path = hashlib.sha256(), None if teacher is None else teacher.path
+    known = () if path is None else (path.knots, path.states, path.slopes, path.data)
+    for values in (x, *(v for v in known if v is not None)):
+        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return origin(ode, x), conditions_digest(ode), digest.hexdigest(), None if teacher is None else teacher.about

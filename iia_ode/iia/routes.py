@@ -14,6 +14,7 @@ from ..plan import Plan
 from ..schedules import Schedule
 from .fit import IIA
 from .fitted import FittedSolver
+from .gather import Alone
 from .moments import Moments
 from .search import FreeGrid, LeapGrid
 from .teacher import Teacher
@@ -75,12 +76,16 @@ class Route:
     ) -> Parts:
         """What it makes of these samples on this grid; `method` is how to fit, less the variant."""
         method = self.variant.of(method)
+        options |= {
+            "chunk_size": chunk,
+            "group": Alone(),
+        }  # the samples are all of them, in every process that there is
         if self.start is None:
-            return Parts(None, method.fit(ode, grid, x, teacher=teacher, chunk_size=chunk, **options))
+            return Parts(None, method.fit(ode, grid, x, teacher=teacher, **options))
         t, s = (float(v) for v in grid[:2])
         warm = self.start.make(ode.schedule, t, s)
         y = warm.apply(x, ode)
-        return Parts(warm, method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), chunk_size=chunk, **options))
+        return Parts(warm, method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), **options))
 
 
 @dataclass(frozen=True, eq=False)

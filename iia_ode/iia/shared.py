@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..errors import IIAError, RankError, first_line
+from ..errors import RankError, first_line
 from ..ode import Ledger, ProbabilityFlowODE
 from .gather import Ranks
 
@@ -48,27 +49,27 @@ class SharedODE(ProbabilityFlowODE):
 
         Raises
         ------
-        RankError : the model failed in this process, or another one was not heard of.
+        RankError : the model failed in this process, or another one was not heard of, or is at another call than this one.
         """
-        samples = len(x)
+        samples, ranks = len(x), self.ranks
+        self.check_conditions(samples)
         self.ledger.evaluations += 1
         self.ledger.samples += samples
-        place = self.ranks.share(samples)
-        count = place.stop - place.start
+        own = ranks.share(samples)
         # Whoever has no sample runs one all the same: the way back must be the same in every process.
-        taken = place if count else slice(0, 1)
-        part = _cut(x, taken, count, self.ranks)
-        times = _cut(t.expand(samples), taken, count, self.ranks) if isinstance(t, Tensor) else t
+        taken = own if own.stop > own.start else slice(0, 1)
+        times = t.expand(samples) if isinstance(t, Tensor) else None
+        part, part_times = _cut(x, times, taken, ranks)
         try:
-            own = self.own.subset(taken, samples).output(part, times)
-        except IIAError:
-            raise
-        except Exception as error:  # the others wait for this process: nothing that could be tried instead may follow
-            rank, size = self.ranks.rank, self.ranks.size
+            out = self.own.subset(taken, samples).output(part, t if part_times is None else part_times)
+        except Exception as error:  # whatever it is: the others wait, so nothing that could be tried instead may follow
             raise RankError(
-                f"the model failed in process {rank} of {size}: {type(error).__name__}: {first_line(error)}"
+                f"the model failed in process {ranks.rank} of {ranks.size}: {type(error).__name__}: {first_line(error)}"
             ) from error
-        return _joined(own[:count], samples, self.ranks)
+        mark = 0.0
+        if ranks.on_host:  # where reading a time takes no waiting for a device
+            mark = float(t.detach().flatten()[0]) if isinstance(t, Tensor) else t
+        return _joined(out[: own.stop - own.start], samples, mark, ranks)
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> SharedODE:
         view = self.own._view(conditioning, unconditional)
@@ -81,36 +82,45 @@ class SharedODE(ProbabilityFlowODE):
 
 
 class _Cut(torch.autograd.Function):
-    """A share of a batch that every process has; on the way back the gradients of all shares."""
+    """A share of states and times that every process has; on the way back the gradients of all shares."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, taken: slice, count: int, ranks: Ranks) -> Tensor:
-        ctx.samples, ctx.count, ctx.ranks = len(whole), count, ranks
-        return whole[taken].clone()
+    def forward(ctx: Any, x: Tensor, t: Tensor | None, taken: slice, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+        ctx.samples, ctx.ranks = len(x), ranks
+        return x[taken].clone(), None if t is None else t[taken].clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.ranks.rows(gradients[0][: ctx.count], ctx.samples), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # Both in one place, so that every process sends them in the same order.
+        place = ctx.ranks.share(ctx.samples)
+        count = place.stop - place.start
+        x, t = (
+            ctx.ranks.rows(g[:count], ctx.samples) if needed else None
+            for g, needed in zip(gradients, ctx.needs_input_grad[:2], strict=True)
+        )
+        return x, t, None, None
 
 
 class _Join(torch.autograd.Function):
     """The whole batch from everyone's share; on the way back the gradient of one's own."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, samples: int, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, own: Tensor, samples: int, mark: float, ranks: Ranks) -> Tensor:
         ctx.place = ranks.share(samples)
-        return ranks.rows(own, samples)
+        return ranks.rows(own, samples, mark)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0][ctx.place], None, None
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0][ctx.place], None, None, None
 
 
-def _cut(whole: Tensor, taken: slice, count: int, ranks: Ranks) -> Tensor:
-    part: Tensor = _Cut.apply(whole, taken, count, ranks)  # type: ignore[no-untyped-call]
-    return part
+def _cut(x: Tensor, t: Tensor | None, taken: slice, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+    parts: tuple[Tensor, Tensor | None] = _Cut.apply(x, t, taken, ranks)  # type: ignore[no-untyped-call]
+    return parts
 
 
-def _joined(own: Tensor, samples: int, ranks: Ranks) -> Tensor:
-    whole: Tensor = _Join.apply(own, samples, ranks)  # type: ignore[no-untyped-call]
+def _joined(own: Tensor, samples: int, mark: float, ranks: Ranks) -> Tensor:
+    whole: Tensor = _Join.apply(own, samples, mark, ranks)  # type: ignore[no-untyped-call]
     return whole

@@ -50,7 +50,7 @@ def stored_schedule(
 
 
 def brief(config: Mapping[str, Any]) -> str:
-    """``VP (beta_0=0.1, beta_1=20.0)``, whatever the order of the keys."""
+    """``VP (beta_0=0.1, beta_1=20.0)``, whatever the order of the keys, and without the numbers of long lists."""
     key = "type" if "type" in config else "name"
-    rest = ", ".join(f"{k}={v}" for k, v in sorted(config.items()) if k != key)
+    rest = ", ".join(f"{k}={'[...]' if isinstance(v, list) else v}" for k, v in sorted(config.items()) if k != key)
     return f"{config[key]} ({rest})" if rest else str(config[key])
