@@ -193,6 +193,11 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
     for name in SETTINGS:
         if own := list(files.get(name, {}).values()):
             parts.append(f"- {name}: {conditions(own, 'samples', 'fit_samples', 'seed')}.")
+    missing = [
+        f"{n} `{p}` {nfe}" for n in SETTINGS for p, nfe in losing(n, list(NFES)) if f"{p} {nfe}" not in files.get(n, {})
+    ]
+    if missing:
+        parts.append(f"- Losing there and not measured here: {', '.join(missing)}.")
     cell = "{0[0]:.2f} ± {0[1]:.2f}".format
     head = ["setting", "preset", "NFE", *TARGETS]
     lines = [[n, f"`{p}`", nfe, *(cell(e[label]["ratio"]) for label in TARGETS)] for n, p, nfe, e in compared]
