@@ -36,6 +36,7 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
+from iia_ode.metrics import paired_ratio
 from iia_ode.plan import Plan
 
 SETTINGS = ("digits", "patches", "mixture64")
@@ -79,12 +80,6 @@ step makes up for those before it.
 """
 
 
-def ratio_with_error(fit: Tensor, base: Tensor) -> tuple[float, float]:
-    """Root of the ratio of two means of paired squares, and its standard error to first order."""
-    value = float((fit.mean() / base.mean()).sqrt())
-    return value, 0.5 * value * float((fit / fit.sum() - base / base.sum()).square().sum().sqrt())
-
-
 def draws(name: str) -> tuple[Batch, Batch]:
     """Those of the acceptance page: for fits, and unseen."""
     kind = kind_of(name)
@@ -109,7 +104,7 @@ def ratios(name: str, preset: str, nfe: int) -> Entry:
         apart = [e.sqrt() > APART for e in (by_base, by_fit)]
         rest = ~(apart[0] | apart[1])
         out[label] = {
-            "ratio": ratio_with_error(by_fit, by_base),
+            "ratio": paired_ratio(by_fit, by_base),
             "apart": [int(a.sum()) for a in apart],
             "rest": [float(e[rest].mean().sqrt()) for e in (by_base, by_fit)],
         }

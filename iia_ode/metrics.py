@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["rmse", "rmse_with_error"]
+__all__ = ["paired_ratio", "rmse", "rmse_with_error"]
 
 
 def rmse(x: Tensor, reference: Tensor) -> float:
@@ -28,3 +28,17 @@ def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else torch.nan
     return value, spread / (2 * value) if value > 0 else 0.0
+
+
+def paired_ratio(squares: Tensor, others: Tensor) -> tuple[float, float]:
+    """The ratio of two root mean squares of the same samples, and its standard error to first order.
+
+    Parameters
+    ----------
+    squares, others : mean square errors [B] of the same samples, each with a positive mean; what is hard for both does not
+        count as noise.
+    """
+    squares, others = squares.double(), others.double()
+    value = float((squares.sum() / others.sum()).sqrt())
+    # What each sample adds to the logarithm of the ratio: the sum of its squares estimates the variance.
+    return value, 0.5 * value * float((squares / squares.sum() - others / others.sum()).square().sum().sqrt())

@@ -10,7 +10,7 @@ from support import run
 
 import iia_ode as iia
 from iia_ode.experiments import compare, get_setting, setting_names
-from iia_ode.metrics import rmse, rmse_with_error
+from iia_ode.metrics import paired_ratio, rmse, rmse_with_error
 
 SMALL = ["--setting", "mixture", "--samples", "16", "--fit-samples", "16"]
 
@@ -76,6 +76,17 @@ def test_rmse_is_per_component_and_its_standard_error_shrinks_with_samples():
     assert rmse(x, x) == 0.0
     with pytest.raises(iia.InputError, match="shapes"):
         rmse(x, x[:10])
+
+
+def test_the_standard_error_of_a_ratio_is_how_it_scatters_and_pairs_cancel_what_is_common():
+    common, own = torch.randn((2, 500, 400), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares, others = common.exp(), (common + 0.3 * own).exp() / 4
+    found = torch.tensor([paired_ratio(a, b) for a, b in zip(squares, others, strict=True)])
+    assert found[:, 0].mean() == pytest.approx(2.0, rel=0.05)
+    assert float(found[:, 1].mean()) == pytest.approx(float(found[:, 0].std()), rel=0.15)
+    unpaired = paired_ratio(squares[0], others[0][torch.randperm(400, generator=torch.Generator().manual_seed(1))])
+    assert unpaired[1] > 3 * found[:, 1].median()
+    assert paired_ratio(9 * squares[0], squares[0]) == pytest.approx((3.0, 0.0), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", setting_names())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..metrics import paired_ratio
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from .teacher import Teacher
@@ -143,7 +144,5 @@ def known_ratio(errors: Tensor, to: Tensor) -> float:
     squares, others = errors.double().square(), to.double().square()
     if not float(squares.sum()) > 0 or not float(others.sum()) > 0:
         return 1.0 if float(squares.sum()) == float(others.sum()) else math.sqrt(float(squares.sum() / others.sum()))
-    logarithm = 0.5 * math.log(float(squares.sum() / others.sum()))
-    # What each sample adds to the logarithm, to first order: the sum of its squares estimates the variance.
-    doubt = 0.25 * float((squares / squares.sum() - others / others.sum()).square().sum())
-    return math.exp(logarithm * _SPREAD**2 / (_SPREAD**2 + doubt))
+    ratio, error = paired_ratio(squares, others)
+    return float(ratio ** (_SPREAD**2 / (_SPREAD**2 + (error / ratio) ** 2)))
