@@ -18,8 +18,8 @@ import torch
 
 import iia_ode as iia
 from iia_ode.experiments import get_setting
+from iia_ode.forms import conversion
 from iia_ode.metrics import rmse
-from iia_ode.ode import conversion
 from iia_ode.plan import Combine
 from iia_ode.plan.plan import run_code
 from iia_ode.solvers import PNDM, DEISTime, DPMSolverMultistep, ExponentialAdams, Solver, UniPC, as_solver

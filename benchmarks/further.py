@@ -17,9 +17,9 @@ from common import CHOICE, KARRAS, Entry, Store, conditions, number, parser, say
 from torch import Tensor, nn
 
 import iia_ode as iia
+from iia_ode.forms import Prediction
 from iia_ode.iia import BUDGETS
 from iia_ode.metrics import rmse_with_error
-from iia_ode.ode import Prediction
 from iia_ode.plan import Plan
 
 NFES = (5, 8)

@@ -23,12 +23,13 @@ from .errors import (
     UnknownNameError,
 )
 from .estimation import estimate_statistics
+from .forms import Evaluation
 from .iia import IIA, Budget, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, WarmStart, Window, load, preset
 from .iia.recipe import fit
 from .iia.refine import refine
 from .integrate import odeint, sample, torchdiffeq_methods
 from .noise import sample_seeds, seeded_noise
-from .ode import Evaluation, ProbabilityFlowODE
+from .ode import ProbabilityFlowODE
 from .plan import Past, Plan, Vector, trace
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule, from_functions
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names

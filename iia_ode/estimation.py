@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .errors import GridError, InputError, NonFiniteError, unknown_name
+from .forms import conversion
 from .integrate import sample
-from .ode import ProbabilityFlowODE, conversion
+from .ode import ProbabilityFlowODE
 from .plan import check_grid, check_start
 from .schedules import Schedule
 from .schedules.base import derivative_of

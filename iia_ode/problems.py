@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .ode import ProbabilityFlowODE, conversion
+from .forms import conversion
+from .ode import ProbabilityFlowODE
 from .plan.analysis import as_moments, gaussian_flow
 from .schedules import Schedule
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import iia_ode as iia
 from iia_ode.cli import main
-from iia_ode.ode import PREDICTIONS
+from iia_ode.forms import PREDICTIONS
 from iia_ode.problems import Gaussian, Mixture
 
 F64 = torch.float64

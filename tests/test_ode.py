@@ -25,7 +25,7 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode import ProbabilityFlowODE
-from iia_ode.ode import PREDICTIONS, conversion
+from iia_ode.forms import PREDICTIONS, conversion
 
 
 def forms(schedule: iia.Schedule, x: Tensor, t: float, data: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from support import F64, close, every_prediction, every_schedule, gaussian, gene
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.ode import conversion
+from iia_ode.forms import conversion
 from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector
 from iia_ode.plan.plan import run_code
 from iia_ode.plan.tracer import take_step

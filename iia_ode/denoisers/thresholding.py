@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ode import Evaluation, ProbabilityFlowODE
+from ..forms import Evaluation
+from ..ode import ProbabilityFlowODE
 
 __all__ = ["dynamic_thresholding", "static_thresholding"]
 

@@ -22,9 +22,9 @@ from .endpoint import Ends, by_robust_error
 from .fit import IIA
 from .fitted import FittedSolver
 from .initial import fresh_states, held_out_of
-from .moments import estimate_moments
+from .outcome import Outcome
 from .refine import Refinement, refine
-from .routes import Route, Start, class_condition, joined, worth_refining
+from .routes import Route, joined, starts_of, worth_refining
 from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
 from .shared import SharedODE
 from .teacher import Teacher
@@ -38,7 +38,6 @@ _BASELINE = "ipndm3"
 _ENOUGH = 10  # components of training noise for each weight, or nothing is fitted to the rest of the noise
 _SAMPLES = 10  # of training noise, for the mean that an intercept is
 _RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
-_LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
 
 @dataclass(eq=False)
@@ -108,8 +107,30 @@ class Job:
             with self._stage() as self.costs["last"]:
                 plan, fitted, backward = self._finished(best)
             self.costs["last"].samples += backward
-        samples = spent.samples + backward
-        return self._result(best, plan, fitted, spent.evaluations, samples, time.perf_counter() - begun)
+        found = Outcome(
+            best,
+            plan,
+            fitted,
+            tuple(self.found),
+            tuple(self.failed),
+            self.costs,
+            spent.evaluations,
+            spent.samples + backward,
+            time.perf_counter() - begun,
+        )
+        where = "held-out noise" if self.fresh is None else "all of it"
+        self.say(f"chosen: {best.name}, error {best.error:.4g} on {where}; {found.seconds:.0f} s in all")
+        return found.solver(
+            f"iia-{self.nfe}",
+            budget=self.budget,
+            base=_BASELINE,
+            batch=len(self.x),
+            held_out=len(self.x) - self.train,
+            given=self.given,
+            final_draws=self.final_draws,
+            checkpointed=self.checkpointed,
+            seed=self.seed,
+        )
 
     # ---- stages --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +194,7 @@ class Job:
             for first in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0)
             for last in (cold.sigma_min, cold.sigma_min / 2)
         ]
-        for start in self._starts(teacher) if self.budget.warm_starts else []:
+        for start in starts_of(self.ode, self.x, self.train, teacher, self.say) if self.budget.warm_starts else []:
             made = len(self.found)
             with self._stage() as cost:
                 try:
@@ -221,22 +242,6 @@ class Job:
             tried.append((own, bench.judge(self._grid(own), self.train)))
         best = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0][0]
         return best if bool(torch.isfinite(torch.cat([e for _, e in tried])).any()) else route
-
-    def _starts(self, teacher: Teacher) -> list[Start]:
-        """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes."""
-        key = class_condition(self.ode, len(self.x), self.train)
-        labels = None if key is None else self.ode.conditioning[key][: self.train].cpu()
-        x = self.x[: self.train]
-        starts = [Start("affine", x, teacher)]
-        if teacher.final[0].numel() <= _LARGEST:
-            try:
-                starts.append(Start("diagonal", x, teacher, estimate_moments(teacher.final)))
-                if key is not None:
-                    moments = estimate_moments(teacher.final, labels=labels, key=key)
-                    starts.append(Start("diagonal, per " + key, x, teacher, moments, key, labels))
-            except IIAError as error:
-                self.say(f"no covariance of the data: {first_line(error)}")
-        return starts
 
     def _searched(self, route: Route, candidates: list[LeapGrid]) -> LeapGrid:
         """The best of a family of grids for this way to start."""
@@ -390,46 +395,6 @@ class Job:
         if not usable:
             raise InputError("nothing could be fitted: the model is not finite on this noise.")
         return by_robust_error(usable, lambda f: f.errors, outliers_too=True)[0]
-
-    def _result(
-        self, best: Candidate, plan: Plan, fitted: FittedSolver | None, evaluations: int, samples: int, seconds: float
-    ) -> FittedSolver:
-        ladder = [*(f.ingredient(chosen=f is best) for f in self.found), *self.failed]
-        closed = best.refinement is None and fitted is not None
-        samples += sum(f.refinement.backward for f in self.found if f.refinement is not None)
-        # Whatever is not fitted is described like a fit over it that changes nothing.
-        about = fitted or next(f.route.fitted for f in self.found if f.route is not None and f.route.fitted is not None)
-        reports = about.reports if closed else ()
-        recipe = {
-            "budget": asdict(self.budget) | {"rounds": [list(r) for r in self.budget.rounds]},
-            "ingredients": [asdict(i) for i in ladder],
-            "refinement": None if best.refinement is None else best.refinement.about(),
-            "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
-            **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
-            "fitted_to_all": plan is not best.plan,
-            "given": self.given,
-            "final_draws": self.final_draws,
-            "checkpointed": self.checkpointed,
-            "evaluations": evaluations,
-            "sample_evaluations": samples,
-            "seconds": seconds,
-        }
-        base = next((i.error for i in ladder if i.name.startswith(_BASELINE)), None)
-        outcome = {"base": base, "fit": best.error, "fell_back": best.route is None}
-        more = {
-            "batch": len(self.x),
-            "held_out": len(self.x) - self.train,
-            "endpoint": about.about["endpoint"] | outcome,
-            "seed": self.seed,
-            "evaluations": evaluations,
-            "sample_evaluations": samples,
-            "recipe": recipe,
-        }
-        if best.route is None:
-            more["base"] = {"name": _BASELINE, "options": {}}
-        where = "held-out noise" if self.fresh is None else "all of it"
-        self.say(f"chosen: {best.name}, error {best.error:.4g} on {where}; {seconds:.0f} s in all")
-        return FittedSolver(replace(plan, name=f"iia-{self.nfe}"), reports, about.about | more)
 
     def _add(self, found: Candidate) -> None:
         self.found.append(found)

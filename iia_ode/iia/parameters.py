@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..errors import InputError
-from ..ode import ProbabilityFlowODE, conversion
+from ..forms import conversion
+from ..ode import ProbabilityFlowODE
 from ..plan import Combine, Evaluate, LinearMap, PerCondition, Plan, Projections
 from ..plan.plan import Instruction
 from ..schedules import Schedule

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..ode import conversion
+from ..forms import conversion
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
 from ..plan.vectors import Weight, is_number, weight_mean
 from ..schedules.stored import brief

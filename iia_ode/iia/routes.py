@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import IIAError, first_line
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from ..schedules import Schedule
 from .fit import IIA
 from .fitted import FittedSolver
 from .gather import Alone
-from .moments import Moments
+from .moments import Moments, estimate_moments
 from .search import FreeGrid, LeapGrid
 from .teacher import Teacher
 from .variants import SCALARS, Variant
 from .warm_start import WarmStart
 
-__all__ = ["Parts", "Route", "Start", "class_condition", "joined", "worth_refining"]
+__all__ = ["Parts", "Route", "Start", "class_condition", "joined", "starts_of", "worth_refining"]
+
+_LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +125,28 @@ def worth_refining(routes: Sequence[Route], count: int) -> list[Route]:
     by_kind = {route.kind: route for route in reversed(routes)}
     leading = [route for firsts in (by_start, by_kind) for route in routes if route in firsts.values()]
     return list(dict.fromkeys([*leading, *routes]))[:count]
+
+
+def starts_of(
+    ode: ProbabilityFlowODE, x: Tensor, train: int, teacher: Teacher, say: Callable[[str], None]
+) -> list[Start]:
+    """The warm starts that are tried: one gain, and one per direction of the data; per class where there are classes.
+
+    Of the states x [B, ...] the first `train` are fitted to, and the teacher is of these.
+    """
+    key = class_condition(ode, len(x), train)
+    labels = None if key is None else ode.conditioning[key][:train].cpu()
+    own = x[:train]
+    starts = [Start("affine", own, teacher)]
+    if teacher.final[0].numel() <= _LARGEST:
+        try:
+            starts.append(Start("diagonal", own, teacher, estimate_moments(teacher.final)))
+            if key is not None:
+                moments = estimate_moments(teacher.final, labels=labels, key=key)
+                starts.append(Start("diagonal, per " + key, own, teacher, moments, key, labels))
+        except IIAError as error:
+            say(f"no covariance of the data: {first_line(error)}")
+    return starts
 
 
 def class_condition(ode: ProbabilityFlowODE, batch: int, train: int) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import InputError, unknown_name
-from ..ode import Evaluation
+from ..forms import Evaluation
 from ..plan import Vector
 from ..plan.vectors import is_number, weight_size
 

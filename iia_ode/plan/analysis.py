@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..ode import conversion
+from ..forms import conversion
 from ..schedules import Schedule
 from .maps import LinearMap, PerCondition
 from .plan import Combine, Evaluate, Plan, run_code

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import InputError, MismatchError, NonFiniteError, PlanError
-from ..ode import PREDICTIONS, ProbabilityFlowODE, conversion
+from ..forms import PREDICTIONS, conversion
+from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 from .checks import check_grid, check_start
 from .instructions import Combine, Evaluate, Instruction, run_code

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, ScheduleError
-from ..ode import Evaluation, Forms
+from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
 from .checks import check_grid

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..ode import Evaluation, Forms
+from ..forms import Evaluation, Forms
 from ..plan import Past
 from ..plan.tracer import take_step
 from ..schedules import VP

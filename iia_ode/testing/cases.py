@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..forms import conversion
 from ..grids import log_snr, uniform
 from ..integrate import odeint
-from ..ode import conversion
 from ..problems import Empirical, Gaussian, Mixture, Problem
 from ..schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
 from ..errors import IIAError
+from ..forms import conversion
 from ..grids import karras
-from ..ode import conversion
 from ..plan import Combine, Evaluate, Plan, trace
 from ..schedules import Schedule
 from ..solvers import Solver, SolverLike, as_solver

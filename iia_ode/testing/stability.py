@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..forms import conversion
 from ..grids import uniform
-from ..ode import conversion
 from ..plan import Combine, trace
 from ..plan.plan import Instruction, run_code
 from ..schedules import EDM

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..ode import conversion
+from ..forms import conversion
 from ..plan import Combine, Plan
 from ..plan.plan import Instruction, run_code
 from .cases import Model
