@@ -145,7 +145,7 @@ def folder(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(3)]
     processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    results = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+    results = [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
     assert [code for _, code in results] == [0, 0, 7], "\n".join(text[-2000:] for text, _ in results)
     return folder
 
