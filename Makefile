@@ -55,7 +55,7 @@ types: $(VENV)/.stamp-dev ## check types
 
 # -E: a page whose own text has not changed must be executed again too.
 docs: $(VENV)/.stamp-dev ## build the documentation, executing its pages, into build/docs
-	$(BIN)/sphinx-build -E -W --keep-going -b html -d build/doctrees docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -j 2 -E -W --keep-going -b html -d build/doctrees docs build/docs
 
 figures: demo ## remake the figures and the table that README and documentation show
 	$(BIN)/python benchmarks/update_figures.py build/demo
