@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import FileFormatError
 
-__all__ = ["FORMAT_VERSION", "check_writable", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["FORMAT_VERSION", "bytes_of", "check_writable", "read_tensors", "write_bytes", "write_tensors"]
 
 FORMAT_VERSION = 1
 _KEY = "iia_ode"
@@ -146,5 +146,10 @@ def _digest(tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(_dump(body).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{json.dumps(name)} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(value))
     return digest.hexdigest()
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The numbers of a tensor as they lie in memory, to be hashed."""
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

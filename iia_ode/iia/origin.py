@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import FingerprintWarning, MismatchError, MismatchWarning
+from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..schedules.stored import brief
 
@@ -92,9 +92,8 @@ def conditions_digest(ode: ProbabilityFlowODE) -> str:
         for key, value in sorted(values.items()):
             digest.update(f"\n{key} ".encode())
             if isinstance(value, Tensor):
-                plain = value.detach().cpu().contiguous()
-                digest.update(f"{plain.dtype} {list(plain.shape)} ".encode())
-                digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(f"{value.dtype} {list(value.shape)} ".encode())
+                digest.update(bytes_of(value))
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from .budgets import Budget, budget_of
@@ -136,5 +137,5 @@ def _digest(ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher | None) -> tupl
     digest, path = hashlib.sha256(), None if teacher is None else teacher.path
     known = () if path is None else (path.knots, path.states, path.slopes, path.data)
     for values in (x, *(v for v in known if v is not None)):
-        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(values))
     return origin(ode, x), conditions_digest(ode), digest.hexdigest(), None if teacher is None else teacher.about
