@@ -4,8 +4,7 @@ Everything is fitted and chosen on some draws of noise, and measured on others, 
 stored one by one under --out, and a rerun does only what is missing; --table writes the page docs/results/acceptance.md.
 
 Classic solvers: every registered one that can make exactly that number of evaluations, each with its Karras grid tuned over
-rho and sigma_min. With --exhaustive all pairs run on all draws, else by successive halving: all solvers on 4 of the grids
-with a sixteenth of the draws, the best 10 solvers on all 28 grids with an eighth, the best 6 pairs on all draws.
+rho and sigma_min; the best of all these pairs is found exactly (classic.py).
 """
 
 import argparse
@@ -17,18 +16,17 @@ from itertools import product
 from typing import Any
 
 import torch
+from classic import able, classic_plan, classic_search
 from common import (
     CHOICE,
     CHUNK,
     DEFAULT,
-    KARRAS,
     Batch,
     Entry,
     Store,
     batch,
     conditions,
     error_of,
-    grid_of,
     is_closed_form,
     karras_family,
     kind_of,
@@ -52,7 +50,6 @@ from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
 NFES = (4, 5, 6, 8, 10, 15)
-COARSE = [(7.0, 0.03), (7.0, 0.1), (3.0, 0.1), (7.0, 0.3)]  # grids of the first round of halving
 FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws that fits and choices see: more where they cost nothing
 SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws that are measured
 LEAPED = 3  # classic solvers whose leap grid is searched for
@@ -68,58 +65,21 @@ ROWS = {
 # ---- classic solvers -----------------------------------------------------------------------------------------------------
 
 
-def able(name: str, nfe: int) -> list[str]:
-    """Registered solvers that make exactly this many evaluations."""
-    return [solver for solver in iia.solver_names() if levels_for(solver, name, nfe) is not None]
-
-
-def classic_plan(solver: str, name: str, nfe: int, rho: float, level: float) -> Plan:
-    """A registered solver on a Karras grid."""
-    return plan_of(solver, setting_of(name), grid_of(solver, name, nfe, (rho, level)))
-
-
-Pair = tuple[str, tuple[float, float]]
-
-
-def classic_search(name: str, nfe: int, own: Batch, exhaustive: bool) -> tuple[list[tuple[float, Pair]], int]:
-    """(error on the fitting noise, (solver, (rho, sigma_min))), best first, and how many sample evaluations it took."""
-    spent = 0
-
-    def attempt(pairs: list[Pair], samples: int) -> list[tuple[float, Pair]]:
-        nonlocal spent
-        part, found = own.first(samples), []
-        for solver, grid in pairs:
-            try:
-                error = error_of(classic_plan(solver, name, nfe, *grid), part)
-            except iia.IIAError:  # this pair makes no plan
-                continue
-            spent += nfe * len(part.x)
-            found.append((error, (solver, grid)))
-        return sorted(found)
-
-    solvers, n = able(name, nfe), len(own.x)
-    if exhaustive:
-        return attempt(list(product(solvers, KARRAS)), n), spent
-    first = attempt(list(product(solvers, COARSE)), min(max(16, n // 16), n))
-    kept = list(dict.fromkeys(solver for _, (solver, _) in first))[:10]
-    second = attempt(list(product(kept, KARRAS)), min(max(32, n // 8), n))
-    return attempt([pair for _, pair in second[:6]], n), spent
-
-
-def classic(name: str, nfe: int, own: Batch, exhaustive: bool) -> Entry:
+def classic(name: str, nfe: int, own: Batch) -> Entry:
     """The best of all classic solvers, each with its grid tuned."""
     begun = time.perf_counter()
-    found, spent = classic_search(name, nfe, own, exhaustive)
-    error, (solver, (rho, level)) = found[0]
+    best = classic_search(name, nfe, own)
+    solver, (rho, level) = best.pair
     return {
         "solver": solver,
         "rho": rho,
         "sigma_min": level,
-        "fit_rmse": error,
+        "fit_rmse": best.rmse,
         "solvers": len(able(name, nfe)),
-        "top": [[pair[0], *pair[1], error] for error, pair in found[:6]],
+        "pairs": best.pairs,
+        "finished": best.finished,
         "seconds": time.perf_counter() - begun,
-        "sample_evaluations": spent,
+        "sample_evaluations": best.sample_evaluations,
     }
 
 
@@ -132,7 +92,7 @@ def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid | FreeGrid) -> Pl
     return plan_of(solver, setting, grid.times(levels, setting.schedule, start_of(setting)))
 
 
-def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: list[str]) -> Entry:
+def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: str) -> Entry:
     """The best of all classic solvers on grids that leap: on the one found for the fit, and on their own.
 
     All solvers run on the grid that the search for a fit found. The best three there, and the best on Karras grids, of
@@ -149,8 +109,8 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: list[st
         spent += nfe * len(own.x)
     tried.sort(key=lambda entry: entry[0])
     on_found = tried[0][0]
-    simple = [s for s in dict.fromkeys([*(s for _, s, _ in tried), *best]) if levels_for(s, name, nfe) == nfe]
-    chosen = list(dict.fromkeys([*simple[:LEAPED], *(s for s in best[:1] if s in simple)]))
+    simple = [s for s in dict.fromkeys([*(s for _, s, _ in tried), best]) if levels_for(s, name, nfe) == nfe]
+    chosen = list(dict.fromkeys([*simple[:LEAPED], *(s for s in [best] if s in simple)]))
     teacher = trajectories(own)
     scale = float(own.final.double().square().mean().sqrt())
     for solver in chosen:
@@ -275,7 +235,6 @@ def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Ent
 def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> None:
     """All rows of one setting at one number of evaluations."""
     seed, file = options.seed, f"{name}-nfe{nfe:02}-seed{options.seed}"
-    exhaustive = options.exhaustive
     kind = kind_of(name)
     samples, fitted = options.samples or SAMPLES[kind], options.fit_samples or FIT_SAMPLES[kind]
     under = {"samples": samples, "fit_samples": fitted, "seed": seed}
@@ -296,7 +255,7 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
 
     def search(row: str, make: Callable[[], Entry], plan: Callable[[Entry], Plan]) -> Entry:
         """A cell whose choice, which no unseen sample enters, is kept where only the unseen samples are others."""
-        more = conditions_of(row, exhaustive=exhaustive)
+        more = conditions_of(row)
         known = store.read(file).get(row)
         same = known is not None and known["under"] | {"samples": samples} == more
         keys = ("reference", "under", "library", "code", "cell_seconds")
@@ -306,19 +265,18 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
             entry = chosen if same else make()
             return entry | measure(plan(entry), test())
 
-        return cell(row, made, exhaustive=exhaustive)
+        return cell(row, made)
 
     best = search(
         "classic",
-        lambda: classic(name, nfe, own(), exhaustive),
+        lambda: classic(name, nfe, own()),
         lambda e: classic_plan(e["solver"], name, nfe, e["rho"], e["sigma_min"]),
     )
     found = cell("scalar", lambda: scalar(nfe, own(), test()))
     if best and found:
-        top = list(dict.fromkeys(entry[0] for entry in best["top"]))
         search(
             "classic-leap",
-            lambda: classic_leap(name, nfe, own(), LeapGrid(*found["grid"]), top),
+            lambda: classic_leap(name, nfe, own(), LeapGrid(*found["grid"]), best["solver"]),
             lambda e: leap_plan(e["solver"], name, nfe, FreeGrid(tuple(e["levels"]))),
         )
     for name_of, budget in BUDGETS.items():
@@ -336,10 +294,9 @@ difference per component between final states and a converged reference, from no
 solver, grid or option has seen (odd seeds; fits draw from even ones). Columns are numbers of evaluations.
 
 - *Best classic*: the lowest of all registered solvers that can make exactly that many, each with its Karras grid tuned over
-  rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3} on the fitting noise. Where the search is
-  called *halving*, all solvers ran on four of these grids with a sixteenth of the draws, the best ten on all 28 with an
-  eighth, and the best six pairs on all of them. Some winners have rho = 9, the largest of the family: larger ones might be
-  better still.
+  rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3} on the fitting noise. It is the best of all
+  these pairs on all of these draws: a pair is left only once its sum of square errors is above the winner's whole sum. Some
+  winners have rho = 9, the largest of the family: larger ones might be better still.
 - *Best classic, leap grid searched*: all solvers on the grid that was found for the fit, then the best three there and the
   best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
@@ -464,18 +421,14 @@ def winners(found: Found, nfes: list[int]) -> str:
     for n in nfes:
         best, leap = found[n].get("classic"), found[n].get("classic-leap")
         plain = f"`{best['solver']}`, rho {best['rho']:g}, sigma_min {best['sigma_min']:g}" if best else "-"
-        how = (
-            ("exhaustive" if best["under"]["exhaustive"] else "halving") + f", {best['solvers']} solvers"
-            if best
-            else "-"
-        )
+        how = f"{best['solvers']} solvers, {best['pairs']} pairs, {best['finished']} to the end" if best else "-"
         grid = f"`{leap['solver']}`, {', '.join(f'{v:.2g}' for v in leap['levels'])}" if leap else "-"
         chosen = [found[n].get(b, {}).get("chosen", "-") for b in BUDGETS]
         lines.append([str(n), plain, how, grid, *chosen])
     head = [
         "NFE",
         "best classic",
-        "search",
+        "of",
         "best classic on a leap grid, its levels",
         *(f"{b} chose" for b in BUDGETS),
     ]
@@ -515,9 +468,6 @@ def main() -> None:
     found.add_argument("--samples", type=int, help=f"unseen draws that are measured (default: {SAMPLES})")
     found.add_argument("--fit-samples", type=int, help=f"draws that fits see (default: {FIT_SAMPLES})")
     found.add_argument("--rows", nargs="+", help=f"only these of {', '.join([*ROWS, *PRESETS])}")
-    found.add_argument(
-        "--exhaustive", action="store_true", help="try all pairs of solver and grid on all draws",
-    )  # fmt: skip
     options = found.parse_args()
     store = Store(options.out)
     if not options.table:

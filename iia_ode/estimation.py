@@ -240,9 +240,7 @@ class _Reverse:
 
     def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
         step = _eps(ode, x) ** (1 / 3)  # balances truncation and rounding
-        ahead, behind = (
-            h if ode.schedule.covers(torch.tensor(t + h * dt, dtype=_F64, device="cpu")) else 0.0 for h in (step, -step)
-        )
+        ahead, behind = (h if ode.schedule.covers(t + h * dt) else 0.0 for h in (step, -step))
         return (ode.output(x + ahead * dx, t + ahead * dt) - ode.output(x + behind * dx, t + behind * dt)) / (
             ahead - behind
         )

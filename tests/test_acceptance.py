@@ -24,8 +24,8 @@ def _load(name: str) -> ModuleType:
         sys.path.pop(0)
 
 
-common, acceptance, ablation, never_worse, further, preset_losses = map(
-    _load, ("common", "acceptance", "ablation", "never_worse", "further", "preset_losses")
+common, classic, acceptance, ablation, never_worse, further, preset_losses = map(
+    _load, ("common", "classic", "acceptance", "ablation", "never_worse", "further", "preset_losses")
 )
 
 
@@ -100,22 +100,52 @@ def test_the_search_covers_every_solver_that_can_make_the_count(nfe: int) -> Non
     assert all(acceptance.classic_plan(name, "gaussian", nfe, 5.0, 0.1).nfe == nfe for name in found)
 
 
-def test_every_pair_is_tried_and_halving_finds_a_good_one(cached: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, "KARRAS", common.KARRAS[::9])
-    monkeypatch.setattr(acceptance, "able", lambda *_: ["ddim", "ipndm3", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("nfe", [4, 7])
+def test_the_best_classic_solver_is_the_one_that_running_every_pair_to_the_end_finds(
+    cached: list[str], monkeypatch: pytest.MonkeyPatch, nfe: int
+) -> None:
+    monkeypatch.setattr(classic, "KARRAS", common.KARRAS[::4])
     own = common.batch("gaussian", 64, 0, False)
-    every, spent = acceptance.classic_search("gaussian", 5, own, exhaustive=True)
-    assert {pair for _, pair in every} == {
-        (s, grid) for s in acceptance.able("gaussian", 5) for grid in acceptance.KARRAS
-    }
-    assert spent == 5 * 64 * len(every)
-    some, _ = acceptance.classic_search("gaussian", 5, own, exhaustive=False)
-    assert len(some) == 6
-    assert every[0][0] <= some[0][0] < 1.05 * every[0][0]
+    pairs = [(s, grid) for s in classic.able("gaussian", nfe) for grid in classic.KARRAS]
+    every = {(s, grid): common.error_of(classic.classic_plan(s, "gaussian", nfe, *grid), own) for s, grid in pairs}
+    best = classic.classic_search("gaussian", nfe, own)
+    assert best.rmse == pytest.approx(min(every.values()), rel=1e-12)
+    assert every[best.pair] == pytest.approx(best.rmse, rel=1e-12)
+    assert best.pairs == len(every)
+    assert 1 <= best.finished < best.pairs
+    assert best.sample_evaluations < nfe * 64 * best.pairs / 4
+
+
+def test_a_pair_whose_run_is_not_finite_never_wins(cached: list[str]) -> None:
+    own = common.batch("gaussian", 16, 0, False)
+    plan = classic.classic_plan("ddim", "gaussian", 4, 7.0, 0.1)
+    lost = own.x.clone()
+    lost[3] = torch.nan
+    broken = common.Batch(own.setting, own.ode, own.x, lost, own.about)
+    best = classic.lowest({("ddim", (7.0, 0.1)): plan}, broken)
+    assert best.rmse == float("inf")
+
+
+def test_a_model_is_not_asked_twice_for_the_same_and_never_answers_for_another() -> None:
+    asked = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        asked.append(1)
+        return x * t + (0 if label is None else label)
+
+    memory, x, t = classic.Remembering(model), torch.randn(3, 2), torch.tensor(2.0)
+    one = torch.ones(3, 1)
+    for _ in range(2):
+        assert torch.equal(memory(x, t), 2 * x)
+        assert torch.equal(memory(x, 2 * t), 4 * x)
+        assert torch.equal(memory(x + 1, t), 2 * x + 2)
+        assert torch.equal(memory(x, t, label=one), 2 * x + 1)
+    assert len(asked) == 4
+    assert memory.samples == 12
 
 
 def test_a_rerun_does_only_what_is_missing(cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, "KARRAS", common.KARRAS[::9])
+    monkeypatch.setattr(classic, "KARRAS", common.KARRAS[::9])
     monkeypatch.setattr(acceptance, "leap_grids", lambda *_: few_grids())
     some = ["--settings", "gaussian", "--nfe", 4, "--samples", 16, "--fit-samples", 16, "--out", tmp_path / "results"]
     rows = ["--rows", "classic", "scalar", "iia-ddim"]
@@ -131,7 +161,7 @@ def test_a_rerun_does_only_what_is_missing(cached: list[str], tmp_path: Path, mo
     monkeypatch.setattr(acceptance, "classic_search", None)
     run(acceptance, monkeypatch, *some[:5], 12, *some[6:], "--rows", "classic")
     third = common.Store(path.parent).read(path.stem)
-    assert third["classic"]["top"] == first["classic"]["top"]
+    assert third["classic"]["fit_rmse"] == first["classic"]["fit_rmse"]
     assert third["classic"]["rmse"] != first["classic"]["rmse"]
     page = tmp_path / "page.md"
     run(acceptance, monkeypatch, "--out", path.parent, "--page", page, "--table")

@@ -219,8 +219,7 @@ def floor_of(ode: ProbabilityFlowODE, last: float) -> float:
     """The level whose data estimate a teacher takes for the data: 0.002, or that of the grid's last point above the data."""
     schedule = ode.schedule
     level = schedule.noise_to_signal(last)
-    time = torch.tensor(schedule.t_of_noise_to_signal(min(level, 0.002)), dtype=_F64, device="cpu")
-    return min(level, 0.002) if schedule.covers(time) else level
+    return min(level, 0.002) if schedule.covers(schedule.t_of_noise_to_signal(min(level, 0.002))) else level
 
 
 def _report(record: StepRecord, candidates: tuple[Term, ...], choice: _Choice) -> StepReport:

@@ -114,7 +114,7 @@ class Tracer(Forms[Vector]):
         (index,) = state.weights
         index = self._same.get(index, index)
         if (index, t) not in self._cache:
-            if not self.schedule.covers(torch.tensor(t, dtype=torch.float64, device="cpu")):
+            if not self.schedule.covers(t):
                 raise ScheduleError(
                     f"a step evaluates the model at t = {t:g}, outside the {type(self.schedule).__name__} schedule."
                 )

@@ -144,6 +144,8 @@ def _scaled(constant: Any, k: Weight) -> Any:
 
 
 def _weight(value: Any) -> Weight:
+    if isinstance(value, float):  # nearly always, and asking for numbers in general takes far longer
+        return float(value)
     if isinstance(value, Tensor):
         if value.ndim or value.requires_grad:
             return value.double()

@@ -16,6 +16,7 @@ from ..errors import ScheduleError
 __all__ = ["Schedule", "derivative_of"]
 
 _F64 = torch.float64
+_NUMBERS = 2**14  # that a schedule remembers at most
 T = TypeVar("T", float, Tensor)
 
 
@@ -34,6 +35,7 @@ class Schedule(ABC):
     t_data: float = 0.0
     t_noise: float = 1.0
     _ends_at_noise: ClassVar[bool] = False  # whether nothing is known beyond t_noise
+    _fixed: ClassVar[bool] = False  # whether this very class's functions can never change: their numbers are remembered
 
     @abstractmethod
     def _alpha(self, t: Tensor) -> Tensor: ...
@@ -61,31 +63,31 @@ class Schedule(ABC):
 
     def alpha(self, t: T) -> T:
         """Scale of the data at time t."""
-        return _on(self._alpha, t)
+        return self._on("alpha", self._alpha, t)
 
     def sigma(self, t: T) -> T:
         """Scale of the noise at time t."""
-        return _on(self._sigma, t)
+        return self._on("sigma", self._sigma, t)
 
     def alpha_prime(self, t: T) -> T:
         """d alpha / dt."""
-        return _on(self._alpha_prime, t)
+        return self._on("alpha_prime", self._alpha_prime, t)
 
     def sigma_prime(self, t: T) -> T:
         """d sigma / dt."""
-        return _on(self._sigma_prime, t)
+        return self._on("sigma_prime", self._sigma_prime, t)
 
     def lam(self, t: T) -> T:
         """Half-log-SNR log(alpha/sigma): +inf at the data, -inf where alpha = 0."""
-        return _on(self._lam, t)
+        return self._on("lam", self._lam, t)
 
     def t_of_lam(self, lam: T) -> T:
         """The time whose half-log-SNR is `lam`: the inverse of :meth:`lam`."""
-        return _on(self._t_of_lam, lam)
+        return self._on("t_of_lam", self._t_of_lam, lam)
 
     def f(self, t: T) -> T:
         """Drift coefficient d log alpha / dt."""
-        return _on(lambda u: self._alpha_prime(u) / self._alpha(u), t)
+        return self._on("f", lambda u: self._alpha_prime(u) / self._alpha(u), t)
 
     def g2(self, t: T) -> T:
         """Squared diffusion coefficient d sigma^2 / dt - 2 f sigma^2."""
@@ -95,11 +97,27 @@ class Schedule(ABC):
             drift = self._alpha_prime(u) / self._alpha(u)
             return self._sigma_squared_prime(u) - 2 * drift * self._sigma_squared(u)
 
-        return _on(g2, t)
+        return self._on("g2", g2, t)
 
     def noise_to_signal(self, t: T) -> T:
         """sigma / alpha, the noise level of x / alpha: EDM's sigma for every schedule; 0 at the data."""
-        return _on(lambda u: self._sigma(u) / self._alpha(u), t)
+        return self._on("noise_to_signal", lambda u: self._sigma(u) / self._alpha(u), t)
+
+    def _on(self, name: str, function: Callable[[Tensor], Tensor], t: T) -> T:
+        """Apply a function of float64 tensors, known by its name, to a number or a tensor, and answer in kind."""
+        if isinstance(t, Tensor):
+            return function(t.to(_F64))
+        at = float(t)
+        # A step asks for the same few numbers again and again, and each would be several operations on tensors. A subclass
+        # may have parameters that change, whatever its parent says.
+        fixed = vars(type(self)).get("_fixed", False)
+        known: dict[tuple[str, float], float] = vars(self).setdefault("_numbers", {}) if fixed else {}
+        if (value := known.get((name, at))) is None:
+            value = float(function(torch.tensor(at, dtype=_F64, device="cpu")))
+            if len(known) >= _NUMBERS:
+                known.clear()
+            known[name, at] = value
+        return value
 
     def t_of_noise_to_signal(self, ratio: float) -> float:
         """The time at which sigma / alpha = `ratio`; ratio 0 gives ``t_data`` exactly."""
@@ -110,12 +128,16 @@ class Schedule(ABC):
     def _t_of_ratio(self, ratio: float) -> float:
         return self.t_of_lam(-math.log(ratio))
 
-    def covers(self, t: Tensor) -> bool:
+    def covers(self, t: float | Tensor) -> bool:
         """Whether the schedule is defined at all times t: none beyond the data, and none that is not a number."""
+        if isinstance(t, Tensor):
+            return all(self.covers(float(v)) for v in t.flatten())
         towards_noise = math.copysign(1.0, self.t_noise - self.t_data)
-        levels = torch.stack([self.alpha(t), self.sigma(t)])
-        inside = ((t - self.t_data) * towards_noise >= 0).all() and (torch.isfinite(levels) & (levels >= 0)).all()
-        return bool(inside) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
+        if not (t - self.t_data) * towards_noise >= 0 or (
+            self._ends_at_noise and (self.t_noise - t) * towards_noise < 0
+        ):
+            return False
+        return all(math.isfinite(v) and v >= 0 for v in (self.alpha(t), self.sigma(t)))
 
     def config(self) -> dict[str, Any]:
         """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on.
@@ -134,13 +156,6 @@ class Schedule(ABC):
         times = torch.linspace(self.t_data, self.t_noise, 7, dtype=_F64, device="cpu")[1:-1]
         samples = [float(f"{v:.9g}") for v in self._lam(times).tolist()]
         return {"t_data": self.t_data, "t_noise": self.t_noise, "lam": samples}
-
-
-def _on(function: Callable[[Tensor], Tensor], t: T) -> T:
-    """Apply a function of float64 tensors to a number or a tensor, and answer in kind."""
-    if isinstance(t, Tensor):
-        return function(t.to(_F64))
-    return float(function(torch.tensor(float(t), dtype=_F64, device="cpu")))
 
 
 def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ _F64 = torch.float64
 class EDM(Schedule):
     """alpha = 1, sigma = t [Karras et al. 2022]: time is the noise level."""
 
+    _fixed: ClassVar[bool] = True
+
     t_noise: float = field(default=80.0, init=False)
 
     def _alpha(self, t: Tensor) -> Tensor:
@@ -52,6 +54,8 @@ class EDM(Schedule):
 @dataclass(frozen=True)
 class VE(Schedule):
     """alpha = 1, sigma = sqrt(t) [Song et al. 2021, as parameterised by Karras et al. 2022]: time is the variance."""
+
+    _fixed: ClassVar[bool] = True
 
     t_noise: float = field(default=6400.0, init=False)
 
@@ -122,6 +126,8 @@ class VP(_VariancePreserving):
     log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2 and sigma^2 = 1 - alpha^2.
     """
 
+    _fixed: ClassVar[bool] = True
+
     beta_0: float = 0.1
     beta_1: float = 20.0
 
@@ -150,6 +156,8 @@ class VP(_VariancePreserving):
 class Cosine(Schedule):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) on [0, 1] [Nichol & Dhariwal 2021, without offset]."""
 
+    _fixed: ClassVar[bool] = True
+
     def _alpha(self, t: Tensor) -> Tensor:
         return (math.pi / 2 * (1 - t)).sin()  # a sine, because cos(pi/2) is 6e-17 in floating point and not 0
 
@@ -169,6 +177,8 @@ class Cosine(Schedule):
 @dataclass(frozen=True)
 class FlowMatching(Schedule):
     """alpha = 1 - t, sigma = t on [0, 1]: rectified flow [Liu et al. 2023], optimal-transport paths [Lipman et al. 2023]."""
+
+    _fixed: ClassVar[bool] = True
 
     def _alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -203,6 +213,8 @@ class Discrete(_VariancePreserving):
     Time is the timestep index in [0, T-1], which is what such models are conditioned on. The line is continued one unit
     past timestep 0, to alpha = 1 at t = -1: the data.
     """
+
+    _fixed: ClassVar[bool] = True
 
     alphas_cumprod: Tensor = field(repr=False)
     t_data: float = field(default=-1.0, init=False)
