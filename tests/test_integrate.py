@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from support import ALPHAS_CUMPROD, F64, close, every_prediction, every_schedule, gaussian, generator, slope
+from support import ALPHAS_CUMPROD, F64, close, every_prediction, every_schedule, gaussian, generator, mixture, slope
 from torch import Tensor, nn
 
 import iia_ode as iia
@@ -388,6 +388,14 @@ def test_no_value_is_read_from_the_device_before_the_last_evaluation(name: str, 
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         iia.sample(ode, x, grid, name)  # the check for finite numbers reads its notes, once, at the end
     assert ode.nfe == 2 * plan.nfe
+
+
+@every_schedule
+def test_nor_do_the_models_in_closed_form_read_one(schedule: iia.Schedule) -> None:
+    x = torch.empty(4, 4, dtype=F64, device="meta")
+    assert iia.sample(
+        mixture().ode(schedule, "v"), x, iia.grids.karras(5, schedule=schedule), check_finite=False
+    ).is_meta
 
 
 def test_a_model_that_reads_a_value_is_caught_by_that_test() -> None:

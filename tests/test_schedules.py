@@ -1,5 +1,6 @@
 """Every schedule is what its formulas say: exact at the ends, invertible, differentiable, checked when built."""
 
+import copy
 import dataclasses
 import math
 from decimal import Decimal, localcontext
@@ -103,10 +104,28 @@ def test_a_schedule_of_ones_own_with_parameters_that_change_is_asked_anew():
     assert schedule.sigma(2.0) == 6.0
 
 
+@every_schedule
+def test_the_two_zeros_are_told_apart_whichever_is_asked_for_first(schedule):
+    for first, second in ((0.0, -0.0), (-0.0, 0.0)):
+        for name in ("sigma", "sigma_prime"):
+            of = getattr(schedule, name)
+            of(first)
+            assert repr(of(second)) == repr(float(of(torch.tensor(second, dtype=torch.float64))))
+
+
+def test_copies_of_a_schedule_hold_nothing_that_was_remembered():
+    schedule = iia.VP()
+    values = [schedule.sigma(k / 100) for k in range(1, 100)]
+    for twin in (copy.copy(schedule), copy.deepcopy(schedule)):
+        assert vars(twin) == vars(iia.VP())
+        assert twin == schedule
+        assert [twin.sigma(k / 100) for k in range(1, 100)] == values
+
+
 def test_what_a_schedule_remembers_is_bounded(monkeypatch):
     monkeypatch.setattr(base, "_NUMBERS", 16)
     schedule = iia.VP()
-    for k in range(100):
+    for k in range(1, 100):
         schedule.sigma(k / 100)
         assert len(vars(schedule)["_numbers"]) <= 16
     assert schedule == iia.VP()

@@ -109,8 +109,8 @@ class Schedule(ABC):
             return function(t.to(_F64))
         at = float(t)
         # A step asks for the same few numbers again and again, and each would be several operations on tensors. A subclass
-        # may have parameters that change, whatever its parent says.
-        fixed = vars(type(self)).get("_fixed", False)
+        # may have parameters that change, whatever its parent says. The two zeros are one key, though not always one answer.
+        fixed = vars(type(self)).get("_fixed", False) and at != 0
         known: dict[tuple[str, float], float] = vars(self).setdefault("_numbers", {}) if fixed else {}
         if (value := known.get((name, at))) is None:
             value = float(function(torch.tensor(at, dtype=_F64, device="cpu")))
@@ -129,15 +129,21 @@ class Schedule(ABC):
         return self.t_of_lam(-math.log(ratio))
 
     def covers(self, t: float | Tensor) -> bool:
-        """Whether the schedule is defined at all times t: none beyond the data, and none that is not a number."""
-        if isinstance(t, Tensor):
-            return all(self.covers(float(v)) for v in t.flatten())
+        """Whether the schedule is defined at time t, or at all of them: not beyond the data, nor where it is no number."""
         towards_noise = math.copysign(1.0, self.t_noise - self.t_data)
-        if not (t - self.t_data) * towards_noise >= 0 or (
-            self._ends_at_noise and (self.t_noise - t) * towards_noise < 0
-        ):
-            return False
-        return all(math.isfinite(v) and v >= 0 for v in (self.alpha(t), self.sigma(t)))
+        if not isinstance(t, Tensor):
+            inside = (t - self.t_data) * towards_noise >= 0 and all(
+                0 <= v < math.inf for v in (self.alpha(t), self.sigma(t))
+            )
+            return inside and (not self._ends_at_noise or (self.t_noise - t) * towards_noise >= 0)
+        levels = torch.stack([self.alpha(t), self.sigma(t)])
+        within = ((t - self.t_data) * towards_noise >= 0).all() and (torch.isfinite(levels) & (levels >= 0)).all()
+        return bool(within) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
+
+    def __getstate__(self) -> Any:
+        """What a copy or a pickle holds: not what was remembered."""
+        state = super().__getstate__()
+        return {k: v for k, v in state.items() if k != "_numbers"} if isinstance(state, dict) else state
 
     def config(self) -> dict[str, Any]:
         """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on.
