@@ -77,18 +77,8 @@ class Remembering(torch.nn.Module):
 
 def remembering(batch: Batch) -> Batch:
     """The same problem, with a model that remembers."""
-    ode = batch.ode
-    view = iia.ProbabilityFlowODE(
-        Remembering(ode.model),
-        ode.schedule,
-        ode.prediction,
-        conditioning=ode.conditioning,
-        unconditional=ode.unconditional,
-        guidance_scale=ode.guidance_scale,
-        model_dtype=ode.model_dtype,
-        state_shape=ode.state_shape,
-    )
-    return Batch(batch.setting, view, batch.x, batch.final, batch.about)
+    ode = iia.ProbabilityFlowODE(Remembering(batch.ode.model), **batch.ode.settings)
+    return Batch(batch.setting, ode, batch.x, batch.final, batch.about)
 
 
 @torch.no_grad()

@@ -99,6 +99,20 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
                 f"{sorted(self.conditioning)} and {sorted(self.unconditional)}."
             )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that an ODE is given beside its model: ``ProbabilityFlowODE(other, **ode.settings)`` is that of another one."""
+        names = (
+            "schedule",
+            "prediction",
+            "conditioning",
+            "unconditional",
+            "guidance_scale",
+            "model_dtype",
+            "state_shape",
+        )
+        return {name: getattr(self, name) for name in names}
+
     # ---- the ODE -----------------------------------------------------------------------------------------------------
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
@@ -191,16 +205,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         return self._view(pick(self.conditioning), pick(self.unconditional))
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> ProbabilityFlowODE:
-        view = ProbabilityFlowODE(
-            self.model,
-            self.schedule,
-            self.prediction,
-            conditioning=conditioning,
-            unconditional=unconditional,
-            guidance_scale=self.guidance_scale,
-            model_dtype=self.model_dtype,
-            state_shape=self.state_shape,
-        )
+        own = {"conditioning": conditioning, "unconditional": unconditional}
+        view = ProbabilityFlowODE(self.model, **self.settings | own)
         view.ledger = self.ledger
         return view  # untouched: train() here would switch on the dropout of the shared model
 

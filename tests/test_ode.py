@@ -1,5 +1,6 @@
 """The ODE says the same in every prediction type, calls its model as promised, and counts what it spends."""
 
+import inspect
 import math
 
 import pytest
@@ -291,6 +292,21 @@ def test_a_state_of_another_shape_than_the_models_is_an_input_error():
     with pytest.raises(iia.InputError, match=r"\[B, 3\], got \[7, 4\]"):
         ode.check_state_shape(normal(7, 4))
     ProbabilityFlowODE(lambda x, t: x, iia.EDM()).check_state_shape(normal(7, 4))  # nothing is known of its shape
+
+
+def test_the_settings_of_an_ode_are_all_that_it_was_given_beside_its_model():
+    options = {
+        "schedule": iia.VP(),
+        "prediction": "noise",
+        "conditioning": {"label": torch.arange(3)},
+        "unconditional": {"label": torch.full((3,), 9)},
+        "guidance_scale": 2.5,
+        "model_dtype": torch.float32,
+        "state_shape": (4,),
+    }
+    ode = iia.ProbabilityFlowODE(lambda x, t, label: x, **options)
+    assert ode.settings == options
+    assert {"model", *options} == set(inspect.signature(iia.ProbabilityFlowODE).parameters)
 
 
 def test_the_data_is_where_sigma_is_zero():

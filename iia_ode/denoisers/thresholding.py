@@ -73,16 +73,7 @@ class _ThresholdedODE(ProbabilityFlowODE):
                 f"thresholding needs a plain ProbabilityFlowODE, got {type(ode).__name__}, which changes its model's output "
                 "itself: apply one threshold, to the ODE without any."
             )
-        super().__init__(
-            ode.model,
-            ode.schedule,
-            "data",
-            conditioning=ode.conditioning,
-            unconditional=ode.unconditional,
-            guidance_scale=ode.guidance_scale,
-            model_dtype=ode.model_dtype,
-            state_shape=ode.state_shape,
-        )
+        super().__init__(ode.model, **ode.settings | {"prediction": "data"})
         self.ledger = ode.ledger
         self.model_prediction, self.quantile, self.floor = ode.prediction, quantile, floor
 

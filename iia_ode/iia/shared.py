@@ -30,16 +30,7 @@ class SharedODE(ProbabilityFlowODE):
     """
 
     def __init__(self, ode: ProbabilityFlowODE, ranks: Ranks) -> None:
-        super().__init__(
-            ode.model,
-            ode.schedule,
-            ode.prediction,
-            conditioning=ode.conditioning,
-            unconditional=ode.unconditional,
-            guidance_scale=ode.guidance_scale,
-            model_dtype=ode.model_dtype,
-            state_shape=ode.state_shape,
-        )
+        super().__init__(ode.model, **ode.settings)
         self.ranks, self.ledger = ranks, ode.ledger
         self.own = ode.condition(**ode.conditioning)
         self.own.ledger = Ledger()  # what this process alone spends
