@@ -173,29 +173,6 @@ def test_stages_that_meet_in_the_same_numbers_are_not_taken_for_memory_used_twic
     assert classic.lowest({("rk4", (7.0, 0.1)): plan}, own).rmse == pytest.approx(common.error_of(plan, own))
 
 
-def test_a_model_is_not_asked_twice_for_the_same_and_never_answers_for_another() -> None:
-    asked = []
-
-    def model(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | float = 0, scale: float = 1) -> torch.Tensor:
-        asked.append(1)
-        return x * t * scale + label
-
-    memory, x, t = classic.Remembering(model), torch.randn(3, 2), torch.tensor(2.0)
-    one = torch.ones(3, 1)
-    for _ in range(2):
-        assert torch.equal(memory(x, t), 2 * x)
-        memory(x, t).zero_()  # what a caller does to an output is no one else's
-        assert torch.equal(memory(x, 2 * t), 4 * x)
-        assert torch.equal(memory(x + 1, t), 2 * x + 2)
-        assert torch.equal(memory(x, t, label=one), 2 * x + 1)
-        assert torch.equal(memory(x, t, label=3.0), 2 * x + 3)
-        assert torch.equal(memory(x, t, scale=3.0), 6 * x)
-        assert torch.equal(memory(x[:1].expand(2, 2), t), 2 * x[:1].expand(2, 2))
-        assert torch.equal(memory(x[:1].expand(2, 2).reshape(4, 1), t), 2 * x[:1].expand(2, 2).reshape(4, 1))
-    assert len(asked) == 8
-    assert memory.samples == 6 * 3 + 2 + 4
-
-
 def test_a_rerun_does_only_what_is_missing(cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classic, "KARRAS", common.KARRAS[::9])
     monkeypatch.setattr(acceptance, "leap_grids", lambda *_: few_grids())

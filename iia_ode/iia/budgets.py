@@ -64,7 +64,9 @@ class Budget:
             search, alive = search + alive * 2 * samples_of(share, train), min(alive, keep)
         if nfe > 1:
             search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
-            search += 2 * (nfe - 1) * self.levels * 2 * train
+            search += (
+                (nfe - 1) * self.levels * 2 * train
+            )  # two trials a level, half of whose evaluations are remembered
         search *= 1 + _WARM * self.warm_starts
         fits = 8 * batch  # what weights may be, two times on all; then what is chosen, to the part and to all
         passes = 2 * self.probes + 4 + (self.probes + 1) * checkpointed

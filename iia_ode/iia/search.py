@@ -18,6 +18,7 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
 from .endpoint import by_robust_error, endpoint_errors, robust_mean
+from .remembered import RememberedODE
 from .teacher import Teacher
 
 __all__ = [
@@ -182,7 +183,7 @@ def search_grid(
     InputError : no candidate could be fitted.
     """
     check_rounds(rounds)
-    bench = Bench(fit, ode, x, teacher, nfe, chunk_size)
+    bench = Bench(fit, RememberedODE(ode), x, teacher, nfe, chunk_size)
     top, floor = bench.range
     alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
     if nfe == 2:
@@ -239,7 +240,7 @@ def search_levels(
     """
     if not step > 1:
         raise InputError(f"step is the factor by which levels are moved, above 1, got {step!r}.")
-    bench = Bench(fit, ode, x, teacher, nfe, chunk_size)
+    bench = Bench(fit, RememberedODE(ode), x, teacher, nfe, chunk_size)
     top, floor = bench.range
     best = FreeGrid.of(start.times(nfe, ode.schedule, bench.start), ode.schedule)
     if not math.isfinite(bench.attempt(best, len(x)).error):
