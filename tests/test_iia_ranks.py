@@ -18,6 +18,7 @@ from iia_ode.errors import RankError
 from iia_ode.iia import IIA, Budget, Teacher
 from iia_ode.iia.gather import Ranks
 from iia_ode.iia.recipe import fit
+from iia_ode.iia.remembered import RememberedODE
 from iia_ode.iia.shared import SharedODE
 
 GRID = iia.grids.karras(5)
@@ -63,6 +64,17 @@ def derivatives(share=lambda ode: ode):
     return found
 
 
+@torch.no_grad()
+def remembered(ode, x, differs):
+    """Outputs where some is asked again, by one process not quite as by the others, and how often the model was asked."""
+    known = RememberedODE(ode)
+    again = torch.nextafter(x, 2 * x) if differs else x
+    asked = (x, x, again, 3 * x, x, 3 * x + 1)
+    with known.counting() as spent:
+        outputs = [known.output(v, 2.0).flatten().tolist() for v in asked]
+    return outputs, spent.evaluations
+
+
 def failing_in_the_last(ode, ranks):
     """The ODE, whose model fails in the last process from its fourth call on."""
     calls = 0
@@ -95,6 +107,7 @@ def worker(rank, folder):
     else:
         fit(ode, 3, x / 80, group=single, **CALL).save(folder / f"again-{rank}.safetensors")
     (folder / f"derivatives-{rank}").write_text(json.dumps(derivatives(lambda ode: SharedODE(ode, Ranks(None)))))
+    (folder / f"remembered-{rank}").write_text(json.dumps(remembered(SharedODE(ode, Ranks(None)), x, rank == 1)))
     few = iia.ProbabilityFlowODE(ode.model, ode.schedule, conditioning={"shift": torch.zeros(40)})
     for name, own, noise in (("noise", ode, (x / 80).roll(rank, 0)), ("conditions", few, x / 80)):
         try:
@@ -201,6 +214,17 @@ def test_a_shared_evaluation_has_the_derivatives_of_the_whole_even_where_samples
     for rank in range(3):
         for found, own in zip(json.loads((folder / f"derivatives-{rank}").read_text()), derivatives(), strict=True):
             assert found == pytest.approx(own, rel=1e-12, abs=1e-12)
+
+
+def test_what_is_remembered_is_everyones_or_asked_for_by_all(folder):
+    ode, x = problem(slice(None))
+    right = remembered(ode, x, differs=False)
+    assert right[1] == 3
+    for rank in range(3):
+        outputs, evaluations = json.loads((folder / f"remembered-{rank}").read_text())
+        assert evaluations == 4
+        for found, own in zip(outputs, right[0], strict=True):
+            assert found == pytest.approx(own, rel=1e-12)
 
 
 def test_one_call_with_another_noise_in_each_process_is_refused(folder):

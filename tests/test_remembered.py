@@ -1,10 +1,13 @@
 """What is remembered in a search is what the model would have said, and is said for nothing else."""
 
+import copy
+
 import pytest
 import torch
 from support import generator, mixture
 
 import iia_ode as iia
+from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.iia import remembered, search
 from iia_ode.iia.remembered import Memory, RememberedODE
 
@@ -46,6 +49,7 @@ def test_what_is_asked_again_is_the_same_to_the_last_bit_and_no_evaluation():
         lambda ode, x: (ode.subset(slice(0, 2), 4), x[:2], 2.0),
         lambda ode, x: (ode.condition(label=torch.zeros(4, 1, dtype=torch.float64)), x, 2.0),
         lambda ode, x: (ode.condition(label=ode.conditioning["label"], scale=2.0), x, 2.0),
+        lambda ode, x: (ode, x.repeat(1, 2)[:, ::2], 2.0),
     ],
 )
 def test_nothing_is_answered_that_was_asked_of_other_states_times_or_conditions(other):
@@ -57,6 +61,77 @@ def test_nothing_is_answered_that_was_asked_of_other_states_times_or_conditions(
     plain, _, _ = other(ode, x)
     assert torch.equal(again.output(states, t), plain.output(states, t))
     assert ode.nfe == asked + 2
+
+
+@torch.no_grad()
+def test_conditions_that_are_no_tensors_are_told_apart_also_in_copies():
+    ode = iia.ProbabilityFlowODE(lambda x, t, by: x * by[0], EDM, conditioning={"by": [1.0]})
+    known, x = RememberedODE(ode), torch.ones(2, 3, dtype=torch.float64)
+    others = [[float(k)] for k in range(2, 200)]
+    for view in (known, copy.deepcopy(known)):
+        assert torch.equal(view.output(x, 2.0), x)
+        for other in others:
+            assert torch.equal(view.condition(by=other).output(x, 2.0), x * other[0])
+    assert torch.equal(known.condition(by=[7.0]).output(x, 2.0), 7 * x)  # an object that nobody else keeps
+    assert torch.equal(known.condition(by=[8.0]).output(x, 2.0), 8 * x)
+
+
+@torch.no_grad()
+def test_numbers_that_lie_alike_in_memory_are_told_apart_by_their_shape_and_dtype():
+    known = RememberedODE(iia.ProbabilityFlowODE(lambda x, t: 2 * x, EDM))
+    x = torch.zeros(2, 6)
+    for same in (x, x.reshape(2, 2, 3), x.reshape(2, 3, 2), torch.zeros(2, 3, dtype=torch.float64)):
+        assert known.output(same, 2.0).shape == same.shape
+        assert known.output(same, 2.0).dtype == same.dtype
+
+
+@torch.no_grad()
+def test_guided_evaluations_are_remembered_under_both_of_their_conditions():
+    label = torch.ones(4, 1, dtype=torch.float64)
+    x = torch.randn((4, 3), generator=generator(2), dtype=torch.float64)
+    for thresholded in (lambda ode: ode, dynamic_thresholding):
+        ode = thresholded(
+            iia.ProbabilityFlowODE(
+                labelled, EDM, conditioning={"label": label}, unconditional={"label": 0 * label}, guidance_scale=2.0
+            )
+        )
+        known = RememberedODE(ode)
+        assert known.fingerprint() == ode.fingerprint()
+        for view, plain in (
+            (known, ode),
+            (known.subset(slice(0, 2), 4), ode.subset(slice(0, 2), 4)),
+            (known.condition(label=3 * label), ode.condition(label=3 * label)),
+        ):
+            states = x[: len(view.conditioning["label"])]
+            for _ in range(2):
+                assert torch.equal(view.output(states, 2.0), plain.output(states, 2.0))
+
+
+@torch.no_grad()
+def test_the_ledger_counts_what_the_model_made_whoever_asks():
+    ode, x = ode_and_states()
+    known = RememberedODE(ode)
+    with known.counting() as spent:
+        for _ in range(3):
+            known.output(x, 2.0)
+            known.subset(slice(0, 2), 4).output(x[:2], 2.0)
+    assert (spent.evaluations, spent.samples) == (2, 6)
+    assert known.nfe == ode.nfe == 2
+
+
+@torch.no_grad()
+def test_an_ode_whose_views_are_its_own_keeps_them():
+    class Clamped(iia.ProbabilityFlowODE):
+        def output(self, x, t):
+            return super().output(x, t).clamp(-1, 1)
+
+        def subset(self, index, batch):
+            view = super().subset(index, batch)
+            return Clamped(view.model, **view.settings)
+
+    known = RememberedODE(Clamped(lambda x, t: 3 * x, EDM))
+    x = torch.full((4, 2), 5.0)
+    assert torch.equal(known.subset(slice(0, 2), 4).output(x[:2], 2.0), torch.ones(2, 2))
 
 
 @torch.no_grad()
@@ -89,9 +164,12 @@ def test_no_more_is_remembered_than_the_limit_and_what_was_asked_for_longest_ago
     assert memory.size == 3 * 80
     assert memory.get(b"b") is None
     assert torch.equal(memory.get(b"a"), one + ord("a"))
+    memory.put(b"d", one + 1)
+    assert memory.size == 3 * 80
+    assert torch.equal(memory.get(b"d"), one + 1)
     memory.put(b"large", torch.zeros(31, dtype=torch.float64))
     assert memory.get(b"large") is None
-    assert torch.equal(memory.get(b"d"), one)
+    assert torch.equal(memory.get(b"d"), one + 1)
 
 
 @pytest.mark.parametrize("budget", ["closed-form", "standard"])

@@ -77,6 +77,10 @@ class Ranks:
             raise RankError(f"the processes were asked for different fits: give all of them {wanted}.")
         return [int(row[0]) for row in rows]
 
+    def all(self, flag: bool) -> bool:
+        """Whether it is so in every process."""
+        return all(bool(row) for row in self._even(torch.tensor([flag], dtype=torch.int64, device="cpu")))
+
     def share(self, samples: int) -> slice:
         """This process's share of a batch that all of them have."""
         return share(self.rank, self.size, samples)

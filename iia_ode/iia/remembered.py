@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
+from .shared import SharedODE
 
 __all__ = ["RememberedODE"]
 
@@ -23,20 +23,19 @@ class RememberedODE(ProbabilityFlowODE):
 
     All candidates of a search for a grid start from the same states, and where only one level of a grid is moved, a fit and
     its run are the same up to there: half of all evaluations. What is remembered is the model's own output, so that nothing
-    comes out otherwise than it would; the ledger counts what the model made. Where gradients are asked for, nothing is
-    remembered.
+    comes out otherwise than it would; the ledger counts what the model made. With gradients enabled nothing is remembered.
+    Over several processes all of them must have the answer, or all of them ask: a state made in two ways may be the same to
+    the last bit in one process and not in another.
 
     Parameters
     ----------
-    ode : the ODE, whose model is a function of states, times and conditions.
-    memory : of an ODE of the same model, to share; a new one by default. The outputs asked for longest ago are forgotten
-        beyond 1 GiB, which lies on the host.
+    ode : the ODE, whose model is a function of states, times and conditions, and neither it nor they change from here on.
+        Its views share what is remembered: outputs of up to 1 GiB, on the host; those asked for longest ago go first.
     """
 
-    def __init__(self, ode: ProbabilityFlowODE, memory: Memory | None = None) -> None:
+    def __init__(self, ode: ProbabilityFlowODE) -> None:
         super().__init__(ode.model, **ode.settings)
-        self.inner, self.ledger = ode, ode.ledger
-        self.memory = Memory() if memory is None else memory
+        self.inner, self.ledger, self.memory = ode, ode.ledger, Memory()
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """What the model returns, or returned when it was asked the same; an evaluation in the former case only."""
@@ -44,6 +43,8 @@ class RememberedODE(ProbabilityFlowODE):
             return self.inner.output(x, t)
         key = _digest(x, t, self._conditions)
         known = self.memory.get(key)
+        if isinstance(self.inner, SharedODE) and not self.inner.ranks.all(known is not None):
+            known = None
         if known is None:
             made = self.inner.output(x, t)
             self.memory.put(key, made)
@@ -52,11 +53,21 @@ class RememberedODE(ProbabilityFlowODE):
 
     @cached_property
     def _conditions(self) -> bytes:
-        items = (*self.conditioning.items(), *self.unconditional.items())
-        return _digest(*(v if isinstance(v, Tensor | str) else self.memory.place(v) for item in items for v in item))
+        parts = [(of, k, v) for of, d in enumerate((self.conditioning, self.unconditional)) for k, v in d.items()]
+        return _digest(*(v if isinstance(v, Tensor | str | int) else self.memory.place(v) for p in parts for v in p))
 
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> RememberedODE:
-        return RememberedODE(self.inner._view(conditioning, unconditional), self.memory)
+    def condition(self, **conditioning: Any) -> RememberedODE:
+        """The same model, ledger and memory under another condition."""
+        return self._of(self.inner.condition(**conditioning))
+
+    def subset(self, index: slice | Tensor, batch: int) -> RememberedODE:
+        """The ODE of some samples of a batch of size `batch`; with the same memory."""
+        return self._of(self.inner.subset(index, batch))
+
+    def _of(self, inner: ProbabilityFlowODE) -> RememberedODE:
+        view = RememberedODE(inner)
+        view.memory = self.memory
+        return view
 
     def fingerprint(self) -> str:
         """That of the ODE."""
@@ -64,7 +75,7 @@ class RememberedODE(ProbabilityFlowODE):
 
 
 class Memory:
-    """Tensors by key, on the host, up to so many bytes; what was asked for longest ago goes first."""
+    """Tensors by key, on the host, with up to so many bytes of numbers; what was asked for longest ago goes first."""
 
     def __init__(self, limit: int = _KEPT) -> None:
         self.limit, self.size = limit, 0
@@ -85,20 +96,33 @@ class Memory:
 
     def put(self, key: bytes, value: Tensor) -> None:
         """Remember a copy."""
-        if (size := value.numel() * value.element_size()) > self.limit:
+        self._forget(key)
+        if (size := _bytes(value)) > self.limit:
             return
         while self.size + size > self.limit:
-            oldest = self._known.pop(next(iter(self._known)))
-            self.size -= oldest.numel() * oldest.element_size()
+            self._forget(next(iter(self._known)))
         self._known[key] = value.detach().to("cpu", copy=True)
         self.size += size
+
+    def _forget(self, key: bytes) -> None:
+        if (gone := self._known.pop(key, None)) is not None:
+            self.size -= _bytes(gone)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """An empty one: where objects are says nothing of their copies."""
+        return Memory(self.limit)
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
 
 
 def _digest(*parts: Any) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Tensor):
-            digest.update(f"{part.dtype}{list(part.shape)}".encode())
+            # A model may see how a tensor lies in memory, in the last bit of what it makes of it.
+            digest.update(f"{part.dtype}{list(part.shape)}{part.stride()}".encode())
             digest.update(bytes_of(part))
         else:
             digest.update(f"{part!r}|".encode())
