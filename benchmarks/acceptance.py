@@ -110,7 +110,7 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: str) ->
     tried.sort(key=lambda entry: entry[0])
     on_found = tried[0][0]
     simple = [s for s in dict.fromkeys([*(s for _, s, _ in tried), best]) if levels_for(s, name, nfe) == nfe]
-    chosen = list(dict.fromkeys([*simple[:LEAPED], *(s for s in [best] if s in simple)]))
+    chosen = list(dict.fromkeys([*simple[:LEAPED], *([best] if best in simple else [])]))
     teacher = trajectories(own)
     scale = float(own.final.double().square().mean().sqrt())
     for solver in chosen:

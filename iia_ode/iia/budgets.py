@@ -64,9 +64,8 @@ class Budget:
             search, alive = search + alive * 2 * samples_of(share, train), min(alive, keep)
         if nfe > 1:
             search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
-            search += (
-                (nfe - 1) * self.levels * 2 * train
-            )  # two trials a level, half of whose evaluations are remembered
+            # Two trials a level, half of whose evaluations are remembered.
+            search += (nfe - 1) * self.levels * 2 * train
         search *= 1 + _WARM * self.warm_starts
         fits = 8 * batch  # what weights may be, two times on all; then what is chosen, to the part and to all
         passes = 2 * self.probes + 4 + (self.probes + 1) * checkpointed
