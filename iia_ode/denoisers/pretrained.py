@@ -157,4 +157,4 @@ def load_denoiser(path: str | os.PathLike[str]) -> EDMDenoiser:
         denoiser.load_state_dict(tensors)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error
-    return denoiser.eval().requires_grad_(False)
+    return denoiser.frozen()

@@ -105,7 +105,7 @@ def train_edm(
             labels = torch.full((len(images),), null)
         seen, unseen = _split(len(images), held_out)
         train, test = ((images[part].to(device), labels[part].to(device)) for part in (seen, unseen))
-        average = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        average = copy.deepcopy(denoiser).frozen()
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=options.lr, betas=(0.9, 0.99))
         bar = tqdm(range(options.steps), desc="train", disable=not progress, mininterval=1.0)
         for step in bar:

@@ -149,6 +149,12 @@ class EDMDenoiser(nn.Module):
         """What rebuilds this denoiser, JSON-ready."""
         return {"network": self.network.config, "sigma_data": self.sigma_data, "state_shape": list(self.state_shape)}
 
+    def frozen(self) -> EDMDenoiser:
+        """This denoiser itself, for use: in evaluation mode, its weights without gradients and laid out for convolutions."""
+        # On a CPU these compute with channels innermost: no reordering of their inputs saves about a third of the time.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub leaves this argument out
+        return self.eval().requires_grad_(False)
+
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Estimate of the clean images, [B, C, H, W] in the dtype of x.
 
