@@ -7,6 +7,7 @@ from . import denoisers, grids, metrics, plots, problems, reference
 from .__about__ import __version__
 from .errors import (
     ConformanceError,
+    DuplicateWarning,
     FileFormatError,
     FingerprintWarning,
     GridError,
@@ -45,6 +46,7 @@ __all__ = [
     "ConformanceError",
     "Cosine",
     "Discrete",
+    "DuplicateWarning",
     "Evaluation",
     "FileFormatError",
     "FingerprintWarning",

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ConformanceError",
+    "DuplicateWarning",
     "FileFormatError",
     "FingerprintWarning",
     "GridError",
@@ -75,6 +76,10 @@ class ConformanceError(IIAError, AssertionError):
 
 class RankError(IIAError, RuntimeError):
     """One of several processes failed, did not answer in time, or was asked for another fit than the others."""
+
+
+class DuplicateWarning(UserWarning):
+    """Some draws of noise were given more than once."""
 
 
 class FingerprintWarning(UserWarning):

@@ -144,7 +144,7 @@ def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monk
         (["--solver", "midpoint"], "the paper has no terms for base 'midpoint'"),
         (["--solver", "heun", "--target", "nearest"], "'nearest' is not one of"),
         (["--budget", "huge"], "'huge' is not one of"),
-        (["--samples", "4"], "at least 8 draws of noise"),
+        (["--samples", "4"], "at least 8 different draws of noise"),
         (["--teacher", "a", "--save-teacher", "b"], "choose one"),
         (["--solver", "iia-edm", "--teacher", "a"], "goes with --target trajectory or with --guard"),
         (["--sigma-max", "2", "--save-teacher", "b"], "needs --sigma-max of at least 3"),

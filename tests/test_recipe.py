@@ -241,6 +241,34 @@ def test_noise_is_added_only_where_there_is_less_than_the_budget_asks_for():
     assert kept.about["batch"] == 12 and any("no noise is added" in line for line in said)
 
 
+def errors_of(found):
+    return {i["name"]: i["error"] for i in found.about["recipe"]["ingredients"]}
+
+
+def test_a_draw_that_is_given_twice_counts_once_and_is_reported():
+    ode, own, again = mixture().ode(iia.EDM()), noise(40), torch.arange(80) % 40
+    plain = quiet(ode, 4, own, budget=QUICK)
+    teacher = Teacher.solve(ode, 80.0 * own[again], 80.0, 0.0, steps=50)
+    for options in ({}, {"teacher": teacher}):
+        with pytest.warns(iia.DuplicateWarning, match="40 of 80 draws of noise repeat others"):
+            found = quiet(ode, 4, own[again], budget=QUICK, **options)
+        assert found.about["batch"] == 40 and found.plan.difference(plain.plan) == 0
+        assert errors_of(found) == errors_of(plain)
+    with pytest.warns(iia.DuplicateWarning), pytest.raises(iia.InputError, match="8 different draws"):
+        quiet(ode, 4, noise(1).expand(64, 4), budget=QUICK)
+    with pytest.warns(iia.DuplicateWarning), pytest.raises(iia.MismatchError):
+        quiet(ode, 4, noise(40, seed=5)[again], budget=QUICK, teacher=teacher)
+
+
+def test_a_draw_under_two_conditions_is_two_draws():
+    label = torch.arange(24) // 12
+    ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": label})
+    assert quiet(ode, 2, noise(12).repeat(2, 1), budget=QUICK).about["batch"] == 24
+    with pytest.warns(iia.DuplicateWarning, match="12 of 24"):
+        found = quiet(ode.condition(label=torch.tensor(1)), 2, noise(12).repeat(2, 1), budget=QUICK)
+    assert found.about["batch"] == 12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_added_noise_is_standard_normal_new_for_each_seed_and_guided_as_the_rest(dtype):
     x = 3.0 * torch.randn((9, 40), dtype=dtype, generator=torch.Generator().manual_seed(0))

@@ -272,6 +272,14 @@ def test_gauss_newton_needs_far_fewer_evaluations_than_adam():
     assert newton.sample_evaluations < adam.sample_evaluations
 
 
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 0.3)])
+def test_rates_of_adam_that_are_far_too_large_are_brought_down(rates):
+    ode, x = mixture().ode(iia.EDM()), states(48, iia.EDM())
+    found = refine(plan_of("ipndm2"), ode, x, truth(ode, x), method="adam", rates=rates, iterations=60)
+    assert found.iterations[1].train > 2 * found.iterations[0].train
+    assert found.gain < 0.4
+
+
 def test_on_gaussian_data_two_evaluations_can_be_made_nearly_exact_per_variance():
     # Two variances, and weights of three evaluations: more parameters than a linear map of two numbers needs.
     problem = iia.problems.Gaussian(torch.zeros(2, dtype=F64), torch.tensor([0.3, 1.5], dtype=F64))

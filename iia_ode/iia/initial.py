@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
 from torch import Tensor
 
 from ..errors import GridError, InputError
+from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
+from .origin import conditions_digest
 
-__all__ = ["fresh_states", "held_out_of", "initial_states", "more_states", "smallest_level", "start_time"]
+__all__ = ["distinct", "fresh_states", "held_out_of", "initial_states", "more_states", "smallest_level", "start_time"]
 
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _OWN = 0x9E3779B9  # added to the seed of noise that nobody gave: far from those people count up from 0, within 32 bits
@@ -61,6 +64,17 @@ def initial_states(
         )
     check_start(ode, noise)
     return noise
+
+
+def distinct(ode: ProbabilityFlowODE, x: Tensor) -> Tensor:
+    """Indices of the samples that do not repeat an earlier one: the same state under the same conditions."""
+    digests = [hashlib.sha256(bytes_of(state)).hexdigest() for state in x.cpu()]
+    if len(set(digests)) == len(x):
+        return torch.arange(len(x), device="cpu")
+    first: dict[tuple[str, str], int] = {}
+    for i, digest in enumerate(digests):
+        first.setdefault((digest, conditions_digest(ode.subset(slice(i, i + 1), len(x)))), i)
+    return torch.tensor(list(first.values()), device="cpu")
 
 
 def held_out_of(draws: int, share: float) -> int:

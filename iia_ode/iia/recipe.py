@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import DuplicateWarning, InputError
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
@@ -18,7 +19,7 @@ from .budgets import Budget, budget_of
 from .chunks import device_of
 from .fitted import FittedSolver
 from .gather import ranks_of
-from .initial import initial_states, more_states, smallest_level, start_time
+from .initial import distinct, initial_states, more_states, smallest_level, start_time
 from .job import Job
 from .origin import conditions_digest, origin
 from .shared import SharedODE
@@ -67,8 +68,9 @@ def fit(
     ode : the model, with conditions for each noise or one for all. Guidance is part of it.
     nfe : evaluations of a run, at least 1.
     noise : draws of standard normal noise [B, ...], float32 or float64; 64 or more, 256 are good; a budget may add to them
-        (:attr:`Budget.draws`; ``"thorough"`` does). Initial states are
-        recognised by their size and taken as they are where the noisiest level is far from 1; those of a `teacher` always.
+        (:attr:`Budget.draws`; ``"thorough"`` does). Initial states are recognised by their size and taken as they are where
+        the noisiest level is far from 1; those of a `teacher` always. A draw that is there twice counts once
+        (:class:`DuplicateWarning`).
     shape : instead of `noise`, the shape of one sample: `samples` draws are made from `seed`, in float32; a budget may add to
         them too.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`Budget`.
@@ -109,8 +111,19 @@ def fit(
     check_start(ode, x)
     x = x.detach().to(device_of(ode, x))
     sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
+    if len(own := distinct(ode, x)) < len(x):
+        warnings.warn(
+            f"{len(x) - len(own)} of {len(x)} draws of noise repeat others, under the same conditions, and are left out: a "
+            "fit to one of them would be judged by its copy. Give draws that differ.",
+            DuplicateWarning,
+            stacklevel=2,
+        )
+        if teacher is not None:
+            teacher.check(ode, x)
+            teacher = teacher.subset(own)
+        ode, x = ode.subset(own, len(x)), x[own]
     if len(x) < 8:
-        raise InputError(f"a fit needs at least 8 draws of noise, better 256, got {len(x)}.")
+        raise InputError(f"a fit needs at least 8 different draws of noise, better 256, got {len(x)}.")
     if (ranks := ranks_of(group)) is not None:
         task = nfe, start, sigma_min, chosen, held_out, chunk_size, checkpointed, seed, _digest(ode, x, teacher)
         ranks.agree(len(x), task, "the same noise, conditions, model, options and teacher, if any")

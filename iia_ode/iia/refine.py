@@ -23,6 +23,9 @@ _F64 = torch.float64
 METHODS = ("gauss-newton", "adam")
 _NOT_FINITE = "the derivatives are not finite"
 _TRIES = 6  # dampings that a Gauss-Newton iteration tries before it gives up
+_STRETCHES = 12  # of Adam
+_WORSE = 1.5  # times the training error at the start of a stretch, where it ends
+_STALLED = 12  # iterations without a lower training error, after which a stretch ends
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def refine(
     sigma_min : level sigma/alpha below which no time is moved: the smallest that the model was trained on.
     iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
     probes : sketched rows per sample.
-    rates : of Adam, for weights and for log sigma.
+    rates : of Adam, for weights and for log sigma; halved, from the best plan so far, whenever they lead away from it.
     outliers : errors of a sample beyond so many times the median one count less and less. Near the border of two modes a
         small error becomes a large one at the end: a few such samples would make up the whole of a plain mean of squares,
         and their derivatives say nothing of where they would land. ``math.inf`` is the plain mean.
@@ -284,13 +287,35 @@ def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterat
 
 
 def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float]]:
-    generator = torch.Generator("cpu").manual_seed(0)
-    theta = job.parameters.initial.clone()
+    """Stretches of Adam, each from the lowest training error so far, at half the rates of the one before.
+
+    How far a weight may move in an iteration depends on the model and on the number of evaluations: rates that are right for
+    five can throw a plan of ten farther off than it ever comes back from.
+    """
+    best, lowest = job.parameters.initial, job.loss(job.parameters.initial, train=True)
+    for stretch in range(_STRETCHES):
+        begun, since = lowest, 0
+        for theta in _descent(job, best, [rate / 2**stretch for rate in rates]):
+            yield theta, 0.0
+            error = job.loss(theta, train=True)
+            since += 1
+            if error < lowest:
+                best, lowest, since = theta, error, 0
+            elif error > _WORSE * begun or since == _STALLED:
+                break
+        else:
+            if job.reason == _NOT_FINITE:
+                return
+    job.reason = f"the training error no longer fell, at rates of {rates[0] / 2**stretch:.1g}"
+
+
+def _descent(job: _Job, theta: Tensor, rates: list[float]) -> Iterator[Tensor]:
+    """Iterations of Adam, for as long as gradients are finite and times in order."""
     weights = job.parameters.weights
     groups = [theta[:weights].clone().requires_grad_(True), theta[weights:].clone().requires_grad_(True)]
     optimiser = torch.optim.Adam([{"params": [g], "lr": rate} for g, rate in zip(groups, rates, strict=True)])
     while True:
-        gradient, _ = job.derivatives(torch.cat([g.detach() for g in groups]), 0, generator)
+        gradient, _ = job.derivatives(theta, 0, torch.Generator("cpu"))
         if not bool(torch.isfinite(gradient).all()):
             job.reason = _NOT_FINITE
             return
@@ -300,6 +325,5 @@ def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float
         theta = job.parameters.floored(torch.cat([g.detach() for g in groups]))
         groups[1].data.copy_(theta[weights:])
         if not job.parameters.valid(theta):
-            job.reason = "the next iteration has times that cross or leave the schedule, or numbers that are not finite"
             return
-        yield theta, 0.0
+        yield theta
