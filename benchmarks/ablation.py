@@ -309,10 +309,11 @@ per component to a converged reference, on noise that nothing was fitted to or c
 seeds, each with its own noise for fits and for measuring. Ratios are geometric means of those within each seed. *Median
 sample*: of the samples' own errors, mean over seeds.
 
-All variants are over DDIM. Grids are searched once per seed, for the closed-form fit of the full recipe or, where nothing is
-fitted, for DDIM, and shared by the variants. The full recipe: `terms="window"`, `target="trajectory"`, two earlier steps, a
-grid that leaps, then all weights and times refined by Gauss-Newton. The warm start is Gaussian, its moments from teacher
-endpoints, and takes the place of the first interval; its evaluations go to what follows.
+A star around each of two centres, not the full product: one ingredient is changed at a time. All variants are over DDIM.
+Grids are searched once per seed, for the closed-form fit of the full recipe or, where nothing is fitted, for DDIM, and shared
+by the variants. The full recipe: `terms="window"`, `target="trajectory"`, two earlier steps, a grid that leaps, then all
+weights and times refined by Gauss-Newton. The warm start is Gaussian, its moments from teacher endpoints, and takes the place
+of the first interval; its evaluations go to what follows.
 
 On the mixture, the one or two samples in a hundred that end in another component make most of the root mean square, and the
 others the median. Without refinement, aiming at the trajectory has a much lower root mean square than aiming step by step;
