@@ -309,7 +309,7 @@ per component to a converged reference, on noise that nothing was fitted to or c
 seeds, each with its own noise for fits and for measuring. Ratios are geometric means of those within each seed. *Median
 sample*: of the samples' own errors, mean over seeds.
 
-A star around each of two centres, not the full product: one ingredient is changed at a time. All variants are over DDIM.
+A star around each of two centres, not the full product: one or two ingredients are changed at a time. All are over DDIM.
 Grids are searched once per seed, for the closed-form fit of the full recipe or, where nothing is fitted, for DDIM, and shared
 by the variants. The full recipe: `terms="window"`, `target="trajectory"`, two earlier steps, a grid that leaps, then all
 weights and times refined by Gauss-Newton. The warm start is Gaussian, its moments from teacher endpoints, and takes the place

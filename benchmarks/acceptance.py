@@ -308,8 +308,8 @@ solver, grid or option has seen (odd seeds; fits draw from even ones). Columns a
   noise. That of other seeds, where there is a section for one, was looked at for no such purpose.
 - Part of a gain is the grid. The row *leap grid searched* says what remains beside classic solvers on grids of that kind; it
   was made for the mixture only.
-- Sample evaluations are those of the code that a row was made by. Since searches remember what they have asked, the same fits
-  take fewer: in closed form on the mixture 7 to 12% less.
+- Sample evaluations are those of the code that a row was made by; since searches remember what they have asked, most fits
+  take fewer.
 - The standard error of a ratio takes its two errors for independent; they share their noise, so it is an upper bound.
 - The median is that of the samples' own errors. Where it lies far below the error, a few samples that end in another mode
   make up nearly all of the error.

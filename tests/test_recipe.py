@@ -269,6 +269,13 @@ def test_a_draw_under_two_conditions_is_two_draws():
     assert found.about["batch"] == 12
 
 
+@pytest.mark.parametrize(("labels", "index"), [(12, torch.arange(24) % 12), (12, torch.arange(24))])
+def test_conditions_that_do_not_fit_the_noise_are_refused_even_if_they_fit_a_part_of_it(labels, index):
+    ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(labels)})
+    with pytest.raises(iia.InputError, match="'label' has 12 entries for a batch of 24"):
+        quiet(ode, 2, noise(24)[index], budget=QUICK, chunk_size=12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_added_noise_is_standard_normal_new_for_each_seed_and_guided_as_the_rest(dtype):
     x = 3.0 * torch.randn((9, 40), dtype=dtype, generator=torch.Generator().manual_seed(0))

@@ -74,7 +74,7 @@ class _ThresholdedODE(ProbabilityFlowODE):
                 "itself: apply one threshold, to the ODE without any."
             )
         super().__init__(ode.model, **ode.settings | {"prediction": "data"})
-        self.ledger, self._fingerprints = ode.ledger, ode._fingerprints
+        self.ledger = ode.ledger
         self.model_prediction, self.quantile, self.floor = ode.prediction, quantile, floor
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:

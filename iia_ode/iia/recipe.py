@@ -111,24 +111,25 @@ def fit(
     check_start(ode, x)
     x = x.detach().to(device_of(ode, x))
     sigma_min = smallest_level(ode.schedule) if sigma_min is None else sigma_min
-    if len(own := distinct(ode, x)) < len(x):
-        warnings.warn(
-            f"{len(x) - len(own)} of {len(x)} draws of noise repeat others, under the same conditions, and are left out: a "
-            "fit to one of them would be judged by its copy. Give draws that differ.",
-            DuplicateWarning,
-            stacklevel=2,
-        )
+    if (ranks := ranks_of(group)) is not None:
+        task = nfe, start, sigma_min, chosen, held_out, chunk_size, checkpointed, seed, _digest(ode, x, teacher)
+        ranks.agree(len(x), task, "the same noise, conditions, model, options and teacher, if any")
+        ode = SharedODE(ode, ranks)
+        report, progress = (report, progress) if ranks.rank == 0 else (None, False)
+    if noise is not None and len(own := distinct(ode, x)) < len(x):
+        if ranks is None or ranks.rank == 0:
+            warnings.warn(
+                f"{len(x) - len(own)} of {len(x)} draws of noise repeat others, under the same conditions, and are left "
+                "out: a fit to one of them would be judged by its copy. Give draws that differ.",
+                DuplicateWarning,
+                stacklevel=2,
+            )
         if teacher is not None:
             teacher.check(ode, x)
             teacher = teacher.subset(own)
         ode, x = ode.subset(own, len(x)), x[own]
     if len(x) < 8:
         raise InputError(f"a fit needs at least 8 different draws of noise, better 256, got {len(x)}.")
-    if (ranks := ranks_of(group)) is not None:
-        task = nfe, start, sigma_min, chosen, held_out, chunk_size, checkpointed, seed, _digest(ode, x, teacher)
-        ranks.agree(len(x), task, "the same noise, conditions, model, options and teacher, if any")
-        ode = SharedODE(ode, ranks)
-        report, progress = (report, progress) if ranks.rank == 0 else (None, False)
     given, say = len(x), report or (lambda _: None)
     if teacher is None:
         ode, x = more_states(ode, x, start, chosen.draws, held_out, seed)

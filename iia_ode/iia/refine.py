@@ -124,7 +124,8 @@ def refine(
     sigma_min : level sigma/alpha below which no time is moved: the smallest that the model was trained on.
     iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
     probes : sketched rows per sample.
-    rates : of Adam, for weights and for log sigma; halved, from the best plan so far, whenever they lead away from it.
+    rates : of Adam, for weights and for log sigma; halved, and the plan with the lowest training error so far taken up again,
+        where they lead to a much higher error, to none lower for a while, or to no plan at all.
     outliers : errors of a sample beyond so many times the median one count less and less. Near the border of two modes a
         small error becomes a large one at the end: a few such samples would make up the whole of a plain mean of squares,
         and their derivatives say nothing of where they would land. ``math.inf`` is the plain mean.
@@ -290,40 +291,43 @@ def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float
     """Stretches of Adam, each from the lowest training error so far, at half the rates of the one before.
 
     How far a weight may move in an iteration depends on the model and on the number of evaluations: rates that are right for
-    five can throw a plan of ten farther off than it ever comes back from.
+    one plan throw another farther off than it ever comes back from.
     """
-    best, lowest = job.parameters.initial, job.loss(job.parameters.initial, train=True)
-    for stretch in range(_STRETCHES):
-        begun, since = lowest, 0
-        for theta in _descent(job, best, [rate / 2**stretch for rate in rates]):
-            yield theta, 0.0
-            error = job.loss(theta, train=True)
-            since += 1
-            if error < lowest:
-                best, lowest, since = theta, error, 0
-            elif error > _WORSE * begun or since == _STALLED:
-                break
-        else:
-            if job.reason == _NOT_FINITE:
-                return
-    job.reason = f"the training error no longer fell, at rates of {rates[0] / 2**stretch:.1g}"
 
+    def slope(theta: Tensor) -> Tensor:
+        """The gradient of the mean square error; it has no random signs."""
+        return job.derivatives(theta, 0, torch.Generator("cpu"))[0] / (job.train * job.x[0].numel())
 
-def _descent(job: _Job, theta: Tensor, rates: list[float]) -> Iterator[Tensor]:
-    """Iterations of Adam, for as long as gradients are finite and times in order."""
     weights = job.parameters.weights
-    groups = [theta[:weights].clone().requires_grad_(True), theta[weights:].clone().requires_grad_(True)]
-    optimiser = torch.optim.Adam([{"params": [g], "lr": rate} for g, rate in zip(groups, rates, strict=True)])
-    while True:
-        gradient, _ = job.derivatives(theta, 0, torch.Generator("cpu"))
-        if not bool(torch.isfinite(gradient).all()):
+    best, lowest = job.parameters.initial, job.loss(job.parameters.initial, train=True)
+    steepest = slope(best)  # the gradient at the best
+    why = ""
+    for stretch in range(_STRETCHES):
+        if not bool(torch.isfinite(steepest).all()):
             job.reason = _NOT_FINITE
             return
-        for g, part in zip(groups, (gradient[:weights], gradient[weights:]), strict=True):
-            g.grad = part / (job.train * job.x[0].numel())
-        optimiser.step()
-        theta = job.parameters.floored(torch.cat([g.detach() for g in groups]))
-        groups[1].data.copy_(theta[weights:])
-        if not job.parameters.valid(theta):
-            return
-        yield theta
+        groups = [best[:weights].clone().requires_grad_(True), best[weights:].clone().requires_grad_(True)]
+        own = [rate / 2**stretch for rate in rates]
+        optimiser = torch.optim.Adam([{"params": [g], "lr": rate} for g, rate in zip(groups, own, strict=True)])
+        gradient, begun, since = steepest, lowest, 0
+        while bool(torch.isfinite(gradient).all()):
+            for g, part in zip(groups, (gradient[:weights], gradient[weights:]), strict=True):
+                g.grad = part
+            optimiser.step()
+            theta = job.parameters.floored(torch.cat([g.detach() for g in groups]))
+            groups[1].data.copy_(theta[weights:])
+            if not job.parameters.valid(theta):
+                why = "times that cross or leave the schedule, or numbers that are not finite"
+                break
+            yield theta, 0.0
+            error, since = job.loss(theta, train=True), since + 1
+            lower = error < lowest
+            if not lower and (since == _STALLED or error > _WORSE * begun):
+                why = "no lower training error"
+                break
+            gradient = slope(theta)
+            if lower:
+                best, lowest, steepest, since = theta, error, gradient, 0
+        else:
+            why = "derivatives that are not finite"
+    job.reason = f"rates of {own[0]:.1g} and {own[1]:.1g} still led to {why}"

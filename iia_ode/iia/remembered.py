@@ -70,15 +70,21 @@ class RememberedODE(ProbabilityFlowODE):
         return view
 
     def fingerprint(self) -> str:
-        """That of the ODE."""
-        return self.inner.fingerprint()
+        """That of the ODE, made once: its model does not change, and each fit of a search asks for it."""
+        if self.memory.fingerprint is None:
+            self.memory.fingerprint = self.inner.fingerprint()
+        return self.memory.fingerprint
 
 
 class Memory:
-    """Tensors by key, on the host, with up to so many bytes of numbers; what was asked for longest ago goes first."""
+    """Tensors by key, on the host, with up to so many bytes of numbers; what was asked for longest ago goes first.
+
+    And the fingerprint of the model that made them, once it was asked for.
+    """
 
     def __init__(self, limit: int = _KEPT) -> None:
         self.limit, self.size = limit, 0
+        self.fingerprint: str | None = None
         self._known: dict[bytes, Tensor] = {}
         self._objects: dict[int, Any] = {}
 

@@ -83,4 +83,8 @@ def check_start(ode: object, x: object) -> None:
             f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
             "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
         )
-    ode.check_state_shape(check_state(x))
+    state = check_state(x)
+    ode.check_state_shape(state)
+    ode.check_conditions(
+        len(state)
+    )  # of the whole batch: a chunk of it may happen to have as many samples as there are
