@@ -18,8 +18,8 @@ NAME, SAMPLES, NFES = "digits", 256, (5, 8, 10)
 PAGE = f"""# What a fit costs
 
 Made by `python benchmarks/cost.py`: `iia_ode.fit` with `budget="closed-form"` on the {NAME} denoiser, {SAMPLES} draws,
-{{where}}; these multiply float32 matrices of 2048x2048 at {{speed:.0f}} GFLOP/s. *Besides the model* is the share of the time that no evaluation takes: searches, least squares, targets, and
-keeping the batch.
+{{where}}; these multiply float32 matrices of 2048x2048 at {{speed:.0f}} GFLOP/s. *Besides the model* is the share of the
+time that no evaluation takes: searches, least squares, targets, and keeping the batch.
 
 {{table}}
 """
