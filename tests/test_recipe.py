@@ -269,9 +269,9 @@ def test_a_draw_under_two_conditions_is_two_draws():
     assert found.about["batch"] == 12
 
 
-@pytest.mark.parametrize(("labels", "index"), [(12, torch.arange(24) % 12), (12, torch.arange(24))])
-def test_conditions_that_do_not_fit_the_noise_are_refused_even_if_they_fit_a_part_of_it(labels, index):
-    ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(labels)})
+@pytest.mark.parametrize("index", [torch.arange(24) % 12, torch.arange(24)], ids=["repeated", "distinct"])
+def test_conditions_that_do_not_fit_the_noise_are_refused_even_if_they_fit_a_part_of_it(index):
+    ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(12)})
     with pytest.raises(iia.InputError, match="'label' has 12 entries for a batch of 24"):
         quiet(ode, 2, noise(24)[index], budget=QUICK, chunk_size=12)
 

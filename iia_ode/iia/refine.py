@@ -301,7 +301,6 @@ def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float
     weights = job.parameters.weights
     best, lowest = job.parameters.initial, job.loss(job.parameters.initial, train=True)
     steepest = slope(best)  # the gradient at the best
-    why = ""
     for stretch in range(_STRETCHES):
         if not bool(torch.isfinite(steepest).all()):
             job.reason = _NOT_FINITE

@@ -85,6 +85,5 @@ def check_start(ode: object, x: object) -> None:
         )
     state = check_state(x)
     ode.check_state_shape(state)
-    ode.check_conditions(
-        len(state)
-    )  # of the whole batch: a chunk of it may happen to have as many samples as there are
+    # Of the whole batch: a chunk of it may happen to have as many samples as a condition has entries.
+    ode.check_conditions(len(state))
