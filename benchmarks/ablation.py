@@ -39,8 +39,9 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher
 from iia_ode.iia.budgets import BUDGETS
+from iia_ode.iia.families import LeapGrid, leap_grids
 from iia_ode.iia.refine import refine
-from iia_ode.iia.search import LeapGrid, leap_grids, search_grid
+from iia_ode.iia.search import search_grid
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Plan
 

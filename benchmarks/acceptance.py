@@ -45,13 +45,15 @@ from common import (
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
 from iia_ode.iia.budgets import BUDGETS
-from iia_ode.iia.search import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
+from iia_ode.iia.families import FreeGrid, LeapGrid, leap_grids
+from iia_ode.iia.search import search_grid, search_levels
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
 NFES = (4, 5, 6, 8, 10, 15)
 FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws that fits and choices see: more where they cost nothing
 SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws that are measured
+TEACHER_STEPS = 60  # of what scalar weights are fitted to
 LEAPED = 3  # classic solvers whose leap grid is searched for
 CHOSEN = ("classic-leap", "scalar", *BUDGETS)  # the rows that a new rule of choice concerns
 ROWS = {
@@ -152,7 +154,7 @@ def trajectories(own: Batch) -> Teacher:
         setting = own.setting
         _TEACHERS[id(own)] = Teacher.solve(
             own.ode, own.x, own.start, setting.schedule.t_data,
-            steps=BUDGETS["closed-form"].teacher_steps, sigma_min=setting.sigma_min, chunk_size=CHUNK,
+            steps=TEACHER_STEPS, sigma_min=setting.sigma_min, chunk_size=CHUNK,
         )  # fmt: skip
     return _TEACHERS[id(own)]
 
@@ -168,7 +170,7 @@ def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
     with own.ode.counting() as counted:
         teacher = Teacher.solve(
             own.ode, own.x, own.start, setting.schedule.t_data,
-            steps=BUDGETS["closed-form"].teacher_steps, sigma_min=setting.sigma_min, chunk_size=CHUNK,
+            steps=TEACHER_STEPS, sigma_min=setting.sigma_min, chunk_size=CHUNK,
         )  # fmt: skip
         candidates = leap_grids(setting.sigma_max, float(teacher.final.double().square().mean().sqrt()))
         search = search_grid(

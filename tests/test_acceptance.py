@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import iia_ode as iia
+from iia_ode.iia.families import LeapGrid
 from iia_ode.iia.initial import start_time
-from iia_ode.iia.search import LeapGrid
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import mixture
 
 import iia_ode as iia
-from iia_ode.iia import PRESETS
+from iia_ode.iia import IIA, PRESETS, Teacher
 from iia_ode.plan import Past
 from iia_ode.plan.tracer import take_step
 
@@ -276,6 +276,30 @@ def test_conditions_travel_with_their_samples():
     shuffled = ode.condition(class_labels=labels.flip(0))
     other = iia.preset("iia-edm").fit(shuffled, grid, x)
     assert other.reports[0].before != pytest.approx(whole.reports[0].before, rel=1e-3)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("base", ["ddim", "ipndm2"])
+@given(first=st.integers(0, 10), count=st.integers(4, 14), chunk_size=st.integers(1, 24), seed=st.integers(0, 100))
+def test_samples_that_run_along_end_where_the_fit_takes_them_and_do_not_change_it(
+    base, intercept, first, count, chunk_size, seed
+):
+    """Each under a condition of its own; what runs along costs one run and leaves no trace in the weights."""
+
+    def shifted(x, t, shift):
+        return mixture().denoise(x - shift[:, None], 1.0, t[:, None]) + shift[:, None]
+
+    shift = torch.linspace(-1, 1, 24, dtype=F64)
+    ode, x = iia.ProbabilityFlowODE(shifted, iia.EDM(), conditioning={"shift": shift}), states(seed=seed)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=20)
+    method = IIA(base, terms="window", target="trajectory", ridge=1e-7, guard=False, intercept=intercept)
+    own = slice(first, first + count)
+    with ode.counting() as spent:
+        fit, ends = method.fit_and_run(ode, GRID, x, own, teacher=teacher, chunk_size=chunk_size)
+    assert spent.samples == fit.plan.nfe * len(x)
+    alone = method.fit(ode.subset(own, 24), GRID, x[own], teacher=teacher.subset(own))
+    assert fit.plan.difference(alone.plan) < 1e-7
+    assert torch.allclose(ends, fit.plan.run(ode, x), rtol=1e-9, atol=1e-9)
 
 
 def test_paper_terms_are_those_of_the_base():

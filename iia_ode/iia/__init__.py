@@ -5,13 +5,14 @@ The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_
 
 from .budgets import BUDGETS, Budget
 from .candidates import Ingredient
+from .families import FreeGrid, LeapGrid, leap_grids
 from .fit import IIA, PRESETS, preset
 from .fitted import FittedSolver, StepReport, describe, load
 from .lstsq import LeastSquares
 from .moments import Moments, estimate_moments, exact_moments
 from .parameters import Parameters
 from .refine import Iteration, Refinement
-from .search import FreeGrid, GridSearch, LeapGrid, Trial, leap_grids, search_grid, search_levels
+from .search import GridSearch, Trial, search_grid, search_levels
 from .structure import Window
 from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher

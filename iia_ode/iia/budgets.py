@@ -66,14 +66,14 @@ class Budget:
             search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
             # Two trials a level, half of whose evaluations are remembered.
             search += (nfe - 1) * self.levels * 2 * train
-        search *= 1 + _WARM * self.warm_starts
-        fits = 8 * batch  # what weights may be, two times on all; then what is chosen, to the part and to all
+        searches = search * (1 + _WARM * self.warm_starts) * (1 - 1 / nfe)  # the first evaluation is remembered
+        fits = 7 * batch  # what weights may be, two times on a half; then what is chosen, to that half and to all
         passes = 2 * self.probes + 4 + (self.probes + 1) * checkpointed
         refinement = self.starts * self.iterations * (train * passes + batch - train)
         refinement += AGAIN * batch * passes if self.starts else 0
         made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
         finals = self.finals_of(batch)
-        return (self.teacher_steps + 1) * (batch + finals) + nfe * (search + fits + refinement + made * finals)
+        return (self.teacher_steps + 1) * (batch + finals) + round(nfe * (searches + fits + refinement + made * finals))
 
     def finals_of(self, batch: int) -> int:
         """How many draws the last choice has of its own."""
@@ -81,7 +81,7 @@ class Budget:
 
 
 BUDGETS: dict[str, Budget] = {
-    "closed-form": Budget(rounds=((0.125, 6), (0.5, 2))),
+    "closed-form": Budget(teacher_steps=40, rounds=((0.125, 6), (0.5, 2))),
     "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
     "thorough": Budget(
         draws=512,

@@ -22,10 +22,18 @@ class Chunk:
     """Part of the fitting batch, with the vectors of its own run of the growing plan that are still needed, on the host.
 
     The model's device holds the vectors of one chunk at a time, however many there are.
+
+    Parameters
+    ----------
+    samples : what runs.
+    device : where.
+    own : which of them the fit is about; the others only run along. All by default.
     """
 
-    def __init__(self, samples: Samples, device: torch.device) -> None:
+    def __init__(self, samples: Samples, device: torch.device, own: slice | None = None) -> None:
         self.samples, self.device = samples, device
+        self.own = slice(0, len(samples.initial)) if own is None else own
+        self.own_samples = samples.part(self.own)
         self.values: dict[int, Tensor] = {0: samples.initial.cpu()}
         self._done = 0
 
@@ -75,16 +83,16 @@ class StepSystem:
         self._sources = sorted({j for weights in parts for j in weights})
 
     def add(self, chunk: Chunk, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
-        """Add the first `cut` samples of a chunk to one system and the others to the other.
+        """Add the first `cut` of a chunk's own samples to one system and the others to the other.
 
         Returns, of the first, the squared rounding error in each column and at last the squared size of the base's result,
         float64 [k + 1] on the host: each vector in a direction is exact to the precision of its dtype only.
         """
-        values = chunk.explore(self.tracer, self.fork)
+        values = {j: v[chunk.own] for j, v in chunk.explore(self.tracer, self.fork).items()}
         if self.end is not None:
             wanted = _read(values, self.end)
         elif not isinstance(self.aim, Vector):
-            wanted = self.aim(chunk.samples, _read(values, self.start))
+            wanted = self.aim(chunk.own_samples, _read(values, self.start))
         # In float64 before the difference: a residual is small against the states at high noise.
         result = _read(values, self.result).double()
         residual = wanted.double() - result

@@ -15,9 +15,10 @@ from ..ode import ProbabilityFlowODE
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
 from .chunks import Chunk, device_of
+from .endpoint import chunks_of
 from .fitted import FittedSolver
 from .fitting import Fitting, floor_of
-from .gather import gather_over
+from .gather import Alone, gather_over
 from .origin import origin
 from .structure import Window
 from .targets import Samples, Target, TeacherTrajectory, resolve_target
@@ -129,7 +130,50 @@ class IIA:
         -----
         GuardWarning : the fit was not clearly better than the base, which is what is returned.
         """
+        found, _ = self._fitted(
+            ode, grid, x, None, teacher=teacher, held_out=held_out, chunk_size=chunk_size, group=group, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        return found
+
+    @torch.no_grad()
+    def fit_and_run(
+        self, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, own: slice, *, teacher: Teacher, chunk_size: int
+    ) -> tuple[FittedSolver, Tensor]:
+        """The fit to some of the samples, and where it takes all of them, [B, ...] on the host.
+
+        The others run along: they cost the evaluations that a run of theirs costs, and larger batches cost less for each
+        sample. In this process alone, all of `own` fitted to, without a guard.
+
+        Parameters
+        ----------
+        ode, grid, x, chunk_size : as for :meth:`fit`.
+        own : the samples to fit to.
+        teacher : of all samples.
+        """
+        found, fitting = replace(self, guard=False)._fitted(
+            ode, grid, x, own, teacher=teacher, held_out=0.0, chunk_size=chunk_size, group=Alone(), seed=None,
+            progress=False,
+        )  # fmt: skip
+        return found, fitting.ends
+
+    def _fitted(
+        self,
+        ode: ProbabilityFlowODE,
+        grid: Tensor,
+        x: Tensor,
+        own: slice | None,
+        *,
+        teacher: Teacher | None,
+        held_out: float | None,
+        chunk_size: int | None,
+        group: Any,
+        seed: int | None,
+        progress: bool,
+    ) -> tuple[FittedSolver, Fitting]:
+        """The fit to the samples in `own`, or to all, and the work behind it."""
         check_start(ode, x)
+        own = slice(0, len(x)) if own is None else own
         method = self
         if isinstance(self.terms, Window):
             method = replace(self, terms=self.terms.for_shape(x.shape[1:]))
@@ -141,16 +185,19 @@ class IIA:
             raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
         gather = gather_over(group)
         made_for = origin(ode, x)
-        first, total = gather.begin(len(x), (self._options(), times, share, made_for, teacher is not None))
+        first, total = gather.begin(
+            own.stop - own.start, (self._options(), times, share, made_for, teacher is not None)
+        )
         with ode.counting() as spent:
             teacher = self._teacher(ode, x, times, teacher, chunk_size, progress)
             size, device = chunk_size or len(x), device_of(ode, x)
-            slices = [slice(i, min(i + size, len(x))) for i in range(0, len(x), size)]
-            chunks = [Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device) for i in slices]
+            chunks = [
+                Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device, _within(i, own))
+                for i in chunks_of(0, len(x), size)
+            ]
             held = min(max(1, int(share * total)), total - 1) if share and total >= 4 else 0
-            plan, reports, outcome = Fitting(method, ode, times, chunks, first, total, held, teacher, gather).run(
-                progress
-            )
+            fitting = Fitting(method, ode, times, chunks, own.start, first, total, held, teacher, gather)
+            plan, reports, outcome = fitting.run(progress)
         cost = gather.sum(torch.tensor([spent.evaluations, spent.samples], dtype=torch.float64, device="cpu")).tolist()
         about = {
             "library": __about__.__version__,
@@ -164,7 +211,7 @@ class IIA:
             "evaluations": int(cost[0]),
             "sample_evaluations": int(cost[1]),
         }
-        return FittedSolver(plan, reports, about)
+        return FittedSolver(plan, reports, about), fitting
 
     def _teacher(
         self,
@@ -206,6 +253,12 @@ class IIA:
             "guard": self.guard,
             "intercept": self.intercept,
         }
+
+
+def _within(chunk: slice, own: slice) -> slice:
+    """Those of a chunk that are in `own`, counted from its first."""
+    first, last = (min(max(i, chunk.start), chunk.stop) - chunk.start for i in (own.start, own.stop))
+    return slice(first, last)
 
 
 def _of_paper(name: str, base: str, terms: str) -> IIA:

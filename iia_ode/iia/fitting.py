@@ -59,8 +59,10 @@ class Fitting:
     ----------
     method : the options.
     ode, times : the model and the grid.
-    chunks : the samples of this process.
-    first, total, held_out : place of its first sample in the whole batch, size of that, and how many are held out at its end.
+    chunks : the samples of this process, those that the fit is about and those that run along.
+    begin : where the former begin among them.
+    first, total, held_out : the place of that one in the whole batch of the fit, the size of that, and how many are held out
+        at its end.
     teacher : of the samples of this process, if there is one.
     gather : how to share with other processes.
     """
@@ -69,6 +71,7 @@ class Fitting:
     ode: ProbabilityFlowODE
     times: list[float]
     chunks: list[Chunk]
+    begin: int
     first: int
     total: int
     held_out: int
@@ -79,6 +82,11 @@ class Fitting:
     def target(self) -> Target:
         """What steps are fitted to."""
         return resolve_target(self.method.target, self.method.substeps)
+
+    @property
+    def ends(self) -> Tensor:
+        """Where :meth:`run` took all samples of this process, [B, ...] on the host; those that run along as well."""
+        return torch.cat([chunk.values[max(chunk.values)] for chunk in self.chunks])
 
     def run(self, progress: bool) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
         """The plan, the report of each fitted step, and the outcome of the guard."""
@@ -125,7 +133,8 @@ class Fitting:
         train, held = (LeastSquares(len(candidates), intercept=self.method.intercept) for _ in range(2))
         sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
         for chunk in self.chunks:
-            sizes += system.add(chunk, train, held, self._cut(chunk))
+            if chunk.own.stop > chunk.own.start:
+                sizes += system.add(chunk, train, held, self._cut(chunk))
         train, held = (self.gather.merged(part) for part in (train, held))
         *_, size = sizes = self.gather.sum(sizes).sqrt()
         noise = sizes[:-1]
@@ -150,8 +159,9 @@ class Fitting:
 
     def _cut(self, chunk: Chunk) -> int:
         """How many of a chunk's samples, from its first, are fitted to; the rest are held out."""
-        left: int = self.total - self.held_out - self.first - chunk.samples.index.start
-        return min(max(left, 0), len(chunk.samples.initial))
+        own = chunk.own_samples
+        left: int = self.total - self.held_out - self.first - (own.index.start - self.begin)
+        return min(max(left, 0), len(own.initial))
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +196,7 @@ class Fitting:
             "Fit on more samples, with other terms or another target (target='trajectory' repairs earlier error), with a "
             "ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
         return replace(base, name=plan.name), tuple(_refused(r) for r in reports), outcome
 

@@ -19,13 +19,15 @@ from ..solvers import get_solver
 from .budgets import AGAIN, Budget
 from .candidates import Candidate, Cost, Ingredient
 from .endpoint import Ends, by_robust_error
+from .families import LeapGrid, leap_grids
 from .fit import IIA
 from .fitted import FittedSolver
 from .initial import fresh_states, held_out_of
 from .outcome import Outcome
 from .refine import Refinement, refine
+from .remembered import RememberedODE
 from .routes import Route, joined, starts_of, worth_refining
-from .search import Bench, Fit, LeapGrid, leap_grids, search_grid, search_levels
+from .search import Bench
 from .shared import SharedODE
 from .teacher import Teacher
 from .variants import SCALARS, variants_of
@@ -46,14 +48,14 @@ class Job:
 
     Attributes
     ----------
-    ode, nfe : the model, and evaluations of a run.
+    ode, nfe : the model, of which nothing is asked twice, and evaluations of a run.
     x : initial states [B, ...] at time `start`, of which the first `given` are the caller's or drawn for it.
     sigma_min : level whose data estimate is taken for the data.
     budget, held_out, chunk_size, checkpointed, seed, progress : as for :func:`iia_ode.fit`.
     say : is told how far it is.
     """
 
-    ode: ProbabilityFlowODE
+    ode: RememberedODE
     nfe: int
     x: Tensor
     given: int
@@ -137,7 +139,7 @@ class Job:
     def _announce(self, teacher: Teacher | None) -> None:
         """Time the model, and say what this will take."""
         part = slice(0, min(self.chunk_size, len(self.x)))
-        ode, x = self.ode.subset(part, len(self.x)), self.x[part]
+        ode, x = self.ode.inner.subset(part, len(self.x)), self.x[part]
         with torch.no_grad():
             for _ in range(2):  # the first call may allocate or compile
                 began = time.perf_counter()
@@ -238,18 +240,14 @@ class Job:
         tried = []
         for variant in variants:
             own = replace(route, variant=variant)
-            bench = Bench(*self._search(own), self.chunk_size)
-            tried.append((own, bench.judge(self._grid(own), self.train)))
+            tried.append((own, self._bench(own).judge(self._grid(own), self.train)))
         best = by_robust_error(tried, lambda pair: pair[1], outliers_too=True)[0][0]
         return best if bool(torch.isfinite(torch.cat([e for _, e in tried])).any()) else route
 
     def _searched(self, route: Route, candidates: list[LeapGrid]) -> LeapGrid:
         """The best of a family of grids for this way to start."""
         with self._stage() as cost:
-            search = search_grid(
-                *self._search(route), candidates,
-                rounds=self.budget.rounds, descent=self.budget.descent, chunk_size=self.chunk_size,
-            )  # fmt: skip
+            search = self._bench(route).search_grid(candidates, rounds=self.budget.rounds, descent=self.budget.descent)
         best = ", ".join(f"{k} {v:.3g}" for k, v in asdict(search.best).items())
         self.say(
             f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {best}"
@@ -261,23 +259,23 @@ class Job:
         if not self.budget.levels or route.grid is None:
             return route
         with self._stage() as cost:
-            search = search_levels(
-                *self._search(route), route.grid, passes=self.budget.levels, chunk_size=self.chunk_size
-            )
+            search = self._bench(route).search_levels(route.grid, passes=self.budget.levels)
         levels = " ".join(f"{v:.3g}" for v in search.best.levels)
         self.say(
             f"{route.name}: {len(search.trials)} grids, {cost.samples} sample evaluations, {cost.seconds:.1f} s; {levels}"
         )
         return replace(route, grid=search.best)
 
-    def _search(self, route: Route) -> tuple[Fit, ProbabilityFlowODE, Tensor, Teacher, int]:
-        """What a search for a grid is about: how to fit, to what, and how many intervals there are."""
+    def _bench(self, route: Route) -> Bench:
+        """Where grids and weights for a route are tried: the training samples, halves of them judged by the other half."""
         plain = replace(self.method, ridge=_RIDGE)
 
-        def closed(ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
-            return route.fit(plain, grid, ode, x, teacher, self.chunk_size).plan
+        def fold(
+            ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher, own: slice, other: slice
+        ) -> Tensor:
+            return route.ends(plain, grid, ode, x, teacher, own, self.chunk_size)[other]
 
-        return closed, *self._part(slice(0, self.train)), self.nfe + (route.start is not None)
+        return Bench(fold, *self._part(slice(0, self.train)), self.nfe + (route.start is not None))
 
     def _refined(self, routes: list[Route]) -> None:
         """Gauss-Newton from the best routes, given best first."""
@@ -328,7 +326,7 @@ class Job:
         except (IIAError, RuntimeError) as error:
             less = "; checkpointed=True or a smaller chunk_size takes less memory" if "memory" in str(error) else ""
             everyones = isinstance(error, IIAError | torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-            if isinstance(self.ode, SharedODE) and not everyones:  # the others wait for this process
+            if isinstance(self.ode.inner, SharedODE) and not everyones:  # the others wait for this process
                 raise RankError(f"{name} failed in this process: {first_line(error)}{less}") from error
             self.say(f"{name}: not possible ({first_line(error)}{less})")
             return None

@@ -22,6 +22,7 @@ from .gather import ranks_of
 from .initial import distinct, initial_states, more_states, smallest_level, start_time
 from .job import Job
 from .origin import conditions_digest, origin
+from .remembered import RememberedODE
 from .shared import SharedODE
 from .teacher import Teacher
 
@@ -136,7 +137,7 @@ def fit(
     elif chosen.draws > given:
         say(f"the teacher has {given} trajectories: no noise is added, though the budget asks for {chosen.draws} draws")
     job = Job(
-        ode, nfe, x, given=given, start=start, sigma_min=sigma_min, budget=chosen, held_out=held_out,
+        RememberedODE(ode), nfe, x, given=given, start=start, sigma_min=sigma_min, budget=chosen, held_out=held_out,
         chunk_size=chunk_size, checkpointed=checkpointed, seed=seed, say=say, progress=progress,
     )  # fmt: skip
     found = job.run(teacher)

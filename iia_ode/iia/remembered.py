@@ -1,4 +1,4 @@
-"""An ODE that answers from memory what it has been asked before, for searches whose candidates begin alike."""
+"""An ODE that answers from memory what it has been asked before, for fits whose candidates begin alike."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class RememberedODE(ProbabilityFlowODE):
     """An ODE that calls its model once for what it is asked again: the same states, times and conditions to the last bit.
 
     All candidates of a search for a grid start from the same states, and where only one level of a grid is moved, a fit and
-    its run are the same up to there: half of all evaluations. What is remembered is the model's own output, so that nothing
-    comes out otherwise than it would; the ledger counts what the model made. With gradients enabled nothing is remembered.
+    its run are the same up to there: half of all evaluations. And what was fitted has run already on what it was fitted to.
+    What is remembered is the model's own output, so that nothing comes out otherwise than it would; the ledger counts what
+    the model made. With gradients enabled nothing is remembered.
     Over several processes all of them must have the answer, or all of them ask: a state made in two ways may be the same to
     the last bit in one process and not in another.
 
@@ -36,6 +37,11 @@ class RememberedODE(ProbabilityFlowODE):
     def __init__(self, ode: ProbabilityFlowODE) -> None:
         super().__init__(ode.model, **ode.settings)
         self.inner, self.ledger, self.memory = ode, ode.ledger, Memory()
+
+    @classmethod
+    def of(cls, ode: ProbabilityFlowODE) -> RememberedODE:
+        """The ODE itself if it remembers already."""
+        return ode if isinstance(ode, RememberedODE) else cls(ode)
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """What the model returns, or returned when it was asked the same; an evaluation in the former case only."""

@@ -13,11 +13,11 @@ from ..errors import IIAError, first_line
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from ..schedules import Schedule
+from .families import FreeGrid, LeapGrid
 from .fit import IIA
 from .fitted import FittedSolver
 from .gather import Alone
 from .moments import Moments, estimate_moments
-from .search import FreeGrid, LeapGrid
 from .teacher import Teacher
 from .variants import SCALARS, Variant
 from .warm_start import WarmStart
@@ -44,6 +44,15 @@ class Start:
         return WarmStart.affine(
             schedule, t, s, self.x.cpu(), there, over=self.moments, labels=self.labels, per=self.key
         )
+
+    def take(
+        self, grid: Tensor, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher
+    ) -> tuple[WarmStart, Tensor, Tensor, Teacher]:
+        """The warm start over the first interval, and the grid, states and teacher from where it ends."""
+        t, s = (float(v) for v in grid[:2])
+        warm = self.make(ode.schedule, t, s)
+        y = warm.apply(x, ode)
+        return warm, grid[1:], y, teacher.restarted(s, y)
 
 
 @dataclass(eq=False)
@@ -85,10 +94,17 @@ class Route:
         }  # the samples are all of them, in every process that there is
         if self.start is None:
             return Parts(None, method.fit(ode, grid, x, teacher=teacher, **options))
-        t, s = (float(v) for v in grid[:2])
-        warm = self.start.make(ode.schedule, t, s)
-        y = warm.apply(x, ode)
-        return Parts(warm, method.fit(ode, grid[1:], y, teacher=teacher.restarted(s, y), **options))
+        warm, rest, y, teacher = self.start.take(grid, ode, x, teacher)
+        return Parts(warm, method.fit(ode, rest, y, teacher=teacher, **options))
+
+    def ends(
+        self, method: IIA, grid: Tensor, ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher, own: slice, chunk: int
+    ) -> Tensor:
+        """Where it takes these samples, once fitted to `own` of them, [B, ...] on the host."""
+        method = self.variant.of(method)
+        if self.start is not None:
+            _, grid, x, teacher = self.start.take(grid, ode, x, teacher)
+        return method.fit_and_run(ode, grid, x, own, teacher=teacher, chunk_size=chunk)[1]
 
 
 @dataclass(frozen=True, eq=False)

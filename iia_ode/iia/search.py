@@ -12,22 +12,21 @@ import torch
 from torch import Tensor
 
 from ..errors import GridError, InputError, NonFiniteError
-from ..grids import karras
-from ..grids.base import as_grid, times_of
 from ..ode import ProbabilityFlowODE
-from ..plan import Plan, check_grid
-from ..schedules import Schedule
-from .endpoint import by_robust_error, endpoint_errors, robust_mean
+from ..plan import Plan
+from .endpoint import by_robust_error, chunks_of, per_sample, robust_mean
+from .families import FreeGrid, LeapGrid
 from .remembered import RememberedODE
 from .teacher import Teacher
 
 __all__ = [
+    "Bench",
     "Fit",
-    "FreeGrid",
+    "Fold",
     "GridSearch",
-    "LeapGrid",
     "Trial",
-    "leap_grids",
+    "check_rounds",
+    "fold_of",
     "samples_of",
     "search_grid",
     "search_levels",
@@ -35,84 +34,6 @@ __all__ = [
 
 _FEWEST = 16  # samples of a round: half of them are fitted to
 _Grid = TypeVar("_Grid", "LeapGrid", "FreeGrid")
-
-
-@dataclass(frozen=True, order=True)
-class LeapGrid:
-    """A grid that leaps from its start to `sigma_1` and goes on as Karras et al.'s does, to `sigma_min` and the data.
-
-    One evaluation at the noisiest level says little more than the mean of the data, and what follows it is nearly linear
-    for as long as the noise dwarfs the data: a solver whose first step is fitted can take it all at once, which leaves the
-    other evaluations for the levels where images form.
-
-    Attributes
-    ----------
-    sigma_1, sigma_min : levels sigma/alpha of the second and the last evaluation.
-    rho : spacing between them, as for :func:`iia_ode.grids.karras`.
-    """
-
-    sigma_1: float
-    sigma_min: float
-    rho: float = 7.0
-
-    def times(self, n: int, schedule: Schedule, t_start: float) -> Tensor:
-        """The grid of n evaluations from `t_start` to the data, float64 [n + 1].
-
-        Raises
-        ------
-        GridError : n < 1, or the levels are not in order.
-        """
-        if n < 1:
-            raise GridError(f"a grid needs at least one evaluation, got {n}.")
-        rest = as_grid([])
-        if n == 2:
-            rest = times_of([self.sigma_1], schedule, False)
-        elif n > 2:
-            rest = karras(n - 1, self.sigma_min, self.sigma_1, self.rho, schedule=schedule, to_data=False)
-        return _around(rest, schedule, t_start)
-
-
-@dataclass(frozen=True, order=True)
-class FreeGrid:
-    """A grid of any levels.
-
-    Attributes
-    ----------
-    levels : sigma/alpha of every evaluation but the first, decreasing.
-    """
-
-    levels: tuple[float, ...]
-
-    @classmethod
-    def of(cls, times: Tensor, schedule: Schedule) -> FreeGrid:
-        """The interior of a grid [n + 1] that ends at the data."""
-        return cls(tuple(schedule.noise_to_signal(t) for t in times[1:-1].tolist()))
-
-    def times(self, n: int, schedule: Schedule, t_start: float) -> Tensor:
-        """The grid from `t_start` to the data, float64 [n + 1].
-
-        Raises
-        ------
-        GridError : there are not n - 1 levels, or they are not in order.
-        """
-        if n != len(self.levels) + 1:
-            raise GridError(f"{len(self.levels)} levels make a grid of {len(self.levels) + 1} evaluations, not {n}.")
-        inner = times_of(list(self.levels), schedule, False) if self.levels else as_grid([])
-        return _around(inner, schedule, t_start)
-
-
-def _around(inner: Tensor, schedule: Schedule, t_start: float) -> Tensor:
-    """The grid with these times between the start and the data."""
-    return as_grid(check_grid(schedule, torch.cat([as_grid([t_start]), inner, as_grid([schedule.t_data])])))
-
-
-def leap_grids(start: float, scale: float) -> list[LeapGrid]:
-    """Candidates between the level `start` and the data, for data of root mean square `scale`."""
-    firsts = [scale * f for f in (3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
-    firsts = [a for a in firsts if a < 0.9 * start] or [start * f for f in (0.8, 0.6, 0.4)]
-    lasts = [scale * f for f in (0.5, 0.25, 0.12, 0.05, 0.015)]
-    lasts = [b for b in lasts if b < 0.5 * firsts[0]] or [firsts[0] * f for f in (0.3, 0.1)]
-    return [LeapGrid(a, b, 5.0) for a in firsts for b in lasts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +65,21 @@ class GridSearch(Generic[_Grid]):
 
 Fit = Callable[[ProbabilityFlowODE, Tensor, Tensor, Teacher], Plan]
 """From an ODE, a grid, initial states and their teacher to a fitted plan."""
+
+Fold = Callable[[ProbabilityFlowODE, Tensor, Tensor, Teacher, slice, slice], Tensor]
+"""The same with all states of a trial, then those to fit to and those to judge by: the final states of the latter."""
+
+
+def fold_of(fit: Fit, chunk_size: int) -> Fold:
+    """The samples to judge by, run after the fit to the others, `chunk_size` at a time."""
+
+    def fold(ode: ProbabilityFlowODE, times: Tensor, x: Tensor, teacher: Teacher, own: slice, other: slice) -> Tensor:
+        n = len(x)
+        plan = fit(ode.subset(own, n), times, x[own], teacher.subset(own))
+        with torch.no_grad():
+            return torch.cat([plan.run(ode.subset(i, n), x[i]) for i in chunks_of(other.start, other.stop, chunk_size)])
+
+    return fold
 
 
 def search_grid(
@@ -182,29 +118,8 @@ def search_grid(
     ------
     InputError : no candidate could be fitted.
     """
-    check_rounds(rounds)
-    bench = Bench(fit, RememberedODE(ode), x, teacher, nfe, chunk_size)
-    top, floor = bench.range
-    alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
-    if nfe == 2:
-        alive = list({g.sigma_1: g for g in alive}.values())
-    samples = len(x)
-    for i, (share, keep) in enumerate(rounds, start=1):
-        samples = samples_of(share, len(x))
-        alive = bench.ranked(alive, samples, last=i == len(rounds))[:keep]
-        if report and alive:
-            report(
-                f"{len(bench.trials)} grids tried on {samples} samples, error {bench.attempt(alive[0], samples).error:.4g}"
-            )
-    if not alive or not math.isfinite(bench.attempt(alive[0], samples).error):
-        raise InputError("no grid could be fitted: the model is not finite, or the teacher reaches too few levels.")
-    best, step = alive[0], 1.4
-    for _ in range(descent):
-        for name in ("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",):
-            moved = [replace(best, **{name: getattr(best, name) * f}) for f in (step, 1 / step)]
-            best = bench.ranked([best, *(g for g in moved if _in_order(g, top, floor))], samples, last=True)[0]
-        step = math.sqrt(step)
-    return GridSearch(tuple(bench.trials), (best, *(g for g in alive if g != best)))
+    bench = Bench(fold_of(fit, chunk_size), RememberedODE.of(ode), x, teacher, nfe)
+    return bench.search_grid(candidates, rounds=rounds, descent=descent, report=report)
 
 
 def search_levels(
@@ -238,25 +153,8 @@ def search_levels(
     InputError : the start cannot be fitted, or the step is not above 1.
     GridError : the start is no grid of so many evaluations.
     """
-    if not step > 1:
-        raise InputError(f"step is the factor by which levels are moved, above 1, got {step!r}.")
-    bench = Bench(fit, RememberedODE(ode), x, teacher, nfe, chunk_size)
-    top, floor = bench.range
-    best = FreeGrid.of(start.times(nfe, ode.schedule, bench.start), ode.schedule)
-    if not math.isfinite(bench.attempt(best, len(x)).error):
-        raise InputError("the grid to start from could not be fitted: the model is not finite on it.")
-    for _ in range(passes):
-        before = best
-        for k in range(len(best.levels)):
-            moved = [(*best.levels[:k], best.levels[k] * f, *best.levels[k + 1 :]) for f in (step, 1 / step)]
-            inside = [FreeGrid(m) for m in moved if _decreasing((top, *m, floor)[k : k + 3])]
-            best = bench.ranked([best, *inside], len(x), last=True)[0]
-        if report:
-            report(f"{len(bench.trials)} grids tried, error {bench.attempt(best, len(x)).error:.4g}")
-        if best == before:
-            break
-        step = math.sqrt(step)
-    return GridSearch(tuple(bench.trials), (best,))
+    bench = Bench(fold_of(fit, chunk_size), RememberedODE.of(ode), x, teacher, nfe)
+    return bench.search_levels(start, passes=passes, step=step, report=report)
 
 
 def check_rounds(rounds: Sequence[tuple[float, int]]) -> None:
@@ -286,14 +184,21 @@ def _decreasing(levels: Sequence[float]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What candidates are tried on; remembers what came of them."""
+    """What candidates are tried on; remembers what came of them.
 
-    fit: Fit
+    Attributes
+    ----------
+    fold : how a candidate is fitted to some samples and run on others.
+    ode, x, teacher : the model, initial states [B, ...] and their trajectories.
+    nfe : evaluations.
+    trials : so far.
+    """
+
+    fold: Fold
     ode: ProbabilityFlowODE
     x: Tensor
     teacher: Teacher
     nfe: int
-    chunk_size: int
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -316,7 +221,7 @@ class Bench:
                 times = grid.times(self.nfe, self.ode.schedule, self.start)
                 errors = self.judge(times, samples)
             except GridError:
-                errors = torch.full((samples,), math.inf, dtype=torch.float64, device="cpu")
+                errors = self._none(samples)
             self.trials.append(known := Trial(grid, errors, samples))
         return known
 
@@ -328,15 +233,78 @@ class Bench:
         """Errors of the first `samples`: each half is judged by the fit to the other; infinite where there is no such fit."""
         half = max(1, samples // 2)
         halves = (slice(0, half), slice(half, samples)) if samples > 1 else (slice(0, 1), slice(0, 1))
-        found, n = [], len(self.x)
+        whole = slice(0, samples)
+        ode, x, teacher = self.ode.subset(whole, len(self.x)), self.x[whole], self.teacher.subset(whole)
+        found = []
         try:
             for own, other in (halves, halves[::-1]):
-                plan = self.fit(self.ode.subset(own, n), times, self.x[own], self.teacher.subset(own))
-                found.append(
-                    endpoint_errors(
-                        plan, self.ode, self.x, self.teacher.final, other, chunk_size=self.chunk_size, check_finite=True
-                    )
-                )
+                final = self.fold(ode, times, x, teacher, own, other).cpu().double()
+                found.append(per_sample(final - teacher.final[other].cpu().double()))
         except (GridError, NonFiniteError):
-            return torch.full((samples,), math.inf, dtype=torch.float64, device="cpu")
-        return torch.cat(found[::-1])[:samples]
+            return self._none(samples)
+        errors = torch.cat(found[::-1])[:samples]
+        return errors if bool(torch.isfinite(errors).all()) else self._none(samples)
+
+    def search_grid(
+        self,
+        candidates: Sequence[LeapGrid],
+        *,
+        rounds: Sequence[tuple[float, int]],
+        descent: int,
+        report: Callable[[str], None] | None = None,
+    ) -> GridSearch[LeapGrid]:
+        """See :func:`search_grid`."""
+        check_rounds(rounds)
+        top, floor = self.range
+        alive = [g for g in dict.fromkeys(candidates) if _in_order(g, top, floor)]
+        if self.nfe == 2:
+            alive = list({g.sigma_1: g for g in alive}.values())
+        samples = len(self.x)
+        for i, (share, keep) in enumerate(rounds, start=1):
+            samples = samples_of(share, len(self.x))
+            alive = self.ranked(alive, samples, last=i == len(rounds))[:keep]
+            if report and alive:
+                report(
+                    f"{len(self.trials)} grids tried on {samples} samples, error {self.attempt(alive[0], samples).error:.4g}"
+                )
+        if not alive or not math.isfinite(self.attempt(alive[0], samples).error):
+            raise InputError("no grid could be fitted: the model is not finite, or the teacher reaches too few levels.")
+        best, step = alive[0], 1.4
+        for _ in range(descent):
+            for name in ("sigma_1", "sigma_min", "rho") if self.nfe > 2 else ("sigma_1",):
+                moved = [replace(best, **{name: getattr(best, name) * f}) for f in (step, 1 / step)]
+                best = self.ranked([best, *(g for g in moved if _in_order(g, top, floor))], samples, last=True)[0]
+            step = math.sqrt(step)
+        return GridSearch(tuple(self.trials), (best, *(g for g in alive if g != best)))
+
+    def search_levels(
+        self,
+        start: LeapGrid | FreeGrid,
+        *,
+        passes: int,
+        step: float = 1.25,
+        report: Callable[[str], None] | None = None,
+    ) -> GridSearch[FreeGrid]:
+        """See :func:`search_levels`."""
+        if not step > 1:
+            raise InputError(f"step is the factor by which levels are moved, above 1, got {step!r}.")
+        top, floor = self.range
+        best = FreeGrid.of(start.times(self.nfe, self.ode.schedule, self.start), self.ode.schedule)
+        if not math.isfinite(self.attempt(best, len(self.x)).error):
+            raise InputError("the grid to start from could not be fitted: the model is not finite on it.")
+        for _ in range(passes):
+            before = best
+            for k in range(len(best.levels)):
+                moved = [(*best.levels[:k], best.levels[k] * f, *best.levels[k + 1 :]) for f in (step, 1 / step)]
+                inside = [FreeGrid(m) for m in moved if _decreasing((top, *m, floor)[k : k + 3])]
+                best = self.ranked([best, *inside], len(self.x), last=True)[0]
+            if report:
+                report(f"{len(self.trials)} grids tried, error {self.attempt(best, len(self.x)).error:.4g}")
+            if best == before:
+                break
+            step = math.sqrt(step)
+        return GridSearch(tuple(self.trials), (best,))
+
+    @staticmethod
+    def _none(samples: int) -> Tensor:
+        return torch.full((samples,), math.inf, dtype=torch.float64, device="cpu")

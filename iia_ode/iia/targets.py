@@ -37,6 +37,14 @@ class Samples:
     index: slice
     teacher: Teacher | None = None
 
+    def part(self, own: slice) -> Samples:
+        """Those from `own.start` to before `own.stop`."""
+        n, first = len(self.initial), self.index.start
+        if own == slice(0, n):
+            return self
+        index = slice(first + own.start, first + own.stop)
+        return Samples(self.ode.subset(own, n), self.initial[own], index, self.teacher)
+
 
 Numeric: TypeAlias = Callable[[Samples, Tensor], Tensor]
 """From some samples and their states [B, ...] at the start of the step, to their target states."""
