@@ -299,7 +299,7 @@ solver, grid or option has seen (odd seeds; fits draw from even ones). Columns a
   rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3} on the fitting noise. It is the best of all
   these pairs on all of these draws: a pair is left only once its sum of square errors is above the winner's whole sum. An
   evaluation that several pairs share counts once. Some winners have rho = 9, the largest of the family: larger ones might be
-  better still. *By halving, not all pairs*: found by an earlier search, of some of the pairs on some of the draws.
+  better still.
 - *Best classic, leap grid searched*: all solvers on the grid that was found for the fit, then the best three there and the
   best on Karras grids, as far as they take one evaluation per step, in the search that the fit had, with their fixed weights.
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, on its own searched grid, without
@@ -427,7 +427,7 @@ def winners(found: Found, nfes: list[int]) -> str:
     for n in nfes:
         best, leap = found[n].get("classic"), found[n].get("classic-leap")
         plain = f"`{best['solver']}`, rho {best['rho']:g}, sigma_min {best['sigma_min']:g}" if best else "-"
-        how = "-" if not best else f"{best['solvers']} solvers, {best.get('pairs', 'by halving, not all')} pairs"
+        how = "-" if not best else f"{best['solvers']} solvers, {best['pairs']} pairs"
         grid = f"`{leap['solver']}`, {', '.join(f'{v:.2g}' for v in leap['levels'])}" if leap else "-"
         chosen = [found[n].get(b, {}).get("chosen", "-") for b in BUDGETS]
         lines.append([str(n), plain, how, grid, *chosen])

@@ -16,7 +16,7 @@ from .errors import InputError, unknown_name
 from .forms import PREDICTIONS, Evaluation, Forms
 from .schedules import Schedule
 
-__all__ = ["Ledger", "ProbabilityFlowODE"]
+__all__ = ["Ledger", "ProbabilityFlowODE", "check_wrapped"]
 
 V = TypeVar("V")
 
@@ -152,7 +152,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """What the model returns, guidance included, in the form of `prediction` and the dtype of x; one evaluation.
 
-        The model gets a copy of x and may do with it as it likes.
+        The model gets a copy of x and may do with it as it likes. A subclass that has the model say something else overrides
+        this method, and none that call it.
 
         Raises
         ------
@@ -245,6 +246,17 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
             body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
             self._fingerprint = key, hashlib.sha256(body).hexdigest()[:16]
         return self._fingerprint[1]
+
+
+def check_wrapped(ode: ProbabilityFlowODE) -> None:
+    """Raise InputError unless all that this ODE says of its model comes from its `output`: that is what a wrapper asks."""
+    kind = type(ode)
+    own = [name for name in ("evaluate", "forward") if getattr(kind, name) is not getattr(ProbabilityFlowODE, name)]
+    if own:
+        raise InputError(
+            f"{kind.__name__} has a method {' and '.join(own)} of its own, which a fit would pass over: let its method output "
+            "return what the model should have returned, and leave the others as they are."
+        )
 
 
 def _checked(out: Any, shape: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """IIA: what a fit promises."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from support import mixture
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
+from iia_ode.iia.origin import origin
 from iia_ode.plan import Past
 from iia_ode.plan.tracer import take_step
 
@@ -279,10 +281,10 @@ def test_conditions_travel_with_their_samples():
 
 
 @pytest.mark.parametrize("intercept", [False, True])
-@pytest.mark.parametrize("base", ["ddim", "ipndm2"])
+@pytest.mark.parametrize(("base", "target"), [("ddim", "trajectory"), ("ipndm2", "trajectory"), ("heun", "substeps")])
 @given(first=st.integers(0, 10), count=st.integers(4, 14), chunk_size=st.integers(1, 24), seed=st.integers(0, 100))
 def test_samples_that_run_along_end_where_the_fit_takes_them_and_do_not_change_it(
-    base, intercept, first, count, chunk_size, seed
+    base, target, intercept, first, count, chunk_size, seed
 ):
     """Each under a condition of its own; what runs along costs one run and leaves no trace in the weights."""
 
@@ -291,15 +293,41 @@ def test_samples_that_run_along_end_where_the_fit_takes_them_and_do_not_change_i
 
     shift = torch.linspace(-1, 1, 24, dtype=F64)
     ode, x = iia.ProbabilityFlowODE(shifted, iia.EDM(), conditioning={"shift": shift}), states(seed=seed)
-    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=20)
-    method = IIA(base, terms="window", target="trajectory", ridge=1e-7, guard=False, intercept=intercept)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=20) if target == "trajectory" else None
+    method = IIA(base, terms="window", target=target, ridge=1e-7, guard=False, intercept=intercept)
     own = slice(first, first + count)
     with ode.counting() as spent:
         fit, ends = method.fit_and_run(ode, GRID, x, own, teacher=teacher, chunk_size=chunk_size)
-    assert spent.samples == fit.plan.nfe * len(x)
-    alone = method.fit(ode.subset(own, 24), GRID, x[own], teacher=teacher.subset(own))
-    assert fit.plan.difference(alone.plan) < 1e-7
+    part = None if teacher is None else teacher.subset(own)
+    with ode.counting() as alone:
+        other = method.fit(ode.subset(own, 24), GRID, x[own], teacher=part)
+    assert spent.samples == alone.samples + fit.plan.nfe * (24 - count)
+    assert fit.plan.difference(other.plan) < 1e-7
     assert torch.allclose(ends, fit.plan.run(ode, x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_sample_that_runs_along_and_breaks_the_model_harms_no_other():
+    def broken(x, t, label):
+        return mixture().denoise(x, 1.0, t[:, None]) / (label != 5)[:, None]
+
+    ode, x = iia.ProbabilityFlowODE(broken, iia.EDM(), conditioning={"label": torch.arange(12)}), states(12)
+    method = IIA("ddim", "window", "trajectory", guard=False)
+    teacher = Teacher.solve(edm(), x, 80.0, 0.0, steps=20)
+    teacher = replace(teacher, about=teacher.about | {k: v for k, v in origin(ode, x).items()} | {"conditions": None})
+    fit, ends = method.fit_and_run(ode, GRID, x, slice(6, 12), teacher=teacher)
+    assert torch.isfinite(ends).all(dim=1).tolist() == [k != 5 for k in range(12)]
+    assert torch.allclose(ends[6:], fit.plan.run(ode.subset(slice(6, 12), 12), x[6:]))
+
+
+@pytest.mark.parametrize("own", [slice(0, 0), slice(30, 40), slice(0, 12, 2), slice(12, 3)])
+def test_samples_to_fit_to_that_are_none_are_refused(own):
+    with pytest.raises(iia.InputError, match="own must be some of the 24 samples"):
+        IIA("ddim", "window", guard=False).fit_and_run(edm(), GRID, states(), own)
+
+
+def test_a_ridge_to_be_chosen_is_refused_where_nothing_is_held_out():
+    with pytest.raises(iia.InputError, match="give ridge= as a number"):
+        IIA("ddim", "window", ridge="auto").fit_and_run(edm(), GRID, states(), slice(0, 12))
 
 
 def test_paper_terms_are_those_of_the_base():

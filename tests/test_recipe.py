@@ -1,6 +1,7 @@
 """One call, and the search for grids behind it: what people who only want a good solver are promised."""
 
 import math
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -128,9 +129,9 @@ def test_what_is_said_to_be_spent_is_what_was_spent():
     timed = 2 * 16
     assert sum(p["sample_evaluations"] for p in parts) + timed == spent.samples
     assert recipe["teacher"]["sample_evaluations"] == 51 * 80
-    # The fit, and both plans on all of the noise: at the start every answer is known; after it those of the new plan, which
-    # the fit has run, and of the old one those in chunks that it was fitted to or judged on, the first 32 samples.
-    assert recipe["last"]["sample_evaluations"] == 3 * 80 + 3 * 48
+    # The fit, then both plans on all of the noise. The new plan's answers are known from its fit, and in the chunks of the
+    # first 32 samples, which are cut as before, those at the start and all of the old plan.
+    assert recipe["last"]["sample_evaluations"] == (4 * 48 + 3 * 32) + 3 * 48
 
 
 def test_what_cannot_be_refined_is_listed_with_what_it_cost():
@@ -320,7 +321,7 @@ def test_a_teacher_can_be_used_for_every_number_of_evaluations():
         quiet(ode, 4, noise(), budget=QUICK, teacher=teacher)
     with ode.counting() as own:
         quiet(ode, 4, noise(), budget=QUICK)
-    assert own.samples - spent.samples == 50 * 80  # and the first of 51 evaluations, which the fits begin with too
+    assert own.samples - spent.samples == 51 * 80
     with pytest.raises(iia.MismatchError):
         quiet(ode, 4, noise(seed=5), budget=QUICK, teacher=teacher)
 
@@ -352,9 +353,9 @@ def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported
     assert (recipe["final_draws"], before["final_draws"]) == (48, 0)
     made = recipe["ingredients"]
     assert recipe["teacher"]["sample_evaluations"] == 31 * (80 + 48)
-    # The teacher has asked at the start already; where a warm start ends, the first of those that begin with it asks.
-    warm = {i["name"].removesuffix(", refined") for i in made if "warm start" in i["name"]}
-    assert recipe["finals"]["sample_evaluations"] == 48 * (3 * len(made) + len(warm))
+    # At the start, and where a warm start ends, the first that begins there asks.
+    begin = {i["name"].removesuffix(", refined") if "warm start" in i["name"] else "" for i in made}
+    assert recipe["finals"]["sample_evaluations"] == 48 * (3 * len(made) + len(begin))
     backward = recipe["sample_evaluations"] - spent.samples
     parts = [*made, recipe["teacher"], recipe["finals"], recipe["last"]]
     assert sum(p["sample_evaluations"] for p in parts) + 2 * 16 == spent.samples + backward
@@ -405,7 +406,8 @@ def test_the_noise_of_the_last_choice_has_conditions_that_nothing_was_fitted_und
     quiet(ode, 2, noise(12), budget=replace(QUICK, finals=2.0), chunk_size=64)
     asked = [(t, x, label) for t, x, label in model.asked if len(x) == 24]
     assert all(int(label.min()) == 6 for _, _, label in asked)
-    assert [bool(torch.isin(fresh, x).all()) for t, x, _ in asked if t == 80.0] == [True]
+    at_start = [bool(torch.isin(fresh, x).all()) for t, x, _ in asked if t == 80.0]
+    assert at_start == [True, True]  # the teacher, and the first of what was made
     others = [x for t, x, _ in model.asked if t == 80.0 and len(x) != 24]
     assert not any(torch.isin(fresh, x).any() for x in others)
 
@@ -454,6 +456,56 @@ def test_the_budgets_cost_what_their_names_say():
     costs = [BUDGETS[n].cost(8, 35, draws[n], draws[n] // 2) for n in ("closed-form", "standard", "thorough")]
     assert costs == sorted(costs)
     assert costs[0] < 60_000  # a minute, at a millisecond for an evaluation of a sample
+
+
+@pytest.mark.parametrize(
+    ("budget", "nfe", "draws"), [("closed-form", 4, 256), ("closed-form", 10, 256), ("standard", 5, 128)]
+)
+def test_what_a_fit_is_said_to_cost_is_about_what_it_costs(budget, nfe, draws):
+    ode, x = get_setting("mixture").draw(draws, 0)
+    with ode.counting() as spent:
+        found = quiet(ode, nfe, x, budget=budget)
+    said = BUDGETS[budget].cost(nfe, len(leap_grids(80.0, 1.0)), draws, draws // 2)
+    assert 0.8 < said / found.about["sample_evaluations"] < 1.4
+    assert spent.samples <= found.about["sample_evaluations"]
+
+
+def test_the_teacher_is_more_accurate_the_more_accurate_the_fit_can_be():
+    for budget in BUDGETS.values():
+        assert budget.steps(1) == budget.teacher_steps
+        assert budget.steps(30) == 120
+
+
+def test_an_ode_with_an_evaluate_of_its_own_is_refused_and_not_passed_over():
+    class Scaled(iia.ProbabilityFlowODE):
+        def evaluate(self, x, t, form="data"):
+            return super().evaluate(0.9 * x, t, form)
+
+    class Louder(iia.ProbabilityFlowODE):
+        def output(self, x, t):
+            return 0.9 * super().output(x, t)
+
+    models = (kind(mixture().ode(iia.EDM()).model, iia.EDM()) for kind in (Scaled, Louder))
+    with pytest.raises(iia.InputError, match="Scaled has a method evaluate of its own"):
+        quiet(next(models), 3, noise(), budget=QUICK)
+    assert quiet(next(models), 3, noise(), budget=QUICK).nfe == 3
+
+
+def test_another_model_s_trajectories_are_warned_of_once():
+    class Gained(nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(gain, dtype=F64), requires_grad=False)
+
+        def forward(self, x, t):
+            return self.gain * mixture().denoise(x, 1.0, t[:, None])
+
+    made, used = (iia.ProbabilityFlowODE(Gained(g), iia.EDM()) for g in (1.0, 0.999))
+    teacher = Teacher.solve(made, 80.0 * noise(), 80.0, 0.0, steps=50)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet(used, 3, noise(), budget=QUICK, teacher=teacher)
+    assert [w.category for w in caught] == [iia.FingerprintWarning]
 
 
 # ---- the search ---------------------------------------------------------------------------------------------------------
@@ -601,13 +653,25 @@ def test_a_route_is_judged_alike_whether_samples_run_along_with_the_fit_or_after
     times = LeapGrid(10.0, 0.1).times(4, ode.schedule, 80.0)
 
     def closed(ode, grid, x, teacher):
-        return route.fit(method, grid, ode, x, teacher, 64).plan
+        return route.fit(method, grid, ode, x, teacher, 64).whole.plan
 
     def along(ode, grid, x, teacher, own, other):
         return route.ends(method, grid, ode, x, teacher, own, 64)[other]
 
     errors = [Bench(fold, ode, x, teacher, 4).judge(times, 20) for fold in (fold_of(closed, 7), along)]
     assert errors[0].shape == (20,) and torch.allclose(errors[0], errors[1], rtol=1e-7)
+
+
+def test_a_trial_in_which_a_sample_ends_nowhere_is_no_candidate():
+    ode, x = get_setting("mixture").draw(8, 0)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=30)
+
+    def lost(ode, grid, x, teacher, own, other):
+        final = teacher.final[other].clone()
+        final[0, 0] = math.nan
+        return final
+
+    assert torch.isinf(Bench(lost, ode, x, teacher, 4).judge(iia.grids.karras(4), 8)).all()
 
 
 @pytest.mark.parametrize(("shape", "kinds"), [((5,), 2), ((2, 9), 2), ((1, 8, 8), 4), ((3, 16, 16), 4), ((3, 2, 2), 2)])

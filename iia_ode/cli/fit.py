@@ -189,7 +189,7 @@ def _search(
     schedule, top = job.setting.schedule, job.setting.sigma_max
 
     def solve() -> Teacher:
-        start, steps = schedule.t_of_noise_to_signal(top), BUDGETS[budget].teacher_steps
+        start, steps = schedule.t_of_noise_to_signal(top), BUDGETS[budget].steps(nfe)
         return Teacher.solve(
             ode,
             x,

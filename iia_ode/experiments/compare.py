@@ -156,7 +156,7 @@ def compare(
     )
     grids = _grids(methods, nfes, make_grid, setting, say)
     start, end = (float(make_grid(2)[i]) for i in (0, -1))
-    fits = _Fits(setting, fit_ode, fit_x, (start, end), BUDGETS[budget], seed, say, progress)
+    fits = _Fits(setting, fit_ode, fit_x, (start, end), BUDGETS[budget], max(nfes), seed, say, progress)
     say(f"reference: {samples} unseen samples by dopri8, tolerance {setting.reference_tolerance:g}")
     tolerance = setting.reference_tolerance
     reference = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
@@ -197,11 +197,13 @@ class _Fits:
         x: Tensor,
         ends: tuple[float, float],
         budget: Budget,
+        most: int,
         seed: int,
         say: Callable[[str], None],
         progress: bool,
     ) -> None:
         self.setting, self.ode, self.x, self.ends, self.budget, self.seed = setting, ode, x, ends, budget, seed
+        self.most = most  # evaluations
         self.say, self.progress = say, progress
         self.made: dict[tuple[str, int], FittedSolver] = {}
 
@@ -219,7 +221,7 @@ class _Fits:
         if self.budget.draws > len(self.x) or self.setting.sigma_max < _SMALL:
             return None, 0.0
         start, end = self.setting.schedule.t_of_noise_to_signal(self.setting.sigma_max), self.setting.schedule.t_data
-        steps, low = self.budget.teacher_steps, self.setting.sigma_min
+        steps, low = self.budget.steps(self.most), self.setting.sigma_min
         teacher = Teacher.solve(self.ode, self.x, start, end, steps=steps, sigma_min=low, chunk_size=_CHUNK)
         return teacher, time.perf_counter() - begun
 

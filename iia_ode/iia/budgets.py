@@ -25,7 +25,8 @@ class Budget:
     draws : of noise to have at least, where no teacher is given. What is missing is made under the conditions that were given,
         each about as often: sigma times standard normal noise, as runs start from, also where states that have more in them
         were given. Each costs a trajectory of the teacher, in memory too, and what the fits spend on it.
-    teacher_steps : of the accurate trajectories that everything is fitted to.
+    teacher_steps : of the accurate trajectories that everything is fitted to, at least; four to an evaluation where that is
+        more, see :meth:`steps`.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.iia.search.search_grid`.
     levels : passes over every level of the best grid on its own; see :func:`~iia_ode.iia.search.search_levels`.
     warm_starts : whether routes that take the first interval without an evaluation (:class:`WarmStart`) are tried.
@@ -54,6 +55,10 @@ class Budget:
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; it needs finite numbers of at least {least}.")
 
+    def steps(self, nfe: int) -> int:
+        """Steps of the teacher of fits with `nfe` evaluations: its error must stay far below theirs, which it also judges."""
+        return max(self.teacher_steps, 4 * nfe)
+
     def cost(self, nfe: int, candidates: int, batch: int, train: int, *, checkpointed: bool = False) -> int:
         """About how many sample evaluations a fit with `nfe` evaluations spends, `train` of its `batch` draws fitted to.
 
@@ -66,14 +71,14 @@ class Budget:
             search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
             # Two trials a level, half of whose evaluations are remembered.
             search += (nfe - 1) * self.levels * 2 * train
-        searches = search * (1 + _WARM * self.warm_starts) * (1 - 1 / nfe)  # the first evaluation is remembered
+        searches = search * (_WARM * self.warm_starts + 1 - 1 / nfe)  # without a warm start the first one is remembered
         fits = 7 * batch  # what weights may be, two times on a half; then what is chosen, to that half and to all
         passes = 2 * self.probes + 4 + (self.probes + 1) * checkpointed
         refinement = self.starts * self.iterations * (train * passes + batch - train)
         refinement += AGAIN * batch * passes if self.starts else 0
         made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
         finals = self.finals_of(batch)
-        return (self.teacher_steps + 1) * (batch + finals) + round(nfe * (searches + fits + refinement + made * finals))
+        return (self.steps(nfe) + 1) * (batch + finals) + round(nfe * (searches + fits + refinement + made * finals))
 
     def finals_of(self, batch: int) -> int:
         """How many draws the last choice has of its own."""

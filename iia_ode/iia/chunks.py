@@ -37,11 +37,11 @@ class Chunk:
         self.values: dict[int, Tensor] = {0: samples.initial.cpu()}
         self._done = 0
 
-    def _evaluate(self, x: Tensor, t: float, form: str) -> Tensor:
-        return self.samples.ode.evaluate(x, t).as_form(form)
+    def _run(self, tracer: Tracer, values: dict[int, Tensor], samples: Samples) -> None:
+        def evaluate(x: Tensor, t: float, form: str) -> Tensor:
+            return samples.ode.evaluate(x, t).as_form(form)
 
-    def _run(self, tracer: Tracer, values: dict[int, Tensor]) -> None:
-        for _ in run_code(tracer.code, values, self._evaluate, start=self._done):
+        for _ in run_code(tracer.code, values, evaluate, start=self._done):
             pass
 
     def advance(self, tracer: Tracer, live: set[int]) -> None:
@@ -49,17 +49,18 @@ class Chunk:
         needed = {j for instruction in tracer.code[self._done :] for j in instruction.reads}
         if needed:
             values = self._loaded(needed & self.values.keys())
-            self._run(tracer, values)
+            self._run(tracer, values, self.samples)
             self._store(values, tracer)
         self.values = {j: v for j, v in self.values.items() if j in live}
 
     def explore(self, tracer: Tracer, fork: Tracer) -> dict[int, Tensor]:
-        """Advance, and go on along a fork of the trace: its vectors, on the device, without keeping them."""
+        """Advance, and go on along a fork of the trace with the own samples: their vectors, on the device, not kept."""
         values = self._loaded(self.values.keys())
-        self._run(tracer, values)
+        self._run(tracer, values, self.samples)
         self._store(values, tracer)
-        self._run(fork, values)
-        return values
+        own = {j: v[self.own] for j, v in values.items()}
+        self._run(fork, own, self.own_samples)
+        return own
 
     def _loaded(self, indices: Iterable[int]) -> dict[int, Tensor]:
         return {j: self.values[j].to(self.device) for j in indices}
@@ -88,7 +89,7 @@ class StepSystem:
         Returns, of the first, the squared rounding error in each column and at last the squared size of the base's result,
         float64 [k + 1] on the host: each vector in a direction is exact to the precision of its dtype only.
         """
-        values = {j: v[chunk.own] for j, v in chunk.explore(self.tracer, self.fork).items()}
+        values = chunk.explore(self.tracer, self.fork)
         if self.end is not None:
             wanted = _read(values, self.end)
         elif not isinstance(self.aim, Vector):

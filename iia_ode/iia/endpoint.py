@@ -79,7 +79,6 @@ def endpoint_errors(
     samples: slice,
     *,
     chunk_size: int,
-    check_finite: bool = False,
 ) -> Tensor:
     """Root mean square error of each final state, float64 on the host, [samples].
 
@@ -89,11 +88,10 @@ def endpoint_errors(
     x, target : initial states of the whole batch [B, ...] and where they should end, each on any device.
     samples : those of the batch that are asked for.
     chunk_size : how many go through the model at once.
-    check_finite : whether a model that is not finite is an error (NonFiniteError).
     """
     found = []
     for part in chunks_of(samples.start, samples.stop, chunk_size):
-        final = plan.run(ode.subset(part, len(x)), x[part], check_finite=check_finite).double()
+        final = plan.run(ode.subset(part, len(x)), x[part], check_finite=False).double()
         found.append(per_sample(final - target[part].to(final.device).double()).cpu())
     return torch.cat(found)
 

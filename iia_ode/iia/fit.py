@@ -138,21 +138,41 @@ class IIA:
 
     @torch.no_grad()
     def fit_and_run(
-        self, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, own: slice, *, teacher: Teacher, chunk_size: int
+        self,
+        ode: ProbabilityFlowODE,
+        grid: Tensor,
+        x: Tensor,
+        own: slice,
+        *,
+        teacher: Teacher | None = None,
+        chunk_size: int | None = None,
     ) -> tuple[FittedSolver, Tensor]:
-        """The fit to some of the samples, and where it takes all of them, [B, ...] on the host.
+        """The fit to some of the samples, and where it takes all of them.
 
-        The others run along: they cost the evaluations that a run of theirs costs, and larger batches cost less for each
-        sample. In this process alone, all of `own` fitted to, without a guard.
+        The others run along, in the same calls of the model: no more evaluations than to run them afterwards, in half as many
+        calls. In this process alone, all of `own` fitted to, without a guard.
 
         Parameters
         ----------
         ode, grid, x, chunk_size : as for :meth:`fit`.
-        own : the samples to fit to.
-        teacher : of all samples.
+        own : the samples to fit to, one after the other.
+        teacher : as for :meth:`fit`, of all samples.
+
+        Returns
+        -------
+        The fitted solver, and final states [B, ...] of all samples, in the dtype of x, on the host.
+
+        Raises
+        ------
+        InputError : also where there are no such samples, or where a ridge is to be chosen by samples held out.
         """
+        if self.ridge == "auto":
+            raise InputError("fit_and_run holds nothing out to choose a ridge by: give ridge= as a number.")
+        first, last, step = own.indices(len(x))
+        if step != 1 or last <= first:
+            raise InputError(f"own must be some of the {len(x)} samples, one after the other, got {own!r}.")
         found, fitting = replace(self, guard=False)._fitted(
-            ode, grid, x, own, teacher=teacher, held_out=0.0, chunk_size=chunk_size, group=Alone(), seed=None,
+            ode, grid, x, slice(first, last), teacher=teacher, held_out=0.0, chunk_size=chunk_size, group=Alone(), seed=None,
             progress=False,
         )  # fmt: skip
         return found, fitting.ends
@@ -227,7 +247,7 @@ class IIA:
         if given is not None:
             if not isinstance(given, Teacher):
                 raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {given!r}.")
-            given.check(ode, x)
+            given.check(ode, x, stacklevel=7)
             if given.about["t_start"] != times[0]:
                 raise MismatchError(
                     f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."

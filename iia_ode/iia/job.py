@@ -48,7 +48,7 @@ class Job:
 
     Attributes
     ----------
-    ode, nfe : the model, of which nothing is asked twice, and evaluations of a run.
+    ode, nfe : the model, which remembers its answers, and evaluations of a run.
     x : initial states [B, ...] at time `start`, of which the first `given` are the caller's or drawn for it.
     sigma_min : level whose data estimate is taken for the data.
     budget, held_out, chunk_size, checkpointed, seed, progress : as for :func:`iia_ode.fit`.
@@ -87,11 +87,11 @@ class Job:
             self._announce(teacher)
             with self._stage() as self.costs["teacher"]:
                 self.teacher = self._check(teacher) or Teacher.solve(
-                    self.ode,
+                    self.ode.inner,  # of whose answers no other but the first is asked for again
                     self.x,
                     self.start,
                     self.ode.schedule.t_data,
-                    steps=self.budget.teacher_steps,
+                    steps=self.budget.steps(self.nfe),
                     sigma_min=self.sigma_min,
                     chunk_size=self.chunk_size,
                     progress=self.progress,
@@ -147,7 +147,7 @@ class Job:
                 seconds = time.perf_counter() - began
         numbers = self.nfe, len(self._candidates(1.0)), len(self.x), self.train
         cost = self.budget.cost(*numbers, checkpointed=self.checkpointed)
-        cost -= (self.budget.teacher_steps + 1) * len(self.x) if teacher is not None else 0
+        cost -= (self.budget.steps(self.nfe) + 1) * len(self.x) if teacher is not None else 0
         more = f" and {len(self.x) - self.given} more" if len(self.x) > self.given else ""
         finals = self.budget.finals_of(len(self.x))
         more += f", {finals} for the last choice" if finals else ""
@@ -159,10 +159,11 @@ class Job:
     def _check(self, teacher: Teacher | None) -> Teacher | None:
         if teacher is None:
             return None
-        teacher.check(self.ode, self.x)
+        teacher.check(self.ode, self.x, stacklevel=6)
         if teacher.about["t_start"] != self.start:
             raise MismatchError(f"the teacher starts at t = {teacher.about['t_start']:g}, the fit at {self.start:g}.")
-        return teacher
+        # If its model had other weights, that is said by now, and no fit has to say it again.
+        return replace(teacher, about=teacher.about | {"fingerprint": self.ode.fingerprint()})
 
     def _classic(self) -> None:
         """What the model would have had without a fit."""
@@ -336,12 +337,13 @@ class Job:
         draws = self.budget.finals_of(len(self.x))
         if not draws:
             return None
-        ode, x = fresh_states(self.ode, self.x, self.start, draws, self.train, self.seed)
-        steps, size = self.budget.teacher_steps, self.chunk_size
+        ode, x = fresh_states(self.ode.inner, self.x, self.start, draws, self.train, self.seed)
+        steps, size = self.budget.steps(self.nfe), self.chunk_size
         end, level = self.ode.schedule.t_data, self.sigma_min
-        return Ends.solve(
+        ends = Ends.solve(
             ode, x, self.start, end, steps=steps, sigma_min=level, chunk_size=size, progress=self.progress
         )
+        return replace(ends, ode=self.ode.over(ode))
 
     def _judged(self, fresh: Ends) -> None:
         """Run everything that was made on noise that none of the choices before has seen, too."""

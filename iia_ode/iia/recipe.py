@@ -126,7 +126,7 @@ def fit(
                 stacklevel=2,
             )
         if teacher is not None:
-            teacher.check(ode, x)
+            teacher.check(ode, x, stacklevel=4)
             teacher = teacher.subset(own)
         ode, x = ode.subset(own, len(x)), x[own]
     if len(x) < 8:

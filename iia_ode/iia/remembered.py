@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import bytes_of
-from ..ode import ProbabilityFlowODE
+from ..ode import ProbabilityFlowODE, check_wrapped
 from .shared import SharedODE
 
 __all__ = ["RememberedODE"]
@@ -21,10 +21,10 @@ _KEPT = 2**30  # bytes of outputs, on the host
 class RememberedODE(ProbabilityFlowODE):
     """An ODE that calls its model once for what it is asked again: the same states, times and conditions to the last bit.
 
-    All candidates of a search for a grid start from the same states, and where only one level of a grid is moved, a fit and
-    its run are the same up to there: half of all evaluations. And what was fitted has run already on what it was fitted to.
-    What is remembered is the model's own output, so that nothing comes out otherwise than it would; the ledger counts what
-    the model made. With gradients enabled nothing is remembered.
+    All candidates of a search for a grid start from the same states, and where only one level of a grid is moved, they are
+    the same up to there; and what was fitted has run already on what it was fitted to. What is remembered is the model's own
+    output, so that nothing comes out otherwise than it would; the ledger counts what the model made. A batch that is cut
+    otherwise is another question. With gradients enabled nothing is remembered.
     Over several processes all of them must have the answer, or all of them ask: a state made in two ways may be the same to
     the last bit in one process and not in another.
 
@@ -32,9 +32,14 @@ class RememberedODE(ProbabilityFlowODE):
     ----------
     ode : the ODE, whose model is a function of states, times and conditions, and neither it nor they change from here on.
         Its views share what is remembered: outputs of up to 1 GiB, on the host; those asked for longest ago go first.
+
+    Raises
+    ------
+    InputError : the ODE has an `evaluate` or `forward` of its own, which would be passed over.
     """
 
     def __init__(self, ode: ProbabilityFlowODE) -> None:
+        check_wrapped(ode)
         super().__init__(ode.model, **ode.settings)
         self.inner, self.ledger, self.memory = ode, ode.ledger, Memory()
 
@@ -64,13 +69,14 @@ class RememberedODE(ProbabilityFlowODE):
 
     def condition(self, **conditioning: Any) -> RememberedODE:
         """The same model, ledger and memory under another condition."""
-        return self._of(self.inner.condition(**conditioning))
+        return self.over(self.inner.condition(**conditioning))
 
     def subset(self, index: slice | Tensor, batch: int) -> RememberedODE:
         """The ODE of some samples of a batch of size `batch`; with the same memory."""
-        return self._of(self.inner.subset(index, batch))
+        return self.over(self.inner.subset(index, batch))
 
-    def _of(self, inner: ProbabilityFlowODE) -> RememberedODE:
+    def over(self, inner: ProbabilityFlowODE) -> RememberedODE:
+        """Another view of the same model, with this memory."""
         view = RememberedODE(inner)
         view.memory = self.memory
         return view

@@ -115,11 +115,6 @@ class Parts:
     rest: FittedSolver
 
     @property
-    def plan(self) -> Plan:
-        """The plan from the start of the grid."""
-        return joined(self.warm, self.rest.plan)
-
-    @property
     def whole(self) -> FittedSolver:
         """The fit from the start of the grid."""
         return self.rest if self.warm is None else self.rest.after(self.warm)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import RankError, first_line
-from ..ode import Ledger, ProbabilityFlowODE
+from ..ode import Ledger, ProbabilityFlowODE, check_wrapped
 from .gather import Ranks
 
 __all__ = ["SharedODE"]
@@ -27,9 +27,14 @@ class SharedODE(ProbabilityFlowODE):
     ----------
     ode : the ODE, the same in every process; its ledger counts what all of them spend.
     ranks : the processes.
+
+    Raises
+    ------
+    InputError : the ODE has an `evaluate` or `forward` of its own, which would be passed over.
     """
 
     def __init__(self, ode: ProbabilityFlowODE, ranks: Ranks) -> None:
+        check_wrapped(ode)
         super().__init__(ode.model, **ode.settings)
         self.ranks, self.ledger = ranks, ode.ledger
         self.own = ode.condition(**ode.conditioning)

@@ -171,14 +171,16 @@ class Teacher:
         self.at(t, slice(0, 1))  # a GridError now rather than after the work
         return Teacher(x.detach().cpu(), self.path, self.about | {"t_start": float(t), "conditions": None})
 
-    def check(self, ode: ProbabilityFlowODE, x: Tensor) -> None:
+    def check(self, ode: ProbabilityFlowODE, x: Tensor, *, stacklevel: int = 3) -> None:
         """Raise unless this is the teacher of this ODE from these very states; warn if the model's weights differ.
+
+        `stacklevel` says whose line the warning names: that of the caller by default.
 
         Raises
         ------
         MismatchError : another schedule, prediction type, guidance scale, condition or initial state.
         """
-        check_origin("the teacher", self.about, ode, x, made="made", strict_guidance=True)
+        check_origin("the teacher", self.about, ode, x, made="made", strict_guidance=True, stacklevel=stacklevel)
         if self.initial.shape != x.shape or not torch.equal(self.initial, x.detach().cpu().to(self.initial.dtype)):
             raise MismatchError(
                 f"the teacher starts from other states than these {list(x.shape)}: make it with Teacher.solve(ode, x, ...)."
