@@ -5,12 +5,14 @@ data: IIA(base, terms="window", target="trajectory") and, where the paper has te
 guard. Each is compared with its base on noise that the fit did not see; a ratio of errors above 1.01 is a violation. Results
 are stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/never_worse.md. On the
 networks, where an evaluation costs something, one base of each kind is run with 256 draws; --all-bases: every one with 64.
+--spread N: and at every other number of evaluations from 4 to 40, N bases in turn.
 """
 
 import argparse
 import math
 import statistics
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import product
@@ -224,6 +226,19 @@ def sure_of(gap: Tensor) -> float:
     return float(gap.mean()) / error if error > 0 else 0.0
 
 
+def spread(bases: Sequence[str], name: str, nfes: Sequence[int], count: int) -> dict[str, list[int]]:
+    """For each base the other numbers of evaluations between 4 and 40 that it is run at, so that each has `count` bases.
+
+    Of those that can make so many, the ones that have been chosen least often so far, in order.
+    """
+    chosen: dict[str, list[int]] = {solver: [] for solver in bases}
+    for nfe in (n for n in range(min(NFES), max(NFES) + 1) if n not in nfes):
+        able = [s for s in bases if levels_for(s, name, nfe) is not None]
+        for solver in sorted(able, key=lambda s: len(chosen[s]))[:count]:
+            chosen[solver].append(nfe)
+    return chosen
+
+
 def cells(store: Store, name: str, options: argparse.Namespace) -> None:
     """The bases at the numbers of evaluations that are asked for, on a setting."""
     network = not is_closed_form(setting_of(name))
@@ -234,12 +249,13 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
     draws = Draws(name, *SAMPLES.get(label, OTHERS), options.seed)
     under = {"samples": draws.unseen, "fit_samples": draws.own, "seed": draws.seed}
     say(f"{label}: {len(bases)} bases at {nfes}")
+    others = spread(bases, name, ALL_NFES if network and every else NFES, options.spread)
     for solver in bases:
         file = f"{label}-{solver}-seed{options.seed}"
         reason = store.cell(file, "converges", under, lambda s=solver: verdict(failing(s, draws)))  # type: ignore[misc]
         if reason.get("skipped"):
             continue
-        for nfe, terms in product(nfes, TERMS):
+        for nfe, terms in product([*nfes, *others[solver]], TERMS):
             if not exists(solver, name, nfe, terms):
                 continue
             more = under | judged_as(terms)
@@ -273,6 +289,8 @@ of its base. On the networks one base of each kind was run on more draws, and *e
 - *Fell back*: the fit was not clearly better on the fitting draws, of which a quarter is held out, and the guard returned
   the base. A guard sees no more than its draws hold. Where it fell back, the ratio is 1, however much better the fit was: with
   64 draws of a network it asks much, and refuses many a fit that would have been better.
+- *Evaluations*: every base at those that most bases can make; at every other number from 4 to 40 a few bases in turn, those
+  that had been chosen least often.
 - *Seeds*: an earlier guard let two of 1805 fits through that ended above the limit, on the draws of seed 0 (`unipc4` on
   mixture64 at 25 and `unipc2` on the patches at 15). The present one was made with these before its eyes, so seed 0 is no
   test of it: other seeds are.
@@ -394,6 +412,9 @@ def main() -> None:
     found.add_argument("--bases", nargs="+", help="only these")
     found.add_argument(
         "--all-bases", action="store_true", help="networks with every base and fewer draws, not with one of each kind"
+    )
+    found.add_argument(
+        "--spread", type=int, default=0, help="so many bases at every other number of evaluations from 4 to 40"
     )
     found.add_argument("--again", action="store_true", help="measure fits in doubt on four more seeds, too")
     options = found.parse_args()

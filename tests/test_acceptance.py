@@ -251,6 +251,15 @@ def test_a_fit_is_in_doubt_where_its_interval_reaches_beyond_the_limit() -> None
     assert not never_worse.doubtful(entry(1.2, 3.0))  # a violation, not a doubt
 
 
+def test_every_number_of_evaluations_is_run_with_some_bases_and_every_base_in_its_turn() -> None:
+    chosen = never_worse.spread(("ddim", "heun", "ipndm2"), "mixture", never_worse.NFES, 2)
+    taken = [nfe for nfes in chosen.values() for nfe in nfes]
+    assert {*taken, *never_worse.NFES} == set(range(4, 41))
+    assert all(taken.count(nfe) == 2 for nfe in taken)
+    assert all(common.levels_for(s, "mixture", nfe) is not None for s, nfes in chosen.items() for nfe in nfes)
+    assert min(len(nfes) for nfes in chosen.values()) > 10
+
+
 def test_presets_that_lose_are_found_in_the_stored_results_and_their_page_says_how_sure_that_is(
     cached: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
