@@ -368,15 +368,17 @@ def section(name: str, seed: int, found: Found) -> str:
     def error(entry: Entry | None) -> str:
         return "-" if not entry or "rmse" not in entry else f"{number(entry['rmse'])} ± {number(entry['error'])}"
 
-    out.append(table(head, ([text, *(error(found[n].get(row)) for n in nfes)] for row, text in ROWS.items())))
+    there = {row: text for row, text in ROWS.items() if any(row in found[n] for n in nfes)}
+    out.append(table(head, ([text, *(error(found[n].get(row)) for n in nfes)] for row, text in there.items())))
     head = ["ratio to the best classic", *map(str, nfes)]
-    rest = {row: text for row, text in ROWS.items() if row != "classic"}
+    rest = {row: text for row, text in there.items() if row != "classic"}
     out.append(table(head, ([t, *(number(ratio(found, r, n), 2) for n in nfes)] for r, t in rest.items())))
     out.append(spread(found, nfes))
     out.append(judged(name, found))
     out.append(costs(found, nfes))
     out.append(winners(found, nfes))
-    out.append(presets(found, sorted(n for n, rows in found.items() if set(rows) & set(PRESETS))))
+    if measured := sorted(n for n, rows in found.items() if set(rows) & set(PRESETS)):
+        out.append(presets(found, measured))
     return "\n".join(part for part in out if part)
 
 
