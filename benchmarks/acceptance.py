@@ -368,10 +368,10 @@ def section(name: str, seed: int, found: Found) -> str:
     def error(entry: Entry | None) -> str:
         return "-" if not entry or "rmse" not in entry else f"{number(entry['rmse'])} ± {number(entry['error'])}"
 
-    there = {row: text for row, text in ROWS.items() if any(row in found[n] for n in nfes)}
-    out.append(table(head, ([text, *(error(found[n].get(row)) for n in nfes)] for row, text in there.items())))
+    known = there(found)
+    out.append(table(head, ([text, *(error(found[n].get(row)) for n in nfes)] for row, text in known.items())))
     head = ["ratio to the best classic", *map(str, nfes)]
-    rest = {row: text for row, text in there.items() if row != "classic"}
+    rest = {row: text for row, text in known.items() if row != "classic"}
     out.append(table(head, ([t, *(number(ratio(found, r, n), 2) for n in nfes)] for r, t in rest.items())))
     out.append(spread(found, nfes))
     out.append(judged(name, found))
@@ -380,6 +380,11 @@ def section(name: str, seed: int, found: Found) -> str:
     if measured := sorted(n for n, rows in found.items() if set(rows) & set(PRESETS)):
         out.append(presets(found, measured))
     return "\n".join(part for part in out if part)
+
+
+def there(found: Found) -> dict[str, str]:
+    """The rows that were run at some number of evaluations."""
+    return {row: text for row, text in ROWS.items() if any(row in rows for rows in found.values())}
 
 
 def outdated(found: Found, row: str) -> list[str]:
@@ -394,7 +399,7 @@ def spread(found: Found, nfes: list[int]) -> str:
         return "-" if not entry or "rmse" not in entry else f"{number(entry['median'])}, {100 * entry['bad']:.1f}%"
 
     head = ["median sample, share of samples above 0.1", *map(str, nfes)]
-    return table(head, ([text, *(cell(found[n].get(row)) for n in nfes)] for row, text in ROWS.items()))
+    return table(head, ([text, *(cell(found[n].get(row)) for n in nfes)] for row, text in there(found).items()))
 
 
 def judged(name: str, found: Found) -> str:
@@ -420,7 +425,7 @@ def costs(found: Found, nfes: list[int]) -> str:
         return f"{entry['sample_evaluations'] / 1000:.0f}k"
 
     head = ["sample evaluations of the fit or search", *map(str, nfes)]
-    return table(head, ([text, *(cell(found[n].get(row)) for n in nfes)] for row, text in ROWS.items()))
+    return table(head, ([text, *(cell(found[n].get(row)) for n in nfes)] for row, text in there(found).items()))
 
 
 def winners(found: Found, nfes: list[int]) -> str:
