@@ -21,7 +21,7 @@ SMALL = ["--setting", "mixture", "--samples", "16", "--fit-samples", "16"]
 @pytest.fixture(scope="module")
 def digits():
     solvers = ["ddim", "iia-ddim", "heun", "biia-edm", "iia-edm"]
-    return compare(get_setting("digits"), solvers, [5, 9], iia.grids.karras, samples=32, fit_samples=64)
+    return compare(get_setting("digits"), solvers, [5, 9], iia.grids.karras, samples=16, fit_samples=32)
 
 
 @pytest.mark.parametrize("nfe", [5, 9])

@@ -245,6 +245,13 @@ def test_noise_is_added_only_where_there_is_less_than_the_budget_asks_for():
     assert kept.about["batch"] == 12 and any("no noise is added" in line for line in said)
 
 
+@pytest.mark.parametrize(("given", "draws", "few"), [(63, 0, True), (64, 0, False), (16, 64, False)])
+def test_a_fit_to_few_draws_says_that_its_choice_is_not_to_be_trusted_far(given, draws, few):
+    said, budget = [], replace(QUICK, rounds=((1.0, 1),), descent=0, draws=draws)
+    fit(mixture().ode(iia.EDM()), 2, noise(given), budget=budget, report=said.append)
+    assert any(f"only {given} draws of noise" in line for line in said) == few
+
+
 def errors_of(found):
     return {i["name"]: i["error"] for i in found.about["recipe"]["ingredients"]}
 
