@@ -210,8 +210,8 @@ def train(data, **options):
 
 
 def test_training_is_seeded_and_lowers_the_loss(tmp_path, data):
-    first, again = train(data, steps=150), train(data, steps=150)
-    for a, b in zip(first.denoiser.parameters(), again.denoiser.parameters(), strict=True):
+    some, again, first = (train(data, steps=steps) for steps in (20, 20, 150))
+    for a, b in zip(some.denoiser.parameters(), again.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
     untrained, other = train(data, steps=1), train(data, steps=1, seed=1)
     assert first.held_out_loss < 0.9 * untrained.held_out_loss

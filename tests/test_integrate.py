@@ -119,7 +119,8 @@ def test_every_method_of_torchdiffeq_is_torchdiffeqs_own(method: str) -> None:
     names = [f"torchdiffeq:{method}"] + ([] if method in iia.solver_names() else [method])
     for name in names:
         assert torch.equal(iia.odeint(ode, x, grid, name, rtol=1e-6, atol=1e-6), theirs)
-        assert torch.equal(iia.sample(ode, x, grid, name), iia.odeint(ode, x, grid, name)[-1])
+        # Without tolerances, which are tight, over a shorter way.
+        assert torch.equal(iia.sample(ode, x, FINE[:3], name), iia.odeint(ode, x, FINE[:3], name)[-1])
 
 
 @pytest.mark.parametrize("schedule", SMOOTH, ids=lambda s: type(s).__name__)

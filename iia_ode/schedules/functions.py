@@ -35,12 +35,16 @@ class FromFunctions(Schedule):
         return self.sigma_function(t)
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
-        # Bisection: monotone by the check in `from_functions`, and 100 halvings reach the last bit of any bracket.
-        data, noise = torch.full_like(lam, self.t_data), torch.full_like(lam, self.t_noise)
-        for _ in range(100):
-            middle = (data + noise) / 2
-            cleaner = self._lam(middle) > lam
-            data, noise = torch.where(cleaner, middle, data), torch.where(cleaner, noise, middle)
+        # Monotone by the check in `from_functions`. Of 64 parts of the bracket the one that holds the level is kept: 17 times
+        # are 102 halvings, which reach the last bit of any bracket, for a sixth of the calls.
+        fractions = torch.arange(1, 64, dtype=_F64, device=lam.device) / 64
+        data, noise = torch.full_like(lam, self.t_data)[..., None], torch.full_like(lam, self.t_noise)[..., None]
+        for _ in range(17):
+            inside = data + (noise - data) * fractions
+            cleaner = (self._lam(inside) > lam[..., None]).sum(dim=-1, keepdim=True)
+            points = torch.cat([data, inside, noise], dim=-1)
+            data, noise = points.gather(-1, cleaner), points.gather(-1, cleaner + 1)
+        data, noise = data[..., 0], noise[..., 0]
         # An end is returned as itself, not as the last midpoint before it.
         t = (data + noise) / 2
         t = torch.where(lam >= self._lam(torch.full_like(lam, self.t_data)), torch.full_like(lam, self.t_data), t)
