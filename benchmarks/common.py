@@ -279,15 +279,20 @@ def karras_family(setting: Setting, rho: float, level: float) -> Callable[[int],
     return make
 
 
-@cache
+_LEVELS: dict[tuple[object, ...], int | None] = {}  # settings of one schedule and start have the same numbers
+
+
 def levels_for(solver: str, name: str, nfe: int) -> int | None:
     """How many levels a solver needs for this many evaluations; None where it cannot make them."""
     setting = setting_of(name)
-    try:
-        grid = iia.get_solver(solver).grid_for(nfe, karras_family(setting, *DEFAULT), setting.schedule)
-    except iia.GridError:
-        return None
-    return len(grid) - 1
+    key = solver, setting.schedule, setting.sigma_max, nfe
+    if key not in _LEVELS:
+        try:
+            grid = iia.get_solver(solver).grid_for(nfe, karras_family(setting, *DEFAULT), setting.schedule)
+        except iia.GridError:
+            grid = None
+        _LEVELS[key] = None if grid is None else len(grid) - 1
+    return _LEVELS[key]
 
 
 def grid_of(solver: str, name: str, nfe: int, grid: tuple[float, float] = DEFAULT) -> Tensor:
