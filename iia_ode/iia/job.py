@@ -37,6 +37,7 @@ __all__ = ["Job"]
 
 _F64 = torch.float64
 _BASELINE = "ipndm3"
+_FEW = 64  # draws of noise below which a choice is not to be trusted far
 _ENOUGH = 10  # components of training noise for each weight, or nothing is fitted to the rest of the noise
 _SAMPLES = 10  # of training noise, for the mean that an intercept is
 _RIDGE = 1e-7  # where it is not chosen: enough to keep weights of all but parallel directions small
@@ -155,6 +156,11 @@ class Job:
             f"{self.nfe} evaluations, {self.given} draws of noise{more}: about {cost} sample evaluations, "
             f"{cost * seconds / len(x):.0f} s at {1e3 * seconds / len(x):.2g} ms each"
         )
+        if len(self.x) < _FEW:
+            self.say(
+                f"only {len(self.x)} draws of noise: what is chosen by so few can be worse on others than the solver without "
+                f"a fit; give {_FEW} or more, 256 are good"
+            )
 
     def _check(self, teacher: Teacher | None) -> Teacher | None:
         if teacher is None:

@@ -28,9 +28,6 @@ from .teacher import Teacher
 
 __all__ = ["fit"]
 
-FEW = 64
-"""Draws of noise below which a fit says that its choice is not to be trusted far."""
-
 
 def fit(
     ode: ProbabilityFlowODE,
@@ -139,11 +136,6 @@ def fit(
         ode, x = more_states(ode, x, start, chosen.draws, held_out, seed)
     elif chosen.draws > given:
         say(f"the teacher has {given} trajectories: no noise is added, though the budget asks for {chosen.draws} draws")
-    if len(x) < FEW:
-        say(
-            f"only {len(x)} draws of noise: what is chosen by so few can be worse on others than the solver without a fit; "
-            f"give {FEW} or more, 256 are good"
-        )
     job = Job(
         RememberedODE(ode), nfe, x, given=given, start=start, sigma_min=sigma_min, budget=chosen, held_out=held_out,
         chunk_size=chunk_size, checkpointed=checkpointed, seed=seed, say=say, progress=progress,
