@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from scipy.stats import binom
-from scipy.stats import norm as normal
-from scipy.stats import t as student_t
+from scipy.special import bdtrc, ndtr, stdtrit
 from torch import Tensor
 
 __all__ = ["Verdict", "verdict"]
 
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square has to be lower; heavy tails want more than the usual two
-_SIGN_CHANCE = float(normal.sf(2.0))  # of as many samples ending nearer by chance; a count has no tails
+_SIGN_CHANCE = float(ndtr(-2.0))  # of as many samples ending nearer by chance; a count has no tails
 _UNSEEN = 3.0  # what befalls so many samples in n goes unseen in n with a chance of at most 5% (the rule of three)
 
 
@@ -72,10 +71,10 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     rounding = relative * float(exact.mean().sqrt())
     gaps = by_base - by_fit
     nearer = int((gaps.where(by_base.isfinite(), torch.inf) > 0).sum())
-    needed = int(binom.isf(_SIGN_CHANCE, n, 0.5)) + 1
+    needed = _fewest(n)
     gain, largest = float(gaps.sum()), float(squares[:, :2].max())
     error = math.sqrt(n) * float(gaps.std()) if n > 1 else math.inf
-    doubt = float(student_t.isf(normal.sf(_MEAN_ERRORS), n - 1)) if n > 1 else math.inf
+    doubt = -float(stdtrit(n - 1, ndtr(-_MEAN_ERRORS))) if n > 1 else math.inf
     clear = nearer >= needed and gain > doubt * error and gain > _UNSEEN * largest and fit <= base + rounding
     exact_already = float(by_fit.mean().sqrt()) <= rounding
     finite, base_finite = (bool(v.isfinite().all()) for v in (by_fit, by_base))
@@ -91,6 +90,12 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
             f"{_ratio(-gain, largest)} of the largest, and has to by less than {-_UNSEEN:g}"
         )
     return Verdict(base, fit, kept, why)
+
+
+def _fewest(n: int) -> int:
+    """How many of n samples have to end nearer: as many do by chance, of as good a base, less often than `_SIGN_CHANCE`."""
+    # What scipy.stats.binom.isf computes, without the import of all of scipy.stats.
+    return int(np.argmax(bdtrc(np.arange(n + 1), n, 0.5) <= _SIGN_CHANCE)) + 1
 
 
 def _ratio(a: float, b: float) -> str:
