@@ -31,6 +31,12 @@ ALL_SCHEDULES = [
 SCHEDULE_IDS = [type(s).__name__ for s in ALL_SCHEDULES]
 
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=SCHEDULE_IDS)
+# Of 57 solvers on 7 schedules a seventh, that has each solver and each schedule: for what takes both the same way.
+every_solver_on_a_schedule = pytest.mark.parametrize(
+    ("name", "schedule"),
+    [(name, ALL_SCHEDULES[i % len(ALL_SCHEDULES)]) for i, name in enumerate(iia.solver_names())],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 LAMS = st.floats(-4.0, 6.0)

@@ -199,6 +199,6 @@ def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, cap
 
 
 def test_compare_writes_a_picture_of_samples_where_they_are_images(tmp_path, capsys):
-    small = ["--samples", "8", "--fit-samples", "8", "--nfe", "5", "--solvers", "ddim,heun"]
+    small = ["--samples", "2", "--fit-samples", "2", "--nfe", "5", "--solvers", "ddim,heun"]
     assert run(capsys, "compare", *small, "--out", str(tmp_path))[0] == 0
     assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"

@@ -231,11 +231,14 @@ OPTIONS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("order", "options"), OPTIONS, ids=lambda v: str(v))
+# Each on one schedule, in turn.
+TURNS = ((iia.EDM(), Track("log-SNR", 5.0, 0.3)), (iia.VP(), Track("t", 2.0, 0.5)))
+
+
 @pytest.mark.parametrize(
-    ("schedule", "track"),
-    [(iia.EDM(), Track("log-SNR", 5.0, 0.3)), (iia.VP(), Track("t", 2.0, 0.5))],
-    ids=["EDM", "VP"],
+    ("order", "options", "schedule", "track"),
+    [(*option, *TURNS[i % 2]) for i, option in enumerate(OPTIONS)],
+    ids=lambda v: type(v).__name__ if isinstance(v, iia.Schedule) else str(v),
 )
 def test_with_any_smooth_coefficients_the_order_is_the_claimed_one(
     order: int, options: dict[str, Any], schedule: iia.Schedule, track: Track

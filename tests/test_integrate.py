@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from support import ALPHAS_CUMPROD, F64, close, every_prediction, every_schedule, gaussian, generator, mixture, slope
+from support import (
+    ALPHAS_CUMPROD,
+    F64,
+    close,
+    every_prediction,
+    every_schedule,
+    every_solver_on_a_schedule,
+    gaussian,
+    generator,
+    mixture,
+    slope,
+)
 from torch import Tensor, nn
 
 import iia_ode as iia
@@ -34,8 +45,7 @@ def model(function: Callable[..., Any], **options: Any) -> iia.ProbabilityFlowOD
 # ---- one answer ------------------------------------------------------------------------------------------------------
 
 
-@every_schedule
-@every_solver
+@every_solver_on_a_schedule
 def test_sample_is_the_last_state_of_odeint(name: str, schedule: iia.Schedule) -> None:
     grid = iia.grids.karras(5, schedule=schedule)
     ode, x = gaussian().ode(schedule, "noise"), start(schedule, float(grid[0]))
@@ -377,8 +387,7 @@ def test_an_exception_of_the_model_reaches_the_caller_as_it_is(solver: str, erro
 # ---- nothing is read back from the device ----------------------------------------------------------------------------
 
 
-@every_schedule
-@every_solver
+@every_solver_on_a_schedule
 def test_no_value_is_read_from_the_device_before_the_last_evaluation(name: str, schedule: iia.Schedule) -> None:
     """On the meta device a tensor has no values: whatever reads one (item, tolist, bool, cpu) raises."""
     ode, grid = iia.ProbabilityFlowODE(lambda x, t: 0.5 * x, schedule, "v"), iia.grids.karras(5, schedule=schedule)

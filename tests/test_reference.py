@@ -158,7 +158,7 @@ def test_the_error_of_the_dense_output_falls_with_the_fourth_power_of_the_number
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("points", [3, 10, 20, 40, 80])
+@pytest.mark.parametrize("points", [3, 20, 80])
 def test_the_tolerance_holds_at_every_knot_however_many_there_are(points, reverse):
     schedule, ode = iia.FlowMatching(), mixture().ode(iia.FlowMatching())
     ends = times(schedule, -3.0, CLEAN, 2)
