@@ -11,7 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import F64, close, every_prediction, every_schedule, gaussian, generator, mixture, slope
+from support import (
+    F64,
+    close,
+    every_prediction,
+    every_schedule,
+    every_solver_on_a_schedule,
+    gaussian,
+    generator,
+    mixture,
+    slope,
+)
 from torch import Tensor
 
 import iia_ode as iia
@@ -247,8 +257,7 @@ def test_the_difference_of_two_plans_is_that_of_their_weights() -> None:
 # ---- Gaussian data ---------------------------------------------------------------------------------------------------
 
 
-@every_schedule
-@every_solver
+@every_solver_on_a_schedule
 def test_the_answer_on_gaussian_data_is_what_a_run_gives(schedule: iia.Schedule, name: str) -> None:
     problem, plan = gaussian(), plan_of(name, schedule)
     response = plan.on_gaussian(problem.mean, problem.variance)
