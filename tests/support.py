@@ -31,6 +31,7 @@ ALL_SCHEDULES = [
 SCHEDULE_IDS = [type(s).__name__ for s in ALL_SCHEDULES]
 
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=SCHEDULE_IDS)
+every_solver = pytest.mark.parametrize("name", iia.solver_names())
 # Of 57 solvers on 7 schedules a seventh, that has each solver and each schedule: for what takes both the same way.
 every_solver_on_a_schedule = pytest.mark.parametrize(
     ("name", "schedule"),

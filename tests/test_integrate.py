@@ -14,6 +14,7 @@ from support import (
     close,
     every_prediction,
     every_schedule,
+    every_solver,
     every_solver_on_a_schedule,
     gaussian,
     generator,
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 
 import iia_ode as iia
 
-every_solver = pytest.mark.parametrize("name", iia.solver_names())
 every_method = pytest.mark.parametrize("method", iia.torchdiffeq_methods())
 
 EDM = iia.EDM()

@@ -16,6 +16,7 @@ from support import (
     close,
     every_prediction,
     every_schedule,
+    every_solver,
     every_solver_on_a_schedule,
     gaussian,
     generator,
@@ -29,8 +30,6 @@ from iia_ode.forms import conversion
 from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector
 from iia_ode.plan.plan import run_code
 from iia_ode.plan.tracer import take_step
-
-every_solver = pytest.mark.parametrize("name", iia.solver_names())
 
 NUMBERS = st.floats(-8, 8).map(lambda v: round(v, 3))
 TENSORS = st.lists(NUMBERS, min_size=2, max_size=2).map(lambda v: torch.tensor(v, dtype=F64))

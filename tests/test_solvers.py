@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import close, every_schedule, gaussian, generator, mixture
+from support import close, every_schedule, every_solver, gaussian, generator, mixture
 from torch import Tensor
 
 import iia_ode as iia
@@ -15,9 +15,6 @@ from iia_ode.plan import Past
 from iia_ode.solvers import base
 from iia_ode.testing.conformance import check_order_is_the_claimed_one, order_result
 from iia_ode.testing.orders import TOLERANCE
-
-every_solver = pytest.mark.parametrize("name", iia.solver_names())
-
 
 # ---- the suite -------------------------------------------------------------------------------------------------------
 
