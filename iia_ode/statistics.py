@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class ModelStatistics:
             keep=np.exp(L.integral(start) - whole),
             moments=moments,
             bias=bias,
-            scales=tuple(np.exp(S_start - S.integral(node)) for node in nodes),
+            scales=tuple(np.exp(S_start - S.integral(np.asarray(nodes)))),
             offsets=tuple(self._offset(start, node) for node in nodes),
         )
 
@@ -242,9 +243,15 @@ class ModelStatistics:
     def _offset(self, start: float, end: float) -> Array:
         """B = int e^(-int s) b from start to end."""
         out = np.zeros(self.shape)
-        for _, dlam, drift in self._drift(start, end):
-            out = out + np.tensordot(dlam, drift, axes=2)
+        if self._is_biased:
+            for _, dlam, drift in self._drift(start, end):
+                out = out + np.tensordot(dlam, drift, axes=2)
         return out
+
+    @cached_property
+    def _is_biased(self) -> bool:
+        """Whether b is anything but zero: where it is not, as in data and noise prediction, nothing need be integrated."""
+        return bool(self.b.any())
 
     def _drift(self, start: float, end: float) -> Iterator[tuple[Array, Array, Array]]:
         """e^(-int s) b at quadrature nodes between start and end, a few panels at a time."""
@@ -255,17 +262,18 @@ class ModelStatistics:
         for i in range(0, len(breaks) - 1, together):
             a, width = breaks[i : i + together + 1][:-1], np.diff(breaks[i : i + together + 1])
             lam, dlam = a[:, None] + np.multiply.outer(width, x), np.multiply.outer(width, w)
-            yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam)
+            yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam) if self._is_biased else np.zeros_like(b(lam))
 
     def _breaks(self, start: float, end: float) -> Array:
         """Ends of panels from start to end: the table's knots between them, and more where those are far apart."""
-        low, high = min(start, end), max(start, end)
-        knots = [low, *(k for k in self.lam.tolist() if low < k < high), high]
-        pieces = [
-            np.linspace(a, c, math.ceil((c - a) / _WIDTH) + 1)[:-1] for a, c in zip(knots, knots[1:], strict=False)
-        ]
-        breaks = np.concatenate([*pieces, [high]])
-        return breaks if start <= end else breaks[::-1]
+        low, high, rows = min(start, end), max(start, end), self.lam.numpy()
+        knots = [low, *rows[(rows > low) & (rows < high)].tolist(), high]
+        breaks: list[float] = []
+        for a, c in pairwise(knots):
+            pieces = math.ceil((c - a) / _WIDTH)
+            breaks += (a + (c - a) * k / pieces for k in range(pieces))
+        breaks.append(high)
+        return np.array(breaks if start <= end else breaks[::-1])
 
 
 @cache

@@ -1,5 +1,6 @@
 """``iia-ode fit``: one call or one solver, options that go together, files of trajectories, several processes."""
 
+import json
 import os
 import re
 import socket
@@ -221,26 +222,75 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launched(*arguments):
-    """What two processes printed."""
-    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    command = [sys.executable, "-m", *launch, "-m", "iia_ode", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("written: ") == 1
-    return done.stdout
-
-
 with_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
 @with_gloo
-def test_two_processes_write_the_file_that_one_would(tmp_path, capsys):
-    options = ["--samples", "21", "--guard", "--ridge", "auto", "--intercept"]
+def test_two_processes_find_the_solver_that_one_would(tmp_path, capsys):
+    options = ["--setting", "mixture", "--nfe", "3", "--budget", "closed-form", "--samples", "24"]
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    assert "in 2 processes" in launched("fit", *WINDOW, *options, "--out", str(two))
-    assert run(capsys, "fit", *WINDOW, *options, "--out", str(one))[0] == 0
+    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    command = [sys.executable, "-m", *launch, "-m", "iia_ode", "fit", *options, "--out", str(two)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("teacher: ") == done.stdout.count("written: ") == 1
+    assert run(capsys, "fit", *options, "--out", str(one))[0] == 0
     together, alone = iia.load(two), iia.load(one)
+    assert together.plan.difference(alone.plan) < 1e-9
+    assert together.about["sample_evaluations"] == alone.about["sample_evaluations"]
+    assert together.about["fingerprint"] == alone.about["fingerprint"]
+
+
+TWO = {
+    "fit": ["fit", *WINDOW, "--samples", "21", "--guard", "--ridge", "auto", "--intercept"],
+    "sample": ["sample", "heun", "--setting", "mixture", "--nfe", "5", "--samples", "7"],
+    "dying": ["fit", *WINDOW, "--samples", "8"],
+}
+IN_EACH = """
+import json, os, sys
+from contextlib import redirect_stdout
+from iia_ode.cli import main
+from iia_ode.iia.fitting import Fitting
+
+for name, port, arguments in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
+    if name == "dying" and os.environ["RANK"] == "1":
+        Fitting._guarded = lambda *_: os._exit(9)
+    with open(f"{name}-{os.environ['RANK']}.txt", "w") as printed, redirect_stdout(printed):
+        main([*arguments, "--out", f"two-{name}"])
+"""
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """Where two processes wrote, after three commands; the second is as if killed in the middle of the last. And their errors.
+
+    In one pair of processes, as most of the time of each goes into starting it.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    commands = json.dumps([(name, str(free_port()), arguments) for name, arguments in TWO.items()])
+    command = [sys.executable, "-c", IN_EACH, commands]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=folder, env=environment(RANK=str(k), **meeting), stderr=subprocess.PIPE, text=True
+        )
+        for k in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 9], errors
+    return folder, errors
+
+
+@with_gloo
+def test_two_processes_write_the_file_that_one_would(tmp_path, capsys, by_two):
+    folder, _ = by_two
+    first, second = ((folder / f"fit-{k}.txt").read_text() for k in range(2))
+    assert "in 2 processes" in first
+    assert (first.count("written: "), second) == (1, "")
+    one = tmp_path / "one"
+    assert run(capsys, *TWO["fit"], "--out", str(one))[0] == 0
+    together, alone = iia.load(folder / "two-fit"), iia.load(one)
     assert together.about["batch"] == alone.about["batch"] == 21
     for a, b in zip(together.reports, alone.reports, strict=True):
         assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
@@ -249,54 +299,24 @@ def test_two_processes_write_the_file_that_one_would(tmp_path, capsys):
 
 
 @with_gloo
-def test_two_processes_find_the_solver_that_one_would(tmp_path, capsys):
-    options = ["--setting", "mixture", "--nfe", "3", "--budget", "closed-form", "--samples", "24"]
-    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    assert launched("fit", *options, "--out", str(two)).count("teacher: ") == 1
-    assert run(capsys, "fit", *options, "--out", str(one))[0] == 0
-    together, alone = iia.load(two), iia.load(one)
-    assert together.plan.difference(alone.plan) < 1e-9
-    assert together.about["sample_evaluations"] == alone.about["sample_evaluations"]
-    assert together.about["fingerprint"] == alone.about["fingerprint"]
-
-
-@with_gloo
-def test_two_processes_write_the_samples_that_one_would(tmp_path, capsys):
-    options = ["sample", "heun", "--setting", "mixture", "--nfe", "5", "--samples", "7"]
-    launched(*options, "--out", str(tmp_path / "two"))
+def test_two_processes_write_the_samples_that_one_would(tmp_path, capsys, by_two):
+    options = TWO["sample"]
     assert run(capsys, *options, "--out", str(tmp_path / "one"))[0] == 0
     assert run(capsys, *options[:-1], "4", "--out", str(tmp_path / "fewer"))[0] == 0
     two, one, fewer = (
-        iia.files.read_tensors(tmp_path / name / "samples.safetensors", "samples")[0]["samples"]
-        for name in ("two", "one", "fewer")
+        iia.files.read_tensors(path / "samples.safetensors", "samples")[0]["samples"]
+        for path in (by_two[0] / "two-sample", tmp_path / "one", tmp_path / "fewer")
     )
     assert torch.allclose(two, one, rtol=1e-12, atol=1e-12)
     assert torch.allclose(fewer, one[:4], rtol=1e-12, atol=1e-12)
 
 
 @with_gloo
-def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(tmp_path):
-    """The second process ends as if killed, in the middle of the fit."""
-    dying = tmp_path / "dying.py"
-    dying.write_text(
-        "import os, sys\n"
-        "from iia_ode.cli import main\n"
-        "from iia_ode.iia.fitting import Fitting\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    Fitting._guarded = lambda *_: os._exit(9)\n"
-        "main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, str(dying), "fit", *WINDOW, "--samples", "8", "--out", str(tmp_path / "fit")]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(command, env=environment(RANK=str(k), **meeting), stderr=subprocess.PIPE, text=True)
-        for k in range(2)
-    ]
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 9]
+def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(by_two):
+    folder, errors = by_two
     (line,) = (line for line in errors[0].splitlines() if line.startswith("iia-ode: error: "))
     assert "process 0 of 2 heard nothing from another one" in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dying.py"]
+    assert sorted(p.name for p in folder.glob("two-*")) == ["two-fit", "two-sample"]
 
 
 # ---- the README and the reference ----------------------------------------------------------------------------------

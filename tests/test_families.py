@@ -188,13 +188,6 @@ def test_exponential_integrators_end_on_the_models_data_estimate(name: str, sche
     close(states[-1], ode.data(states[-2], float(grid[-2])), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", iia.solver_names())
-def test_every_solver_starts_from_pure_noise_where_alpha_is_zero(name: str) -> None:
-    """The first step of a flow-matching model: x is all noise, and only the data estimate says where to go."""
-    problem, plan = gaussian(), iia.get_solver(name).plan(FLOW, iia.grids.uniform(240, 1.0, 0.0))
-    assert plan.on_gaussian(problem.mean, problem.variance).rmse < 0.02
-
-
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [

@@ -255,7 +255,7 @@ def test_beta_timesteps_are_rounded_quantiles():
 def test_a_grid_from_an_interior_level_denoises_a_partly_noised_state(schedule, make):
     """x_t = alpha x_0 + sigma eps at the grid's first time, and from there the ODE: here to the exact solution."""
     problem, level = gaussian(), 1.5
-    grid = make(160, 0.01, level, schedule=schedule, to_data=False)
+    grid = make(40, 0.01, level, schedule=schedule, to_data=False)
     close(schedule.noise_to_signal(float(grid[0])), level, rtol=1e-9)
     t, s = float(grid[0]), float(grid[-1])
     x_t = schedule.alpha(t) * normal(5, 3) + schedule.sigma(t) * normal(5, 3, seed=1)

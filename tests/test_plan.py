@@ -16,7 +16,6 @@ from support import (
     close,
     every_prediction,
     every_schedule,
-    every_solver,
     every_solver_on_a_schedule,
     gaussian,
     generator,
@@ -281,8 +280,7 @@ def test_the_exact_error_on_gaussian_data_is_what_sampling_estimates(schedule: i
 # ---- running and tracing ---------------------------------------------------------------------------------------------
 
 
-@every_schedule
-@every_solver
+@every_solver_on_a_schedule
 def test_running_a_plan_is_taking_the_steps_on_tensors(schedule: iia.Schedule, name: str) -> None:
     plan, problem, solver = plan_of(name, schedule), mixture(), iia.get_solver(name)
     ode = problem.ode(schedule, "noise")

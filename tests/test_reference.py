@@ -148,7 +148,7 @@ def test_the_error_of_the_dense_output_falls_with_the_fourth_power_of_the_number
     ends = times(schedule, -3.5, CLEAN, 2)
     t, s = reversed(ends) if reverse else ends
     ode, x = G.ode(schedule), G.noisy(4, schedule, t, generator(0))
-    between, counts, errors = times(schedule, -3.5, CLEAN, 50), [15, 30, 60], []
+    between, counts, errors = times(schedule, -3.5, CLEAN, 20), [15, 30, 60], []
     for points in counts:
         dense = reference.trajectory(ode, x, t, s, points=points)
         worst = [(dense(u) - G.flow(x, schedule, t, u)).abs().max() / size(schedule, u) for u in between]
