@@ -210,7 +210,7 @@ def train(data, **options):
 
 
 def test_training_is_seeded_and_lowers_the_loss(tmp_path, data):
-    some, again, first = (train(data, steps=steps) for steps in (20, 20, 150))
+    some, again, first = (train(data, steps=steps) for steps in (5, 5, 150))
     for a, b in zip(some.denoiser.parameters(), again.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
     untrained, other = train(data, steps=1), train(data, steps=1, seed=1)

@@ -291,16 +291,15 @@ def gaussian_statistics(points: int, low: float = 0.05, high: float = 20.0) -> M
     return ModelStatistics(lam, l, torch.zeros_like(l), b)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
 @pytest.mark.parametrize(
-    ("schedule", "prediction"),
+    ("schedule", "prediction", "mode"),
     [
-        (iia.EDM(), "data"),
-        (iia.VP(), "noise"),
-        (iia.Cosine(), "v"),
-        (iia.VE(), "score"),
-        (iia.FlowMatching(), "velocity"),
-        (iia.from_functions(lambda t: 1 - t, lambda t: t), "velocity"),
+        (iia.EDM(), "data", "forward"),
+        (iia.VP(), "noise", "reverse"),
+        (iia.Cosine(), "v", "forward"),
+        (iia.VE(), "score", "reverse"),
+        (iia.FlowMatching(), "velocity", "forward"),
+        (iia.from_functions(lambda t: 1 - t, lambda t: t), "velocity", "reverse"),
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )

@@ -238,7 +238,7 @@ def test_stage_evaluations_at_one_time_move_together():
 # ---- the refinement -----------------------------------------------------------------------------------------------------
 
 
-@every_schedule
+@pytest.mark.parametrize("schedule", [iia.EDM(), iia.VP(), iia.FlowMatching()], ids=lambda s: type(s).__name__)
 def test_refinement_takes_a_third_off_the_error_on_noise_it_has_not_seen(schedule):
     ode, x = mixture().ode(schedule), states(160, schedule)
     exact = truth(ode, x)
