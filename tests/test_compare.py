@@ -141,7 +141,7 @@ def test_compare_prints_a_table_and_writes_everything_it_made(tmp_path, capsys):
 
 def test_what_one_call_finds_can_be_compared_and_finds_its_own_grid():
     setting = get_setting("mixture")
-    result = compare(setting, ["heun", "iia"], [4, 5], iia.grids.karras, samples=8, fit_samples=16)
+    result = compare(setting, ["heun", "iia"], [4, 5], iia.grids.karras, samples=16, fit_samples=32)
     for nfe in (4, 5):
         by_hand = iia.fit(*_drawn(setting, nfe), budget="closed-form", sigma_max=80.0, report=None)
         assert torch.equal(result.fits["iia", nfe].grid, by_hand.grid)
