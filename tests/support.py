@@ -1,6 +1,7 @@
 """What several test files share: the schedules, the problems, and comparisons at rounding error."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -32,12 +33,17 @@ SCHEDULE_IDS = [type(s).__name__ for s in ALL_SCHEDULES]
 
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=SCHEDULE_IDS)
 every_solver = pytest.mark.parametrize("name", iia.solver_names())
-# Of 57 solvers on 7 schedules a seventh, that has each solver and each schedule: for what takes both the same way.
-every_solver_on_a_schedule = pytest.mark.parametrize(
-    ("name", "schedule"),
-    [(name, ALL_SCHEDULES[i % len(ALL_SCHEDULES)]) for i, name in enumerate(iia.solver_names())],
-    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
-)
+
+
+def in_turn(names: str, *lists: Sequence[Any]) -> pytest.MarkDecorator:
+    """Each entry of the longest list with one of every other list, in turn: for what takes all of them the same way."""
+    cases = [tuple(one[i % len(one)] for one in lists) for i in range(max(map(len, lists)))]
+    return pytest.mark.parametrize(
+        names, cases, ids=lambda v: type(v).__name__ if isinstance(v, iia.Schedule) else None
+    )
+
+
+every_solver_on_a_schedule = in_turn("name, schedule", iia.solver_names(), ALL_SCHEDULES)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 LAMS = st.floats(-4.0, 6.0)

@@ -12,18 +12,19 @@ from support import (
     ALPHAS_CUMPROD,
     F64,
     close,
-    every_prediction,
     every_schedule,
     every_solver,
     every_solver_on_a_schedule,
     gaussian,
     generator,
+    in_turn,
     mixture,
     slope,
 )
 from torch import Tensor, nn
 
 import iia_ode as iia
+from iia_ode.forms import PREDICTIONS
 
 every_method = pytest.mark.parametrize("method", iia.torchdiffeq_methods())
 
@@ -79,8 +80,7 @@ def test_heun_is_the_default() -> None:
     assert not torch.equal(iia.sample(ode, x, INNER), iia.sample(ode, x, INNER, "ddim"))
 
 
-@every_prediction
-@every_solver
+@in_turn("name, prediction", iia.solver_names(), PREDICTIONS)
 def test_the_answer_does_not_depend_on_what_the_model_predicts(name: str, prediction: str) -> None:
     schedule, grid = iia.VP(), iia.grids.karras(6, schedule=iia.VP())
     x = start(schedule, float(grid[0]))
@@ -348,8 +348,7 @@ def fails_below(level: float, answer: float) -> iia.ProbabilityFlowODE:
     return model(lambda x, t: torch.where(t[:, None] < level, torch.full_like(x, answer), x / (1 + t[:, None] ** 2)))
 
 
-@pytest.mark.parametrize("answer", [NAN, INF, -INF])
-@every_solver
+@in_turn("name, answer", iia.solver_names(), (NAN, INF, -INF))
 def test_a_model_that_is_not_finite_is_named_with_the_evaluation(name: str, answer: float) -> None:
     plan = iia.get_solver(name).plan(EDM, INNER)
     first = next(i for i, t in enumerate(plan.evaluation_times) if t < 1.0)

@@ -19,6 +19,7 @@ from support import (
     every_schedule,
     gaussian,
     generator,
+    in_turn,
     mixture,
     normal,
 )
@@ -134,8 +135,7 @@ def test_the_velocity_of_gaussian_data_is_the_derivative_of_the_exact_flow(sched
     close(gaussian().ode(schedule)(t, x), difference, atol=1e-11 * rate * float(x.abs().max()))
 
 
-@every_prediction
-@every_schedule
+@in_turn("schedule, prediction", ALL_SCHEDULES, PREDICTIONS)
 def test_torchdiffeq_takes_the_ode_as_it_is_and_finds_the_exact_gaussian_flow(schedule, prediction):
     discrete = isinstance(schedule, iia.Discrete)
     t, s = schedule.t_of_lam(1.0 if discrete else -1.0), schedule.t_of_lam(1.5)

@@ -16,6 +16,7 @@ from support import (
     every_schedule,
     gaussian,
     generator,
+    in_turn,
     mixture,
     normal,
     slope,
@@ -88,10 +89,7 @@ def test_the_prediction_type_of_the_model_makes_no_difference(prediction):
     close(reference.solve(mixture().ode(schedule, prediction), x, 1.0, 0.0), expected, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    "schedule", [iia.EDM(), iia.VP(), iia.Cosine(), iia.FlowMatching()], ids=lambda s: type(s).__name__
-)
-@pytest.mark.parametrize("reverse", [False, True])
+@in_turn("schedule, reverse", [iia.EDM(), iia.VP(), iia.Cosine(), iia.FlowMatching()], [False, True])
 def test_a_mixture_is_solved_as_by_scipy_in_the_schedules_own_time(schedule, reverse):
     ode, ends = mixture().ode(schedule), times(schedule, -3.0, CLEAN, 2)
     t, s = reversed(ends) if reverse else ends

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import close, every_schedule, every_solver, gaussian, generator, mixture
+from support import close, every_schedule, every_solver, gaussian, generator, in_turn, mixture
 from torch import Tensor
 
 import iia_ode as iia
@@ -40,12 +40,8 @@ def expected_order(name: str, found: testing.OrderMeasurement) -> int:
     return iia.get_solver(name).order
 
 
-# Alpha and sigma are linear in t on EDM and in flow matching: each solver is measured on one of them, in turn.
-@pytest.mark.parametrize(
-    ("name", "linear"),
-    [(name, (iia.EDM(), iia.FlowMatching())[i % 2]) for i, name in enumerate(iia.solver_names())],
-    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
-)
+# Alpha and sigma are linear in t on EDM and in flow matching: each solver is measured on one of them.
+@in_turn("name, linear", iia.solver_names(), (iia.EDM(), iia.FlowMatching()))
 def test_the_measured_order_is_the_claimed_one_wherever_no_error_term_is_known_to_vanish(
     name: str, linear: iia.Schedule
 ) -> None:
