@@ -250,7 +250,7 @@ class ModelStatistics:
 
     @cached_property
     def _is_biased(self) -> bool:
-        """Whether b is anything but zero: where it is not, as in data and noise prediction, nothing need be integrated."""
+        """Whether b is anything but zero, as it is not in data and noise prediction."""
         return bool(self.b.any())
 
     def _drift(self, start: float, end: float) -> Iterator[tuple[Array, Array, Array]]:
@@ -262,7 +262,7 @@ class ModelStatistics:
         for i in range(0, len(breaks) - 1, together):
             a, width = breaks[i : i + together + 1][:-1], np.diff(breaks[i : i + together + 1])
             lam, dlam = a[:, None] + np.multiply.outer(width, x), np.multiply.outer(width, w)
-            yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam) if self._is_biased else np.zeros_like(b(lam))
+            yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam)
 
     def _breaks(self, start: float, end: float) -> Array:
         """Ends of panels from start to end: the table's knots between them, and more where those are far apart."""
