@@ -66,7 +66,9 @@ SAMPLES = {
 OTHERS = (256, 256)
 """Draws that fits see, and draws that are measured. Of a mixture a few in a thousand make nearly the whole error."""
 MORE = {"mixture64": 4096}
-"""Draws of each of the seeds that a ratio above the limit is measured on again, where not as many as before."""
+"""Draws of each of the seeds that a fit is measured on again, where not as many as before."""
+SEEDS = 4
+AGAIN = " again"  # ends the name of what they gave
 ALL = "_all"  # ends the name under which results of every base on a network are kept
 FAR, NEAR = 64, 16  # evaluations between which the error of a base that converges falls by half
 GUARD = 2  # to be raised whenever the guard would judge otherwise: a run makes again what has a lower one
@@ -141,19 +143,20 @@ def guarded(solver: str, draws: Draws, nfe: int, terms: str) -> iia.FittedSolver
 
 
 def again(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
-    """The same fit against its base on draws of four more seeds: whether a ratio above the limit was chance."""
+    """The same fit against its base on draws of four more seeds, alone and with the first: whether the first were chance."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = guarded(solver, draws, nfe, terms)
     base = plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe))
-    squares: list[list[Tensor]] = [[], []]
-    for seed in range(draws.seed + 1, draws.seed + 5):
-        test = batch(draws.name, MORE.get(draws.name, draws.unseen), seed, True, 150)
-        for found, plan in zip(squares, (fit.plan, base), strict=True):
-            found.append(squares_of(run(plan, test), test.final))
-    by_fit, by_base = (torch.cat(found) for found in squares)
-    ratio = float((by_fit.mean() / by_base.mean()).sqrt())
-    return {"again": ratio, "sure": sure_of(by_fit - by_base), "draws": len(by_fit)}
+    samples, seeds = MORE.get(draws.name, draws.unseen), range(draws.seed + 1, draws.seed + 1 + SEEDS)
+    tests = [draws.test, *(batch(draws.name, samples, seed, True, 150) for seed in seeds)]
+    squares = [[squares_of(run(plan, test), test.final) for test in tests] for plan in (fit.plan, base)]
+    entry: Entry = {}
+    for prefix, own in (("", slice(1, None)), ("all_", slice(None))):
+        by_fit, by_base = (torch.cat(found[own]) for found in squares)
+        ratio = float((by_fit.mean() / by_base.mean()).sqrt())
+        entry |= {f"{prefix}ratio": ratio, f"{prefix}sure": sure_of(by_fit - by_base), f"{prefix}draws": len(by_fit)}
+    return entry
 
 
 def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
@@ -271,7 +274,8 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
             more = under | judged_as(terms)
             entry = store.cell(file, f"{terms} {nfe}", more, partial(measured, solver, draws, nfe, terms))
             if entry.get("ratio", 0.0) > LIMIT or (options.again and doubtful(entry)):
-                store.cell(file, f"{terms} {nfe} again", more, partial(again, solver, draws, nfe, terms))
+                twice = more | {"seeds": SEEDS}
+                store.cell(file, f"{terms} {nfe}{AGAIN}", twice, partial(again, solver, draws, nfe, terms))
 
 
 def judged_as(terms: str) -> Entry:
@@ -309,10 +313,10 @@ of its base. On the networks one base of each kind was run on more draws, and *e
 - *In doubt*: fits that were kept and are not above the limit on these draws, but the upper end of the one-sided 95% interval
   of their ratio is.
 - *Sure*: the mean difference of squared errors, fit less base, over its standard error. Below 2 it may be chance.
-- *Again*: the ratio of the same fit on the draws of four more seeds, and how sure that is. Measured of every fit above the
-  limit and of those in doubt, and in the first table how many of them are above the limit then. A base and a fit that both
-  send the same few samples astray have ratios that scatter about 1, however much better the fit is on all others: on 64 draws
-  of a network by more than the limit allows.
+- *Again*: the ratio of the same fit on the draws of four more seeds; *all*: on these and the first; and how sure either is.
+  Measured of every fit above the limit and of every one in doubt, and the first table says of how many, and how many of them
+  are above the limit on all these draws. A base and a fit that both send the same few samples astray have ratios that scatter
+  about 1, however much better the fit is on all others: on 64 draws of a network by more than the limit allows.
 """
 
 Row = tuple[str, str, str, int, Entry]
@@ -331,9 +335,11 @@ def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[s
             if cell == "converges":
                 if entry.get("skipped"):
                     out.append((name, solver, entry["skipped"]))
+            elif cell.endswith(AGAIN):
+                continue  # beside the fit that it measures
             elif entry.get("ratio") is not None:
                 terms, nfe = cell.split()
-                rows.append((name, solver, terms, int(nfe), entry | _second(entries.get(f"{cell} again"))))
+                rows.append((name, solver, terms, int(nfe), entry | _second(entries.get(cell + AGAIN))))
             elif entry.get("skipped", "").startswith(("not finite", "the base")):
                 out.append((name, f"{solver} {cell}", entry["skipped"]))
     return rows, out
@@ -341,7 +347,8 @@ def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[s
 
 def _second(entry: Entry | None) -> Entry:
     """What was found on other draws, beside what was found first."""
-    return {} if entry is None else {"again": entry["again"], "again_sure": entry["sure"]}
+    keys = ("ratio", "sure", "all_ratio", "all_sure")
+    return {} if entry is None else {f"again_{key}": entry[key] for key in keys}
 
 
 def summary(rows: list[Row]) -> str:
@@ -352,10 +359,10 @@ def summary(rows: list[Row]) -> str:
         ratios = [row[4]["ratio"] for row in own]
         kept = [row for row in own if not row[4]["fell_back"]]
         worst = max(kept, key=lambda row: row[4]["ratio"], default=None)
-        twice = [row for row in own if "again" in row[4]]
+        twice = [row for row in own if "again_ratio" in row[4]]
         lines.append([
             name, terms, str(len(own)), str(sum(r > LIMIT for r in ratios)),
-            f"{sum(row[4]['again'] > LIMIT for row in twice)} of {len(twice)}" if twice else "-",
+            f"{sum(row[4]['again_all_ratio'] > LIMIT for row in twice)} of {len(twice)}" if twice else "-",
             str(len(own) - len(kept)),
             "-" if worst is None else f"{number(worst[4]['ratio'], 3)}, `{worst[1]}` at {worst[3]}",
             str(sum(doubtful(row[4]) for row in kept)), number(statistics.median(ratios), 3), number(min(ratios), 3),
@@ -365,7 +372,7 @@ def summary(rows: list[Row]) -> str:
         "terms",
         "fits",
         f"above {LIMIT}",
-        "again",
+        "on all draws",
         "fell back",
         "worst that was kept",
         "kept, in doubt",
@@ -385,9 +392,12 @@ def listed(rows: list[Row]) -> str:
     """Rows with all their figures."""
     head = [
         "setting", "base", "terms", "NFE", "ratio", "fit", "base", "median fit", "median base", "top 1%",
-        "sure", "held-out fit", "held-out base", "again", "sure",
+        "sure", "held-out fit", "held-out base", "again", "sure", "all", "sure",
     ]  # fmt: skip
-    keys = ("fit", "base", "fit_median", "base_median", "top", "sure", "held_fit", "held_base", "again", "again_sure")
+    keys = (
+        "fit", "base", "fit_median", "base_median", "top", "sure", "held_fit", "held_base",
+        "again_ratio", "again_sure", "again_all_ratio", "again_all_sure",
+    )  # fmt: skip
     lines = [
         [name, f"`{solver}`", terms, str(nfe), number(e["ratio"], 3), *(digits(e.get(key)) for key in keys)]
         for name, solver, terms, nfe, e in rows
