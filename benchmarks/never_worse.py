@@ -5,8 +5,9 @@ data: IIA(base, terms="window", target="trajectory") and, where the paper has te
 guard. Each is compared with its base on noise that the fit did not see; a ratio of errors above 1.01 is a violation. Results
 are stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/never_worse.md. On the
 networks, where an evaluation costs something, one base of each kind is run with 256 draws; --all-bases: every one with 64.
---spread N: and at every other number of evaluations from 4 to 40, N bases in turn. --compile: networks through torch.compile,
-a fifth faster and other in the last bits; needs a C++ compiler, and a minute at every start.
+--spread N: and at every other number of evaluations from 4 to 40, N bases in turn. --again: what is stored and in doubt is
+measured on four more seeds, as is what is above the limit; --confirm: and then on eight others alone. --compile: networks
+through torch.compile, a fifth faster and other in the last bits; needs a C++ compiler, and a minute at every start.
 """
 
 import argparse
@@ -67,8 +68,9 @@ OTHERS = (256, 256)
 """Draws that fits see, and draws that are measured. Of a mixture a few in a thousand make nearly the whole error."""
 MORE = {"mixture64": 4096}
 """Draws of each of the seeds that a fit is measured on again, where not as many as before."""
-SEEDS = 4
-AGAIN = " again"  # ends the name of what they gave
+AGAIN, CONFIRMED = " again", " confirmed"  # end the names of what other draws gave
+SEEDS = {AGAIN: range(1, 5), CONFIRMED: range(5, 13)}
+"""Of these draws, counted from the seed of the first."""
 ALL = "_all"  # ends the name under which results of every base on a network are kept
 FAR, NEAR = 64, 16  # evaluations between which the error of a base that converges falls by half
 GUARD = 2  # to be raised whenever the guard would judge otherwise: a run makes again what has a lower one
@@ -142,21 +144,26 @@ def guarded(solver: str, draws: Draws, nfe: int, terms: str) -> iia.FittedSolver
     return method.fit(ode, grid_of(solver, name, nfe), x, teacher=teacher, chunk_size=chunk_of(setting_of(name)))
 
 
-def again(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
-    """The same fit against its base on draws of four more seeds, alone and with the first: whether the first were chance."""
+def elsewhere(solver: str, draws: Draws, nfe: int, terms: str, stage: str) -> Entry:
+    """The same fit against its base on draws of other seeds: alone, and where they follow on the first with these."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = guarded(solver, draws, nfe, terms)
-    base = plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe))
-    samples, seeds = MORE.get(draws.name, draws.unseen), range(draws.seed + 1, draws.seed + 1 + SEEDS)
-    tests = [draws.test, *(batch(draws.name, samples, seed, True, 150) for seed in seeds)]
-    squares = [[squares_of(run(plan, test), test.final) for test in tests] for plan in (fit.plan, base)]
-    entry: Entry = {}
-    for prefix, own in (("", slice(1, None)), ("all_", slice(None))):
-        by_fit, by_base = (torch.cat(found[own]) for found in squares)
-        ratio = float((by_fit.mean() / by_base.mean()).sqrt())
-        entry |= {f"{prefix}ratio": ratio, f"{prefix}sure": sure_of(by_fit - by_base), f"{prefix}draws": len(by_fit)}
+    plans = fit.plan, plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe))
+    samples = MORE.get(draws.name, draws.unseen)
+    tests = [batch(draws.name, samples, draws.seed + seed, True, 150) for seed in SEEDS[stage]]
+    squares = [torch.cat([squares_of(run(plan, test), test.final) for test in tests]) for plan in plans]
+    entry = compared(*squares)
+    if stage == AGAIN:
+        first = [squares_of(run(plan, draws.test), draws.test.final) for plan in plans]
+        both = compared(*(torch.cat(pair) for pair in zip(first, squares, strict=True)))
+        entry |= {f"all_{key}": value for key, value in both.items()}
     return entry
+
+
+def compared(fit: Tensor, base: Tensor) -> Entry:
+    """From squared errors of the same draws: the ratio of the errors, how sure the difference is, and of how many draws."""
+    return {"ratio": float((fit.mean() / base.mean()).sqrt()), "sure": sure_of(fit - base), "draws": len(fit)}
 
 
 def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
@@ -272,10 +279,21 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
             if not exists(solver, name, nfe, terms):
                 continue
             more = under | judged_as(terms)
-            entry = store.cell(file, f"{terms} {nfe}", more, partial(measured, solver, draws, nfe, terms))
-            if entry.get("ratio", 0.0) > LIMIT or (options.again and doubtful(entry)):
-                twice = more | {"seeds": SEEDS}
-                store.cell(file, f"{terms} {nfe}{AGAIN}", twice, partial(again, solver, draws, nfe, terms))
+            store.cell(file, f"{terms} {nfe}", more, partial(measured, solver, draws, nfe, terms))
+        more_draws(store, file, solver, draws, under, options)
+
+
+def more_draws(store: Store, file: str, solver: str, draws: Draws, under: Entry, options: argparse.Namespace) -> None:
+    """Measure on other seeds what is stored of a base: every fit above the limit and, where asked for, in doubt."""
+    stages = (AGAIN, CONFIRMED) if options.confirm else (AGAIN,)
+    for cell, entry in store.read(file).items():
+        terms, _, nfe = cell.partition(" ")
+        if terms not in options.terms or not nfe.isdecimal() or entry["under"] != under | judged_as(terms):
+            continue
+        if entry.get("ratio", 0.0) > LIMIT or ((len(stages) > 1 or options.again) and doubtful(entry)):
+            for stage in stages:
+                more = entry["under"] | {"seeds": list(SEEDS[stage])}
+                store.cell(file, cell + stage, more, partial(elsewhere, solver, draws, int(nfe), terms, stage))
 
 
 def judged_as(terms: str) -> Entry:
@@ -336,20 +354,21 @@ def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[s
             if cell == "converges":
                 if entry.get("skipped"):
                     out.append((name, solver, entry["skipped"]))
-            elif cell.endswith(AGAIN):
+            elif cell.endswith((AGAIN, CONFIRMED)):
                 continue  # beside the fit that it measures
             elif entry.get("ratio") is not None:
                 terms, nfe = cell.split()
-                rows.append((name, solver, terms, int(nfe), entry | _second(entries.get(cell + AGAIN))))
+                rows.append((name, solver, terms, int(nfe), entry | _elsewhere(cell, entries)))
             elif entry.get("skipped", "").startswith(("not finite", "the base")):
                 out.append((name, f"{solver} {cell}", entry["skipped"]))
     return rows, out
 
 
-def _second(entry: Entry | None) -> Entry:
+def _elsewhere(cell: str, entries: dict[str, Entry]) -> Entry:
     """What was found on other draws, beside what was found first."""
     keys = ("ratio", "sure", "all_ratio", "all_sure")
-    return {} if entry is None else {f"again_{key}": entry[key] for key in keys}
+    found = {stage.strip(): entries.get(cell + stage, {}) for stage in SEEDS}
+    return {f"{stage}_{key}": entry[key] for stage, entry in found.items() for key in keys if key in entry}
 
 
 def summary(rows: list[Row]) -> str:
@@ -360,10 +379,9 @@ def summary(rows: list[Row]) -> str:
         ratios = [row[4]["ratio"] for row in own]
         kept = [row for row in own if not row[4]["fell_back"]]
         worst = max(kept, key=lambda row: row[4]["ratio"], default=None)
-        twice = [row for row in own if "again_ratio" in row[4]]
         lines.append([
             name, terms, str(len(own)), str(sum(r > LIMIT for r in ratios)),
-            f"{sum(row[4]['again_all_ratio'] > LIMIT for row in twice)} of {len(twice)}" if twice else "-",
+            above(own, "again_all_ratio"), above(own, "confirmed_ratio"),
             str(len(own) - len(kept)),
             "-" if worst is None else f"{number(worst[4]['ratio'], 3)}, `{worst[1]}` at {worst[3]}",
             str(sum(doubtful(row[4]) for row in kept)), number(statistics.median(ratios), 3), number(min(ratios), 3),
@@ -374,6 +392,7 @@ def summary(rows: list[Row]) -> str:
         "fits",
         f"above {LIMIT}",
         "on all draws",
+        "confirmed",
         "fell back",
         "worst that was kept",
         "kept, in doubt",
@@ -381,6 +400,12 @@ def summary(rows: list[Row]) -> str:
         "best",
     ]
     return table(head, lines, left=2)
+
+
+def above(rows: list[Row], key: str) -> str:
+    """How many of those that have this ratio are above the limit by it."""
+    found = [row[4][key] for row in rows if key in row[4]]
+    return f"{sum(ratio > LIMIT for ratio in found)} of {len(found)}" if found else "-"
 
 
 def violations(rows: list[Row]) -> str:
@@ -394,10 +419,11 @@ def listed(rows: list[Row]) -> str:
     head = [
         "setting", "base", "terms", "NFE", "ratio", "fit", "base", "median fit", "median base", "top 1%",
         "sure", "held-out fit", "held-out base", "again", "sure", "all", "sure",
+        "confirmed", "sure",
     ]  # fmt: skip
     keys = (
         "fit", "base", "fit_median", "base_median", "top", "sure", "held_fit", "held_base",
-        "again_ratio", "again_sure", "again_all_ratio", "again_all_sure",
+        "again_ratio", "again_sure", "again_all_ratio", "again_all_sure", "confirmed_ratio", "confirmed_sure",
     )  # fmt: skip
     lines = [
         [name, f"`{solver}`", terms, str(nfe), number(e["ratio"], 3), *(digits(e.get(key)) for key in keys)]
@@ -451,6 +477,7 @@ def main() -> None:
     found.add_argument(
         "--again", action="store_true", help="measure fits in doubt on four more seeds, as those above the limit"
     )
+    found.add_argument("--confirm", action="store_true", help="measure them, too, on eight seeds more, alone")
     found.add_argument("--compile", action="store_true", help="networks through torch.compile")
     options = found.parse_args()
     store = Store(options.out)
