@@ -455,9 +455,8 @@ def presets(found: Found, nfes: list[int]) -> str:
         if not entry or not entry.get("base_rmse") or entry.get("rmse") is None:
             return "-"
         value = entry["rmse"] / entry["base_rmse"]
-        return (
-            f"{number(entry['rmse'])} / {number(entry['base_rmse'])} = {value:.2f}{'' if value < 1 else ' **loses**'}"
-        )
+        verdict = " **loses**" if value > 1 else " **ties**" if value == 1 else ""
+        return f"{number(entry['rmse'])} / {number(entry['base_rmse'])} = {value:.2f}{verdict}"
 
     head = ["the paper's methods on the default grid: error / base's error = ratio", *map(str, nfes)]
     return table(head, ([f"`{p}`", *(cell(found[n].get(p)) for n in nfes)] for p in PRESETS))

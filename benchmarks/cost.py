@@ -4,8 +4,10 @@ On the digits denoiser with 256 draws and all defaults: seconds, sample evaluati
 spent in the model: searches, least squares, targets, and keeping the batch.
 """
 
+import argparse
 import os
 import time
+from pathlib import Path
 
 import torch
 from common import PAGES, number, setting_of, table, write_page
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 import iia_ode as iia
 
-NAME, SAMPLES, NFES = "digits", 256, (5, 8, 10)
+NAME, SAMPLES, NFES = "digits", 256, (4, 5, 6, 8, 10, 15)
 
 PAGE = f"""# What a fit costs
 
@@ -52,8 +54,12 @@ def speed() -> float:
 
 
 def main() -> None:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--nfe", nargs="+", type=int, default=NFES, help="default: %(default)s")
+    found.add_argument("--page", type=Path, default=PAGES / "cost.md", help="what is written (default: %(default)s)")
+    options = found.parse_args()
     setting, lines = setting_of(NAME), []
-    for nfe in NFES:
+    for nfe in options.nfe:
         ode, x = setting.draw(SAMPLES, 0)
         timed = Timed(ode.model)
         ode = iia.ProbabilityFlowODE(timed, ode.schedule, ode.prediction, conditioning=dict(ode.conditioning))
@@ -66,7 +72,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     where = f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores"
     head = ["NFE", "seconds", "sample evaluations", "ms in the model for each", "besides the model"]
-    write_page(PAGES / "cost.md", PAGE.format(table=table(head, lines, left=0), where=where, speed=speed()))
+    write_page(options.page, PAGE.format(table=table(head, lines, left=0), where=where, speed=speed()))
 
 
 if __name__ == "__main__":

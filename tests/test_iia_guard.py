@@ -99,8 +99,9 @@ def test_a_fit_whose_gain_may_be_chance_is_the_base_and_one_whose_gain_is_sure_i
     with pytest.warns(
         GuardWarning,
         match=r"of 256 samples \d+ end nearer, at least 145 have to; .* standard errors, and has to by less than -3\.03",
-    ):
+    ) as caught:
         assert method.fit(own, grid, x).about["endpoint"]["fell_back"]
+    assert "another target" not in str(caught[0].message)  # than the trajectory's, which repairs earlier error
     few = iia.get_solver("ralston").grid_for(6, iia.grids.karras, iia.EDM())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -142,11 +143,50 @@ def test_a_given_teacher_serves_the_guard_of_any_target():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_batch_too_small_to_hold_any_out_is_fitted_whole_and_said_so(n):
-    fit = IIA("ddim", ridge="auto").fit(ode(), GRID, states(n))
-    assert (fit.about["held_out"], fit.about["batch"]) == (0, n)
-    assert all(r.accepted and r.ridge == 0 and r.held_after is None for r in fit.reports)
-    assert "No samples were held out" in fit.explain()
+def test_a_batch_too_small_to_hold_any_out_is_the_base_with_a_guard_and_fitted_whole_without_and_said_so(n, tmp_path):
+    with pytest.warns(GuardWarning, match=rf"its base: {n} samples? cannot say what is chance, .* So the base is kept"):
+        guarded = IIA("ddim", ridge="auto").fit(ode(), GRID, states(n))
+    assert guarded.plan.difference(iia.get_solver("ddim").plan(iia.EDM(), GRID)) == 0
+    assert guarded.about["endpoint"]["fell_back"] and "cannot say what is chance" in guarded.explain()
+    assert iia.load(guarded.save(tmp_path / "fit.safetensors")).about == guarded.about
+    for options in ({"guard": False}, {"held_out": 0.0}):
+        method = IIA("ddim", ridge=0.0 if "held_out" in options else "auto", guard=options.pop("guard", True))
+        fit = method.fit(ode(), GRID, states(n), **options)
+        assert (fit.about["held_out"], fit.about["batch"]) == (0, n)
+        assert all(r.accepted and r.ridge == 0 and r.held_after is None for r in fit.reports)
+        assert "No samples were held out" in fit.explain()
+
+
+def test_samples_that_repeat_others_are_left_out_as_they_would_judge_a_fit_to_themselves():
+    x = states(64)
+    again = torch.arange(64).repeat_interleave(2)
+    plain = IIA("ddim", "window", "trajectory").fit(ode(), GRID, x)
+    teacher = Teacher.solve(ode(), x[again], 80.0, 0.0, sigma_min=0.002)
+    for options in ({}, {"chunk_size": 50}, {"teacher": teacher}):
+        with pytest.warns(iia.DuplicateWarning, match="64 of 128 draws of noise repeat others") as caught:
+            found = IIA("ddim", "window", "trajectory").fit(ode(), GRID, x[again], **options)
+        assert caught[0].filename == __file__
+        assert (found.about["batch"], found.about["held_out"]) == (64, 16)
+        assert found.plan.difference(plain.plan) < 1e-9
+    with pytest.warns(iia.DuplicateWarning), pytest.warns(GuardWarning, match="2 samples cannot say what is chance"):
+        few = IIA("ddim", "window", "trajectory").fit(ode(), GRID, x[:2].repeat(32, 1))
+    assert few.about["endpoint"]["fell_back"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # where nothing is judged, copies are weights
+        assert IIA("ddim", "window", "trajectory", guard=False).fit(ode(), GRID, x[again]).about["batch"] == 128
+
+
+def test_a_state_under_two_conditions_is_two_samples():
+    def model(x, t, c):
+        return torch.tanh(x) * (1 + c[:, None])
+
+    own = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"c": torch.arange(32, dtype=F64) // 16})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GuardWarning)
+        assert IIA("ddim").fit(own, GRID, states(16).repeat(2, 1)).about["batch"] == 32
+        with pytest.warns(iia.DuplicateWarning, match="16 of 32"):
+            found = IIA("ddim").fit(own.condition(c=torch.tensor(1.0, dtype=F64)), GRID, states(16).repeat(2, 1))
+    assert found.about["batch"] == 16
 
 
 def test_a_batch_of_four_holds_one_out():
@@ -213,7 +253,7 @@ def test_a_fit_that_is_finite_where_its_base_is_not_is_kept():
 @pytest.mark.parametrize("case", ["one sample", "equal samples", "constant model", "gaussian", "isotropic gaussian"])
 @pytest.mark.parametrize("target", ["substeps", "trajectory"])
 @pytest.mark.parametrize("base", ["ddim", "heun"])
-def test_poor_batches_give_finite_fits_that_are_no_worse_than_the_base(base, target, case):
+def test_poor_batches_give_finite_fits_that_are_no_worse_than_the_base_on_other_noise(base, target, case):
     model, x = ode(), states(1) if case == "one sample" else states(32)
     if case == "equal samples":
         x = states(1).expand(32, -1).clone()
@@ -223,13 +263,16 @@ def test_poor_batches_give_finite_fits_that_are_no_worse_than_the_base(base, tar
         spread = torch.ones(4, dtype=F64) if "iso" in case else torch.tensor([0.1, 1.0, 2.0, 3.0], dtype=F64)
         model = iia.problems.Gaussian(torch.zeros(4, dtype=F64), spread).ode(iia.EDM())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GuardWarning)
+        warnings.simplefilter("ignore")
         fit = IIA(base, "window", target, ridge="auto", intercept=True).fit(model, GRID, x)
+    poor = case in ("one sample", "equal samples")
     assert all(math.isfinite(v) for r in fit.reports for v in (*r.values, r.intercept, r.condition))
-    if target == "trajectory" and case not in ("one sample", "constant model"):
+    assert fit.about["endpoint"]["fell_back"] or not poor
+    if target == "trajectory" and not poor and case != "constant model":
         assert not fit.about["endpoint"]["fell_back"]  # there is something to compare
-    exact = iia.reference.solve(model, x, 80.0, 0.0, sigma_min=0.002)
-    errors = [(iia.sample(model, x, *how) - exact).norm() for how in ((None, fit), (GRID, base))]
+    other = states(500, seed=9)
+    exact = iia.reference.solve(model, other, 80.0, 0.0, sigma_min=0.002)
+    errors = [(iia.sample(model, other, *how) - exact).norm() for how in ((None, fit), (GRID, base))]
     assert float(errors[0]) <= 1.001 * float(errors[1]) + 1e-6
 
 

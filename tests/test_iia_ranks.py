@@ -45,6 +45,12 @@ def problem(rows):
     return iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"shift": shift[rows]}), x[rows]
 
 
+def within(rows):
+    """What a fit is called with."""
+    ode, x = problem(rows)
+    return ode, GRID, x
+
+
 def derivatives(share=lambda ode: ode):
     """Two samples, fewer than there are processes: output, and derivatives by states and by one time for both."""
     ode, x = problem(slice(0, 2))
@@ -100,6 +106,14 @@ def worker(rank, folder):
         if rank + 1 < len(CUTS[name]):
             ode, x = problem(slice(CUTS[name][rank], CUTS[name][rank + 1]))
             METHODS[name].fit(ode, GRID, x, group=group, chunk_size=4).save(folder / f"{name}-{rank}.safetensors")
+    rows = torch.cat(
+        [torch.arange(*CUTS["three"][rank : rank + 2]), torch.tensor([0, 30])]
+    )  # two samples four times each
+    METHODS["three"].fit(*within(rows)).save(folder / f"copies-{rank}.safetensors")
+    try:
+        METHODS["three"].fit(*within(torch.arange(20)))
+    except iia.InputError as error:
+        (folder / f"same-{rank}").write_text(str(error))
     ode, x = problem(slice(None))
     fit(ode, 3, x / 80, **CALL).save(folder / f"call-{rank}.safetensors")
     if rank < 2:
@@ -165,7 +179,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["three", "two"])
 def test_every_process_gets_the_fit_of_the_whole_batch(folder, name):
-    whole = METHODS[name].fit(*_arguments())
+    whole = METHODS[name].fit(*within(slice(None)))
     assert not whole.about["endpoint"]["fell_back"]  # there is something to compare
     for rank in range(len(CUTS[name]) - 1):
         fit = iia.load(folder / f"{name}-{rank}.safetensors")
@@ -180,9 +194,13 @@ def test_every_process_gets_the_fit_of_the_whole_batch(folder, name):
         assert fit.about["endpoint"]["fit"] == pytest.approx(whole.about["endpoint"]["fit"], rel=1e-9)
 
 
-def _arguments():
-    ode, x = problem(slice(None))
-    return ode, GRID, x
+def test_samples_that_several_processes_have_count_once(folder):
+    whole = METHODS["three"].fit(*within(slice(None)))
+    for rank in range(3):
+        fit = iia.load(folder / f"copies-{rank}.safetensors")
+        assert (fit.about["batch"], fit.about["held_out"]) == (BATCH, 20)
+        assert fit.plan.difference(whole.plan) < 1e-9
+        assert "process noise of its own" in (folder / f"same-{rank}").read_text()
 
 
 @pytest.mark.parametrize("name", ["three", "two"])

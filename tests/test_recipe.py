@@ -148,6 +148,10 @@ def test_what_cannot_be_refined_is_listed_with_what_it_cost():
     parts = [*recipe["ingredients"], recipe["teacher"], recipe["last"]]
     assert sum(p["sample_evaluations"] for p in parts) + 2 * 16 == spent.samples
     assert f"Chosen from {len(recipe['ingredients']) - 1} on" in found.explain()
+    # What it is compared with is not its base on its grid, and is not called so.
+    unfitted = recipe["ingredients"][0]
+    assert unfitted["name"] == "ipndm3, not fitted"
+    assert f"held-out noise: ipndm3 without a fit {unfitted['error']:.3g}, fit" in str(found)
 
 
 @pytest.mark.parametrize("budget", [QUICK, REFINED])
@@ -342,6 +346,20 @@ def test_bad_arguments_say_what_was_wrong():
             quiet(ode, bad, noise())
         with pytest.raises(iia.InputError, match="chunk_size"):
             quiet(ode, 4, noise(), chunk_size=bad)
+    for name, bad in (
+        ("shape", 4),
+        ("shape", ()),
+        ("shape", (4.0,)),
+        ("samples", 16.0),
+        ("samples", -4),
+        ("seed", None),
+    ):
+        with pytest.raises(iia.InputError, match=f"{name} .* got"):
+            quiet(ode, 4, **{"shape": (4,), "samples": 16, name: bad})
+    with pytest.raises(iia.InputError, match=r"seed .* below"):
+        quiet(ode, 4, noise(), seed=2**70)
+    with pytest.raises(iia.InputError, match=r"or a Budget\(\.\.\.\)"):
+        quiet(ode, 4, noise(), budget=Budget)
     with pytest.raises(iia.GridError, match="sigma_max"):
         quiet(ode, 4, noise(), sigma_max=-1.0)
     with pytest.raises(iia.InputError, match="held_out"):

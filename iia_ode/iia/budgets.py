@@ -106,6 +106,8 @@ def budget_of(budget: str | Budget) -> Budget:
     """The budget, or the one of that name."""
     if isinstance(budget, Budget):
         return budget
+    if not isinstance(budget, str):
+        raise InputError(f"budget is one of {', '.join(map(repr, BUDGETS))} or a Budget(...), got {budget!r}.")
     if budget not in BUDGETS:
         raise unknown_name("budget", budget, BUDGETS)
     return BUDGETS[budget]

@@ -14,11 +14,13 @@ from ..errors import InputError, MismatchError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
+from .checks import check_flag, check_seed, check_whole
 from .chunks import Chunk, device_of
 from .endpoint import chunks_of
 from .fitted import FittedSolver
 from .fitting import Fitting, floor_of
-from .gather import Alone, gather_over
+from .gather import Alone, Gather, Ranks, gather_over
+from .initial import distinct, warn_of_copies
 from .origin import origin
 from .structure import Window
 from .targets import Samples, Target, TeacherTrajectory, resolve_target
@@ -69,13 +71,13 @@ class IIA:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("history", "substeps"):
-            if not isinstance(getattr(self, name), int):
-                raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
-        if isinstance(self.ridge, str) and self.ridge != "auto":
-            raise InputError(f"ridge is a number or 'auto', got {self.ridge!r}.")
-        if self.history < 0 or (not isinstance(self.ridge, str) and not 0 <= self.ridge < math.inf):
-            raise InputError(f"history and ridge cannot be negative, got {self.history} and {self.ridge}.")
+        check_whole("history", self.history, least=0)
+        check_whole("substeps", self.substeps, least=1)
+        check_flag("guard", self.guard)
+        check_flag("intercept", self.intercept)
+        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool) and 0 <= self.ridge < math.inf
+        if not number and self.ridge != "auto":
+            raise InputError(f"ridge is a number, 0 or more, or 'auto', got {self.ridge!r}.")
         resolve_terms(self.terms, self.base_solver.label)
         resolve_target(self.target, self.substeps)
 
@@ -111,8 +113,9 @@ class IIA:
             is the mean over these. Between steps they rest on the host.
         teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
         held_out : share of the batch, its last samples, that coefficients are not fitted to: the guard and ``ridge="auto"``
-            judge by it. By default a quarter where one of these needs it, else none. A batch of less than 4 holds out none,
-            and where none is held out there is no guard.
+            judge by it. By default a quarter where one of these needs it, else none. Where any is held out, samples that
+            repeat an earlier one are left out. A batch of less than 4 holds out none, and a guard then keeps the base; where
+            none is to be held out (0), there is no guard.
         chunk_size : samples that go through the model at once (all by default). The least squares does not depend on it;
             a network whose rounding depends on the batch size still may.
         group : processes that fit together; by default all of ``torch.distributed``, if that is initialised.
@@ -129,6 +132,7 @@ class IIA:
         Warns
         -----
         GuardWarning : the fit was not clearly better than the base, which is what is returned.
+        DuplicateWarning : some samples repeat others, and were left out.
         """
         found, _ = self._fitted(
             ode, grid, x, None, teacher=teacher, held_out=held_out, chunk_size=chunk_size, group=group, seed=seed,
@@ -197,8 +201,10 @@ class IIA:
         method = self
         if isinstance(self.terms, Window):
             method = replace(self, terms=self.terms.for_shape(x.shape[1:]))
-        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-            raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
+        if chunk_size is not None:
+            check_whole("chunk_size", chunk_size, least=1)
+        if seed is not None:
+            check_seed(seed)
         times = check_grid(ode.schedule, grid)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
@@ -209,14 +215,20 @@ class IIA:
             own.stop - own.start, (self._options(), times, share, made_for, teacher is not None)
         )
         with ode.counting() as spent:
-            teacher = self._teacher(ode, x, times, teacher, chunk_size, progress)
+            self._check_teacher(ode, x, times, teacher)
+            if share:
+                ode, x, teacher, first, total = _without_copies(ode, x, teacher, first, total, gather)
+                own = slice(0, len(x))
+            if teacher is None and resolve_target(self.target, self.substeps).needs_teacher:
+                teacher = self._teacher(ode, x, times, chunk_size, progress)
             size, device = chunk_size or len(x), device_of(ode, x)
             chunks = [
                 Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device, _within(i, own))
                 for i in chunks_of(0, len(x), size)
             ]
             held = min(max(1, int(share * total)), total - 1) if share and total >= 4 else 0
-            fitting = Fitting(method, ode, times, chunks, own.start, first, total, held, teacher, gather)
+            judged = self.guard and share > 0
+            fitting = Fitting(method, ode, times, chunks, own.start, first, total, held, judged, teacher, gather)
             plan, reports, outcome = fitting.run(progress)
         cost = gather.sum(torch.tensor([spent.evaluations, spent.samples], dtype=torch.float64, device="cpu")).tolist()
         about = {
@@ -233,29 +245,24 @@ class IIA:
         }
         return FittedSolver(plan, reports, about), fitting
 
+    def _check_teacher(self, ode: ProbabilityFlowODE, x: Tensor, times: list[float], given: Teacher | None) -> None:
+        """Raise unless the teacher that was given, if any, is of this batch and grid."""
+        if given is None:
+            return
+        if not isinstance(given, Teacher):
+            raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {given!r}.")
+        given.check(ode, x, stacklevel=7)
+        if given.about["t_start"] != times[0]:
+            raise MismatchError(
+                f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."
+            )
+        given.at(times[-1], slice(0, 1))  # a GridError now rather than after the work
+
     def _teacher(
-        self,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        times: list[float],
-        given: Teacher | None,
-        chunk_size: int | None,
-        progress: bool,
-    ) -> Teacher | None:
-        """The teacher that was given, once it is known to be of this batch; else one of our own if the target needs it."""
+        self, ode: ProbabilityFlowODE, x: Tensor, times: list[float], chunk_size: int | None, progress: bool
+    ) -> Teacher:
+        """One of our own."""
         target = resolve_target(self.target, self.substeps)
-        if given is not None:
-            if not isinstance(given, Teacher):
-                raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {given!r}.")
-            given.check(ode, x, stacklevel=7)
-            if given.about["t_start"] != times[0]:
-                raise MismatchError(
-                    f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."
-                )
-            given.at(times[-1], slice(0, 1))  # a GridError now rather than after the work
-            return given
-        if not target.needs_teacher:
-            return None
         floor = floor_of(ode, times[-2]) if ode.is_data(times[-1]) else 0.002
         steps = target.steps if isinstance(target, TeacherTrajectory) else None
         return Teacher.solve(
@@ -273,6 +280,25 @@ class IIA:
             "guard": self.guard,
             "intercept": self.intercept,
         }
+
+
+def _without_copies(
+    ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher | None, first: int, total: int, gather: Gather
+) -> tuple[ProbabilityFlowODE, Tensor, Teacher | None, int, int]:
+    """The same without samples that repeat earlier ones, of this process or another: those would judge their own fit."""
+    new = distinct(ode, x, first, total, gather)
+    if bool(new.all()):
+        return ode, x, teacher, first, total
+    left = int(new.sum())
+    if not isinstance(gather, Ranks) or gather.rank == 0:
+        warn_of_copies(total - left, total, stacklevel=6)
+    own = new[first : first + len(x)].nonzero()[:, 0]
+    if not gather.all(len(own) > 0):
+        raise InputError(
+            "all samples of one process repeat those of others: give each process noise of its own, such as of another seed."
+        )
+    parts = ode.subset(own, len(x)), x[own], None if teacher is None else teacher.subset(own)
+    return *parts, int(new[:first].sum()), left
 
 
 def _within(chunk: slice, own: slice) -> slice:

@@ -116,7 +116,8 @@ class FittedSolver:
     plan : what runs.
     reports : one per fitted step.
     about : how it was made, JSON-ready: base, terms, target, schedule, prediction, guidance, batch, samples held out,
-        endpoint error of base and fit on those, evaluations spent, ...
+        endpoint error on those of the fit and of its base (of the one call: of its ``recipe``'s ``rival``, a solver without a
+        fit, on a grid of its own), evaluations spent, ...
     """
 
     plan: Plan

@@ -19,7 +19,7 @@ from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
 from .chunks import Chunk, StepSystem
 from .gather import Gather
-from .guard import verdict
+from .guard import too_few, verdict
 from .lstsq import LeastSquares, Solution
 from .report import StepReport
 from .targets import Target, resolve_target
@@ -63,6 +63,7 @@ class Fitting:
     begin : where the former begin among them.
     first, total, held_out : the place of that one in the whole batch of the fit, the size of that, and how many are held out
         at its end.
+    judged : whether the whole fit is to be judged by its guard.
     teacher : of the samples of this process, if there is one.
     gather : how to share with other processes.
     """
@@ -75,6 +76,7 @@ class Fitting:
     first: int
     total: int
     held_out: int
+    judged: bool
     teacher: Teacher | None
     gather: Gather
 
@@ -103,7 +105,7 @@ class Fitting:
             made = tuple(tracer.evaluations[seen:])
             record = StepRecord(i, t, s, x, made, tracer.known(x, t), self.ode.is_data(s), y, y)
             candidates = terms(record, records)
-            if not all(isinstance(term, Term) for term in candidates):
+            if not isinstance(candidates, tuple) or not all(isinstance(term, Term) for term in candidates):
                 raise InputError("terms must be a function that returns a tuple of iia_ode.iia.Term.")
             if candidates:
                 choice = self._choose(tracer, record, candidates)
@@ -170,31 +172,37 @@ class Fitting:
     ) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
         """The fit if its final states are clearly nearer the truth than the base's; else the base, and a warning."""
         outcome: dict[str, Any] = {"base": None, "fit": None, "fell_back": False, "reference": "none", "why": ""}
-        if not (self.method.guard and self.held_out and any(r.accepted for r in reports)):
+        if not (self.judged and any(r.accepted for r in reports)):
             return plan, reports, outcome
         base = trace(
             self.method.base_solver, plan.schedule, torch.tensor(plan.grid, dtype=_F64, device="cpu"), consistent=False
         )
-        squares = torch.zeros(self.total, 3, dtype=_F64, device="cpu")  # everyone fills in its own samples
-        for chunk in self.chunks:
-            self._fill(squares, chunk, base, len(plan.code))
-        squares = self.gather.sum(squares)[0 if self.teacher is not None else self.total - self.held_out :]
-        found = verdict(squares, self.held_out, 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps)
-        reference = DEFAULT_WAY if self.teacher is None else self.teacher.way
+        if self.held_out:
+            squares = torch.zeros(self.total, 3, dtype=_F64, device="cpu")  # everyone fills in its own samples
+            for chunk in self.chunks:
+                self._fill(squares, chunk, base, len(plan.code))
+            squares = self.gather.sum(squares)[0 if self.teacher is not None else self.total - self.held_out :]
+            found = verdict(squares, self.held_out, 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps)
+            reference = DEFAULT_WAY if self.teacher is None else self.teacher.way
+            outcome["reference"] = ", ".join(f"{k} {v}" for k, v in reference.items())
+            seen = (
+                f"on the {self.held_out} held-out samples it ends {found.fit:.3g} from the truth, the base {found.base:.3g} "
+                "(root mean square); "
+            )
+        else:
+            found, seen = too_few(self.total), ""
         outcome |= {
             "base": found.base if math.isfinite(found.base) else None,
             "fit": found.fit if math.isfinite(found.fit) else None,
             "fell_back": not found.kept,
-            "reference": ", ".join(f"{k} {v}" for k, v in reference.items()),
             "why": "" if found.kept else found.why,
         }
         if found.kept:
             return plan, reports, outcome
+        other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
         warnings.warn(
-            f"{plan.name} is not clearly better than its base: on the {self.held_out} held-out samples it ends "
-            f"{found.fit:.3g} from the truth, the base {found.base:.3g} (root mean square); {found.why}. So the base is kept. "
-            "Fit on more samples, with other terms or another target (target='trajectory' repairs earlier error), with a "
-            "ridge, or pass guard=False to have the fit anyway.",
+            f"{plan.name} is not clearly better than its base: {seen}{found.why}. So the base is kept. Fit on more samples, "
+            f"with other terms{other}, with a ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
             stacklevel=6,
         )

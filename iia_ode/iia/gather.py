@@ -29,6 +29,9 @@ class Gather(Protocol):
     def begin(self, samples: int, task: object) -> tuple[int, int]:
         """The place of this process's first sample in the whole batch, and the size of that; `task` must be everyone's."""
 
+    def all(self, flag: bool) -> bool:
+        """Whether it is so in every process."""
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes of float64 tensors on the host, a few numbers for each sample at most; the same on all."""
 
@@ -42,6 +45,10 @@ class Alone:
     def begin(self, samples: int, task: object) -> tuple[int, int]:
         """From 0, all of them."""
         return 0, samples
+
+    def all(self, flag: bool) -> bool:
+        """As it is here."""
+        return flag
 
     def sum(self, values: Tensor) -> Tensor:
         """The values themselves."""

@@ -14,7 +14,7 @@ import torch
 from scipy.special import bdtrc, ndtr, stdtrit
 from torch import Tensor
 
-__all__ = ["Verdict", "verdict"]
+__all__ = ["Verdict", "too_few", "verdict"]
 
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square has to be lower; heavy tails want more than the usual two
 _SIGN_CHANCE = float(ndtr(-2.0))  # of as many samples ending nearer by chance; a count has no tails
@@ -27,7 +27,7 @@ class Verdict:
 
     Attributes
     ----------
-    base, fit : root mean square errors of held-out samples.
+    base, fit : root mean square errors of held-out samples; not numbers where there are none.
     kept : whether the fit stays.
     why : what was found and what was asked for, as half a sentence.
     """
@@ -80,7 +80,7 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     finite, base_finite = (bool(v.isfinite().all()) for v in (by_fit, by_base))
     kept = clear or exact_already or (finite and not base_finite and 2 * nearer >= n)
     if n < needed:
-        why = f"{n} sample{'s' * (n > 1)} cannot say what is chance, six are the fewest that can"
+        why = _cannot_say(n)
     elif not (finite and base_finite):
         why = "not all errors are finite"
     else:
@@ -90,6 +90,15 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
             f"{_ratio(-gain, largest)} of the largest, and has to by less than {-_UNSEEN:g}"
         )
     return Verdict(base, fit, kept, why)
+
+
+def too_few(n: int) -> Verdict:
+    """The verdict on n samples of which none can be held out: the base."""
+    return Verdict(math.nan, math.nan, False, _cannot_say(n))
+
+
+def _cannot_say(n: int) -> str:
+    return f"{n} sample{'s' * (n > 1)} cannot say what is chance, six are the fewest that can"
 
 
 def _fewest(n: int) -> int:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..errors import GridError, InputError
+from ..errors import DuplicateWarning, GridError, InputError
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
+from .gather import Alone, Gather
 from .origin import conditions_digest
 
-__all__ = ["distinct", "fresh_states", "held_out_of", "initial_states", "more_states", "smallest_level", "start_time"]
+__all__ = [
+    "distinct",
+    "fresh_states",
+    "held_out_of",
+    "initial_states",
+    "more_states",
+    "smallest_level",
+    "start_time",
+    "warn_of_copies",
+]
 
 _NOISIEST = 80.0  # where a run starts on a schedule that has no noisiest state of its own
 _OWN = 0x9E3779B9  # added to the seed of noise that nobody gave: far from those people count up from 0, within 32 bits
@@ -50,8 +62,10 @@ def initial_states(
         raise InputError("a fit needs either noise=, draws of standard normal noise, or shape=, of one sample.")
     sigma = ode.schedule.sigma(t)
     if noise is None:
+        if not isinstance(shape, tuple | list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+            raise InputError(f"shape is that of one sample, a tuple of positive whole numbers, got {shape!r}.")
         generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((samples, *(shape or ())), generator=generator, device="cpu")
+        noise = torch.randn((samples, *shape), generator=generator, device="cpu")
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 2:
         raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
     size = float(noise.double().square().mean().sqrt())
@@ -66,15 +80,51 @@ def initial_states(
     return noise
 
 
-def distinct(ode: ProbabilityFlowODE, x: Tensor) -> Tensor:
-    """Indices of the samples that do not repeat an earlier one: the same state under the same conditions."""
-    digests = [hashlib.sha256(bytes_of(state)).hexdigest() for state in x.cpu()]
-    if len(set(digests)) == len(x):
-        return torch.arange(len(x), device="cpu")
-    first: dict[tuple[str, str], int] = {}
-    for i, digest in enumerate(digests):
-        first.setdefault((digest, conditions_digest(ode.subset(slice(i, i + 1), len(x)))), i)
-    return torch.tensor(list(first.values()), device="cpu")
+def distinct(
+    ode: ProbabilityFlowODE, x: Tensor, first: int = 0, total: int | None = None, gather: Gather | None = None
+) -> Tensor:
+    """Which samples of the whole batch do not repeat an earlier one, the same state under the same conditions: [total] bool.
+
+    Parameters
+    ----------
+    ode, x : the samples of this process, [B, ...].
+    first, total, gather : the place of the first of them in the whole batch, the size of that, and how to hear of the other
+        processes; by default this one has the whole batch.
+    """
+    total, gather = len(x) if total is None else total, gather or Alone()
+
+    def shared(marks: Iterable[int]) -> Tensor:
+        """Everyone's."""
+        whole = torch.zeros(total, dtype=torch.float64, device="cpu")
+        whole[first : first + len(x)] = torch.tensor(list(marks), dtype=torch.float64, device="cpu")
+        return gather.sum(whole)
+
+    states = shared(_mark(bytes_of(state)) for state in x.cpu())
+    if len(set(states.tolist())) == total:
+        return torch.ones(total, dtype=torch.bool, device="cpu")
+    parts = (ode.subset(slice(i, i + 1), len(x)) for i in range(len(x)))
+    conditions = shared(_mark(conditions_digest(part).encode()) for part in parts)
+    earliest: dict[tuple[float, float], int] = {}
+    for i, mark in enumerate(zip(states.tolist(), conditions.tolist(), strict=True)):
+        earliest.setdefault(mark, i)
+    found = torch.zeros(total, dtype=torch.bool, device="cpu")
+    found[list(earliest.values())] = True
+    return found
+
+
+def _mark(data: bytes | memoryview) -> int:
+    """A hash of 52 bits: float64, in which processes share numbers, holds it exactly."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") >> 4
+
+
+def warn_of_copies(copies: int, draws: int, *, stacklevel: int) -> None:
+    """Say that some draws are left out."""
+    warnings.warn(
+        f"{copies} of {draws} draws of noise repeat others, under the same conditions, and are left out: a fit to one of "
+        "them would be judged by its copy. Give draws that differ.",
+        DuplicateWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def held_out_of(draws: int, share: float) -> int:

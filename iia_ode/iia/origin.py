@@ -48,6 +48,7 @@ def check_origin(
     ------
     MismatchError : another schedule, prediction type, conditions (names or shapes) or state shape.
     """
+    advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
     found: dict[str, Any] = {
         "schedule": ode.schedule.config(),
         "prediction": ode.prediction,
@@ -61,11 +62,11 @@ def check_origin(
         if key == "guidance_scale" and not strict_guidance:
             warnings.warn(f"{text} Its weights were not made for that.", MismatchWarning, stacklevel=stacklevel)
         else:
-            raise MismatchError(f"{text} Fit again for this ODE, or use the ODE it was fitted for.")
+            raise MismatchError(f"{text} {advice}")
     if about["conditioning"] != (shapes := _conditioning_shapes(ode)):
         raise MismatchError(
             f"{name} was {made} with conditioning of shapes {about['conditioning']} a sample, and this ODE "
-            f"has {shapes}. Fit again for this ODE, or use the ODE it was fitted for."
+            f"has {shapes}. {advice}"
         )
     if x is not None and list(x.shape[1:]) != about["state_shape"]:
         raise MismatchError(

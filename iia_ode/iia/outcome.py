@@ -51,6 +51,7 @@ class Outcome:
         about = fitted or next(f.route.fitted for f in self.found if f.route is not None and f.route.fitted is not None)
         reports = about.reports if closed else ()
         recipe = {
+            "rival": base,
             "budget": asdict(budget) | {"rounds": [list(r) for r in budget.rounds]},
             "ingredients": [asdict(i) for i in ladder],
             "refinement": None if best.refinement is None else best.refinement.about(),

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DuplicateWarning, InputError
+from ..errors import InputError
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from .budgets import Budget, budget_of
+from .checks import check_seed, check_whole
 from .chunks import device_of
 from .fitted import FittedSolver
 from .gather import ranks_of
-from .initial import distinct, initial_states, more_states, smallest_level, start_time
+from .initial import distinct, initial_states, more_states, smallest_level, start_time, warn_of_copies
 from .job import Job
 from .origin import conditions_digest, origin
 from .remembered import RememberedODE
@@ -102,9 +102,9 @@ def fit(
     RankError : a process of the group failed, was asked for another fit, or came to other decisions than the others.
     """
     chosen = budget_of(budget)
-    for name, value in (("nfe", nfe), ("chunk_size", chunk_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} must be a positive whole number, got {value!r}.")
+    for name, value in (("nfe", nfe), ("chunk_size", chunk_size), ("samples", samples)):
+        check_whole(name, value, least=1)
+    check_seed(seed)
     start = start_time(ode, sigma_max)
     x = noise if teacher is not None and noise is not None else initial_states(ode, noise, shape, samples, start, seed)
     if teacher is not None and not torch.equal(teacher.initial, x.detach().cpu().to(teacher.initial.dtype)):
@@ -117,14 +117,9 @@ def fit(
         ranks.agree(len(x), task, "the same noise, conditions, model, options and teacher, if any")
         ode = SharedODE(ode, ranks)
         report, progress = (report, progress) if ranks.rank == 0 else (None, False)
-    if noise is not None and len(own := distinct(ode, x)) < len(x):
+    if noise is not None and len(own := distinct(ode, x).nonzero()[:, 0]) < len(x):
         if ranks is None or ranks.rank == 0:
-            warnings.warn(
-                f"{len(x) - len(own)} of {len(x)} draws of noise repeat others, under the same conditions, and are left "
-                "out: a fit to one of them would be judged by its copy. Give draws that differ.",
-                DuplicateWarning,
-                stacklevel=2,
-            )
+            warn_of_copies(len(x) - len(own), len(x), stacklevel=3)
         if teacher is not None:
             teacher.check(ode, x, stacklevel=4)
             teacher = teacher.subset(own)

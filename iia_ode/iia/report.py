@@ -138,7 +138,7 @@ def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], repo
         chosen = next(i["name"] for i in recipe["ingredients"] if i["chosen"])
         head.insert(3, f"chosen: {chosen}" + (_refined(recipe["refinement"]) if recipe["refinement"] else ""))
     if end["base"] is not None:
-        head.append(_endpoint(end))
+        head.append(_endpoint(about))
     return "\n".join([*head, "", table_of(reports)] if reports else head)
 
 
@@ -159,10 +159,13 @@ def _refined(refinement: Mapping[str, Any]) -> str:
     return f": such a fit in closed form, and {used} of {made} iterations over all weights and times"
 
 
-def _endpoint(end: Mapping[str, Any]) -> str:
+def _endpoint(about: Mapping[str, Any]) -> str:
+    """Errors of the fit and of what it was judged against: its base, or in the one call a solver on a grid of its own."""
+    end, recipe = about["endpoint"], about.get("recipe")
+    base, rival = ("the base", "base") if recipe is None else (recipe["rival"], f"{recipe['rival']} without a fit")
     fit = "not finite" if end["fit"] is None else f"{end['fit']:.3g}"
-    outcome = "the base was kept" if end["fell_back"] else "the fit was kept"
-    return f"endpoint error on held-out noise: base {end['base']:.3g}, fit {fit}; {outcome}"
+    kept = base if end["fell_back"] else "the fit"
+    return f"endpoint error on held-out noise: {rival} {end['base']:.3g}, fit {fit}; {kept} was kept"
 
 
 def explain_fit(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
@@ -250,7 +253,7 @@ def _explain_steps(plan: Plan, about: Mapping[str, Any], reports: tuple[StepRepo
             f"earlier steps by {older:.3g}{mean}."
         )
     if about["endpoint"]["base"] is not None:
-        end = _endpoint(about["endpoint"])
+        end = _endpoint(about)
         lines.append(end[0].upper() + end[1:] + ".")
     return lines
 
