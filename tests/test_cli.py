@@ -127,6 +127,17 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
 
 
+def test_a_warning_at_sampling_is_one_line_on_standard_error(tmp_path, capsys):
+    file = str(tmp_path / "fit.safetensors")
+    fit = ["fit", "--setting", "digits", "--samples", "2", "--preset", "iia-ddim", "--nfe", "3", "--out", file]
+    assert run(capsys, *fit)[0] == 0
+    sample = ["sample", file, "--setting", "digits", "--samples", "1", "--out", str(tmp_path)]
+    assert run(capsys, *sample)[::2] == (0, "")
+    status, _, said = run(capsys, *sample, "--guidance", "2")
+    assert status == 0 and len(said.splitlines()) == 1
+    assert said.startswith("iia-ode: warning: iia-ddim was fitted for guidance_scale 1.0, and this ODE has 2.0.")
+
+
 def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_path, capsys):
     file = tmp_path / "a fit"
     common = ["--setting", "mixture", "--samples", "12"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,7 @@ from ..iia.targets import resolve_target
 from ..ode import ProbabilityFlowODE
 from ..solvers import solver_names
 from .drawing import FOLDER, draw_fit
-from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model
+from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model, warnings_as_lines
 from .ranks import Process, joined, process_count, processes_for
 
 __all__ = ["fit_command"]
@@ -170,7 +168,7 @@ def _find(
         raise click.UsageError("several processes share the samples out: --save-teacher needs one process.")
     if job.setting.sigma_max < _SMALL and (files.teacher or files.save_teacher):
         raise click.UsageError(f"a file of trajectories needs --sigma-max of at least {_SMALL:g}, or --solver.")
-    with joined(job.device) as process, _warnings_as_lines(process.leads):
+    with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             files.check()
         found = _search(replace(job, device=process.device), nfe, budget, samples, chunk_size, checkpointed, files)
@@ -242,7 +240,7 @@ def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | No
         raise click.UsageError(
             "each process makes the trajectories of its own samples: --save-teacher needs one process."
         )
-    with joined(job.device) as process, _warnings_as_lines(process.leads):
+    with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             files.check()
         say = _say if process.leads else _silent
@@ -301,13 +299,3 @@ def _say(line: str) -> None:
 
 def _silent(line: str) -> None:
     """Nothing."""
-
-
-@contextmanager
-def _warnings_as_lines(shown: bool = True) -> Iterator[None]:
-    """A warning is a line on standard error, like an error, and from one process only."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for text in dict.fromkeys(str(w.message) for w in caught) if shown else ():
-        click.echo(f"iia-ode: warning: {' '.join(text.split())}", err=True)

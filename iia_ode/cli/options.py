@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -32,6 +34,7 @@ __all__ = [
     "numbers",
     "on_a_model",
     "usable_device",
+    "warnings_as_lines",
 ]
 
 _MANY = 10_000_000  # beyond this a count is a slip of the finger, and would end in a kill for lack of memory
@@ -177,3 +180,15 @@ def on_a_model(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_MODEL_OPTIONS):
         run = option(run)
     return run
+
+
+@contextmanager
+def warnings_as_lines(shown: bool = True) -> Iterator[None]:
+    """A warning is a line on standard error, like an error, and from one process only."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(w.message) for w in caught) if shown else ():
+                click.echo(f"iia-ode: warning: {' '.join(text.split())}", err=True)

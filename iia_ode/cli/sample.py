@@ -16,7 +16,7 @@ from ..iia import PRESETS, FittedSolver, load
 from ..integrate import sample
 from ..plots import image_grid, save_figure
 from ..solvers import Solver, get_solver, solver_names
-from .options import COUNT, NFE, Job, given, interactive, on_a_model
+from .options import COUNT, NFE, Job, given, interactive, on_a_model, warnings_as_lines
 from .ranks import joined, processes_for
 
 __all__ = ["sample_command"]
@@ -56,7 +56,7 @@ def sample_command(
         grid = method.grid_for(nfe, job.family(), job.setting.schedule)
         about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
     processes_for(samples)
-    with joined(job.device) as process:
+    with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             check_writable(out / "samples.safetensors")
         ode, x = replace(job, device=process.device).draw_each(process.share(samples))
