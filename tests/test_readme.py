@@ -76,7 +76,9 @@ def test_what_it_says_of_the_largest_budget_is_what_was_measured():
     results = ROOT / "benchmarks" / "results" / "acceptance"
     spent = []
     for setting, figure in zip(("digits", "patches", "mixture64"), said, strict=True):
-        stored = [json.loads(p.read_text()) for n in (5, 6, 8, 10) for p in results.glob(f"{setting}-nfe{n:02}-seed*.json")]
+        stored = [
+            json.loads(p.read_text()) for n in (5, 6, 8, 10) for p in results.glob(f"{setting}-nfe{n:02}-seed*.json")
+        ]
         rows = [entries for entries in stored if "thorough" in entries]  # of every noise that was measured
         assert len(rows) >= 4
         assert figure == f"{max(r['thorough']['rmse'] / r['classic']['rmse'] for r in rows):.2f}"
