@@ -148,6 +148,7 @@ def test_a_batch_too_small_to_hold_any_out_is_the_base_with_a_guard_and_fitted_w
         guarded = IIA("ddim", ridge="auto").fit(ode(), GRID, states(n))
     assert guarded.plan.difference(iia.get_solver("ddim").plan(iia.EDM(), GRID)) == 0
     assert guarded.about["endpoint"]["fell_back"] and "cannot say what is chance" in guarded.explain()
+    assert "the base was kept: " in str(guarded)
     assert iia.load(guarded.save(tmp_path / "fit.safetensors")).about == guarded.about
     for options in ({"guard": False}, {"held_out": 0.0}):
         method = IIA("ddim", ridge=0.0 if "held_out" in options else "auto", guard=options.pop("guard", True))

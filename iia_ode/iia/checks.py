@@ -21,5 +21,5 @@ def check_flag(name: str, value: object) -> None:
 
 def check_seed(seed: object) -> None:
     """Raise InputError unless it is a whole number that torch's generators take."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed must be a whole number from -2**63 to below 2**63, got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed must be a whole number from -2**63 to below 2**64, got {seed!r}.")

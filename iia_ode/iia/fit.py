@@ -19,7 +19,7 @@ from .chunks import Chunk, device_of
 from .endpoint import chunks_of
 from .fitted import FittedSolver
 from .fitting import Fitting, floor_of
-from .gather import Alone, Gather, Ranks, gather_over
+from .gather import Alone, Gather, gather_over
 from .initial import distinct, warn_of_copies
 from .origin import origin
 from .structure import Window
@@ -113,8 +113,8 @@ class IIA:
             is the mean over these. Between steps they rest on the host.
         teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
         held_out : share of the batch, its last samples, that coefficients are not fitted to: the guard and ``ridge="auto"``
-            judge by it. By default a quarter where one of these needs it, else none. Where any is held out, samples that
-            repeat an earlier one are left out. A batch of less than 4 holds out none, and a guard then keeps the base; where
+            judge by it. By default a quarter where one of these needs it, else none. Where a share is, samples that repeat
+            an earlier one are left out. A batch of less than 4 holds out none, and a guard then keeps the base; where
             none is to be held out (0), there is no guard.
         chunk_size : samples that go through the model at once (all by default). The least squares does not depend on it;
             a network whose rounding depends on the batch size still may.
@@ -124,7 +124,7 @@ class IIA:
 
         Raises
         ------
-        GridError, InputError : the grid, the states or an option are not usable.
+        GridError, InputError : the grid, the states or an option are not usable, or a process has only samples of others.
         MismatchError : the teacher is of another ODE or of other states.
         NonFiniteError : the model is not finite on this batch.
         RankError : another process of the group failed.
@@ -289,14 +289,14 @@ def _without_copies(
     new = distinct(ode, x, first, total, gather)
     if bool(new.all()):
         return ode, x, teacher, first, total
-    left = int(new.sum())
-    if not isinstance(gather, Ranks) or gather.rank == 0:
-        warn_of_copies(total - left, total, stacklevel=6)
     own = new[first : first + len(x)].nonzero()[:, 0]
     if not gather.all(len(own) > 0):
         raise InputError(
             "all samples of one process repeat those of others: give each process noise of its own, such as of another seed."
         )
+    left = int(new.sum())
+    # In every process: where a filter makes an error of it, none is left waiting for one that is gone.
+    warn_of_copies(total - left, total, stacklevel=6)
     parts = ode.subset(own, len(x)), x[own], None if teacher is None else teacher.subset(own)
     return *parts, int(new[:first].sum()), left
 

@@ -106,7 +106,9 @@ class Fitting:
             record = StepRecord(i, t, s, x, made, tracer.known(x, t), self.ode.is_data(s), y, y)
             candidates = terms(record, records)
             if not isinstance(candidates, tuple) or not all(isinstance(term, Term) for term in candidates):
-                raise InputError("terms must be a function that returns a tuple of iia_ode.iia.Term.")
+                raise InputError(
+                    f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
+                )
             if candidates:
                 choice = self._choose(tracer, record, candidates)
                 reports.append(_report(record, candidates, choice))

@@ -120,8 +120,8 @@ def _mark(data: bytes | memoryview) -> int:
 def warn_of_copies(copies: int, draws: int, *, stacklevel: int) -> None:
     """Say that some draws are left out."""
     warnings.warn(
-        f"{copies} of {draws} draws of noise repeat others, under the same conditions, and are left out: a fit to one of "
-        "them would be judged by its copy. Give draws that differ.",
+        f"{copies} of {draws} draws of noise repeat others, under the same conditions, and are left out: what is fitted to "
+        "one of them would be judged by its copy. Give draws that differ.",
         DuplicateWarning,
         stacklevel=stacklevel,
     )

@@ -118,8 +118,7 @@ def fit(
         ode = SharedODE(ode, ranks)
         report, progress = (report, progress) if ranks.rank == 0 else (None, False)
     if noise is not None and len(own := distinct(ode, x).nonzero()[:, 0]) < len(x):
-        if ranks is None or ranks.rank == 0:
-            warn_of_copies(len(x) - len(own), len(x), stacklevel=3)
+        warn_of_copies(len(x) - len(own), len(x), stacklevel=3)
         if teacher is not None:
             teacher.check(ode, x, stacklevel=4)
             teacher = teacher.subset(own)

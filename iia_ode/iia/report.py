@@ -124,9 +124,8 @@ def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], repo
     a, end = about, about["endpoint"]
     ridge = a["ridge"] if isinstance(a["ridge"], str) else f"{a['ridge']:g}"
     recipe = a.get("recipe")
-    unfitted = recipe and end["fell_back"]
     head = [
-        f"{name}: {a['base']['name']}{'' if unfitted else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
+        f"{name}: {a['base']['name']}{'' if end['fell_back'] else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
         f"schedule {brief(a['schedule'])}, prediction {a['prediction']}, guidance scale {a['guidance_scale']:g}",
         f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {_target(a)}, "
         f"history {a['history']}, ridge {ridge}",
@@ -139,6 +138,8 @@ def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], repo
         head.insert(3, f"chosen: {chosen}" + (_refined(recipe["refinement"]) if recipe["refinement"] else ""))
     if end["base"] is not None:
         head.append(_endpoint(about))
+    elif end["fell_back"] and end["why"]:
+        head.append(f"the base was kept: {end['why']}")
     return "\n".join([*head, "", table_of(reports)] if reports else head)
 
 
