@@ -289,12 +289,12 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
 
 def more_draws(store: Store, file: str, solver: str, draws: Draws, under: Entry, options: argparse.Namespace) -> None:
     """Measure on other seeds what is stored of a base: every fit above the limit and, where asked for, in doubt."""
-    stages = (AGAIN, CONFIRMED) if options.confirm else (AGAIN,)
+    stages, doubts = (AGAIN, CONFIRMED) if options.confirm else (AGAIN,), options.again or options.confirm
     for cell, entry in store.read(file).items():
         terms, _, nfe = cell.partition(" ")
         if terms not in options.terms or not nfe.isdecimal() or entry["under"] != under | judged_as(terms):
             continue
-        if entry.get("ratio", 0.0) > LIMIT or ((len(stages) > 1 or options.again) and doubtful(entry)):
+        if entry.get("ratio", 0.0) > LIMIT or (doubts and doubtful(entry)):
             for stage in stages:
                 more = entry["under"] | {"seeds": list(SEEDS[stage])}
                 store.cell(file, cell + stage, more, partial(elsewhere, solver, draws, int(nfe), terms, stage))

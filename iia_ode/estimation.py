@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .forms import conversion
 from .integrate import sample
@@ -86,8 +87,7 @@ def estimate_statistics(
     check_start(ode, x)
     size = len(x) if batch_size is None else batch_size
     for name, value, least in (("points", points, 2), ("probes", probes, 1), ("batch_size", size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}.")
+        check_whole(name, value, least=least)
     if mode not in _MODES:
         raise unknown_name("mode", mode, _MODES)
     times, nodes = _times(ode.schedule, grid, points)

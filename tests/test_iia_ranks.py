@@ -106,9 +106,8 @@ def worker(rank, folder):
         if rank + 1 < len(CUTS[name]):
             ode, x = problem(slice(CUTS[name][rank], CUTS[name][rank + 1]))
             METHODS[name].fit(ode, GRID, x, group=group, chunk_size=4).save(folder / f"{name}-{rank}.safetensors")
-    rows = torch.cat(
-        [torch.arange(*CUTS["three"][rank : rank + 2]), torch.tensor([0, 30])]
-    )  # two samples four times each
+    first, last = CUTS["three"][rank : rank + 2]
+    rows = torch.tensor([*range(first, last), 0, 30])  # two samples four times each
     METHODS["three"].fit(*within(rows)).save(folder / f"copies-{rank}.safetensors")
     try:
         METHODS["three"].fit(*within(torch.arange(20)))

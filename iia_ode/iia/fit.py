@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import __about__
+from ..checks import check_flag, check_seed, check_whole
 from ..errors import InputError, MismatchError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
-from .checks import check_flag, check_seed, check_whole
 from .chunks import Chunk, device_of
 from .endpoint import chunks_of
 from .fitted import FittedSolver
@@ -215,12 +215,14 @@ class IIA:
             own.stop - own.start, (self._options(), times, share, made_for, teacher is not None)
         )
         with ode.counting() as spent:
-            self._check_teacher(ode, x, times, teacher)
+            if teacher is not None:
+                _check_teacher(ode, x, times, teacher)
             if share:
                 ode, x, teacher, first, total = _without_copies(ode, x, teacher, first, total, gather)
                 own = slice(0, len(x))
-            if teacher is None and resolve_target(self.target, self.substeps).needs_teacher:
-                teacher = self._teacher(ode, x, times, chunk_size, progress)
+            target = resolve_target(self.target, self.substeps)
+            if teacher is None and target.needs_teacher:
+                teacher = _own_teacher(target, ode, x, times, chunk_size, progress)
             size, device = chunk_size or len(x), device_of(ode, x)
             chunks = [
                 Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device, _within(i, own))
@@ -245,30 +247,6 @@ class IIA:
         }
         return FittedSolver(plan, reports, about), fitting
 
-    def _check_teacher(self, ode: ProbabilityFlowODE, x: Tensor, times: list[float], given: Teacher | None) -> None:
-        """Raise unless the teacher that was given, if any, is of this batch and grid."""
-        if given is None:
-            return
-        if not isinstance(given, Teacher):
-            raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {given!r}.")
-        given.check(ode, x, stacklevel=7)
-        if given.about["t_start"] != times[0]:
-            raise MismatchError(
-                f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."
-            )
-        given.at(times[-1], slice(0, 1))  # a GridError now rather than after the work
-
-    def _teacher(
-        self, ode: ProbabilityFlowODE, x: Tensor, times: list[float], chunk_size: int | None, progress: bool
-    ) -> Teacher:
-        """One of our own."""
-        target = resolve_target(self.target, self.substeps)
-        floor = floor_of(ode, times[-2]) if ode.is_data(times[-1]) else 0.002
-        steps = target.steps if isinstance(target, TeacherTrajectory) else None
-        return Teacher.solve(
-            ode, x, times[0], times[-1], steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=progress
-        )
-
     def _options(self) -> dict[str, Any]:
         base = self.base_solver
         return {
@@ -280,6 +258,29 @@ class IIA:
             "guard": self.guard,
             "intercept": self.intercept,
         }
+
+
+def _check_teacher(ode: ProbabilityFlowODE, x: Tensor, times: list[float], given: Teacher) -> None:
+    """Raise unless the teacher that was given is of this batch and grid."""
+    if not isinstance(given, Teacher):
+        raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {given!r}.")
+    given.check(ode, x, stacklevel=7)
+    if given.about["t_start"] != times[0]:
+        raise MismatchError(
+            f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."
+        )
+    given.at(times[-1], slice(0, 1))  # a GridError now rather than after the work
+
+
+def _own_teacher(
+    target: Target, ode: ProbabilityFlowODE, x: Tensor, times: list[float], chunk_size: int | None, progress: bool
+) -> Teacher:
+    """What is made where none was given."""
+    floor = floor_of(ode, times[-2]) if ode.is_data(times[-1]) else 0.002
+    steps = target.steps if isinstance(target, TeacherTrajectory) else None
+    return Teacher.solve(
+        ode, x, times[0], times[-1], steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=progress
+    )
 
 
 def _without_copies(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_seed, check_whole
 from ..errors import InputError
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from .budgets import Budget, budget_of
-from .checks import check_seed, check_whole
 from .chunks import device_of
 from .fitted import FittedSolver
 from .gather import ranks_of

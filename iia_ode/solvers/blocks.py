@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_flag
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_flag, check_order, data_step, fractions, singular
+from .transfer import Interval, check_order, data_step, fractions, singular
 
 __all__ = ["BlockDPMSolver"]
 
@@ -47,7 +48,7 @@ class BlockDPMSolver(Solver):
 
     def __post_init__(self) -> None:
         check_order("dpmpp_2s_blocks", self.max_order, 3)
-        check_flag("dpmpp_2s_blocks", "lower_order_final", self.lower_order_final)
+        check_flag("lower_order_final of dpmpp_2s_blocks", self.lower_order_final)
 
     @property
     def order(self) -> int:  # type: ignore[override]

@@ -26,7 +26,6 @@ from ..schedules import Schedule
 __all__ = [
     "Interval",
     "check_choice",
-    "check_flag",
     "check_fraction",
     "check_order",
     "data_step",
@@ -169,12 +168,6 @@ def check_choice(solver: str, name: str, value: Any, choices: Sequence[str]) -> 
     """Raise InputError unless `value` is one of `choices`."""
     if value not in choices:
         raise InputError(f"{name} of {solver} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_flag(solver: str, name: str, value: Any) -> None:
-    """Raise InputError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} of {solver} must be True or False, got {value!r}.")
 
 
 def check_fraction(solver: str, name: str, value: Any) -> None:

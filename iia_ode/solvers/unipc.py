@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_flag
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_choice, check_flag, check_order, data_step, fractions, noise_step, singular
+from .transfer import Interval, check_choice, check_order, data_step, fractions, noise_step, singular
 
 __all__ = ["UniPC"]
 
@@ -57,7 +58,7 @@ class UniPC(Solver):
         check_order("unipc", self.max_order, 4)
         check_choice("unipc", "form", self.form, ("data", "noise"))
         check_choice("unipc", "variant", self.variant, ("bh1", "bh2"))
-        check_flag("unipc", "corrector", self.corrector)
+        check_flag("corrector of unipc", self.corrector)
 
     @property
     def order(self) -> int:  # type: ignore[override]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from ..errors import InputError
+from .errors import InputError
 
 __all__ = ["check_flag", "check_seed", "check_whole"]
 
 
 def check_whole(name: str, value: object, *, least: int) -> None:
-    """Raise InputError unless it is a whole number, `least` or more."""
+    """Raise InputError unless it is a whole number, at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number, {least} or more, got {value!r}.")
+        raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}.")
 
 
 def check_flag(name: str, value: object) -> None:
