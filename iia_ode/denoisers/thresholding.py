@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..forms import Evaluation
 from ..ode import ProbabilityFlowODE
+from ..ode.wrapped import Wrapped, layers_of
 
 __all__ = ["dynamic_thresholding", "static_thresholding"]
 
@@ -48,7 +46,7 @@ def dynamic_thresholding(ode: ProbabilityFlowODE, quantile: float = 0.995, floor
         raise InputError(f"quantile must be a number from 0 to 1, such as 0.995; got {quantile!r}.")
     if not isinstance(floor, Real) or isinstance(floor, bool) or not 0 < floor < math.inf:
         raise InputError(f"floor must be a positive number, 1 for data in [-1, 1]; got {floor!r}.")
-    return _ThresholdedODE(ode, float(quantile), float(floor))
+    return Thresholded(ode, float(quantile), float(floor))
 
 
 def static_thresholding(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
@@ -56,43 +54,31 @@ def static_thresholding(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
 
     It saturates pixels where the dynamic threshold rescales them [Saharia et al. 2022, section 2.3].
     """
-    return _ThresholdedODE(ode, None, 1.0)
+    return Thresholded(ode, None, 1.0)
 
 
-class _ThresholdedODE(ProbabilityFlowODE):
-    """An ODE of data prediction, over a model of any prediction type, with a threshold on what comes out.
+class Thresholded(Wrapped):
+    """An ODE of data prediction over a model of any prediction type, with a threshold on its estimates of the data.
 
-    A subclass rather than a wrapped model, because the threshold must see guided estimates.
+    The threshold acts on guided estimates.
     """
 
-    def __init__(self, ode: ProbabilityFlowODE, quantile: float | None, floor: float) -> None:
-        if not isinstance(ode, ProbabilityFlowODE):
-            raise InputError(f"thresholding needs a ProbabilityFlowODE, got {type(ode).__name__}.")
-        if type(ode).output is not ProbabilityFlowODE.output:  # another threshold would be dropped without a word
-            raise InputError(
-                f"thresholding needs a plain ProbabilityFlowODE, got {type(ode).__name__}, which changes its model's output "
-                "itself: apply one threshold, to the ODE without any."
-            )
-        super().__init__(ode.model, **ode.settings | {"prediction": "data"})
-        self.ledger = ode.ledger
-        self.model_prediction, self.quantile, self.floor = ode.prediction, quantile, floor
+    def __init__(self, inner: ProbabilityFlowODE, quantile: float | None, floor: float) -> None:
+        super().__init__(inner)
+        if any(isinstance(layer, Thresholded) for layer in layers_of(inner)):
+            raise InputError("this ODE is thresholded already: apply one threshold, to the ODE without any.")
+        self.prediction, self.quantile, self.floor = "data", quantile, floor
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The thresholded estimate of the data, guidance included, in the dtype of x; one evaluation."""
-        made = super().output(x, t)
-        data: Tensor = Evaluation(self.schedule, t, x, made, self.model_prediction).data
+        data = self.inner.data(x, t)
         if self.quantile is None:
             return data.clamp(-self.floor, self.floor) / self.floor
         bound = _bound(data, self.quantile, self.floor)
         return data.clamp(-bound, bound) / bound
 
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> ProbabilityFlowODE:
-        view = super()._view(conditioning, unconditional)
-        view.prediction = self.model_prediction
-        return _ThresholdedODE(view, self.quantile, self.floor)
-
     def fingerprint(self) -> str:
-        """That of the model, and the threshold."""
+        """The inner ODE's fingerprint and the threshold."""
         threshold = "static" if self.quantile is None else f"dynamic({self.quantile}, {self.floor})"
         return f"{super().fingerprint()}+{threshold}"
 
