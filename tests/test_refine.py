@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher, Window
 from iia_ode.iia.endpoint import robust_mean
-from iia_ode.iia.parameters import Parameters
+from iia_ode.iia.plan_parameters import Parameters
 from iia_ode.iia.refine import METHODS, refine
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
 

@@ -8,7 +8,7 @@ from support import F64, normal
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia.structure import Window
+from iia_ode.iia.directions import Window
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Bands, LinearMap, Matrices
 

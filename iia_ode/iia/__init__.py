@@ -5,18 +5,17 @@ The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_
 
 from .budgets import BUDGETS, Budget
 from .candidates import Ingredient
+from .directions import StepRecord, Term, Window
 from .families import FreeGrid, LeapGrid, leap_grids
 from .fit import IIA, PRESETS, preset
 from .fitted import FittedSolver, StepReport, describe, load
-from .lstsq import LeastSquares
+from .least_squares import LeastSquares
 from .moments import Moments, estimate_moments, exact_moments
-from .parameters import Parameters
+from .plan_parameters import Parameters
 from .refine import Iteration, Refinement
 from .search import GridSearch, Trial, search_grid, search_levels
-from .structure import Window
 from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
-from .terms import StepRecord, Term
 from .warm_choice import Choice, choose
 from .warm_start import WarmStart
 

@@ -11,9 +11,9 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Tracer, Vector
 from ..plan.plan import run_code
 from ..plan.vectors import weight_mean_square
-from .lstsq import LeastSquares
+from .directions import StepRecord, Term
+from .least_squares import LeastSquares
 from .targets import Numeric, Samples
-from .terms import StepRecord, Term
 
 __all__ = ["Chunk", "StepSystem", "device_of"]
 

@@ -16,16 +16,15 @@ from ..ode import ProbabilityFlowODE
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
 from .chunks import Chunk, device_of
+from .directions import Terms, Window, resolve_terms
 from .endpoint import chunks_of
 from .fitted import FittedSolver
 from .fitting import Fitting, floor_of
 from .gather import Alone, Gather, gather_over
 from .initial import distinct, warn_of_copies
 from .origin import origin
-from .structure import Window
 from .targets import Samples, Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher
-from .terms import Terms, resolve_terms
 
 __all__ = ["IIA", "PRESETS", "preset"]
 
@@ -41,7 +40,7 @@ class IIA:
     ----------
     base : registered name or a :class:`~iia_ode.Solver`.
     terms : ``"paper"`` (what the paper has for this base: ``"iia-edm"`` or ``"iia-ddim"``), one of these or ``"biia-edm"`` by
-        name, ``"window"`` (all states and data estimates at hand, for any base), or a function; see `iia_ode.iia.terms`.
+        name, ``"window"`` (all states and data estimates at hand, for any base), or a function; see `iia_ode.iia.directions`.
     target : ``"substeps"`` (the paper's), ``"local"`` (high-accuracy integration of each step), ``"trajectory"`` (the accurate
         trajectory from the same initial state, which repairs earlier error) or a `Target`.
     history : r, how many earlier steps the terms may use.

@@ -18,13 +18,13 @@ from ..plan import Past, Plan, Tracer, Vector, trace
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices
 from .chunks import Chunk, StepSystem
+from .directions import StepRecord, Term, resolve_terms
 from .gather import Gather
 from .guard import too_few, verdict
-from .lstsq import LeastSquares, Solution
+from .least_squares import LeastSquares, Solution
 from .report import StepReport
 from .targets import Target, resolve_target
 from .teacher import DEFAULT_WAY, Teacher
-from .terms import StepRecord, Term, resolve_terms
 
 if TYPE_CHECKING:
     from .fit import IIA

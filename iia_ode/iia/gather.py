@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError, RankError
-from .lstsq import LeastSquares
+from .least_squares import LeastSquares
 
 __all__ = ["Alone", "Gather", "Ranks", "gather_over", "hearing", "ranks_of", "share"]
 

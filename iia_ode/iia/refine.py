@@ -15,7 +15,7 @@ from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start
 from .endpoint import chunks_of, endpoint_errors, per_sample, robust_mean
-from .parameters import Parameters
+from .plan_parameters import Parameters
 
 __all__ = ["METHODS", "Iteration", "Refinement", "refine"]
 

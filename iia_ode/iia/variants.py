@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .directions import Terms, Window
 from .fit import IIA
-from .structure import Window
-from .terms import Terms
 
 __all__ = ["SCALARS", "Variant", "variants_of"]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import ConformanceError, UnknownNameError
 from ..grids import karras, uniform
 from ..iia import IIA, load
-from ..iia.terms import StepRecord, Term
+from ..iia.directions import StepRecord, Term
 from ..integrate import odeint, sample
 from ..plan import trace
 from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
