@@ -37,7 +37,9 @@ def states(n, schedule, sigma=40.0, problem=None):
 
 def truth(ode, x, sigma=40.0):
     schedule = ode.schedule
-    return Teacher.solve(ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, rtol=1e-8).final
+    return iia.reference.solve(
+        ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, sigma_min=0.002, rtol=1e-8
+    )
 
 
 # ---- the parameters -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from ..errors import unknown_name
 from ..files import check_writable
 from ..iia import BUDGETS, IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
-from ..iia.fitting import floor_of
 from ..iia.recipe import fit
 from ..iia.targets import resolve_target
 from ..ode import ProbabilityFlowODE
@@ -267,11 +266,7 @@ def _teacher(method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chun
     """The one that the fit would make for itself."""
     target = resolve_target(method.target, method.substeps)
     steps = target.steps if isinstance(target, TeacherTrajectory) else None
-    start, last, end = (float(grid[i]) for i in (0, -2, -1))
-    floor = floor_of(ode, last) if ode.is_data(end) else 0.002
-    return Teacher.solve(
-        ode, x, start, end, steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=interactive()
-    )
+    return Teacher.for_grid(ode, x, grid, steps=steps, chunk_size=chunk_size, progress=interactive())
 
 
 def _spending(method: IIA, nfe: int, samples: int, process: Process) -> str:

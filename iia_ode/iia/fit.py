@@ -19,7 +19,7 @@ from .chunks import Chunk, device_of
 from .directions import Terms, Window, resolve_terms
 from .endpoint import chunks_of
 from .fitted import FittedSolver
-from .fitting import Fitting, floor_of
+from .fitting import Fitting
 from .gather import Alone, Gather, gather_over
 from .initial import distinct, warn_of_copies
 from .origin import origin
@@ -221,7 +221,8 @@ class IIA:
                 own = slice(0, len(x))
             target = resolve_target(self.target, self.substeps)
             if teacher is None and target.needs_teacher:
-                teacher = _own_teacher(target, ode, x, times, chunk_size, progress)
+                steps = target.steps if isinstance(target, TeacherTrajectory) else None
+                teacher = Teacher.for_grid(ode, x, times, steps=steps, chunk_size=chunk_size, progress=progress)
             size, device = chunk_size or len(x), device_of(ode, x)
             chunks = [
                 Chunk(Samples(ode.subset(i, len(x)), x[i], i, teacher), device, _within(i, own))
@@ -269,17 +270,6 @@ def _check_teacher(ode: ProbabilityFlowODE, x: Tensor, times: list[float], given
             f"the teacher starts at t = {given.about['t_start']:g} and the grid at {times[0]:g}, from the same states."
         )
     given.at(times[-1], slice(0, 1))  # a GridError now rather than after the work
-
-
-def _own_teacher(
-    target: Target, ode: ProbabilityFlowODE, x: Tensor, times: list[float], chunk_size: int | None, progress: bool
-) -> Teacher:
-    """What is made where none was given."""
-    floor = floor_of(ode, times[-2]) if ode.is_data(times[-1]) else 0.002
-    steps = target.steps if isinstance(target, TeacherTrajectory) else None
-    return Teacher.solve(
-        ode, x, times[0], times[-1], steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=progress
-    )
 
 
 def _without_copies(

@@ -224,22 +224,13 @@ class Fitting:
         if self.teacher is not None:
             exact = self.teacher.at(self.times[-1], own.index)
         else:
-            last = self.times[-2] if ode.is_data(self.times[-1]) else self.times[-1]
-            level = floor_of(ode, last)
-            exact = Teacher.solve(ode, x, self.times[0], self.times[-1], sigma_min=level).final
+            exact = Teacher.for_grid(ode, x, self.times).final
         exact = exact.double().cpu()
         by_base = base.run(ode, x, check_finite=False).cpu().double()
         by_fit = chunk.values[final][first:].double()
         parts = [by_base - exact, by_fit - exact, exact]
         start = self.first + own.index.start
         squares[start + first : start + n] = torch.stack([p.flatten(1).square().mean(dim=1) for p in parts], dim=1)
-
-
-def floor_of(ode: ProbabilityFlowODE, last: float) -> float:
-    """The level whose data estimate a teacher takes for the data: 0.002, or that of the grid's last point above the data."""
-    schedule = ode.schedule
-    level = schedule.noise_to_signal(last)
-    return min(level, 0.002) if schedule.covers(schedule.t_of_noise_to_signal(min(level, 0.002))) else level
 
 
 def _report(record: StepRecord, candidates: tuple[Term, ...], choice: _Choice) -> StepReport:
