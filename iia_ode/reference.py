@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from ._torchdiffeq import integrate, is_adaptive, torchdiffeq_methods
+from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
 from .plan import check_grid, check_start
@@ -118,11 +118,10 @@ def trajectory(
     UnknownNameError : no method of torchdiffeq.
     NonFiniteError : the model or the integration failed.
     """
-    if not isinstance(points, Integral) or isinstance(points, bool) or points < 2:
-        raise InputError(f"a trajectory needs at least 2 points, got {points!r}.")
+    points = check_whole("points, the number of knots of a trajectory,", points, least=2, such_as=120)
     schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
     last = times[1] if floor is None else floor
-    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), int(points), dtype=_F64, device="cpu")
+    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), points, dtype=_F64, device="cpu")
     with ode.counting() as spent:
         states = _integrate(ode, x, times[0], knots, rtol, atol, method)
         flow = _flow(ode)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_share
 from ..errors import InputError
 from ..forms import Evaluation
 from ..ode import ProbabilityFlowODE
@@ -44,11 +44,9 @@ def dynamic_thresholding(ode: ProbabilityFlowODE, quantile: float = 0.995, floor
     solver keeps its order of convergence across a kink, so high orders gain less than on the plain model, and a reference
     needs tighter tolerances.
     """
-    if not isinstance(quantile, Real) or isinstance(quantile, bool) or not 0 <= quantile <= 1:
-        raise InputError(f"quantile must be a number from 0 to 1, such as 0.995; got {quantile!r}.")
-    if not isinstance(floor, Real) or isinstance(floor, bool) or not 0 < floor < math.inf:
-        raise InputError(f"floor must be a positive number, 1 for data in [-1, 1]; got {floor!r}.")
-    return _ThresholdedODE(ode, float(quantile), float(floor))
+    quantile = check_share("quantile", quantile, such_as=0.995)
+    floor = check_number("floor", floor, above=0, such_as=1.0)
+    return _ThresholdedODE(ode, quantile, floor)
 
 
 def static_thresholding(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checks import check_whole
 from ..errors import InputError
 from .unet import EDMDenoiser
 
@@ -45,8 +46,8 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise InputError(f"training needs at least one step and one image a step, got {self.steps}, {self.batch}.")
+        for name in ("steps", "batch"):
+            check_whole(f"{name} of the training", getattr(self, name), least=1)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-ready values."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_flag
+from ..checks import check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_order, data_step, fractions, singular
+from .transfer import Interval, data_step, fractions, singular
 
 __all__ = ["BlockDPMSolver"]
 
@@ -47,7 +47,7 @@ class BlockDPMSolver(Solver):
     lower_order_final: bool = False
 
     def __post_init__(self) -> None:
-        check_order("dpmpp_2s_blocks", self.max_order, 3)
+        check_whole("max_order of dpmpp_2s_blocks", self.max_order, least=1, most=3)
         check_flag("lower_order_final of dpmpp_2s_blocks", self.lower_order_final)
 
     @property

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_flag
+from ..checks import check_flag, check_whole
 from ..errors import InputError
 from ..plan import Past
 from ..schedules import Schedule
 from ..statistics import Array, ModelStatistics, StepIntegrals
 from .base import Solver, register
 from .multistep import Output
-from .transfer import check_order, data_step, singular
+from .transfer import data_step, singular
 
 __all__ = ["DPMSolverV3"]
 
@@ -64,7 +64,7 @@ class DPMSolverV3(Solver):
     c_pseudo: bool = False
 
     def __post_init__(self) -> None:
-        check_order("dpm_solver_v3", self.max_order, 3)
+        check_whole("max_order of dpm_solver_v3", self.max_order, least=1, most=3)
         for name in ("corrector", "drop_oldest", "p_pseudo", "c_pseudo"):
             check_flag(f"{name} of dpm_solver_v3", getattr(self, name))
         if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):

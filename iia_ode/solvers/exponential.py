@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_choice, check_number, check_whole
 from ..errors import InputError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import Interval, check_choice, check_fraction, check_order, data_step, fractions, noise_step, singular
+from .transfer import Interval, data_step, fractions, noise_step, singular
 
 __all__ = ["DDIM", "SinglestepDPMSolver"]
 
@@ -67,13 +68,13 @@ class SinglestepDPMSolver(Solver):
     spacing: str = "log_snr"
 
     def __post_init__(self) -> None:
-        check_choice("dpmpp_2s", "form", self.form, ("data", "noise"))
-        check_choice("dpmpp_2s", "solver_type", self.solver_type, ("midpoint", "taylor"))
-        check_choice("dpmpp_2s", "spacing", self.spacing, ("log_snr", "time"))
-        check_order("dpmpp_2s", self.max_order, 3)
+        check_choice("form of dpmpp_2s", self.form, ("data", "noise"))
+        check_choice("solver_type of dpmpp_2s", self.solver_type, ("midpoint", "taylor"))
+        check_choice("spacing of dpmpp_2s", self.spacing, ("log_snr", "time"))
+        check_whole("max_order of dpmpp_2s", self.max_order, least=1, most=3)
         for name in ("r1", "r2"):
             if getattr(self, name) is not None:
-                check_fraction("dpmpp_2s", name, getattr(self, name))
+                check_number(f"{name} of dpmpp_2s", getattr(self, name), above=0, below=1)
         if self.max_order == 3 and not self._fractions[0] < self._fractions[1]:
             raise InputError(f"the stages of dpmpp_3s must be in order, r1 < r2; got {self._fractions}.")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_number, check_whole
 from ..errors import InputError
 from ..forms import Evaluation, Forms
 from ..plan import Past
@@ -18,7 +19,6 @@ from .base import Solver, SolverLike, as_solver, register
 from .exponential import DDIM
 from .multistep import DPMSolverMultistep, ExponentialAdams
 from .runge_kutta import Heun
-from .transfer import check_order
 
 __all__ = ["AnalyticFirstStep", "DenoiseToZero", "Lookahead", "LowerOrderFinal", "MetaSolver", "OrderRamp"]
 
@@ -90,8 +90,7 @@ class Lookahead(MetaSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lam, bool) or not isinstance(self.lam, int | float) or not math.isfinite(self.lam):
-            raise InputError(f"lam of lookahead must be a finite number, such as 0.1; got {self.lam!r}.")
+        check_number("lam of lookahead", self.lam, such_as=0.1)
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -249,7 +248,7 @@ class OrderRamp(_OrderSetter):
             )
         object.__setattr__(self, "orders", tuple(self.orders))
         for before, order in zip((0, *self.orders), self.orders, strict=False):
-            check_order("order_ramp", order, 4, "each of the orders")
+            check_whole("each of the orders of order_ramp", order, least=1, most=4)
             if order > before + 1 and before:
                 raise InputError(f"the orders of order_ramp may rise by one at a time, got {self.orders}.")
         for order in set(self.orders):

@@ -11,19 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_choice, check_whole
 from ..plan import Past
 from ..schedules import Schedule
 from .base import Solver, register
-from .transfer import (
-    Interval,
-    check_choice,
-    check_order,
-    data_step,
-    fractions,
-    lagrange_integrals,
-    noise_weights_in_time,
-    singular,
-)
+from .transfer import Interval, data_step, fractions, lagrange_integrals, noise_weights_in_time, singular
 
 __all__ = ["LMS", "AdamsBashforth", "DEISTime", "DPMSolverMultistep", "ExponentialAdams", "Multistep"]
 
@@ -95,8 +87,8 @@ class ExponentialAdams(Multistep):
     max_order: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("expab2", "form", self.form, ("data", "noise"))
-        check_order("expab2", self.max_order, 4)
+        check_choice("form of expab2", self.form, ("data", "noise"))
+        check_whole("max_order of expab2", self.max_order, least=1, most=4)
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The integrals of the Lagrange polynomials in log-SNR."""
@@ -142,7 +134,7 @@ class LMS(_OverRho):
     max_order: int = 4
 
     def __post_init__(self) -> None:
-        check_order("lms", self.max_order, 4)
+        check_whole("max_order of lms", self.max_order, least=1, most=4)
 
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
         """Of the Lagrange polynomials in rho."""
@@ -166,7 +158,7 @@ class DEISTime(_OverRho):
     max_order: int = 3
 
     def __post_init__(self) -> None:
-        check_order("deis_tab3", self.max_order, 4)
+        check_whole("max_order of deis_tab3", self.max_order, least=1, most=4)
 
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
         """Of the Lagrange polynomials in time."""
@@ -190,7 +182,7 @@ class AdamsBashforth(Multistep):
     form = "velocity"
 
     def __post_init__(self) -> None:
-        check_order("ab4", self.max_order, 4)
+        check_whole("max_order of ab4", self.max_order, least=1, most=4)
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
         """The velocity has no singular point."""
@@ -234,9 +226,9 @@ class DPMSolverMultistep(Multistep):
     solver_type: str = "midpoint"
 
     def __post_init__(self) -> None:
-        check_choice("dpmpp_2m", "form", self.form, ("data", "noise"))
-        check_choice("dpmpp_2m", "solver_type", self.solver_type, ("midpoint", "taylor"))
-        check_order("dpmpp_2m", self.max_order, 3)
+        check_choice("form of dpmpp_2m", self.form, ("data", "noise"))
+        check_choice("solver_type of dpmpp_2m", self.solver_type, ("midpoint", "taylor"))
+        check_whole("max_order of dpmpp_2m", self.max_order, least=1, most=3)
 
     @property
     def order(self) -> int:  # type: ignore[override]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_choice, check_whole
 from ..plan import Past
 from .base import Solver, register
-from .transfer import check_choice, check_order, data_step, noise_step
+from .transfer import data_step, noise_step
 
 __all__ = ["ADAMS_BASHFORTH", "PNDM"]
 
@@ -53,8 +54,8 @@ class PNDM(Solver):
     start: str = "euler"
 
     def __post_init__(self) -> None:
-        check_order("ipndm", self.max_order, 4)
-        check_choice("ipndm", "start", self.start, ("euler", "heun", "runge_kutta"))
+        check_whole("max_order of ipndm", self.max_order, least=1, most=4)
+        check_choice("start of ipndm", self.start, ("euler", "heun", "runge_kutta"))
 
     @property
     def order(self) -> int:  # type: ignore[override]

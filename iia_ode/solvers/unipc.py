@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import check_flag
+from ..checks import check_choice, check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_choice, check_order, data_step, fractions, noise_step, singular
+from .transfer import Interval, data_step, fractions, noise_step, singular
 
 __all__ = ["UniPC"]
 
@@ -55,9 +55,9 @@ class UniPC(Solver):
     corrector: bool = True
 
     def __post_init__(self) -> None:
-        check_order("unipc", self.max_order, 4)
-        check_choice("unipc", "form", self.form, ("data", "noise"))
-        check_choice("unipc", "variant", self.variant, ("bh1", "bh2"))
+        check_whole("max_order of unipc", self.max_order, least=1, most=4)
+        check_choice("form of unipc", self.form, ("data", "noise"))
+        check_choice("variant of unipc", self.variant, ("bh1", "bh2"))
         check_flag("corrector of unipc", self.corrector)
 
     @property
