@@ -21,7 +21,8 @@ from ..reference import Trajectory, trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
-from .origin import check_origin, conditions_digest, origin
+from .origin import Origin, conditions_digest
+from .provenance import from_json, to_json
 
 __all__ = ["DEFAULT_WAY", "Teacher"]
 
@@ -119,7 +120,7 @@ class Teacher:
             evaluations=spent.evaluations,
         )
         way = {"solver": _SOLVER, "steps": steps} if plan is not None else {"solver": method, "rtol": rtol}
-        about = origin(ode, x) | {
+        about = to_json(Origin.of(ode, x)) | {
             **way,
             "t_start": float(t_start),
             "t_end": float(t_end),
@@ -180,7 +181,8 @@ class Teacher:
         ------
         MismatchError : another schedule, prediction type, guidance scale, condition or initial state.
         """
-        check_origin("the teacher", self.about, ode, x, made="made", strict_guidance=True, stacklevel=stacklevel)
+        origin = from_json(Origin, self.about, "the teacher")
+        origin.check(ode, x, name="the teacher", made="made", strict_guidance=True, stacklevel=stacklevel)
         if self.initial.shape != x.shape or not torch.equal(self.initial, x.detach().cpu().to(self.initial.dtype)):
             raise MismatchError(
                 f"the teacher starts from other states than these {list(x.shape)}: make it with Teacher.solve(ode, x, ...)."
