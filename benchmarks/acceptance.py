@@ -194,17 +194,17 @@ def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry
     # Closed forms draw from the marginal at the noisiest level, which is not quite noise: such states are taken as they are.
     noise = own.x if is_closed_form(own.setting) else own.x / own.setting.sigma_max
     found = iia.fit(own.ode, nfe, noise, budget=name, seed=seed, report=None)
-    seconds, recipe = time.perf_counter() - begun, found.about["recipe"]
+    seconds, recipe = time.perf_counter() - begun, found.record.search
     if found.plan.nfe != nfe:
         raise iia.PlanError(f"a fit for {nfe} evaluations makes {found.plan.nfe}.")
     return {
         **measure(found.plan, test),
-        "chosen": next(i["name"] for i in recipe["ingredients"] if i["chosen"]),
-        "held_out_rmse": found.about["endpoint"]["fit"],
-        "ingredients": [[i["name"], i["error"]] for i in recipe["ingredients"]],
+        "chosen": recipe.chosen.name,
+        "held_out_rmse": found.record.endpoint.fit,
+        "ingredients": [[i.name, i.error] for i in recipe.ingredients],
         "grid": list(found.plan.grid),
         "seconds": seconds,
-        "sample_evaluations": found.about["sample_evaluations"],
+        "sample_evaluations": found.record.sample_evaluations,
     }
 
 
@@ -227,7 +227,7 @@ def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Ent
         "solver": solver,
         "base_rmse": base["rmse"],
         "seconds": time.perf_counter() - begun,
-        "sample_evaluations": found.about["sample_evaluations"],
+        "sample_evaluations": found.record.sample_evaluations,
     }
 
 

@@ -66,7 +66,7 @@ def main() -> None:
         begun = time.perf_counter()
         fit = iia.fit(ode, nfe, x / setting.sigma_max, budget="closed-form", report=None)
         seconds = time.perf_counter() - begun
-        spent = fit.about["recipe"]["sample_evaluations"]
+        spent = fit.record.sample_evaluations
         each, rest = 1e3 * timed.seconds / spent, 100 * (1 - timed.seconds / seconds)
         lines.append([str(nfe), f"{seconds:.0f}", str(spent), number(each, 2), number(rest, 1) + "%"])
         print(lines[-1], flush=True)

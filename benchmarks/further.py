@@ -219,14 +219,14 @@ def fitted(name: str, nfe: int, budget: str) -> Entry:
     """The one call at a budget."""
     found = iia.fit(ode_of(name), nfe, draws(name, unseen=False), budget=budget, report=None)
     value, error = error_of(found.plan, name, unseen=True)
-    recipe = found.about["recipe"]
+    recipe = found.record.search
     return {
         "rmse": value,
         "error": error,
         "start": found.plan.grid[0],
-        "chosen": next(i["name"] for i in recipe["ingredients"] if i["chosen"]),
-        "held_out_rmse": found.about["endpoint"]["fit"],
-        "sample_evaluations": found.about["sample_evaluations"],
+        "chosen": recipe.chosen.name,
+        "held_out_rmse": found.record.endpoint.fit,
+        "sample_evaluations": found.record.sample_evaluations,
     }
 
 

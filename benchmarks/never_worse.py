@@ -153,7 +153,7 @@ def elsewhere(solver: str, draws: Draws, nfe: int, terms: str, stage: str) -> En
     samples = MORE.get(draws.name, draws.unseen)
     tests = [batch(draws.name, samples, draws.seed + seed, True, 150) for seed in SEEDS[stage]]
     squares = [torch.cat([squares_of(run(plan, test), test.final) for test in tests]) for plan in plans]
-    entry = compared(*squares) | {"fell_back": fit.about["endpoint"]["fell_back"]}
+    entry = compared(*squares) | {"fell_back": fit.record.endpoint.fell_back}
     if stage == AGAIN:
         first = [squares_of(run(plan, draws.test), draws.test.final) for plan in plans]
         both = compared(*(torch.cat(pair) for pair in zip(first, squares, strict=True)))
@@ -183,7 +183,7 @@ def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
     same = repr(fit.plan.code) == repr(plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe)).code)
     by_fit = by_base if same else run(fit.plan, test)
     value, error = rmse_with_error(by_fit, test.final)
-    outcome, size = fit.about["endpoint"], float(test.final.double().square().mean().sqrt())
+    outcome, size = fit.record.endpoint, float(test.final.double().square().mean().sqrt())
     rounding = 100 * torch.finfo(test.x.dtype).eps * size
     return {
         "base": base,
@@ -191,9 +191,9 @@ def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
         "base_error": base_error,
         "fit_error": error,
         "ratio": ratio_of(value, base, rounding),
-        "held_base": outcome["base"],
-        "held_fit": outcome["fit"],
-        "fell_back": outcome["fell_back"],
+        "held_base": outcome.base,
+        "held_fit": outcome.fit,
+        "fell_back": outcome.fell_back,
         "kept_steps": sum(not r.accepted for r in fit.reports),
         "steps": len(fit.reports),
         **by_sample(by_fit, by_base, test.final),

@@ -168,20 +168,19 @@ def plot_ingredients(fit: FittedSolver) -> Figure:
     ------
     InputError : the fit is not one that :func:`iia_ode.fit` made.
     """
-    if "recipe" not in fit.about:
+    if (search := fit.record.search) is None:
         raise InputError(f"{fit.name} has no list of ingredients: it was not made by iia_ode.fit.")
-    recipe = fit.about["recipe"]
-    ingredients = recipe["ingredients"]
+    ingredients = search.ingredients
     figure = _figure(figsize=(6.4, 1.1 + 0.4 * len(ingredients)))
     ax = figure.add_subplot()
-    errors = [i["error"] for i in ingredients if i["error"]] or [1.0]
+    errors = [i.error for i in ingredients if i.error] or [1.0]
     for place, entry in enumerate(ingredients):
-        error = entry["error"]
+        error = entry.error
         if error:
-            ax.barh(place, error, color=_FITTED if entry["chosen"] else _QUIET, height=0.7)
+            ax.barh(place, error, color=_FITTED if entry.chosen else _QUIET, height=0.7)
         text = "not possible" if error is None else f" {error:.3g}"
         ax.text(error or min(errors) / 2, place, text, va="center", fontsize="small")
-    ax.set_yticks(range(len(ingredients)), [i["name"] for i in ingredients])
+    ax.set_yticks(range(len(ingredients)), [i.name for i in ingredients])
     ax.invert_yaxis()
     ax.set_xscale("log")
     low, high = min(errors) / 2, 1.1 * max(errors) * (max(errors) / min(errors)) ** 0.15  # room for the number
@@ -193,9 +192,7 @@ def plot_ingredients(fit: FittedSolver) -> Figure:
     ax.set_xlabel("endpoint error on held-out noise (RMSE per component)")
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
-    ax.set_title(
-        f"{fit.name}: judged by {fit.about['held_out'] + recipe['final_draws']} draws of noise", fontsize="medium"
-    )
+    ax.set_title(f"{fit.name}: judged by {fit.record.held_out + search.final_draws} draws of noise", fontsize="medium")
     return figure
 
 

@@ -43,8 +43,8 @@ def test_without_a_solver_fit_is_the_one_call(tmp_path, capsys, ode_and_x):
     assert fit.plan.difference(by_hand.plan) == 0
     assert str(fit) in printed
     assert re.match(r"4 evaluations, 32 draws of noise: about \d+ sample evaluations", printed)
-    for ingredient in fit.about["recipe"]["ingredients"]:
-        assert f"{ingredient['name']}: error" in printed
+    for ingredient in fit.record.search.ingredients:
+        assert f"{ingredient.name}: error" in printed
 
 
 def test_show_lists_the_ingredients_and_marks_the_chosen_one(tmp_path, capsys):
@@ -55,9 +55,9 @@ def test_show_lists_the_ingredients_and_marks_the_chosen_one(tmp_path, capsys):
     fit = iia.load(file)
     assert fit.explain() in shown
     table = shown.split("ingredient ")[-1].splitlines()[1:]
-    ingredients = fit.about["recipe"]["ingredients"]
-    assert [line.split("  ")[0] for line in table] == [i["name"] for i in ingredients]
-    assert ["*" in line for line in table] == [i["chosen"] for i in ingredients]
+    ingredients = fit.record.search.ingredients
+    assert [line.split("  ")[0] for line in table] == [i.name for i in ingredients]
+    assert ["*" in line for line in table] == [i.chosen for i in ingredients]
 
 
 def test_what_was_found_is_drawn_where_one_asks(tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_trajectories_are_made_once_and_serve_every_fit_of_the_same_noise(tmp_pa
     assert run(capsys, *method, "--teacher", kept, "--out", second)[0] == 0
     fits = [iia.load(file) for file in (plain, first, second)]
     assert all(fit.plan.difference(fits[0].plan) == 0 for fit in fits)
-    assert fits[2].about["sample_evaluations"] <= fits[0].about["sample_evaluations"] - 32 * 40  # its steps, at least
+    assert fits[2].record.sample_evaluations <= fits[0].record.sample_evaluations - 32 * 40  # its steps, at least
     other = ["fit", *WINDOW, "--samples", "32"] if method is SEARCH else SEARCH
     assert run(capsys, *other, "--teacher", kept, "--out", second)[0] == 0
     status, _, error = run(capsys, *method, "--seed", "1", "--teacher", kept, "--out", second)
@@ -237,8 +237,8 @@ def test_two_processes_find_the_solver_that_one_would(tmp_path, capsys):
     assert run(capsys, "fit", *options, "--out", str(one))[0] == 0
     together, alone = iia.load(two), iia.load(one)
     assert together.plan.difference(alone.plan) < 1e-9
-    assert together.about["sample_evaluations"] == alone.about["sample_evaluations"]
-    assert together.about["fingerprint"] == alone.about["fingerprint"]
+    assert together.record.sample_evaluations == alone.record.sample_evaluations
+    assert together.record.origin.fingerprint == alone.record.origin.fingerprint
 
 
 TWO = {
@@ -291,7 +291,7 @@ def test_two_processes_write_the_file_that_one_would(tmp_path, capsys, by_two):
     one = tmp_path / "one"
     assert run(capsys, *TWO["fit"], "--out", str(one))[0] == 0
     together, alone = iia.load(folder / "two-fit"), iia.load(one)
-    assert together.about["batch"] == alone.about["batch"] == 21
+    assert together.record.batch == alone.record.batch == 21
     for a, b in zip(together.reports, alone.reports, strict=True):
         assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
         assert a.accepted == b.accepted

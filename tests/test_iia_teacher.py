@@ -96,10 +96,10 @@ def test_one_teacher_serves_every_grid_and_costs_a_fit_nothing_more(fine):
     for n in (3, 6):
         grid = iia.grids.karras(n)
         fit = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), grid, states(), teacher=fine)
-        assert fit.about["evaluations"] == n
-        assert fit.about["teacher"] == fine.way == {"solver": "expab4", "steps": 800, "sigma_min": 0.002}
+        assert fit.record.evaluations == n
+        assert fit.record.teacher == fine.way == {"solver": "expab4", "steps": 800, "sigma_min": 0.002}
     own = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), iia.grids.karras(3), states())
-    assert own.about["evaluations"] == 3 + 61
+    assert own.record.evaluations == 3 + 61
 
 
 def test_a_trajectory_target_aims_at_the_teachers_states(fine):

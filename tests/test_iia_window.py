@@ -74,7 +74,7 @@ def test_a_window_is_exact_on_the_targets_of_the_library_as_far_as_those_are(bas
     options = {"target": target} if target == "trajectory" else {"target": iia.Local(rtol=1e-12)}
     fit = IIA(base, "window", **options).fit(ode, grid, x, teacher=teacher)
     assert error(problem, schedule, grid, fit, x) < (1e-6 if target == "trajectory" else 1e-9)
-    assert not fit.about["endpoint"]["fell_back"]
+    assert not fit.record.endpoint.fell_back
 
 
 def test_a_window_leaves_no_direction_twice():

@@ -20,7 +20,7 @@ def draw_fit(fit: FittedSolver, folder: Path) -> list[Path]:
     drawings = {"coefficients": plot_coefficients}
     if fit.reports:
         drawings["residuals"] = plot_residuals
-    if "recipe" in fit.about:
+    if fit.record.search is not None:
         drawings["ingredients"] = plot_ingredients
     try:
         return [save_figure(draw(fit), folder / f"{name}.png") for name, draw in drawings.items()]

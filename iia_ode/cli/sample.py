@@ -13,6 +13,7 @@ from ..errors import MissingDependencyError
 from ..experiments.compare import RECIPE
 from ..files import check_writable, write_tensors
 from ..iia import PRESETS, FittedSolver, load
+from ..iia.provenance import to_json
 from ..integrate import sample
 from ..plots import image_grid, save_figure
 from ..solvers import Solver, get_solver, solver_names
@@ -46,7 +47,7 @@ def sample_command(
     if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
         _refuse_grid_options(solver)
         method = load(solver)
-        grid, about = method.grid, {"solver": method.about | {"name": method.name}, "nfe": method.nfe}
+        grid, about = method.grid, {"solver": to_json(method.record) | {"name": method.name}, "nfe": method.nfe}
         job.setting.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
     elif solver in (*PRESETS, RECIPE):
         option = f"--nfe {nfe}" if solver == RECIPE else f"--solver {solver}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..errors import FileFormatError
-from ..iia import describe, load
+from ..iia import Ingredient, describe, load
 from .drawing import FOLDER, draw_fit
 
 __all__ = ["ingredients_table", "show_command"]
@@ -33,8 +32,8 @@ def show_command(file: Path, with_plan: bool, plots: Path | None) -> None:
         click.echo(f"{text}\n\nnot explained: {error}")
         return
     parts = [text, fit.explain()]
-    if recipe := fit.about.get("recipe"):
-        parts.append(ingredients_table(recipe["ingredients"]))
+    if fit.record.search is not None:
+        parts.append(ingredients_table(fit.record.search.ingredients))
     if with_plan:
         parts.append(str(fit.plan))
     if plots and (drawn := draw_fit(fit, plots)):
@@ -42,12 +41,12 @@ def show_command(file: Path, with_plan: bool, plots: Path | None) -> None:
     click.echo("\n\n".join(parts))
 
 
-def ingredients_table(ingredients: Sequence[Mapping[str, Any]]) -> str:
+def ingredients_table(ingredients: Sequence[Ingredient]) -> str:
     """What a fit tried: error on held-out noise, evaluations and seconds, a star on what it chose."""
-    width = max(len("ingredient"), *(len(i["name"]) for i in ingredients))
+    width = max(len("ingredient"), *(len(i.name) for i in ingredients))
     lines = [f"{'ingredient':<{width}} {'error':>10} {'sample evaluations':>19} {'seconds':>8}"]
     for i in ingredients:
-        error = f"{i['error']:.4g}" if i["error"] is not None else "-"
-        star = "*" if i["chosen"] else " "
-        lines.append(f"{i['name']:<{width}} {error:>9}{star} {i['sample_evaluations']:>19} {i['seconds']:>8.1f}")
+        error = f"{i.error:.4g}" if i.error is not None else "-"
+        star = "*" if i.chosen else " "
+        lines.append(f"{i.name:<{width}} {error:>9}{star} {i.sample_evaluations:>19} {i.seconds:>8.1f}")
     return "\n".join(lines)

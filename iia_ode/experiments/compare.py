@@ -246,8 +246,8 @@ class _Fits:
                 report=lambda line: self.say(f"  {line}"), progress=self.progress,
             )  # fmt: skip
         self.made[name, nfe] = fit
-        evaluations = int(fit.about["evaluations"]) + (teacher.evaluations if teacher is not None else 0)
-        return fit, (int(fit.about["batch"]), evaluations, time.perf_counter() - begun + shared)
+        evaluations = fit.record.evaluations + (teacher.evaluations if teacher is not None else 0)
+        return fit, (fit.record.batch, evaluations, time.perf_counter() - begun + shared)
 
 
 def _grids(

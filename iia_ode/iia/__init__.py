@@ -4,14 +4,14 @@ The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_
 """
 
 from .budgets import BUDGETS, Budget
-from .candidates import Ingredient
 from .directions import StepRecord, Term, Window
 from .families import FreeGrid, LeapGrid, leap_grids
 from .fit import IIA, PRESETS, preset
-from .fitted import FittedSolver, StepReport, describe, load
+from .fitted import FittedSolver, describe, load
 from .least_squares import LeastSquares
 from .moments import Moments, estimate_moments, exact_moments
 from .plan_parameters import Parameters
+from .provenance import Ingredient, Record, SearchRecord, StepReport
 from .refine import Iteration, Refinement
 from .search import GridSearch, Trial, search_grid, search_levels
 from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
@@ -35,8 +35,10 @@ __all__ = [
     "Local",
     "Moments",
     "Parameters",
+    "Record",
     "Refinement",
     "Samples",
+    "SearchRecord",
     "StepRecord",
     "StepReport",
     "Substeps",

@@ -10,31 +10,12 @@ from torch import Tensor
 
 from ..plan import Plan
 from .endpoint import robust_mean
+from .provenance import Ingredient
 from .refine import Refinement
 from .routes import Route
 from .warm_start import WarmStart
 
-__all__ = ["Candidate", "Cost", "Ingredient"]
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """What was tried: the error with it, and what it cost.
-
-    Attributes
-    ----------
-    name : what it is.
-    error : root mean square endpoint error on the noise that it was judged by; None where that is not finite, or it could not
-        be made.
-    sample_evaluations, seconds : spent on it.
-    chosen : whether it is the result.
-    """
-
-    name: str
-    error: float | None
-    sample_evaluations: int
-    seconds: float
-    chosen: bool = False
+__all__ = ["Candidate", "Cost"]
 
 
 @dataclass

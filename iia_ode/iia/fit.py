@@ -22,7 +22,8 @@ from .fitted import FittedSolver
 from .fitting import Fitting
 from .gather import Alone, Gather, gather_over
 from .initial import distinct, warn_of_copies
-from .origin import origin
+from .origin import Origin
+from .provenance import Endpoint, Named, Record, TeacherOptions
 from .targets import Samples, Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher
 
@@ -209,7 +210,7 @@ class IIA:
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
         gather = gather_over(group)
-        made_for = origin(ode, x)
+        made_for = Origin.of(ode, x)
         first, total = gather.begin(
             own.stop - own.start, (self._options(), times, share, made_for, teacher is not None)
         )
@@ -233,26 +234,43 @@ class IIA:
             fitting = Fitting(method, ode, times, chunks, own.start, first, total, held, judged, teacher, gather)
             plan, reports, outcome = fitting.run(progress)
         cost = gather.sum(torch.tensor([spent.evaluations, spent.samples], dtype=torch.float64, device="cpu")).tolist()
-        about = {
-            "library": __about__.__version__,
+        record = self.record(
+            made_for,
+            batch=total,
+            held_out=held,
+            endpoint=outcome,
+            teacher=teacher,
+            seed=seed,
+            evaluations=int(cost[0]),
+            sample_evaluations=int(cost[1]),
+        )
+        return FittedSolver(plan, reports, record), fitting
+
+    def record(self, origin: Origin, *, endpoint: Endpoint, teacher: Teacher | None, **account: Any) -> Record:
+        """The account of a fit by this method.
+
+        Parameters
+        ----------
+        origin : the ODE and the states that the fit was made for.
+        endpoint : errors of the final states.
+        teacher : the trajectories that the fit used, if any.
+        account : the other fields of :class:`~iia_ode.iia.provenance.Record`: numbers of samples, cost, seed, search.
+        """
+        return Record(
+            library=__about__.__version__,
             **self._options(),
-            **made_for,
-            "batch": total,
-            "held_out": held,
-            "endpoint": outcome,
-            "teacher": None if teacher is None else teacher.way,
-            "seed": seed,
-            "evaluations": int(cost[0]),
-            "sample_evaluations": int(cost[1]),
-        }
-        return FittedSolver(plan, reports, about), fitting
+            origin=origin,
+            endpoint=endpoint,
+            teacher=None if teacher is None else TeacherOptions(**teacher.way),
+            **account,
+        )
 
     def _options(self) -> dict[str, Any]:
-        base = self.base_solver
+        base, target = self.base_solver, resolve_target(self.target, self.substeps)
         return {
-            "base": {"name": base.label.partition("(")[0], "options": base.options()},
+            "base": Named(base.label.partition("(")[0], base.options()),
             "terms": resolve_terms(self.terms, base.label)[0],
-            "target": resolve_target(self.target, self.substeps).options(),
+            "target": Named(target.name, {k: v for k, v in target.options().items() if k != "name"}),
             "history": self.history,
             "ridge": self.ridge,
             "guard": self.guard,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from .directions import StepRecord, Term, resolve_terms
 from .gather import Gather
 from .guard import too_few, verdict
 from .least_squares import LeastSquares, Solution
-from .report import StepReport
+from .provenance import UNJUDGED, Endpoint, StepReport, finite
 from .targets import Target, resolve_target
 from .teacher import DEFAULT_WAY, Teacher
 
@@ -90,7 +89,7 @@ class Fitting:
         """Where :meth:`run` took all samples of this process, [B, ...] on the host; those that run along as well."""
         return torch.cat([chunk.values[max(chunk.values)] for chunk in self.chunks])
 
-    def run(self, progress: bool) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
+    def run(self, progress: bool) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
         """The plan, the report of each fitted step, and the outcome of the guard."""
         base = self.method.base_solver
         _, terms = resolve_terms(self.method.terms, base.label)
@@ -169,13 +168,10 @@ class Fitting:
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
-    def _guarded(
-        self, plan: Plan, reports: tuple[StepReport, ...]
-    ) -> tuple[Plan, tuple[StepReport, ...], dict[str, Any]]:
+    def _guarded(self, plan: Plan, reports: tuple[StepReport, ...]) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
         """The fit if its final states are clearly nearer the truth than the base's; else the base, and a warning."""
-        outcome: dict[str, Any] = {"base": None, "fit": None, "fell_back": False, "reference": "none", "why": ""}
         if not (self.judged and any(r.accepted for r in reports)):
-            return plan, reports, outcome
+            return plan, reports, UNJUDGED
         base = trace(
             self.method.base_solver, plan.schedule, torch.tensor(plan.grid, dtype=_F64, device="cpu"), consistent=False
         )
@@ -185,20 +181,21 @@ class Fitting:
                 self._fill(squares, chunk, base, len(plan.code))
             squares = self.gather.sum(squares)[0 if self.teacher is not None else self.total - self.held_out :]
             found = verdict(squares, self.held_out, 100 * torch.finfo(self.chunks[0].samples.initial.dtype).eps)
-            reference = DEFAULT_WAY if self.teacher is None else self.teacher.way
-            outcome["reference"] = ", ".join(f"{k} {v}" for k, v in reference.items())
+            way = DEFAULT_WAY if self.teacher is None else self.teacher.way
+            reference = ", ".join(f"{k} {v}" for k, v in way.items())
             seen = (
                 f"on the {self.held_out} held-out samples it ends {found.fit:.3g} from the truth, the base {found.base:.3g} "
                 "(root mean square); "
             )
         else:
-            found, seen = too_few(self.total), ""
-        outcome |= {
-            "base": found.base if math.isfinite(found.base) else None,
-            "fit": found.fit if math.isfinite(found.fit) else None,
-            "fell_back": not found.kept,
-            "why": "" if found.kept else found.why,
-        }
+            found, seen, reference = too_few(self.total), "", UNJUDGED.reference
+        outcome = Endpoint(
+            base=finite(found.base),
+            fit=finite(found.fit),
+            fell_back=not found.kept,
+            reference=reference,
+            why="" if found.kept else found.why,
+        )
         if found.kept:
             return plan, reports, outcome
         other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"

@@ -17,13 +17,15 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Plan, trace
 from ..solvers import get_solver
 from .budgets import AGAIN, Budget
-from .candidates import Candidate, Cost, Ingredient
+from .candidates import Candidate, Cost
 from .endpoint import Ends, by_robust_error
 from .families import LeapGrid, leap_grids
 from .fit import IIA
 from .fitted import FittedSolver
 from .initial import fresh_states, held_out_of
+from .origin import Origin
 from .outcome import Outcome
+from .provenance import UNJUDGED, Ingredient, Record
 from .refine import Refinement, refine
 from .remembered import RememberedODE
 from .routes import Route, joined, starts_of, worth_refining
@@ -114,6 +116,7 @@ class Job:
             best,
             plan,
             fitted,
+            self._unfitted(),
             tuple(self.found),
             tuple(self.failed),
             self.costs,
@@ -126,9 +129,6 @@ class Job:
         return found.solver(
             f"iia-{self.nfe}",
             budget=self.budget,
-            base=_BASELINE,
-            batch=len(self.x),
-            held_out=len(self.x) - self.train,
             given=self.given,
             final_draws=self.final_draws,
             checkpointed=self.checkpointed,
@@ -405,6 +405,18 @@ class Job:
     def _add(self, found: Candidate) -> None:
         self.found.append(found)
         self.say(f"{found}, on held-out noise ({found.cost.seconds:.1f} s)")
+
+    def _unfitted(self) -> Record:
+        """The account of a fit over the solver that the search competes with, with zero corrections."""
+        return replace(self.method, base=_BASELINE).record(
+            Origin.of(self.ode, self.x),
+            endpoint=UNJUDGED,
+            teacher=self.teacher,
+            batch=len(self.x),
+            held_out=len(self.x) - self.train,
+            evaluations=0,
+            sample_evaluations=0,
+        )
 
     def _errors(self, plan: Plan) -> Tensor:
         """Endpoint errors on held-out noise, one for each sample."""

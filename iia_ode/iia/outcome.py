@@ -1,37 +1,50 @@
-"""What the one call ends with: the solver that was chosen, and the account of how it was found."""
+"""Result of a search: the solver that it chose, and the account of how it was found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from ..plan import Plan
 from .budgets import Budget
-from .candidates import Candidate, Cost, Ingredient
+from .candidates import Candidate, Cost
 from .fitted import FittedSolver
+from .provenance import (
+    UNJUDGED,
+    Ingredient,
+    Record,
+    RefinementRecord,
+    SearchRecord,
+    Split,
+    StageCost,
+    finite,
+    to_json,
+)
+from .refine import Refinement
 
 __all__ = ["Outcome"]
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The end of one call of :func:`iia_ode.fit`.
+    """The result of one call of :func:`iia_ode.fit`.
 
     Attributes
     ----------
-    best : what was chosen.
-    plan : that, or its last fit to all of the noise.
-    fitted : the fit behind the plan; None where nothing that was fitted is better than what was not.
-    found, failed : everything that was tried.
-    costs : of what is no ingredient's own.
-    evaluations, samples : model calls, and sample evaluations less the backward passes of refinements that were judged.
-    seconds : in all.
+    best : the chosen candidate.
+    plan : the plan of `best`, or its last fit to all samples.
+    fitted : the closed-form fit behind `plan`; None if the rival, a solver without a fit, was chosen.
+    unfitted : account of a fit over the rival with zero corrections, whose split is the split of the search.
+    found, failed : candidates, and attempts that failed.
+    costs : cost of each stage that belongs to no candidate.
+    evaluations, samples : model calls, and sample evaluations without the backward passes of candidates.
+    seconds : wall-clock time of the call.
     """
 
     best: Candidate
     plan: Plan
     fitted: FittedSolver | None
+    unfitted: Record
     found: tuple[Candidate, ...]
     failed: tuple[Ingredient, ...]
     costs: Mapping[str, Cost]
@@ -40,40 +53,47 @@ class Outcome:
     seconds: float
 
     def solver(
-        self, name: str, *, budget: Budget, base: str, batch: int, held_out: int, seed: int, **options: Any
+        self, name: str, *, budget: Budget, given: int, final_draws: int, checkpointed: bool, seed: int
     ) -> FittedSolver:
-        """The fitted solver of that name, which knows how it was found; `options` are recorded as they are."""
+        """The chosen solver under the given name, with its record; the options go into the record."""
         best, fitted = self.best, self.fitted
-        ladder = [*(f.ingredient(chosen=f is best) for f in self.found), *self.failed]
-        closed = best.refinement is None and fitted is not None
-        samples = self.samples + sum(f.refinement.backward for f in self.found if f.refinement is not None)
-        # Whatever is not fitted is described like a fit over it that changes nothing.
-        about = fitted or next(f.route.fitted for f in self.found if f.route is not None and f.route.fitted is not None)
-        reports = about.reports if closed else ()
-        recipe = {
-            "rival": base,
-            "budget": asdict(budget) | {"rounds": [list(r) for r in budget.rounds]},
-            "ingredients": [asdict(i) for i in ladder],
-            "refinement": None if best.refinement is None else best.refinement.about(),
-            "steps": {k: about.about[k] for k in ("batch", "held_out")} if reports else None,
-            **{k: {"sample_evaluations": c.samples, "seconds": c.seconds} for k, c in self.costs.items()},
-            "fitted_to_all": self.plan is not best.plan,
-            **options,
-            "evaluations": self.evaluations,
-            "sample_evaluations": samples,
-            "seconds": self.seconds,
-        }
-        unfitted = next((i.error for i in ladder if i.name.startswith(base)), None)
-        more = {
-            "batch": batch,
-            "held_out": held_out,
-            "endpoint": about.about["endpoint"]
-            | {"base": unfitted, "fit": best.error, "fell_back": best.route is None},
-            "seed": seed,
-            "evaluations": self.evaluations,
-            "sample_evaluations": samples,
-            "recipe": recipe,
-        }
-        if best.route is None:
-            more["base"] = {"name": base, "options": {}}
-        return FittedSolver(replace(self.plan, name=name), reports, about.about | more)
+        closed = fitted if best.refinement is None else None
+        own = self.unfitted if fitted is None else fitted.record
+        search = SearchRecord(
+            rival=self.unfitted.base.name,
+            budget=to_json(budget),
+            ingredients=(*(f.ingredient(chosen=f is best) for f in self.found), *self.failed),
+            refinement=None if best.refinement is None else _account(best.refinement),
+            steps=Split(closed.record.batch, closed.record.held_out) if closed and closed.reports else None,
+            costs={k: StageCost(c.samples, c.seconds) for k, c in self.costs.items()},
+            fitted_to_all=self.plan is not best.plan,
+            given=given,
+            final_draws=final_draws,
+            checkpointed=checkpointed,
+            seconds=self.seconds,
+        )
+        record = replace(
+            own,
+            batch=self.unfitted.batch,
+            held_out=self.unfitted.held_out,
+            endpoint=replace(
+                UNJUDGED,
+                base=next((f.error for f in self.found if f.route is None), None),
+                fit=best.error,
+                fell_back=best.route is None,
+            ),
+            evaluations=self.evaluations,
+            sample_evaluations=self.samples + sum(f.refinement.backward for f in self.found if f.refinement),
+            seed=seed,
+            search=search,
+        )
+        return FittedSolver(replace(self.plan, name=name), closed.reports if closed else (), record)
+
+
+def _account(refinement: Refinement) -> RefinementRecord:
+    return RefinementRecord(
+        train=tuple(finite(i.train) for i in refinement.iterations),
+        held_out=tuple(finite(i.held_out) for i in refinement.iterations),
+        best=refinement.best,
+        reason=refinement.reason,
+    )

@@ -21,7 +21,7 @@ from .fitted import FittedSolver
 from .gather import ranks_of
 from .initial import distinct, initial_states, more_states, smallest_level, start_time, warn_of_copies
 from .job import Job
-from .origin import conditions_digest, origin
+from .origin import Origin, conditions_digest
 from .remembered import RememberedODE
 from .shared import SharedODE
 from .teacher import Teacher
@@ -93,7 +93,7 @@ def fit(
     Returns
     -------
     A :class:`FittedSolver` that starts from ``sigma * noise`` at ``fit.grid[0]`` and ends at the data. Its
-    ``about["recipe"]`` has the list of ingredients with their errors and costs; ``fit.explain()`` says it in words.
+    ``record.search`` has the list of ingredients with their errors and costs; ``fit.explain()`` says it in words.
 
     Raises
     ------
@@ -147,4 +147,4 @@ def _digest(ode: ProbabilityFlowODE, x: Tensor, teacher: Teacher | None) -> tupl
     known = () if path is None else (path.knots, path.states, path.slopes, path.data)
     for values in (x, *(v for v in known if v is not None)):
         digest.update(bytes_of(values))
-    return origin(ode, x), conditions_digest(ode), digest.hexdigest(), None if teacher is None else teacher.about
+    return Origin.of(ode, x), conditions_digest(ode), digest.hexdigest(), None if teacher is None else teacher.about

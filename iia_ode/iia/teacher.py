@@ -26,7 +26,8 @@ from ..reference import Trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
-from .origin import check_origin, conditions_digest, origin
+from .origin import Origin, conditions_digest
+from .provenance import from_json, to_json
 
 __all__ = ["DEFAULT_WAY", "Teacher", "data_level"]
 
@@ -122,7 +123,7 @@ class Teacher:
             final,
             spent.evaluations,
         )
-        about = origin(ode, x) | {
+        about = to_json(Origin.of(ode, x)) | {
             "solver": _SOLVER,
             "steps": steps,
             "t_start": float(t_start),
@@ -256,7 +257,8 @@ class Teacher:
         -----
         FingerprintWarning : the model's weights differ.
         """
-        check_origin("the teacher", self.about, ode, x, made="made", strict_guidance=True, stacklevel=stacklevel)
+        origin = from_json(Origin, self.about, "the teacher")
+        origin.check(ode, x, name="the teacher", made="made", strict_guidance=True, stacklevel=stacklevel)
         if self.initial.shape != x.shape or not torch.equal(self.initial, x.detach().cpu().to(self.initial.dtype)):
             raise MismatchError(
                 f"the teacher starts from other states than these {list(x.shape)}: make it with Teacher.solve(ode, x, ...)."

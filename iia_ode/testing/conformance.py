@@ -328,7 +328,7 @@ def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
     _require(
         torch.equal(sample(ode, x, solver=loaded), sample(ode, x, solver=fit)), solver, "loaded, it gives other samples"
     )
-    _require(loaded.about == fit.about, solver, f"saved with {fit.about}, it was loaded with {loaded.about}")
+    _require(loaded.record == fit.record, solver, f"saved with {fit.record}, it was loaded with {loaded.record}")
 
 
 CHECKS: tuple[Check, ...] = tuple(_CHECKS)
