@@ -14,7 +14,8 @@ from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..plan.storing import pack, tensors_misfit, unpack
+from ..plan.plan import unpacked
+from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from .origin import check_origin
@@ -217,7 +218,7 @@ def _built(
 ) -> FittedSolver:
     """What a file holds, on this schedule or its own."""
     found = stored_schedule(path, header["about"]["schedule"], tensors, schedule)
-    return FittedSolver(unpack(path, found, header["name"], header["code"], tensors), reports, header["about"])
+    return FittedSolver(unpacked(path, found, header["name"], header["code"], tensors), reports, header["about"])
 
 
 def describe(path: str | os.PathLike[str]) -> str:
