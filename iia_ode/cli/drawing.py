@@ -16,9 +16,10 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def draw_fit(fit: FittedSolver, folder: Path) -> list[Path]:
-    """Draw a fit: its coefficients, the residuals of its steps if fitted step by step, and the solvers tried if searched.
+    """Draw a fitted solver into PNG files.
 
-    Without matplotlib, print a line on stderr and draw nothing.
+    Every fit has a plot of its coefficients. A fit made step by step has a plot of residuals, and a fit made by
+    :func:`iia_ode.fit` has a plot of the ingredients tried. Without matplotlib, print a line on stderr and draw nothing.
 
     Parameters
     ----------

@@ -188,9 +188,8 @@ def _search(
 ) -> FittedSolver:
     """Call `iia_ode.fit` with the command's options."""
     count = samples or (256 if files.kept is None else len(files.kept.initial))
-    if (
-        files.save_teacher is not None
-    ):  # `iia_ode.fit` adds no noise to a given teacher, so draw all of the budget's here
+    if files.save_teacher is not None:
+        # `iia_ode.fit` adds no noise to a given teacher, so all samples of the budget are drawn here.
         count = max(count, BUDGETS[budget].draws)
     ode, x = job.draw(count)
     schedule, top = job.setting.schedule, job.setting.sigma_max

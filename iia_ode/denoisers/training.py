@@ -30,8 +30,8 @@ class TrainingOptions:
     batch : images per step, at least 1.
     lr : peak learning rate of Adam. The rate warms up linearly over 200 steps and decays to zero along a cosine.
     log_sigma_mean, log_sigma_std : mean and standard deviation of log(sigma) in training, where sigma is log-normal. The
-        defaults are wider than EDM's (-1.2, 1.2) because a solver visits all levels from 0.002 to 80; here those lie within
-        three and a half standard deviations.
+        defaults are wider than EDM's (-1.2, 1.2), because a solver visits all levels from 0.002 to 80. With the defaults,
+        all of these levels lie within three and a half standard deviations of the mean.
     label_dropout : share of labels replaced by the null label, for classifier-free guidance [Ho & Salimans 2022].
     ema : decay per step of the exponential moving average of the weights. In the first steps the decay is smaller.
     seed : seed of initialization, batches, noise and dropout.
@@ -118,8 +118,8 @@ def train_edm(
     images : all images, training and held-out, float32 [N, C, H, W].
     labels : class labels of all images, int64 [N]; None for images without labels.
     options : length, learning rate, noise levels and seed of the training.
-    held_out : images kept for the held-out loss. A number is their share, and the images are drawn with the seed; a tensor
-        bool [N] marks the images.
+    held_out : images kept for the held-out loss. A number is the share of images to draw with the seed; a bool tensor [N]
+        marks the images.
     device : device of the network. Random numbers are drawn on the CPU and do not depend on the device.
     progress : whether to show a progress bar.
 

@@ -163,7 +163,7 @@ class EDMDenoiser(nn.Module):
     def frozen(self) -> EDMDenoiser:
         """Prepare the denoiser for inference, in place.
 
-        The denoiser goes into evaluation mode. Its weights lose their gradients and get the channels-last memory layout.
+        The denoiser goes into evaluation mode. Its weights no longer require gradients and get the channels-last layout.
 
         Returns
         -------

@@ -176,7 +176,7 @@ def compare(
     ------
     UnknownNameError : no such solver, preset or budget.
     InputError : the comparison is empty: no solvers, no numbers of evaluations, no samples, or no solver can make any of
-        the numbers.
+        the numbers. Or guidance is requested and the setting has no conditions.
     GridError : `make_grid` cannot make a grid of two levels.
     """
     if not solvers or not nfes or samples < 1 or fit_samples < 1:
@@ -253,7 +253,7 @@ class _Fits:
     def _found_teacher(self) -> tuple[Teacher | None, float]:
         """Accurate trajectories for :func:`iia_ode.fit`, shared by all numbers of evaluations, and their time in seconds.
 
-        The trajectories are None if :func:`iia_ode.fit` adds noise samples and must solve for all of them.
+        The trajectories are None if :func:`iia_ode.fit` must make its own, because it adds noise samples or rescales them.
         """
         begun = time.perf_counter()
         if self.budget.draws > len(self.x) or self.setting.sigma_max < _SMALL:
