@@ -34,11 +34,11 @@ class Process:
 
     @property
     def leads(self) -> bool:
-        """Whether this process prints and writes: only rank 0 does."""
+        """Whether the process prints and writes: only rank 0 does."""
         return self.rank == 0
 
     def share(self, samples: int) -> slice:
-        """Return the part of a batch for this process."""
+        """Return the slice of a batch for the process."""
         return share(self.rank, self.size, samples)
 
     def gathered(self, own: Tensor, samples: int) -> Tensor | None:
@@ -46,7 +46,7 @@ class Process:
 
         Parameters
         ----------
-        own : samples of this process [b, ...].
+        own : the samples of the process, [b, ...].
         samples : size of the whole batch, B.
 
         Returns
