@@ -133,7 +133,7 @@ def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monk
         (["--no-guard"], "--guard/--no-guard goes with --solver"),
         (["--grid", "karras"], "--grid goes with --solver"),
         (["--rho", "3"], "--rho goes with --solver"),
-        (["--solver", "heun", "--budget", "standard"], "--budget is that of a search"),
+        (["--solver", "heun", "--budget", "standard"], "--budget is for a search"),
         (["--solver", "iia-edm", "--terms", "window"], "preset iia-edm brings its own terms"),
         (
             ["--solver", "heun", "--substeps", "2", "--target", "local"],
@@ -195,10 +195,10 @@ def test_every_sample_belongs_to_exactly_one_process():
     ("options", "text"),
     [
         (["--save-teacher", "t"], "--save-teacher needs one process"),
-        ([], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
+        ([], "cannot join the 2 processes announced by WORLD_SIZE"),
         (["--solver", "ddim", "--samples", "1"], "1 samples are too few for 2 processes"),
         (["--solver", "ddim", "--save-teacher", "t", "--target", "trajectory"], "--save-teacher needs one process"),
-        (["--solver", "ddim"], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
+        (["--solver", "ddim"], "cannot join the 2 processes announced by WORLD_SIZE"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

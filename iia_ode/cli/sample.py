@@ -1,4 +1,4 @@
-"""``iia-ode sample``: states from noise, by a registered solver or a file."""
+"""``iia-ode sample``: draw samples with a registered solver, or with a fitted solver from a file."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["sample_command"]
 @click.command("sample")
 @on_a_model
 @click.argument("solver")
-@click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations, where the solver is a name.")
-@click.option("--samples", type=COUNT, default=64, show_default=True, help="How many samples.")
+@click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations, if SOLVER is a name.")
+@click.option("--samples", type=COUNT, default=64, show_default=True, help="Number of samples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/samples", show_default=True)
 def sample_command(
     job: Job,
@@ -36,11 +36,11 @@ def sample_command(
     samples: int,
     out: Path,
 ) -> None:
-    """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote, which brings its own grid.
+    """Draw samples with SOLVER: a registered name, or a file written by `iia-ode fit`. A file brings its own grid.
 
-    Writes samples.safetensors and, where the samples are images, samples.png into --out. Every sample has a seed of its own,
-    made of --seed and its number: more samples, or several processes that share them, as torchrun starts them, change none but
-    for the rounding of the model.
+    Writes samples.safetensors into --out, and samples.png for images. Every sample has its own seed, made from --seed and
+    the number of the sample. More samples, or several processes under torchrun, change no sample by more than the rounding
+    of the model.
     """
     known = {*PRESETS, RECIPE, *solver_names()}
     method: Solver | FittedSolver
