@@ -22,7 +22,6 @@ from iia_ode.iia import IIA, Teacher
 SEARCH = ["fit", "--setting", "mixture", "--nfe", "4", "--samples", "32", "--budget", "closed-form"]
 WINDOW = ["--setting", "mixture", "--solver", "ddim", "--terms", "window", "--target", "trajectory", "--nfe", "5"]
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 # ---- one call --------------------------------------------------------------------------------------------------------
@@ -319,16 +318,7 @@ def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(by_two):
     assert sorted(p.name for p in folder.glob("two-*")) == ["two-fit", "two-sample"]
 
 
-# ---- the README and the reference ----------------------------------------------------------------------------------
-
-
-def test_the_readmes_section_on_fits_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    exec(code, namespace)
-    assert namespace["fit"].nfe == 5
-    assert "chosen: " in capsys.readouterr().out
+# ---- the reference -------------------------------------------------------------------------------------------------
 
 
 def test_every_name_of_a_fit_is_in_the_api_reference():
