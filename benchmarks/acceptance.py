@@ -293,30 +293,31 @@ TITLE = "# Fitted solvers against the best classic solver\n"
 
 HOW = """## How the comparison was measured
 
-`python benchmarks/acceptance.py` measures whatever the stored results lack, and `python benchmarks/acceptance.py --table` writes
-this page. Errors are root mean square (RMS) differences per component between final states and a converged reference. The noise
-is unseen: no fit and no choice of solver, grid or option used it (odd seeds; fits draw from even seeds). Columns are numbers of
-evaluations (NFE).
+`python benchmarks/acceptance.py` measures whatever the stored results lack, and `python benchmarks/acceptance.py --table`
+writes this page. Errors are root mean square (RMS) differences per component between final states and a converged
+reference. The noise is unseen: no fit and no choice of solver, grid or option used it (odd seeds; fits draw from even
+seeds). Columns are numbers of evaluations (NFE).
 
-- *Best classic*: the lowest error of all registered solvers that make exactly the given number of evaluations. The Karras grid
-  of each solver is tuned on the fitting noise over rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3}.
-  The search is exact: a pair of solver and grid is dropped only once its sum of squared errors exceeds the whole sum of the
-  winner. An evaluation shared by several pairs counts once. Some winners have rho = 9, the largest value tried, and larger
-  values might be better still.
-- *Best classic, leap grid searched*: all solvers run on the leap grid found for the fit. The best three solvers there and the
-  best solver on Karras grids, among solvers with one evaluation per step, then get the grid search of the fit while their
-  weights stay fixed. The row separates the gain of the weights from the gain of the grid. The mixture alone has it.
-- *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, a grid searched for this fit; no
-  intercept, no warm start, no gradients.
-- *Budgets*: `iia_ode.fit` with its defaults. `thorough` draws additional noise where fewer than 512 draws are given, and makes
-  its final choice on twice as many fresh draws.
-- *Seeds*: the defaults of the library were revised several times with the results of seed 0 in view, although no option was set
-  by the unseen noise of seed 0. The noise of the other seeds informed no revision.
-- *Sample evaluations* were counted by the version of the code that made the row. Searches now memoize evaluations, and most fits
-  take fewer.
-- *Standard error of a ratio*: the two errors are taken as independent. They share their noise, and the figure is an upper bound.
-- *Median sample*: the median of the errors of single samples. Where the median lies far below the error, a few samples that end
-  in another mode make up nearly all of the error.
+- *Best classic*: the lowest error of all registered solvers that make exactly the given number of evaluations. The Karras
+  grid of each solver is tuned on the fitting noise over rho in {3, 5, 7, 9} and sigma_min in {0.002, 0.01, 0.03, 0.06, 0.1,
+  0.2, 0.3}. The search is exact: a pair of solver and grid is dropped only once its sum of squared errors exceeds the whole
+  sum of the winner. An evaluation shared by several pairs counts once. Some winners have rho = 9, the largest value tried,
+  and larger values might be better still.
+- *Best classic, leap grid searched*: all solvers run on the leap grid found for the fit. The best three solvers there and
+  the best solver on Karras grids, among solvers with one evaluation per step, then get the grid search of the fit while
+  their weights stay fixed. The row separates the gain of the weights from the gain of the grid. The mixture alone has it.
+- *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, a grid searched for this fit;
+  no intercept, no warm start, no gradients.
+- *Budgets*: `iia_ode.fit` with its defaults. `thorough` draws additional noise where fewer than 512 draws are given, and
+  makes its final choice on twice as many fresh draws.
+- *Seeds*: the defaults of the library were revised several times with the results of seed 0 in view, although no option was
+  set by the unseen noise of seed 0. The noise of the other seeds informed no revision.
+- *Sample evaluations* were counted by the version of the code that made the row. Searches now memoize evaluations, and most
+  fits take fewer.
+- *Standard error of a ratio*: the two errors are taken as independent. They share their noise, and the figure is an upper
+  bound.
+- *Median sample*: the median of the errors of single samples. Where the median lies far below the error, a few samples that
+  end in another mode make up nearly all of the error.
 """
 
 Found = dict[int, dict[str, Entry]]
@@ -491,8 +492,8 @@ def answer(found: dict[tuple[str, int], Found]) -> str:
     if not lines:
         return ""
     text = (
-        f"On unseen noise, `iia_ode.fit` at budget `standard` has the following share of the endpoint error of the best classic "
-        f"solver, whose grid is tuned: {'; '.join(ranges)}. The table divides error by error; lower is better."
+        f"On unseen noise, the endpoint error of `iia_ode.fit` at budget `standard`, divided by the error of the best tuned "
+        f"classic solver, is {'; '.join(ranges)}."
     )
     return f"{text}\n\n{table(['ratio to the best classic', 'budget', *map(str, nfes)], lines, left=2)}"
 
