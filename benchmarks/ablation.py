@@ -306,8 +306,8 @@ def cells(store: Store, name: str, nfe: int, seed: int, options: argparse.Namesp
 LEAD = """# What each ingredient is worth
 
 Added to DDIM alone on mixture64, Gauss-Newton refinement lowers the error most at 6 evaluations, and a closed-form fit to
-the trajectory lowers the error most at 10. In the full recipe, the leap grid and the trajectory target matter most:
-replacing either raises the error most, with refinement or without.
+the trajectory lowers the error most at 10. In the full recipe, replacing the leap grid by the default Karras grid raises
+the error most; without refinement, replacing the trajectory target by the sub-step target does.
 
 One or two samples in a hundred end in another component of the mixture. They make most of the RMS error, and the others
 make the median. Without refinement, the trajectory target has a much lower RMS error than the local targets; with
