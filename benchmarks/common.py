@@ -18,7 +18,6 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.experiments import Setting, batch_seed, get_setting
-from iia_ode.experiments.settings import _ClosedForm
 from iia_ode.files import read_tensors, write_bytes, write_tensors
 from iia_ode.iia import Teacher
 from iia_ode.metrics import rmse_with_error
@@ -168,7 +167,7 @@ def setting_of(name: str) -> Setting:
 
 def is_closed_form(setting: Setting) -> bool:
     """Whether an evaluation costs next to nothing."""
-    return isinstance(setting, _ClosedForm)
+    return setting.is_closed_form
 
 
 def kind_of(name: str) -> str:

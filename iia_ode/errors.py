@@ -7,6 +7,8 @@ Each also derives from the built-in exception that a reader would expect (``Valu
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -26,8 +28,12 @@ __all__ = [
     "RankError",
     "ScheduleError",
     "UnknownNameError",
+    "first_line",
     "unknown_name",
+    "warn",
 ]
+
+_INSIDE = ("iia_ode", "torch", "contextlib")  # modules that stand between a warning and the user's line
 
 
 class IIAError(Exception):
@@ -97,6 +103,14 @@ class GuardWarning(UserWarning):
 def first_line(error: Exception) -> str:
     """The first line of an error's message; the rest of torch's is advice for its developers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Issue a warning that names the user's line: the innermost frame outside of this package and of torch's decorators."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

@@ -244,7 +244,7 @@ def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
         (["fit", *SMALL[:2], "--solver", "heun", "--nfe", "6", "--out", "x"], "cannot make exactly 6 evaluations"),
         (["sample", "iia-ddim"], "has to be fitted first: iia-ode fit --solver iia-ddim"),
         (["sample", "iia", "--nfe", "6"], "has to be fitted first: iia-ode fit --nfe 6"),
-        (["compare", "--budget", "standard"], "--budget is that of solver 'iia'"),
+        (["compare", "--budget", "standard"], "--budget is for solver 'iia': add iia to --solvers"),
         (["sample", "nothing.safetensors"], "no file 'nothing.safetensors'"),
         (["show", "nothing"], "no file 'nothing'"),
         (["sample", "heun", "--setting", "mixture", "--nfe", "5", "--out", "/dev/null/x"], "/dev/null"),

@@ -148,7 +148,7 @@ def test_what_one_call_finds_can_be_compared_and_finds_its_own_grid():
         assert result.settings["grids"][f"iia {nfe}"] == by_hand.grid.tolist()
     rows = {(r.solver, r.nfe): r for r in result.rows}
     assert rows["iia", 5].fit_samples == 32
-    assert rows["iia", 5].fit_evaluations == by_hand.about["evaluations"]  # trajectories included
+    assert rows["iia", 5].fit_evaluations == by_hand.record.evaluations  # trajectories included
     assert rows["iia", 5].rmse < rows["heun", 5].rmse
     with pytest.raises(iia.UnknownNameError, match="unknown budget 'huge'"):
         compare(setting, ["iia"], [4], iia.grids.karras, budget="huge")
@@ -181,7 +181,7 @@ def test_fits_to_accurate_trajectories_share_them_and_each_counts_them():
     for nfe, row in zip((4, 6), shared.rows, strict=True):
         alone = iia.preset("iia-ddim", target="trajectory").fit(ode, iia.grids.karras(nfe), x)
         assert shared.fits["iia-ddim", nfe].plan.difference(alone.plan) == 0
-        assert row.fit_evaluations == alone.about["evaluations"]
+        assert row.fit_evaluations == alone.record.evaluations
 
 
 def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, capsys):

@@ -240,7 +240,7 @@ def test_a_training_that_holds_out_nothing_or_everything_is_refused(data, held_o
     def build():
         return EDMDenoiser(UNet(channels=(8,), blocks=1, classes=0, embedding=8), 0.75, (1, 8, 8))
 
-    with pytest.raises(iia.InputError, match=r"of 20 images, (0|20) would be held out: some must be, and not all"):
+    with pytest.raises(iia.InputError, match=r"of 20 images, (0|20) would be held out: hold out at least one"):
         train_edm(build, data[0][:20], None, TrainingOptions(steps=1), held_out=held_out, progress=False)
 
 

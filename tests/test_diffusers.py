@@ -477,15 +477,6 @@ def test_a_last_level_that_repeats_the_one_before_is_an_evaluation_for_nothing(c
     close(pair.final, iia.sample(pair.ode, pair.x, solver=plan), atol=DOUBLE)
 
 
-@pytest.mark.parametrize("case", [Case("DPMSolverMultistep", {"solver_order": 3}, steps=20)], ids=str)
-@pytest.mark.usefixtures("double_precision")
-def test_the_third_order_of_dpm_solver_has_half_the_weight_of_the_exact_one(case: Case) -> None:
-    pair = Pair(case)
-    assert pair.gap() <= DOUBLE
-    exact = iia.sample(pair.ode, pair.x, pair.grid, "expab3")
-    assert float((pair.final - exact).abs().max()) > 1e-4
-
-
 @pytest.mark.parametrize("case", [Case("UniPCMultistep", {"solver_type": "bh1"})], ids=str)
 def test_unipc_bh1_to_sigma_0_is_not_a_number(case: Case) -> None:
     pair = Pair(case)

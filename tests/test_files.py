@@ -53,7 +53,7 @@ def test_samples_after_loading_are_bit_equal_to_those_before_saving(tmp_path_fac
     x = states(schedule, seed=1).to(dtype)
     ode = ode_on(schedule)
     assert torch.equal(iia.sample(ode, x, solver=fit), iia.sample(ode, x, solver=again))
-    assert (again.about, again.reports, again.name, again.nfe) == (fit.about, fit.reports, fit.name, fit.nfe)
+    assert (again.record, again.reports, again.name, again.nfe) == (fit.record, fit.reports, fit.name, fit.nfe)
     assert torch.equal(again.grid, fit.grid)
     assert str(again) == str(fit)
     assert again.explain() == fit.explain()
@@ -65,15 +65,17 @@ def test_the_file_is_plain_safetensors_with_one_json_string(tmp_path):
         header = json.loads(file.metadata()["iia_ode"])
         dtypes = {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
     assert dtypes == {"grid": F64, "times": F64, "weights": F64}
-    about = header["about"]
+    record = header["record"]
     assert header["kind"] == "fitted solver"
     assert header["format"] == 1
-    assert about["library"] == iia.__version__
-    assert about["base"] == {"name": "heun", "options": {}}
-    assert about["target"] == {"name": "substeps", "substeps": 3}
-    assert about["schedule"] == {"type": "EDM"}
-    assert (about["terms"], about["prediction"], about["history"], about["ridge"]) == ("iia-edm", "data", 1, 0.0)
-    assert (about["batch"], about["seed"], about["state_shape"], about["state_dtype"]) == (6, 7, [4], "float64")
+    assert record["library"] == iia.__version__
+    assert record["base"] == {"name": "heun", "options": {}}
+    assert record["target"] == {"name": "substeps", "options": {"substeps": 3}}
+    assert (record["terms"], record["history"], record["ridge"], record["batch"]) == ("iia-edm", 1, 0.0, 6)
+    assert (record["seed"], record["search"]) == (7, None)
+    origin = record["origin"]
+    assert (origin["schedule"], origin["prediction"]) == ({"type": "EDM"}, "data")
+    assert (origin["state_shape"], origin["state_dtype"]) == ([4], "float64")
     assert len(header["reports"]) == 3
 
 
@@ -119,7 +121,7 @@ def test_weights_that_are_tensors_and_constants_come_back_too(tmp_path):
     weight = torch.tensor([1.0, 2.0, 0.5, 0.25], dtype=F64)
     code = (Evaluate(0, 40.0, "data"), Combine(((0, weight), (1, -0.5)), torch.ones(4, dtype=F64), step=1))
     plan = iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine")
-    fit = iia.FittedSolver(plan, (), fitted().about)
+    fit = iia.FittedSolver(plan, (), fitted().record)
     again = iia.load(fit.save(tmp_path / "fit.safetensors"))
     x = states(iia.EDM())
     assert torch.equal(again.plan.run(ode_on(iia.EDM()), x), plan.run(ode_on(iia.EDM()), x))
@@ -194,9 +196,9 @@ def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_gu
     with pytest.warns(MismatchWarning, match=r"guidance_scale 2.0, and this ODE has 3.0") as caught:
         iia.sample(guided(3.0, y=torch.ones(6)), x, solver=own)
     assert len(caught) == 1
-    with pytest.raises(iia.MismatchError, match=r"conditioning of shapes {'y': \[\]} a sample, .* has {'z': \[\]}"):
+    with pytest.raises(iia.MismatchError, match=r"conditions of shapes \(per sample\) y \[\], .* has z \[\]"):
         iia.sample(guided(2.0, z=torch.ones(6)), x, solver=own)
-    with pytest.raises(iia.MismatchError, match=r"{'y': \[\]} a sample, and this ODE has {'y': \[3\]}"):
+    with pytest.raises(iia.MismatchError, match=r"\(per sample\) y \[\], and this ODE has y \[3\]"):
         iia.sample(guided(2.0, y=torch.ones(6, 3)), x, solver=own)
     with pytest.raises(iia.MismatchError, match=r"states \[B, 4\], got \[6, 2, 2\]"):
         iia.sample(guided(2.0, y=torch.ones(6)), x.reshape(6, 2, 2), solver=own)
@@ -226,7 +228,7 @@ def test_other_weights_of_the_model_give_a_warning_and_the_same_weights_none():
 
     x = states(iia.EDM()).float()
     fit = iia.preset("iia-edm").fit(ode(first), iia.grids.karras(3), x)
-    with pytest.warns(iia.FingerprintWarning, match="its weights were not made for it"):
+    with pytest.warns(iia.FingerprintWarning, match="the weights were not made for it"):
         iia.sample(ode(second), x, solver=fit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -460,8 +462,8 @@ def test_a_default_device_does_not_reach_files_and_networks(tmp_path, meta_by_de
     assert {v.device.type for v in [*denoiser.state_dict().values(), denoiser.network.frequencies]} == {"cpu"}
     assert denoiser(torch.zeros(1, 1, 8, 8, device="cpu"), torch.ones(1, device="cpu")).isfinite().all()
     code = (Evaluate(0, 40.0, "data"), Combine(((0, 0.5), (1, 0.5)), None, step=1))
-    about = {**iia.load(saved_on_the_cpu(tmp_path)).about}
-    fit = iia.FittedSolver(iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine"), (), about)
+    record = iia.load(saved_on_the_cpu(tmp_path)).record
+    fit = iia.FittedSolver(iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine"), (), record)
     assert iia.load(fit.save(tmp_path / "own.safetensors")).grid.tolist() == [40.0, 1.0]
 
 

@@ -297,9 +297,9 @@ def test_a_cut_at_the_grids_own_points_is_a_slice():
         ((grids.karras(5), 90.0), "within it"),
         ((grids.karras(5), 1.0, 2.0), "within it"),
         ((grids.karras(5), 1.0, 1.0), "within it"),
-        ((grids.karras(5), math.nan), "within it"),
+        ((grids.karras(5), math.nan), "start must be a finite number"),
         ((grids.karras(5), 1.0, -1.0), "within it"),
-        ((grids.karras(5), "noise"), "start must be a number"),
+        ((grids.karras(5), "noise"), "start must be a finite number"),
         (("karras",), "got str"),
         ((torch.ones(3),), "strictly monotone"),
         ((torch.ones(1),), "at least two"),
@@ -318,7 +318,7 @@ def test_parts_that_a_grid_does_not_have_are_a_grid_error(arguments, words):
 @every_level_grid
 @pytest.mark.parametrize("n", [0, -3, 2.5, None, True, "5"])
 def test_a_grid_without_levels_is_a_grid_error(make, n):
-    with pytest.raises(iia.GridError, match="at least one level"):
+    with pytest.raises(iia.GridError, match="number of levels of a grid, must be a whole number, at least 1"):
         make(n)
 
 
@@ -327,8 +327,9 @@ def test_a_grid_without_levels_is_a_grid_error(make, n):
     ("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (80.0, 0.002), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)]
 )
 def test_levels_out_of_order_are_a_grid_error_that_shows_them(make, low, high):
-    with pytest.raises(iia.GridError, match=f"sigma_min < sigma_max, got {low} and {high}"):
+    with pytest.raises(iia.GridError, match=r"sigma_m(in|ax)") as caught:
         make(5, low, high)
+    assert str(low) in str(caught.value) or str(high) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -357,10 +358,14 @@ def test_levels_too_near_to_tell_apart_are_a_grid_error(make):
 
 @pytest.mark.parametrize("make", [grids.uniform, grids.quadratic])
 def test_impossible_times_are_a_grid_error(make):
-    with pytest.raises(iia.GridError, match="at least one interval"):
+    with pytest.raises(iia.GridError, match="number of intervals of a grid, must be a whole number, at least 1"):
         make(0, 1.0, 0.0)
-    for ends in ((1.0, 1.0), (math.inf, 0.0), (1.0, math.nan)):
-        with pytest.raises(iia.GridError, match="different finite ends"):
+    for ends, words in (
+        ((1.0, 1.0), "different ends"),
+        ((math.inf, 0.0), "t_start must"),
+        ((1.0, math.nan), "t_end must"),
+    ):
+        with pytest.raises(iia.GridError, match=words):
             make(5, *ends)
 
 
@@ -385,10 +390,10 @@ def test_an_unknown_spacing_is_a_grid_error_that_lists_the_known_ones():
     ("arguments", "words"),
     [
         ({"schedule": "VP"}, "schedule must be a Schedule"),
-        ({"sigma_min": "a"}, "sigma_min must be a number"),
-        ({"sigma_max": None}, "sigma_max must be a number"),
-        ({"rho": "seven"}, "rho must be a number"),
-        ({"rho": True}, "rho must be a number"),
+        ({"sigma_min": "a"}, "sigma_min must be a finite positive number"),
+        ({"sigma_max": None}, "sigma_max must be a finite positive number"),
+        ({"rho": "seven"}, "rho must be a finite positive number"),
+        ({"rho": True}, "rho must be a finite positive number"),
         ({"rho": 1e-5}, "too small"),
     ],
     ids=str,

@@ -12,7 +12,8 @@ from support import mixture
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
-from iia_ode.iia.origin import origin
+from iia_ode.iia.origin import Origin
+from iia_ode.iia.provenance import to_json
 from iia_ode.plan import Past
 from iia_ode.plan.tracer import take_step
 
@@ -100,7 +101,7 @@ def test_a_fit_runs_the_papers_formula_with_the_coefficients_it_reports(name, hi
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_base_values_of_the_coefficients_give_the_base(name):
     fit = iia.preset(name).fit(edm(), GRID, states())
-    base = iia.FittedSolver(fit.plan, tuple(_with_base_values(r) for r in fit.reports), fit.about)
+    base = iia.FittedSolver(fit.plan, tuple(_with_base_values(r) for r in fit.reports), fit.record)
     x = states(seed=1)
     expected = iia.sample(edm(), x, GRID, iia.preset(name).base_solver)
     assert torch.allclose(PAPER[name](edm(), x, base), expected, rtol=0, atol=1e-12 * float(x.abs().max()))
@@ -247,10 +248,10 @@ def test_states_keep_their_dtype_and_are_not_changed():
 def test_a_fit_reports_what_it_spent():
     ode = edm()
     fit = iia.preset("iia-edm").fit(ode, GRID, states(), chunk_size=10)
-    assert fit.about["evaluations"] == ode.nfe
+    assert fit.record.evaluations == ode.nfe
     # 5 fitted steps of 2 + 3 * 2 evaluations less the shared one, and the last Euler step; three chunks
     assert ode.nfe == 3 * (5 * 7 + 1)
-    assert fit.about["sample_evaluations"] == 24 * (5 * 7 + 1)
+    assert fit.record.sample_evaluations == 24 * (5 * 7 + 1)
 
 
 def test_any_base_and_any_directions_can_be_combined():
@@ -262,7 +263,7 @@ def test_any_base_and_any_directions_can_be_combined():
     for base in iia.solver_names():
         fit = iia.IIA(base, slopes, guard=False).fit(edm(), GRID, states())
         assert fit.name == f"iia({base})"
-        assert fit.about["terms"] == "slopes"
+        assert fit.record.terms == "slopes"
         assert all(r.after < r.before for r in fit.reports)
 
 
@@ -316,7 +317,7 @@ def test_a_sample_that_runs_along_and_breaks_the_model_harms_no_other():
     ode, x = iia.ProbabilityFlowODE(broken, iia.EDM(), conditioning={"label": torch.arange(12)}), states(12)
     method = IIA("ddim", "window", "trajectory", guard=False)
     teacher = Teacher.solve(edm(), x, 80.0, 0.0, steps=20)
-    teacher = replace(teacher, about=teacher.about | {k: v for k, v in origin(ode, x).items()} | {"conditions": None})
+    teacher = replace(teacher, about=teacher.about | to_json(Origin.of(ode, x)) | {"conditions": None})
     fit, ends = method.fit_and_run(ode, GRID, x, slice(6, 12), teacher=teacher)
     assert torch.isfinite(ends).all(dim=1).tolist() == [k != 5 for k in range(12)]
     assert torch.allclose(ends[6:], fit.plan.run(ode.subset(slice(6, 12), 12), x[6:]))
@@ -340,7 +341,7 @@ def test_paper_terms_are_those_of_the_base():
         fit = iia.IIA(base, guard=False).fit(edm(), GRID, x)
         assert fit.plan.difference(iia.preset(name).fit(edm(), GRID, x).plan) == 0
     for order in (1, 2, 3):
-        assert iia.IIA(f"ipndm{order}", guard=False).fit(edm(), GRID, x).about["terms"] == "iia-ddim"
+        assert iia.IIA(f"ipndm{order}", guard=False).fit(edm(), GRID, x).record.terms == "iia-ddim"
     with pytest.raises(iia.InputError, match=r"no terms for base 'midpoint'.*terms='window' or terms='biia-edm'"):
         iia.IIA("midpoint")
 

@@ -1,8 +1,12 @@
 """Plans: what a step may write, what a plan promises about itself, and that running it is running the steps."""
 
+import copy
 import math
+import struct
+import threading
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    ALL_SCHEDULES,
     F64,
     close,
     every_prediction,
@@ -26,7 +31,8 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.forms import conversion
-from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector
+from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector, trace, traced
+from iia_ode.plan.exact import Bounded, exact_key
 from iia_ode.plan.plan import run_code
 from iia_ode.plan.tracer import take_step
 
@@ -397,3 +403,135 @@ def test_an_evaluation_at_the_end_of_a_step_serves_the_next_step() -> None:
         return y, (ode.velocity(y, s),)
 
     assert written(step, n=5).nfe == 5
+
+
+# ---- remembered verdicts and plans -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tabled(iia.Solver):
+    """Euler in log SNR, whose weights come from a long table: consistent only if every entry is 1."""
+
+    table: Tensor
+    order = 1
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        sch = ode.schedule
+        slope = sch.alpha_prime(t) / sch.alpha(t) - sch.sigma_prime(t) / sch.sigma(t)
+        return x + self.table[1000] * (sch.lam(s) - sch.lam(t)) / slope * ode.velocity(x, t)
+
+
+def tabled(entry: float) -> Tabled:
+    table = torch.ones(2000, dtype=F64)
+    table[1000] = entry
+    return Tabled(table)
+
+
+GRID = iia.grids.karras(5, 0.1, 20.0, to_data=False)
+
+
+def test_an_inconsistent_solver_is_refused_after_a_consistent_one_that_prints_alike() -> None:
+    good, bad = tabled(1.0), tabled(1.5)
+    assert repr(good) == repr(bad)
+    for make in (trace, traced):
+        for _ in range(2):
+            make(good, iia.EDM(), GRID)
+            with pytest.raises(iia.PlanError, match="not a consistent solver"):
+                make(bad, iia.EDM(), GRID)
+
+
+def test_plans_of_tables_that_print_alike_are_told_apart() -> None:
+    near = traced(tabled(1.0), iia.EDM(), GRID), traced(tabled(1.0 + 1e-12), iia.EDM(), GRID)
+    assert near[0] is not near[1] and near[0].code[1].terms != near[1].code[1].terms
+    assert traced(tabled(1.0), iia.EDM(), GRID.clone()) is near[0]
+
+
+@given(st.lists(st.floats(width=32), max_size=3), st.lists(st.floats(width=32), max_size=3), st.booleans())
+def test_keys_are_equal_exactly_if_contents_are(a: list[float], b: list[float], wide: bool) -> None:
+    first = torch.tensor(a, dtype=torch.float32)
+    second = torch.tensor(b, dtype=F64 if wide else torch.float32)
+    same = first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes()
+    assert (exact_key(Tabled(first)) == exact_key(Tabled(second))) == same
+    assert (exact_key(a) == exact_key(b)) == (struct.pack(f"{len(a)}d", *a) == struct.pack(f"{len(b)}d", *b))
+    assert exact_key({"a": (1, a)}) != exact_key({"a": (True, a)}) != exact_key({"a": [1, a]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda x: x,
+        Written(print),
+        torch.nn.Linear(1, 1),
+        torch.ones(1, requires_grad=True),
+        np.ones(2),
+        ALL_SCHEDULES[-1],
+    ],
+    ids=["function", "solver with a function", "module", "with a gradient", "array", "schedule of functions"],
+)
+def test_contents_that_may_change_unseen_have_no_key(value: Any) -> None:
+    assert exact_key(value) is None and exact_key((1, [value])) is None
+
+
+@every_solver_on_a_schedule
+def test_a_plan_that_was_traced_before_is_found_again(schedule: iia.Schedule, name: str) -> None:
+    grid = iia.grids.karras(4, schedule=schedule)
+    first = traced(iia.get_solver(name), schedule, grid)
+    exact = exact_key(schedule) is not None
+    assert (traced(iia.get_solver(name), copy.deepcopy(schedule), grid) is first) == exact
+    assert first.difference(iia.get_solver(name).plan(schedule, grid)) == 0.0
+
+
+def test_two_threads_get_one_plan() -> None:
+    barrier = threading.Barrier(2, timeout=60)
+    grid = iia.grids.karras(3, 0.123, 45.6)
+
+    def find(_: int) -> Plan:
+        barrier.wait()
+        return traced(iia.get_solver("heun"), iia.EDM(), grid)
+
+    with ThreadPoolExecutor(2) as pool:
+        a, b = pool.map(find, range(2))
+    assert a is b
+
+
+def test_a_class_that_is_defined_again_is_another_solver() -> None:
+    def define(weight: float) -> type[iia.Solver]:
+        class Again(iia.Solver):
+            order, consistent = 1, False
+
+            def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+                return x + weight * (s - t) * ode.velocity(x, t)
+
+        return Again
+
+    plans = [traced(define(w)(), iia.EDM(), GRID) for w in (1.0, 2.0)]
+    assert plans[0].difference(plans[1]) > 0.1
+
+
+def test_a_plan_of_inference_mode_serves_a_run_with_gradients() -> None:
+    solver, problem = tabled(1.0), gaussian()
+    grid = iia.grids.karras(4, 0.2, 20.0, to_data=False)
+    with torch.inference_mode():
+        plan = traced(solver, iia.EDM(), grid)
+    assert traced(solver, iia.EDM(), grid) is plan
+    x = problem.noisy(2, iia.EDM(), 20.0, generator()).requires_grad_()
+    plan.run(problem.ode(iia.EDM()), x).sum().backward()
+    assert x.grad is not None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=40))
+def test_a_bounded_table_keeps_what_was_used_last(actions: list[tuple[int, bool]]) -> None:
+    table: Bounded[int, int] = Bounded(4, lambda v: v, 12)
+    expected: list[int] = []  # least recently used first; the value of key k is k
+    for key, write in actions:
+        if write and key not in expected:
+            assert table.put(key, key) == key
+            expected.append(key)
+            while len(expected) > 4 or sum(expected) > 12:
+                expected.pop(0)
+        elif not write:
+            assert table.get(key) == (key if key in expected else None)
+            if key in expected:
+                expected.append(expected.pop(expected.index(key)))
+        assert len(table) == len(expected)
+    assert len(copy.deepcopy(table)) == len(copy.copy(table)) == 0

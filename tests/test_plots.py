@@ -1,6 +1,7 @@
 """Plots: of a comparison and its images, and figures of a fit."""
 
 import sys
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -46,7 +47,7 @@ def test_coefficients_have_a_line_each_and_steps_that_keep_the_base_are_shaded(s
 
 def test_without_steps_of_its_own_a_fits_weights_are_those_of_its_states_on_data_estimates(found):
     whole = found["closed-form"]
-    fit = iia.FittedSolver(whole.plan, (), whole.about)
+    fit = iia.FittedSolver(whole.plan, (), whole.record)
     (axes,) = plots.plot_coefficients(fit).axes
     lines, form = lines_of(axes), fit.plan.canonical()
     assert set(lines) == {"D[i]", "D[i-1]", "D[i-2]", "D[i-3]"}
@@ -74,20 +75,21 @@ def test_residuals_of_a_fit_to_the_whole_batch_have_no_held_out_half():
 @pytest.mark.parametrize("budget", ["closed-form", "standard"])
 def test_ingredients_have_a_bar_each_and_the_chosen_one_is_in_colour(found, budget):
     fit = found[budget]
-    ingredients = fit.about["recipe"]["ingredients"]
+    ingredients = fit.record.search.ingredients
     (axes,) = plots.plot_ingredients(fit).axes
-    assert [t.get_text() for t in axes.get_yticklabels()] == [i["name"] for i in ingredients]
-    assert [bar.get_width() for bar in axes.patches] == [i["error"] for i in ingredients]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [i.name for i in ingredients]
+    assert [bar.get_width() for bar in axes.patches] == [i.error for i in ingredients]
     colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in axes.patches]
-    (chosen,) = (k for k, i in enumerate(ingredients) if i["chosen"])
+    (chosen,) = (k for k, i in enumerate(ingredients) if i.chosen)
     assert colours.count(colours[chosen]) == 1
 
 
 def test_an_ingredient_that_could_not_be_made_is_named_without_a_bar(found):
     fit = found["closed-form"]
-    entries = [{**fit.about["recipe"]["ingredients"][0], "error": None}, *fit.about["recipe"]["ingredients"][1:]]
-    recipe = fit.about["recipe"] | {"ingredients": entries}
-    changed = iia.FittedSolver(fit.plan, fit.reports, fit.about | {"recipe": recipe})
+    first, *others = fit.record.search.ingredients
+    entries = (replace(first, error=None), *others)
+    record = replace(fit.record, search=replace(fit.record.search, ingredients=entries))
+    changed = iia.FittedSolver(fit.plan, fit.reports, record)
     (axes,) = plots.plot_ingredients(changed).axes
     assert len(axes.patches) == len(entries) - 1
     assert axes.texts[0].get_text() == "not possible"

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher, Window
 from iia_ode.iia.endpoint import robust_mean
-from iia_ode.iia.parameters import Parameters
+from iia_ode.iia.plan_parameters import Parameters
 from iia_ode.iia.refine import METHODS, refine
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
 
@@ -37,7 +37,9 @@ def states(n, schedule, sigma=40.0, problem=None):
 
 def truth(ode, x, sigma=40.0):
     schedule = ode.schedule
-    return Teacher.solve(ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, rtol=1e-8).final
+    return iia.reference.solve(
+        ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, sigma_min=0.002, rtol=1e-8
+    )
 
 
 # ---- the parameters -----------------------------------------------------------------------------------------------------

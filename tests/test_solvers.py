@@ -268,7 +268,7 @@ def test_what_is_no_solver_with_an_order_cannot_be_registered() -> None:
         def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
             return x
 
-    with pytest.raises(iia.PlanError, match="NoOrder needs an integer attribute `order`"):
+    with pytest.raises(iia.PlanError, match="attribute `order` of NoOrder must be a whole number, at least 1"):
         iia.register("no_order")(NoOrder)
     for thing in (lambda ode, x, t, s, past: x, int, NoOrder()):
         with pytest.raises(iia.PlanError, match=r"takes a class that derives from iia_ode\.Solver"):

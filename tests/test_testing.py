@@ -514,14 +514,16 @@ def test_a_solver_without_a_claim_cannot_be_verified() -> None:
         def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
             return x
 
-    with pytest.raises(iia.InputError, match="NoClaim needs an integer attribute `order`"):
+    with pytest.raises(iia.InputError, match="attribute `order` of NoClaim must be a whole number"):
         iia.verify(NoClaim())
 
 
 @pytest.mark.parametrize("claim", [True, 0, -1, 2.0, "2", None])
 def test_a_claim_that_is_no_positive_whole_number_is_refused_by_verify_and_check_alike(claim: Any) -> None:
     for call in (iia.verify, testing.check, conformance.check_order_is_the_claimed_one):
-        with pytest.raises(iia.InputError, match="Claiming needs an integer attribute `order`, 1 or more, and has "):
+        with pytest.raises(
+            iia.InputError, match="attribute `order` of Claiming must be a whole number, at least 1, got "
+        ):
             call(Claiming(claim))
 
 

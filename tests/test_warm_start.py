@@ -14,9 +14,8 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode.denoisers import digits
 from iia_ode.iia import LeastSquares, StepRecord
+from iia_ode.iia.directions import Window, window
 from iia_ode.iia.moments import Moments, estimate_moments, exact_moments
-from iia_ode.iia.structure import Window
-from iia_ode.iia.terms import window
 from iia_ode.iia.warm_choice import choose
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Bands, LinearMap, Past, PerCondition, Plan, Principal, Tracer, Vector

@@ -14,7 +14,7 @@ from ..errors import DuplicateWarning, InputError, warn
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from .provenance import conditions_digest
+from .origin import conditions_digest
 from .teacher import Teacher
 
 __all__ = ["Batch", "held_out_of", "per_sample"]

@@ -19,7 +19,8 @@ from ..solvers import Solver, SolverLike, as_solver
 from .batch import Batch
 from .directions import Terms, Window, resolve_terms
 from .fitted import FittedSolver
-from .provenance import Endpoint, Named, Origin, Record
+from .origin import Origin
+from .provenance import Endpoint, Named, Record, TeacherOptions
 from .stepwise import Stepwise
 from .targets import Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher
@@ -176,7 +177,7 @@ class IIA:
             origin=Origin.of(batch.ode, batch.x),
             batch=len(batch),
             endpoint=endpoint,
-            teacher=None if batch.teacher is None else batch.teacher.options,
+            teacher=None if batch.teacher is None else TeacherOptions(**batch.teacher.way),
             **account,
         )
 
@@ -185,7 +186,7 @@ class IIA:
         return {
             "base": Named(base.label.partition("(")[0], base.options()),
             "terms": resolve_terms(self.terms, base.label)[0],
-            "target": Named(target.name, target.options()),
+            "target": Named(target.name, {k: v for k, v in target.options().items() if k != "name"}),
             "history": self.history,
             "ridge": self.ridge,
             "guard": self.guard,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start
 from .endpoint import chunks_of, endpoint_errors, per_sample, robust_mean
-from .parameters import Parameters
+from .plan_parameters import Parameters
 
 __all__ = ["METHODS", "Iteration", "Refinement", "refine"]
 
@@ -69,16 +68,6 @@ class Refinement:
         """Held-out error of the result over that of the start, at most 1."""
         start = self.iterations[0].held_out
         return self.iterations[self.best].held_out / start if start else 1.0
-
-    def about(self) -> dict[str, Any]:
-        """The same, JSON-ready."""
-        return {
-            "iterations": len(self.iterations) - 1,
-            "best": self.best,
-            "reason": self.reason,
-            "held_out": [i.held_out for i in self.iterations],
-            "train": [i.train for i in self.iterations],
-        }
 
 
 def refine(

@@ -14,8 +14,8 @@ from ..ode import ProbabilityFlowODE
 from ..plan import Past, Tracer, Vector
 from ..plan.tracer import Steppable, take_step
 from ..reference import solve
+from .directions import StepRecord
 from .teacher import Teacher
-from .terms import StepRecord
 
 __all__ = ["Local", "Numeric", "Samples", "Substeps", "Target", "TeacherTrajectory", "resolve_target"]
 

@@ -6,7 +6,7 @@ from .checks import check_grid, check_start
 from .maps import LinearMap, PerCondition, projections_from
 from .plan import Combine, Evaluate, Plan
 from .projections import Matrices, Principal, Projections
-from .tracer import Past, Tracer, trace
+from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "check_start",
     "projections_from",
     "trace",
+    "traced",
 ]

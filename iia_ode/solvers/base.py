@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import GridError, InputError, PlanError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
@@ -101,8 +103,7 @@ class Solver(ABC):
         ------
         GridError : no number of levels gives that count; names the nearest counts that exist.
         """
-        if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
-            raise GridError(f"the number of evaluations must be a positive whole number, got {nfe!r}.")
+        nfe = check_whole("nfe, the number of evaluations,", nfe, least=1, such_as=10, error=GridError)
 
         def count(n: int) -> int:
             grid = make_grid(n)
@@ -151,6 +152,8 @@ def _plain(value: Any) -> Any:
     """An option as JSON would give it back."""
     if isinstance(value, Solver):
         return {"name": value.name, "options": value.options()}
+    if isinstance(value, Real) and not isinstance(value, bool | int | float):  # NumPy's
+        return int(value) if isinstance(value, Integral) else float(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -193,10 +196,8 @@ def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]]
         if not (isinstance(cls, type) and issubclass(cls, Solver)):
             raise PlanError(f"@register({name!r}) takes a class that derives from iia_ode.Solver, got {cls!r}.")
         order = getattr(cls, "order", None)
-        if not isinstance(order, property) and (not isinstance(order, int) or isinstance(order, bool) or order < 1):
-            raise PlanError(
-                f"{cls.__name__} needs an integer attribute `order`: the order its users may expect, from 1."
-            )
+        if not isinstance(order, property):
+            check_whole(f"attribute `order` of {cls.__name__}", order, least=1, error=PlanError)
         for key in (name, *aliases, *(variants or {})):
             if not isinstance(key, str) or not key:
                 raise InputError(f"a solver is registered under names, such as 'heun'; got {key!r}.")

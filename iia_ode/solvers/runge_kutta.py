@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..checks import check_number
 from ..errors import PlanError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import check_fraction, data_step, noise_step, singular
+from .transfer import data_step, noise_step, singular
 
 __all__ = [
     "DPM2",
@@ -212,7 +213,7 @@ class DPM2(Solver):
     r: float = 0.5
 
     def __post_init__(self) -> None:
-        check_fraction("dpm2", "r", self.r)
+        check_number("r of dpm2", self.r, above=0, below=1)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer from t to s with the weighted noise estimate."""

@@ -1,4 +1,4 @@
-"""What an entry of the golden data says: its fields, its schedule and its grid, for :mod:`iia_ode.testing.golden`."""
+"""What an entry of the golden data says: its fields, its schedule and its grid, for :mod:`.golden`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError, unknown_name
-from ..schedules import EDM, VP, Cosine, Discrete, FlowMatching, Schedule
+from iia_ode.errors import InputError, unknown_name
+from iia_ode.schedules import EDM, VP, Cosine, Discrete, FlowMatching, Schedule
 
 __all__ = [
     "Entry",

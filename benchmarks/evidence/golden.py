@@ -1,17 +1,16 @@
-"""Runs of public samplers, mapped to the solvers here.
+"""Recorded runs of public samplers, repeated with the solvers of the library.
 
-An *entry* is one run of a public sampler on a model known in closed form, as a JSON object: which sampler, its options, its
-grid, where it evaluated the model, and what came out (``tests/data/README.md`` describes the fields). :func:`run` repeats
-it with the solver, the options and the grid that :func:`case_for` reads off the entry's fields, never off its name or its
-results.
+An *entry* is the record of one run of a public sampler on a model in closed form, as a JSON object: sampler, options, grid,
+noise levels of the evaluations, and states (``tests/data/README.md`` describes the fields). :func:`run` repeats an entry with
+the solver, the options and the grid that :func:`case_for` reads from its fields, never from its name or its results.
 
->>> from iia_ode.testing import golden
+>>> from evidence import golden
 >>> grid = {"t": [1.0, 0.5, 0.0], "alpha": [1.0, 1.0, 1.0], "sigma": [1.0, 0.5, 0.0]}
 >>> entry = {"solver": "heun", "options": {}, "schedule": "edm", "state_space": "ve", "prediction": "x0"}
 >>> entry |= {"status": "ok", "grid": grid, "x_T": [[0.3, -0.2]]}
 >>> golden.describe(entry)
 'heun on EDM, 1 to 0 in 2 steps'
->>> x, nfe = golden.run(entry, {"shape": [2], "weights": [1.0], "means": [[0.0, 0.0]], "stds": [[1.0, 1.0]]})
+>>> states, nfe = golden.run(entry, {"shape": [2], "weights": [1.0], "means": [[0.0, 0.0]], "stds": [[1.0, 1.0]]})
 >>> nfe
 3
 """
@@ -26,12 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoisers.thresholding import dynamic_thresholding
-from ..errors import IIAError, InputError
-from ..ode import ProbabilityFlowODE
-from ..plan import Plan
-from ..problems import Mixture, Problem
-from ..solvers import BlockDPMSolver, LowerOrderFinal, MetaSolver, OrderRamp, SinglestepDPMSolver, Solver, get_solver
+from iia_ode.denoisers.thresholding import dynamic_thresholding
+from iia_ode.errors import IIAError, InputError
+from iia_ode.ode import ProbabilityFlowODE
+from iia_ode.plan import Plan
+from iia_ode.problems import Mixture, Problem
+from iia_ode.solvers import (
+    BlockDPMSolver,
+    LowerOrderFinal,
+    MetaSolver,
+    OrderRamp,
+    SinglestepDPMSolver,
+    Solver,
+    get_solver,
+)
+
 from .entries import (
     Entry,
     Level,
@@ -150,7 +158,8 @@ def run(entry: Entry, problem: Problem | Mapping[str, Any]) -> tuple[Tensor, int
 
     Returns
     -------
-    The final state, float64 [batch, dim] with samples flattened as in the entry, and the model evaluations counted.
+    The states at all points of the entry's grid, float64 [N + 1, batch, dim] with samples flattened as in the entry, and the
+    counted model evaluations.
 
     Raises
     ------
@@ -162,10 +171,11 @@ def run(entry: Entry, problem: Problem | Mapping[str, Any]) -> tuple[Tensor, int
         raise InputError(f"x_T has shape {list(x.shape)}, and samples of the problem have {list(model.shape)}.")
     ode = case.ode(model)
     with torch.no_grad(), ode.counting() as spent:
-        final = case.plan.run(ode, x.reshape(-1, *model.shape))
+        states = case.plan.run(ode, x.reshape(-1, *model.shape), trajectory=True)
         if case.idle:
-            ode.output(final, case.plan.grid[-1])
-    return final.reshape(len(x), -1), spent.evaluations
+            ode.output(states[-1], case.plan.grid[-1])
+            states = torch.cat([states, states[-1:]])
+    return states.flatten(2), spent.evaluations
 
 
 def as_problem(problem: Problem | Mapping[str, Any]) -> Problem:

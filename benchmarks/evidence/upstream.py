@@ -1,7 +1,7 @@
 """Variants that repeat what public samplers compute, for comparing numbers: none is registered, none is meant for use.
 
 Each says in its name or in its first line what it repeats, and how that differs from the method of that name here. They are
-what :mod:`iia_ode.testing.golden` needs beside the registered solvers.
+what :mod:`.golden` needs beside the registered solvers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import GridError, InputError
-from ..plan import Past
-from ..problems import Problem
-from ..schedules import Discrete, Schedule
-from ..solvers import LMS, PNDM, Solver
-from ..solvers.transfer import data_step, noise_step
+from iia_ode.errors import GridError, InputError
+from iia_ode.plan import Past
+from iia_ode.problems import Problem
+from iia_ode.schedules import Discrete, Schedule
+from iia_ode.solvers import LMS, PNDM, Solver
+from iia_ode.solvers.transfer import data_step, noise_step
 
 __all__ = [
     "DDIMAsInDiffusers",
