@@ -315,9 +315,9 @@ class Job:
         """The refinement of what follows a warm start, if there is one."""
         try:
             return refine(
-                rest,
                 self.ode,
                 self.x if warm is None else warm.apply(self.x, self.ode),
+                rest,
                 self.teacher.final.to(self.x),
                 held_out=held_out,
                 sigma_min=self.sigma_min,
