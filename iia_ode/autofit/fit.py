@@ -35,7 +35,7 @@ from .budget import Budget, budget_of
 from .grids import Levels, leap_grids
 from .pipeline import Contender, Cost
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
-from .thorough import fresh_states, judged, more_states, taught_ends, warm_started
+from .thorough import fresh_states, judged, more_states, warm_started, with_ends
 
 __all__ = ["fit", "smallest_level", "start_time"]
 
@@ -245,8 +245,8 @@ def _prepared(
             context = replace(context, batch=replace(memoized, teacher=teacher))
         if finals:  # now, so that a model that fails on these draws fails before the work
             drawn = fresh_states(batch, start, finals, len(batch) - held, seed)
-            taught = taught_ends(drawn, start, budget.steps(nfe), level, progress)
-            fresh = replace(taught, ode=cached(taught.ode))
+            ended = with_ends(drawn, start, budget.steps(nfe), level, progress)
+            fresh = replace(ended, ode=cached(ended.ode))
     context.say(f"teacher: {cost.samples} sample evaluations, {cost.seconds:.1f} s")
     return context, {"teacher": cost}, fresh
 

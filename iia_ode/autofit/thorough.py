@@ -19,7 +19,7 @@ from .grids import LeapGrid
 from .pipeline import Contender, Start
 from .stages import Context, closed_form
 
-__all__ = ["class_condition", "fresh_states", "judged", "more_states", "starts_of", "taught_ends", "warm_started"]
+__all__ = ["class_condition", "fresh_states", "judged", "more_states", "starts_of", "warm_started", "with_ends"]
 
 _OWN = 0x9E3779B9  # seed offset of added draws, so that it does not overlap small user seeds
 _FRESH = 0x7F4A7C15  # the same for the draws of the final choice
@@ -60,17 +60,12 @@ def fresh_states(batch: Batch, t: float, draws: int, first: int, seed: int) -> B
     return Batch(ode.subset(index, len(x)), new, None, batch.chunk_size)
 
 
-def taught_ends(batch: Batch, t: float, steps: int, sigma_min: float, progress: bool) -> Batch:
-    """The batch with a teacher from time t of which only the final states are kept."""
-    ends = []
+def with_ends(batch: Batch, t: float, steps: int, sigma_min: float, progress: bool) -> Batch:
+    """The batch with its true final states: those of a teacher from time t, whose trajectories are dropped."""
+    end, ends = batch.ode.schedule.t_data, []
     for part in tqdm(list(batch.chunks()), desc="ends", disable=not progress):
-        teacher = Teacher.solve(part.ode, part.x, t, part.ode.schedule.t_data, steps=steps, sigma_min=sigma_min)
-        path = teacher.path
-        ends.append(replace(path, knots=path.knots[-1:], states=path.states[-1:], slopes=path.slopes[-1:]))
-    data = [p.data for p in ends if p.data is not None]
-    states, slopes = (torch.cat([getattr(p, name) for p in ends], dim=1) for name in ("states", "slopes"))
-    whole = replace(ends[0], states=states, slopes=slopes, data=torch.cat(data) if data else None)
-    return replace(batch, teacher=replace(teacher, initial=batch.x.detach().cpu(), path=whole))
+        ends.append(Teacher.solve(part.ode, part.x, t, end, steps=steps, sigma_min=sigma_min).final)
+    return replace(batch, final=torch.cat(ends))
 
 
 def _drawn(ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int) -> Tensor:

@@ -30,6 +30,7 @@ class Batch:
     x : initial states [B, ...], float32 or float64, on any device.
     teacher : accurate trajectories of these samples; None without any.
     chunk_size : number of samples that go through the model at once; None for all.
+    final : true final states [B, ...] of these samples, on any device; by default those of the teacher.
 
     Raises
     ------
@@ -40,6 +41,7 @@ class Batch:
     x: Tensor
     teacher: Teacher | None = None
     chunk_size: int | None = None
+    final: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
@@ -49,9 +51,10 @@ class Batch:
         return len(self.x)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
-        """Some of the samples, with their conditions and trajectories."""
+        """Some of the samples, with their conditions, trajectories and final states."""
         teacher = None if self.teacher is None else self.teacher.subset(index)
-        return replace(self, ode=self.ode.subset(index, len(self.x)), x=self.x[index], teacher=teacher)
+        final = None if self.final is None else self.final[index]
+        return replace(self, ode=self.ode.subset(index, len(self.x)), x=self.x[index], teacher=teacher, final=final)
 
     def chunks(self) -> Iterator[Batch]:
         """The batch in parts of `chunk_size`, in order."""
@@ -82,12 +85,12 @@ class Batch:
 
     @property
     def target(self) -> Tensor:
-        """Final states of the teacher, [B, ...] on the host."""
-        return self.taught.final
+        """True final states, [B, ...]."""
+        return self.taught.final if self.final is None else self.final
 
     @torch.no_grad()
     def errors(self, plan: Plan) -> Tensor:
-        """Root mean square error of each final state against the teacher's, float64 [B] on the host."""
+        """Root mean square error of each final state against the true one, float64 [B] on the host."""
         found = []
         for part in self.chunks():
             final = plan.run(part.ode, part.x, check_finite=False).double()

@@ -1,4 +1,4 @@
-"""A plan as a differentiable function of its weights and of its grid."""
+"""A plan as a differentiable function of its weights and of its times."""
 
 from __future__ import annotations
 
@@ -14,84 +14,68 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from ..errors import InputError
 from ..forms import conversion
 from ..ode import ProbabilityFlowODE
-from ..plan import Combine, Evaluate, LinearMap, PerCondition, Plan, Projections
+from ..plan import Combine, Evaluate, LinearMap, PerCondition, Plan, Projections, Vector
 from ..plan.plan import Instruction
 from ..schedules import Schedule
 
 __all__ = ["Parameters"]
 
 _F64 = torch.float64
-_ROOM = 1e-3  # of log sigma, between times at the smallest level
-_MOVE = 0.5  # of log sigma/alpha, at most, in one step of a refinement
-_STEP = 1e-4  # of central differences in log sigma/alpha, whose error is about 1e-9
-
-
-@dataclass(frozen=True)
-class _Level:
-    """What a differentiable run needs to know of a time: the values, and their derivatives in log sigma/alpha."""
-
-    t: tuple[float, float]
-    size: tuple[float, float]
-    factors: tuple[tuple[float, float], tuple[float, float]]  # (p, q) of data = p x + q output
+_MOVE = 0.5  # largest change of log sigma/alpha in a step of a refinement
+_STEP = 1e-4  # step of central differences in log sigma/alpha; the error is about 1e-9
 
 
 class Parameters:
-    """The weights and the interior times of a plan as one vector, and the plan as a function of it.
+    """The weights and the interior times of a plan as a vector theta, and the plan as a function of theta.
 
-    The plan is first written in its canonical form: every state that is evaluated, and the last one, is a combination of
-    the initial state and of *all* earlier data estimates, N (N + 1) / 2 + N weights for N evaluations; those that the plan
-    does not use start at zero. Weights count in units of sqrt(alpha^2 + sigma^2) at their state, so that a state keeps its
-    size when its time moves. Times count as log sigma/alpha, so that steps of one size mean the same at every level. The
-    first time is where the initial state is, and stays.
+    The plan is first written in canonical form. Every evaluated state, and the final state, is a combination of the initial
+    state and of *all* earlier data estimates: N (N + 1) / 2 + N weights for N evaluations. Weights absent from the plan
+    start at zero. A weight is divided by sqrt(alpha^2 + sigma^2) of its state, so that a state keeps its size when its time
+    moves. A time is log sigma/alpha, so that a step has the same meaning at every level. The first time is fixed, because
+    the initial state is given there.
 
-    Where weights are linear maps over a decomposition, a weight is a number for each of its groups. These move together, and
-    what the groups differ by stays as it is: a parameter each would be too many for the samples that there are.
+    A weight may be a linear map over a decomposition. Its parameter is then the mean over the groups; differences between
+    groups stay fixed, because a parameter per group would be too many for the samples of a fit.
 
     Parameters
     ----------
-    plan : with numbers as weights, or linear maps over one decomposition; constants are kept as they are.
+    plan : a plan whose weights are numbers, or linear maps over a single decomposition; constants stay fixed.
     learn_grid : whether the times are parameters.
-    sigma_min : level sigma/alpha below which none of them is moved.
+    sigma_min : level sigma/alpha below which :meth:`clipped` moves no time.
+
+    Attributes
+    ----------
+    initial : theta of the given plan, float64 [P], on the host: first the weights, then the times.
+    weights : number of weights in theta.
 
     Raises
     ------
-    InputError : the plan has weights that are tensors, maps over several decompositions, or constants per condition.
+    InputError : the plan has tensors as weights, maps over several decompositions, or constants per condition.
     """
 
     def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0) -> None:
         form = plan.canonical()
         rows = [*form.states, form.final]
-        found = [w for row in rows for w in row.weights.values()]
-        if any(isinstance(w, Tensor) or not isinstance(w, float | int | LinearMap) for w in found):
-            raise InputError(f"{plan.name} has weights that are not numbers or linear maps: those cannot be refined.")
-        maps = [w.projections for w in found if isinstance(w, LinearMap)]
-        if any(p != maps[0] for p in maps):
-            raise InputError(f"{plan.name} has linear maps over several decompositions: it cannot be refined.")
-        self.projections: Projections | None = maps[0] if maps else None
-        if any(isinstance(row.constant, PerCondition) for row in rows):
-            raise InputError(f"{plan.name} has constants per condition: refine the plan that follows its warm start.")
+        self.projections = _decomposition(plan.name, rows)
         self.schedule, self.name, self.grid_end = plan.schedule, plan.name, plan.grid[-1]
         self.start, self.sigma_min = plan.grid[0], sigma_min
         self.constants = [row.constant for row in rows]
         times = plan.evaluation_times
-        # Row 0 is the initial state itself where the plan evaluates that; such a row has nothing to learn.
+        self._times = list(times)
+        # An evaluation of the initial state itself has nothing to learn.
         self.fixed = [k for k, row in enumerate(form.states) if row.index == 0 and times[k] == self.start]
         self.moving = sorted({t for t in times if t != self.start}, key=times.index) if learn_grid else []
         self._time_of = [self.moving.index(t) if t in self.moving else None for t in times]
-        self._times = list(times)
-        self._end_size = math.hypot(self.schedule.alpha(self.grid_end), self.schedule.sigma(self.grid_end))
         self.entries = [(r, j) for r in range(len(rows)) if r not in self.fixed for j in range(min(r, len(times)) + 1)]
         groups = 1 if self.projections is None else self.projections.count
         weights = torch.zeros(len(self.entries), groups, dtype=_F64, device="cpu")
         for row, (r, j) in zip(weights, self.entries, strict=True):
             weight = rows[r].weights.get(j, 0.0)
-            size = (self._size(self.start) if j == 0 else 1.0) / self._row_size(r, None)
+            size = self._source_size(j) / self._row_size(r, self._times)
             row[:] = weight.coefficients * size if isinstance(weight, LinearMap) else float(weight) * size
         sizes = torch.ones(1, dtype=_F64, device="cpu") if self.projections is None else self.projections.sizes
         own = weights @ sizes / sizes.sum()
-        self._apart = (
-            weights - own[:, None]
-        )  # what the groups of each weight differ by from its mean, [entries, groups]
+        self._apart = weights - own[:, None]  # differences of the groups from their mean, [entries, groups]
         self.weights = len(own)
         levels = [math.log(self.schedule.noise_to_signal(t)) for t in self.moving]
         self.initial = torch.cat([own, torch.tensor(levels, dtype=_F64, device="cpu")])
@@ -101,19 +85,16 @@ class Parameters:
 
     @property
     def evaluations(self) -> int:
-        """Model evaluations of one run."""
+        """Number of model evaluations of a run."""
         return len(self._times)
-
-    # ---- from a vector of parameters to a plan -------------------------------------------------------------------------
 
     def times(self, theta: Tensor) -> list[float]:
         """The times of the evaluations, in order."""
-        levels = theta[self.weights :].tolist()
-        found = [_time(self.schedule, level) for level in levels]
+        found = [_time(self.schedule, level) for level in theta[self.weights :].tolist()]
         return [t if m is None else found[m] for t, m in zip(self._times, self._time_of, strict=True)]
 
     def valid(self, theta: Tensor) -> bool:
-        """Whether all parameters are finite and the times still run in the direction and the order of the grid."""
+        """Whether all parameters are finite and the times keep the direction and the order of the grid."""
         if not bool(torch.isfinite(theta).all()) or bool((theta[self.weights :].abs() > 50).any()):
             return False
         times = [*self.times(theta), self.grid_end]
@@ -126,9 +107,11 @@ class Parameters:
         )
 
     def clipped(self, theta: Tensor, tried: Tensor) -> Tensor:
-        """`tried` with no time farther from where `theta` has it than half a unit of log sigma or 0.4 of the gap beside it.
+        """The step from `theta` to `tried` with bounded moves of the times; weights are not bounded.
 
-        A level that hardly matters at the end may otherwise be sent anywhere, and take every other parameter's step with it.
+        A time moves by at most 0.5 in log sigma/alpha and by at most 0.4 of the gap to its neighbor. Without the bound, a
+        time with little influence on the final state could move anywhere and spoil the step of all other parameters. No
+        time moves below `sigma_min`.
         """
         first = self.weights
         if first == len(theta):
@@ -147,25 +130,13 @@ class Parameters:
             moved = torch.maximum(moved, levels.clamp(max=math.log(self.sigma_min)))
         return torch.cat([tried[:first], moved])
 
-    def floored(self, theta: Tensor) -> Tensor:
-        """`theta` with no time below `sigma_min`, or below where the plan had it if that is lower still.
-
-        Times that come to lie there together keep a little room between them.
-        """
-        if self.sigma_min <= 0:
-            return theta
-        started = self.initial[self.weights :]
-        rank = torch.argsort(torch.argsort(started))
-        lowest = torch.minimum(started, math.log(self.sigma_min) + _ROOM * rank)
-        return torch.cat([theta[: self.weights], torch.maximum(theta[self.weights :], lowest)])
-
     def plan(self, theta: Tensor, name: str | None = None) -> Plan:
-        """The plan with these parameters: one step per distinct time of an evaluation, and one to the end."""
+        """The plan with parameters `theta`: a step to each distinct time of an evaluation, and a step to the end."""
         times = self.times(theta)
         weights: list[dict[int, float | LinearMap]] = [{} for _ in range(len(times) + 1)]
         values = self._apart + theta[: self.weights, None]
         for (r, j), value in zip(self.entries, values, strict=True):
-            value = value * (self._row_size(r, times) / (self._size(self.start) if j == 0 else 1.0))
+            value = value * (self._row_size(r, times) / self._source_size(j))
             weights[r][j] = float(value[0]) if self.projections is None else LinearMap(self.projections, value)
         code: list[Instruction] = []
         outputs: list[int] = [0]  # the vector of the initial state, then of each data estimate
@@ -186,96 +157,149 @@ class Parameters:
                 outputs.append(len(code))
         return Plan(self.schedule, tuple(grid), tuple(code), name or self.name)
 
-    # ---- the same, differentiably --------------------------------------------------------------------------------------
-
     def run(
         self, ode: ProbabilityFlowODE, x: Tensor, theta: Tensor, *, checkpointed: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The final states for parameters of their own for each sample, and these parameters as a leaf of the graph.
-
-        A gradient with respect to the leaf, [B, P], is a gradient *for each sample*, from one backward pass.
+        """Run the plan differentiably, with a copy of the parameters for each sample.
 
         Parameters
         ----------
-        ode, x : the model and B initial states.
+        ode : the model.
+        x : initial states [B, ...].
         theta : float64 [P].
-        checkpointed : forget the inside of each evaluation and make it again on the way back: memory of one evaluation
-            instead of all, for half as much work again.
+        checkpointed : recompute each evaluation in the backward pass. Memory is then that of a single evaluation, and the
+            work grows by half.
+
+        Returns
+        -------
+        The final states [B, ...], and the copies of `theta` as a leaf of the graph, float64 [B, P]. A gradient with respect
+        to the leaf holds the gradient of each sample, from a single backward pass.
 
         Raises
         ------
         InputError : no gradient flows through the model.
         """
         leaf = theta.to(x.device).expand(len(x), -1).clone().requires_grad_(True)
-        shape = (len(x),) + (1,) * (x.ndim - 1)
-
-        def spread(values: Tensor) -> Tensor:
-            return values.to(x.dtype).reshape(shape)
-
-        host = theta[self.weights :].tolist()
-        levels = [self._level(ode.prediction, v) for v in host]
-        moves = [leaf[:, self.weights + m] - v for m, v in enumerate(host)]  # zero, with the gradient of the level
-        by_row: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(self._times) + 1)]
-        own = leaf[:, : self.weights, None] + self._apart.to(leaf.device)
-        for p, (r, j) in enumerate(self.entries):
-            by_row[r].append((j, own[:, p]))  # [B, groups]
+        knots = self._knots(ode.prediction, theta, leaf)
+        weights = leaf[:, : self.weights, None] + self._apart.to(leaf.device)  # [B, entries, groups]
         values, state = [x], x
-        for r, row in enumerate(by_row):
-            moving = self._time_of[r] if r < len(self._times) else None
+        for r, knot in enumerate([*knots, None]):
             if r not in self.fixed:
-                scale = torch.full_like(
-                    leaf[:, 0], self._end_size if r == len(self._times) else self._size(self._times[r])
-                )
-                if moving is not None:
-                    size, slope = levels[moving].size
-                    scale = size + slope * moves[moving]
-                parts = [(values[j], w * scale[:, None] / (self._size(self.start) if j == 0 else 1.0)) for j, w in row]
-                if self.projections is None:
-                    state = torch.zeros_like(x)
-                    for value, w in parts:
-                        state = state + spread(w) * value
-                else:
-                    ready = [tuple(v.to(x.dtype) for v in self.projections.prepare(w)) for _, w in parts]
-                    state = self.projections.combine(list(zip([v for v, _ in parts], ready, strict=True)))
-                constant = self.constants[r]
-                if constant is not None:
-                    state = state + constant.to(x)
-            else:
-                state = x
-            if r == len(self._times):
-                break
-            if moving is None:
-                t: Tensor | float = self._times[r]
-                p0, q0 = conversion(self.schedule, self._times[r], ode.prediction, "data")
-                p_x, q_x = torch.full_like(leaf[:, 0], p0), torch.full_like(leaf[:, 0], q0)
-            else:
-                level = levels[moving]
-                t = level.t[0] + level.t[1] * moves[moving]
-                (p0, q0), (p1, q1) = level.factors
-                p_x, q_x = p0 + p1 * moves[moving], q0 + q1 * moves[moving]
-            call: Callable[..., Tensor] = ode.output
-            with set_checkpoint_early_stop(False):  # it stops by an exception, amid what other processes wait for
-                out = checkpoint(call, state, t, use_reentrant=False) if checkpointed else call(state, t)
-            if state.requires_grad and not out.requires_grad:
-                raise InputError("no gradient flows through the model: a plan cannot be refined through it.")
-            values.append(spread(p_x) * state + spread(q_x) * out)
+                size = knot.size() if knot else torch.full_like(leaf[:, 0], _size(self.schedule, self.grid_end))
+                state = self._state(r, values, weights, size)
+            if knot:
+                t, p, q = knot.time(), _spread(knot.p(), x), _spread(knot.q(), x)
+                values.append(p * state + q * _output(ode, state, t, checkpointed))
         return state, leaf
 
-    def _level(self, prediction: str, log_level: float) -> _Level:
-        def at(level: float) -> tuple[float, float, tuple[float, float]]:
-            t = _time(self.schedule, level)
-            return t, self._size(t), conversion(self.schedule, t, prediction, "data")
+    def _knots(self, prediction: str, theta: Tensor, leaf: Tensor) -> list[_Knot]:
+        """The evaluations of a differentiable run."""
+        host = theta[self.weights :].tolist()
+        levels = [_level(self.schedule, prediction, v) for v in host]
+        moves = [leaf[:, self.weights + m] - v for m, v in enumerate(host)]  # zero, with the gradient of the level
+        found = []
+        for t, m in zip(self._times, self._time_of, strict=True):
+            if m is None:
+                values = (t, _size(self.schedule, t), *conversion(self.schedule, t, prediction, "data"))
+                found.append(_Knot([(v, 0.0) for v in values], leaf))
+            else:
+                found.append(_Knot(levels[m], leaf, moves[m]))
+        return found
 
-        (t, size, factors), (a, b, c), (d, e, f) = at(log_level), at(log_level - _STEP), at(log_level + _STEP)
-        width = 2 * _STEP
-        slopes = ((f[0] - c[0]) / width, (f[1] - c[1]) / width)
-        return _Level((t, (d - a) / width), (size, (e - b) / width), (factors, slopes))
+    def _state(self, r: int, values: list[Tensor], weights: Tensor, size: Tensor) -> Tensor:
+        """The combination of row r, [B, ...], at states of the given sizes [B]."""
+        x, parts = values[0], []
+        for p, (row, j) in enumerate(self.entries):
+            if row == r:
+                parts.append((values[j], weights[:, p] * size[:, None] / self._source_size(j)))
+        if self.projections is None:
+            state = torch.zeros_like(x)
+            for value, w in parts:
+                state = state + _spread(w, x) * value
+        else:
+            ready = [tuple(v.to(x.dtype) for v in self.projections.prepare(w)) for _, w in parts]
+            state = self.projections.combine(list(zip([v for v, _ in parts], ready, strict=True)))
+        constant = self.constants[r]
+        return state if constant is None else state + constant.to(x)
 
-    def _size(self, t: float) -> float:
-        return math.hypot(self.schedule.alpha(t), self.schedule.sigma(t))
+    def _source_size(self, j: int) -> float:
+        """The size that weights of source j are relative to: of the initial state, or 1 of a data estimate."""
+        return _size(self.schedule, self.start) if j == 0 else 1.0
 
-    def _row_size(self, r: int, times: list[float] | None) -> float:
-        return self._end_size if r == len(self._times) else self._size((times or self._times)[r])
+    def _row_size(self, r: int, times: list[float]) -> float:
+        return _size(self.schedule, self.grid_end if r == len(times) else times[r])
+
+
+@dataclass(frozen=True, eq=False)
+class _Knot:
+    """An evaluation of a differentiable run: each number is [B], a function of the move of log sigma/alpha.
+
+    The numbers are made where they are used, because the order of the graph decides the rounding of gradients.
+    """
+
+    pairs: list[tuple[float, float]]  # value and derivative of: time, size, p, q of data = p x + q output
+    leaf: Tensor
+    move: Tensor | None = None
+
+    def time(self) -> Tensor | float:
+        return self.pairs[0][0] if self.move is None else self._of(0)
+
+    def size(self) -> Tensor:
+        return self._of(1)
+
+    def p(self) -> Tensor:
+        return self._of(2)
+
+    def q(self) -> Tensor:
+        return self._of(3)
+
+    def _of(self, k: int) -> Tensor:
+        value, slope = self.pairs[k]
+        return torch.full_like(self.leaf[:, 0], value) if self.move is None else value + slope * self.move
+
+
+def _decomposition(name: str, rows: list[Vector]) -> Projections | None:
+    """The decomposition of the linear maps among all weights; None where all weights are numbers."""
+    found = [w for row in rows for w in row.weights.values()]
+    if any(isinstance(w, Tensor) or not isinstance(w, float | int | LinearMap) for w in found):
+        raise InputError(f"{name} has weights that are not numbers or linear maps: those cannot be refined.")
+    maps = [w.projections for w in found if isinstance(w, LinearMap)]
+    if any(p != maps[0] for p in maps):
+        raise InputError(f"{name} has linear maps over several decompositions: it cannot be refined.")
+    if any(isinstance(row.constant, PerCondition) for row in rows):
+        raise InputError(f"{name} has constants per condition: refine the plan that follows its warm start.")
+    return maps[0] if maps else None
+
+
+def _level(schedule: Schedule, prediction: str, log_level: float) -> list[tuple[float, float]]:
+    """Time, size and the two factors of the conversion at a level: values, with their derivatives in log sigma/alpha."""
+
+    def at(level: float) -> tuple[float, ...]:
+        t = _time(schedule, level)
+        return t, _size(schedule, t), *conversion(schedule, t, prediction, "data")
+
+    below, above, width = at(log_level - _STEP), at(log_level + _STEP), 2 * _STEP
+    return [(v, (b - a) / width) for v, a, b in zip(at(log_level), below, above, strict=True)]
+
+
+def _output(ode: ProbabilityFlowODE, state: Tensor, t: Tensor | float, checkpointed: bool) -> Tensor:
+    """The model's output, with a graph."""
+    call: Callable[..., Tensor] = ode.output
+    # Stopping early raises an exception inside the model, where other processes would wait for this one.
+    with set_checkpoint_early_stop(False):
+        out: Tensor = checkpoint(call, state, t, use_reentrant=False) if checkpointed else call(state, t)
+    if state.requires_grad and not out.requires_grad:
+        raise InputError("no gradient flows through the model: a plan cannot be refined through it.")
+    return out
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """Values [B] in the dtype of x, in a shape that broadcasts over x."""
+    return values.to(x.dtype).reshape(len(x), *[1] * (x.ndim - 1))
+
+
+def _size(schedule: Schedule, t: float) -> float:
+    return math.hypot(schedule.alpha(t), schedule.sigma(t))
 
 
 def _time(schedule: Schedule, log_level: float) -> float:

@@ -1,40 +1,194 @@
-"""Endpoint refinement: all weights and the grid of a plan together, by Gauss-Newton or Adam through the sampler."""
+"""Endpoint refinement: Gauss-Newton over all weights and times of a plan, through the sampler.
+
+A sequential fit is greedy: each step aims at the trajectory, even where an error would be harmless at the end. A refinement
+minimizes the mean of rho(|x_N(theta) - x*|) over theta, the :class:`~iia_ode.iia.Parameters` of the plan, with rho the
+Cauchy loss. :class:`GaussNewton` minimizes any :class:`Objective`; :func:`refine` stops it by held-out samples.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError, unknown_name
+from ..checks import check_whole
+from ..errors import InputError
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_start
-from .endpoint import chunks_of, endpoint_errors, per_sample, robust_mean
+from .batch import Batch, per_sample
 from .plan_parameters import Parameters
+from .ranking import cauchy_mean
 
-__all__ = ["METHODS", "Iteration", "Refinement", "refine"]
+__all__ = ["EndpointError", "GaussNewton", "Iteration", "Objective", "Refinement", "Status", "refine"]
 
 _F64 = torch.float64
-METHODS = ("gauss-newton", "adam")
-_NOT_FINITE = "the derivatives are not finite"
-_TRIES = 6  # dampings that a Gauss-Newton iteration tries before it gives up
-_STRETCHES = 12  # of Adam
-_WORSE = 1.5  # times the training error at the start of a stretch, where it ends
-_STALLED = 12  # iterations without a lower training error, after which a stretch ends
+_TRIES = 6  # dampings tried in an iteration
+
+
+class Status(Enum):
+    """Why a minimization stopped."""
+
+    ITERATIONS = "the number of iterations was reached"
+    PATIENCE = "the held-out error no longer fell"
+    TOLERANCE = "the training error fell by less than the tolerance"
+    STALLED = "no damping lowered the training error"
+    NOT_FINITE = "the derivatives are not finite"
+
+
+class Objective(Protocol):
+    """A function of a vector theta [P], for :class:`GaussNewton`."""
+
+    def loss(self, theta: Tensor, /) -> float:
+        """The loss, or infinity where theta is not admissible."""
+
+    def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The gradient [P] and the Gauss-Newton matrix [P, P], both up to the same factor; float64 on the host."""
+
+
+class GaussNewton:
+    """Minimize an objective by damped Gauss-Newton steps [Levenberg 1944; Marquardt 1963].
+
+    A step solves (H + mu diag H) delta = -g. The damping mu grows by 8 until the loss falls, at most six times, and shrinks
+    by 4 after a successful step.
+
+    Parameters
+    ----------
+    objective : the loss and its derivatives.
+    theta : starting point, float64 [P], on the host.
+    tolerance : stop after a step that lowers the loss by less than this fraction.
+    limit : maps (theta, tried) to an admissible step, such as :meth:`Parameters.clipped`; by default every step is admissible.
+
+    Attributes
+    ----------
+    theta, loss : the current point, with the lowest loss so far.
+    damping : mu of the last step; 0 before the first.
+    status : why there is no further step; None as long as there may be.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        theta: Tensor,
+        *,
+        tolerance: float = 2e-3,
+        limit: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.objective, self.theta, self.tolerance, self.limit = objective, theta, tolerance, limit
+        self.loss, self.damping = objective.loss(theta), 0.0
+        self.status: Status | None = None
+        self._next = 1e-3
+
+    def step(self) -> bool:
+        """Take a step; False, with a :attr:`status`, where none is left."""
+        if self.status is not None:
+            return False
+        gradient, square = self.objective.derivatives(self.theta)
+        if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
+            self.status = Status.NOT_FINITE
+            return False
+        scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
+        # In units of the diagonal the matrix is a correlation matrix, so that rounding does not depend on scales.
+        unit = scale.sqrt()
+        for k in range(_TRIES):
+            damping = self._next * 8**k
+            matrix = square / unit / unit[:, None] + damping * torch.eye(len(unit), dtype=_F64, device="cpu")
+            tried = self.theta - torch.linalg.solve(matrix, gradient / unit) / unit
+            tried = tried if self.limit is None else self.limit(self.theta, tried)
+            loss = self.objective.loss(tried)
+            if loss < self.loss:
+                break
+        else:
+            self.status = Status.STALLED
+            return False
+        if 1 - loss / self.loss < self.tolerance:
+            self.status = Status.TOLERANCE
+        self.theta, self.loss, self.damping = tried, loss, damping
+        self._next = max(damping / 4, 1e-9)
+        return True
+
+
+class EndpointError:
+    """The endpoint error of a plan as a function of its parameters: root of the mean Cauchy loss over samples.
+
+    Gauss-Newton needs J^T J, with J the derivative of all final components of all samples; a backward pass gives a single
+    row of J per sample. The matrix is therefore a Hutchinson estimate: for Rademacher probes v,
+    E[(v^T J)^T (v^T J)] = J^T J. A few probes per sample give far more rows than there are parameters. The gradient is exact.
+
+    Parameters
+    ----------
+    parameters : the plan as a function of theta.
+    batch : the samples with their true final states; a chunk of them shares a graph.
+    probes : Rademacher probes per sample.
+    checkpointed : see :meth:`Parameters.run`.
+    seed : of the probes.
+
+    Attributes
+    ----------
+    scale : error of a sample beyond which the Cauchy loss grows like a logarithm; infinity is the plain mean of squares.
+    backward : cost of all backward passes so far, in sample evaluations.
+    """
+
+    def __init__(
+        self, parameters: Parameters, batch: Batch, *, probes: int = 3, checkpointed: bool = False, seed: int = 0
+    ) -> None:
+        self.parameters, self.batch, self.probes, self.checkpointed = parameters, batch, probes, checkpointed
+        self.scale, self.backward = math.inf, 0
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def errors(self, theta: Tensor) -> Tensor:
+        """Root mean square error of each sample, float64 [B] on the host; infinity where theta gives no plan."""
+        if not self.parameters.valid(theta):
+            return torch.full((len(self.batch),), math.inf, dtype=_F64, device="cpu")
+        return self.batch.errors(self.parameters.plan(theta))
+
+    def loss(self, theta: Tensor, /) -> float:
+        """Root of the mean over samples of scale^2 log(1 + error^2 / scale^2)."""
+        error = cauchy_mean(self.errors(theta), self.scale)
+        return error if math.isfinite(error) else math.inf
+
+    def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The gradient of half the summed loss, [P], and the estimate of J^T J, [P, P]; float64 on the host."""
+        gradient = torch.zeros(len(theta), dtype=_F64, device="cpu")
+        square = torch.zeros(len(theta), len(theta), dtype=_F64, device="cpu")
+        for part in self.batch.chunks():
+            slope, *rows = self._rows(theta, part)
+            gradient += slope.sum(dim=0)
+            for row in rows:
+                square += row.T @ row / self.probes
+        return gradient, square
+
+    def _rows(self, theta: Tensor, part: Batch) -> list[Tensor]:
+        """The gradient of each sample of a chunk, then v^T J for each probe, weighted by the loss; [B, P] each."""
+        with torch.enable_grad():
+            final, leaf = self.parameters.run(part.ode, part.x, theta, checkpointed=self.checkpointed)
+        residual = final.detach().double() - part.target.to(final.device).double()
+        weight = 1 / (1 + (per_sample(residual) / self.scale).square())  # derivative of the Cauchy loss
+        vectors = [residual * weight.reshape(-1, *[1] * (residual.ndim - 1))]
+        for _ in range(self.probes):
+            vectors.append(2.0 * torch.randint(0, 2, final.shape, generator=self._generator, device="cpu") - 1)
+        rows = [
+            torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < self.probes)[0].double().cpu()
+            for k, v in enumerate(vectors)
+        ]
+        self.backward += 2 * (1 + self.probes) * self.parameters.evaluations * len(part)
+        root = weight.sqrt()[:, None].cpu()
+        return [rows[0], *(root * row for row in rows[1:])]
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration of a refinement.
+    """An iteration of a refinement.
 
     Attributes
     ----------
-    train, held_out : root mean square endpoint error after it, on the samples of the fit and on the others.
-    damping : of Levenberg and Marquardt, or 0.
+    train, held_out : root mean Cauchy loss after the iteration, on training and held-out samples.
+    damping : of Levenberg and Marquardt; 0 at the start.
     """
 
     train: float
@@ -44,45 +198,48 @@ class Iteration:
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """The outcome of :func:`refine`.
+    """The result of :func:`refine`.
 
     Attributes
     ----------
-    plan : the refined plan, or the given one where no iteration lowered the held-out error.
+    plan : the refined plan, or the given plan where no iteration lowered the held-out error.
     iterations : the start, then each iteration.
-    best : which of them the plan is from; 0 is the start.
-    reason : why it stopped.
-    sample_evaluations : what it spent; a backward pass counts as two evaluations.
-    backward : the part of that which is backward passes.
+    best : index of the plan's iteration; 0 is the start.
+    status : why the refinement stopped.
+    sample_evaluations : cost of the refinement; a backward pass counts as two evaluations.
+    backward : cost of the backward passes alone.
     """
 
     plan: Plan
     iterations: tuple[Iteration, ...]
     best: int
-    reason: str
+    status: Status
     sample_evaluations: int
     backward: int
 
     @property
     def gain(self) -> float:
-        """Held-out error of the result over that of the start, at most 1."""
+        """Held-out error of the result over the held-out error of the start, at most 1."""
         start = self.iterations[0].held_out
         return self.iterations[self.best].held_out / start if start else 1.0
 
+    @property
+    def reason(self) -> str:
+        """The status in words."""
+        return self.status.value
+
 
 def refine(
-    plan: Plan,
     ode: ProbabilityFlowODE,
     x: Tensor,
+    plan: Plan,
     target: Tensor,
     *,
     held_out: float = 0.25,
-    method: str = "gauss-newton",
     learn_grid: bool = True,
     sigma_min: float = 0.0,
-    iterations: int | None = None,
+    iterations: int = 12,
     probes: int = 3,
-    rates: tuple[float, float] = (5e-3, 2e-2),
     outliers: float = 4.0,
     tolerance: float = 2e-3,
     patience: int = 3,
@@ -93,229 +250,87 @@ def refine(
 ) -> Refinement:
     """Lower the error of the final states over all weights and times of a plan at once.
 
-    A sequential fit is greedy: every step aims at the trajectory, also where an error there would be harmless at the end.
-    Here the mean of |x_N(theta) - target|^2 is minimised over theta, the plan's :class:`Parameters`, from where the plan is.
-
-    Gauss-Newton needs J^T J, J the derivative of all final components of all samples, and one backward pass gives only one
-    of its rows per sample. So each sample contributes `probes` random combinations v^T J of its rows, v of independent
-    signs, which have E[(v^T J)^T (v^T J)] = J^T J: a sketch with far more rows than there are parameters. The gradient
-    itself is exact. Steps are damped as by Levenberg and Marquardt, in the scale of the diagonal.
-
     Parameters
     ----------
-    plan : where to start; its weights must be numbers, or linear maps over one decomposition.
     ode : the model; gradients must flow through it.
     x : initial states [B, ...] at the start of the plan's grid.
-    target : where they should end, [B, ...].
-    held_out : share of the batch, its last samples, by whose error the best iteration is chosen and the search is stopped.
-    method : ``"gauss-newton"`` or ``"adam"``.
+    plan : the starting point; weights must be numbers, or linear maps over a single decomposition.
+    target : final states to reach, [B, ...].
+    held_out : share of the batch, its last samples, that choose the best iteration and stop the search.
     learn_grid : whether the interior times move.
-    sigma_min : level sigma/alpha below which no time is moved: the smallest that the model was trained on.
-    iterations : at most so many; by default 12 of Gauss-Newton, 250 of Adam.
-    probes : sketched rows per sample.
-    rates : of Adam, for weights and for log sigma; halved, and the plan with the lowest training error so far taken up again,
-        where they lead to a much higher error, to none lower for a while, or to no plan at all.
-    outliers : errors of a sample beyond so many times the median one count less and less. Near the border of two modes a
-        small error becomes a large one at the end: a few such samples would make up the whole of a plain mean of squares,
-        and their derivatives say nothing of where they would land. ``math.inf`` is the plain mean.
-    tolerance : stop once the training error falls by less than this part in an iteration of Gauss-Newton.
-    patience : iterations of Gauss-Newton without a lower held-out error before it stops (25 times as many of Adam).
-    chunk_size : samples whose graph is held at a time.
-    checkpointed : see :meth:`Parameters.run`; for models whose graphs are large.
-    seed : of the random signs.
-    progress : show a bar.
+    sigma_min : level sigma/alpha below which no time moves; for a network, the smallest level of its training.
+    iterations : largest number of Gauss-Newton iterations.
+    probes : Rademacher probes per sample.
+    outliers : multiple of the median error beyond which the loss of a sample grows like a logarithm; ``math.inf`` is the
+        plain mean of squares. Near the border of two modes a small error becomes a large error at the end. A few samples
+        there would make up most of a plain mean, and their derivatives do not predict where the samples end.
+    tolerance : stop after an iteration that lowers the training error by less than this fraction.
+    patience : stop after this many iterations without a lower held-out error.
+    chunk_size : samples per graph.
+    checkpointed : recompute evaluations in the backward pass, for models with large graphs; see :meth:`Parameters.run`.
+    seed : of the probes.
+    progress : show a bar over the iterations.
+
+    Returns
+    -------
+    The refined plan with the course of the refinement. Its held-out error is never above that of the start.
 
     Raises
     ------
-    InputError : an argument is not usable, the plan has weights that are no numbers, or no gradient flows through the model.
+    InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
     """
     check_start(ode, x)
-    if method not in METHODS:
-        raise unknown_name("method of refinement", method, METHODS)
-    counts = {"probes": probes, "chunk_size": chunk_size, "iterations": 1 if iterations is None else iterations}
-    if wrong := [f"{k}={v!r}" for k, v in counts.items() if not isinstance(v, int) or v < 1]:
-        raise InputError(f"{' and '.join(wrong)}: a refinement takes whole numbers from 1.")
+    for name, value in {"iterations": iterations, "probes": probes, "patience": patience, "chunk_size": chunk_size}.items():
+        check_whole(name, value, least=1)
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     if not 0 <= held_out < 1:
         raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
-    job = _Job(
-        Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min),
-        ode,
-        x,
-        target,
-        n - held,
-        chunk_size,
-        checkpointed,
-    )
-    steps: Iterator[tuple[Tensor, float]]
-    if method == "gauss-newton":
-        steps = _gauss_newton(job, probes, seed, tolerance)
-        most, wait = 12 if iterations is None else iterations, patience
-    else:
-        steps = _adam(job, rates)
-        most, wait = 250 if iterations is None else iterations, 25 * patience
-    theta = job.parameters.initial
-    best, best_theta, reason = 0, theta, ""
+    parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
+
+
+    def over(part: Batch) -> EndpointError:
+        return EndpointError(parameters, part, probes=probes, checkpointed=checkpointed, seed=seed)
+
+    train, others = Batch(ode, x, None, chunk_size, target).split(held)
+    objective, judge = over(train), over(others) if held else None
     with ode.counting() as spent:
-        job.set_scale(theta, outliers)
-        found = [Iteration(job.loss(theta, train=True), job.loss(theta, train=False), 0.0)]
-        for i, (theta, damping) in enumerate(tqdm(steps, desc="refine", total=most, disable=not progress), start=1):
-            found.append(Iteration(job.loss(theta, train=True), job.loss(theta, train=False), damping))
-            if found[-1].held_out < found[best].held_out:
-                best, best_theta = i, theta
-            elif i - best >= wait:
-                reason = "the held-out error no longer fell"
-                break
+        objective.scale = _scale(objective.errors(parameters.initial), outliers)
+        if judge is not None:
+            judge.scale = objective.scale
+        search = GaussNewton(objective, parameters.initial, tolerance=tolerance, limit=parameters.clipped)
+        found, best, theta, status = _best_so_far(search, judge and judge.loss, iterations, patience, progress)
+    result = plan if best == 0 else parameters.plan(theta, plan.name)
+    return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
+
+
+def _best_so_far(
+    search: GaussNewton, judge: Callable[[Tensor], float] | None, most: int, patience: int, progress: bool
+) -> tuple[tuple[Iteration, ...], int, Tensor, Status]:
+    """Run a minimization and keep the point that `judge` likes best; by default the judge is the loss itself."""
+    found: list[Iteration] = []
+
+    def note() -> float:
+        found.append(Iteration(search.loss, search.loss if judge is None else judge(search.theta), search.damping))
+        return found[-1].held_out
+
+    lowest, best, theta = note(), 0, search.theta
+    with tqdm(desc="refine", total=most, disable=not progress) as bar:
+        while search.step():
+            bar.update()
+            error, i = note(), len(found) - 1
+            if error < lowest:
+                lowest, best, theta = error, i, search.theta
+            elif i - best >= patience:
+                return tuple(found), best, theta, Status.PATIENCE
             if i == most:
-                reason = "it had made as many iterations as allowed"
-                break
-    result = plan if best == 0 else job.parameters.plan(best_theta, plan.name)
-    return Refinement(result, tuple(found), best, reason or job.reason, spent.samples + job.backward, job.backward)
+                return tuple(found), best, theta, Status.ITERATIONS
+    return tuple(found), best, theta, search.status or Status.STALLED
 
 
-class _Job:
-    """The error as a function of the parameters, with its derivatives; counts its backward passes."""
-
-    def __init__(
-        self,
-        parameters: Parameters,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        target: Tensor,
-        train: int,
-        chunk_size: int,
-        checkpointed: bool,
-    ) -> None:
-        self.parameters, self.ode, self.x, self.target, self.train = parameters, ode, x, target, train
-        self.chunk_size, self.checkpointed = chunk_size, checkpointed
-        self.backward = 0
-        self.reason = "the training error no longer fell"  # why there is no next iteration, once there is none
-        self._known: dict[tuple[bytes, bool], float] = {}
-
-    def set_scale(self, theta: Tensor, outliers: float) -> None:
-        """Fix what counts as an outlier: errors beyond `outliers` times the median over the training samples."""
-        errors = self._errors(theta, 0, self.train)
-        self.scale = outliers * float(errors.median()) if math.isfinite(outliers) else math.inf
-        self.scale = self.scale if self.scale > 0 else math.inf
-        self._known.clear()
-
-    def loss(self, theta: Tensor, *, train: bool) -> float:
-        """Root of the mean over samples of scale^2 log(1 + error^2 / scale^2); infinity where there is no such plan."""
-        if not train and self.train == len(self.x):
-            return self.loss(theta, train=True)
-        key = (theta.numpy().tobytes(), train)
-        if key not in self._known:
-            errors = self._errors(theta, 0 if train else self.train, self.train if train else len(self.x))
-            error = robust_mean(errors, self.scale)
-            self._known[key] = error if math.isfinite(error) else math.inf
-        return self._known[key]
-
-    def _errors(self, theta: Tensor, first: int, last: int) -> Tensor:
-        """Root mean square error of each sample, float64 on the host."""
-        if not self.parameters.valid(theta):
-            return torch.full((last - first,), math.inf, dtype=_F64, device="cpu")
-        plan, samples = self.parameters.plan(theta), slice(first, last)
-        return endpoint_errors(plan, self.ode, self.x, self.target, samples, chunk_size=self.chunk_size)
-
-    def derivatives(self, theta: Tensor, probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The gradient of half the squared error over the training samples, [P], and the sketch of J^T J, [P, P]."""
-        gradient = torch.zeros(len(theta), dtype=_F64, device="cpu")
-        square = torch.zeros(len(theta), len(theta), dtype=_F64, device="cpu")
-        for part in chunks_of(0, self.train, self.chunk_size):
-            ode = self.ode.subset(part, len(self.x))
-            with torch.enable_grad():
-                final, leaf = self.parameters.run(ode, self.x[part], theta, checkpointed=self.checkpointed)
-                residual = final.detach().double() - self.target[part].to(final.device).double()
-                weight = 1 / (1 + (per_sample(residual) / self.scale).square())  # derivative of the loss, per sample
-                residual = residual * weight.reshape(-1, *[1] * (residual.ndim - 1))
-                signs = [
-                    2.0 * torch.randint(0, 2, final.shape, generator=generator, device="cpu") - 1 for _ in range(probes)
-                ]
-                root = weight.sqrt()[:, None].cpu()
-                rows = [
-                    torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < probes)[0].double().cpu()
-                    for k, v in enumerate((residual, *signs))
-                ]
-            self.backward += 2 * (1 + probes) * self.parameters.evaluations * (part.stop - part.start)
-            gradient += rows[0].sum(dim=0)
-            for row in rows[1:]:
-                square += (root * row).T @ (root * row) / probes
-        return gradient, square
-
-
-def _gauss_newton(job: _Job, probes: int, seed: int, tolerance: float) -> Iterator[tuple[Tensor, float]]:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    theta, damping = job.parameters.initial, 1e-3
-    error = job.loss(theta, train=True)
-    while True:
-        gradient, square = job.derivatives(theta, probes, generator)
-        if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
-            job.reason = _NOT_FINITE
-            return
-        scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
-        for _ in range(_TRIES):
-            # In units of the diagonal, where the matrix is a correlation matrix and rounding has no scale to hide in.
-            unit = scale.sqrt()
-            matrix = square / unit / unit[:, None] + damping * torch.eye(len(theta), dtype=_F64, device="cpu")
-            tried = job.parameters.clipped(theta, theta - torch.linalg.solve(matrix, gradient / unit) / unit)
-            tried_error = job.loss(tried, train=True)
-            if tried_error < error:
-                break
-            damping *= 8
-        else:
-            return
-        gained = 1 - tried_error / error
-        theta, error = tried, tried_error
-        yield theta, damping
-        damping = max(damping / 4, 1e-9)
-        if gained < tolerance:
-            job.reason = f"the training error fell by less than {tolerance:g} of itself"
-            return
-
-
-def _adam(job: _Job, rates: tuple[float, float]) -> Iterator[tuple[Tensor, float]]:
-    """Stretches of Adam, each from the lowest training error so far, at half the rates of the one before.
-
-    How far a weight may move in an iteration depends on the model and on the number of evaluations: rates that are right for
-    one plan throw another farther off than it ever comes back from.
-    """
-
-    def slope(theta: Tensor) -> Tensor:
-        """The gradient of the mean square error; it has no random signs."""
-        return job.derivatives(theta, 0, torch.Generator("cpu"))[0] / (job.train * job.x[0].numel())
-
-    weights = job.parameters.weights
-    best, lowest = job.parameters.initial, job.loss(job.parameters.initial, train=True)
-    steepest = slope(best)  # the gradient at the best
-    for stretch in range(_STRETCHES):
-        if not bool(torch.isfinite(steepest).all()):
-            job.reason = _NOT_FINITE
-            return
-        groups = [best[:weights].clone().requires_grad_(True), best[weights:].clone().requires_grad_(True)]
-        own = [rate / 2**stretch for rate in rates]
-        optimiser = torch.optim.Adam([{"params": [g], "lr": rate} for g, rate in zip(groups, own, strict=True)])
-        gradient, begun, since = steepest, lowest, 0
-        while bool(torch.isfinite(gradient).all()):
-            for g, part in zip(groups, (gradient[:weights], gradient[weights:]), strict=True):
-                g.grad = part
-            optimiser.step()
-            theta = job.parameters.floored(torch.cat([g.detach() for g in groups]))
-            groups[1].data.copy_(theta[weights:])
-            if not job.parameters.valid(theta):
-                why = "times that cross or leave the schedule, or numbers that are not finite"
-                break
-            yield theta, 0.0
-            error, since = job.loss(theta, train=True), since + 1
-            lower = error < lowest
-            if not lower and (since == _STALLED or error > _WORSE * begun):
-                why = "no lower training error"
-                break
-            gradient = slope(theta)
-            if lower:
-                best, lowest, steepest, since = theta, error, gradient, 0
-        else:
-            why = "derivatives that are not finite"
-    job.reason = f"rates of {own[0]:.1g} and {own[1]:.1g} still led to {why}"
+def _scale(errors: Tensor, outliers: float) -> float:
+    """The error beyond which a sample is an outlier: a multiple of the median; infinity where no sample is."""
+    scale = outliers * float(errors.median()) if math.isfinite(outliers) else math.inf
+    return scale if scale > 0 else math.inf

@@ -20,32 +20,6 @@ from .teacher import Teacher
 __all__ = ["Local", "Numeric", "Samples", "Substeps", "Target", "TeacherTrajectory", "resolve_target"]
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Some samples of the fitting batch.
-
-    Attributes
-    ----------
-    ode : the model under their conditions.
-    initial : their initial states [B, ...].
-    index : their places in the batch.
-    teacher : the accurate trajectories of the whole batch, if there is one.
-    """
-
-    ode: ProbabilityFlowODE
-    initial: Tensor
-    index: slice
-    teacher: Teacher | None = None
-
-    def part(self, own: slice) -> Samples:
-        """Those from `own.start` to before `own.stop`."""
-        n, first = len(self.initial), self.index.start
-        if own == slice(0, n):
-            return self
-        index = slice(first + own.start, first + own.stop)
-        return Samples(self.ode.subset(own, n), self.initial[own], index, self.teacher)
-
-
 Numeric: TypeAlias = Callable[[Samples, Tensor], Tensor]
 """From some samples and their states [B, ...] at the start of the step, to their target states."""
 
