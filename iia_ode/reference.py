@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._torchdiffeq import integrate, is_adaptive, torchdiffeq_methods
+from ._torchdiffeq import integrate, is_adaptive, method_names
 from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
@@ -55,7 +55,7 @@ class Trajectory:
         if self.data is not None:
             return self.data
         u = float(self.knots[-1])
-        return self.states[-1] * _size(self.schedule, _time(self.schedule, u))
+        return self.states[-1] * self.schedule.size(_time(self.schedule, u))
 
     def __call__(self, t: float) -> Tensor:
         """The state at time t, float64 [B, ...].
@@ -71,7 +71,7 @@ class Trajectory:
             # Below the floor eps is constant: the straight line from the last knot to the data.
             floor = _time(self.schedule, last)
             a, s = self.schedule.alpha(floor), self.schedule.sigma(floor)
-            eps = (self.states[-1] * math.hypot(a, s) - a * self.data) / s
+            eps = (self.states[-1] * self.schedule.size(floor) - a * self.data) / s
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
             raise GridError(f"t = {t:g} lies outside the trajectory.")
@@ -82,7 +82,7 @@ class Trajectory:
         r = (u - float(self.knots[k])) / h
         w = (1 + 2 * r) * (1 - r) ** 2 * self.states[k] + r * r * (3 - 2 * r) * self.states[k + 1]
         w = w + h * r * (1 - r) * ((1 - r) * self.slopes[k] - r * self.slopes[k + 1])
-        return w * _size(self.schedule, t)
+        return w * self.schedule.size(t)
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def solve(
     last = times[1] if floor is None else floor
     knots = torch.tensor([_clock(schedule, times[0]), _clock(schedule, last)], dtype=_F64, device="cpu")
     w = _integrate(ode, x, times[0], knots, rtol, atol, method)[-1]
-    return w * _size(schedule, last) if floor is None else _data(ode, w, floor, times[1])
+    return w * schedule.size(last) if floor is None else _data(ode, w, floor, times[1])
 
 
 def _span(
@@ -156,8 +156,8 @@ def _span(
     """The schedule, both times, and the time to stop at if the second is the data; all arguments checked."""
     check_start(ode, x)
     if not is_adaptive(method):
-        adaptive = [name for name in torchdiffeq_methods() if is_adaptive(name)]
-        if method not in torchdiffeq_methods():
+        adaptive = [name for name in method_names() if is_adaptive(name)]
+        if method not in method_names():
             raise unknown_name("adaptive method", method, adaptive)
         raise InputError(
             f"a reference needs a method that controls its error, and torchdiffeq's {method} takes one step per interval: "
@@ -177,7 +177,7 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
 
     def flow(u: Tensor, w: Tensor) -> Tensor:
         t = schedule.t_of_lam(u.sinh().log())
-        size = torch.hypot(schedule.alpha(t), schedule.sigma(t))
+        size = schedule.size(t)
         return ode.data(size * w, t) - u.tanh() * w
 
     return flow
@@ -187,7 +187,7 @@ def _integrate(
     ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
 ) -> Tensor:
     """The states w at the knots, from the state x at time t."""
-    states = integrate(_flow(ode), x.to(_F64) / _size(ode.schedule, t), knots, method, rtol, atol, None)
+    states = integrate(_flow(ode), x.to(_F64) / ode.schedule.size(t), knots, method, rtol, atol, None)
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
@@ -197,7 +197,7 @@ def _integrate(
 
 def _data(ode: ProbabilityFlowODE, w: Tensor, floor: float, t: float) -> Tensor:
     """The state at the data, time t, from the state w a little before it."""
-    return ode.data(w * _size(ode.schedule, floor), floor) * ode.schedule.alpha(t)
+    return ode.data(w * ode.schedule.size(floor), floor) * ode.schedule.alpha(t)
 
 
 def _clock(schedule: Schedule, t: float) -> float:
@@ -208,7 +208,3 @@ def _clock(schedule: Schedule, t: float) -> float:
 
 def _time(schedule: Schedule, u: float) -> float:
     return schedule.t_of_lam(math.log(math.sinh(u)) if u > 0 else -math.inf)
-
-
-def _size(schedule: Schedule, t: float) -> float:
-    return math.hypot(schedule.alpha(t), schedule.sigma(t))
