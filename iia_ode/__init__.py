@@ -28,11 +28,11 @@ from .forms import Evaluation
 from .iia import IIA, Budget, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, WarmStart, Window, load, preset
 from .iia.recipe import fit
 from .iia.refine import refine
-from .integrate import odeint, sample, torchdiffeq_methods
+from .integrate import odeint, sample
 from .noise import sample_seeds, seeded_noise
 from .ode import ProbabilityFlowODE
 from .plan import Past, Plan, Vector, trace
-from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule, from_functions
+from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names
 from .statistics import ModelStatistics
 from .testing import verify
@@ -82,7 +82,6 @@ __all__ = [
     "denoisers",
     "estimate_statistics",
     "fit",
-    "from_functions",
     "get_solver",
     "grids",
     "load",
@@ -99,7 +98,6 @@ __all__ = [
     "seeded_noise",
     "solver_names",
     "testing",
-    "torchdiffeq_methods",
     "trace",
     "verify",
 ]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .errors import IIAError, InputError
 
@@ -164,6 +164,6 @@ def _brief(bound: float) -> str:
     return f"2**{power}" if isinstance(bound, int) and power > 16 and bound == 2**power else f"{bound:g}"
 
 
-def _refuse(error: ErrorType, name: str, expected: str, such_as: object, value: object) -> Any:
+def _refuse(error: ErrorType, name: str, expected: str, such_as: object, value: object) -> NoReturn:
     example = "" if such_as is None else f", such as {such_as!r}"
     raise error(f"{name} must be {expected}{example}, got {value!r}.")

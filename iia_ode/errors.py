@@ -113,11 +113,20 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """An :class:`UnknownNameError` for `name` that lists `known`, nearest match first."""
+def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownNameError:
+    """An :class:`UnknownNameError` for `name` that lists `known`, nearest match first.
+
+    Parameters
+    ----------
+    kind : what `name` should have been the name of, such as ``"solver"``.
+    name : the unknown name.
+    known : the valid names.
+    hint : a sentence that explains the name; it replaces the nearest matches.
+    """
     names = sorted(set(known))
     folded = {n.lower(): n for n in names}
     close = [folded[c] for c in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.5)]
-    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    if close and not hint:
+        hint = f"Did you mean {' or '.join(repr(c) for c in close)}?"
     rest = ", ".join(close + [n for n in names if n not in close])
-    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {rest}.")
+    return UnknownNameError(f"unknown {kind} {name!r}.{' ' * bool(hint)}{hint} Known: {rest}.")

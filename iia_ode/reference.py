@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._torchdiffeq import integrate, is_adaptive, torchdiffeq_methods
+from ._torchdiffeq import integrate, is_adaptive, method_names
 from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
@@ -55,7 +55,7 @@ class Trajectory:
         if self.data is not None:
             return self.data
         u = float(self.knots[-1])
-        return self.states[-1] * _size(self.schedule, _time(self.schedule, u))
+        return self.states[-1] * self.schedule.size(_time(self.schedule, u))
 
     def __call__(self, t: float) -> Tensor:
         """Interpolate the state at time t.
@@ -79,7 +79,7 @@ class Trajectory:
             # Below the floor eps is taken as constant: x is a straight line in (alpha, sigma) from the last knot to the data.
             floor = _time(self.schedule, last)
             a, s = self.schedule.alpha(floor), self.schedule.sigma(floor)
-            eps = (self.states[-1] * math.hypot(a, s) - a * self.data) / s
+            eps = (self.states[-1] * self.schedule.size(floor) - a * self.data) / s
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
             raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
@@ -90,7 +90,7 @@ class Trajectory:
         r = (u - float(self.knots[k])) / h
         w = (1 + 2 * r) * (1 - r) ** 2 * self.states[k] + r * r * (3 - 2 * r) * self.states[k + 1]
         w = w + h * r * (1 - r) * ((1 - r) * self.slopes[k] - r * self.slopes[k + 1])
-        return w * _size(self.schedule, t)
+        return w * self.schedule.size(t)
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def solve(
     last = times[1] if floor is None else floor
     knots = torch.tensor([_clock(schedule, times[0]), _clock(schedule, last)], dtype=_F64, device="cpu")
     w = _integrate(ode, x, times[0], knots, rtol, atol, method)[-1]
-    return w * _size(schedule, last) if floor is None else _data(ode, w, floor, times[1])
+    return w * schedule.size(last) if floor is None else _data(ode, w, floor, times[1])
 
 
 def _span(
@@ -182,8 +182,8 @@ def _span(
     """Check all arguments. Return the schedule, both times, and the time to stop at if the second is the data."""
     check_start(ode, x)
     if not is_adaptive(method):
-        adaptive = [name for name in torchdiffeq_methods() if is_adaptive(name)]
-        if method not in torchdiffeq_methods():
+        adaptive = [name for name in method_names() if is_adaptive(name)]
+        if method not in method_names():
             raise unknown_name("adaptive method", method, adaptive)
         raise InputError(
             f"a reference needs an adaptive method, and torchdiffeq's {method} takes one step per interval: use "
@@ -203,7 +203,7 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
 
     def flow(u: Tensor, w: Tensor) -> Tensor:
         t = schedule.t_of_lam(u.sinh().log())
-        size = torch.hypot(schedule.alpha(t), schedule.sigma(t))
+        size = schedule.size(t)
         return ode.data(size * w, t) - u.tanh() * w
 
     return flow
@@ -213,7 +213,7 @@ def _integrate(
     ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
 ) -> Tensor:
     """Integrate from state x at time t. Return the scaled states w at the knots, float64 [K, B, ...]."""
-    states = integrate(_flow(ode), x.to(_F64) / _size(ode.schedule, t), knots, method, rtol, atol, None)
+    states = integrate(_flow(ode), x.to(_F64) / ode.schedule.size(t), knots, method, rtol, atol, None)
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
@@ -223,7 +223,7 @@ def _integrate(
 
 def _data(ode: ProbabilityFlowODE, w: Tensor, floor: float, t: float) -> Tensor:
     """Estimate the state at the data, time t, from the scaled state w at the time `floor` just before."""
-    return ode.data(w * _size(ode.schedule, floor), floor) * ode.schedule.alpha(t)
+    return ode.data(w * ode.schedule.size(floor), floor) * ode.schedule.alpha(t)
 
 
 def _clock(schedule: Schedule, t: float) -> float:
@@ -234,7 +234,3 @@ def _clock(schedule: Schedule, t: float) -> float:
 
 def _time(schedule: Schedule, u: float) -> float:
     return schedule.t_of_lam(math.log(math.sinh(u)) if u > 0 else -math.inf)
-
-
-def _size(schedule: Schedule, t: float) -> float:
-    return math.hypot(schedule.alpha(t), schedule.sigma(t))

@@ -168,7 +168,7 @@ def test_a_given_smallest_level_is_used(tmp_path, capsys):
 
 
 def test_show_needs_no_schedule_and_its_plan_does(tmp_path, capsys):
-    mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
+    mine = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
     grid = iia.grids.karras(3, schedule=mine)
     fit = iia.preset("iia-ddim").fit(mixture().ode(mine), grid, torch.randn(4, 4, dtype=torch.float64))
     file = str(fit.save(tmp_path / "fit.safetensors"))
@@ -191,7 +191,7 @@ def test_sample_takes_a_registered_name_and_draws_a_picture(tmp_path, capsys):
 def test_solvers_lists_every_name_that_can_be_used(capsys):
     status, printed, _ = run(capsys, "solvers")
     assert status == 0
-    for name in [*iia.solver_names(), *iia.iia.PRESETS, *iia.torchdiffeq_methods()]:
+    for name in [*iia.solver_names(), *iia.iia.PRESETS, *iia.solver_names(torchdiffeq=True)]:
         assert name in printed
 
 

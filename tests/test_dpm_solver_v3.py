@@ -299,7 +299,7 @@ def gaussian_statistics(points: int, low: float = 0.05, high: float = 20.0) -> M
         (iia.Cosine(), "v", "forward"),
         (iia.VE(), "score", "reverse"),
         (iia.FlowMatching(), "velocity", "forward"),
-        (iia.from_functions(lambda t: 1 - t, lambda t: t), "velocity", "reverse"),
+        (iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t), "velocity", "reverse"),
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
@@ -430,8 +430,8 @@ def test_it_goes_from_pure_noise_to_the_data() -> None:
     assert [float(v) for v in own.lam[[0, -1]]] == pytest.approx([schedule.lam(11 / 12), schedule.lam(1 / 12)])
     exact = reference.solve(ode, x, 1.0, 0.0)
     for solver in (DPMSolverV3(own), DPMSolverV3()):
-        states = iia.odeint(ode, x, grid, solver)
-        close(states[1], iia.odeint(ode, x, grid, "ddim")[1], atol=1e-12)
+        states = iia.odeint(ode, x, grid, method=solver)
+        close(states[1], iia.odeint(ode, x, grid, method="ddim")[1], atol=1e-12)
         assert rms(states[-1] - exact) < 0.05
         assert solver.plan(schedule, grid).nfe == 12
 
@@ -441,7 +441,7 @@ def test_the_step_to_the_data_is_ddim_with_the_output_moved_to_the_corrected_sta
     grid = torch.cat([levels(4, schedule), torch.zeros(1, dtype=F64)])
     x = problem.noisy(4, schedule, 20.0, generator(11))
     ode = problem.ode(schedule)
-    states = iia.odeint(ode, x, grid, DPMSolverV3(gaussian_statistics(600)))
+    states = iia.odeint(ode, x, grid, method=DPMSolverV3(gaussian_statistics(600)))
     # With l of the model itself, that output is the model's own at the corrected state.
     close(states[-1], ode.data(states[-2], 0.05), atol=1e-7)
 

@@ -184,7 +184,7 @@ ENDS_ON_THE_ESTIMATE = [
 def test_exponential_integrators_end_on_the_models_data_estimate(name: str, schedule: iia.Schedule) -> None:
     problem, grid = mixture(), iia.grids.karras(4, 0.5, 20.0, schedule=schedule)
     ode = problem.ode(schedule)
-    states = iia.odeint(ode, problem.noisy(5, schedule, float(grid[0]), generator(4)), grid, name)
+    states = iia.odeint(ode, problem.noisy(5, schedule, float(grid[0]), generator(4)), grid, method=name)
     close(states[-1], ode.data(states[-2], float(grid[-2])), atol=1e-12)
 
 

@@ -85,8 +85,8 @@ def test_a_discrete_schedule_travels_with_the_fit(tmp_path):
 
 
 def test_a_schedule_from_functions_has_to_be_given_and_has_to_be_the_same(tmp_path):
-    mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
-    other = iia.from_functions(lambda t: 1 - t * t, lambda t: t)
+    mine = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
+    other = iia.Schedule.from_functions(lambda t: 1 - t * t, lambda t: t)
     path = fitted(mine).save(tmp_path / "fit.safetensors")
     with pytest.raises(iia.FileFormatError, match=r"does not hold the schedule.*pass schedule=") as caught:
         iia.load(path)
@@ -99,7 +99,7 @@ def test_a_schedule_from_functions_has_to_be_given_and_has_to_be_the_same(tmp_pa
 
 
 def test_a_file_is_described_without_its_schedule_as_it_is_with_it(tmp_path):
-    for schedule in (iia.VP(), iia.Discrete(ALPHAS_CUMPROD), iia.from_functions(lambda t: 1 - t, lambda t: t)):
+    for schedule in (iia.VP(), iia.Discrete(ALPHAS_CUMPROD), iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)):
         fit = fitted(schedule)
         assert describe(fit.save(tmp_path / "fit.safetensors")) == str(fit)
 

@@ -180,7 +180,7 @@ def vp_of_deis_tab() -> iia.Schedule:
     def log_alpha(t: Tensor) -> Tensor:
         return -(slope * t * t / 2 + start * t) / 2
 
-    return iia.from_functions(
+    return iia.Schedule.from_functions(
         lambda t: log_alpha(t).exp(), lambda t: (-torch.expm1(2 * log_alpha(t))).sqrt(), t_data=first
     )
 

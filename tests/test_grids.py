@@ -150,16 +150,16 @@ def test_linear_log_gives_each_part_half_of_the_intervals(half, low, high):
 
 
 def test_a_level_that_the_schedule_does_not_reach_is_a_grid_error():
-    short = iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
+    short = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
     with pytest.raises(iia.GridError, match="80"):
         grids.karras(5, schedule=short)
     with pytest.raises(iia.GridError, match="between"):
         grids.karras(5, 0.01, 1000.0, schedule=DISCRETE)  # beyond timestep T - 1
     with pytest.raises(iia.GridError, match="between"):
-        grids.log_snr(5, 0.01, 80.0, schedule=iia.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t))
+        grids.log_snr(5, 0.01, 80.0, schedule=iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t))
 
 
-@pytest.mark.parametrize("schedule", [DISCRETE, iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)])
+@pytest.mark.parametrize("schedule", [DISCRETE, iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)])
 def test_the_noisiest_level_of_a_schedule_is_within_its_reach(schedule):
     grid = grids.karras(5, 0.01, schedule.noise_to_signal(schedule.t_noise), schedule=schedule)
     close(grid[0], torch.tensor(schedule.t_noise, dtype=F64), rtol=1e-9)
@@ -167,7 +167,7 @@ def test_the_noisiest_level_of_a_schedule_is_within_its_reach(schedule):
 
 
 def test_a_schedule_that_does_not_reach_the_data_needs_grids_without_it():
-    noisy = iia.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t)
+    noisy = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t)
     with pytest.raises(iia.GridError, match="to_data=False"):
         grids.karras(5, 0.2, 5.0, schedule=noisy)
     assert len(grids.karras(5, 0.2, 5.0, schedule=noisy, to_data=False)) == 5

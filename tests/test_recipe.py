@@ -866,7 +866,7 @@ def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
 
 
 def test_a_schedule_that_ends_just_before_the_data_can_be_fitted_for():
-    schedule = iia.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
+    schedule = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
     found = quiet(mixture().ode(schedule, "velocity"), 4, noise(), budget=QUICK)
     assert found.plan.grid[-1] == 1e-3
 

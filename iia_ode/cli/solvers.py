@@ -8,7 +8,6 @@ from .. import grids
 from ..experiments import get_setting
 from ..experiments.compare import RECIPE
 from ..iia import PRESETS
-from ..integrate import torchdiffeq_methods
 from ..solvers import Solver, get_solver, same_solver, solver_names
 
 __all__ = ["solvers_command"]
@@ -31,7 +30,7 @@ def solvers_command() -> None:
     for name, method in PRESETS.items():
         click.echo(f"{name:<12} over {method.base_solver.name}, history {method.history}, {method.substeps} sub-steps")
     click.echo(f"{RECIPE:<12} {_RECIPE}")
-    click.echo(f"\ntorchdiffeq, in odeint and sample of the Python API: {', '.join(torchdiffeq_methods())}")
+    click.echo(f"\ntorchdiffeq, in odeint and sample of the Python API: {', '.join(solver_names(torchdiffeq=True))}")
 
 
 def _description(solver: Solver) -> str:

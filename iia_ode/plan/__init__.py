@@ -2,7 +2,7 @@
 
 from .analysis import CanonicalForm, GaussianResponse
 from .bands import Bands
-from .checks import check_grid, check_start
+from .checks import check_grid, check_ode, check_start
 from .maps import LinearMap, PerCondition, projections_from
 from .plan import Combine, Evaluate, Plan
 from .projections import Matrices, Principal, Projections
@@ -25,6 +25,7 @@ __all__ = [
     "Tracer",
     "Vector",
     "check_grid",
+    "check_ode",
     "check_start",
     "projections_from",
     "trace",

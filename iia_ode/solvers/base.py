@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from .. import _torchdiffeq
 from ..checks import check_whole
-from ..errors import GridError, InputError, PlanError, unknown_name
+from ..errors import GridError, InputError, PlanError, UnknownNameError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
 
@@ -24,6 +27,7 @@ __all__ = [
     "register",
     "same_solver",
     "solver_names",
+    "unknown_solver",
 ]
 
 
@@ -43,7 +47,7 @@ class Solver(ABC):
     """Whether a plan is checked for consistency; set False where a method is so only in variables of its own."""
 
     aliases: ClassVar[tuple[str, ...]] = ()
-    name: ClassVar[str] = ""
+    name: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -234,7 +238,7 @@ def get_solver(name: str, **options: Any) -> Solver:
     InputError : an option has a value that it cannot have.
     """
     if not is_registered(name):
-        raise unknown_name("solver", name, _REGISTRY)
+        raise unknown_solver(name)
     entry = _REGISTRY[name]
     _check_options(name, entry.kind, options)
     return entry.kind(**{**entry.options, **options})
@@ -245,9 +249,61 @@ def is_registered(name: object) -> bool:
     return isinstance(name, str) and name in _REGISTRY
 
 
-def solver_names() -> list[str]:
-    """Registered names, variants included and aliases not, sorted."""
+def solver_names(torchdiffeq: bool = False) -> list[str]:
+    """The names of the registered solvers, sorted: variants are included, aliases are not.
+
+    Parameters
+    ----------
+    torchdiffeq : list the methods of the installed torchdiffeq instead, which :func:`iia_ode.sample` and
+        :func:`iia_ode.odeint` take by name.
+    """
+    if torchdiffeq:
+        return _torchdiffeq.method_names()
     return sorted(key for key in _REGISTRY if same_solver(key)[0] == key)
+
+
+def unknown_solver(name: object, also: Iterable[str] = ()) -> UnknownNameError:
+    """The error for the name of no registered solver; explains names of torchdiffeq's methods and of stochastic samplers.
+
+    Parameters
+    ----------
+    name : the unknown name.
+    also : names that are valid beside the registered ones.
+    """
+    return unknown_name("solver", name, [*_REGISTRY, *also], _hint(str(name)))
+
+
+def _hint(name: str) -> str:
+    method = name.removeprefix("torchdiffeq:")
+    if method in _torchdiffeq.method_names():
+        return (
+            f"{method!r} is a method of torchdiffeq, and not a Solver: pass its name, as in "
+            f"iia_ode.sample(ode, x, grid, {name!r}) or iia_ode.odeint(ode, x, grid, method={name!r})."
+        )
+    rest, found = _NOISY.subn("", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).lower())
+    if not found:
+        return ""
+    kind = re.sub(r"_+", "_", _KINDS.sub("", rest)).strip("_")
+    near = _NEAREST.get(kind) or next(iter(difflib.get_close_matches(kind, _REGISTRY, n=1, cutoff=0.75)), "ddim")
+    return (
+        f"{name!r} injects noise; iia_ode solves the probability-flow ODE, which is deterministic. The nearest solver is "
+        f"{near!r}."
+    )
+
+
+# Names of k-diffusion and diffusers: euler_ancestral, dpmpp_2m_sde, euler_a, EulerAncestralDiscreteScheduler, ddpm, ...
+_NOISY = re.compile(
+    r"ancestral|(?<![a-z])sde(?![a-z])|_a$|churn|stochastic|ddpm|(?<![a-z])lcm|seeds|(?<![a-z])sa_solver"
+)
+_KINDS = re.compile(r"sample_|k_|_?discrete|_?scheduler|_?sampler|_gpu")
+_NEAREST = {
+    "": "ddim",
+    "dpmpp": "dpmpp_2s",
+    "dpm_solver": "dpmpp_2s",
+    "dpm_solver_multistep": "dpmpp_2m",
+    "dpm_2": "dpm2",
+}
+_NEAREST |= {"kdpm2": "dpm2"}
 
 
 def same_solver(name: str) -> list[str]:
@@ -258,7 +314,7 @@ def same_solver(name: str) -> list[str]:
     UnknownNameError : no such solver.
     """
     if name not in _REGISTRY:
-        raise unknown_name("solver", name, _REGISTRY)
+        raise unknown_solver(name)
     entry = _REGISTRY[name]
     wanted = entry.all_options()
     return [key for key, other in _REGISTRY.items() if other.kind is entry.kind and other.all_options() == wanted]

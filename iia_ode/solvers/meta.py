@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -147,8 +146,7 @@ class AnalyticFirstStep(MetaSolver):
         """The base's step; the first step uses the analytic estimate."""
         if past.index > 0:
             return self.solver.step(ode, x, t, s, past)
-        alpha, sigma = ode.schedule.alpha(t), ode.schedule.sigma(t)
-        size = math.hypot(alpha, sigma)
+        alpha, sigma, size = ode.schedule.alpha(t), ode.schedule.sigma(t), ode.schedule.size(t)
         # The same estimate as data, alpha x / (size (size + sigma)): finite at alpha = 0.
         analytic = Evaluation(ode.schedule, t, x, alpha / (size * (size + sigma)) * x, "data")
 

@@ -187,7 +187,7 @@ def check_any_number_of_intervals_works(solver: Solver) -> None:
         for to_data in (True, False):
             grid = karras(n if to_data else n + 1, 0.02, 20.0, schedule=schedule, to_data=to_data)
             x = draw(gaussian(), 4, schedule, float(grid[0]))
-            states = odeint(ode, x, grid, solver)
+            states = odeint(ode, x, grid, method=solver)
             where = f"a grid of {n} interval{'s' * (n > 1)}" + " to the data" * to_data
             _require(len(states) == n + 1, solver, f"{where} gives {len(states)} states, expected {n + 1}")
             _require(bool(torch.isfinite(states).all()), solver, f"{where} gives states that are not finite")
@@ -203,7 +203,7 @@ def check_last_step_lands_on_the_data(solver: Solver) -> None:
         _require_convergence(solver, schedule, partial(karras, schedule=schedule), (12, 36))
         # Close to one of a few points the flow is straight: a step that does anything leaves less noise than it found.
         ode, grid = points().ode(schedule), karras(6, 0.01, 0.1, schedule=schedule)
-        states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, solver)
+        states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, method=solver)
         estimate = ode.data(states[-2], float(grid[-2]))
         before, left = rms(states[-2] - estimate), rms(states[-1] - estimate)
         _require(
@@ -222,7 +222,7 @@ def check_state_keeps_its_dtype(solver: Solver) -> None:
     """float32 and float64 states keep their dtype and their accuracy, whatever torch's default dtype is."""
     ode, grid = mixture().ode(VP()), karras(12, schedule=VP())
     x = draw(mixture(), 4, VP(), float(grid[0]))
-    exact = odeint(ode, x, grid, solver)
+    exact = odeint(ode, x, grid, method=solver)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
         for default in (torch.float32, torch.float64):
             with default_dtype(default):
