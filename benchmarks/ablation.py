@@ -38,10 +38,10 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher
-from iia_ode.iia.budgets import BUDGETS
-from iia_ode.iia.families import LeapGrid, leap_grids
-from iia_ode.iia.refine import refine
-from iia_ode.iia.search import search_grid
+from iia_ode.autofit.budget import BUDGETS
+from iia_ode.autofit.grids import LeapGrid, leap_grids
+from iia_ode.iia.refinement import refine
+from iia_ode.autofit import search_grid
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Plan
 
@@ -161,7 +161,7 @@ def closed_form(
 ) -> Plan:
     """The plan of a recipe on a grid, before refinement."""
     if recipe.terms is None:
-        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+        return iia.plan.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
     method = IIA(
         "ddim", terms=recipe.terms, target=recipe.target, history=recipe.history, ridge=1e-9, guard=False,
         intercept=recipe.intercept,
@@ -277,7 +277,7 @@ def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
 def variant(bench: Bench, recipe: Recipe) -> Entry:
     """One cell."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", iia.FingerprintWarning)
+        warnings.simplefilter("ignore", iia.errors.FingerprintWarning)
         try:
             plan, about = made(bench, recipe)
         except iia.IIAError as problem:

@@ -44,9 +44,9 @@ from common import (
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
-from iia_ode.iia.budgets import BUDGETS
-from iia_ode.iia.families import FreeGrid, LeapGrid, leap_grids
-from iia_ode.iia.search import search_grid, search_levels
+from iia_ode.autofit.budget import BUDGETS
+from iia_ode.autofit.grids import FreeGrid, LeapGrid, leap_grids
+from iia_ode.autofit import search_grid, search_levels
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
@@ -90,7 +90,7 @@ def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid | FreeGrid) -> Pl
     setting = setting_of(name)
     levels = levels_for(solver, name, nfe)
     if levels is None:
-        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
+        raise iia.errors.GridError(f"{solver} cannot make {nfe} evaluations.")
     return plan_of(solver, setting, grid.times(levels, setting.schedule, start_of(setting)))
 
 
@@ -196,7 +196,7 @@ def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry
     found = iia.fit(own.ode, nfe, noise, budget=name, seed=seed, report=None)
     seconds, recipe = time.perf_counter() - begun, found.record.search
     if found.plan.nfe != nfe:
-        raise iia.PlanError(f"a fit for {nfe} evaluations makes {found.plan.nfe}.")
+        raise iia.errors.PlanError(f"a fit for {nfe} evaluations makes {found.plan.nfe}.")
     return {
         **measure(found.plan, test),
         "chosen": recipe.chosen.name,
@@ -219,7 +219,7 @@ def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Ent
     begun = time.perf_counter()
     try:
         found = method.fit(own.ode, grid, own.x, chunk_size=CHUNK)
-    except iia.NonFiniteError as error:
+    except iia.errors.NonFiniteError as error:
         return {"skipped": str(error).splitlines()[0]}
     base = measure(plan_of(solver, setting, grid), test)
     return {

@@ -56,7 +56,7 @@ def measure(name: str) -> dict[str, dict[str, float]]:
         for nfe in NFES:
             try:
                 grid = iia.get_solver(solver).grid_for(nfe, make_grid, setting.schedule)
-            except iia.GridError:
+            except iia.errors.GridError:
                 continue
             out.setdefault(solver, {})[str(nfe)] = float(f"{rmse(iia.sample(ode, x, grid, solver), exact):.4g}")
     return out

@@ -198,7 +198,7 @@ def classic(name: str, nfe: int, start: float) -> Entry:
             return grid
 
         own = iia.get_solver(solver)
-        return iia.trace(own, schedule, own.grid_for(nfe, family, schedule), consistent=False)
+        return iia.plan.trace(own, schedule, own.grid_for(nfe, family, schedule), consistent=False)
 
     for solver, karras, top in product(iia.solver_names(), KARRAS, tops):
         grid = (*karras, top)

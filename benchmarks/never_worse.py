@@ -131,7 +131,7 @@ def exists(solver: str, name: str, nfe: int, terms: str) -> bool:
     """Whether there is such a fit: the base can make that many evaluations, and the paper has terms for it."""
     try:
         IIA(solver, **TERMS[terms])  # type: ignore[arg-type]
-    except iia.InputError:
+    except iia.errors.InputError:
         return False
     return levels_for(solver, name, nfe) is not None
 
@@ -177,7 +177,7 @@ def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
         warnings.simplefilter("always")
         try:
             fit = guarded(solver, draws, nfe, terms)
-        except iia.NonFiniteError as problem:
+        except iia.errors.NonFiniteError as problem:
             return {"skipped": f"not finite: {str(problem).splitlines()[0]}"}
     # What the guard returned may be the base, weight for weight: where that ends is known.
     same = repr(fit.plan.code) == repr(plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe)).code)

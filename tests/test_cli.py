@@ -122,7 +122,7 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
     assert "history 2" in shown
     out = tmp_path / "samples"
     assert run(capsys, "sample", file, *common, "--out", str(out))[0] == 0
-    ode, x = get_setting("mixture").draw_each(iia.sample_seeds(0, range(12)))
+    ode, x = get_setting("mixture").draw_each(iia.noise.sample_seeds(0, range(12)))
     stored = iia.files.read_tensors(out / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
 
@@ -146,7 +146,7 @@ def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_pat
     assert run(capsys, "sample", str(file), *common, "--out", str(tmp_path))[0] == 0
     setting = get_setting("mixture")
     setting.sigma_max = 10.0
-    ode, x = setting.draw_each(iia.sample_seeds(0, range(12)))
+    ode, x = setting.draw_each(iia.noise.sample_seeds(0, range(12)))
     stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
     for option in ("--nfe", "--rho", "--sigma-min", "--sigma-max"):

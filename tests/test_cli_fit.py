@@ -75,7 +75,7 @@ def test_what_was_found_samples_unseen_noise(tmp_path, capsys):
     assert run(capsys, *SEARCH, "--out", str(file))[0] == 0
     sample = ["sample", str(file), "--setting", "mixture", "--samples", "5", "--out", str(tmp_path)]
     assert run(capsys, *sample)[0] == 0
-    ode, x = get_setting("mixture").draw_each(iia.sample_seeds(0, range(5)))
+    ode, x = get_setting("mixture").draw_each(iia.noise.sample_seeds(0, range(5)))
     stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
 
@@ -98,7 +98,7 @@ def test_what_was_found_samples_unseen_noise(tmp_path, capsys):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-@pytest.mark.filterwarnings("ignore::iia_ode.GuardWarning")
+@pytest.mark.filterwarnings("ignore::iia_ode.errors.GuardWarning")
 def test_with_a_solver_fit_is_iia_with_these_options(tmp_path, capsys, options, method, ode_and_x):
     file = tmp_path / "fit.safetensors"
     fit = ["fit", "--setting", "mixture", "--nfe", "5", "--samples", "32", "--solver", *options]
@@ -112,7 +112,7 @@ def test_with_a_solver_fit_is_iia_with_these_options(tmp_path, capsys, options, 
 
 def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monkeypatch):
     def worse(self, plan, reports):
-        warnings.warn("worse than\nits base", iia.GuardWarning, stacklevel=2)
+        warnings.warn("worse than\nits base", iia.errors.GuardWarning, stacklevel=2)
         return plan, reports, {"base": 1.0, "fit": 2.0, "fell_back": True, "reference": "none"}
 
     monkeypatch.setattr("iia_ode.iia.fitting.Fitting._guarded", worse)

@@ -218,7 +218,7 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options", "text"), BAD_OPTIONS)
 def test_an_option_that_cannot_be_is_refused_with_what_could(name: str, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(iia.InputError) as caught:
+    with pytest.raises(iia.errors.InputError) as caught:
         iia.get_solver(name, **options)
     assert text in str(caught.value)
 

@@ -128,27 +128,29 @@ def test_a_saved_teacher_comes_back_bit_equal(fine, tmp_path):
     assert torch.equal(again.final, fine.final)
     assert again.about == fine.about
     again.check(ode(), states())
-    with pytest.raises(iia.FileFormatError, match="holds a 'teacher', expected a 'fitted solver'"):
+    with pytest.raises(iia.errors.FileFormatError, match="holds a 'teacher', expected a 'fitted solver'"):
         iia.load(tmp_path / "teacher.safetensors")
-    with pytest.raises(iia.MismatchError, match="was made for schedule EDM"):
+    with pytest.raises(iia.errors.MismatchError, match="was made for schedule EDM"):
         Teacher.load(tmp_path / "teacher.safetensors", schedule=iia.VP())
 
 
 def test_a_teacher_of_another_ode_or_other_states_is_refused(fine):
     method, grid = IIA("ddim", target="trajectory"), iia.grids.karras(3)
-    with pytest.raises(iia.MismatchError, match="starts from other states"):
+    with pytest.raises(iia.errors.MismatchError, match="starts from other states"):
         method.fit(ode(), grid, states(seed=1), teacher=fine)
-    with pytest.raises(iia.MismatchError, match="starts from other states"):
+    with pytest.raises(iia.errors.MismatchError, match="starts from other states"):
         method.fit(ode(), grid, states(5), teacher=fine)
-    with pytest.raises(iia.MismatchError, match=r"schedule .*Make one for this ODE, or use the ODE it was made for"):
+    with pytest.raises(
+        iia.errors.MismatchError, match=r"schedule .*Make one for this ODE, or use the ODE it was made for"
+    ):
         fine.check(ode(iia.VP()), states())
-    with pytest.raises(iia.MismatchError, match=r"starts at t = 80 and the grid at 40"):
+    with pytest.raises(iia.errors.MismatchError, match=r"starts at t = 80 and the grid at 40"):
         method.fit(ode(), iia.grids.karras(3, sigma_max=40.0), states(), teacher=fine)
     higher = Teacher.solve(ode(), states(), 80.0, 0.5, steps=10)
-    with pytest.raises(iia.GridError, match="outside the trajectory"):
+    with pytest.raises(iia.errors.GridError, match="outside the trajectory"):
         method.fit(ode(), grid, states(), teacher=higher)
     other = iia.problems.Mixture(torch.ones(2, dtype=F64), normal(2, 4), torch.ones(2, 4, dtype=F64))
-    with pytest.warns(iia.FingerprintWarning, match="the teacher was made on a model"):
+    with pytest.warns(iia.errors.FingerprintWarning, match="the teacher was made on a model"):
         fine.check(other.ode(iia.EDM()), states())
 
 
@@ -161,19 +163,19 @@ def test_a_teacher_under_other_conditions_or_another_guidance_scale_is_refused()
     c, x = torch.arange(4.0, dtype=F64), 80 * normal(4, 3)
     teacher = Teacher.solve(conditioned(c), x, 80.0, 0.0, steps=10)
     teacher.check(conditioned(c), x)
-    with pytest.raises(iia.MismatchError, match="other conditions"):
+    with pytest.raises(iia.errors.MismatchError, match="other conditions"):
         teacher.check(conditioned(c + 1), x)
-    with pytest.raises(iia.MismatchError, match="guidance_scale"):
+    with pytest.raises(iia.errors.MismatchError, match="guidance_scale"):
         teacher.check(conditioned(c, 3.0), x)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"steps": 1}, iia.InputError, "steps must be a whole number, at least 2"),
-        ({"steps": 2.5}, iia.InputError, "steps must be a whole number"),
-        ({"chunk_size": 0}, iia.InputError, "chunk_size"),
-        ({"sigma_min": 90.0}, iia.GridError, "sigma_min must lie between"),
+        ({"steps": 1}, iia.errors.InputError, "steps must be a whole number, at least 2"),
+        ({"steps": 2.5}, iia.errors.InputError, "steps must be a whole number"),
+        ({"chunk_size": 0}, iia.errors.InputError, "chunk_size"),
+        ({"sigma_min": 90.0}, iia.errors.GridError, "sigma_min must lie between"),
     ],
 )
 def test_misuse_is_named(options, error, text):
@@ -183,5 +185,5 @@ def test_misuse_is_named(options, error, text):
 
 def test_a_model_that_fails_is_named():
     broken = iia.ProbabilityFlowODE(lambda x, t: x * float("nan"), iia.EDM())
-    with pytest.raises(iia.NonFiniteError, match="NaN or infinity"):
+    with pytest.raises(iia.errors.NonFiniteError, match="NaN or infinity"):
         Teacher.solve(broken, states(), 80.0, 0.0)

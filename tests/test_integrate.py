@@ -140,10 +140,10 @@ def test_odeint_has_the_signature_of_torchdiffeqs() -> None:
 def test_what_a_fixed_plan_cannot_use_is_refused_with_what_to_write_instead(
     solver: Any, given: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(iia.InputError, match=words):
+    with pytest.raises(iia.errors.InputError, match=words):
         iia.odeint(ODE, start(), INNER, method=solver, **given)
     if "event_fn" not in given:
-        with pytest.raises(iia.InputError, match=words):
+        with pytest.raises(iia.errors.InputError, match=words):
             iia.sample(ODE, start(), INNER, solver, **given)
 
 
@@ -190,10 +190,10 @@ def test_an_event_is_found_where_the_exact_flow_has_it(method: str, options: Any
 @pytest.mark.parametrize(
     ("method", "options", "error", "words"),
     [
-        ("dopri5", None, iia.GridError, "does not change its sign between t = 5 and 0.3: extend the grid"),
-        ("torchdiffeq:heun3", {"step_size": 0.1}, iia.GridError, "does not change its sign"),
-        ("torchdiffeq:heun3", None, iia.InputError, "step_size.*or use method='dopri5'"),
-        ("scipy_solver", None, iia.InputError, "finds no events: use method='dopri5'"),
+        ("dopri5", None, iia.errors.GridError, "does not change its sign between t = 5 and 0.3: extend the grid"),
+        ("torchdiffeq:heun3", {"step_size": 0.1}, iia.errors.GridError, "does not change its sign"),
+        ("torchdiffeq:heun3", None, iia.errors.InputError, "step_size.*or use method='dopri5'"),
+        ("scipy_solver", None, iia.errors.InputError, "finds no events: use method='dopri5'"),
     ],
 )
 def test_an_event_that_is_not_found_is_an_error(method: str, options: Any, error: type[Exception], words: str) -> None:
@@ -334,72 +334,116 @@ def test_sample_builds_no_graph(solver: str) -> None:
 ODE = gaussian().ode(EDM)
 NAN, INF = math.nan, math.inf
 REFUSED: dict[str, tuple[Callable[[], Any], type[iia.IIAError], str]] = {
-    "wrong shape": (lambda: (ODE, start()[:, :2], INNER), iia.InputError, r"must have shape \[B, 3\], got \[4, 2\]"),
-    "no batch": (lambda: (ODE, start()[0], INNER), iia.InputError, r"must have shape \[B, 3\], got \[3\]"),
-    "a scalar": (lambda: (model(torch.zeros_like), torch.tensor(1.0), INNER), iia.InputError, r"batch dimension.*\[\]"),
-    "an empty batch": (lambda: (ODE, start()[:0], INNER), iia.InputError, r"non-empty batch dimension.*\[0, 3\]"),
-    "not a tensor": (lambda: (ODE, [1.0, 2.0, 3.0], INNER), iia.InputError, r"must be a torch\.Tensor, got list"),
-    "half": (lambda: (ODE, start().half(), INNER), iia.InputError, r"float32 or float64, got torch\.float16.*x\.float"),
-    "bfloat16": (lambda: (ODE, start().bfloat16(), INNER), iia.InputError, r"got torch\.bfloat16.*x\.float\(\)"),
-    "integers": (lambda: (ODE, start().long(), INNER), iia.InputError, r"float32 or float64, got torch\.int64"),
-    "a bare model": (lambda: (torch.zeros_like, start(), INNER), iia.InputError, r"ProbabilityFlowODE\(model, iia_ode"),
-    "no grid": (lambda: (ODE, start()), iia.GridError, r"'heun' needs a grid, such as grid=iia_ode\.grids"),
-    "no grid, theirs": (lambda: (ODE, start(), None, "dopri5"), iia.GridError, r"'dopri5' needs a grid, such as"),
-    "one time": (lambda: (ODE, start(), INNER[:1]), iia.GridError, r"at least two times, such as.*got shape \[1\]"),
-    "two rows": (lambda: (ODE, start(), INNER[None]), iia.GridError, r"1-d float64 tensor.*got shape \[1, 9\]"),
-    "a number of steps": (lambda: (ODE, start(), 10), iia.GridError, r"1-d float64 tensor.*got int"),
-    "an array": (lambda: (ODE, start(), INNER.numpy()), iia.GridError, r"1-d float64 tensor.*got ndarray"),
-    "a name as grid": (lambda: (ODE, start(), "karras"), iia.GridError, r"1-d float64 tensor.*got str"),
-    "names in the grid": (lambda: (ODE, start(), ["5", "1"]), iia.GridError, r"1-d float64 tensor"),
-    "turning": (lambda: (ODE, start(), [5.0, 3.0, 4.0]), iia.GridError, r"\[5, 3, 4\] turns.*points 1 and 2 \(3, 4\)"),
-    "repeating": (lambda: (ODE, start(), [5.0, 3.0, 3.0]), iia.GridError, r"stands still.*points 1 and 2 \(3, 3\)"),
-    "from the data": (lambda: (ODE, start(), [0.0, 1.0]), iia.GridError, r"starts at the data \(t = 0.*small sigma"),
-    "NaN": (lambda: (ODE, start(), [5.0, NAN, 1.0]), iia.GridError, r"leaves the EDM schedule: \[5, nan, 1\]"),
-    "infinite": (lambda: (ODE, start(), [INF, 1.0]), iia.GridError, r"leaves the EDM schedule: \[inf, 1\]"),
+    "wrong shape": (
+        lambda: (ODE, start()[:, :2], INNER),
+        iia.errors.InputError,
+        r"must have shape \[B, 3\], got \[4, 2\]",
+    ),
+    "no batch": (lambda: (ODE, start()[0], INNER), iia.errors.InputError, r"must have shape \[B, 3\], got \[3\]"),
+    "a scalar": (
+        lambda: (model(torch.zeros_like), torch.tensor(1.0), INNER),
+        iia.errors.InputError,
+        r"batch dimension.*\[\]",
+    ),
+    "an empty batch": (
+        lambda: (ODE, start()[:0], INNER),
+        iia.errors.InputError,
+        r"non-empty batch dimension.*\[0, 3\]",
+    ),
+    "not a tensor": (
+        lambda: (ODE, [1.0, 2.0, 3.0], INNER),
+        iia.errors.InputError,
+        r"must be a torch\.Tensor, got list",
+    ),
+    "half": (
+        lambda: (ODE, start().half(), INNER),
+        iia.errors.InputError,
+        r"float32 or float64, got torch\.float16.*x\.float",
+    ),
+    "bfloat16": (lambda: (ODE, start().bfloat16(), INNER), iia.errors.InputError, r"got torch\.bfloat16.*x\.float\(\)"),
+    "integers": (lambda: (ODE, start().long(), INNER), iia.errors.InputError, r"float32 or float64, got torch\.int64"),
+    "a bare model": (
+        lambda: (torch.zeros_like, start(), INNER),
+        iia.errors.InputError,
+        r"ProbabilityFlowODE\(model, iia_ode",
+    ),
+    "no grid": (lambda: (ODE, start()), iia.errors.GridError, r"'heun' needs a grid, such as grid=iia_ode\.grids"),
+    "no grid, theirs": (
+        lambda: (ODE, start(), None, "dopri5"),
+        iia.errors.GridError,
+        r"'dopri5' needs a grid, such as",
+    ),
+    "one time": (
+        lambda: (ODE, start(), INNER[:1]),
+        iia.errors.GridError,
+        r"at least two times, such as.*got shape \[1\]",
+    ),
+    "two rows": (lambda: (ODE, start(), INNER[None]), iia.errors.GridError, r"1-d float64 tensor.*got shape \[1, 9\]"),
+    "a number of steps": (lambda: (ODE, start(), 10), iia.errors.GridError, r"1-d float64 tensor.*got int"),
+    "an array": (lambda: (ODE, start(), INNER.numpy()), iia.errors.GridError, r"1-d float64 tensor.*got ndarray"),
+    "a name as grid": (lambda: (ODE, start(), "karras"), iia.errors.GridError, r"1-d float64 tensor.*got str"),
+    "names in the grid": (lambda: (ODE, start(), ["5", "1"]), iia.errors.GridError, r"1-d float64 tensor"),
+    "turning": (
+        lambda: (ODE, start(), [5.0, 3.0, 4.0]),
+        iia.errors.GridError,
+        r"\[5, 3, 4\] turns.*points 1 and 2 \(3, 4\)",
+    ),
+    "repeating": (
+        lambda: (ODE, start(), [5.0, 3.0, 3.0]),
+        iia.errors.GridError,
+        r"stands still.*points 1 and 2 \(3, 3\)",
+    ),
+    "from the data": (
+        lambda: (ODE, start(), [0.0, 1.0]),
+        iia.errors.GridError,
+        r"starts at the data \(t = 0.*small sigma",
+    ),
+    "NaN": (lambda: (ODE, start(), [5.0, NAN, 1.0]), iia.errors.GridError, r"leaves the EDM schedule: \[5, nan, 1\]"),
+    "infinite": (lambda: (ODE, start(), [INF, 1.0]), iia.errors.GridError, r"leaves the EDM schedule: \[inf, 1\]"),
     "theirs to the data": (
         lambda: (ODE, start(), [5.0, 0.0], "dopri5"),
-        iia.GridError,
+        iia.errors.GridError,
         r"ends at the data.*to_data=False",
     ),
     "unknown": (
         lambda: (ODE, start(), INNER, "huen"),
-        iia.UnknownNameError,
+        iia.errors.UnknownNameError,
         r"unknown solver 'huen'. Did you mean 'heun'",
     ),
     "unknown, theirs": (
         lambda: (ODE, start(), INNER, "torchdiffeq:dopri"),
-        iia.UnknownNameError,
+        iia.errors.UnknownNameError,
         r"unknown torchdiffeq method 'dopri'. Did you mean 'dopri\d'",
     ),
     "a preset": (
         lambda: (ODE, start(), INNER, "iia-ddim"),
-        iia.InputError,
+        iia.errors.InputError,
         r"'iia-ddim' has to be fitted first: fit = iia_ode\.preset\('iia-ddim'\)\.fit",
     ),
     "a class": (
         lambda: (ODE, start(), INNER, iia.RungeKutta),
-        iia.InputError,
+        iia.errors.InputError,
         r"a name, a Solver, a FittedSolver or a Plan",
     ),
-    "nothing": (lambda: (ODE, start(), INNER, None), iia.InputError, r"must be a name.*got NoneType"),
+    "nothing": (lambda: (ODE, start(), INNER, None), iia.errors.InputError, r"must be a name.*got NoneType"),
     "plan and another grid": (
         lambda: (ODE, start(), INNER[:3], iia.get_solver("heun").plan(EDM, INNER)),
-        iia.MismatchError,
+        iia.errors.MismatchError,
         r"heun has its own grid of 9 times.*omit it",
     ),
     "plan of another schedule": (
         lambda: (ODE, start(), None, iia.get_solver("heun").plan(iia.VP(), [0.9, 0.5])),
-        iia.MismatchError,
+        iia.errors.MismatchError,
         r"traced for VP\(.*the ODE has EDM",
     ),
     "model of another shape": (
         lambda: (model(lambda x, t: x[:, :1]), start(), INNER),
-        iia.InputError,
+        iia.errors.InputError,
         r"model returned \[4, 1\] for a state of shape \[4, 3\]",
     ),
     "model without a tensor": (
         lambda: (model(lambda x, t: (x,)), start(), INNER),
-        iia.InputError,
+        iia.errors.InputError,
         r"returned tuple.*one tensor",
     ),
 }
@@ -432,12 +476,12 @@ OUTSIDE = {
 @pytest.mark.parametrize("what", OUTSIDE)
 def test_a_grid_that_leaves_the_schedule_is_refused(what: str) -> None:
     schedule, grid = OUTSIDE[what]
-    with pytest.raises(iia.GridError, match=f"leaves the {what.split()[0]} schedule"):
+    with pytest.raises(iia.errors.GridError, match=f"leaves the {what.split()[0]} schedule"):
         iia.sample(gaussian().ode(schedule), start(), grid)
 
 
 def test_the_names_offered_are_all_there_is_and_each_once() -> None:
-    with pytest.raises(iia.UnknownNameError) as caught:
+    with pytest.raises(iia.errors.UnknownNameError) as caught:
         iia.sample(ODE, start(), INNER, "no such solver")
     offered = str(caught.value).split("Known: ")[1].rstrip(".").split(", ")
     assert {*iia.solver_names(), *iia.solver_names(torchdiffeq=True), "iia-ddim", "iia-edm"} <= set(offered)
@@ -463,7 +507,7 @@ def test_a_model_that_is_not_finite_is_named_with_the_evaluation(name: str, answ
     first = next(i for i, t in enumerate(plan.evaluation_times) if t < 1.0)
     message = rf"evaluation {first + 1} of {plan.nfe} \(t = {plan.evaluation_times[first]:.6g}\) under {name}.*dtype"
     for integrate in (iia.sample, iia.odeint):
-        with pytest.raises(iia.NonFiniteError, match=message):
+        with pytest.raises(iia.errors.NonFiniteError, match=message):
             call(integrate, fails_below(1.0, answer), start(), INNER, name)
     assert not bool(
         torch.isfinite(iia.sample(fails_below(1.0, answer), start(), INNER, name, check_finite=False)).all()
@@ -473,12 +517,12 @@ def test_a_model_that_is_not_finite_is_named_with_the_evaluation(name: str, answ
 @pytest.mark.parametrize("method", ["dopri5", "torchdiffeq:rk4", "heun3", "scipy_solver"])
 @pytest.mark.parametrize("integrate", [iia.sample, iia.odeint])
 def test_a_method_of_torchdiffeq_does_not_hand_out_nan_either(method: str, integrate: Callable[..., Tensor]) -> None:
-    with pytest.raises(iia.NonFiniteError, match=method.removeprefix("torchdiffeq:")):
+    with pytest.raises(iia.errors.NonFiniteError, match=method.removeprefix("torchdiffeq:")):
         call(integrate, fails_below(1.0, NAN), start(), INNER, method)
 
 
 def test_a_result_too_large_for_its_dtype_is_told_from_a_failing_model() -> None:
-    with pytest.raises(iia.NonFiniteError, match=r"overflowed torch\.float32: every model output was finite"):
+    with pytest.raises(iia.errors.NonFiniteError, match=r"overflowed torch\.float32: every model output was finite"):
         iia.sample(model(lambda x, t: torch.full_like(x, 3e38), prediction="velocity"), start().float(), [5.0, 0.1])
 
 

@@ -120,13 +120,13 @@ NONLINEAR = """x * x; x / x; x + 1; x - 1; 1 - x; 1j * x; 1 / x; np.ones(2) * x;
 
 @pytest.mark.parametrize("expression", [e.strip() for e in NONLINEAR.split(";")])
 def test_what_is_not_linear_is_refused_with_a_reason(expression: str) -> None:
-    with pytest.raises(iia.PlanError, match="a step"):
+    with pytest.raises(iia.errors.PlanError, match="a step"):
         eval(expression, {"x": X, "np": np, "torch": torch})
 
 
 @pytest.mark.parametrize("attribute", ["shape", "dtype", "clamp", "mean", "norm", "detach"])
 def test_a_step_that_asks_for_the_data_is_told_that_there_are_none_yet(attribute: str) -> None:
-    with pytest.raises(iia.PlanError, match=f"a symbolic vector has no '{attribute}'.*numbers that depend on"):
+    with pytest.raises(iia.errors.PlanError, match=f"a symbolic vector has no '{attribute}'.*numbers that depend on"):
         written(lambda ode, x, t, s, past: x + getattr(x, attribute))
 
 
@@ -161,7 +161,7 @@ INVALID = {
 def test_a_plan_that_could_not_run_cannot_be_made(what: str) -> None:
     code, message = INVALID[what]
     assert Plan(iia.EDM(), (2.0, 1.0), GOOD).steps == 1
-    with pytest.raises(iia.PlanError, match=message):
+    with pytest.raises(iia.errors.PlanError, match=message):
         Plan(iia.EDM(), (2.0, 1.0), code)
 
 
@@ -310,7 +310,7 @@ def test_running_a_plan_is_taking_the_steps_on_tensors(schedule: iia.Schedule, n
 def test_weights_may_be_tensors_and_a_plan_may_add_a_constant() -> None:
     per_pixel, constant = torch.tensor([0.5, 0.25, 1.0], dtype=F64), torch.tensor([1.0, 2.0, 3.0], dtype=F64)
     step = lambda ode, x, t, s, past: per_pixel * x + (1 - per_pixel) * ode.data(x, t) + constant  # noqa: E731
-    plan = iia.trace(Written(step), iia.EDM(), [2.0, 1.0], consistent=False)
+    plan = iia.plan.trace(Written(step), iia.EDM(), [2.0, 1.0], consistent=False)
     problem = gaussian()
     x = problem.noisy(4, iia.EDM(), 2.0, generator())
     expected = per_pixel * x + (1 - per_pixel) * problem.ode(iia.EDM()).data(x, 2.0) + constant
@@ -324,7 +324,7 @@ def test_a_step_with_a_wrong_weight_is_refused(schedule: iia.Schedule, result: s
     def step(ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         return eval(result, {"x": x, "h": s - t, "v": ode.velocity(x, t)})
 
-    with pytest.raises(iia.PlanError, match=r"not a consistent solver.*weights of the step"):
+    with pytest.raises(iia.errors.PlanError, match=r"not a consistent solver.*weights of the step"):
         written(step, schedule)
 
 
@@ -338,13 +338,13 @@ def test_a_consistent_step_need_not_be_exact_on_anything(schedule: iia.Schedule)
 
 
 def test_a_step_that_evaluates_at_the_data_is_told_how_to_end() -> None:
-    with pytest.raises(iia.ScheduleError, match=r"sigma = 0.*ode\.is_data"):
+    with pytest.raises(iia.errors.ScheduleError, match=r"sigma = 0.*ode\.is_data"):
         written(lambda ode, x, t, s, past: x + (s - t) * ode.velocity(x, s), to_data=True)
 
 
 @pytest.mark.parametrize("result", [None, 1.0, [X], (X, (), ()), torch.ones(3), "x"], ids=repr)
 def test_a_step_that_returns_something_else_is_refused(result: Any) -> None:
-    with pytest.raises(iia.PlanError, match=r"must return the new state|made of the step's own vectors"):
+    with pytest.raises(iia.errors.PlanError, match=r"must return the new state|made of the step's own vectors"):
         written(lambda *_: result)
 
 
@@ -353,7 +353,7 @@ def test_a_memory_that_could_be_changed_is_refused(wrap: Callable[[Any], Any]) -
     def step(ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         return x + (s - t) * ode.velocity(x, t), wrap(ode.velocity(x, t))
 
-    with pytest.raises(iia.PlanError, match=r"memory with a (list|dict|set).*tuples or frozen dataclasses"):
+    with pytest.raises(iia.errors.PlanError, match=r"memory with a (list|dict|set).*tuples or frozen dataclasses"):
         written(step)
 
 
@@ -436,7 +436,7 @@ def test_an_inconsistent_solver_is_refused_after_a_consistent_one_that_prints_al
     for make in (trace, traced):
         for _ in range(2):
             make(good, iia.EDM(), GRID)
-            with pytest.raises(iia.PlanError, match="not a consistent solver"):
+            with pytest.raises(iia.errors.PlanError, match="not a consistent solver"):
                 make(bad, iia.EDM(), GRID)
 
 

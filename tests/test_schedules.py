@@ -371,7 +371,7 @@ BAD_FUNCTIONS = {
 @pytest.mark.parametrize("case", BAD_FUNCTIONS)
 def test_functions_that_are_no_schedule_are_a_schedule_error(case):
     alpha, sigma, t_data, t_noise = BAD_FUNCTIONS[case]
-    with pytest.raises(iia.ScheduleError):
+    with pytest.raises(iia.errors.ScheduleError):
         iia.Schedule.from_functions(alpha, sigma, t_data, t_noise)
 
 
@@ -383,7 +383,7 @@ def test_functions_that_are_no_schedule_are_a_schedule_error(case):
     [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0), ("low", 20.0), (None, 1.0)],
 )
 def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
-    with pytest.raises(iia.ScheduleError, match=r"beta_0.*beta_1"):
+    with pytest.raises(iia.errors.ScheduleError, match=r"beta_0.*beta_1"):
         iia.VP(*betas)
 
 
@@ -407,7 +407,7 @@ def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
     ids=str,
 )
 def test_an_impossible_table_is_a_schedule_error_that_says_what_is_needed(table):
-    with pytest.raises(iia.ScheduleError, match="alphas_cumprod"):
+    with pytest.raises(iia.errors.ScheduleError, match="alphas_cumprod"):
         iia.Discrete(table)
 
 
@@ -422,7 +422,7 @@ def test_a_schedule_is_rebuilt_from_its_description():
 
 def test_a_description_that_cannot_be_rebuilt_is_a_schedule_error():
     for config in (FLOW_LIKE.config(), DISCRETE.config(), {"type": "Karras"}, {}):
-        with pytest.raises(iia.ScheduleError, match="pass schedule="):
+        with pytest.raises(iia.errors.ScheduleError, match="pass schedule="):
             schedule_from_config(config)
 
 
@@ -432,7 +432,7 @@ def test_a_description_that_cannot_be_rebuilt_is_a_schedule_error():
     ids=["unknown parameter", "no name", "another table"],
 )
 def test_a_description_that_does_not_fit_is_a_schedule_error(config, table):
-    with pytest.raises(iia.ScheduleError):
+    with pytest.raises(iia.errors.ScheduleError):
         schedule_from_config(config, table)
 
 
@@ -550,7 +550,7 @@ def test_a_table_read_in_inference_mode_serves_gradients_later():
 
 
 def test_a_negative_noise_level_is_a_schedule_error():
-    with pytest.raises(iia.ScheduleError, match="negative"):
+    with pytest.raises(iia.errors.ScheduleError, match="negative"):
         iia.VP().t_of_noise_to_signal(-1.0)
 
 

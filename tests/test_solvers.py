@@ -96,7 +96,9 @@ BAD_TABLEAUS = {
 
 @pytest.mark.parametrize("what", BAD_TABLEAUS)
 def test_a_bad_tableau_is_refused_when_the_class_is_made(what: str) -> None:
-    with pytest.raises(iia.PlanError, match=r"the tableau of Mine is (inconsistent|not that of an explicit method)"):
+    with pytest.raises(
+        iia.errors.PlanError, match=r"the tableau of Mine is (inconsistent|not that of an explicit method)"
+    ):
         tableau("Mine", 2, *BAD_TABLEAUS[what])
 
 
@@ -132,7 +134,9 @@ def test_a_solver_from_the_numbers_of_a_registered_one_answers_bit_for_bit_and_h
 
 @pytest.mark.parametrize("what", BAD_TABLEAUS)
 def test_a_solver_from_bad_numbers_is_refused(what: str) -> None:
-    with pytest.raises(iia.PlanError, match=r"the tableau of mine is (inconsistent|not that of an explicit method)"):
+    with pytest.raises(
+        iia.errors.PlanError, match=r"the tableau of mine is (inconsistent|not that of an explicit method)"
+    ):
         iia.RungeKutta(*BAD_TABLEAUS[what], order=2, name="mine")
 
 
@@ -151,7 +155,7 @@ def test_a_solver_from_bad_numbers_is_refused(what: str) -> None:
     ],
 )
 def test_a_tableau_that_is_missing_or_no_tableau_is_refused_with_a_reason(make: Any, words: str) -> None:
-    with pytest.raises(iia.PlanError, match=words):
+    with pytest.raises(iia.errors.PlanError, match=words):
         make()
 
 
@@ -217,7 +221,7 @@ def test_a_grid_for_a_number_of_evaluations_gives_exactly_that_or_says_what_ther
             assert solver.plan(iia.EDM(), grid).nfe == nfe
             assert torch.equal(grid, iia.grids.karras(counts.index(nfe) + 1))
         else:
-            with pytest.raises(iia.GridError, match=f"exactly {nfe} evaluations") as caught:
+            with pytest.raises(iia.errors.GridError, match=f"exactly {nfe} evaluations") as caught:
                 solver.grid_for(nfe, iia.grids.karras, iia.EDM())
             nearest = [max((c for c in counts if c < nfe), default=0), min(c for c in counts if c > nfe)]
             assert str([c for c in nearest if c]) in str(caught.value)
@@ -285,7 +289,9 @@ def test_a_new_solver_is_known_everywhere_by_name_with_its_options() -> None:
     ("name", "nearest"), [("huen", "heun"), ("DDIM", "ddim"), ("euler2", "euler"), ("rk-4", "rk4")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest_ones(name: str, nearest: str) -> None:
-    with pytest.raises(iia.UnknownNameError, match=f"unknown solver '{name}'. Did you mean '{nearest}'") as caught:
+    with pytest.raises(
+        iia.errors.UnknownNameError, match=f"unknown solver '{name}'. Did you mean '{nearest}'"
+    ) as caught:
         iia.get_solver(name)
     assert all(known in str(caught.value) for known in iia.solver_names())
     assert isinstance(caught.value, LookupError | iia.IIAError)
@@ -310,14 +316,16 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones(name: str, nearest: s
 )
 def test_a_stochastic_sampler_is_answered_with_the_nearest_solver(name: str, nearest: str) -> None:
     for ask in (iia.get_solver, lambda n: iia.sample(gaussian().ode(iia.EDM()), torch.ones(1, 3), [5.0, 1.0], n)):
-        with pytest.raises(iia.UnknownNameError, match=f"injects noise.*deterministic.*nearest solver is '{nearest}'"):
+        with pytest.raises(
+            iia.errors.UnknownNameError, match=f"injects noise.*deterministic.*nearest solver is '{nearest}'"
+        ):
             ask(name)
 
 
 @pytest.mark.parametrize("name", ["dopri5", "torchdiffeq:rk4"])
 def test_a_method_of_torchdiffeq_is_answered_with_the_calls_that_take_it(name: str) -> None:
     with pytest.raises(
-        iia.UnknownNameError, match=rf"of torchdiffeq.*sample\(ode, x, grid, '{name}'\).*method='{name}'"
+        iia.errors.UnknownNameError, match=rf"of torchdiffeq.*sample\(ode, x, grid, '{name}'\).*method='{name}'"
     ):
         iia.get_solver(name)
 
@@ -326,10 +334,10 @@ def test_a_method_of_torchdiffeq_is_answered_with_the_calls_that_take_it(name: s
 def test_an_unknown_option_is_answered_with_those_there_are() -> None:
     shifted_euler()
     with pytest.raises(
-        iia.UnknownNameError, match=r"option of shifted 'shfit'. Did you mean 'shift'\? Known: shift, kind"
+        iia.errors.UnknownNameError, match=r"option of shifted 'shfit'. Did you mean 'shift'\? Known: shift, kind"
     ):
         iia.get_solver("shifted", shfit=1.0)
-    with pytest.raises(iia.UnknownNameError, match=r"option of heun 'order'. Known: \(none\)"):
+    with pytest.raises(iia.errors.UnknownNameError, match=r"option of heun 'order'. Known: \(none\)"):
         iia.get_solver("heun", order=3)
 
 
@@ -340,7 +348,7 @@ def test_a_taken_name_is_refused_and_a_cell_may_be_run_again() -> None:
     assert first is not second
     assert type(iia.get_solver("shifted")) is second
     for name in ("heun", "edm"):
-        with pytest.raises(iia.InputError, match=rf"'{name}' is taken by iia_ode\.solvers\.runge_kutta\.Heun"):
+        with pytest.raises(iia.errors.InputError, match=rf"'{name}' is taken by iia_ode\.solvers\.runge_kutta\.Heun"):
             shifted_euler("another", name)
     assert "another" not in iia.solver_names()
     assert type(iia.get_solver("heun")).__name__ == "Heun"
@@ -352,10 +360,10 @@ def test_what_is_no_solver_with_an_order_cannot_be_registered() -> None:
         def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
             return x
 
-    with pytest.raises(iia.PlanError, match="attribute `order` of NoOrder must be a whole number, at least 1"):
+    with pytest.raises(iia.errors.PlanError, match="attribute `order` of NoOrder must be a whole number, at least 1"):
         iia.register("no_order")(NoOrder)
     for thing in (lambda ode, x, t, s, past: x, int, NoOrder()):
-        with pytest.raises(iia.PlanError, match=r"takes a class that derives from iia_ode\.Solver"):
+        with pytest.raises(iia.errors.PlanError, match=r"takes a class that derives from iia_ode\.Solver"):
             iia.register("no_solver")(thing)  # type: ignore[type-var]
     assert not {"no_order", "no_solver"} & set(iia.solver_names())
 

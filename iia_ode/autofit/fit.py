@@ -25,14 +25,14 @@ from ..iia.provenance import (
     finite,
     to_json,
 )
-from ..iia.refine import Refinement
+from ..iia.refinement import Refinement
 from ..iia.teacher import Teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
 from .budget import Budget, budget_of
-from .grids import Levels, leap_grids
+from .grids import leap_grids
 from .pipeline import Contender, Cost
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
 from .thorough import fresh_states, judged, more_states, warm_started, with_ends
@@ -188,7 +188,9 @@ def _initial_states(
 ) -> Tensor:
     """Initial states from noise, from states, or from the shape of one sample."""
     if sum(v is not None for v in (noise, x, shape)) != 1:
-        raise InputError("a fit takes one of noise= (standard normal draws), x= (initial states) or shape= (of a sample).")
+        raise InputError(
+            "a fit takes one of noise= (standard normal draws), x= (initial states) or shape= (of a sample)."
+        )
     if x is not None:
         check_start(ode, x)
         return x

@@ -16,7 +16,7 @@ from ..iia.method import IIA
 from ..iia.moments import Moments
 from ..iia.provenance import Ingredient
 from ..iia.ranking import cauchy_mean
-from ..iia.refine import Refinement
+from ..iia.refinement import Refinement
 from ..iia.warm_start import WarmStart
 from ..plan import Plan
 from ..schedules import Schedule

@@ -18,13 +18,13 @@ from ..iia.fitted import FittedSolver
 from ..iia.method import IIA
 from ..iia.provenance import Ingredient
 from ..iia.ranking import ranked
-from ..iia.refine import Refinement, refine
+from ..iia.refinement import Refinement, refine
 from ..iia.warm_start import WarmStart
 from ..ode.distributed import ranks_of
 from ..plan import Plan, trace
 from ..solvers import get_solver
 from .budget import AGAIN, Budget
-from .grids import Levels, LeapGrid, search_grid, search_levels, two_fold
+from .grids import LeapGrid, Levels, search_grid, search_levels, two_fold
 from .pipeline import RIDGE, SCALARS, Contender, Cost, Pipeline, Start, Weights, joined, weights_of
 
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
@@ -83,8 +83,8 @@ class Context:
 
     @property
     def scale(self) -> float:
-        """Root mean square of the data, by the training samples."""
-        return float(self.train.target.double().square().mean().sqrt()) or 1.0
+        """Root mean square of the data, by all true final states."""
+        return float(self.batch.target.double().square().mean().sqrt()) or 1.0
 
     def say(self, text: str) -> None:
         """Report progress."""

@@ -11,13 +11,13 @@ import click
 from torch import Tensor
 from tqdm import tqdm
 
+from ..autofit import BUDGETS
 from ..errors import MissingDependencyError
 from ..experiments import Comparison, compare
 from ..experiments.compare import RECIPE
 from ..files import check_writable, write_bytes
-from ..iia import BUDGETS
 from ..plots import error_against_nfe, sample_panels, save_figure
-from .options import COUNT, Job, given, interactive, names, numbers, on_a_model
+from .options import COUNT, Job, findings_as_lines, given, interactive, names, numbers, on_a_model
 
 __all__ = ["compare_command"]
 
@@ -76,21 +76,23 @@ def compare_command(
     if given("budget") and RECIPE not in solvers:
         raise click.UsageError(f"--budget is for solver {RECIPE!r}: add {RECIPE} to --solvers, or leave out --budget.")
     check_writable(out / "compare.csv")
-    result = compare(
-        job.setting,
-        solvers,
-        nfe,
-        job.family(),
-        samples=samples,
-        fit_samples=fit_samples,
-        target=target,
-        budget=budget,
-        guidance_scale=job.guidance,
-        seed=job.seed,
-        device=job.device,
-        progress=interactive(),
-        report=partial(tqdm.write, file=sys.stderr),
-    )
+    say = partial(tqdm.write, file=sys.stderr)
+    with findings_as_lines(lambda line: say(f"  {line}")):
+        result = compare(
+            job.setting,
+            solvers,
+            nfe,
+            job.family(),
+            samples=samples,
+            fit_samples=fit_samples,
+            target=target,
+            budget=budget,
+            guidance_scale=job.guidance,
+            seed=job.seed,
+            device=job.device,
+            progress=interactive(),
+            report=say,
+        )
     written = _write_comparison(result, job.setting.is_image, out)
     click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
     click.echo(result.table())

@@ -13,21 +13,20 @@ import click
 from torch import Tensor
 from tqdm import tqdm
 
+from ..autofit import BUDGETS, Budget, fit
 from ..errors import unknown_name
 from ..files import check_writable
-from ..iia import BUDGETS, IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
-from ..iia.recipe import fit
+from ..iia import IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
 from ..iia.targets import resolve_target
-from ..ode import ProbabilityFlowODE
+from ..ode import ProbabilityFlowODE, distributed
 from ..solvers import solver_names
 from .drawing import FOLDER, draw_fit
-from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model, warnings_as_lines
-from .ranks import Process, joined, process_count, processes_for
+from .options import COUNT, NFE, Job, Range, findings_as_lines, given, interactive, on_a_model, warnings_as_lines
+from .ranks import Process, joined
 
 __all__ = ["fit_command"]
 
 _OF_IIA = ("terms", "target", "history", "substeps", "ridge", "guard", "intercept")
-_SMALL = 3.0  # below this level, `iia_ode.fit(noise=)` cannot tell initial states from standard normal noise
 
 
 def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
@@ -145,7 +144,7 @@ class _Files:
         """The teacher read from --teacher, if given."""
         return None if self.teacher is None else Teacher.load(self.teacher)
 
-    def teach(self, solve: Callable[[], Teacher], say: Callable[[str], None]) -> Teacher | None:
+    def teach(self, solve: Callable[[], Teacher], leads: bool) -> Teacher | None:
         """Read the teacher of --teacher, or make a teacher for --save-teacher and write it.
 
         Return None if neither option is given; the fit then makes its own teacher.
@@ -153,7 +152,9 @@ class _Files:
         if self.kept is not None or self.save_teacher is None:
             return self.kept
         teacher = solve()
-        say(f"teacher: {teacher.sample_evaluations} sample evaluations; written: {teacher.save(self.save_teacher)}")
+        if leads:
+            path = teacher.save(self.save_teacher)
+            _say(f"teacher: {teacher.sample_evaluations} sample evaluations; written: {path}")
         return teacher
 
 
@@ -170,31 +171,27 @@ def _find(
             f"--checkpointed is for refinements, and --budget {budget} has none: leave out --checkpointed, or use --budget "
             "standard."
         )
-    if process_count() > 1 and files.save_teacher:
-        raise click.UsageError("several processes share the samples, and --save-teacher needs one process.")
-    if job.setting.sigma_max < _SMALL and (files.teacher or files.save_teacher):
-        raise click.UsageError(f"a file of trajectories needs --sigma-max of at least {_SMALL:g}, or --solver.")
-    with joined(job.device) as process, warnings_as_lines(process.leads):
+    with joined(job.device) as process, warnings_as_lines(process.leads), findings_as_lines(_say):
         if process.leads:
             files.check()
-        found = _search(replace(job, device=process.device), nfe, budget, samples, chunk_size, checkpointed, files)
+        options = replace(BUDGETS[budget], chunk_size=chunk_size, checkpointed=checkpointed)
+        found = _search(replace(job, device=process.device), nfe, options, samples, files, process.leads)
         if process.leads:
             _write(found, files)
 
 
-def _search(
-    job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, checkpointed: bool, files: _Files
-) -> FittedSolver:
+def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Files, leads: bool) -> FittedSolver:
     """Call `iia_ode.fit` with the command's options."""
     count = samples or (256 if files.kept is None else len(files.kept.initial))
     if files.save_teacher is not None:
         # `iia_ode.fit` adds no noise to a given teacher, so all samples of the budget are drawn here.
-        count = max(count, BUDGETS[budget].draws)
+        count = max(count, budget.draws)
     ode, x = job.draw(count)
+    ode = distributed(ode)
     schedule, top = job.setting.schedule, job.setting.sigma_max
 
     def solve() -> Teacher:
-        start, steps = schedule.t_of_noise_to_signal(top), BUDGETS[budget].steps(nfe)
+        start, steps = schedule.t_of_noise_to_signal(top), budget.steps(nfe)
         return Teacher.solve(
             ode,
             x,
@@ -202,23 +199,20 @@ def _search(
             schedule.t_data,
             steps=steps,
             sigma_min=job.lowest,
-            chunk_size=chunk_size,
-            progress=interactive(),
+            chunk_size=budget.chunk_size,
+            progress=leads and interactive(),
         )
 
     return fit(
         ode,
         nfe,
-        noise=x if top >= _SMALL else x / top,
+        x=x,
         budget=budget,
         sigma_max=top,
         sigma_min=job.lowest,
-        teacher=files.teach(solve, _say),
-        chunk_size=chunk_size,
-        checkpointed=checkpointed,
+        teacher=files.teach(solve, leads),
         seed=job.seed,
-        report=_say,
-        progress=interactive(),
+        progress=leads and interactive(),
     )
 
 
@@ -243,39 +237,25 @@ def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Fi
 def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | None, files: _Files) -> None:
     """Fit a solver on the given grid, in one process or several, and write the fit."""
     grid = method.base_solver.grid_for(nfe, job.family(), job.setting.schedule)
-    if processes_for(samples) > 1 and files.save_teacher:
-        raise click.UsageError(
-            "each process makes the trajectories of its own samples: --save-teacher needs one process."
-        )
     with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             files.check()
-        say = _say if process.leads else _silent
-        say(_spending(method, nfe, samples, process))
-        # Every process draws the whole batch, so the number of processes changes no sample.
+            _say(_spending(method, nfe, samples, process))
         ode, x = replace(job, device=process.device).draw(samples)
-        teacher = files.teach(lambda: _teacher(method, ode, grid, x, chunk_size), say)
-        if teacher is not None:
-            teacher.check(ode, x)
-            teacher = teacher.subset(process.share(samples))
-        fitted = method.fit(
-            ode.subset(process.share(samples), samples),
-            grid,
-            x[process.share(samples)],
-            teacher=teacher,
-            chunk_size=chunk_size,
-            seed=job.seed,
-            progress=process.leads and interactive(),
-        )
+        ode, progress = distributed(ode), process.leads and interactive()
+        teacher = files.teach(lambda: _teacher(method, ode, grid, x, chunk_size, progress), process.leads)
+        fitted = method.fit(ode, x, grid, teacher=teacher, chunk_size=chunk_size, progress=progress)
         if process.leads:
             _write(fitted, files)
 
 
-def _teacher(method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chunk_size: int | None) -> Teacher:
+def _teacher(
+    method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chunk_size: int | None, progress: bool
+) -> Teacher:
     """Make the teacher that the fit would make itself."""
     target = resolve_target(method.target, method.substeps)
     steps = target.steps if isinstance(target, TeacherTrajectory) else None
-    return Teacher.for_grid(ode, x, grid, steps=steps, chunk_size=chunk_size, progress=interactive())
+    return Teacher.for_grid(ode, x, grid, steps=steps, chunk_size=chunk_size, progress=progress)
 
 
 def _spending(method: IIA, nfe: int, samples: int, process: Process) -> str:
@@ -299,7 +279,3 @@ def _write(fitted: FittedSolver, files: _Files) -> None:
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stdout)  # keeps progress bars intact
-
-
-def _silent(line: str) -> None:
-    """Print nothing."""

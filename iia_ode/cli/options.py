@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
@@ -28,6 +29,7 @@ __all__ = [
     "SEED",
     "Job",
     "Range",
+    "findings_as_lines",
     "given",
     "interactive",
     "names",
@@ -206,3 +208,29 @@ def warnings_as_lines(shown: bool = True) -> Iterator[None]:
         finally:
             for text in dict.fromkeys(str(w.message) for w in caught) if shown else ():
                 click.echo(f"iia-ode: warning: {' '.join(text.split())}", err=True)
+
+
+class _Lines(logging.Handler):
+    """Pass each record of a logger on as a line of text."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on."""
+        self.say(record.getMessage())
+
+
+@contextmanager
+def findings_as_lines(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass every line that the library logs inside the block to `say`."""
+    logger, handler = logging.getLogger("iia_ode"), _Lines(say)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Several processes for one fit or one run, as started by ``torchrun``: joining them, and sharing the samples."""
+"""Several processes for one fit or one run, as started by ``torchrun``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from dataclasses import dataclass
 import click
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ..iia.gather import hearing, share
-
-__all__ = ["Process", "joined", "process_count", "processes_for"]
+__all__ = ["Process", "joined", "process_count"]
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process among several that share the samples, each on its own device.
+    """A process among several that share the evaluations, each on its own device.
 
     Attributes
     ----------
@@ -37,41 +34,6 @@ class Process:
         """Whether the process prints and writes: only rank 0 does."""
         return self.rank == 0
 
-    def share(self, samples: int) -> slice:
-        """Return the slice of a batch for the process."""
-        return share(self.rank, self.size, samples)
-
-    def gathered(self, own: Tensor, samples: int) -> Tensor | None:
-        """Gather the whole batch in rank 0.
-
-        Parameters
-        ----------
-        own : the samples of the process, [b, ...].
-        samples : size of the whole batch, B.
-
-        Returns
-        -------
-        The whole batch [B, ...] in rank 0, None in the others. With several processes it is on the CPU.
-
-        Raises
-        ------
-        RankError : another process failed.
-        """
-        if self.size == 1:
-            return own
-        if not self.leads:
-            with hearing(self.rank, self.size):
-                dist.send(own.contiguous(), 0)
-            return None
-        parts = [own.cpu()]
-        for rank in range(1, self.size):
-            part = share(rank, self.size, samples)
-            theirs = own.new_empty((part.stop - part.start, *own.shape[1:]))
-            with hearing(self.rank, self.size):
-                dist.recv(theirs, rank)
-            parts.append(theirs.cpu())
-        return torch.cat(parts)
-
 
 def process_count() -> int:
     """Read the number of processes from the environment variable WORLD_SIZE, set by ``torchrun``; by default 1.
@@ -84,18 +46,6 @@ def process_count() -> int:
     if not text.isdecimal() or text == "0":
         raise click.ClickException(f"WORLD_SIZE must be a number of processes, got {text!r}.")
     return int(text)
-
-
-def processes_for(samples: int) -> int:
-    """Return the number of processes, after checking that each gets a sample.
-
-    Raises
-    ------
-    click.UsageError : there are fewer samples than processes.
-    """
-    if samples < (size := process_count()):
-        raise click.UsageError(f"{samples} samples are too few for {size} processes: give each at least one sample.")
-    return size
 
 
 @contextmanager

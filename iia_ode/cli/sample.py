@@ -12,13 +12,15 @@ from torch import Tensor
 from ..errors import MissingDependencyError
 from ..experiments.compare import RECIPE
 from ..files import check_writable, write_tensors
-from ..iia import PRESETS, FittedSolver, load
+from ..iia import PRESETS, FittedSolver
+from ..iia.fitted import load
 from ..iia.provenance import to_json
 from ..integrate import sample
+from ..ode import distributed
 from ..plots import image_grid, save_figure
 from ..solvers import Solver, get_solver, solver_names
 from .options import COUNT, NFE, Job, given, interactive, on_a_model, warnings_as_lines
-from .ranks import joined, processes_for
+from .ranks import joined
 
 __all__ = ["sample_command"]
 
@@ -56,15 +58,13 @@ def sample_command(
         method = get_solver(solver)
         grid = method.grid_for(nfe, job.family(), job.setting.schedule)
         about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
-    processes_for(samples)
     with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             check_writable(out / "samples.safetensors")
-        ode, x = replace(job, device=process.device).draw_each(process.share(samples))
-        final = sample(ode, x, grid, method, progress=process.leads and interactive())
-        whole = process.gathered(final, samples)
-    if whole is not None:
-        _write(whole, about, job, out)
+        ode, x = replace(job, device=process.device).draw_each(slice(0, samples))
+        final = sample(distributed(ode), x, grid, method, progress=process.leads and interactive())
+    if process.leads:
+        _write(final, about, job, out)
 
 
 def _write(final: Tensor, about: dict[str, Any], job: Job, out: Path) -> None:

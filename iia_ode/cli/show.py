@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from ..errors import FileFormatError
-from ..iia import Ingredient, describe, load
+from ..iia import Ingredient, describe
+from ..iia.fitted import load
 from .drawing import FOLDER, draw_fit
 
 __all__ = ["ingredients_table", "show_command"]

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..autofit import BUDGETS, Budget
+from ..autofit import fit as find
 from ..errors import GridError, InputError, unknown_name
-from ..iia import BUDGETS, IIA, PRESETS, Budget, FittedSolver, Teacher, preset
-from ..iia.recipe import fit as find
+from ..iia import IIA, PRESETS, FittedSolver, Teacher, preset
 from ..integrate import sample
 from ..metrics import rmse_with_error
 from ..ode import ProbabilityFlowODE
@@ -29,7 +30,6 @@ RECIPE = "iia"
 """Name of the solver found by :func:`iia_ode.fit`, among the solvers of a comparison."""
 
 _CHUNK = 64  # samples per call of the model during a fit
-_SMALL = 3.0  # below this level, `iia_ode.fit(noise=)` cannot tell initial states from standard normal noise
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,10 @@ class _Fits:
     def _found_teacher(self) -> tuple[Teacher | None, float]:
         """Accurate trajectories for :func:`iia_ode.fit`, shared by all numbers of evaluations, and their time in seconds.
 
-        The trajectories are None if :func:`iia_ode.fit` must make its own, because it adds noise samples or rescales them.
+        The trajectories are None if :func:`iia_ode.fit` must make its own, because it adds noise samples.
         """
         begun = time.perf_counter()
-        if self.budget.draws > len(self.x) or self.setting.sigma_max < _SMALL:
+        if self.budget.draws > len(self.x):
             return None, 0.0
         start, end = self.setting.schedule.t_of_noise_to_signal(self.setting.sigma_max), self.setting.schedule.t_data
         steps, low = self.budget.steps(self.most), self.setting.sigma_min
@@ -277,14 +277,19 @@ class _Fits:
             teacher, shared = self._teacher
         begun = time.perf_counter()
         if method is not None and grid is not None:
-            fit = method.fit(self.ode, grid, self.x, teacher=teacher, seed=self.seed)
+            fit = method.fit(self.ode, self.x, grid, teacher=teacher)
         else:
-            top = self.setting.sigma_max
             fit = find(
-                self.ode, nfe, noise=self.x if top >= _SMALL else self.x / top, budget=self.budget, sigma_max=top,
-                sigma_min=self.setting.sigma_min, teacher=teacher, chunk_size=_CHUNK, seed=self.seed,
-                report=lambda line: self.say(f"  {line}"), progress=self.progress,
-            )  # fmt: skip
+                self.ode,
+                nfe,
+                x=self.x,
+                budget=self.budget,
+                sigma_max=self.setting.sigma_max,
+                sigma_min=self.setting.sigma_min,
+                teacher=teacher,
+                seed=self.seed,
+                progress=self.progress,
+            )
         self.made[name, nfe] = fit
         evaluations = fit.record.evaluations + (teacher.evaluations if teacher is not None else 0)
         return fit, (fit.record.batch, evaluations, time.perf_counter() - begun + shared)

@@ -71,7 +71,7 @@ class Setting(ABC):
 
         Parameters
         ----------
-        seeds : seed of each sample, such as those from :func:`iia_ode.sample_seeds`.
+        seeds : seed of each sample, such as those from :func:`iia_ode.noise.sample_seeds`.
         guidance_scale : scale of classifier-free guidance; 1 is no guidance.
         device : device of the model and the states.
 

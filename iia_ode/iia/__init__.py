@@ -8,7 +8,7 @@ from .method import IIA, PRESETS, preset
 from .moments import Moments, estimate_moments, exact_moments
 from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
-from .refine import Iteration, Refinement, refine
+from .refinement import Iteration, Refinement, refine
 from .targets import Local, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
 from .warm_start import WarmStart

@@ -116,8 +116,9 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     - its sum of squares is lower by more than three times the largest square of one sample, of fit or base. This margin keeps
       the fit better even if a share 3/n of new samples were as bad as the worst one seen.
 
-    Two exceptions: a fit whose error over all samples is rounding is kept. Where the base is not finite on every sample, a
-    finite fit is kept that ends nearer on at least half of all samples; samples on which the base is not finite count for the fit.
+    There are two exceptions. A fit whose error over all samples is rounding is kept. Where the base is not finite on every
+    sample, a finite fit is kept if it ends nearer on at least half of all samples; samples on which the base is not finite
+    count for the fit.
 
     The training samples among them favor the fit a little.
 

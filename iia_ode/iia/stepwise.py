@@ -158,9 +158,7 @@ class Stepwise:
             found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
             way = DEFAULT_WAY if batch.teacher is None else batch.teacher.way
             reference = ", ".join(f"{k} {v}" for k, v in way.items())
-            seen = (
-                f"on {held_out} held-out samples its root mean square error is {found.fit:.3g}, the base's {found.base:.3g}; "
-            )
+            seen = f"on {held_out} held-out samples its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
         else:
             found, seen, reference = too_few(len(batch)), "", UNJUDGED.reference
         why = "" if found.kept else found.why
@@ -219,10 +217,8 @@ class Chunk:
             return None
         part, times = self.batch[first:], base.grid
         x = part.x.to(self.device)
-        if part.teacher is not None:
-            exact = part.teacher.at(times[-1])
-        else:
-            exact = Teacher.for_grid(part.ode, x, times).final
+        own = part.teacher
+        exact = Teacher.for_grid(part.ode, x, times).final if own is None else own.at(times[-1])
         exact = exact.double().cpu()
         by_base = base.run(part.ode, x, check_finite=False).cpu().double()
         by_fit = self.values[final][first:].double()

@@ -73,7 +73,14 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
     if ranks is None:
         return
     digest = hashlib.sha256()
-    for part in (ode.schedule.config(), ode.prediction, ode.guidance_scale, ode.fingerprint(), *_conditions(ode), *task):
+    for part in (
+        ode.schedule.config(),
+        ode.prediction,
+        ode.guidance_scale,
+        ode.fingerprint(),
+        *_conditions(ode),
+        *task,
+    ):
         if isinstance(part, Tensor):
             digest.update(f"{part.dtype}{list(part.shape)}".encode())
             digest.update(bytes_of(part))

@@ -91,7 +91,7 @@ class Solver(ABC):
         """
 
     def plan(self, schedule: Schedule, grid: Tensor) -> Plan:
-        """This solver on a schedule and a grid; see :func:`iia_ode.trace`."""
+        """This solver on a schedule and a grid; see :func:`iia_ode.plan.trace`."""
         return trace(self, schedule, grid)
 
     def grid_for(self, nfe: int, make_grid: Callable[[int], Tensor], schedule: Schedule) -> Tensor:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..errors import ConformanceError, UnknownNameError
 from ..grids import karras, uniform
-from ..iia import IIA, load
+from ..iia import IIA
 from ..iia.directions import StepRecord, Term
+from ..iia.fitted import load
 from ..integrate import odeint, sample
 from ..plan import trace
 from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
@@ -342,7 +343,7 @@ def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
 
 
 CHECKS: tuple[Check, ...] = tuple(_CHECKS)
-"""The suite: functions of a solver or its name that raise :class:`~iia_ode.ConformanceError`."""
+"""The suite: functions of a solver or its name that raise :class:`~iia_ode.errors.ConformanceError`."""
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------

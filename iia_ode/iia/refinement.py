@@ -280,7 +280,12 @@ def refine(
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
     """
     check_start(ode, x)
-    for name, value in {"iterations": iterations, "probes": probes, "patience": patience, "chunk_size": chunk_size}.items():
+    for name, value in {
+        "iterations": iterations,
+        "probes": probes,
+        "patience": patience,
+        "chunk_size": chunk_size,
+    }.items():
         check_whole(name, value, least=1)
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
@@ -289,7 +294,6 @@ def refine(
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
-
 
     def over(part: Batch) -> EndpointError:
         return EndpointError(parameters, part, probes=probes, checkpointed=checkpointed, seed=seed)
