@@ -12,11 +12,10 @@ from .fitted import FittedSolver, StepReport, describe, load
 from .least_squares import LeastSquares
 from .moments import Moments, estimate_moments, exact_moments
 from .plan_parameters import Parameters
-from .refine import Iteration, Refinement
+from .refine import EndpointError, GaussNewton, Iteration, Objective, Refinement, Status
 from .search import GridSearch, Trial, search_grid, search_levels
 from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
-from .warm_choice import Choice, choose
 from .warm_start import WarmStart
 
 __all__ = [
@@ -24,9 +23,10 @@ __all__ = [
     "IIA",
     "PRESETS",
     "Budget",
-    "Choice",
+    "EndpointError",
     "FittedSolver",
     "FreeGrid",
+    "GaussNewton",
     "GridSearch",
     "Ingredient",
     "Iteration",
@@ -34,9 +34,11 @@ __all__ = [
     "LeastSquares",
     "Local",
     "Moments",
+    "Objective",
     "Parameters",
     "Refinement",
     "Samples",
+    "Status",
     "StepRecord",
     "StepReport",
     "Substeps",
@@ -47,7 +49,6 @@ __all__ = [
     "Trial",
     "WarmStart",
     "Window",
-    "choose",
     "describe",
     "estimate_moments",
     "exact_moments",

@@ -291,7 +291,12 @@ def refine(
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
     """
     check_start(ode, x)
-    for name, value in {"iterations": iterations, "probes": probes, "patience": patience, "chunk_size": chunk_size}.items():
+    for name, value in {
+        "iterations": iterations,
+        "probes": probes,
+        "patience": patience,
+        "chunk_size": chunk_size,
+    }.items():
         check_whole(name, value, least=1)
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
