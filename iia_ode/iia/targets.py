@@ -1,4 +1,4 @@
-"""Targets: the more accurate integration that a step is fitted to."""
+"""Targets of a fit: the more accurate state that each step of the base is fitted to."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Samples:
 
     Attributes
     ----------
-    ode : the model under their conditions.
-    initial : their initial states [B, ...].
-    index : their places in the batch.
-    teacher : the accurate trajectories of the whole batch, if there is one.
+    ode : the model with the conditions of the samples.
+    initial : initial states [B, ...].
+    index : places of the samples in the batch.
+    teacher : accurate trajectories of the whole batch, or None.
     """
 
     ode: ProbabilityFlowODE
@@ -38,7 +38,7 @@ class Samples:
     teacher: Teacher | None = None
 
     def part(self, own: slice) -> Samples:
-        """Those from `own.start` to before `own.stop`."""
+        """The samples from `own.start` to before `own.stop`."""
         n, first = len(self.initial), self.index.start
         if own == slice(0, n):
             return self
@@ -47,31 +47,55 @@ class Samples:
 
 
 Numeric: TypeAlias = Callable[[Samples, Tensor], Tensor]
-"""From some samples and their states [B, ...] at the start of the step, to their target states."""
+"""A function from samples and their states [B, ...] at the start of a step to target states [B, ...]."""
 
 
 class Target(ABC):
-    """Where the state of a step should have gone."""
+    """The state that a step should have reached.
+
+    Attributes
+    ----------
+    name : name in reports and files.
+    needs_teacher : whether :attr:`Samples.teacher` must be there.
+    """
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
-    """Whether :attr:`Samples.teacher` has to be there."""
 
     @abstractmethod
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Vector | Numeric:
-        """The target of a step: a vector whose instructions are written to `tracer`, or a function that computes it."""
+        """The target of a step.
+
+        Parameters
+        ----------
+        tracer : takes the instructions of a target that is a vector.
+        base : the base solver.
+        step : the step that is fitted.
+
+        Returns
+        -------
+        A vector of `tracer`, or a function that computes the target states.
+        """
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """JSON-ready options, the name included: what a fitted solver's file records."""
+        """The name and the options, JSON-ready, for a fitted solver's file."""
 
 
 @dataclass(frozen=True)
 class Substeps(Target):
-    """M steps of the base solver over a uniform subdivision of the interval in t, from the fitted trajectory's own state.
+    """The target of the paper: M base steps over a uniform subdivision in t, from the fitted trajectory's own state.
 
-    The paper's target [Zhang et al. 2024, section 4]. For DDIM the paper writes a sum; composition is meant. The first
-    sub-step shares its evaluation with the step that is fitted.
+    See Zhang et al. 2024, section 4. The paper writes a sum for DDIM and means the composition. The first sub-step shares
+    its evaluation with the fitted step.
+
+    Parameters
+    ----------
+    count : M, at least 1.
+
+    Raises
+    ------
+    InputError : `count` is below 1.
     """
 
     count: int = 3
@@ -97,9 +121,13 @@ class Substeps(Target):
 
 @dataclass(frozen=True)
 class Local(Target):
-    """The flow itself over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
+    """The flow over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
 
-    Not in the paper; it separates the error of the target from the error of the fit.
+    The target is not in the paper. A fit to the exact flow separates the error of the target from the error of the fit.
+
+    Parameters
+    ----------
+    rtol : relative and absolute tolerance of the integration.
     """
 
     rtol: float = 1e-5
@@ -120,13 +148,13 @@ class Local(Target):
 
 @dataclass(frozen=True)
 class TeacherTrajectory(Target):
-    """The teacher's trajectory from the same initial state: a step also repairs the error of those before it.
+    """The teacher's trajectory from the same initial state, so that a step also repairs the error of earlier steps.
 
-    Not in the paper, whose targets start at the fitted trajectory's own state and leave earlier error as it is.
+    The target is not in the paper. Targets from the fitted trajectory's own state leave earlier error as it is.
 
     Parameters
     ----------
-    steps : of the :class:`Teacher` that a fit makes for itself where it is given none.
+    steps : number of steps of the :class:`Teacher` that a fit makes where none is given.
     """
 
     steps: int = 60
@@ -149,7 +177,12 @@ class TeacherTrajectory(Target):
 
 
 def resolve_target(target: str | Target, substeps: int) -> Target:
-    """The object behind a `target` argument; `substeps` is for the target of that name."""
+    """The object of a `target` argument; `substeps` is the count of ``"substeps"``.
+
+    Raises
+    ------
+    UnknownNameError : there is no target of this name.
+    """
     if isinstance(target, Target):
         return target
     known: dict[str, Target] = {
