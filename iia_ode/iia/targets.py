@@ -22,7 +22,7 @@ __all__ = ["Local", "Numeric", "Samples", "Substeps", "Target", "TeacherTrajecto
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Some samples of the fitting batch.
+    """Samples of the fitting batch.
 
     Attributes
     ----------
@@ -64,18 +64,7 @@ class Target(ABC):
 
     @abstractmethod
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Vector | Numeric:
-        """The target of a step.
-
-        Parameters
-        ----------
-        tracer : takes the instructions of a target that is a vector.
-        base : the base solver.
-        step : the step that is fitted.
-
-        Returns
-        -------
-        A vector of `tracer`, or a function that computes the target states.
-        """
+        """The target of a step: a vector with its instructions in `tracer`, or a function that computes states."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
