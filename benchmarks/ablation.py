@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from adam import refine_by_adam
 from common import (
     CHUNK,
     DEFAULT,
@@ -70,7 +71,7 @@ class Recipe:
     ----------
     target, terms, history, intercept : of the closed-form fit; no terms is DDIM itself.
     grid : ``"default"``, ``"tuned"`` (Karras), ``"leap"``, or ``"warm"``: the first interval by a Gaussian warm start.
-    refinement : a method of :func:`refine`, or None.
+    refinement : ``"gauss-newton"``, ``"adam"`` or None.
     """
 
     target: str = "trajectory"
@@ -259,11 +260,15 @@ def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
         about["sigma_1"] = warm.level
     if recipe.refinement is not None:
         effort, part = bench.effort, slice(0, bench.effort["refined"])
-        found = refine(
-            plan, own.ode.subset(part, len(x)), x[part], bench.teacher.final[part].to(x), method=recipe.refinement,
-            iterations=effort[recipe.refinement.replace("-", "_")], probes=effort["probes"], chunk_size=chunk,
-            seed=bench.seed,
-        )  # fmt: skip
+        start, exact = x[part], bench.teacher.final[part].to(x)
+        model = own.ode.subset(part, len(x))
+        if recipe.refinement == "adam":
+            found = refine_by_adam(model, start, plan, exact, iterations=effort["adam"], chunk_size=chunk)
+        else:
+            found = refine(
+                model, start, plan, exact, iterations=effort["gauss_newton"], probes=effort["probes"], chunk_size=chunk,
+                seed=bench.seed,
+            )  # fmt: skip
         plan = found.plan
         about |= {
             "iterations": len(found.iterations) - 1,

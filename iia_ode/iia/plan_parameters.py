@@ -183,14 +183,13 @@ class Parameters:
         knots = self._knots(ode.prediction, theta, leaf)
         weights = leaf[:, : self.weights, None] + self._apart.to(leaf.device)  # [B, entries, groups]
         values, state = [x], x
-        for r, knot in enumerate([*knots, None]):
+        for r, knot in enumerate(knots):
             if r not in self.fixed:
-                size = knot.size() if knot else torch.full_like(leaf[:, 0], _size(self.schedule, self.grid_end))
-                state = self._state(r, values, weights, size)
-            if knot:
-                t, p, q = knot.time(), _spread(knot.p(), x), _spread(knot.q(), x)
-                values.append(p * state + q * _output(ode, state, t, checkpointed))
-        return state, leaf
+                state = self._state(r, values, weights, knot.size)
+            t, p, q = knot.time, _spread(knot.p, x), _spread(knot.q, x)
+            values.append(p * state + q * _output(ode, state, t, checkpointed))
+        end = torch.full_like(leaf[:, 0], _size(self.schedule, self.grid_end))
+        return self._state(len(knots), values, weights, end), leaf
 
     def _knots(self, prediction: str, theta: Tensor, leaf: Tensor) -> list[_Knot]:
         """The evaluations of a differentiable run."""
@@ -234,26 +233,22 @@ class Parameters:
 class _Knot:
     """An evaluation of a differentiable run: each number is [B], a function of the move of log sigma/alpha.
 
-    The numbers are made where they are used, because the order of the graph decides the rounding of gradients.
+    Properties, because the order of the graph decides the rounding of gradients.
     """
 
     pairs: list[tuple[float, float]]  # value and derivative of: time, size, p, q of data = p x + q output
     leaf: Tensor
     move: Tensor | None = None
 
+    @property
     def time(self) -> Tensor | float:
-        return self.pairs[0][0] if self.move is None else self._of(0)
+        return self.pairs[0][0] if self.move is None else self._number(0)
 
-    def size(self) -> Tensor:
-        return self._of(1)
+    size = property(lambda self: self._number(1))
+    p = property(lambda self: self._number(2))
+    q = property(lambda self: self._number(3))
 
-    def p(self) -> Tensor:
-        return self._of(2)
-
-    def q(self) -> Tensor:
-        return self._of(3)
-
-    def _of(self, k: int) -> Tensor:
+    def _number(self, k: int) -> Tensor:
         value, slope = self.pairs[k]
         return torch.full_like(self.leaf[:, 0], value) if self.move is None else value + slope * self.move
 

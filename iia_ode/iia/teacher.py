@@ -59,8 +59,6 @@ class Teacher:
     path: Trajectory
     about: dict[str, Any]
 
-    # ---- making one ------------------------------------------------------------------------------------------------------
-
     @classmethod
     @torch.no_grad()
     def solve(
@@ -77,8 +75,7 @@ class Teacher:
     ) -> Teacher:
         """Integrate a batch from `t_start` to `t_end` by a fourth-order exponential multistep method.
 
-        The method costs an evaluation per step and one at the end. Sixty steps leave an error far below the error of any
-        solver with few steps.
+        The cost is an evaluation per step and one at the end. The error of sixty steps is far below that of solvers with few.
 
         Parameters
         ----------
@@ -90,10 +87,6 @@ class Teacher:
             becomes the final state. For a network, use the smallest level of its training.
         chunk_size : samples per model call; by default the whole batch.
         progress : show a bar over the chunks.
-
-        Returns
-        -------
-        The teacher, with a knot at every evaluation.
 
         Raises
         ------
@@ -115,14 +108,8 @@ class Teacher:
         final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
         times = [*plan.evaluation_times, plan.grid[-1]]
         knots = [math.asinh(ode.schedule.alpha(t) / ode.schedule.sigma(t)) for t in times]
-        path = Trajectory(
-            ode.schedule,
-            torch.tensor(knots, dtype=_F64, device="cpu"),
-            states.to(x.dtype),
-            slopes.to(x.dtype),
-            final,
-            spent.evaluations,
-        )
+        u = torch.tensor(knots, dtype=_F64, device="cpu")
+        path = Trajectory(ode.schedule, u, states.to(x.dtype), slopes.to(x.dtype), final, spent.evaluations)
         about = to_json(Origin.of(ode, x)) | {
             "solver": _SOLVER,
             "steps": steps,
@@ -146,43 +133,18 @@ class Teacher:
         chunk_size: int | None = None,
         progress: bool = False,
     ) -> Teacher:
-        """Integrate a batch from the first to the last time of a grid; :func:`data_level` is the level of the data.
-
-        Parameters
-        ----------
-        ode, x, steps, chunk_size, progress : as for :meth:`solve`; x is the batch at the first time.
-        grid : float64 [N + 1] times.
-
-        Returns
-        -------
-        The teacher of all solvers on this grid.
-
-        Raises
-        ------
-        InputError, GridError, NonFiniteError : as for :meth:`solve`.
-        """
+        """Integrate a batch over the float64 [N + 1] times of a grid; other arguments and errors as for :meth:`solve`."""
         times = check_grid(ode.schedule, grid)
         level = data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else _SIGMA_MIN
         return cls.solve(
             ode, x, times[0], times[-1], steps=steps, sigma_min=level, chunk_size=chunk_size, progress=progress
         )
 
-    # ---- reading it ------------------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.initial)
 
     def at(self, t: float, index: slice | Tensor | None = None) -> Tensor:
-        """The states at time t, on the host, in the dtype of the initial states.
-
-        Parameters
-        ----------
-        t : a time on the trajectories.
-        index : samples to return; by default all.
-
-        Returns
-        -------
-        States [B, ...].
+        """States [B, ...] at time t of the samples in `index` (by default all), on the host, in the dtype of `initial`.
 
         Raises
         ------
@@ -230,9 +192,7 @@ class Teacher:
         return Teacher(self.initial[index], _part(self.path, index), self.about | {"conditions": None})
 
     def restarted(self, t: float, x: Tensor) -> Teacher:
-        """The same trajectories as the truth for solvers from other states x [B, ...] at a later time t.
-
-        The states x need not lie on the trajectories.
+        """The same trajectories, for solvers from other states x [B, ...] at a later time t, on or off the trajectories.
 
         Raises
         ------
@@ -244,10 +204,7 @@ class Teacher:
     def check(self, ode: ProbabilityFlowODE, x: Tensor, *, stacklevel: int = 3) -> None:
         """Raise unless the teacher belongs to this ODE and these initial states; warn of other model weights.
 
-        Parameters
-        ----------
-        ode, x : the ODE with its conditions, and states [B, ...].
-        stacklevel : frame named by the warning; by default the caller's.
+        The warning names the frame `stacklevel`, by default the caller's.
 
         Raises
         ------
@@ -266,8 +223,6 @@ class Teacher:
         if self.about["conditions"] not in (None, conditions_digest(ode)):
             raise MismatchError("the teacher was made under other conditions: make it with this ODE.")
 
-    # ---- files -----------------------------------------------------------------------------------------------------------
-
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file and return its path."""
         tensors = {"initial": self.initial, "knots": self.path.knots, "states": self.path.states}
@@ -278,12 +233,7 @@ class Teacher:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Teacher:
-        """Read a file of :meth:`save`.
-
-        Parameters
-        ----------
-        path : the file.
-        schedule : needed only where the file cannot hold the schedule, as for a schedule made of functions.
+        """Read a file of :meth:`save`; `schedule` is needed only where a file cannot hold its schedule.
 
         Raises
         ------
