@@ -1,4 +1,4 @@
-"""Result of a search: the solver that it chose, and the account of how it was found."""
+"""Result of a search: the chosen solver with its record."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Outcome:
     best : the chosen candidate.
     plan : the plan of `best`, or its last fit to all samples.
     fitted : the closed-form fit behind `plan`; None if the rival, a solver without a fit, was chosen.
-    unfitted : account of a fit over the rival with zero corrections, whose split is the split of the search.
+    unfitted : record of a fit over the rival with zero corrections, with the batch and held-out samples of the search.
     found, failed : candidates, and attempts that failed.
-    costs : cost of each stage that belongs to no candidate.
+    costs : cost of each stage outside the candidates.
     evaluations, samples : model calls, and sample evaluations without the backward passes of candidates.
     seconds : wall-clock time of the call.
     """
