@@ -6,6 +6,7 @@ from support import mixture, normal
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher
+from iia_ode.iia.provenance import TeacherOptions
 
 F64 = torch.float64
 TIMES = [60.0, 10.0, 2.0, 0.5, 0.1, 0.01]
@@ -86,7 +87,8 @@ def test_one_teacher_serves_every_grid_and_costs_a_fit_nothing_more(fine):
         grid = iia.grids.karras(n)
         fit = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), grid, states(), teacher=fine)
         assert fit.record.evaluations == n
-        assert fit.record.teacher == fine.way == {"solver": "dopri8", "rtol": 1e-9, "sigma_min": 0.002}
+        assert fine.way == {"solver": "dopri8", "rtol": 1e-9, "sigma_min": 0.002}
+        assert fit.record.teacher == TeacherOptions(**fine.way)
     own = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), iia.grids.karras(3), states())
     assert own.record.evaluations == 3 + 61
 
