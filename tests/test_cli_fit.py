@@ -18,6 +18,7 @@ import iia_ode as iia
 from iia_ode.cli.ranks import Process
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, Teacher
+from iia_ode.iia.provenance import Endpoint
 
 SEARCH = ["fit", "--setting", "mixture", "--nfe", "4", "--samples", "32", "--budget", "closed-form"]
 WINDOW = ["--setting", "mixture", "--solver", "ddim", "--terms", "window", "--target", "trajectory", "--nfe", "5"]
@@ -114,7 +115,7 @@ def test_with_a_solver_fit_is_iia_with_these_options(tmp_path, capsys, options, 
 def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monkeypatch):
     def worse(self, plan, reports):
         warnings.warn("worse than\nits base", iia.GuardWarning, stacklevel=2)
-        return plan, reports, {"base": 1.0, "fit": 2.0, "fell_back": True, "reference": "none"}
+        return plan, reports, Endpoint(base=1.0, fit=2.0, fell_back=True, reference="none", why="")
 
     monkeypatch.setattr("iia_ode.iia.fitting.Fitting._guarded", worse)
     fit = ["fit", *WINDOW, "--samples", "8", "--out", str(tmp_path / "a")]
