@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Targets share one virtual environment, and two pips must not write to it at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint types docs figures tables acceptance never-worse ablation clean
+.PHONY: help venv demo test lint types docs figures readme tables acceptance never-worse ablation clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ docs: $(VENV)/.stamp-dev ## build the documentation, executing its pages, into b
 
 figures: demo ## remake the figures and the table that README and documentation show
 	$(BIN)/python benchmarks/update_figures.py build/demo
+
+readme: ## put the stored results of acceptance and further into the README
+	$(PYTHON) benchmarks/update_figures.py
 
 tables: $(VENV)/.stamp-plot ## measure every solver again for the documentation (some ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver_table.py

@@ -13,6 +13,7 @@ import iia_ode as iia
 from iia_ode.cli import main
 from iia_ode.forms import PREDICTIONS
 from iia_ode.problems import Gaussian, Mixture
+from iia_ode.testing import cases
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
@@ -27,7 +28,7 @@ ALL_SCHEDULES = [
     iia.Cosine(),
     iia.FlowMatching(),
     iia.Discrete(ALPHAS_CUMPROD),
-    iia.from_functions(lambda t: 1 - t, lambda t: t),
+    iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t),
 ]
 SCHEDULE_IDS = [type(s).__name__ for s in ALL_SCHEDULES]
 
@@ -52,17 +53,13 @@ LAMS = st.floats(-4.0, 6.0)
 
 def gaussian() -> Gaussian:
     """Anisotropic Gaussian data in 3 dimensions, with its exact flow."""
-    return Gaussian(torch.tensor([0.3, -0.6, 0.1], dtype=F64), torch.tensor([0.5, 0.2, 1.3], dtype=F64))
+    return cases.gaussian()
 
 
 def mixture() -> Mixture:
-    """Three components in 4 dimensions, each with its own widths: a nonlinear denoiser."""
-    means = torch.tensor(
-        [[1.0, -0.5, 0.3, 0.8], [-0.9, 0.7, -0.2, -1.1], [0.1, 0.4, 1.2, 0.0]],
-        dtype=F64,
-    )
+    """Three components in 4 dimensions, each with its own widths: a nonlinear denoiser, sharper than that of the suite."""
     stds = torch.tensor([[0.4, 0.5, 0.3, 0.6], [0.3, 0.2, 0.7, 0.4], [0.5, 0.5, 0.2, 0.3]], dtype=F64)
-    return Mixture(torch.tensor([0.5, 0.3, 0.2], dtype=F64), means, stds)
+    return Mixture(torch.tensor([0.5, 0.3, 0.2], dtype=F64), cases.mixture().means, stds)
 
 
 class Recorder(nn.Module):

@@ -17,7 +17,7 @@ from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.errors import RankError
 from iia_ode.iia import IIA, Budget, Teacher
 from iia_ode.iia.gather import Ranks
-from iia_ode.iia.recipe import fit
+from iia_ode.autofit import fit
 from iia_ode.iia.remembered import RememberedODE
 from iia_ode.iia.shared import SharedODE
 
@@ -111,7 +111,7 @@ def worker(rank, folder):
     METHODS["three"].fit(*within(rows)).save(folder / f"copies-{rank}.safetensors")
     try:
         METHODS["three"].fit(*within(torch.arange(20)))
-    except iia.InputError as error:
+    except iia.errors.InputError as error:
         (folder / f"same-{rank}").write_text(str(error))
     ode, x = problem(slice(None))
     fit(ode, 3, x / 80, **CALL).save(folder / f"call-{rank}.safetensors")

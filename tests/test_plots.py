@@ -53,7 +53,7 @@ def test_without_steps_of_its_own_a_fits_weights_are_those_of_its_states_on_data
     assert set(lines) == {"D[i]", "D[i-1]", "D[i-2]", "D[i-3]"}
     assert lines["D[i]"].get_ydata()[-1] == form.final.weights[4]
     assert lines["D[i-3]"].get_ydata()[-1] == form.final.weights[1]
-    with pytest.raises(iia.InputError, match="not fitted step by step"):
+    with pytest.raises(iia.errors.InputError, match="not fitted step by step"):
         plots.plot_residuals(fit)
 
 
@@ -96,7 +96,7 @@ def test_an_ingredient_that_could_not_be_made_is_named_without_a_bar(found):
 
 
 def test_only_what_one_call_found_has_ingredients(stepwise):
-    with pytest.raises(iia.InputError, match=r"not made by iia_ode\.fit"):
+    with pytest.raises(iia.errors.InputError, match=r"not made by iia_ode\.fit"):
         plots.plot_ingredients(stepwise)
 
 
@@ -143,5 +143,5 @@ def test_plots_draw_on_the_axes_they_are_given(comparison, tmp_path):
 
 def test_without_matplotlib_a_plot_names_the_extra(monkeypatch, comparison):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[plot\]'"):
+    with pytest.raises(iia.errors.MissingDependencyError, match=r"pip install 'iia-ode\[plot\]'"):
         plots.error_against_nfe(comparison)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iia_ode as iia
-from iia_ode.errors import FingerprintWarning, MismatchWarning
+from iia_ode.errors import FileFormatError, FingerprintWarning, MismatchError, MismatchWarning
 from iia_ode.files import read_tensors, write_tensors
 from iia_ode.iia.origin import Origin
 from iia_ode.iia.provenance import (
@@ -213,14 +213,14 @@ def test_a_field_that_is_missing_or_of_another_type_is_named(whole, path, node, 
     body = to_json(whole)
     without = changed(body, path, lambda n: n.pop(field.name))
     if field.default is MISSING:
-        with pytest.raises(iia.FileFormatError, match=rf"^the file is damaged, or from another.*`{field.name}`"):
+        with pytest.raises(FileFormatError, match=rf"^the file is damaged, or from another.*`{field.name}`"):
             from_json(type(whole), without, "the file")
     elif not getattr(node, "chosen", False):  # one ingredient has to be chosen
         with_default = changed(body, path, lambda n: n.update({field.name: field.default}))
         assert from_json(type(whole), without, "") == from_json(type(whole), with_default, "")
     for value in wrong_values(getattr(node, field.name)):
         mutant = changed(body, path, lambda n, v=value: n.update({field.name: v}))
-        with pytest.raises(iia.FileFormatError, match=rf"damaged.*`header.*\b{field.name}\b"):
+        with pytest.raises(FileFormatError, match=rf"damaged.*`header.*\b{field.name}\b"):
             from_json(type(whole), mutant, "the file")
 
 
@@ -250,7 +250,7 @@ def test_fields_that_contradict_each_other_are_refused_by_load(tmp_path, kind, c
     body = changed(header, place, lambda n: n.update(change))
     for key in ("kind", "format"):
         del body[key]
-    with pytest.raises(iia.FileFormatError, match=rf"fit\.safetensors' is damaged, or from another version.*{text}"):
+    with pytest.raises(FileFormatError, match=rf"fit\.safetensors' is damaged, or from another version.*{text}"):
         iia.load(write_tensors(path, "fitted solver", tensors, body))
 
 
@@ -267,7 +267,7 @@ def test_a_record_that_load_would_refuse_is_refused_by_save(tmp_path):
         (replace(fit.record, endpoint=replace(UNJUDGED, base=float("nan"))), "not plain JSON"),
         (replace(fit.record, base=Named("ddim", {"weights": torch.ones(2)})), "not plain JSON"),
     ]:
-        with pytest.raises(iia.FileFormatError, match=text):
+        with pytest.raises(FileFormatError, match=text):
             replace(fit, record=record).save(tmp_path / "fit.safetensors")
     assert os.listdir(tmp_path) == []
 
@@ -313,11 +313,11 @@ def test_the_origin_of_an_ode_matches_it_and_names_what_differs_in_another():
         ({"conditioning": {}}, r"none, and this ODE has y \[3\]"),
         ({"state_shape": (5,)}, r"for states \[B, 5\], got \[6, 4\]"),
     ]:
-        with pytest.raises(iia.MismatchError, match=text):
+        with pytest.raises(MismatchError, match=text):
             replace(origin, **change).check(ode, x, name="this fit")
     with pytest.warns(MismatchWarning, match=r"guidance_scale 1.5, and this ODE has 2.0"):
         replace(origin, guidance_scale=1.5).check(ode, x, name="this fit")
-    with pytest.raises(iia.MismatchError, match=r"guidance_scale 1.5, .* Make one for this ODE"):
+    with pytest.raises(MismatchError, match=r"guidance_scale 1.5, .* Make one for this ODE"):
         replace(origin, guidance_scale=1.5).check(ode, x, name="this teacher", made="made", strict_guidance=True)
     with pytest.warns(FingerprintWarning, match="with fingerprint Other.1"):
         replace(origin, fingerprint="Other.1").check(ode, x, name="this fit")
@@ -333,9 +333,9 @@ def test_a_search_that_no_fit_wins_returns_its_rival_with_an_account_of_its_own(
         return torch.tanh(3 * torch.sin(7 * x) / (1 + t[:, None] ** 2))
 
     z = torch.randn(8, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    budget = iia.Budget(teacher_steps=20, rounds=((1.0, 1),), descent=0)
+    budget = iia.Budget(teacher_steps=20, rounds=((1.0, 1),), descent=0, held_out=0.7)
     ode = iia.ProbabilityFlowODE(wild, iia.EDM())
-    found = iia.fit(ode, 2, z, budget=budget, held_out=0.7, report=None)
+    found = iia.fit(ode, 2, noise=z, budget=budget)
     record, search = found.record, found.record.search
     assert record.base.name == "ipndm3"
     assert search.chosen is search.ingredients[0] and search.rival == "ipndm3"

@@ -15,15 +15,15 @@ from torch import nn
 import iia_ode as iia
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher, Window
-from iia_ode.iia.budgets import BUDGETS, Budget
+from iia_ode.autofit.budget import BUDGETS, Budget
 from iia_ode.iia.endpoint import Ends, by_robust_error, known_ratio
-from iia_ode.iia.families import FreeGrid, LeapGrid, leap_grids
+from iia_ode.autofit.grids import FreeGrid, LeapGrid, leap_grids
 from iia_ode.iia.initial import fresh_states, more_states
 from iia_ode.iia.provenance import Split
-from iia_ode.iia.recipe import fit
+from iia_ode.autofit import fit
 from iia_ode.iia.report import table_of_weights
 from iia_ode.iia.routes import Route, Start, worth_refining
-from iia_ode.iia.search import Bench, fold_of, search_grid, search_levels
+from iia_ode.autofit import Bench, fold_of, search_grid, search_levels
 from iia_ode.iia.variants import SCALARS, variants_of
 from iia_ode.plan import Bands
 
@@ -66,7 +66,7 @@ def test_one_call_gives_a_solver_twice_as_accurate_as_the_best_classic_ones(sche
             grid[0] = found.plan.grid[0]
             try:
                 classic.append(median_error(ode, iia.get_solver(solver), x, grid))
-            except iia.ScheduleError:  # no data estimate of noise where alpha = 0
+            except iia.errors.ScheduleError:  # no data estimate of noise where alpha = 0
                 continue
     assert median_error(ode, found, x) < 0.5 * min(classic)
 
@@ -179,7 +179,7 @@ def test_noise_may_be_given_as_noise_or_as_initial_states_or_as_a_shape():
     assert a.plan.canonical().difference(b.plan.canonical()) < 1e-9
     assert quiet(ode, 3, shape=(4,), samples=32, budget=QUICK).record.batch == 32
     for bad in ({}, {"noise": noise(), "shape": (4,)}, {"noise": 7.0 * noise()}, {"noise": noise(4)}):
-        with pytest.raises(iia.InputError, match="noise"):
+        with pytest.raises(iia.errors.InputError, match="noise"):
             quiet(ode, 3, **bad)
 
 
@@ -266,13 +266,13 @@ def test_a_draw_that_is_given_twice_counts_once_and_is_reported():
     plain = quiet(ode, 4, own, budget=QUICK)
     teacher = Teacher.solve(ode, 80.0 * own[again], 80.0, 0.0, steps=50)
     for options in ({}, {"teacher": teacher}):
-        with pytest.warns(iia.DuplicateWarning, match="40 of 80 draws of noise repeat others"):
+        with pytest.warns(iia.errors.DuplicateWarning, match="40 of 80 draws of noise repeat others"):
             found = quiet(ode, 4, own[again], budget=QUICK, **options)
         assert found.record.batch == 40 and found.plan.difference(plain.plan) == 0
         assert errors_of(found) == errors_of(plain)
-    with pytest.warns(iia.DuplicateWarning), pytest.raises(iia.InputError, match="8 different draws"):
+    with pytest.warns(iia.errors.DuplicateWarning), pytest.raises(iia.errors.InputError, match="8 different draws"):
         quiet(ode, 4, noise(1).expand(64, 4), budget=QUICK)
-    with pytest.warns(iia.DuplicateWarning), pytest.raises(iia.MismatchError):
+    with pytest.warns(iia.errors.DuplicateWarning), pytest.raises(iia.errors.MismatchError):
         quiet(ode, 4, noise(40, seed=5)[again], budget=QUICK, teacher=teacher)
 
 
@@ -280,7 +280,7 @@ def test_a_draw_under_two_conditions_is_two_draws():
     label = torch.arange(24) // 12
     ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": label})
     assert quiet(ode, 2, noise(12).repeat(2, 1), budget=QUICK).record.batch == 24
-    with pytest.warns(iia.DuplicateWarning, match="12 of 24"):
+    with pytest.warns(iia.errors.DuplicateWarning, match="12 of 24"):
         found = quiet(ode.condition(label=torch.tensor(1)), 2, noise(12).repeat(2, 1), budget=QUICK)
     assert found.record.batch == 12
 
@@ -288,7 +288,7 @@ def test_a_draw_under_two_conditions_is_two_draws():
 @pytest.mark.parametrize("index", [torch.arange(24) % 12, torch.arange(24)], ids=["repeated", "distinct"])
 def test_conditions_that_do_not_fit_the_noise_are_refused_even_if_they_fit_a_part_of_it(index):
     ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(12)})
-    with pytest.raises(iia.InputError, match="'label' has 12 entries for a batch of 24"):
+    with pytest.raises(iia.errors.InputError, match="'label' has 12 entries for a batch of 24"):
         quiet(ode, 2, noise(24)[index], budget=QUICK, chunk_size=12)
 
 
@@ -334,18 +334,18 @@ def test_a_teacher_can_be_used_for_every_number_of_evaluations():
     with ode.counting() as own:
         quiet(ode, 4, noise(), budget=QUICK)
     assert own.samples - spent.samples == 51 * 80
-    with pytest.raises(iia.MismatchError):
+    with pytest.raises(iia.errors.MismatchError):
         quiet(ode, 4, noise(seed=5), budget=QUICK, teacher=teacher)
 
 
 def test_bad_arguments_say_what_was_wrong():
     ode = mixture().ode(iia.EDM())
-    with pytest.raises(iia.UnknownNameError, match="closed-form"):
+    with pytest.raises(iia.errors.UnknownNameError, match="closed-form"):
         quiet(ode, 4, noise(), budget="huge")
     for bad in (0, 2.5, True):
-        with pytest.raises(iia.InputError, match="nfe"):
+        with pytest.raises(iia.errors.InputError, match="nfe"):
             quiet(ode, bad, noise())
-        with pytest.raises(iia.InputError, match="chunk_size"):
+        with pytest.raises(iia.errors.InputError, match="chunk_size"):
             quiet(ode, 4, noise(), chunk_size=bad)
     for name, bad in (
         ("shape", 4),
@@ -355,15 +355,15 @@ def test_bad_arguments_say_what_was_wrong():
         ("samples", -4),
         ("seed", None),
     ):
-        with pytest.raises(iia.InputError, match=f"{name} .* got"):
+        with pytest.raises(iia.errors.InputError, match=f"{name} .* got"):
             quiet(ode, 4, **{"shape": (4,), "samples": 16, name: bad})
-    with pytest.raises(iia.InputError, match=r"seed .* below"):
+    with pytest.raises(iia.errors.InputError, match=r"seed .* below"):
         quiet(ode, 4, noise(), seed=2**70)
-    with pytest.raises(iia.InputError, match=r"or a Budget\(\.\.\.\)"):
+    with pytest.raises(iia.errors.InputError, match=r"or a Budget\(\.\.\.\)"):
         quiet(ode, 4, noise(), budget=Budget)
-    with pytest.raises(iia.GridError, match="sigma_max"):
+    with pytest.raises(iia.errors.GridError, match="sigma_max"):
         quiet(ode, 4, noise(), sigma_max=-1.0)
-    with pytest.raises(iia.InputError, match="held_out"):
+    with pytest.raises(iia.errors.InputError, match="held_out"):
         quiet(ode, 4, noise(), held_out=1.0)
 
 
@@ -512,7 +512,7 @@ def test_an_ode_with_an_evaluate_of_its_own_is_refused_and_not_passed_over():
             return 0.9 * super().output(x, t)
 
     models = (kind(mixture().ode(iia.EDM()).model, iia.EDM()) for kind in (Scaled, Louder))
-    with pytest.raises(iia.InputError, match="Scaled has a method evaluate of its own"):
+    with pytest.raises(iia.errors.InputError, match="Scaled has a method evaluate of its own"):
         quiet(next(models), 3, noise(), budget=QUICK)
     assert quiet(next(models), 3, noise(), budget=QUICK).nfe == 3
 
@@ -531,7 +531,7 @@ def test_another_model_s_trajectories_are_warned_of_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet(used, 3, noise(), budget=QUICK, teacher=teacher)
-    assert [w.category for w in caught] == [iia.FingerprintWarning]
+    assert [w.category for w in caught] == [iia.errors.FingerprintWarning]
 
 
 # ---- the search ---------------------------------------------------------------------------------------------------------
@@ -576,7 +576,7 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
     assert found.best != poor
     first = next(t for t in found.trials if t.grid == poor)
     assert min(t.error for t in found.trials if t.grid == found.best) < first.error
-    with pytest.raises(iia.InputError, match="grid"):
+    with pytest.raises(iia.errors.InputError, match="grid"):
         search_grid(closed, ode, x, teacher, 6, [])
 
 
@@ -611,7 +611,7 @@ def test_a_free_grid_has_the_levels_it_was_given_on_every_schedule(levels, sched
     assert float(grid[0]) == start and float(grid[-1]) == schedule.t_data
     again = FreeGrid.of(grid, schedule)
     assert again.levels == pytest.approx(levels, rel=1e-6)
-    with pytest.raises(iia.GridError, match="levels make a grid"):
+    with pytest.raises(iia.errors.GridError, match="levels make a grid"):
         again.times(len(levels), schedule, start)
 
 
@@ -636,7 +636,7 @@ def test_levels_moved_one_by_one_end_nearer_the_truth_than_the_family_they_come_
         plan = closed(ode, grid.times(5, ode.schedule, 80.0), x, teacher)
         errors.append(float((iia.sample(fresh, z, solver=plan) - exact).square().mean().sqrt()))
     assert errors[1] < 0.8 * errors[0]
-    with pytest.raises(iia.InputError, match="step"):
+    with pytest.raises(iia.errors.InputError, match="step"):
         search_levels(closed, ode, x, teacher, 5, poor, step=1.0)
 
 
@@ -645,7 +645,7 @@ def test_two_levels_close_together_do_not_hold_the_others():
     teacher = Teacher.solve(ode, x, 80.0, 0.0)
 
     def plain(ode, grid, x, teacher):
-        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+        return iia.plan.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
 
     found = search_levels(plain, ode, x, teacher, 5, FreeGrid((40.0, 39.9, 1.0, 0.02)), passes=1)
     moved = {t.grid.levels[3] for t in found.trials}
@@ -659,7 +659,7 @@ def test_every_sample_of_a_trial_is_judged_by_a_fit_that_did_not_see_it():
 
     def closed(ode, grid, x, teacher):
         seen.append(x)
-        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+        return iia.plan.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
 
     grid = LeapGrid(10.0, 0.1)
     found = search_grid(closed, ode, x, teacher, 4, [grid], rounds=((1.0, 1),), descent=0)
@@ -853,20 +853,20 @@ def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
         {"finals": math.nan},
         {"finals": math.inf},
     ):
-        with pytest.raises(iia.InputError, match=f"no budget: {next(iter(bad))}"):
+        with pytest.raises(iia.errors.InputError, match=f"no budget: {next(iter(bad))}"):
             Budget(**bad)
     for bad in ((), ((32, 3),), ((0.0, 3),), ((math.nan, 3),), ((0.5, 0),), ((0.5, 1.5),)):
-        with pytest.raises(iia.InputError, match="round"):
+        with pytest.raises(iia.errors.InputError, match="round"):
             Budget(rounds=bad)
     ode, x = mixture().ode(iia.EDM()), 80.0 * noise(6)
-    plan = iia.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
+    plan = iia.plan.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
     for bad in ({"probes": 0}, {"iterations": 0}, {"held_out": 1.0}):
-        with pytest.raises(iia.InputError):
-            iia.refine(plan, ode, x, x, **bad)
+        with pytest.raises(iia.errors.InputError):
+            iia.iia.refine(plan, ode, x, x, **bad)
 
 
 def test_a_schedule_that_ends_just_before_the_data_can_be_fitted_for():
-    schedule = iia.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
+    schedule = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
     found = quiet(mixture().ode(schedule, "velocity"), 4, noise(), budget=QUICK)
     assert found.plan.grid[-1] == 1e-3
 

@@ -8,7 +8,7 @@ from support import F64, normal
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia.structure import Window
+from iia_ode.iia.directions import Window
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Bands, LinearMap, Matrices
 
@@ -48,9 +48,9 @@ def test_a_window_takes_its_shape_from_the_samples_and_refuses_those_of_another(
     assert found.plan.difference(known.plan) == 0.0
     assert iia.IIA("ddim", terms=terms).fit(ODE, GRID, x).record.terms == known.record.terms
     for wrong in (Window(3, "luma-chroma", (3, 16, 16)), Window(maps=Bands((8,), 2))):
-        with pytest.raises(iia.InputError, match="is for samples"):
+        with pytest.raises(iia.errors.InputError, match="is for samples"):
             iia.IIA("ddim", terms=wrong).fit(ODE, GRID, x)
-    with pytest.raises(iia.InputError, match=r"which IIA\.fit sees"):
+    with pytest.raises(iia.errors.InputError, match=r"which IIA\.fit sees"):
         _ = terms.projections
 
 

@@ -1,4 +1,4 @@
-"""``iia-ode show``: what a file holds."""
+"""``iia-ode show``: print a fitted solver's file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from ..errors import FileFormatError
-from ..iia import Ingredient, describe, load
+from ..iia import Ingredient, describe
+from ..iia.fitted import load
 from .drawing import FOLDER, draw_fit
 
 __all__ = ["ingredients_table", "show_command"]
@@ -16,17 +17,17 @@ __all__ = ["ingredients_table", "show_command"]
 
 @click.command("show")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--plan", "with_plan", is_flag=True, help="Print every instruction of the plan too.")
+@click.option("--plan", "with_plan", is_flag=True, help="Also print every instruction of the plan.")
 @click.option("--plots", type=FOLDER, help="Draw the fit into this folder.")
 def show_command(file: Path, with_plan: bool, plots: Path | None) -> None:
-    """Print a fitted solver's file, readably: what it is for, how it was made, every coefficient, and what they mean.
+    """Print a fitted solver's file: its purpose, its provenance, every coefficient, and an explanation in words.
 
-    For what iia_ode.fit made, all ingredients that were tried follow, with their errors and costs.
+    For a solver made by iia_ode.fit, all ingredients tried follow, with their errors and costs.
     """
     text = describe(file)
     try:
         fit = load(file)
-    except FileFormatError as error:  # a schedule that no file can hold: what needs none is shown nevertheless
+    except FileFormatError as error:  # the file has no schedule of its own, and `describe` needs none
         if with_plan or plots:
             raise
         click.echo(f"{text}\n\nnot explained: {error}")
@@ -42,7 +43,16 @@ def show_command(file: Path, with_plan: bool, plots: Path | None) -> None:
 
 
 def ingredients_table(ingredients: Sequence[Ingredient]) -> str:
-    """What a fit tried: error on held-out noise, evaluations and seconds, a star on what it chose."""
+    """Format the ingredients of a search as a table, a line each; a star marks the chosen one.
+
+    Parameters
+    ----------
+    ingredients : solvers that the search made, and attempts that failed.
+
+    Returns
+    -------
+    The table as text.
+    """
     width = max(len("ingredient"), *(len(i.name) for i in ingredients))
     lines = [f"{'ingredient':<{width}} {'error':>10} {'sample evaluations':>19} {'seconds':>8}"]
     for i in ingredients:

@@ -14,7 +14,8 @@ from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..plan.storing import pack, tensors_misfit, unpack
+from ..plan.plan import unpacked
+from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from .citations import citation_of
@@ -185,5 +186,5 @@ def _built(
 ) -> FittedSolver:
     """The fitted solver of a file, on the given schedule or on the stored one."""
     found = stored_schedule(path, header.record.origin.schedule, tensors, schedule)
-    plan = unpack(path, found, header.name, header.code, tensors)
+    plan = unpacked(path, found, header.name, header.code, tensors)
     return FittedSolver(plan, header.reports, header.record)

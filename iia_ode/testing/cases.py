@@ -130,7 +130,7 @@ def exact_states(problem: str, schedule: Schedule, track: Track, n: int) -> Tens
             _EXACT[key] = torch.stack([what.flow(x, EDM(), start, level) for level in levels.tolist()])
         else:
             # Tolerances below rounding: what the last bits allow, 1e-13 of the state.
-            _EXACT[key] = odeint(what.ode(EDM()), x, levels, "torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
+            _EXACT[key] = odeint(what.ode(EDM()), x, levels, method="torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
     states = _EXACT[key] * schedule.alpha(times).reshape(-1, 1, 1)
     return torch.cat([states[: -1 : finest // n], states[-1:]])
 

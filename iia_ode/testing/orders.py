@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..checks import check_whole
 from ..errors import InputError
 from ..plan import Plan, trace
 from ..plan.plan import run_code
@@ -48,7 +49,8 @@ COARSER = 12  # where two of the grids or fewer are above rounding
 EXACT_STEPS = 12  # a corrector of order 5 needs eight: outputs at states predicted with lower order stay in memory
 LONG = 192  # intervals that one track refines to at least: 156 steps, exact ones included
 
-SETTLED = 0.03  # a local slope p + c h moves by c h / 2 when h is halved, which is what it is still off by
+SETTLED = 0.03  # a local slope p + c h moves by c h / 2 when h is halved, and c h / 2 is also its remaining error
+NEAR = 0.1  # distance from a whole number, of a slope and of its extrapolation, at which no finer grid can change the verdict
 FLOOR = 1e-12  # relative error at which the rounding of references and sums, a few 1e-14, still moves no slope by 0.1
 
 
@@ -144,13 +146,7 @@ def claimed_order(solver: Solver) -> int:
     ------
     InputError : it is missing, or not a whole number from 1 on.
     """
-    claimed = getattr(solver, "order", None)
-    if not isinstance(claimed, int) or isinstance(claimed, bool) or claimed < 1:
-        got = "has none" if claimed is None else f"has {claimed!r}"
-        raise InputError(
-            f"{solver.label} needs an integer attribute `order`, 1 or more, and {got}: the claim that is to be verified."
-        )
-    return claimed
+    return check_whole(f"attribute `order` of {solver.label}", getattr(solver, "order", None), least=1)
 
 
 def measure_order(
@@ -263,7 +259,13 @@ def _is_enough(errors: Mapping[int, float], finest_at_least: int) -> bool:
 
 
 def _settled(slopes: Sequence[float]) -> bool:
-    return len(slopes) > 1 and abs(slopes[-1] - slopes[-2]) <= SETTLED
+    """Whether the last slope is final: it has stopped moving, or it and its extrapolation are near one whole number."""
+    if len(slopes) < 2:
+        return False
+    before, last = slopes[-2:]
+    limit = 2 * last - before  # of p + c h
+    whole = round(last)
+    return abs(last - before) <= SETTLED or max(abs(last - whole), abs(limit - whole)) <= NEAR
 
 
 def _is_whole(errors: Mapping[int, float]) -> bool:

@@ -1,0 +1,314 @@
+"""The probability-flow ODE of a diffusion or flow model: a schedule, a denoiser, and dx/dt."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, unknown_name
+from ..forms import PREDICTIONS, Evaluation, Forms
+from ..schedules import Schedule
+
+__all__ = ["Ledger", "ProbabilityFlowODE"]
+
+V = TypeVar("V")
+
+
+@dataclass
+class Ledger:
+    """Counts what an ODE spent.
+
+    Attributes
+    ----------
+    evaluations : batched calls of the model; with guidance, the pair of branches is one call on a doubled batch.
+    samples : the same, weighted by batch size.
+    """
+
+    evaluations: int = 0
+    samples: int = 0
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.evaluations = self.samples = 0
+
+
+class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
+    """dx/dt of a diffusion or flow model [Song et al. 2021], ready for torchdiffeq and for the solvers of this library.
+
+    Parameters
+    ----------
+    model : called as ``model(x, t, **conditioning)`` with x [B, ...] and t [B]; returns the shape of x.
+    schedule : alpha_t and sigma_t.
+    prediction : what the model returns: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"`` (alpha eps - sigma x_0)
+        or ``"velocity"`` (dx/dt).
+    conditioning : keyword arguments of the model; a tensor has leading dimension B, or 1 to serve every sample.
+    unconditional : the same keywords with the null condition, for classifier-free guidance [Ho & Salimans 2022].
+    guidance_scale : w in ``D_null + w (D_cond - D_null)``; 1 is no guidance and costs nothing extra.
+    model_dtype : dtype the model computes in; by default that of its parameters, else that of the state. The state keeps
+        its own dtype (float32 or float64) whatever the model's. The model gets t in float32, or in float64 if it is one.
+    state_shape : shape of one sample, checked before a run; by default the model's own attribute of that name, if any.
+
+    Raises
+    ------
+    UnknownNameError : no such prediction type.
+    InputError : guidance without `unconditional`, or with other keywords than `conditioning`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        schedule: Schedule,
+        prediction: str = "data",
+        *,
+        conditioning: Mapping[str, Any] | None = None,
+        unconditional: Mapping[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+        model_dtype: torch.dtype | None = None,
+        state_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise InputError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}.")
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"schedule must be an iia_ode Schedule such as iia_ode.EDM(), got {schedule!r}.")
+        if prediction not in PREDICTIONS:
+            raise unknown_name("prediction type", prediction, PREDICTIONS)
+        self.model, self.schedule, self.prediction = model, schedule, prediction
+        self.conditioning = dict(conditioning or {})
+        self.unconditional = dict(unconditional or {})
+        self.guidance_scale = float(guidance_scale)
+        self.model_dtype = model_dtype
+        shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
+        self.state_shape = None if shape is None else tuple(shape)
+        self.ledger = Ledger()
+        self._fingerprint: tuple[Any, str] | None = None
+        if not math.isfinite(self.guidance_scale):
+            raise InputError(f"the guidance scale must be a finite number, got {guidance_scale}.")
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        if self.guidance_scale != 1.0 and (
+            not self.unconditional or self.unconditional.keys() != self.conditioning.keys()
+        ):
+            raise InputError(
+                "guidance needs conditioning= and unconditional= with the same keywords, got "
+                f"{sorted(self.conditioning)} and {sorted(self.unconditional)}."
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every argument besides the model: ``ProbabilityFlowODE(other, **ode.settings)`` is the ODE of another model."""
+        names = (
+            "schedule",
+            "prediction",
+            "conditioning",
+            "unconditional",
+            "guidance_scale",
+            "model_dtype",
+            "state_shape",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    # ---- the ODE -----------------------------------------------------------------------------------------------------
+
+    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """dx/dt at time t (a number, 0-dim, or [B]) and state x [B, ...]; the signature that torchdiffeq takes."""
+        return self.evaluate(x, t).velocity
+
+    def evaluate(self, x: Tensor, t: Tensor | float, form: str = "data") -> Evaluation[Tensor]:
+        """One call of the model, to be read in any form; `form` says how a plan would store it, and is free here."""
+        return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
+
+    def is_data(self, t: float) -> bool:
+        """Whether sigma = 0 at time t: a step that lands there must not evaluate the model there."""
+        return self.schedule.sigma(t) == 0
+
+    @staticmethod
+    def hold(x: V) -> V:
+        """The identity; while a plan is traced its counterpart stores x as one vector."""
+        return x
+
+    def check_state_shape(self, x: Tensor) -> None:
+        """Raise InputError if the shape of one sample is known and x [B, ...] has another."""
+        if self.state_shape is not None and tuple(x.shape[1:]) != self.state_shape:
+            expected = ", ".join(map(str, ("B", *self.state_shape)))
+            raise InputError(f"the state must have shape [{expected}], got {list(x.shape)}.")
+
+    def check_conditions(self, batch: int) -> None:
+        """Raise InputError unless every condition has one entry for each of `batch` samples, or one for all."""
+        for name, value in (*self.conditioning.items(), *self.unconditional.items()):
+            if isinstance(value, Tensor) and value.ndim and len(value) not in (1, batch):
+                raise InputError(
+                    f"conditioning {name!r} has {len(value)} entries for a batch of {batch}: give one per sample, or one for "
+                    "all."
+                )
+
+    # ---- calling the model -------------------------------------------------------------------------------------------
+
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """What the model returns, guidance included, in the form of `prediction` and the dtype of x; one evaluation.
+
+        The model gets a copy of x and may do with it as it likes. A subclass that has the model say something else overrides
+        this method, and none that call it.
+
+        Raises
+        ------
+        InputError : the model does not return one tensor of the shape of x, or the conditions do not fit the batch.
+        """
+        batch = x.shape[0]
+        dtype = self._dtype(x)
+        time_dtype = torch.promote_types(dtype, torch.float32)
+        if isinstance(t, Tensor):
+            times = t.to(device=x.device, dtype=time_dtype).expand(batch)
+        else:
+            times = torch.full((batch,), t, dtype=time_dtype, device=x.device)
+        y = x.to(dtype, copy=True)
+        self.check_conditions(batch)
+        condition = {k: _batched(v, batch, x.device) for k, v in self.conditioning.items()}
+        self.ledger.evaluations += 1
+        self.ledger.samples += batch
+        if self.guidance_scale == 1.0:
+            return _checked(self.model(y, times, **condition), x.shape).to(x.dtype)
+        null = {k: _batched(v, batch, x.device) for k, v in self.unconditional.items()}
+        both = {k: _paired(condition[k], null[k], k) for k in condition}
+        doubled = self.model(torch.cat([y, y]), torch.cat([times, times]), **both)
+        cond, uncond = _checked(doubled, (2 * batch, *x.shape[1:])).chunk(2)
+        # In the state's dtype: a half-precision model must not lose the difference of its two branches.
+        return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        if self.model_dtype is not None:
+            return self.model_dtype
+        if isinstance(self.model, nn.Module):
+            for p in self.model.parameters():
+                if p.is_floating_point():
+                    return p.dtype
+        return x.dtype
+
+    # ---- views and bookkeeping ---------------------------------------------------------------------------------------
+
+    def condition(self, **conditioning: Any) -> Self:
+        """The same model and ledger under other conditions; guidance stays."""
+        return self._view(conditioning, self.unconditional)
+
+    def subset(self, index: slice | Tensor, batch: int) -> Self:
+        """The ODE of some samples of a batch.
+
+        Parameters
+        ----------
+        index : the samples, a slice or an integer or boolean tensor [n].
+        batch : size of the whole batch. Conditions with so many entries are indexed along with the states.
+        """
+
+        def pick(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in values.items()
+            }
+
+        return self._view(pick(self.conditioning), pick(self.unconditional))
+
+    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
+        """A shallow copy with other conditions: of the same class, with the same model and ledger."""
+        view = self._copied()
+        view.conditioning, view.unconditional = dict(conditioning), dict(unconditional)
+        view._check_guidance()
+        return view
+
+    def _copied(self) -> Self:
+        """A shallow copy whose submodules can be replaced without changing those of this ODE."""
+        twin = copy.copy(self)
+        twin.__dict__["_modules"] = dict(self._modules)
+        return twin
+
+    @property
+    def nfe(self) -> int:
+        """Batched model evaluations so far; ``ode.ledger.reset()`` sets the count back."""
+        return self.ledger.evaluations
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the model's parameters; None for a model without parameters, which runs where the states are."""
+        if isinstance(self.model, nn.Module):
+            for parameter in self.model.parameters():
+                return parameter.device
+        return None
+
+    def counting(self) -> AbstractContextManager[Ledger]:
+        """A ledger of what a ``with`` block spends; its counts are filled in when the block ends."""
+        return self._counted()
+
+    @contextmanager
+    def _counted(self) -> Iterator[Ledger]:
+        before, spent = (self.ledger.evaluations, self.ledger.samples), Ledger()
+        try:
+            yield spent
+        finally:
+            spent.evaluations = self.ledger.evaluations - before[0]
+            spent.samples = self.ledger.samples - before[1]
+
+    def fingerprint(self) -> str:
+        """A short hash of the model's parameters and buffers (names, shapes, a sample of values): same weights, same hash.
+
+        A model without parameters is known by its qualified name only.
+        """
+        tensors = {}
+        if isinstance(self.model, nn.Module):
+            named = (*self.model.named_parameters(), *self.model.named_buffers())
+            tensors = {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
+        if not tensors:
+            kind = self.model if hasattr(self.model, "__qualname__") else type(self.model)
+            return f"{kind.__module__}.{getattr(kind, '__qualname__', '?')}"
+        key = tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors.values())
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            # One transfer from the device: all samples together.
+            samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
+            shapes = {name: list(v.shape) for name, v in tensors.items()}
+            body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
+            self._fingerprint = key, hashlib.sha256(body).hexdigest()[:16]
+        return self._fingerprint[1]
+
+
+def _checked(out: Any, shape: Sequence[int]) -> Tensor:
+    """What a model returned, once it is known to be one real tensor of the right shape."""
+    if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(
+            f"the model returned {got} for a state of shape {list(shape)}; it must return one tensor of that shape."
+        )
+    if not out.is_floating_point():
+        raise InputError(f"the model returned {out.dtype}; it must return real floating-point numbers.")
+    return out
+
+
+def _paired(condition: Any, null: Any, name: str) -> Any:
+    """The two branches of guidance as one conditioning value for a doubled batch."""
+    if isinstance(condition, Tensor) and isinstance(null, Tensor) and condition.shape[1:] == null.shape[1:]:
+        return torch.cat([condition, null])
+    if not isinstance(condition, Tensor) and not isinstance(null, Tensor) and condition == null:
+        return condition
+    raise InputError(
+        f"guidance needs conditioning {name!r} and its null value as tensors of one shape per sample, or as equal values; "
+        f"got {_kind(condition)} and {_kind(null)}."
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _batched(value: Any, batch: int, device: torch.device) -> Any:
+    """A conditioning value for `batch` samples on the state's device."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device, non_blocking=True)
+    if value.ndim == 0:
+        return value.expand(batch)
+    return value if len(value) == batch else value.expand(batch, *value.shape[1:])
