@@ -1,4 +1,4 @@
-"""Origin of a fit or a teacher: the ODE and the states that it was made for, compared with those it is used with."""
+"""Origin of a fit or a teacher: its ODE and its states, and the comparison with another ODE and other states."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Origin", "conditions_digest"]
 
 @dataclass(frozen=True)
 class Origin:
-    """The ODE and the states that a fit or a teacher was made for.
+    """The ODE and the states behind a fit or a teacher.
 
     Attributes
     ----------
     schedule : configuration of the noise schedule, with its ``"type"``.
     prediction : prediction type of the model.
     guidance_scale : scale of the classifier-free guidance; 1 without guidance.
-    conditioning : shape of each condition for one sample; for a condition that is no tensor, the name of its type.
+    conditioning : shape of each condition for one sample; for any condition other than a tensor, the name of its type.
     state_shape : shape of one sample.
     state_dtype : dtype of the states, such as ``"float32"``.
     fingerprint : hash of the model's parameters; see :meth:`ProbabilityFlowODE.fingerprint`.
@@ -68,15 +68,15 @@ class Origin:
         strict_guidance: bool = False,
         stacklevel: int = 4,
     ) -> None:
-        """Raise unless this is the origin of a fit to this ODE and to states like x; warn if model weights differ.
+        """Raise if the ODE or the shape of x differs from the origin; warn if only guidance scale or model weights differ.
 
         Parameters
         ----------
         ode : the ODE to compare with.
         x : states [B, ...] to compare with; none by default.
         name, made : subject and verb of the messages.
-        strict_guidance : whether another guidance scale is an error; by default it is a warning, for the ODE is a near one.
-        stacklevel : frame that the warnings name.
+        strict_guidance : whether another guidance scale is an error; a warning by default, for the two ODEs are close.
+        stacklevel : frame named by the warnings.
 
         Raises
         ------
@@ -132,7 +132,7 @@ def conditions_digest(ode: ProbabilityFlowODE) -> str:
 
 
 def _conditioning(ode: ProbabilityFlowODE) -> dict[str, tuple[int, ...] | str]:
-    """The shape of each condition for one sample, or the name of its type where it is no tensor."""
+    """The shape of each condition for one sample, or the name of its type if it is no tensor."""
     return {k: tuple(v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__ for k, v in ode.conditioning.items()}
 
 
