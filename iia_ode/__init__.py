@@ -23,18 +23,18 @@ from .errors import (
     ScheduleError,
     UnknownNameError,
 )
-from .estimation import estimate_statistics
+from .estimation import ModelStatistics
 from .forms import Evaluation
-from .iia import IIA, Budget, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, WarmStart, Window, load, preset
+from .iia import IIA, Budget, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, WarmStart, Window, preset
 from .iia.recipe import fit
 from .iia.refine import refine
 from .integrate import odeint, sample
+from .loading import load
 from .noise import sample_seeds, seeded_noise
 from .ode import ProbabilityFlowODE
 from .plan import Past, Plan, Vector, trace
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names
-from .statistics import ModelStatistics
 from .testing import verify
 
 __all__ = [
@@ -80,7 +80,6 @@ __all__ = [
     "Window",
     "__version__",
     "denoisers",
-    "estimate_statistics",
     "fit",
     "get_solver",
     "grids",

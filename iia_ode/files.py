@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .errors import FileFormatError
 
-__all__ = ["FORMAT_VERSION", "bytes_of", "check_writable", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["FORMAT_VERSION", "bytes_of", "check_writable", "read_kind", "read_tensors", "write_bytes", "write_tensors"]
 
 FORMAT_VERSION = 1
 _KEY = "iia_ode"
@@ -87,26 +88,9 @@ def read_tensors(
     FileFormatError : no such file, not safetensors, not ours, damaged or edited, of another kind, of a newer format version,
         or with a header that does not fit the pattern.
     """
-    if not Path(path).is_file():
-        raise FileFormatError(f"no file {str(path)!r}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
-    if _KEY not in metadata:
-        raise FileFormatError(f"{str(path)!r} was not written by iia_ode: its header has no {_KEY!r} entry.")
-    try:
-        header: dict[str, Any] = json.loads(metadata[_KEY])
-        version, found, digest = header["format"], header["kind"], header.pop("sha256", None)
-        newer = version > FORMAT_VERSION
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FileFormatError(f"{str(path)!r} is damaged: its header has no format and kind ({error}).") from error
-    if newer:
-        raise FileFormatError(
-            f"{str(path)!r} has format version {version}; this iia_ode reads up to {FORMAT_VERSION}. Upgrade iia_ode."
-        )
+    with _opened(path) as (file, header):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    digest = header.pop("sha256", None)
     try:
         intact = digest == _digest(tensors, header)
     except ValueError:  # NaN in the header, which is never written
@@ -115,11 +99,50 @@ def read_tensors(
         raise FileFormatError(
             f"{str(path)!r} is damaged or edited: its checksum does not match. Take an unharmed copy, or make it again."
         )
-    if found != kind:
-        raise FileFormatError(f"{str(path)!r} holds a {found!r}, expected a {kind!r}.")
+    if header["kind"] != kind:
+        raise FileFormatError(f"{str(path)!r} holds a {header['kind']!r}, expected a {kind!r}.")
     if problem := _misfit(header, {} if pattern is None else dict(pattern), "its header"):
         raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
     return tensors, header
+
+
+def read_kind(path: str | os.PathLike[str]) -> str:
+    """The `kind` of a file that :func:`write_tensors` wrote; reads the header only, and no checksum.
+
+    Raises
+    ------
+    FileFormatError : no such file, not safetensors, not ours, of a newer format version, or without a kind.
+    """
+    with _opened(path) as (_, header):
+        return str(header["kind"])
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open file of this library and its header, with the checksum in it."""
+    if not Path(path).is_file():
+        raise FileFormatError(f"no file {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, _header(path, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
+
+
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise FileFormatError(f"{str(path)!r} was not written by iia_ode: its header has no {_KEY!r} entry.")
+    try:
+        header: dict[str, Any] = json.loads(metadata[_KEY])
+        version, _ = header["format"], header["kind"]
+        newer = version > FORMAT_VERSION
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FileFormatError(f"{str(path)!r} is damaged: its header has no format and kind ({error}).") from error
+    if newer:
+        raise FileFormatError(
+            f"{str(path)!r} has format version {version}; this iia_ode reads up to {FORMAT_VERSION}. Upgrade iia_ode."
+        )
+    return header
 
 
 def _misfit(value: Any, pattern: Any, where: str) -> str | None:

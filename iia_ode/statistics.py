@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +26,15 @@ import torch
 from scipy.interpolate import CubicSpline, PPoly
 from torch import Tensor
 
-from .errors import FileFormatError, InputError, MismatchError
-from .files import read_tensors, write_tensors
+from .errors import InputError, MismatchError
+from .files import write_tensors
 from .schedules import Schedule
 from .schedules.stored import brief
 
-__all__ = ["Curve", "ModelStatistics", "StepIntegrals"]
+__all__ = ["KIND", "Curve", "StatisticsTables", "StepIntegrals"]
 
 Array = npt.NDArray[np.float64]
-_KIND = "model statistics"
+KIND = "model statistics"
 _TABLES = ("lam", "l", "s", "b")
 _WIDTH = 0.5  # of a quadrature panel: there 8 nodes integrate e^(c lambda) to rounding for |c| up to about 8
 _CHUNK = 2**22  # numbers in one array of the quadrature
@@ -99,10 +99,10 @@ class StepIntegrals:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelStatistics:
-    """Tables of l, s and b over the half-log-SNR; :func:`iia_ode.estimate_statistics` makes them for a model.
+class StatisticsTables:
+    """Tables of l, s and b over the half-log-SNR, with the integrals that a solver needs of them.
 
-    Two are equal, and have one hash, if their tables and schedules are.
+    Two instances are equal, and have one hash, if their tables and schedules are equal.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ class ModelStatistics:
             )
 
     @classmethod
-    def constant(cls, l: float, s: float, b: float) -> ModelStatistics:  # noqa: E741
+    def constant(cls, l: float, s: float, b: float) -> Self:  # noqa: E741
         """The same three numbers for every component and lambda, on any schedule."""
         lam, *rows = (torch.tensor([float(v)], dtype=torch.float64, device="cpu") for v in (0.0, l, s, b))
         return cls(lam, rows[0], rows[1], rows[2])
@@ -161,7 +161,7 @@ class ModelStatistics:
         return body.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelStatistics) and other.digest == self.digest
+        return isinstance(other, StatisticsTables) and other.digest == self.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -182,21 +182,7 @@ class ModelStatistics:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the tables as tensors, schedule and `about` as JSON in its header."""
         header = {"schedule": self.schedule, "about": dict(self.about)}
-        return write_tensors(path, _KIND, {name: getattr(self, name) for name in _TABLES}, header)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ModelStatistics:
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        FileFormatError : missing, damaged or foreign file.
-        """
-        tensors, header = read_tensors(path, _KIND)
-        try:
-            return cls(**tensors, schedule=header["schedule"], about=header["about"])
-        except (TypeError, KeyError, InputError) as error:
-            raise FileFormatError(f"{str(path)!r} does not hold model statistics: {error}.") from error
+        return write_tensors(path, KIND, {name: getattr(self, name) for name in _TABLES}, header)
 
     # ---- what a step needs -------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from ..checks import check_flag, check_whole
 from ..errors import InputError
 from ..plan import Past
 from ..schedules import Schedule
-from ..statistics import Array, ModelStatistics, StepIntegrals
+from ..statistics import Array, StatisticsTables, StepIntegrals
 from .base import Solver, register
 from .multistep import Output
 from .transfer import data_step, singular
@@ -38,9 +38,9 @@ class DPMSolverV3(Solver):
     (the paper's correction of eps), so that the corrector costs nothing. The last step is not corrected.
 
     With l = 1, s = 0, b = 0, which is what no statistics means, this is exponential Adams on the data; with l = 0, s = -1,
-    b = 0, on the noise. The statistics of a model (:func:`iia_ode.estimate_statistics`) make g nearly constant; on Gaussian
-    data it is constant, and every step exact. Beyond the ends of their table they are constant, and a step across an end is
-    of order 2 only.
+    b = 0, on the noise. The statistics of a model make g nearly constant (:meth:`iia_ode.ModelStatistics.estimate`); on
+    Gaussian data it is constant, and every step exact. Beyond the ends of their table they are constant, and a step across an
+    end is of order 2 only.
 
     As published, the corrector drops the oldest output (``drop_oldest``; the release does unless its ``c_pseudo`` is set), and
     is of order p. Lower order at the end is :class:`LowerOrderFinal`. The half-corrector for large guidance scales is not
@@ -56,7 +56,7 @@ class DPMSolverV3(Solver):
         k + 1 nearest outputs alone: with three outputs or more it is of order 2. Meant for very few steps.
     """
 
-    statistics: ModelStatistics | None = None
+    statistics: StatisticsTables | None = None
     max_order: int = 3
     corrector: bool = True
     drop_oldest: bool = False
@@ -67,10 +67,10 @@ class DPMSolverV3(Solver):
         check_whole("max_order of dpm_solver_v3", self.max_order, least=1, most=3)
         for name in ("corrector", "drop_oldest", "p_pseudo", "c_pseudo"):
             check_flag(f"{name} of dpm_solver_v3", getattr(self, name))
-        if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):
+        if self.statistics is not None and not isinstance(self.statistics, StatisticsTables):
             raise InputError(
                 f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a "
-                "solver only name its statistics: load them, iia_ode.ModelStatistics.load(path), and pass the object."
+                "solver only name its statistics: load them, iia_ode.load(path), and pass the object."
             )
 
     @property
@@ -128,7 +128,7 @@ class _Update:
 
     @classmethod
     def over(
-        cls, statistics: ModelStatistics, schedule: Schedule, t: float, s: float, times: Sequence[float], n: int
+        cls, statistics: StatisticsTables, schedule: Schedule, t: float, s: float, times: Sequence[float], n: int
     ) -> _Update:
         """From t to s, with outputs made at some of `times`, at most n of them in one combination."""
         lam = [schedule.lam(time) for time in times]
@@ -173,7 +173,7 @@ def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:
     return np.asarray(np.stack(divided).T @ basis)
 
 
-def _linear(statistics: ModelStatistics, schedule: Schedule, x: Any, t: float) -> Any:
+def _linear(statistics: StatisticsTables, schedule: Schedule, x: Any, t: float) -> Any:
     """(1 - l) x / alpha, which is f + D: the data form of f keeps its accuracy at every noise level."""
     l = statistics.curves[0](schedule.lam(t))  # noqa: E741
     return _weight((1.0 - l) / schedule.alpha(t)) * x
@@ -184,5 +184,5 @@ def _weight(value: Array) -> Any:
 
 
 @cache
-def _data_prediction() -> ModelStatistics:
-    return ModelStatistics.constant(1.0, 0.0, 0.0)
+def _data_prediction() -> StatisticsTables:
+    return StatisticsTables.constant(1.0, 0.0, 0.0)
