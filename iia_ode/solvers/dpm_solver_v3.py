@@ -17,7 +17,7 @@ from ..schedules import Schedule
 from ..statistics import Array, StatisticsTables, StepIntegrals
 from .base import Solver, register
 from .multistep import Output
-from .transfer import data_step, singular
+from .transfer import ddim_step, is_singular
 
 __all__ = ["DPMSolverV3"]
 
@@ -96,10 +96,10 @@ class DPMSolverV3(Solver):
         schedule, statistics = ode.schedule, self.statistics or _data_prediction()
         statistics.check(schedule)
         if not past.memory and schedule.alpha(t) == 0:
-            return data_step(schedule, x, ode.data(x, t), t, s), ()
+            return ddim_step(schedule, x, ode.data(x, t), t, s), ()
         history = past.memory[: self.max_order] or (self._output(ode, x, t),)
-        if singular(schedule, t, s):
-            return data_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()
+        if is_singular(schedule, t, s):
+            return ddim_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()
         corrected = len(history) + 1 - self.drop_oldest if self.corrector and past.remaining else 0
         update = _Update.over(statistics, schedule, t, s, [*(o.t for o in history), s], max(len(history), corrected))
         y = update(x, history, self.p_pseudo)
