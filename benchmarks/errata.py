@@ -23,7 +23,7 @@ from iia_ode.metrics import rmse
 from iia_ode.plan import Combine
 from iia_ode.plan.plan import run_code
 from iia_ode.solvers import PNDM, DEISTime, DPMSolverMultistep, ExponentialAdams, Solver, UniPC, as_solver
-from iia_ode.solvers.transfer import data_step, lagrange_integrals
+from iia_ode.solvers.transfer import ddim_step, lagrange_weights
 from iia_ode.testing.cases import SCHEDULES, TRACKS, Track, draw, gaussian, model_of, rms
 from iia_ode.testing.orders import local_slopes, measure_order
 from iia_ode.testing.upstream import (
@@ -68,12 +68,12 @@ class RosenbrockAdams(Solver):
         """The combination of the newest f."""
         alpha, sigma = ode.schedule.alpha, ode.schedule.sigma
         if ode.is_data(s):
-            return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
+            return ddim_step(ode.schedule, x, ode.data(x, t), t, s), ()
         size = math.hypot(alpha(t), sigma(t))
         f = ode.hold(alpha(t) / (sigma(t) * size) * x - size / sigma(t) * ode.data(x, t))
         history = ((-ode.schedule.lam(t), f), *past.memory)[: self.max_order]
         nodes, end = [u for u, _ in history], -ode.schedule.lam(s)
-        weights = lagrange_integrals(nodes, nodes[0], end, lambda v: 0.5 / np.cosh(v))
+        weights = lagrange_weights(nodes, nodes[0], end, lambda v: 0.5 / np.cosh(v))
         scale = math.hypot(alpha(s), sigma(t if self.published else s))
         moved = sum(scale * w * g for w, (_, g) in zip(weights, history, strict=True))
         return math.hypot(alpha(s), sigma(s)) / size * x + moved, history
@@ -437,7 +437,7 @@ def torchdiffeq_error(method, n, **options) -> float:
     x = draw(problem, 8, EDM, float(grid[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that its iteration did not converge
-        final = iia.odeint(problem.ode(EDM), x, grid, f"torchdiffeq:{method}", options=options)[-1]
+        final = iia.odeint(problem.ode(EDM), x, grid, method=f"torchdiffeq:{method}", options=options)[-1]
     exact = problem.flow(x, EDM, float(grid[0]), float(grid[-1]))
     return rms(final - exact) / rms(exact)
 

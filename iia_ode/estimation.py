@@ -1,4 +1,4 @@
-"""Estimating the model statistics that DPM-Solver-v3 needs [Zheng et al. 2023, appendix C.1.1]."""
+"""Estimate the model statistics of DPM-Solver-v3 along a model's trajectories [Zheng et al. 2023, appendix C.1.1]."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = No
 
 
 def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> tuple[list[float], dict[int, int]]:
-    """The times that trajectories step through, and which of them are nodes: position to row of the table."""
+    """The times of the trajectories' steps, and the nodes among them: position to row of the table."""
     given = check_grid(schedule, grid if isinstance(grid, Tensor) else list(grid))
     finite = [t for t in given if math.isfinite(schedule.lam(t))]
     if len(finite) < 2:
@@ -189,7 +189,7 @@ def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> t
 
 
 def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | None:
-    """Dimensions to average over, counted from the end of a batch: None for all, so that no shape is left."""
+    """Dimensions to average over, counted from the end of a batch; None for all dimensions."""
     if shared == "all":
         return None
     if isinstance(shared, str) or not all(isinstance(d, int) and -ndim <= d < ndim for d in shared):
@@ -209,14 +209,14 @@ class _Products(Protocol):
     """Products with the Jacobian of the model's output."""
 
     def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and an estimate of the Jacobian's diagonal from probes of random signs [probes, B, ...]."""
+        """The output, and a Hutchinson estimate of the Jacobian's diagonal from Rademacher probes [probes, B, ...]."""
 
     def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
         """The derivative of the output in the direction (dx, dt)."""
 
 
 class _Collector:
-    """The moments of every node, along one trajectory after the other; `mode` "auto" becomes the one the model allows."""
+    """The moments of every node, collected along trajectories; `mode` "auto" becomes the first mode the model allows."""
 
     def __init__(self, mode: str, nodes: Mapping[int, int], dims: tuple[int, ...] | None, bar: Any) -> None:
         self.mode, self.nodes, self.bar = mode, nodes, bar
@@ -314,9 +314,9 @@ def _jvp(ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) ->
 
 
 class _Moments:
-    """Means of (y, D, D', l) and covariances of the first three at one node, over samples and shared dimensions.
+    """Means of (y, D, D', l) and covariances of y, D and D' at one node, over samples and shared dimensions.
 
-    f and f' are combinations of those three, known once l and its derivative are, which takes all nodes.
+    f and f' are combinations of y, D and D' with coefficients of l and its derivative, which are known after all nodes.
     """
 
     def __init__(self, dims: tuple[int, ...] | None) -> None:
@@ -339,7 +339,7 @@ class _Moments:
         self.count += n
 
     def _over(self, columns: Tensor, keepdim: bool = False) -> Tensor:
-        """Mean over the batch and the shared dimensions; those stay with size 1, unless nothing does."""
+        """Mean over the batch and the shared dimensions; shared dimensions stay with size 1, unless all are shared."""
         if self.dims is None:
             out = columns.flatten(1).mean(1)
             return out.reshape(-1, *[1] * (columns.ndim - 1)) if keepdim else out
@@ -350,7 +350,7 @@ class _Moments:
 def _solve(
     lam: Tensor, moments: Sequence[_Moments], resolution: float, schedule: Schedule, about: dict[str, Any]
 ) -> ModelStatistics:
-    """The tables: l as it is, then s and b by least squares with the derivative of l's own interpolant."""
+    """The tables: l as estimated, then s and b by least squares with the derivative of the interpolant of l."""
     order = lam.argsort()
     lam, mean = lam[order], torch.stack([moments[k].mean for k in order.tolist()], dim=1)
     covariance = torch.stack([moments[k].covariance for k in order.tolist()], dim=2)

@@ -1,4 +1,4 @@
-"""`load` reads every kind of file that this library writes."""
+"""`load` reads every kind of file of this library."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["load"]
 
 
 def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Any:
-    """Read a file; the header says what it holds.
+    """Read a file of any kind; the kind is read from its header.
 
     Nothing is unpickled. Samples from a solver or a plan are bit-equal to samples before it was saved.
 
     Parameters
     ----------
-    path : a file that one of the methods in the table wrote.
-    schedule : the noise schedule, needed only where a file cannot hold it, such as ``Schedule.from_functions``. A schedule
-        that is given must be the schedule of the file.
+    path : a file of one of the methods in the table.
+    schedule : the noise schedule, needed only where a file cannot hold the schedule, as with ``Schedule.from_functions``.
+        Otherwise a given schedule is compared with the schedule of the file.
 
     Returns
     -------
@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> A
     ------
     FileFormatError : the file is missing, damaged, not written by this library, or does not hold its schedule.
     MismatchError : `schedule` is not the schedule of the file.
-    InputError : `schedule` is no schedule, or the file is a denoiser, which has none.
+    InputError : `schedule` is no schedule, or is given for a denoiser.
 
     Examples
     --------

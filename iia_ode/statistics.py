@@ -1,9 +1,9 @@
-"""Empirical model statistics [Zheng et al. 2023]: what DPM-Solver-v3 knows of a model, and the integrals that it needs.
+"""Tables of empirical model statistics for DPM-Solver-v3, and their integrals over a step [Zheng et al. 2023].
 
 With y = x / alpha, lambda the half-log-SNR and eps the model's noise, the flow is dy/dlambda = -l y - f for any l(lambda),
 where f = (sigma eps - l x) / alpha. The statistics are tables over lambda of three coefficients per component:
 
-- l, the mean of the diagonal of sigma d(eps)/dx: what is left, f, depends little on x;
+- l, the mean of the diagonal of sigma d(eps)/dx: the remainder f depends little on x;
 - s and b, the least-squares fit f' = s f + b along the flow: e^(-int s) f - int e^(-int s) b then changes little.
 """
 
@@ -79,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class StepIntegrals:
-    """What a step over [start, end] in lambda needs of l, s and b; arrays of the statistics' shape.
+    """Integrals of l, s and b over a step [start, end] in lambda; arrays of the statistics' shape.
 
     Integrals of s and b run from the start; E = exp(-int_lambda^end l + int s) and B = int e^(-int s) b.
 
@@ -88,7 +88,7 @@ class StepIntegrals:
     keep : exp(-int l) over the step.
     moments : int E u^k dlambda over the step, u linear in lambda from 0 to 1; [n, ...].
     bias : int E B dlambda over the step.
-    scales, offsets : e^(-int s) and B at each of the nodes asked for: there g = scale f - offset.
+    scales, offsets : e^(-int s) and B at each of the given nodes, where g = scale f - offset.
     """
 
     keep: Array
@@ -107,11 +107,10 @@ class StatisticsTables:
     Parameters
     ----------
     lam : half-log-SNR, [K], increasing.
-    l, s, b : [K, *shape], where shape broadcasts against one sample: the sample's own for coefficients per component,
-        [C, 1, 1] for one per channel, [] for one number. Data prediction is l = 1, s = 0, b = 0; noise prediction l = 0,
-        s = -1, b = 0.
-    schedule : ``config()`` of the schedule they belong to; None fits any.
-    about : how they were made, JSON-ready.
+    l, s, b : [K, *shape], where shape broadcasts against one sample: the shape of a sample for coefficients per component,
+        [C, 1, 1] for one coefficient per channel, [] for one number.
+    schedule : ``config()`` of the schedule of the tables; None fits any schedule.
+    about : provenance, JSON-ready.
 
     Raises
     ------
@@ -184,7 +183,7 @@ class StatisticsTables:
         header = {"schedule": self.schedule, "about": dict(self.about)}
         return write_tensors(path, KIND, {name: getattr(self, name) for name in _TABLES}, header)
 
-    # ---- what a step needs -------------------------------------------------------------------------------------------
+    # ---- integrals over a step -------------------------------------------------------------------------------------------
 
     @cached_property
     def curves(self) -> tuple[Curve, Curve, Curve]:
@@ -236,7 +235,7 @@ class StatisticsTables:
 
     @cached_property
     def _is_biased(self) -> bool:
-        """Whether b is anything but zero, as it is not in data and noise prediction."""
+        """Whether b is not zero everywhere; in data and noise prediction it is zero."""
         return bool(self.b.any())
 
     def _drift(self, start: float, end: float) -> Iterator[tuple[Array, Array, Array]]:
@@ -251,7 +250,7 @@ class StatisticsTables:
             yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam)
 
     def _breaks(self, start: float, end: float) -> Array:
-        """Ends of panels from start to end: the table's knots between them, and more where those are far apart."""
+        """Ends of panels from start to end: the table's knots in between, and more points where the knots are far apart."""
         low, high, rows = min(start, end), max(start, end), self.lam.numpy()
         knots = [low, *rows[(rows > low) & (rows < high)].tolist(), high]
         breaks: list[float] = []

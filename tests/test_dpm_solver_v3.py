@@ -18,7 +18,7 @@ from iia_ode import ModelStatistics, reference
 from iia_ode.plan import Combine, Past
 from iia_ode.solvers import DPMSolverV3
 from iia_ode.solvers.dpm_solver_v3 import polynomial_coefficients
-from iia_ode.solvers.transfer import Interval
+from iia_ode.solvers.transfer import ExponentialStep
 from iia_ode.statistics import Curve
 from iia_ode.testing.cases import Track
 from iia_ode.testing.orders import measure_order, order_misses
@@ -79,7 +79,7 @@ class Pece(iia.Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         lam = ode.schedule.lam
         history = past.memory[: self.max_order] or ((t, ode.evaluate(x, t).as_form(self.form)),)
-        interval = Interval.of(ode.schedule, self.form, t, s)
+        interval = ExponentialStep.of(ode.schedule, self.form, t, s)
 
         def combine(outputs: Any) -> Any:
             weights = interval.weights([(lam(u) - lam(t)) / (lam(s) - lam(t)) for u, _ in outputs])

@@ -1,4 +1,4 @@
-"""The solvers, one file per family; their registry; and the parts of exponential methods, for writers of solvers."""
+"""Solvers by family, their registry, and the parts of exponential methods for writers of solvers."""
 
 from .base import (
     Solver,
@@ -35,6 +35,7 @@ from .runge_kutta import (
 from .transfer import (
     ExponentialStep,
     ddim_step,
+    exponential_moments,
     is_singular,
     lagrange_weights,
     log_snr_fractions,
@@ -81,6 +82,7 @@ __all__ = [
     "UniPC",
     "as_solver",
     "ddim_step",
+    "exponential_moments",
     "get_solver",
     "is_registered",
     "is_singular",

@@ -1,7 +1,7 @@
 """Explicit Runge-Kutta methods [Hairer, Norsett, Wanner 1993, section II.1].
 
-In t on the velocity dx/dt; and in rho = sigma/alpha on the noise estimate, d(x/alpha) = eps d(rho), which is DEIS's rho-RK
-[Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t the two are the same.
+The methods run in t on the velocity dx/dt, or in rho = sigma/alpha on the noise estimate, d(x/alpha) = eps d(rho): the rho-RK
+of DEIS [Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t both are the same method.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RungeKutta(Solver):
         zero on and above its diagonal.
     b : weights of the stages.
     c : nodes of the stages, the sums of the rows of `a`; these sums by default.
-    order : of the method, as it is claimed; :func:`iia_ode.testing.verify` measures it.
+    order : claimed order of the method; :func:`iia_ode.testing.verify` measures it.
     name : of the method in plans and tables.
 
     Raises
@@ -167,7 +167,7 @@ class Midpoint(RungeKutta):
 class Ralston(RungeKutta):
     """Ralston's method: order 2 with the smallest bound on its error, two evaluations a step [Ralston 1962].
 
-    Its second evaluation stands at two thirds of the step, also of a step to sigma = 0.
+    The second evaluation stands at two thirds of the step, also on the step to sigma = 0.
     """
 
     order = 2
@@ -197,7 +197,7 @@ class Heun3(RungeKutta):
 class RK4(RungeKutta):
     """The classic fourth-order method: order 4, four evaluations a step, Euler to sigma = 0.
 
-    torchdiffeq's fixed-grid ``rk4`` is the 3/8 rule, another method of order 4: it is here as ``torchdiffeq:rk4``.
+    torchdiffeq's fixed-grid ``rk4`` is the 3/8 rule, another method of order 4, with the name ``torchdiffeq:rk4`` here.
     """
 
     order = 4
@@ -208,7 +208,7 @@ class RK4(RungeKutta):
 class ThreeEighths(RungeKutta):
     """Kutta's 3/8 rule: order 4, four evaluations a step, Euler to sigma = 0 [Kutta 1901].
 
-    It is what torchdiffeq's fixed-grid ``rk4`` computes.
+    torchdiffeq's fixed-grid ``rk4`` computes this rule.
     """
 
     order = 4
@@ -275,7 +275,7 @@ class DPM2(Solver):
 
     Parameters
     ----------
-    r : where in log-SNR the second evaluation stands, between 0 and 1.
+    r : position of the second evaluation in log-SNR, between 0 and 1.
     """
 
     order = 2

@@ -45,6 +45,7 @@ from ..schedules import Schedule
 __all__ = [
     "ExponentialStep",
     "ddim_step",
+    "exponential_moments",
     "is_singular",
     "lagrange_weights",
     "log_snr_fractions",
@@ -127,7 +128,7 @@ class ExponentialStep:
 
         In phi-functions the weight k is scale H k! phi_{k+1}(-H).
         """
-        return [self.scale * w for w in _exponential_moments(self.H, n)]
+        return [self.scale * w for w in exponential_moments(self.H, n)]
 
     def weights(self, nodes: Sequence[float]) -> list[float]:
         """Weights of the outputs at the nodes u (0 is t, 1 is s, earlier steps are negative).
@@ -166,11 +167,11 @@ def phi_functions(z: float, n: int) -> list[float]:
     return [first, *(float((decay * u**k).sum()) / math.factorial(k) for k in range(1, n))]
 
 
-def _exponential_moments(H: float, n: int) -> list[float]:
-    """int_0^1 H e^(-H (1 - u)) u^k du for k < n.
+def exponential_moments(H: float, n: int) -> list[float]:
+    """int_0^1 H e^(-H (1 - u)) u^k du for k < n: H k! phi_{k+1}(-H).
 
-    By quadrature, because the closed forms 1 - e^(-H), 1 - w0 / H, 1 - 2 w1 / H, ... cancel at small H; the first moment is
-    written with expm1.
+    The integrals are computed by quadrature, because the closed forms 1 - e^(-H), 1 - w0 / H, 1 - 2 w1 / H, ... cancel at
+    small H; the first moment is written with expm1.
     """
     u, q = _unit_rule()
     measure = q * H * np.exp(H * (u - 1))
