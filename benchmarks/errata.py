@@ -21,7 +21,7 @@ from iia_ode.experiments import get_setting
 from iia_ode.forms import conversion
 from iia_ode.metrics import rmse
 from iia_ode.plan import Combine
-from iia_ode.plan.plan import run_code
+from iia_ode.plan.instructions import run_code
 from iia_ode.solvers import PNDM, DEISTime, DPMSolverMultistep, ExponentialAdams, Solver, UniPC, as_solver
 from iia_ode.solvers.transfer import data_step, lagrange_integrals
 from iia_ode.testing.cases import SCHEDULES, TRACKS, Track, draw, gaussian, model_of, rms

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from .errors import ScheduleError, unknown_name
 from .schedules import Schedule
 
-__all__ = ["PREDICTIONS", "Evaluation", "Forms", "Prediction", "conversion"]
+__all__ = ["PREDICTIONS", "Evaluation", "Forms", "Prediction", "check_prediction", "conversion", "converted"]
 
 Prediction = Literal["data", "noise", "score", "v", "velocity"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
@@ -50,6 +51,24 @@ def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[An
     if at_number and not all(math.isfinite(f) for f in factors):
         raise ScheduleError(f"{target} is infinite at t = {t:g}, where alpha = {a:g} and sigma = {s:g}.")
     return factors
+
+
+def converted(x: Tensor, output: Tensor, factors: tuple[float, float]) -> Tensor:
+    """A model's output at state x in another form: ``p * x + q * output``; the output itself where (p, q) = (0, 1).
+
+    Parameters
+    ----------
+    x, output : [B, ...], of one dtype and device; neither is changed.
+    factors : (p, q) of :func:`conversion`.
+    """
+    p, q = factors
+    return output if (p, q) == (0.0, 1.0) else torch.mul(x, p).add_(output, alpha=q)
+
+
+def check_prediction(prediction: object) -> None:
+    """Raise UnknownNameError unless `prediction` is the name of a form."""
+    if prediction not in PREDICTIONS:
+        raise unknown_name("prediction type", prediction, PREDICTIONS)
 
 
 def _in_data_and_noise(schedule: Schedule, t: Any, form: str, a: Any, s: Any) -> tuple[Any, Any]:

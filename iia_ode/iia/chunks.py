@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ode import ProbabilityFlowODE
-from ..plan import Tracer, Vector
-from ..plan.plan import run_code
+from ..plan import Tracer, Vector, evaluator, run_code
 from ..plan.vectors import weight_mean_square
 from .lstsq import LeastSquares
 from .targets import Numeric, Samples
@@ -38,10 +37,7 @@ class Chunk:
         self._done = 0
 
     def _run(self, tracer: Tracer, values: dict[int, Tensor], samples: Samples) -> None:
-        def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-            return samples.ode.evaluate(x, t).as_form(form)
-
-        for _ in run_code(tracer.code, values, evaluate, start=self._done):
+        for _ in run_code(tracer.code, values, evaluator(samples.ode), start=self._done):
             pass
 
     def advance(self, tracer: Tracer, live: set[int]) -> None:

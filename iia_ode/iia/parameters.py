@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..forms import conversion
 from ..ode import ProbabilityFlowODE
 from ..plan import Combine, Evaluate, LinearMap, PerCondition, Plan, Projections
-from ..plan.plan import Instruction
+from ..plan.instructions import Instruction
 from ..schedules import Schedule
 
 __all__ = ["Parameters"]

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
-from ..plan import check_grid, check_start, trace
-from ..plan.plan import Plan, run_code
+from ..plan import Plan, check_grid, check_start, run_code, trace
 from ..reference import Trajectory, trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule

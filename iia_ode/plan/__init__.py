@@ -3,9 +3,13 @@
 from .analysis import CanonicalForm, GaussianResponse
 from .bands import Bands
 from .checks import check_grid, check_start
+from .instructions import Combine, Evaluate, Instruction, run_code
+from .loop import evaluator
 from .maps import LinearMap, PerCondition, projections_from
-from .plan import Combine, Evaluate, Plan
+from .plan import Plan
 from .projections import Matrices, Principal, Projections
+from .resume import read_run
+from .run import Run
 from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
 
@@ -15,6 +19,7 @@ __all__ = [
     "Combine",
     "Evaluate",
     "GaussianResponse",
+    "Instruction",
     "LinearMap",
     "Matrices",
     "Past",
@@ -22,11 +27,15 @@ __all__ = [
     "Plan",
     "Principal",
     "Projections",
+    "Run",
     "Tracer",
     "Vector",
     "check_grid",
     "check_start",
+    "evaluator",
     "projections_from",
+    "read_run",
+    "run_code",
     "trace",
     "traced",
 ]

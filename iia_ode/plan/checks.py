@@ -1,15 +1,22 @@
-"""What a time grid and a state must be."""
+"""Checks of grids, states and instructions."""
 
 from __future__ import annotations
+
+import math
+import numbers
 
 import torch
 from torch import Tensor
 
-from ..errors import GridError, InputError
+from ..errors import GridError, InputError, PlanError
+from ..forms import PREDICTIONS
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
+from .instructions import Combine, Evaluate, Instruction, Program
+from .maps import LinearMap, PerCondition
+from .vectors import format_terms
 
-__all__ = ["check_grid", "check_start", "check_state"]
+__all__ = ["check_code", "check_grid", "check_start", "check_state", "check_weights"]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
@@ -87,3 +94,60 @@ def check_start(ode: object, x: object) -> None:
     ode.check_state_shape(state)
     # Of the whole batch: a chunk of it may happen to have as many samples as a condition has entries.
     ode.check_conditions(len(state))
+
+
+def check_code(plan: Program) -> None:
+    """Raise PlanError unless the instructions can run on the schedule and land on each grid point in order."""
+    name, steps = plan.name, []
+    for k, ins in enumerate(plan.code, start=1):
+        _check_instruction(name, k, ins)
+        if isinstance(ins, Combine) and ins.step is not None:
+            steps.append(ins.step)
+    times = torch.tensor(plan.evaluation_times, dtype=torch.float64, device="cpu")
+    if len(times) and (not plan.schedule.covers(times) or bool((plan.schedule.sigma(times) == 0).any())):
+        raise PlanError(f"{name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}.")
+    last, count = plan.code[-1] if plan.code else None, len(plan.grid) - 1
+    if steps != list(range(1, count + 1)) or not isinstance(last, Combine) or last.step != count:
+        raise PlanError(f"{name} does not write the state at each of its {count} later grid points in order.")
+
+
+def _check_instruction(name: str, k: int, ins: Instruction) -> None:
+    if not isinstance(ins, Evaluate | Combine) or not all(isinstance(j, int) for j in ins.reads):
+        raise PlanError(f"instruction {k} of {name} is neither Evaluate nor Combine over vectors: {ins!r}.")
+    if any(not 0 <= j < k for j in ins.reads):
+        raise PlanError(f"instruction {k} of {name} reads a vector that does not exist yet: {ins}.")
+    if isinstance(ins, Evaluate):
+        if not math.isfinite(ins.t) or ins.form not in PREDICTIONS:
+            raise PlanError(f"instruction {k} of {name} is no valid evaluation: {ins}.")
+    elif not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
+        raise PlanError(
+            f"instruction {k} of {name} has a weight that is not finite: {format_terms(ins.terms, None)}. "
+            "A step to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
+        )
+
+
+def _finite(weight: object) -> bool:
+    if isinstance(weight, LinearMap | PerCondition):  # which cannot exist otherwise
+        return True
+    if isinstance(weight, Tensor):
+        return weight.is_floating_point() and bool(torch.isfinite(weight).all())
+    return isinstance(weight, numbers.Real) and math.isfinite(weight)
+
+
+def check_weights(plan: Program, sample: tuple[int, ...]) -> None:
+    """Raise InputError unless tensor weights broadcast against a sample of this shape and linear maps are of that shape."""
+    for ins in plan.code:
+        if isinstance(ins, Combine):
+            for value in (*(w for _, w in ins.terms), ins.constant):
+                if isinstance(value, LinearMap) and value.shape != sample:
+                    raise InputError(
+                        f"{plan.name} has a linear map of samples {list(value.shape)}, and these are {list(sample)}."
+                    )
+                if isinstance(value, Tensor | PerCondition) and not _broadcasts(tuple(value.shape), sample):
+                    raise InputError(
+                        f"{plan.name} has a weight of shape {list(value.shape)} for samples of {list(sample)}."
+                    )
+
+
+def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
+    return len(shape) <= len(sample) and all(a in (1, b) for a, b in zip(shape[::-1], sample[::-1], strict=False))

@@ -6,17 +6,15 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, MismatchError, PlanError, unknown_name
 from .bands import Bands
-from .projections import Cache, Matrices, Principal, Projections, place
-
-if TYPE_CHECKING:
-    from ..ode import ProbabilityFlowODE
+from .bounded import Bounded
+from .projections import PLACES, Cache, Matrices, Principal, Projections, place
 
 __all__ = ["LinearMap", "PerCondition", "projections_from"]
 
@@ -72,15 +70,18 @@ class LinearMap:
 
     def ready(self, like: Tensor) -> tuple[Tensor, ...]:
         """What applying it to `like` needs, in its dtype and on its device; copied there once."""
+        if self.coefficients.requires_grad:  # each backward pass needs a graph of its own
+            return tuple(v.to(like) for v in self.projections.prepare(self.coefficients))
         return place(self._placed, self._prepared, like.device, like.dtype)
 
     @cached_property
     def _prepared(self) -> tuple[Tensor, ...]:
-        return self.projections.prepare(self.coefficients)
+        with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
+            return self.projections.prepare(self.coefficients)
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
     # ---- its size ----------------------------------------------------------------------------------------------------
 
@@ -208,19 +209,24 @@ class PerCondition:
         """Of one constant."""
         return tuple(self.table.shape[1:])
 
-    def rows(self, ode: ProbabilityFlowODE | None, like: Tensor) -> Tensor:
-        """The constants of a batch `like` under the conditions of `ode`: [B, *shape], or [1, *shape] for one condition.
+    def rows(self, conditioning: Mapping[str, Any], like: Tensor) -> Tensor:
+        """The constants of a batch `like` [B, ...]: [B, *shape], or [1, *shape] for one condition.
+
+        Parameters
+        ----------
+        conditioning : the conditions of the batch by name, such as ``ode.conditioning``.
+        like : a state, whose dtype and device the constants get.
 
         Raises
         ------
-        MismatchError : the ODE lacks the condition, has no integers there, or has a value that the table has not.
+        MismatchError : the conditions lack this one, have no integers there, or a value without a row.
         """
-        labels = None if ode is None else ode.conditioning.get(self.key)
+        labels = conditioning.get(self.key)
         if isinstance(labels, numbers.Integral) and not isinstance(labels, bool):
             labels = torch.tensor(int(labels), device="cpu")
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         if not isinstance(labels, Tensor) or labels.dtype not in kinds or labels.ndim > 1:
-            known = [] if ode is None else sorted(ode.conditioning)
+            known = sorted(conditioning)
             raise MismatchError(
                 f"this plan has constants for each value of the integer condition {self.key!r}, one number per sample; the "
                 f"ODE's conditions are {known}{'' if labels is None else ', and that one is of another kind'}."
@@ -241,7 +247,7 @@ class PerCondition:
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
     def _with(self, table: Tensor) -> PerCondition:
         return PerCondition(self.key, self.values, table)

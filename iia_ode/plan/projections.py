@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .bounded import Bounded
 
-__all__ = ["Cache", "Matrices", "Part", "Principal", "Projections", "is_orthonormal", "place"]
+__all__ = ["PLACES", "Cache", "Matrices", "Part", "Principal", "Projections", "is_orthonormal", "place"]
 
 _F64 = torch.float64
 _TOLERANCE = 1e-8
@@ -25,19 +26,20 @@ _TOLERANCE = 1e-8
 Part: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
 """A batch x [B, *shape], and what :meth:`Projections.prepare` made of its coefficients, in the dtype and device of x."""
 
-Cache: TypeAlias = dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
+Cache: TypeAlias = Bounded[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
+
+PLACES = 8
+"""Copies of a weight on other devices and in other dtypes that are kept at once: one for each device of a usual host."""
 
 
 def place(cache: Cache, tensors: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors in another place, copied there once; what a gradient flows to is copied each time."""
-    key = (device, dtype)
-    if key in cache:
-        return cache[key]
+    """The tensors on another device and in another dtype, copied there once; a tensor with a gradient is copied each time."""
+    known = cache.get((device, dtype))
+    if known is not None:
+        return known
     with torch.inference_mode(False):  # a copy of the first run must serve one with gradients too
         copies = tuple(v.to(device, dtype) for v in tensors)
-    if not any(v.requires_grad for v in tensors):
-        cache[key] = copies
-    return copies
+    return copies if any(v.requires_grad for v in tensors) else cache.put((device, dtype), copies)
 
 
 class Projections(ABC):
@@ -117,7 +119,7 @@ class Projections(ABC):
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
     @cached_property
     def digest(self) -> str:

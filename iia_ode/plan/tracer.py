@@ -13,9 +13,11 @@ from ..errors import PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
+from .bounded import Bounded
 from .checks import check_grid
-from .exact import Bounded, exact_key
-from .plan import Combine, Evaluate, Instruction, Plan
+from .exact import exact_key
+from .instructions import Combine, Evaluate, Instruction
+from .plan import Plan
 from .vectors import Vector, is_number, vector_indices
 
 __all__ = ["Past", "Steppable", "Tracer", "take_step", "trace", "traced"]

@@ -16,8 +16,11 @@ from .projections import Projections
 
 __all__ = [
     "Constant",
+    "Sum",
     "Vector",
     "Weight",
+    "combine",
+    "format_terms",
     "is_number",
     "vector_indices",
     "weight_mean",
@@ -236,32 +239,61 @@ def vector_indices(value: Any) -> set[int]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A linear combination of a plan's vectors, with its tensors in the dtype and on the device of a run.
+
+    Attributes
+    ----------
+    terms : (index, weight) of the weights that are numbers or tensors, in order.
+    mapped : for each decomposition, (index, prepared coefficients) of the weights that are linear maps over it.
+    constant : a tensor, a constant per condition whose rows are not looked up yet, or None.
+    """
+
+    terms: tuple[tuple[int, float | Tensor], ...]
+    mapped: tuple[tuple[Projections, tuple[tuple[int, tuple[Tensor, ...]], ...]], ...]
+    constant: Constant | None
+
+    @classmethod
+    def of(cls, terms: tuple[tuple[int, Weight], ...], constant: Constant | None, like: Tensor) -> Sum:
+        """The sum of these terms for vectors with the dtype and on the device of `like`."""
+        plain: list[tuple[int, float | Tensor]] = []
+        mapped: dict[Projections, list[tuple[int, tuple[Tensor, ...]]]] = {}
+        for index, weight in terms:
+            if isinstance(weight, LinearMap):
+                mapped.setdefault(weight.projections, []).append((index, weight.ready(like)))
+            else:
+                plain.append((index, weight.to(like) if isinstance(weight, Tensor) else weight))
+        placed = constant.to(like) if isinstance(constant, Tensor) else constant
+        return cls(tuple(plain), tuple((p, tuple(parts)) for p, parts in mapped.items()), placed)
+
+    def __call__(self, read: Callable[[int], Tensor], like: Tensor) -> Tensor:
+        """The value of the sum; no vector is changed. `like` [B, ...] gives shape, dtype and device."""
+        if isinstance(self.constant, PerCondition):
+            raise PlanError(
+                f"this plan has a constant per {self.constant.key!r}: run it as plan.run(ode, x), which looks it up."
+            )
+        total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
+        for index, weight in self.terms:
+            if isinstance(weight, Tensor):
+                product = weight * read(index)
+                total, fresh = product if total is None else total + product, True
+            elif total is None:
+                total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
+            elif fresh:
+                total = total.add_(read(index), alpha=weight)
+            else:
+                total, fresh = torch.add(total, read(index), alpha=weight), True
+        for projections, parts in self.mapped:  # the maps of one decomposition together: one transform back
+            image = projections.combine([(read(index), prepared) for index, prepared in parts])
+            total = image if total is None else total + image
+        if total is None:
+            return torch.zeros_like(like) if self.constant is None else self.constant.expand_as(like).clone()
+        return total if self.constant is None else total + self.constant
+
+
 def combine(
     terms: tuple[tuple[int, Weight], ...], constant: Constant | None, read: Callable[[int], Tensor], like: Tensor
 ) -> Tensor:
     """The tensor of a linear combination, in the dtype and on the device of `like`; no vector is changed."""
-    if isinstance(constant, PerCondition):
-        raise PlanError(
-            f"this plan has a constant per {constant.key!r}: run it as plan.run(ode, x), which looks it up."
-        )
-    total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
-    mapped: dict[Projections, list[tuple[Tensor, tuple[Tensor, ...]]]] = {}
-    for index, weight in terms:
-        if isinstance(weight, LinearMap):
-            mapped.setdefault(weight.projections, []).append((read(index), weight.ready(like)))
-            continue
-        if isinstance(weight, Tensor):
-            product = weight.to(like) * read(index)
-            total, fresh = product if total is None else total + product, True
-        elif total is None:
-            total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
-        elif fresh:
-            total = total.add_(read(index), alpha=weight)
-        else:
-            total, fresh = torch.add(total, read(index), alpha=weight), True
-    for projections, parts in mapped.items():  # the maps of one decomposition together: one transform back
-        image = projections.combine(parts)
-        total = image if total is None else total + image
-    if total is None:
-        return torch.zeros_like(like) if constant is None else constant.to(like).expand_as(like).clone()
-    return total if constant is None else total + constant.to(like)
+    return Sum.of(terms, constant, like)(read, like)
