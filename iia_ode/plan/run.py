@@ -97,8 +97,8 @@ class Run:
 
     A run is plain data. ``copy.copy`` gives an independent run that shares the tensors. ``copy.deepcopy`` copies the tensors
     and shares the plan. A pickle holds everything, and :meth:`save` writes a file. A vector is dropped after the last
-    instruction that reads it. No method but :meth:`save` reads a value from the device. A run writes to no tensor that was given
-    to it or came from it, and the caller must not write to these either.
+    instruction that reads it. No method but :meth:`save` reads a value from the device. A run never writes to a tensor that
+    the caller gave or got, and the caller must not write to these either.
 
     Attributes
     ----------
