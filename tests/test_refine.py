@@ -15,7 +15,7 @@ from iia_ode.iia import IIA, Teacher, Window
 from iia_ode.iia.endpoint import robust_mean
 from iia_ode.iia.parameters import Parameters
 from iia_ode.iia.refine import METHODS, refine
-from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
+from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Plan, Principal
 
 F64 = torch.float64
 
@@ -130,16 +130,13 @@ def test_a_plan_of_maps_is_refined_and_its_bands_differ_as_before():
 
 def test_maps_over_two_decompositions_are_refused():
     shape = (1, 4, 4)
-    a, b = (LinearMap(p, torch.tensor([0.1, 0.2], dtype=F64)) for p in (Bands(shape, 2), Matrices(halves(), shape)))
+    a, b = (
+        LinearMap(p, torch.tensor([0.1, 0.2], dtype=F64))
+        for p in (Bands(shape, 2), Principal(torch.eye(16)[:1], shape))
+    )
     code = (Combine(((0, a),), step=1), Evaluate(1, 1.0, "data"), Combine(((2, b),), step=2))
     with pytest.raises(iia.IIAError, match="decomposition"):
         Parameters(Plan(iia.EDM(), (40.0, 1.0, 0.0), code, "mixed"))
-
-
-def halves():
-    """The first and the second half of 16 components."""
-    first = torch.diag((torch.arange(16) < 8).double())
-    return torch.stack([first, torch.eye(16, dtype=F64) - first])
 
 
 class Remembered(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode.iia.structure import Window
 from iia_ode.iia.warm_start import WarmStart
-from iia_ode.plan import Bands, LinearMap, Matrices
+from iia_ode.plan import Bands, LinearMap, Principal
 
 SHAPE = (3, 8, 8)
 P = Bands(SHAPE, 3, "luma-chroma")
@@ -57,9 +57,7 @@ def test_a_window_takes_its_shape_from_the_samples_and_refuses_those_of_another(
 def test_a_users_own_projections_are_as_good_as_bands_and_go_into_the_file(tmp_path: Path) -> None:
     variances = torch.tensor([9.0, 1.0, 0.01], dtype=F64)
     axes = torch.linalg.qr(normal(6, 6).double()).Q
-    own = Matrices(
-        torch.stack([axes[:, part] @ axes[:, part].T for part in (slice(0, 2), slice(2, 3), slice(3, 6))]), (6,)
-    )
+    own = Principal(axes[:, :2].T, (6,))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return LinearMap(own, variances / (variances + float(t[0]) ** 2))(x)

@@ -30,7 +30,7 @@ class Window:
     bands, channels, axes : of :class:`~iia_ode.plan.Bands`.
     shape : of one sample; by default that of the samples that are fitted to.
     maps : a decomposition of the user's own, in the place of all that: orthogonal projections that sum to the identity, such
-        as :class:`~iia_ode.plan.Matrices`. A weight is then a number for each of them.
+        as :class:`~iia_ode.plan.Principal`. A weight is then a number for each of them.
     history : how many earlier steps are used, at most as many as the fit's own `history`.
     states : how many earlier states are used, at most as many as steps; None is all of them.
 
@@ -57,7 +57,7 @@ class Window:
         if self._split and self.maps is not None:
             raise InputError("give bands and channels, or maps, not both.")
         if self.maps is not None and not isinstance(self.maps, Projections):
-            raise InputError(f"maps is a decomposition such as Bands or Matrices of iia_ode.plan, got {self.maps!r}.")
+            raise InputError(f"maps is a decomposition such as Bands or Principal of iia_ode.plan, got {self.maps!r}.")
         if self.axes is not None and not self._split:
             raise InputError("axes says where bands are taken: give bands or channels with it, or leave it out.")
         if self.shape is not None:

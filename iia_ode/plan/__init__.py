@@ -7,7 +7,7 @@ from .instructions import Combine, Evaluate, Instruction, run_code
 from .loop import evaluator
 from .maps import LinearMap, PerCondition, projections_from
 from .plan import Plan
-from .projections import Matrices, Principal, Projections
+from .projections import Principal, Projections
 from .resume import read_run
 from .run import Run
 from .tracer import Past, Tracer, trace, traced
@@ -21,7 +21,6 @@ __all__ = [
     "GaussianResponse",
     "Instruction",
     "LinearMap",
-    "Matrices",
     "Past",
     "PerCondition",
     "Plan",

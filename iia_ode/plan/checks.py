@@ -20,7 +20,7 @@ __all__ = ["check_code", "check_grid", "check_start", "check_state", "check_weig
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
-    """The times of a grid, once it is known to be usable.
+    """The times of a grid, checked.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def _brief(values: Tensor) -> str:
 
 
 def check_state(x: object) -> Tensor:
-    """x, once it is known that it can be a state: float32 or float64, with a batch dimension; else InputError."""
+    """x, checked to be a state: float32 or float64, non-empty, with a batch dimension; raises InputError otherwise."""
     if not isinstance(x, Tensor):
         raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
     if x.dtype not in (torch.float32, torch.float64):
@@ -84,7 +84,7 @@ def check_state(x: object) -> Tensor:
 
 
 def check_start(ode: object, x: object) -> None:
-    """Raise InputError unless x can be a state of the ODE: what every integration asks of its arguments first."""
+    """Raise InputError unless `ode` is a ProbabilityFlowODE and x a state for its shape and conditions."""
     if not isinstance(ode, ProbabilityFlowODE):
         raise InputError(
             f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
@@ -92,7 +92,7 @@ def check_start(ode: object, x: object) -> None:
         )
     state = check_state(x)
     ode.check_state_shape(state)
-    # Of the whole batch: a chunk of it may happen to have as many samples as a condition has entries.
+    # Of the whole batch: a chunk may happen to have as many samples as a condition has entries.
     ode.check_conditions(len(state))
 
 
@@ -127,7 +127,7 @@ def _check_instruction(name: str, k: int, ins: Instruction) -> None:
 
 
 def _finite(weight: object) -> bool:
-    if isinstance(weight, LinearMap | PerCondition):  # which cannot exist otherwise
+    if isinstance(weight, LinearMap | PerCondition):  # both check their numbers when made
         return True
     if isinstance(weight, Tensor):
         return weight.is_floating_point() and bool(torch.isfinite(weight).all())
@@ -135,7 +135,7 @@ def _finite(weight: object) -> bool:
 
 
 def check_weights(plan: Program, sample: tuple[int, ...]) -> None:
-    """Raise InputError unless tensor weights broadcast against a sample of this shape and linear maps are of that shape."""
+    """Raise InputError unless the tensor weights and linear maps fit samples of shape `sample`."""
     for ins in plan.code:
         if isinstance(ins, Combine):
             for value in (*(w for _, w in ins.terms), ins.constant):

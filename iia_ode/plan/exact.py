@@ -1,4 +1,4 @@
-"""Keys that hold the exact content of a solver, a schedule or a grid."""
+"""Keys with the exact content of solvers, schedules and grids."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["exact_key"]
 
 
 def exact_key(*values: Any) -> Hashable | None:
-    """A key that two lists of values share only if their contents are equal bit for bit; None where no such key exists.
+    """A key of the values, equal for two lists of values only if their contents are equal bit for bit; None without a key.
 
     Numbers, texts, tensors (by dtype, shape and bytes), tuples, lists and dicts have a key. Instances of dataclasses, solvers
-    and schedules have a key by their class and attributes; the class is compared by identity and not kept alive, and a method
-    that is replaced in place leaves the key as before. Functions, modules, arrays of other libraries, tensors that require
-    a gradient, and everything that holds one of these, have no key.
+    and schedules have a key by class and attributes; the class is compared by identity and not kept alive, and replacing a
+    method of the class leaves the key as before. Functions, modules, arrays of other libraries, tensors with a gradient, and
+    objects with any of these inside, have no key.
     """
     try:
         return tuple(_key(v) for v in values)
@@ -64,7 +64,7 @@ def _tensor_key(value: Tensor) -> Hashable:
 
 
 def _state(value: Any) -> Any:
-    """The attributes of an instance, without the properties that were computed from other attributes and kept."""
+    """The attributes of an instance, without cached properties."""
     state = value.__getstate__() or {}
     if not isinstance(state, dict):
         return state

@@ -1,4 +1,4 @@
-"""The two instructions of a plan, and the loops that run them."""
+"""Evaluate and Combine, the two instructions of a plan, and the loops over instructions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Evaluate:
 
     Attributes
     ----------
-    state : index of the vector that is evaluated.
+    state : index of the evaluated vector.
     t : the time.
-    form : the form in which the output is stored, such as ``"data"``.
+    form : form of the stored output, such as ``"data"``.
     """
 
     state: int
@@ -34,7 +34,7 @@ class Evaluate:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Indices of the vectors that the instruction reads."""
+        """Indices of the vectors read."""
         return (self.state,)
 
 
@@ -44,8 +44,8 @@ class Combine:
 
     Attributes
     ----------
-    terms : pairs (j, w_j); a weight is a number, a tensor that broadcasts against one sample, or a `LinearMap`.
-    constant : a tensor that broadcasts against one sample, a `PerCondition`, or None.
+    terms : pairs (j, w_j); a weight is a number, a tensor broadcast over the batch, or a `LinearMap`.
+    constant : a tensor broadcast over the batch, a `PerCondition`, or None.
     step : k if the vector is the state at grid point k, else None.
     """
 
@@ -55,12 +55,12 @@ class Combine:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Indices of the vectors that the instruction reads."""
+        """Indices of the vectors read."""
         return tuple(index for index, _ in self.terms)
 
     @property
     def copies(self) -> int | None:
-        """The index of the vector that this vector is a copy of, if it is a copy."""
+        """The index of the copied vector if the instruction copies a vector, else None."""
         plain = self.constant is None and len(self.terms) == 1 and isinstance(self.terms[0][1], float | int)
         return self.terms[0][0] if plain and self.terms[0][1] == 1.0 else None
 
@@ -89,7 +89,7 @@ Instruction: TypeAlias = Evaluate | Combine
 
 
 class Program(Protocol):
-    """The part of a :class:`~iia_ode.Plan` that analysis and files read."""
+    """The part of a :class:`~iia_ode.Plan` read by analysis and files."""
 
     @property
     def name(self) -> str:
@@ -120,7 +120,7 @@ def run_sums(
     last_use: Sequence[int] | None,
     sums: Mapping[int, Sum] | None = None,
 ) -> Iterator[int]:
-    """Run the sums that follow instruction k, up to the next evaluation or the end; yields the index of each new vector.
+    """Run the sums after instruction k, up to the next evaluation or the end; yields the index of each new vector.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def run_sums(
 
 
 def release(values: dict[int, Tensor], k: int, code: Sequence[Instruction], last_use: Sequence[int] | None) -> None:
-    """Drop the vectors that no instruction after k reads."""
+    """Drop the vectors not read after instruction k."""
     if last_use is not None and k < len(code):
         for j in {*code[k - 1].reads, k}:
             if last_use[j] == k:
@@ -156,16 +156,16 @@ def run_code(
 ) -> Iterator[tuple[int, Instruction]]:
     """Run ``code[start:]`` on `values` in place, yielding (k, instruction k) after each instruction.
 
-    A :class:`~iia_ode.plan.Run` is the same loop inside out, for callers that evaluate the model themselves.
+    A :class:`~iia_ode.plan.Run` is the same loop inside out, for callers with their own call of the model.
 
     Parameters
     ----------
     code : instructions; may be the growing list of a :class:`~iia_ode.plan.Tracer`.
-    values : tensors by the index of their vector; holds every vector that the instructions read and do not write.
-    evaluate : from (state, t, form) to the output in that form.
-    start : the number of instructions that were run before.
-    last_use : for each vector, the last instruction that reads it, after which the vector is dropped; nothing is dropped by
-        default.
+    values : tensors by the index of their vector; every vector read but not written by the instructions must be there.
+    evaluate : function from (state, t, form) to the model output in the named form.
+    start : number of instructions run before.
+    last_use : for each vector, the index of the last instruction to read the vector, which is dropped afterwards. By
+        default nothing is dropped.
     """
     like, k = values[min(values)], start
     while k < len(code):

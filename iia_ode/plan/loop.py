@@ -69,7 +69,7 @@ def _finite(values: Tensor) -> bool:
 
 @torch.no_grad()
 def _culprit(plan: Runnable, ode: ProbabilityFlowODE, x: Tensor) -> NonFiniteError:
-    """The error for a run whose final state is not finite: the plan is run again, and each output is looked at."""
+    """The error for a run whose final state is not finite: the plan is run again, and each output is checked."""
     run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
     while not run.done:
         output, number, count = ode.output(run.state, run.t), run.evaluation + 1, plan.nfe

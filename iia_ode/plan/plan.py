@@ -36,10 +36,10 @@ _SCHEMA = {"name": str, "code": [list], "schedule": {"type": str}}
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A solver on a schedule and a grid, traced to numbers; immutable, and valid once it exists.
+    """A solver on a schedule and a grid, traced to numbers; immutable, and checked when made.
 
     Instruction k (from 1) writes vector k; vector 0 is the initial state. Weights are float64 numbers on the host, float64
-    tensors that broadcast against one sample, or linear maps of one sample. Copies of tensor weights on a device are kept for
+    tensors broadcast over the batch, or linear maps of one sample. Copies of tensor weights on a device are kept for
     later runs.
 
     Two plans are equal, and have one hash, if their schedules, grids, instructions and weights are equal bit for bit; the name
@@ -47,7 +47,7 @@ class Plan:
 
     Parameters
     ----------
-    schedule : the noise schedule that the weights were computed for.
+    schedule : the noise schedule of the weights.
     grid : times, from the initial state to the final one.
     code : the instructions.
     name : the solver's name.
@@ -55,8 +55,8 @@ class Plan:
     Raises
     ------
     GridError : the grid is not usable.
-    PlanError : an instruction reads a vector that is not there yet, a weight or time is not finite, or the states at the
-        grid points are not all written, in order, the last one by the last instruction.
+    PlanError : an instruction reads a later vector, a weight or time is not finite, or the states at the grid points are
+        not all written, in order, the last state by the last instruction.
     """
 
     schedule: Schedule
@@ -67,7 +67,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
             raise PlanError(f"a plan needs the schedule that it was made for, got {self.schedule!r}.")
-        # Tuples, whatever came: a list could be changed behind the plan's back.
+        # Tuples: a list could be changed behind the plan's back.
         object.__setattr__(self, "grid", tuple(check_grid(self.schedule, list(self.grid))))
         object.__setattr__(self, "code", tuple(self.code))
         check_code(self)
@@ -97,12 +97,12 @@ class Plan:
 
     @property
     def evaluation_times(self) -> tuple[float, ...]:
-        """Times at which the model is evaluated, in order."""
+        """Times of the evaluations, in order."""
         return tuple(ins.t for ins in self.code if isinstance(ins, Evaluate))
 
     @cached_property
     def starts(self) -> tuple[int | None, ...]:
-        """For each evaluation, k where it is made at grid point k, at the state there; None inside a step."""
+        """For each evaluation, k if the evaluated state is the state at grid point k, else None (inside a step)."""
         points = {(0, self.grid[0]): 0}
         for k, ins in enumerate(self.code, start=1):
             if isinstance(ins, Combine) and ins.step is not None:
@@ -111,7 +111,7 @@ class Plan:
 
     @cached_property
     def same(self) -> tuple[int, ...]:
-        """For each vector, the first vector that it is a copy of; its own index where it is no copy."""
+        """For each vector, the index of the original of the copy; the vector's own index where the vector is no copy."""
         first = [0]
         for k, ins in enumerate(self.code, start=1):
             copied = ins.copies if isinstance(ins, Combine) else None
@@ -120,7 +120,7 @@ class Plan:
 
     @cached_property
     def last_use(self) -> tuple[int, ...]:
-        """For each vector, the last instruction that reads it (itself when none does)."""
+        """For each vector, the last instruction to read the vector; the vector's own index where none does."""
         last = list(range(len(self.code) + 1))
         for k, ins in enumerate(self.code, start=1):
             for j in ins.reads:
@@ -143,7 +143,7 @@ class Plan:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Memory of the weights and constants that are tensors or linear maps, in bytes on the host."""
+        """Memory of tensor weights, linear maps and constants, in bytes on the host."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in self._tensors()}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -208,16 +208,16 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Plan:
-        """Read the file that :meth:`save` wrote; samples are bit-equal to those before.
+        """Read a file written by :meth:`save`; samples are bit-equal to samples of the saved plan.
 
         Parameters
         ----------
         path : the file. Files of fitted solvers are read by :func:`iia_ode.load`.
-        schedule : needed only where the plan is for a schedule that a file cannot hold, such as one from functions.
+        schedule : needed only for a schedule not stored in files, such as a schedule from functions.
 
         Raises
         ------
-        FileFormatError : missing, damaged or foreign file, or a file that does not hold its schedule.
+        FileFormatError : missing, damaged or foreign file, or a file without its schedule.
         MismatchError : the plan is for another schedule than `schedule`.
         """
         tensors, header = read_tensors(path, _KIND, _SCHEMA)
@@ -243,12 +243,11 @@ class Plan:
         Parameters
         ----------
         ode : the model; its schedule must be the plan's.
-        x : initial state, float32 or float64; it is not changed.
+        x : initial state [B, ...], float32 or float64; not changed.
         trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last one.
-        check_finite : check the final state once, after the loop. Where it is not finite, a second run looks for the first
-            model output that is not finite, which doubles the evaluations of the failed run.
-        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state is the run's own, to be
-            read and not written to.
+        check_finite : check the final state once, after the loop. If the state is not finite, a second run finds the first model
+            output with NaN or infinity, and doubles the evaluations of the failed run.
+        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to.
         progress : show a bar over the evaluations.
 
         Returns
@@ -258,27 +257,27 @@ class Plan:
         Raises
         ------
         InputError : x is not a float32 or float64 tensor with a batch dimension.
-        MismatchError : the ODE has another schedule than the plan, or lacks a condition that the plan's constants depend on.
-        NonFiniteError : the final state holds NaN or infinity; the message names the evaluation where that began.
+        MismatchError : the ODE has another schedule than the plan, or lacks a condition of the plan's constants.
+        NonFiniteError : the final state holds NaN or infinity; the message names the first such evaluation.
         """
         return run_plan(
             self, ode, x, trajectory=trajectory, check_finite=check_finite, callback=callback, progress=progress
         )
 
     def start(self, x: Tensor, prediction: str = "data", *, conditioning: Mapping[str, Any] | None = None) -> Run:
-        """A run that waits at its first evaluation, for callers that evaluate the model themselves.
+        """A run waiting at the first evaluation, for callers with their own call of the model.
 
         Parameters
         ----------
-        x : initial state [B, ...], float32 or float64; it is not changed.
+        x : initial state [B, ...], float32 or float64; not changed.
         prediction : form of the model's outputs: ``"data"``, ``"noise"``, ``"score"``, ``"v"`` or ``"velocity"``.
-        conditioning : conditions of the batch by name; needed only where the plan's constants depend on one.
+        conditioning : conditions of the batch by name; needed only for plans with constants per condition.
 
         Raises
         ------
-        InputError : x is no such tensor, or does not fit the weights.
+        InputError : x is not a float32 or float64 tensor with a batch dimension, or does not fit the weights.
         UnknownNameError : no such prediction type.
-        MismatchError : a condition that the plan's constants depend on is missing.
+        MismatchError : a condition of the plan's constants is missing.
         """
         return start(self, x, prediction, conditioning)
 
@@ -312,11 +311,11 @@ def _numbers(value: LinearMap | PerCondition | Tensor) -> Tensor:
 def unpacked(
     path: str | os.PathLike[str], schedule: Schedule, name: str, code: list[list[Any]], tensors: Mapping[str, Tensor]
 ) -> Plan:
-    """The plan whose instructions and tensors a file holds.
+    """The plan made of instructions and tensors from a file.
 
     Raises
     ------
-    FileFormatError : they make no valid plan.
+    FileFormatError : the parts make no valid plan.
     """
     try:
         return Plan(schedule, *unpack(code, tensors), name)

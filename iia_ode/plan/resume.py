@@ -24,20 +24,20 @@ _SCHEMA = {"name": str, "code": [list], "schedule": {"type": str}, "prediction":
 
 
 def read_run(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Run:
-    """Read the file that :meth:`Run.save` wrote; the run goes on where it was, on the host.
+    """Read a file written by :meth:`Run.save`; the run waits on the host at the same evaluation.
 
     Parameters
     ----------
     path : the file.
-    schedule : needed only where the plan is for a schedule that a file cannot hold, such as one from functions.
+    schedule : needed only for a schedule not stored in files, such as a schedule from functions.
 
     Returns
     -------
-    The run; ``run.to(device)`` moves it.
+    The run, on the host; ``run.to(device)`` gives a copy on a device.
 
     Raises
     ------
-    FileFormatError : missing, damaged or foreign file, or a file that does not hold its schedule.
+    FileFormatError : missing, damaged or foreign file, or a file without its schedule.
     MismatchError : the run is for another schedule than `schedule`.
     """
     tensors, header = read_tensors(path, KIND, _SCHEMA)

@@ -31,7 +31,7 @@ OWN = "run."
 
 @dataclass(frozen=True)
 class Prepared:
-    """The part of a run that is the same in all runs of a plan with one prediction type, sample shape, dtype and device.
+    """The part of a run shared by all runs of a plan with equal prediction type, sample shape, dtype and device.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Prepared:
 
 
 class Runnable(Program, Protocol):
-    """The part of a :class:`~iia_ode.Plan` that a run reads."""
+    """The part of a :class:`~iia_ode.Plan` read by a run."""
 
     @property
     def nfe(self) -> int:
@@ -52,11 +52,11 @@ class Runnable(Program, Protocol):
 
     @property
     def last_use(self) -> tuple[int, ...]:
-        """For each vector, the last instruction that reads it."""
+        """For each vector, the last instruction to read the vector."""
 
     @property
     def same(self) -> tuple[int, ...]:
-        """For each vector, the first vector that it is a copy of."""
+        """For each vector, the original of the copy; the vector itself where it is no copy."""
 
     def prepared(self, prediction: str, like: Tensor) -> Prepared:
         """Factors and weights for states like `like`."""
@@ -86,7 +86,7 @@ def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
 
 @dataclass(eq=False)
 class Run:
-    """A run of a plan that waits at each evaluation of the model; made by ``plan.start(x, prediction)``.
+    """A run of a plan, waiting at each evaluation of the model; made by ``plan.start(x, prediction)``.
 
     The caller evaluates the model::
 
@@ -96,20 +96,20 @@ class Run:
         x_0 = run.state
 
     A run is plain data. ``copy.copy`` gives an independent run that shares the tensors. ``copy.deepcopy`` copies the tensors
-    and shares the plan. A pickle holds everything, and :meth:`save` writes a file. A vector is dropped after the last
-    instruction that reads it. No method but :meth:`save` reads a value from the device. A run never writes to a tensor that
-    the caller gave or got, and the caller must not write to these either.
+    and shares the plan. A pickle holds everything, and :meth:`save` writes a file. A vector is dropped after its last
+    use. No method but :meth:`save` reads a value from the device. A run never writes to the caller's
+    tensors or to returned tensors, and neither may the caller.
 
     Attributes
     ----------
     plan : the plan.
     prediction : form of the model's outputs.
-    values : vectors that later instructions read, by index, [B, ...] each.
-    rows : constants of the batch, by the index of the vector, where they depend on a condition.
-    position : instructions that were run.
-    reached : pairs (k, state at grid point k) of the grid points that the last :meth:`give`, or the start, reached.
+    values : the vectors still in use, [B, ...] each, by index.
+    rows : constants of the batch, by the index of the vector, for constants per condition.
+    position : number of instructions run.
+    reached : pairs (k, state at grid point k) of the grid points reached by the last :meth:`give`, or by the start.
     seen : index of the last evaluation's vector, its state and its stored output, for :attr:`data`.
-    keeps_seen : whether `seen` is kept; it holds at most two vectors more.
+    keeps_seen : whether `seen` is kept, at the price of at most two vectors more.
     """
 
     plan: Runnable
@@ -140,12 +140,12 @@ class Run:
 
     @property
     def evaluation(self) -> int:
-        """Evaluations that were made; the next one has this index in ``plan.evaluation_times`` and ``plan.starts``."""
+        """Number of evaluations made: the index of the next evaluation in ``plan.evaluation_times`` and ``plan.starts``."""
         return sum(isinstance(ins, Evaluate) for ins in self.plan.code[: self.position])
 
     @property
     def state(self) -> Tensor:
-        """The state that is evaluated next, [B, ...]; the final state when the run is done. To be read, not written to."""
+        """The state of the next evaluation, [B, ...]; the final state when the run is done. Not to be written to."""
         return self.values[self.position if self.done else self._next.state]
 
     @property
@@ -170,12 +170,12 @@ class Run:
         Parameters
         ----------
         output : [B, ...] in the form of `prediction`, guidance included; any floating dtype, on the device of the state.
-            The run keeps it: the model must not write to it later.
+            The run keeps the tensor: the model must not write to the tensor later.
 
         Raises
         ------
-        InputError : the run is done, or the output has another shape or device, is not real, or is memory of a vector that
-            the run still holds.
+        InputError : the run is done, or the output has another shape or device, is not real, or shares memory with a vector
+            of the run.
         """
         ins = self._next
         state, k = self.values[ins.state], self.position + 1
@@ -213,11 +213,11 @@ class Run:
         return output.to(state.dtype)
 
     def edit(self, x: Tensor) -> None:
-        """Replace the state that is evaluated next, for inpainting and other constraints.
+        """Replace the state of the next evaluation, for inpainting and other constraints.
 
-        Every later instruction that reads the state, or a copy of the state, reads `x`. Vectors that were computed from the
-        state before, such as earlier model outputs, stay as they are. Where ``plan.starts[run.evaluation]`` is k, the state is
-        the one at grid point k. Where it is None, the state is an intermediate stage, and the state at the next grid point
+        Every later instruction on the state, or on a copy of the state, reads `x`. Vectors computed before, such as earlier
+        model outputs, stay as they are. Where ``plan.starts[run.evaluation]`` is k, the state is
+        the state at grid point k. Where it is None, the state is an intermediate stage, and the state at the next grid point
         need not depend on it.
 
         Parameters
@@ -283,9 +283,9 @@ class Run:
         self._bind()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file with the plan, the position and the vectors, from which :func:`read_run` goes on.
+        """Write a safetensors file with the plan, the position and the vectors, for :func:`read_run`.
 
-        A run that is read and finished gives the same bits as a run that was not interrupted.
+        A run read from the file and finished gives the same bits as an undisturbed run.
         """
         code, tensors = pack(self.plan)
         tensors |= {f"{OWN}value.{j}": v for j, v in self.values.items()}
