@@ -10,9 +10,9 @@ from .denoisers import load_denoiser
 from .errors import FileFormatError, InputError
 from .estimation import read_statistics
 from .files import read_kind
-from .iia import Teacher
-from .iia.fitted import load as read_fit
-from .plan import Plan
+from .iia.fitted import read_fit
+from .iia.teacher import read_teacher
+from .plan import read_plan, read_run
 from .schedules import Schedule
 
 __all__ = ["load"]
@@ -38,6 +38,7 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> A
     ================================  =======================================
     ``FittedSolver.save``             :class:`~iia_ode.FittedSolver`
     ``Plan.save``                     :class:`~iia_ode.Plan`
+    ``Run.save``                      :class:`~iia_ode.plan.Run`, waiting at the same evaluation
     ``Teacher.save``                  :class:`~iia_ode.Teacher`
     ``ModelStatistics.save``          :class:`~iia_ode.ModelStatistics`
     ``denoisers.save_denoiser``       the denoiser, in evaluation mode
@@ -70,8 +71,9 @@ def _denoiser(path: str | os.PathLike[str], schedule: Schedule | None) -> Any:
 
 _READERS: dict[str, Callable[[str | os.PathLike[str], Schedule | None], Any]] = {
     "fitted solver": lambda path, schedule: read_fit(path, schedule=schedule),
-    "plan": lambda path, schedule: Plan.load(path, schedule=schedule),
-    "teacher": lambda path, schedule: Teacher.load(path, schedule=schedule),
+    "plan": lambda path, schedule: read_plan(path, schedule=schedule),
+    "run": lambda path, schedule: read_run(path, schedule=schedule),
+    "teacher": lambda path, schedule: read_teacher(path, schedule=schedule),
     "model statistics": read_statistics,
     "denoiser": _denoiser,
 }

@@ -22,7 +22,7 @@ from iia_ode.errors import MismatchWarning
 from iia_ode.files import check_writable, read_tensors, write_bytes, write_tensors
 from iia_ode.iia import PRESETS
 from iia_ode.iia.fitted import describe
-from iia_ode.plan.plan import Combine, Evaluate
+from iia_ode.plan import Combine, Evaluate
 
 F64 = torch.float64
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..plan.plan import unpacked
+from ..plan.reading import unpacked
 from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
@@ -23,7 +23,7 @@ from .provenance import Record, StepReport, from_json, to_json
 from .report import describe_fit, explain_fit, table_of, table_of_weights
 from .warm_start import WarmStart
 
-__all__ = ["FittedSolver", "describe", "load"]
+__all__ = ["FittedSolver", "describe", "read_fit"]
 
 _KIND = "fitted solver"
 
@@ -135,7 +135,7 @@ class _Header:
     reports: tuple[StepReport, ...]
 
 
-def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
+def read_fit(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
     """Read a fitted solver. Samples are bit-equal before and after.
 
     Parameters
@@ -156,7 +156,7 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """The text of ``print(load(path))``, for any schedule.
+    """The text of ``print(iia_ode.load(path))``, for any schedule.
 
     The table of weights needs the schedule. For a file without its schedule, the table of weights is left out.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning
+from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..schedules.stored import brief
@@ -66,7 +65,6 @@ class Origin:
         name: str,
         made: str = "fitted",
         strict_guidance: bool = False,
-        stacklevel: int = 4,
     ) -> None:
         """Raise if the ODE or the shape of x differs from the origin; warn if only guidance scale or model weights differ.
 
@@ -76,7 +74,6 @@ class Origin:
         x : states [B, ...] to compare with; none by default.
         name, made : subject and verb of the messages.
         strict_guidance : whether another guidance scale is an error; a warning by default, for the two ODEs are close.
-        stacklevel : frame named by the warnings.
 
         Raises
         ------
@@ -101,7 +98,7 @@ class Origin:
             text = against("for guidance_scale", self.guidance_scale, ode.guidance_scale)
             if strict_guidance:
                 raise MismatchError(f"{text} {advice}")
-            warnings.warn(f"{text} Its weights suit the former.", MismatchWarning, stacklevel=stacklevel)
+            warn(f"{text} Its weights suit the former.", MismatchWarning)
         if self.conditioning != conditioning:
             shapes = (_shapes(c) for c in (self.conditioning, conditioning))
             raise MismatchError(f"{against('with conditions of shapes (per sample)', *shapes)} {advice}")
@@ -109,11 +106,10 @@ class Origin:
             shape = ", ".join(map(str, self.state_shape))
             raise MismatchError(f"{name} was {made} for states [B, {shape}], got {list(x.shape)}.")
         if self.fingerprint != fingerprint:
-            warnings.warn(
+            warn(
                 f"{name} was {made} on a model with fingerprint {self.fingerprint}, and the model of this ODE has "
                 f"{fingerprint}: the weights were not made for it.",
                 FingerprintWarning,
-                stacklevel=stacklevel,
             )
 
 

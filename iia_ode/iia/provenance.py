@@ -31,6 +31,7 @@ __all__ = [
     "StageCost",
     "StepReport",
     "TeacherOptions",
+    "TeacherRecord",
     "finite",
     "from_json",
     "to_json",
@@ -64,17 +65,37 @@ class TeacherOptions:
     ----------
     solver : name of the solver.
     sigma_min : level sigma/alpha whose data estimate stands for the data.
-    steps, rtol : steps of a solver on a fixed grid, or relative tolerance of an adaptive one; None for the other.
+    steps : number of steps.
     """
 
     solver: str
     sigma_min: float
-    steps: int | None = None
-    rtol: float | None = None
+    steps: int
 
     def __str__(self) -> str:
-        numbers = {"steps": self.steps, "rtol": self.rtol, "sigma_min": self.sigma_min}
-        return ", ".join([f"solver {self.solver}", *(f"{k} {v:g}" for k, v in numbers.items() if v is not None)])
+        return f"solver {self.solver}, steps {self.steps}, sigma_min {self.sigma_min:g}"
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """The account of a teacher.
+
+    Attributes
+    ----------
+    origin : the ODE and the states.
+    options : how its trajectories were made.
+    t_start, t_end : times of the initial and of the final states.
+    conditions : digest of the conditions' values; None for a part of a batch.
+    evaluations, sample_evaluations : cost of the trajectories, in model calls and in samples.
+    """
+
+    origin: Origin
+    options: TeacherOptions
+    t_start: float
+    t_end: float
+    conditions: str | None
+    evaluations: int
+    sample_evaluations: int
 
 
 @dataclass(frozen=True)

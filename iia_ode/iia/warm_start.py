@@ -202,7 +202,7 @@ class WarmStart:
             return x.clone()
         terms, constant = self._instruction.on(x)
         if isinstance(constant, PerCondition):
-            constant = constant.rows(ode, x)
+            constant = constant.rows({} if ode is None else ode.conditioning, x)
         return combine(terms, constant, lambda _: x, x)
 
     def then(self, plan: Plan) -> Plan:
