@@ -46,7 +46,7 @@ def test_the_exponent_goes_to_the_family_that_has_one(tmp_path, capsys, options,
     ("options", "words"),
     [
         (["--grid", "log_snr", "--rho", "7"], "--rho goes with --grid karras or polyexponential, not with log_snr"),
-        (["--grid", "polyexponential", "--rho", "0"], "rho must be positive"),
+        (["--grid", "polyexponential", "--rho", "0"], "rho must be a finite positive number"),
         (["--rho", "0.01"], "0.01 is too small"),
         (["--grid", "spline"], "'spline' is not one of"),
     ],
@@ -152,7 +152,7 @@ def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_pat
     for option in ("--nfe", "--rho", "--sigma-min", "--sigma-max"):
         status, _, error = run(capsys, "sample", str(file), *common, option, "7")
         assert status == 2
-        assert f"has its own grid: leave out {option}, or fit again with it" in error
+        assert f"brings its own grid: leave out {option}, or fit again with it" in error
 
 
 def test_a_file_called_like_a_solver_does_not_stand_in_its_way(tmp_path, capsys, monkeypatch):
