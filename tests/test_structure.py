@@ -55,7 +55,7 @@ def test_a_window_takes_its_shape_from_the_samples_and_refuses_those_of_another(
 
 
 def test_a_users_own_projections_are_as_good_as_bands_and_go_into_the_file(tmp_path: Path) -> None:
-    variances = torch.tensor([9.0, 1.0, 0.01], dtype=F64)
+    variances = torch.tensor([1.0, 0.01, 9.0], dtype=F64)
     axes = torch.linalg.qr(normal(6, 6).double()).Q
     own = Principal(axes[:, :2].T, (6,))
 
