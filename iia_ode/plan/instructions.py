@@ -14,7 +14,18 @@ from .bounded import Bounded
 from .projections import PLACES, Cache, place
 from .vectors import Constant, Sum, Weight
 
-__all__ = ["Combine", "Evaluate", "Instruction", "Program", "release", "run_code", "run_sums"]
+__all__ = [
+    "Combine",
+    "Evaluate",
+    "Instruction",
+    "Program",
+    "last_uses",
+    "most_alive",
+    "originals",
+    "release",
+    "run_code",
+    "run_sums",
+]
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,38 @@ class Program(Protocol):
     @property
     def evaluation_times(self) -> tuple[float, ...]:
         """The times of the evaluations, in order."""
+
+
+def last_uses(code: Sequence[Instruction]) -> tuple[int, ...]:
+    """For each vector, the last instruction to read the vector; the vector's own index where none does."""
+    last = list(range(len(code) + 1))
+    for k, ins in enumerate(code, start=1):
+        for j in ins.reads:
+            last[j] = k
+    return tuple(last)
+
+
+def originals(code: Sequence[Instruction]) -> tuple[int, ...]:
+    """For each vector, the index of the original of the copy; the vector's own index where the vector is no copy."""
+    first = [0]
+    for k, ins in enumerate(code, start=1):
+        copied = ins.copies if isinstance(ins, Combine) else None
+        first.append(k if copied is None else first[copied])
+    return tuple(first)
+
+
+def most_alive(last_use: Sequence[int]) -> int:
+    """The largest number of vectors alive at once, the initial state included."""
+    alive, peak = 1, 1
+    ends = [0] * (len(last_use) + 1)
+    for k in range(1, len(last_use)):
+        alive += 1  # instruction k writes the result before the operands are released
+        peak = max(peak, alive)
+        ends[last_use[k]] += 1
+        if k == last_use[0]:
+            alive -= 1
+        alive -= ends[k]
+    return peak
 
 
 def run_sums(

@@ -19,7 +19,7 @@ from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_
 from .bounded import Bounded
 from .checks import check_code, check_grid
 from .exact import exact_key
-from .instructions import Combine, Evaluate, Instruction
+from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals
 from .loop import run_plan
 from .maps import LinearMap, PerCondition
 from .projections import PLACES
@@ -110,34 +110,17 @@ class Plan:
     @cached_property
     def same(self) -> tuple[int, ...]:
         """For each vector, the index of the original of the copy; the vector's own index where the vector is no copy."""
-        first = [0]
-        for k, ins in enumerate(self.code, start=1):
-            copied = ins.copies if isinstance(ins, Combine) else None
-            first.append(k if copied is None else first[copied])
-        return tuple(first)
+        return originals(self.code)
 
     @cached_property
     def last_use(self) -> tuple[int, ...]:
         """For each vector, the last instruction to read the vector; the vector's own index where none does."""
-        last = list(range(len(self.code) + 1))
-        for k, ins in enumerate(self.code, start=1):
-            for j in ins.reads:
-                last[j] = k
-        return tuple(last)
+        return last_uses(self.code)
 
     @cached_property
     def peak_vectors(self) -> int:
         """The most state-sized vectors alive at once during a run, the initial state included."""
-        alive, peak = 1, 1
-        ends = [0] * (len(self.code) + 2)
-        for k in range(1, len(self.code) + 1):
-            alive += 1  # instruction k writes its result before its operands are released
-            peak = max(peak, alive)
-            ends[self.last_use[k]] += 1
-            if k == self.last_use[0]:
-                alive -= 1
-            alive -= ends[k]
-        return peak
+        return most_alive(self.last_use)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -222,8 +205,8 @@ class Plan:
         ----------
         ode : the model; its schedule must be the plan's.
         x : initial state [B, ...], float32 or float64; not changed.
-        trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last one.
-        check_finite : check the final state once, after the loop. If it is not finite, a second run finds the first model
+        trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last state.
+        check_finite : check the final state once, after the loop. Where it is not finite, a second run finds the first model
             output with NaN or infinity, and doubles the evaluations of the failed run.
         callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to.
         progress : show a bar over the evaluations.
