@@ -43,7 +43,7 @@ from iia_ode.autofit.budget import BUDGETS
 from iia_ode.autofit.grids import LeapGrid, leap_grids
 from iia_ode.iia.refinement import refine
 from iia_ode.autofit import search_grid
-from iia_ode.iia.warm_start import WarmStart
+from iia_ode.warm_starts.warm_start import WarmStart
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits")

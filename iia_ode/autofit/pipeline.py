@@ -13,13 +13,12 @@ from ..iia.batch import Batch
 from ..iia.directions import Terms, Window
 from ..iia.fitted import FittedSolver
 from ..iia.method import IIA
-from ..iia.moments import Moments
 from ..iia.provenance import Ingredient
 from ..iia.ranking import cauchy_mean
 from ..iia.refinement import Refinement
-from ..iia.warm_start import WarmStart
 from ..plan import Plan
 from ..schedules import Schedule
+from ..warm_starts import Moments, WarmStart
 from .grids import FreeGrid, LeapGrid
 
 __all__ = ["RIDGE", "SCALARS", "Contender", "Cost", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]

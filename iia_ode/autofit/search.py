@@ -77,8 +77,7 @@ class _Trials(Generic[G]):
         """The candidates, best first."""
         for candidate in candidates:
             if (candidate, samples) not in self.made:
-                errors = self.objective(candidate, samples)
-                self.made[candidate, samples] = Trial(candidate, errors, samples)
+                self.made[candidate, samples] = Trial(candidate, self.objective(candidate, samples), samples)
         errors = [self.made[candidate, samples].errors for candidate in candidates]
         return ranked(candidates, errors, outliers_too=last)
 

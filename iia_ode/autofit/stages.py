@@ -19,10 +19,10 @@ from ..iia.method import IIA
 from ..iia.provenance import Ingredient
 from ..iia.ranking import ranked
 from ..iia.refinement import Refinement, refine
-from ..iia.warm_start import WarmStart
 from ..ode.distributed import ranks_of
 from ..plan import Plan, trace
 from ..solvers import get_solver
+from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
 from .grids import LeapGrid, Levels, search_grid, search_levels, two_fold
 from .pipeline import RIDGE, SCALARS, Contender, Cost, Pipeline, Start, Weights, joined, weights_of
@@ -144,7 +144,7 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
             pipeline = replace(pipeline, grid=moved.best)
             levels = " ".join(f"{v:.3g}" for v in moved.best.levels)
             context.say(f"{pipeline.name}: {len(moved.trials)} grids; levels {levels}")
-    made = []
+    made: list[Contender] = []
     for own in [pipeline] if pipeline.weights is SCALARS else [replace(pipeline, weights=SCALARS), pipeline]:
         with context.stage() as cost:
             fitted = own.fit(train).whole
@@ -286,14 +286,14 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     weights = context.nfe * (context.nfe + 3) // 2 * pipeline.weights.groups
     if len(train) < _SAMPLES or len(train) * train.x[0].numel() < _ENOUGH * weights:
         return Last(best.plan, best.fitted)
-    backward = 0
+    fitted, backward = best.fitted, 0
     if best.refinement is None:
-        fitted: FittedSolver | None = pipeline.fit(context.batch).whole
-        plan = fitted.plan
+        whole = pipeline.fit(context.batch).whole
+        fitted, plan = whole, whole.plan
     else:
-        fitted, again = best.fitted, _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
+        again = _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
         if again is None or again.best == 0:
-            return Last(best.plan, fitted, 0 if again is None else again.backward)
+            return Last(best.plan, best.fitted, 0 if again is None else again.backward)
         backward, plan = again.backward, joined(best.warm, again.plan)
     if fresh is None:
         errors = [context.batch.errors(plan), context.batch.errors(best.plan)]

@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 
 from ..errors import IIAError, RankError, first_line
 from ..iia.batch import Batch, held_out_of
-from ..iia.moments import estimate_moments
 from ..iia.provenance import Ingredient
 from ..iia.teacher import Teacher
 from ..ode import ProbabilityFlowODE
+from ..warm_starts import estimate_moments
 from .grids import LeapGrid
 from .pipeline import Contender, Start
 from .stages import Context, closed_form

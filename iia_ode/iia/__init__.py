@@ -5,13 +5,11 @@ from .directions import StepRecord, Term, Window
 from .fitted import FittedSolver, describe
 from .least_squares import LeastSquares
 from .method import IIA, PRESETS, preset
-from .moments import Moments, estimate_moments, exact_moments
 from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
 from .refinement import EndpointError, GaussNewton, Iteration, Objective, Refinement, Status, refine
 from .targets import Local, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
-from .warm_start import WarmStart
 
 __all__ = [
     "IIA",
@@ -24,7 +22,6 @@ __all__ = [
     "Iteration",
     "LeastSquares",
     "Local",
-    "Moments",
     "Objective",
     "Parameters",
     "Record",
@@ -38,11 +35,8 @@ __all__ = [
     "Teacher",
     "TeacherTrajectory",
     "Term",
-    "WarmStart",
     "Window",
     "describe",
-    "estimate_moments",
-    "exact_moments",
     "preset",
     "refine",
 ]

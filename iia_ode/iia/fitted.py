@@ -18,10 +18,10 @@ from ..plan.reading import unpacked
 from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
+from ..warm_starts import WarmStart
 from .citations import citation_of
 from .provenance import Record, StepReport, from_json, to_json
 from .report import describe_fit, explain_fit, table_of, table_of_weights
-from .warm_start import WarmStart
 
 __all__ = ["FittedSolver", "describe", "read_fit"]
 

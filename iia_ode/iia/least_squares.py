@@ -51,8 +51,7 @@ class LeastSquares:
     The intercept m has a number for each component of a sample. Subtracting the mean over samples from every component
     eliminates m. Helmert's orthogonal transformation does so on the fly: sample n enters as
     ``sqrt((n - 1) / n) (X_n - mean of X_1 .. X_{n-1})``. The transformation is as accurate as two passes and needs a running
-    sum only. Two parts of a batch, each with its own mean, differ from the whole by a single row block of the same kind,
-    made of the difference of the means.
+    sum only.
 
     Parameters
     ----------
@@ -109,52 +108,6 @@ class LeastSquares:
             total += sample
         self._total = total
         return out
-
-    def merge(self, other: LeastSquares) -> None:
-        """Append the samples of another instance.
-
-        Raises
-        ------
-        InputError : the other instance has another number of columns, or differs in its intercept.
-        """
-        if (other.columns, other.intercept) != (self.columns, self.intercept):
-            raise InputError(f"cannot merge {other.columns} columns into {self.columns}.")
-        if not other.samples:
-            return
-        self._factors += other._factors
-        if self._total is None:
-            self._total = other._total
-        elif other._total is not None:
-            n, m = self.samples, other.samples
-            gap = other._total / m - self._total / n
-            self._factors.append(torch.linalg.qr(math.sqrt(n * m / (n + m)) * gap.T, mode="r").R[None])
-            self._total = self._total + other._total
-        self._shape = other._shape
-        self.rows, self.samples = self.rows + other.rows, self.samples + other.samples
-        self._whole = None
-
-    def state(self) -> tuple[Tensor, Tensor]:
-        """The accumulated numbers, float64 on the host: stacked factors [n, k + 1], and the sum [D, k + 1] or an empty one."""
-        width = self.columns + 1
-        factors = [f.reshape(-1, width) for f in self._factors]
-        empty = torch.zeros(0, width, dtype=_F64, device="cpu")
-        return torch.cat([empty, *factors]), empty if self._total is None else self._total.T
-
-    @classmethod
-    def of_state(
-        cls, factors: Tensor, total: Tensor, *, samples: int, rows: int, shape: Sequence[int], intercept: bool
-    ) -> LeastSquares:
-        """The instance with a given :meth:`state`."""
-        system = cls(factors.shape[1] - 1, intercept=intercept)
-        system.rows, system.samples, system._shape = rows, samples, torch.Size(shape)
-        system._factors = [factors[None]] if samples else []
-        system._total = total.T.contiguous() if intercept and samples else None
-        return system
-
-    @property
-    def sample_shape(self) -> torch.Size:
-        """Shape of a sample; empty before the first call of :meth:`add`."""
-        return self._shape
 
     def solve(self, *, ridge: float = 0.0, noise: Tensor | None = None) -> Solution:
         """The minimum-norm solution, with columns scaled to unit norm.

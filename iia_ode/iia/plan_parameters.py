@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from ..errors import InputError
 from ..forms import conversion
 from ..ode import ProbabilityFlowODE
-from ..plan import Combine, Evaluate, LinearMap, PerCondition, Plan, Projections, Vector
-from ..plan.plan import Instruction
+from ..plan import Combine, Evaluate, Instruction, LinearMap, PerCondition, Plan, Projections, Vector
 from ..schedules import Schedule
 
 __all__ = ["Parameters"]

@@ -83,7 +83,7 @@ class WarmStart:
         labels, per : integer conditions [n] of the samples, and the name of the condition. There is a mean for each value,
             and a common covariance.
         rank : principal directions to keep; the remainder is isotropic.
-        shrink : estimator of the covariance; see :func:`~iia_ode.iia.estimate_moments`.
+        shrink : estimator of the covariance; see :func:`~iia_ode.warm_starts.estimate_moments`.
 
         Returns
         -------
