@@ -114,17 +114,21 @@ TRACKS = (Track("t", 2.0, 0.5), Track("log-SNR", 5.0, 0.3), Track("log-SNR", 5.0
 _EXACT: dict[Any, Tensor] = {}
 
 
-def exact_states(problem: str, schedule: Schedule, track: Track, n: int) -> Tensor:
-    """The exact solution at the first n/4 + 1 points of a track's grid of n intervals and at its end, [n/4 + 2, B, ...].
+def exact_states(problem: str, schedule: Schedule, track: Track, n: int, steps: int) -> Tensor:
+    """The exact solution on a track's grid of n intervals, at points n/4 - `steps` to n/4 and at the end, [steps + 2, B, ...].
 
-    The initial states are eight draws of the noisy data, equal on every grid of a track.
+    With ``steps=0`` at the start of the grid and at the end, [2, B, ...]. The initial states are eight draws of the noisy
+    data, equal on every grid of a track.
     """
     finest = max(n, 96)  # the grids are nested: coarser grids share one solution
-    grid = track.grid(schedule, finest)
-    times = torch.cat([grid[: finest // 4 + 1], grid[-1:]])
+    grid, stride = track.grid(schedule, finest), finest // n
+    last = finest // 4
+    first = last - steps * stride if steps else 0
+    kept = range(last + 1) if n <= 96 else [0, *range(max(first, 1), last + 1)] if steps else [0]
+    times = torch.cat([grid[list(kept)], grid[-1:]])
     # The flow of x / alpha depends on sigma / alpha alone. On EDM sigma / alpha is time: its solution serves every schedule.
     levels = schedule.noise_to_signal(times)
-    key = problem, track, finest, tuple(float(f"{level:.12g}") for level in levels.tolist())
+    key = problem, tuple(float(f"{level:.12g}") for level in levels.tolist())
     if key not in _EXACT:
         data, start = PROBLEMS[problem](), float(levels[0])
         x = draw(data, 8, EDM(), start)
@@ -134,7 +138,9 @@ def exact_states(problem: str, schedule: Schedule, track: Track, n: int) -> Tens
             # Tolerances below rounding: the error is that of the last bits, 1e-13 of the state.
             _EXACT[key] = odeint(data.ode(EDM()), x, levels, "torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
     states = _EXACT[key] * schedule.alpha(times).reshape(-1, 1, 1)
-    return torch.cat([states[: -1 : finest // n], states[-1:]])
+    wanted = range(first, last + 1, stride) if steps else [0]
+    place = {point: k for k, point in enumerate(kept)}
+    return states[[*(place[point] for point in wanted), len(states) - 1]]
 
 
 def draw(problem: Problem, n: int, schedule: Schedule, t: float, seed: int = 1) -> Tensor:

@@ -49,7 +49,9 @@ EXACT_STEPS = 12  # a corrector of order 5 needs eight: its memory holds outputs
 LONG = 192  # smallest number of intervals of the finest grid on one track: 156 steps, exact steps included
 
 SETTLED = 0.03  # a local slope p + c h moves by c h / 2 when h is halved, and c h / 2 is also its remaining error
-NEAR = 0.1  # distance from a whole number, of a slope and of its extrapolation, at which no finer grid can change the verdict
+NEAR = (
+    0.1  # largest distance of a slope and of its extrapolation to h = 0 from the whole number that the slopes approach
+)
 FLOOR = 1e-12  # smallest relative error in a slope: rounding, a few 1e-14, moves no slope by 0.1 above it
 
 
@@ -181,9 +183,9 @@ def measure_order(
     """Measure the order on each problem along one track.
 
     The grid is refined from 24 intervals to 384 until the slopes settle or the error is near rounding, and on to 1536 where
-    the last slope is not near a whole number. Slopes have settled once the last two differ by at most 0.03, or once the
-    last slope and its extrapolation to h = 0 are both within 0.1 of the same whole number. Where at most two grids are
-    above rounding, a grid of 12 intervals is measured as well.
+    the last slope is not near a whole number. Slopes have settled once the last two differ by at most 0.03, or once they
+    approach a whole number and the last slope and its extrapolation to h = 0 are within 0.1 of it. Where at most two grids
+    are above rounding, a grid of 12 intervals is measured as well.
 
     Parameters
     ----------
@@ -271,10 +273,9 @@ def local_slopes(counts: Sequence[int], errors: Sequence[float]) -> tuple[float,
 
 def _relative_error(plan: Plan, model: Model, problem: str, track: Track, n: int, from_exact_start: bool) -> float:
     """RMS error of the final state, relative to its size."""
-    exact, given = exact_states(problem, plan.schedule, track, n), {}
-    if from_exact_start:
-        steps = _exact_steps(n)
-        exact, given = exact[-steps - 2 :], known_states(plan, steps)
+    steps = _exact_steps(n) if from_exact_start else 0
+    exact = exact_states(problem, plan.schedule, track, n, steps)
+    given = known_states(plan, steps) if steps else {}
     values = {0: exact[0]}
     for k, _ in run_code(plan.code, values, model, last_use=plan.last_use):
         if k in given:
@@ -300,13 +301,13 @@ def _is_enough(errors: Mapping[int, float], finest_at_least: int) -> bool:
 
 
 def _settled(slopes: Sequence[float]) -> bool:
-    """Whether the last slope is final: it has stopped moving, or it and its extrapolation are near one whole number."""
+    """Whether the last slope is final: the slopes stand still, or approach a whole number and are near it."""
     if len(slopes) < 2:
         return False
     before, last = slopes[-2:]
-    limit = 2 * last - before  # of p + c h
-    whole = round(last)
-    return abs(last - before) <= SETTLED or max(abs(last - whole), abs(limit - whole)) <= NEAR
+    whole, limit = round(last), 2 * last - before  # the limit of p + c h
+    approaches = abs(last - whole) <= abs(before - whole)
+    return abs(last - before) <= SETTLED or (approaches and max(abs(last - whole), abs(limit - whole)) <= NEAR)
 
 
 def _is_whole(errors: Mapping[int, float]) -> bool:
