@@ -18,7 +18,6 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.experiments import Setting, batch_seed, get_setting
-from iia_ode.experiments.settings import _ClosedForm
 from iia_ode.files import read_tensors, write_bytes, write_tensors
 from iia_ode.iia import Teacher
 from iia_ode.metrics import rmse_with_error
@@ -168,7 +167,7 @@ def setting_of(name: str) -> Setting:
 
 def is_closed_form(setting: Setting) -> bool:
     """Whether an evaluation costs next to nothing."""
-    return isinstance(setting, _ClosedForm)
+    return setting.is_closed_form
 
 
 def kind_of(name: str) -> str:
@@ -196,7 +195,7 @@ def batch(name: str, samples: int, seed: int, unseen: bool, steps: int = 150) ->
         tensors, header = read_tensors(path, "benchmark reference")
         if torch.equal(tensors["x"], x):
             return Batch(setting, ode, x, tensors["final"], header["about"])
-    except iia.FileFormatError:
+    except iia.errors.FileFormatError:
         pass
     say(f"{name}: reference of {samples} {'unseen' if unseen else 'fitting'} samples")
 
@@ -289,7 +288,7 @@ def levels_for(solver: str, name: str, nfe: int) -> int | None:
     if key not in _LEVELS:
         try:
             grid = iia.get_solver(solver).grid_for(nfe, karras_family(setting, *DEFAULT), setting.schedule)
-        except iia.GridError:
+        except iia.errors.GridError:
             grid = None
         _LEVELS[key] = None if grid is None else len(grid) - 1
     return _LEVELS[key]
@@ -299,13 +298,13 @@ def grid_of(solver: str, name: str, nfe: int, grid: tuple[float, float] = DEFAUL
     """The Karras grid, of this rho and smallest level, on which a solver makes that many evaluations."""
     levels = levels_for(solver, name, nfe)
     if levels is None:
-        raise iia.GridError(f"{solver} cannot make {nfe} evaluations.")
+        raise iia.errors.GridError(f"{solver} cannot make {nfe} evaluations.")
     return karras_family(setting_of(name), *grid)(levels)
 
 
 def plan_of(solver: str, setting: Setting, grid: Tensor) -> Plan:
     """A registered solver on a grid."""
-    return iia.trace(iia.get_solver(solver), setting.schedule, grid, consistent=False)
+    return iia.plan.trace(iia.get_solver(solver), setting.schedule, grid, consistent=False)
 
 
 # ---- command line and pages ----------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ import iia_ode as iia
 
 NAME, SAMPLES, NFES = "digits", 256, (4, 5, 6, 8, 10, 15)
 
-PAGE = f"""# What a fit costs
+PAGE = f"""# Cost of a fit
 
-Made by `python benchmarks/cost.py`: `iia_ode.fit` with `budget="closed-form"` on the {NAME} denoiser, {SAMPLES} draws,
-{{where}}; these multiply float32 matrices of 2048x2048 at {{speed:.0f}} GFLOP/s. *Besides the model* is the share of the
-time that no evaluation takes: searches, least squares, targets, and keeping the batch.
+A closed-form fit of the {NAME} denoiser with {SAMPLES} draws takes {{seconds}} seconds of wall-clock time with {{where}};
+{{rest}} of the time is spent outside the model.
 
 {{table}}
+`python benchmarks/cost.py` measures the fits and writes this page: `iia_ode.fit` with `budget="closed-form"` and all other
+defaults. The machine multiplies float32 matrices of 2048x2048 at {{speed:.0f}} GFLOP/s. *Besides the model* is the share
+of the time outside model evaluations: searches, least squares, targets, and storing the batch.
 """
 
 
@@ -53,6 +55,12 @@ def speed() -> float:
     return 2e-9 * size**3 / min(seconds)
 
 
+def span(cells: list[str]) -> str:
+    """The least and the largest figure of a column, such as "30 to 79"."""
+    least, *_, largest = sorted([*cells, *cells], key=lambda cell: float(cell.rstrip("%")))
+    return f"{least} to {largest}"
+
+
 def main() -> None:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--nfe", nargs="+", type=int, default=NFES, help="default: %(default)s")
@@ -66,13 +74,14 @@ def main() -> None:
         begun = time.perf_counter()
         fit = iia.fit(ode, nfe, x / setting.sigma_max, budget="closed-form", report=None)
         seconds = time.perf_counter() - begun
-        spent = fit.about["recipe"]["sample_evaluations"]
+        spent = fit.record.sample_evaluations
         each, rest = 1e3 * timed.seconds / spent, 100 * (1 - timed.seconds / seconds)
         lines.append([str(nfe), f"{seconds:.0f}", str(spent), number(each, 2), number(rest, 1) + "%"])
         print(lines[-1], flush=True)
     where = f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores"
     head = ["NFE", "seconds", "sample evaluations", "ms in the model for each", "besides the model"]
-    write_page(options.page, PAGE.format(table=table(head, lines, left=0), where=where, speed=speed()))
+    spans = {key: span([line[k] for line in lines]) for key, k in (("seconds", 1), ("rest", 4))}
+    write_page(options.page, PAGE.format(table=table(head, lines, left=0), where=where, speed=speed(), **spans))
 
 
 if __name__ == "__main__":

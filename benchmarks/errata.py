@@ -70,7 +70,7 @@ PAIRS: tuple[tuple[str, Solver, str], ...] = (
 def few_evaluations(solver: Solver | str) -> list[float]:
     """RMSE on the mixture of `iia-ode compare` at each of EVALUATIONS, from noise to data on the grids of EDM."""
     ode, x, exact = _mixture_setting()
-    plans = (iia.trace(as_solver(solver), EDM, iia.grids.karras(n), consistent=False) for n in EVALUATIONS)
+    plans = (iia.plan.trace(as_solver(solver), EDM, iia.grids.karras(n), consistent=False) for n in EVALUATIONS)
     return [rmse(plan.run(ode, x), exact) for plan in plans]
 
 

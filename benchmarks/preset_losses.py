@@ -51,40 +51,53 @@ APART = 0.3  # a sample whose own RMSE is above this has ended in another compon
 TARGETS = {"as the paper": {}, f"{FINER} sub-steps": {"substeps": FINER}, "trajectory": {"target": "trajectory"}}
 KEY = " by step"  # ends the name of an entry about single steps
 
-INTRO = """# Where a preset loses to its base, and why
+LEAD = """# Where a preset loses to its base, and why
 
-Made by `python benchmarks/preset_losses.py`, then `python benchmarks/preset_losses.py --table`, from the fits and the unseen
-noise of `benchmarks/acceptance.py`. Error over that of the base, with the standard error of that ratio, paired: both
-start from the same noise. Where the ratio is within two of these of 1, the draws do not say which is the better. Where a
-preset *ties* in those tables, at three evaluations and fewer, it is its base: the first step has no step before it, the last
-one, to the data, is left alone, and there is no other.
+From four evaluations on, a preset loses for one of two reasons: over multistep bases, its local target shrinks the errors of
+single steps but removes their cancellation; over Heun on the mixture, its fit sends more samples to another component.
+`target="trajectory"` removes nearly all losses on the networks.
+
+The table divides the error of the fit by the error of the base and gives the paired standard error of the ratio: both start
+from the same noise. Where the ratio lies within two standard errors of 1, the draws do not tell which is better.
 """
 
-RESTS = f"""On the mixture, a sample that ends more than {APART} from where it should has ended in another component. *The
-rest* are the samples that neither fit nor base does that to.
+RESTS = f"""A sample of the mixture that ends more than {APART} from its reference has ended in another component. *The rest*
+are the samples that end in the right component under the fit and under the base.
 """
 
-STEPS = f"""Errors of single steps, each carried to the end by the exact flow, so that they add up to the final error; over the
-{CARRIED["closed form"]} first draws of the mixture, less those that end in another component, or {CARRIED["network"]} of a
-network. *Adjacent steps*: the cosine between the errors of one step and the next, all steps weighted by their size.
+STEPS = f"""The next table has the errors of single steps. The exact flow carries each error to the end, and their sum is the
+final error. The samples are the first {CARRIED["closed form"]} draws of the mixture, without those in another component, or
+{CARRIED["network"]} draws of a network. *Adjacent steps* is the cosine between the errors of one step and the next,
+weighted by the sizes of the errors.
 """
 
-WHY = """Two things lose. Over Heun, on the mixture, the fits bring the rest several times nearer to the truth and send twice
-as many samples to another component. The least squares know the many samples between components, for which every step is
-nearly linear, not the few at a border, for which it is not; and one of those weighs as much as hundreds of others. The
-trajectory's target does no better there.
+WHY = """## Why presets lose
 
-Over the multistep bases it is, wherever the steps were looked at, that the target is local. The errors of the base's
-steps are large, each points the other way than the one before, and at the end they all but cancel. Aiming every step at
-the true solution from where it stands makes the errors smaller and takes the cancelling away: more is left at the end.
-More sub-steps make that target more accurate; from four evaluations on they lower the ratio by about a quarter at most, and
-raise it in some rows.
-`target="trajectory"` aims at the trajectory from the beginning, so that a step makes up for those before it. On the
-networks that ends nearer than the base in nearly every row above, and in none farther as far as the draws tell; on the
-mixture at few evaluations, and at more of them what it makes up for is less than what cancelled.
+**Heun on the mixture.** The fits bring the rest several times nearer to the truth and send twice as many samples to another
+component. Least squares knows the many samples between components, for which every step is nearly linear. It does not know
+the few samples at a border, for which a step is not linear; a single such sample weighs as much as hundreds of others. The
+trajectory target does no better there.
 
-At three evaluations a single step is fitted, across most levels of noise, and three sub-steps may be a poor target for it: on
-the digits, twelve of them take the whole loss away. On the patches the loss is a few hundredths, and the trajectory takes it.
+**Multistep bases.** Wherever single steps were examined, the local target is the cause. The step errors of the base are
+large, each opposes the one before, and at the end they nearly cancel. A local target aims every step at the true solution
+from the state of the step. The errors become smaller and no longer cancel, and more error is left at the end. More
+sub-steps make the local target more accurate. From four evaluations on, they lower the ratio by about a quarter at most,
+and raise it in some rows. `target="trajectory"` aims at the trajectory from the beginning, and a step then corrects the
+steps before it. On the networks, the trajectory target ends nearer than the base in nearly every row above, and in no row
+farther as far as the draws tell. On the mixture it ends nearer at few evaluations only; at more of them, the corrections
+are worth less than the lost cancellation.
+
+**Three evaluations.** A single step is fitted, across most noise levels, and three sub-steps may be a poor target for such
+a step. On the digits, twelve sub-steps remove the whole loss. On the patches the loss is a few hundredths, and the
+trajectory target removes it.
+"""
+
+HOW = """## How the losses were measured
+
+`python benchmarks/preset_losses.py` measures whatever the stored results lack, and `python benchmarks/preset_losses.py
+--table` writes this page. Fits and unseen noise are those of `benchmarks/acceptance.py`. Where a preset *ties* on the
+acceptance page, at three evaluations and fewer, it equals its base: the first step has no earlier step to use, the last
+step (to the data) is never fitted, and there is no other step.
 """
 
 
@@ -192,10 +205,10 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
     order = [(name, key, e) for name in SETTINGS for key, e in sorted(files.get(name, {}).items())]
     compared = [(name, *key.split(), e) for name, key, e in order if not key.endswith(KEY)]
     compared.sort(key=lambda row: (SETTINGS.index(row[0]), row[1], int(row[2])))
-    parts = [INTRO]
+    how = [HOW]
     for name in SETTINGS:
         if own := list(files.get(name, {}).values()):
-            parts.append(f"- {name}: {conditions(own, 'samples', 'fit_samples', 'seed')}.")
+            how.append(f"- {name}: {conditions(own, 'samples', 'fit_samples', 'seed')}.")
     missing: dict[str, list[str]] = {}
     for name in SETTINGS:
         for preset, nfe in losing(name, list(NFES)):
@@ -203,11 +216,11 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
                 missing.setdefault(f"`{preset}` on {name}", []).append(str(nfe))
     if missing:
         lacking = "; ".join(f"{where} at {', '.join(nfes)}" for where, nfes in missing.items())
-        parts.append(f"- Losing there and not measured here: {lacking}.")
+        how.append(f"- Losing there and not measured here: {lacking}.")
     cell = "{0[0]:.2f} ± {0[1]:.2f}".format
     head = ["setting", "preset", "NFE", *TARGETS]
     lines = [[n, f"`{p}`", nfe, *(cell(e[label]["ratio"]) for label in TARGETS)] for n, p, nfe, e in compared]
-    parts += ["", table(head, lines, left=2), RESTS]
+    parts = [LEAD, table(head, lines, left=2), RESTS]
     head = [
         "preset", "NFE", "target", "base: other component", "fit: other component", "base: the rest, RMSE",
         "fit: the rest, RMSE",
@@ -226,7 +239,7 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
          number(v["cosine"], 2)]
         for name, key, e in order if key.endswith(KEY) for label, v in e.items() if label.startswith("`")
     ]  # fmt: skip
-    return "\n".join([*parts, table(head, lines, left=2), WHY])
+    return "\n".join([*parts, table(head, lines, left=2), WHY, *how])
 
 
 def main() -> None:

@@ -3,39 +3,19 @@
 >>> import iia_ode as iia
 """
 
-from . import denoisers, grids, metrics, plots, problems, reference
+from . import denoisers, errors, grids, metrics, plots, problems, reference, testing
 from .__about__ import __version__
-from .errors import (
-    ConformanceError,
-    DuplicateWarning,
-    FileFormatError,
-    FingerprintWarning,
-    GridError,
-    GuardWarning,
-    IIAError,
-    InputError,
-    MismatchError,
-    MismatchWarning,
-    MissingDependencyError,
-    NonFiniteError,
-    PlanError,
-    RankError,
-    ScheduleError,
-    UnknownNameError,
-)
+from .autofit import Budget, fit
+from .errors import IIAError
 from .estimation import estimate_statistics
-from .forms import Evaluation
-from .iia import IIA, Budget, FittedSolver, Local, Substeps, Teacher, TeacherTrajectory, WarmStart, Window, load, preset
-from .iia.recipe import fit
-from .iia.refine import refine
-from .integrate import odeint, sample, torchdiffeq_methods
-from .noise import sample_seeds, seeded_noise
-from .ode import ProbabilityFlowODE
-from .plan import Past, Plan, Vector, trace
-from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule, from_functions
+from .iia import IIA, FittedSolver, Teacher, WarmStart, preset
+from .iia.fitted import load
+from .integrate import odeint, sample
+from .ode import ProbabilityFlowODE, distributed
+from .plan import Plan
+from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names
 from .statistics import ModelStatistics
-from .testing import verify
 
 __all__ = [
     "EDM",
@@ -43,46 +23,25 @@ __all__ = [
     "VE",
     "VP",
     "Budget",
-    "ConformanceError",
     "Cosine",
     "Discrete",
-    "DuplicateWarning",
-    "Evaluation",
-    "FileFormatError",
-    "FingerprintWarning",
     "FittedSolver",
     "FlowMatching",
-    "GridError",
-    "GuardWarning",
     "IIAError",
-    "InputError",
-    "Local",
-    "MismatchError",
-    "MismatchWarning",
-    "MissingDependencyError",
     "ModelStatistics",
-    "NonFiniteError",
-    "Past",
     "Plan",
-    "PlanError",
     "ProbabilityFlowODE",
-    "RankError",
     "RungeKutta",
     "Schedule",
-    "ScheduleError",
     "Solver",
-    "Substeps",
     "Teacher",
-    "TeacherTrajectory",
-    "UnknownNameError",
-    "Vector",
     "WarmStart",
-    "Window",
     "__version__",
     "denoisers",
+    "distributed",
+    "errors",
     "estimate_statistics",
     "fit",
-    "from_functions",
     "get_solver",
     "grids",
     "load",
@@ -92,14 +51,8 @@ __all__ = [
     "preset",
     "problems",
     "reference",
-    "refine",
     "register",
     "sample",
-    "sample_seeds",
-    "seeded_noise",
     "solver_names",
     "testing",
-    "torchdiffeq_methods",
-    "trace",
-    "verify",
 ]

@@ -1,4 +1,7 @@
-"""What the installed torchdiffeq offers, and a call of it that ends its steps where it is told to."""
+"""The methods of the installed torchdiffeq, called so that steps end at the given times and misuse raises an error.
+
+torchdiffeq is imported by the first call: it takes as long to import as the rest of the package's dependencies together.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,29 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
-from .errors import InputError, NonFiniteError
+from .errors import GridError, InputError, NonFiniteError
 
-__all__ = ["integrate", "is_adaptive", "torchdiffeq_methods"]
+__all__ = ["Event", "Flow", "Tolerance", "find_event", "integrate", "is_adaptive", "method_names"]
 
 _F64 = torch.float64
 
+Flow: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""dy/dt as a function of a float64 time and the state."""
 
-def _table() -> Mapping[str, Any]:
-    # torchdiffeq's own table of methods; its module is hidden behind the function of the same name.
-    table: Mapping[str, Any] = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
-    return table
+Event: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""A function of time and state; the event is where one of its entries changes sign."""
+
+Tolerance: TypeAlias = float | Tensor
 
 
-def torchdiffeq_methods() -> list[str]:
-    """The methods that the installed torchdiffeq offers, sorted."""
+def method_names() -> list[str]:
+    """The methods of the installed torchdiffeq, sorted."""
     return sorted(_table())
 
 
@@ -38,23 +43,27 @@ def is_adaptive(method: str) -> bool:
 
 
 def integrate(
-    func: Callable[[Tensor, Tensor], Tensor],
+    func: Flow,
     y0: Tensor,
     t: Tensor,
     method: str,
-    rtol: float,
-    atol: float,
+    rtol: Tolerance,
+    atol: Tolerance,
     options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The states at the times t by a method of torchdiffeq, [len(t), ...]; differentiable.
 
-    An adaptive method ends a step at every time of t and of ``options["step_t"]``, and no method evaluates `func` outside
-    of the range of t.
+    An adaptive method ends a step at every time of t and of ``options["step_t"]``. No method evaluates `func` outside of
+    the range of t.
 
     Parameters
     ----------
     func : dy/dt as a function of a float64 time and the state.
+    y0 : the state at ``t[0]``.
     t : float64 [K], strictly monotone, on any device.
+    method : a name out of :func:`method_names`.
+    rtol, atol : tolerances of an adaptive method.
+    options : torchdiffeq's options of the method.
 
     Raises
     ------
@@ -63,16 +72,15 @@ def integrate(
     """
     times, given = t.tolist(), dict(options or {})
     tolerances = {"rtol": rtol, "atol": atol, "method": method}
+    odeint = _module().odeint
     with _errors_of(method, rtol, atol):
         if not is_adaptive(method):
             within = _Within(func, min(times), max(times))
-            states: Tensor = torchdiffeq.odeint(within, y0, t.to(y0.device), **tolerances, options=given or None)
+            states: Tensor = odeint(within, y0, t.to(y0.device), **tolerances, options=given or None)
             return states
         # One call per interval: left alone, an adaptive method interpolates between its steps at a lower order than its
         # own, and its `step_t` is forgotten once a step happens to end on one (0.2.5).
-        asked, jumps = (
-            torch.as_tensor(given.pop(k, ()), dtype=_F64, device="cpu").tolist() for k in ("step_t", "jump_t")
-        )
+        asked, jumps = (_times(given.pop(k, ())) for k in ("step_t", "jump_t"))
         inside = {u for u in asked if min(times) < u < max(times)}
         nodes = sorted({*times, *inside}, reverse=times[0] > times[-1])
         found = {nodes[0]: y0}
@@ -80,19 +88,77 @@ def integrate(
             flow, ends = _Steps(func, min(a, b), max(a, b)), torch.tensor([a, b], dtype=_F64, device=y0.device)
             here = torch.tensor([u for u in jumps if min(a, b) < u < max(a, b)], dtype=_F64, device=y0.device)
             steps = {**given, "step_t": ends[1:], "jump_t": here}
-            found[b] = torchdiffeq.odeint(flow, found[a], ends, **tolerances, options=steps)[-1]
-            given["first_step"] = flow.proposed  # so that only the first interval has to look for one
+            found[b] = odeint(flow, found[a], ends, **tolerances, options=steps)[-1]
+            given["first_step"] = flow.proposed  # only the first interval has to search for a first step
         return torch.stack([found[u] for u in times])
 
 
+def find_event(
+    func: Flow,
+    y0: Tensor,
+    t: Tensor,
+    method: str,
+    event_fn: Event,
+    rtol: Tolerance,
+    atol: Tolerance,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The time of the first event between ``t[0]`` and ``t[-1]``, with the states at ``t[0]`` and at the event.
+
+    The end of the range counts as an event, so the integration stops there; torchdiffeq alone would not stop.
+
+    Parameters
+    ----------
+    event_fn : called as ``event_fn(t, y)``; the event is the first sign change of any entry of its result.
+    func, y0, t, method, rtol, atol, options : as for :func:`integrate`; of t only the ends count.
+
+    Returns
+    -------
+    The time, float64 and 0-dimensional, and the states [2, ...].
+
+    Raises
+    ------
+    GridError : no event in the range.
+    InputError : the method has no events, or lacks an option that it needs for them.
+    NonFiniteError : the step size vanished or the state is not finite.
+    """
+    start, end = float(t[0]), float(t[-1])
+    given = dict(options or {})
+    if method == "scipy_solver":
+        raise InputError("torchdiffeq's scipy_solver finds no events: use method='dopri5'.")
+    if not is_adaptive(method) and "step_size" not in given:
+        raise InputError(
+            f"torchdiffeq's {method} finds events at steps of one size: give options={{'step_size': 0.1}}, or use "
+            "method='dopri5'."
+        )
+
+    def event_or_end(u: Tensor, y: Tensor) -> Tensor:
+        values = torch.as_tensor(event_fn(u, y)).reshape(-1)
+        return torch.cat([values, (end - u).reshape(1).to(values)])
+
+    ends = torch.tensor([start, end], dtype=_F64, device=y0.device)
+    if is_adaptive(method):
+        asked = [u for u in _times(given.get("step_t", ())) if min(start, end) < u < max(start, end)]
+        given["step_t"] = torch.tensor(sorted([*asked, end]), dtype=_F64, device=y0.device)
+    with _errors_of(method, rtol, atol):
+        within = _Within(func, min(start, end), max(start, end))
+        time, states = _module().odeint(
+            within, y0, ends, rtol=rtol, atol=atol, method=method, options=given, event_fn=event_or_end
+        )
+    rounding = 4 * torch.finfo(y0.dtype).eps * max(abs(start), abs(end))
+    if abs(float(time) - end) <= 2 * float(torch.as_tensor(atol).max()) + rounding:
+        raise GridError(f"event_fn does not change its sign between t = {start:g} and {end:g}: extend the grid.")
+    return time, states
+
+
 class _Within:
-    """A function of time and state that sees no time outside of [low, high].
+    """A function of time and state that is never called with a time outside of [low, high].
 
     torchdiffeq looks beyond the end for the size of its first step, and rounds times to the dtype of the state; beyond the
     end there may be no model.
     """
 
-    def __init__(self, func: Callable[[Tensor, Tensor], Tensor], low: float, high: float) -> None:
+    def __init__(self, func: Flow, low: float, high: float) -> None:
         self.func, self.low, self.high = func, low, high
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -100,7 +166,7 @@ class _Within:
 
 
 class _Steps(_Within):
-    """The same, which torchdiffeq also tells the size of every step it tries, before it is cut at the end."""
+    """The same function, with torchdiffeq's callback that reports the size of every step before it is cut at the end."""
 
     proposed: Tensor
 
@@ -108,24 +174,43 @@ class _Steps(_Within):
         self.proposed = size.detach()
 
 
+def _module() -> ModuleType:
+    return importlib.import_module("torchdiffeq")
+
+
+def _table() -> Mapping[str, Any]:
+    # torchdiffeq's own table of methods; its module is hidden behind the function of the same name.
+    table: Mapping[str, Any] = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
+    return table
+
+
+def _times(values: Any) -> list[float]:
+    times: list[float] = torch.as_tensor(values, dtype=_F64, device="cpu").tolist()
+    return times
+
+
 @contextmanager
-def _errors_of(method: str, rtol: float, atol: float) -> Iterator[None]:
-    """torchdiffeq's complaints about its options and its step size as errors of this library."""
+def _errors_of(method: str, rtol: Tolerance, atol: Tolerance) -> Iterator[None]:
+    """Raise torchdiffeq's complaints about its options and its step size as errors of this library."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*Unexpected arguments", category=UserWarning)
             yield
-    except UserWarning as warning:  # a misspelt option would only warn, and then be ignored
+    except UserWarning as warning:  # torchdiffeq only warns of a misspelt option, and then ignores it
         if "Unexpected arguments" not in str(warning):
             raise
         raise InputError(f"torchdiffeq's {method} does not take these options: {warning}.") from warning
-    except AssertionError as error:  # torchdiffeq's way to say so; the model's own assertions pass through
+    except AssertionError as error:  # torchdiffeq's own error; the model's assertions pass through
         if not _raised_in_torchdiffeq(error):
             raise
         raise NonFiniteError(
-            f"torchdiffeq's {method} failed at rtol={rtol:g}, atol={atol:g} ({error}): the model is not finite or not "
-            "smooth there, or its own rounding is larger; use a float64 model or a larger tolerance."
+            f"torchdiffeq's {method} failed at rtol={_shown(rtol)}, atol={_shown(atol)} ({error}): the model is not finite "
+            "or not smooth there, or its own rounding is larger; use a float64 model or a larger tolerance."
         ) from error
+
+
+def _shown(tolerance: Tolerance) -> str:
+    return "a tensor" if isinstance(tolerance, Tensor) and tolerance.numel() != 1 else f"{float(tolerance):g}"
 
 
 def _raised_in_torchdiffeq(error: AssertionError) -> bool:

@@ -7,6 +7,8 @@ Each also derives from the built-in exception that a reader would expect (``Valu
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -26,8 +28,12 @@ __all__ = [
     "RankError",
     "ScheduleError",
     "UnknownNameError",
+    "first_line",
     "unknown_name",
+    "warn",
 ]
+
+_INSIDE = ("iia_ode", "torch", "contextlib")  # modules that stand between a warning and the user's line
 
 
 class IIAError(Exception):
@@ -99,11 +105,28 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """An :class:`UnknownNameError` for `name` that lists `known`, nearest match first."""
+def warn(message: str, category: type[Warning]) -> None:
+    """Issue a warning that names the user's line: the innermost frame outside of this package and of torch's decorators."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownNameError:
+    """An :class:`UnknownNameError` for `name` that lists `known`, nearest match first.
+
+    Parameters
+    ----------
+    kind : what `name` should have been the name of, such as ``"solver"``.
+    name : the unknown name.
+    known : the valid names.
+    hint : a sentence that explains the name; it replaces the nearest matches.
+    """
     names = sorted(set(known))
     folded = {n.lower(): n for n in names}
     close = [folded[c] for c in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.5)]
-    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    if close and not hint:
+        hint = f"Did you mean {' or '.join(repr(c) for c in close)}?"
     rest = ", ".join(close + [n for n in names if n not in close])
-    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {rest}.")
+    return UnknownNameError(f"unknown {kind} {name!r}.{' ' * bool(hint)}{hint} Known: {rest}.")

@@ -1,23 +1,38 @@
-"""The two calls most people need: `sample` (final state) and `odeint` (trajectory, torchdiffeq's signature)."""
+"""`sample` returns the final state of the ODE; `odeint` returns the whole trajectory and has torchdiffeq's signature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ._torchdiffeq import integrate, torchdiffeq_methods
-from .errors import GridError, InputError, MismatchError, NonFiniteError, UnknownNameError, unknown_name
+from . import _torchdiffeq
+from .errors import GridError, InputError, MismatchError, NonFiniteError, unknown_name
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
-from .plan import Plan, check_grid, check_start, trace
+from .plan import Plan, check_grid, check_ode, check_start, trace
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names
+from .solvers.base import unknown_solver
 
-__all__ = ["odeint", "sample", "torchdiffeq_methods"]
+__all__ = ["odeint", "sample"]
 
 _PREFIX = "torchdiffeq:"
+_RTOL, _ATOL = 1e-7, 1e-9  # torchdiffeq's own defaults
+
+Fixed: TypeAlias = Solver | FittedSolver | Plan
+"""A method of this library: its steps are those of the grid."""
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A method of torchdiffeq."""
+
+    name: str
 
 
 def sample(
@@ -26,6 +41,9 @@ def sample(
     grid: Tensor | None = None,
     solver: str | Solver | FittedSolver | Plan = "heun",
     *,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    options: Mapping[str, Any] | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
     progress: bool = False,
     check_finite: bool = True,
@@ -35,120 +53,241 @@ def sample(
     Parameters
     ----------
     ode : the model with its schedule.
-    x : initial state [B, ...] at ``grid[0]``, float32 or float64; from noise that is ``sigma_T * randn``.
-    grid : float64 [N + 1] times, such as ``grids.karras(10)``; a fitted solver or a plan brings its own.
-    solver : a registered name, a torchdiffeq method, a :class:`Solver`, a fitted solver or a plan.
-    callback : called as ``callback(k, t, state)`` at every grid point after the first.
-    progress : show a bar over the evaluations.
-    check_finite : raise if the model returns NaN or infinity; costs one reduction per evaluation, and no
-        synchronisation with the device inside the loop.
+    x : initial state [B, ...] at ``grid[0]``, float32 or float64. A state of pure noise is ``sigma_T * randn``.
+    grid : float64 [N + 1] times, such as ``grids.karras(10)``; omitted for a fitted solver or a plan, which have a grid.
+    solver : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
+    rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
+    options : torchdiffeq's options of the method, such as ``{"first_step": 0.1}``.
+    callback : called as ``callback(k, t, state)`` at every grid point after the first. Methods of torchdiffeq call it after
+        the integration.
+    progress : show a bar over the model evaluations.
+    check_finite : raise an error if the model returns NaN or infinity. The device is read once, after the last evaluation.
 
     Returns
     -------
-    The state at ``grid[-1]``, in the shape, dtype and device of x.
+    The state at ``grid[-1]``, [B, ...], with the dtype and the device of x.
 
     Raises
     ------
-    InputError, GridError, UnknownNameError, MismatchError, NonFiniteError : all are :class:`iia_ode.IIAError`.
+    InputError : an argument has a wrong type, shape or dtype; or `rtol`, `atol` or `options` with a solver of fixed steps.
+    GridError : the grid is missing or not usable, or ends at the data with a method of torchdiffeq.
+    UnknownNameError : no such solver.
+    MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
+    NonFiniteError : the model or the result is not finite.
+
+    Examples
+    --------
+    >>> x = iia.sample(ode, x_T, iia.grids.karras(10), "dpmpp_2m")
+    >>> x = iia.sample(ode, x_T, iia.grids.karras(10, to_data=False), "dopri5", rtol=1e-5, atol=1e-5)
     """
+    check_ode(ode)
+    method = _resolve(solver)
     with torch.no_grad():
-        plan = _as_plan(ode, x, grid, solver)
-        if plan is None:
-            states = _torchdiffeq(ode, x, grid, str(solver), check_finite=check_finite)
+        if isinstance(method, _Foreign):
+            states = _by_torchdiffeq(ode, x, grid, method, rtol, atol, options, progress, check_finite)
             if callback is not None:
                 for k, t in enumerate(check_grid(ode.schedule, grid)[1:], start=1):
                     callback(k, t, states[k])
-            return states[-1]
+            final: Tensor = states[-1]
+            return final
+        plan = _as_plan(ode, x, grid, method)
+        _refuse(plan, rtol=rtol, atol=atol, options=options)
         return plan.run(ode, x, callback=callback, progress=progress, check_finite=check_finite)
 
 
+@overload
 def odeint(
-    ode: ProbabilityFlowODE,
-    x: Tensor,
-    grid: Tensor | None = None,
-    method: str | Solver | FittedSolver | Plan = "heun",
+    func: ProbabilityFlowODE,
+    y0: Tensor,
+    t: Tensor | None = None,
     *,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    method: str | Solver | FittedSolver | Plan = "heun",
     options: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """The states at all grid points, [len(grid), B, ...]; ``torchdiffeq.odeint`` with this library's methods added.
+    event_fn: None = None,
+) -> Tensor: ...
 
-    A name means the method registered here if there is one, else torchdiffeq's; ``"torchdiffeq:rk4"`` insists on the
-    latter. Gradients flow as in torchdiffeq. `rtol`, `atol` and `options` are for torchdiffeq's methods.
+
+@overload
+def odeint(
+    func: ProbabilityFlowODE,
+    y0: Tensor,
+    t: Tensor | None = None,
+    *,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    method: str | Solver | FittedSolver | Plan = "heun",
+    options: Mapping[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def odeint(
+    func: ProbabilityFlowODE,
+    y0: Tensor,
+    t: Tensor | None = None,
+    *,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    method: str | Solver | FittedSolver | Plan = "heun",
+    options: Mapping[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Integrate and return the states at all grid points: ``torchdiffeq.odeint`` with this library's methods added.
+
+    A method's name means the solver registered here if there is one, else torchdiffeq's method; ``"torchdiffeq:rk4"`` always
+    means torchdiffeq's. Gradients flow to `y0` and to the model's parameters, as in torchdiffeq.
+
+    Parameters
+    ----------
+    func : the ODE: the model with its schedule.
+    y0 : initial state [B, ...] at ``t[0]``, float32 or float64.
+    t : float64 [N + 1] times; omitted for a fitted solver or a plan, which have a grid.
+    rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
+    method : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
+    options : torchdiffeq's options of the method, such as ``{"step_size": 0.05}``.
+    event_fn : called as ``event_fn(t, y)`` with a float64 time and the state [B, ...]; the integration stops at the first
+        sign change of any entry of its result. Of `t` only the first and the last time count. Methods of torchdiffeq only.
+
+    Returns
+    -------
+    The states [N + 1, B, ...], with the dtype and the device of `y0`. With `event_fn` a pair, as from torchdiffeq: the time
+    of the event, float64 [], and the states at ``t[0]`` and at the event, [2, B, ...].
 
     Raises
     ------
-    InputError, GridError, UnknownNameError, MismatchError, NonFiniteError : all are :class:`iia_ode.IIAError`.
+    InputError : an argument has a wrong type, shape or dtype; or `rtol`, `atol`, `options` or `event_fn` with a solver of
+        fixed steps.
+    GridError : the grid is missing or not usable, ends at the data with a method of torchdiffeq, or contains no event.
+    UnknownNameError : no such method.
+    MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
+    NonFiniteError : the model or the result is not finite.
     """
-    plan = _as_plan(ode, x, grid, method)
-    if plan is not None:
-        if options:
-            raise InputError(f"options {sorted(options)} are for torchdiffeq's methods; {plan.name} takes none.")
-        return plan.run(ode, x, trajectory=True)
-    return _torchdiffeq(ode, x, grid, str(method), rtol, atol, options)
-
-
-def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, solver: object) -> Plan | None:
-    """The plan of what was asked for; None means a method of torchdiffeq."""
-    check_start(ode, x)
-    if isinstance(solver, FittedSolver):
-        solver.check(ode, x)
-        return _own_grid(solver.plan, grid)
-    if isinstance(solver, Plan):
-        return _own_grid(solver, grid)
-    name = solver if isinstance(solver, str) else ""
-    if name in PRESETS:
-        raise InputError(
-            f"{name!r} has to be fitted first: fit = iia_ode.preset({name!r}).fit(ode, grid, x), then pass solver=fit."
+    check_ode(func)
+    found = _resolve(method)
+    if isinstance(found, _Foreign):
+        answer: Tensor | tuple[Tensor, Tensor] = _by_torchdiffeq(
+            func, y0, t, found, rtol, atol, options, event_fn=event_fn
         )
-    if isinstance(solver, str):
-        theirs = torchdiffeq_methods()
-        if name.startswith(_PREFIX) or (name in theirs and not is_registered(name)):
-            if name.removeprefix(_PREFIX) not in theirs:
-                raise unknown_name("torchdiffeq method", name.removeprefix(_PREFIX), theirs)
-            return None
-        try:
-            solver = get_solver(name)
-        except UnknownNameError:
-            raise unknown_name("solver", name, [*solver_names(), *theirs, *PRESETS]) from None
+        return answer
+    plan = _as_plan(func, y0, t, found)
+    _refuse(plan, rtol=rtol, atol=atol, options=options, event_fn=event_fn)
+    return plan.run(func, y0, trajectory=True)
+
+
+# ---- from a name to a method -----------------------------------------------------------------------------------------
+
+
+def _resolve(solver: object) -> Fixed | _Foreign:
+    """The method that the argument stands for."""
+    if isinstance(solver, Fixed):
+        return solver
     if isinstance(solver, Mapping):
-        solver = as_solver(solver)
-    if not isinstance(solver, Solver):
+        return as_solver(solver)
+    if not isinstance(solver, str):
         raise InputError(f"solver must be a name, a Solver, a FittedSolver or a Plan, got {type(solver).__name__}.")
-    if grid is None:
-        raise GridError(f"solver {solver.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
-    return trace(solver, ode.schedule, grid)
+    if solver in PRESETS:
+        raise InputError(
+            f"{solver!r} has to be fitted first: fit = iia_ode.preset({solver!r}).fit(ode, x, grid), then pass solver=fit."
+        )
+    if is_registered(solver):
+        return get_solver(solver)
+    name, theirs = solver.removeprefix(_PREFIX), solver_names(torchdiffeq=True)
+    if name in theirs:
+        return _Foreign(name)
+    if solver.startswith(_PREFIX):
+        raise unknown_name("torchdiffeq method", name, theirs)
+    raise unknown_solver(name, [*theirs, *PRESETS])
 
 
-def _own_grid(plan: Plan, grid: Tensor | None) -> Plan:
+# ---- methods of this library -----------------------------------------------------------------------------------------
+
+
+def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fixed) -> Plan:
+    """The plan of a method on the ODE's schedule and the grid."""
+    if isinstance(method, Solver):
+        if grid is None:
+            raise GridError(f"solver {method.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
+        return trace(method, ode.schedule, grid)
+    if isinstance(method, FittedSolver):
+        check_start(ode, x)  # the check of the fit reads the shape of x
+        method.check(ode, x)
+    plan = method if isinstance(method, Plan) else method.plan
     if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(
-            f"{plan.name} brings its own grid of {len(plan.grid)} times, and another one was given: omit it."
+            f"{plan.name} has its own grid of {len(plan.grid)} times, and another grid was given: omit it."
         )
     return plan
 
 
-def _torchdiffeq(
+def _refuse(plan: Plan, **given: object) -> None:
+    """Raise InputError if an argument was given that only a method of torchdiffeq takes."""
+    names = [name for name, value in given.items() if value is not None and value != {}]
+    if "event_fn" in names:
+        raise InputError(
+            f"{plan.name} has the steps of its grid and finds no events: omit event_fn, or use method='dopri5'."
+        )
+    if "options" in names:
+        raise InputError(
+            f"options {given['options']!r} are for torchdiffeq's methods, and {plan.name} takes none: "
+            "omit them, or make the solver with options of its own by iia_ode.get_solver(name, option=value)."
+        )
+    if names:
+        raise InputError(
+            f"{plan.name} has the steps of its grid, and {' and '.join(names)} would have no effect: omit "
+            f"{'them' if len(names) > 1 else 'it'} and take a finer grid for a smaller error, or use 'dopri5'."
+        )
+
+
+# ---- methods of torchdiffeq ------------------------------------------------------------------------------------------
+
+
+def _by_torchdiffeq(
     ode: ProbabilityFlowODE,
     x: Tensor,
     grid: Tensor | None,
-    method: str,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
-    options: Mapping[str, Any] | None = None,
+    method: _Foreign,
+    rtol: float | Tensor | None,
+    atol: float | Tensor | None,
+    options: Mapping[str, Any] | None,
+    progress: bool = False,
     check_finite: bool = True,
-) -> Tensor:
+    event_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Any:
+    """The states at the times of the grid; with `event_fn`, the time of the event and the states before and at it."""
+    check_start(ode, x)
     if grid is None:
-        raise GridError(f"method {method!r} needs a grid, such as grid=iia_ode.grids.karras(10, to_data=False).")
+        raise GridError(f"method {method.name!r} needs a grid, such as grid=iia_ode.grids.karras(10, to_data=False).")
     times = check_grid(ode.schedule, grid)
     if ode.is_data(times[-1]):
         raise GridError(
             f"the grid ends at the data (t = {times[-1]:g}), where dx/dt is 0/0 and torchdiffeq may evaluate it: end at a "
             "small sigma (grids take to_data=False), or use a solver of this library."
         )
-    name, t = method.removeprefix(_PREFIX), torch.tensor(times, dtype=torch.float64, device="cpu")
-    states = integrate(ode, x, t, name, rtol, atol, options)
+    tolerances = _RTOL if rtol is None else rtol, _ATOL if atol is None else atol
+    t = torch.tensor(times, dtype=torch.float64, device="cpu")
+    with _counted(ode, method.name, progress) as flow:
+        if event_fn is None:
+            answer: Any = _torchdiffeq.integrate(flow, x, t, method.name, *tolerances, options)
+        else:
+            answer = _torchdiffeq.find_event(flow, x, t, method.name, event_fn, *tolerances, options)
+    states = answer if event_fn is None else answer[1]
     if check_finite and not bool(torch.isfinite(states).all()):
-        raise NonFiniteError(f"the result of {name} is not finite: check the model over the grid's noise levels.")
-    return states
+        raise NonFiniteError(
+            f"the result of {method.name} is not finite: check the model over the noise levels of the grid."
+        )
+    return answer
+
+
+@contextmanager
+def _counted(ode: ProbabilityFlowODE, name: str, progress: bool) -> Iterator[_torchdiffeq.Flow]:
+    """dx/dt with a progress bar over the evaluations, whose number is not known beforehand."""
+    with tqdm(desc=name, unit=" evaluations", disable=not progress) as bar:
+
+        def flow(t: Tensor, x: Tensor) -> Tensor:
+            bar.update()
+            velocity: Tensor = ode(t, x)
+            return velocity
+
+        yield flow

@@ -1,4 +1,4 @@
-"""How far samples are from what they should be."""
+"""Error metrics: root mean square differences of states, and their standard errors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,34 @@ __all__ = ["paired_ratio", "rmse", "rmse_with_error"]
 
 
 def rmse(x: Tensor, reference: Tensor) -> float:
-    """Root mean square difference per component, over all samples; computed in float64."""
+    """Compute the root mean square error per component, over all samples, in float64.
+
+    Parameters
+    ----------
+    x, reference : states [B, ...] of one shape, any dtype and device.
+
+    Returns
+    -------
+    The RMSE, in units of the state.
+
+    Raises
+    ------
+    InputError : the shapes differ.
+    """
     return rmse_with_error(x, reference)[0]
 
 
 def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
-    """The RMSE, and its standard error over samples [B, ...] (by the delta method on the mean of squared errors).
+    """Compute the RMSE and its standard error over samples, by the delta method on the mean of squared errors.
+
+    Parameters
+    ----------
+    x, reference : states [B, ...] of one shape, any dtype and device.
+
+    Returns
+    -------
+    The RMSE per component and its standard error, in units of the state. With a single sample, the standard error is NaN,
+    or 0 if the error is 0.
 
     Raises
     ------
@@ -31,14 +53,19 @@ def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def paired_ratio(squares: Tensor, others: Tensor) -> tuple[float, float]:
-    """The ratio of two root mean squares of the same samples, and its standard error to first order.
+    """Compute the ratio of two RMSEs on the same samples, and its standard error to first order.
+
+    The samples are paired: a sample with a large error in both does not widen the standard error.
 
     Parameters
     ----------
-    squares, others : mean square errors [B] of the same samples, each with a positive mean; what is hard for both does not
-        count as noise.
+    squares, others : mean square errors of the same samples, [B], each with a positive mean over samples.
+
+    Returns
+    -------
+    The ratio sqrt(sum(squares) / sum(others)) and its standard error.
     """
     squares, others = squares.double(), others.double()
     value = float((squares.sum() / others.sum()).sqrt())
-    # What each sample adds to the logarithm of the ratio: the sum of its squares estimates the variance.
+    # Each sample's contribution to the logarithm of the squared ratio. The sum of their squares estimates its variance.
     return value, 0.5 * value * float((squares / squares.sum() - others / others.sum()).square().sum().sqrt())

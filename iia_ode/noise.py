@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from operator import index as as_index
-from typing import SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_shape, check_whole
 from .errors import InputError
 
 __all__ = ["sample_seeds", "seeded_noise"]
@@ -35,8 +33,8 @@ def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
     """
     if not isinstance(index, Iterable):
         raise InputError(f"index is the numbers of some samples, such as range(64), got {index!r}.")
-    first = int(np.random.SeedSequence(_whole(seed, "seed")).generate_state(1)[0])
-    return [(first + _whole(k, "the number of a sample", _MOST)) % _MOST for k in index]
+    first = int(np.random.SeedSequence(check_whole("seed", seed, least=0)).generate_state(1)[0])
+    return [(first + check_whole("the number of a sample", k, least=0, below=_MOST)) % _MOST for k in index]
 
 
 def seeded_noise(
@@ -59,23 +57,15 @@ def seeded_noise(
     ------
     InputError : a seed is not such a number, or another argument is not usable.
     """
-    if not isinstance(seeds, Sequence) or not isinstance(shape, Sequence):
-        raise InputError(f"seeds and shape are sequences, such as [0, 1] and (3, 32, 32), got {seeds!r} and {shape!r}.")
+    if not isinstance(seeds, Sequence):
+        raise InputError(f"seeds must be a sequence of whole numbers, such as [0, 1], got {seeds!r}.")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"noise has a dtype of floating point, such as torch.float32, got {dtype!r}.")
-    size = tuple(_whole(n, "a length in shape") for n in shape)
+    size = check_shape("shape", shape)
     rows = [torch.randn(size, generator=generator_of(s), dtype=dtype, device="cpu") for s in seeds]
     return torch.stack(rows).to(device) if rows else torch.empty((0, *size), dtype=dtype, device=device)
 
 
 def generator_of(seed: int) -> torch.Generator:
     """A generator on the host with this seed (InputError where it would not be used whole)."""
-    return torch.Generator("cpu").manual_seed(_whole(seed, "the seed of a generator", _MOST))
-
-
-def _whole(value: object, what: str, below: float = math.inf) -> int:
-    """A whole number from 0, NumPy's too."""
-    if not isinstance(value, SupportsIndex) or isinstance(value, bool) or not 0 <= (number := as_index(value)) < below:
-        limit = f" to below {below}" if below < math.inf else ""
-        raise InputError(f"{what} is a whole number from 0{limit}, got {value!r}.")
-    return number
+    return torch.Generator("cpu").manual_seed(check_whole("the seed of a generator", seed, least=0, below=_MOST))

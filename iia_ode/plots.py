@@ -1,4 +1,7 @@
-"""Plots of comparisons and images, which draw on given axes or their own, and figures of fits. The extra is ``plot``."""
+"""Plots of comparisons, images and fitted solvers. They need matplotlib: the extra ``plot``.
+
+Plots of a single panel draw on the given axes, or on new ones; plots of a fit make a figure.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ __all__ = [
     "save_figure",
 ]
 
-# A fitted solver has its base's colour (Okabe and Ito's palette), so that the eye compares the pairs that matter.
+# A fitted solver has the color of its base (Okabe and Ito's palette), so the two are easy to compare.
 _STYLE: dict[str, dict[str, Any]] = {
     "ddim": {"color": "#0072B2", "marker": "o", "linestyle": "--"},
     "iia-ddim": {"color": "#0072B2", "marker": "o"},
@@ -55,12 +58,28 @@ def _figure(**size: Any) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("plots need matplotlib: pip install 'iia-ode[plot]'.") from error
-    # Not pyplot: a figure of its own needs no display and leaves no global state behind.
+    # Without pyplot, a figure needs no display and leaves no global state behind.
     return Figure(layout="constrained", **size)
 
 
 def error_against_nfe(comparison: Comparison, ax: Axes | None = None) -> Axes:
-    """RMSE of the final state against evaluations, on log axes; bars are one standard error, fitted solvers are solid."""
+    """Plot the endpoint error of solvers against their number of evaluations, on logarithmic axes.
+
+    Lines of fitted solvers are solid. Error bars are one standard error.
+
+    Parameters
+    ----------
+    comparison : result of :func:`iia_ode.experiments.compare`.
+    ax : axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    MissingDependencyError : matplotlib is not installed.
+    """
     ax = _axes(ax, figsize=(6.4, 4.4))
     for solver in comparison.solvers:
         rows = sorted((r for r in comparison.rows if r.solver == solver), key=lambda r: r.nfe)
@@ -81,7 +100,22 @@ def error_against_nfe(comparison: Comparison, ax: Axes | None = None) -> Axes:
 
 
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
-    """Grey or RGB images [B, C, H, W] in [-1, 1] as one picture, row by row, with a one-pixel border between them."""
+    """Draw images row by row as one picture, with a border of one pixel between them.
+
+    Parameters
+    ----------
+    images : gray or RGB images [B, C, H, W] in [-1, 1], C = 1 or 3. Values outside are clamped.
+    ax : axes to draw on; by default those of a new figure.
+    columns : images per row.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    MissingDependencyError : matplotlib is not installed.
+    """
     ax = _axes(ax, figsize=(4, 4))
     rows = -(-len(images) // columns)
     b, c, h, w = *images.shape[:2], images.shape[2] + 1, images.shape[3] + 1
@@ -96,7 +130,22 @@ def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 8) -> A
 
 
 def sample_panels(panels: Mapping[str, Tensor], *, count: int = 32, columns: int = 8) -> Figure:
-    """A grid of images per title, the first `count` of each, for samples that started from the same noise."""
+    """Draw a grid of images for each of several solvers, to compare samples made from the same noise.
+
+    Parameters
+    ----------
+    panels : images [B, C, H, W] in [-1, 1] by the title of their panel.
+    count : number of images to show per panel, the first ones.
+    columns : images per row of a panel.
+
+    Returns
+    -------
+    A matplotlib figure.
+
+    Raises
+    ------
+    MissingDependencyError : matplotlib is not installed.
+    """
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     rows = -(-min(count, max(len(v) for v in panels.values())) // columns)
@@ -109,10 +158,24 @@ def sample_panels(panels: Mapping[str, Tensor], *, count: int = 32, columns: int
 
 
 def plot_coefficients(fit: FittedSolver) -> Figure:
-    """What is added to the base, step by step: a line per coefficient, 0 is the base; steps that keep it are grey.
+    """Plot the corrections of a fitted solver step by step, a line per coefficient.
 
-    A fit without steps of its own, whose weights were refined together, has no base: lines are then the weights of each
-    state on the data estimates before it, the latest first.
+    A correction of 0 is the base. Steps where the guard keeps the base are shaded gray.
+
+    A refined fit has no corrections, because its weights were fitted all together. The lines are then the weights of each
+    state on the data estimates before it, the latest estimate first.
+
+    Parameters
+    ----------
+    fit : fitted solver.
+
+    Returns
+    -------
+    A matplotlib figure.
+
+    Raises
+    ------
+    MissingDependencyError : matplotlib is not installed.
     """
     figure = _figure(figsize=(7.2, 4.2))
     ax = figure.add_subplot()
@@ -135,11 +198,22 @@ def plot_coefficients(fit: FittedSolver) -> Figure:
 
 
 def plot_residuals(fit: FittedSolver) -> Figure:
-    """Distance of each step to its target, of the base and fitted, on the samples of the fit and on held-out ones.
+    """Plot the distance of each step to its target, for the base and for the fit.
+
+    Solid lines are measured on the samples of the fit, dashed lines on held-out samples.
+
+    Parameters
+    ----------
+    fit : fitted solver.
+
+    Returns
+    -------
+    A matplotlib figure.
 
     Raises
     ------
-    InputError : the fit has no steps of its own, since its weights were refined together.
+    InputError : the weights were refined all together, so no step has a target.
+    MissingDependencyError : matplotlib is not installed.
     """
     if not fit.reports:
         raise InputError(f"{fit.name} has no residuals of single steps: its weights were not fitted step by step.")
@@ -162,26 +236,34 @@ def plot_residuals(fit: FittedSolver) -> Figure:
 
 
 def plot_ingredients(fit: FittedSolver) -> Figure:
-    """What :func:`iia_ode.fit` tried, in its order: the error on held-out noise with each, the chosen one in colour.
+    """Plot the error on held-out noise of every solver tried by :func:`iia_ode.fit`, in order, the chosen one in color.
+
+    Parameters
+    ----------
+    fit : fitted solver made by :func:`iia_ode.fit`.
+
+    Returns
+    -------
+    A matplotlib figure.
 
     Raises
     ------
-    InputError : the fit is not one that :func:`iia_ode.fit` made.
+    InputError : the fit was not made by :func:`iia_ode.fit`.
+    MissingDependencyError : matplotlib is not installed.
     """
-    if "recipe" not in fit.about:
+    if (search := fit.record.search) is None:
         raise InputError(f"{fit.name} has no list of ingredients: it was not made by iia_ode.fit.")
-    recipe = fit.about["recipe"]
-    ingredients = recipe["ingredients"]
+    ingredients = search.ingredients
     figure = _figure(figsize=(6.4, 1.1 + 0.4 * len(ingredients)))
     ax = figure.add_subplot()
-    errors = [i["error"] for i in ingredients if i["error"]] or [1.0]
+    errors = [i.error for i in ingredients if i.error] or [1.0]
     for place, entry in enumerate(ingredients):
-        error = entry["error"]
+        error = entry.error
         if error:
-            ax.barh(place, error, color=_FITTED if entry["chosen"] else _QUIET, height=0.7)
+            ax.barh(place, error, color=_FITTED if entry.chosen else _QUIET, height=0.7)
         text = "not possible" if error is None else f" {error:.3g}"
         ax.text(error or min(errors) / 2, place, text, va="center", fontsize="small")
-    ax.set_yticks(range(len(ingredients)), [i["name"] for i in ingredients])
+    ax.set_yticks(range(len(ingredients)), [i.name for i in ingredients])
     ax.invert_yaxis()
     ax.set_xscale("log")
     low, high = min(errors) / 2, 1.1 * max(errors) * (max(errors) / min(errors)) ** 0.15  # room for the number
@@ -193,14 +275,12 @@ def plot_ingredients(fit: FittedSolver) -> Figure:
     ax.set_xlabel("endpoint error on held-out noise (RMSE per component)")
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
-    ax.set_title(
-        f"{fit.name}: judged by {fit.about['held_out'] + recipe['final_draws']} draws of noise", fontsize="medium"
-    )
+    ax.set_title(f"{fit.name}: judged by {fit.record.held_out + search.final_draws} noise samples", fontsize="medium")
     return figure
 
 
 def _corrections(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
-    """By symbol, step and correction."""
+    """Collect the step and the value of every correction, by symbol."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for report in fit.reports:
         for symbol, value in zip(report.symbols, report.corrections, strict=True):
@@ -209,12 +289,12 @@ def _corrections(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
 
 
 def _place(fit: FittedSolver, report: StepReport) -> int:
-    """The step of the plan that a report is of: a plan may begin with steps that were not fitted."""
+    """Find the step of a report in the plan. A plan may begin with steps that were not fitted."""
     return min(range(fit.plan.steps), key=lambda k: abs(fit.plan.grid[k] - report.t))
 
 
 def _data_weights(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
-    """By how many estimates ago, the state and its weight on that estimate."""
+    """Collect the weight of every state on the data estimates before it, by the lag of the estimate."""
     form = fit.plan.canonical()
     lines: dict[str, list[tuple[int, float]]] = {}
     for place, row in enumerate([*form.states, form.final]):
@@ -225,30 +305,45 @@ def _data_weights(fit: FittedSolver) -> dict[str, list[tuple[int, float]]]:
 
 
 def _weight_label(fit: FittedSolver) -> str:
-    """What a weight of the plan is shown by."""
+    """Label the axis of weights: a tensor weight is shown by its mean."""
     form = fit.plan.canonical()
     numbers = all(isinstance(w, float | int) for row in (*form.states, form.final) for w in row.weights.values())
     return "weight" if numbers else "weight (mean over components)"
 
 
 def _step_axis(ax: Axes, fit: FittedSolver, label: str) -> None:
-    """Steps across, with the times that they start at."""
+    """Mark the steps and their start times on the horizontal axis."""
     steps = range(fit.plan.steps)
     every = -(-len(steps) // 10)
     ax.set_xticks(steps[::every], [f"{k}\n{fit.plan.grid[k]:.2g}" for k in steps[::every]])
     ax.set_xlim(-0.5, len(steps) - 0.5)
-    ax.set_xlabel("step, and the time that it starts at")
+    ax.set_xlabel("step, and its start time")
     ax.set_ylabel(label)
     ax.grid(alpha=0.3)
     ax.set_title(f"{fit.name}: {fit.nfe} evaluations", fontsize="medium")
 
 
 def save_figure(drawing: Figure | Axes, path: str | os.PathLike[str]) -> Path:
-    """Write a figure, or the figure that axes are on, as PNG, atomically."""
+    """Write a figure as PNG, atomically.
+
+    Parameters
+    ----------
+    drawing : figure, or axes of a figure.
+    path : file to write; an existing file is replaced.
+
+    Returns
+    -------
+    The path of the file.
+
+    Raises
+    ------
+    InputError : the axes belong to no figure.
+    OSError : the file cannot be written.
+    """
     buffer = io.BytesIO()
     figure = drawing.get_figure(root=True)
     if figure is None:
-        raise InputError("these axes are on no figure.")
-    # Without matplotlib's version in the file, the same picture is the same bytes.
+        raise InputError("the axes belong to no figure: give axes made by Figure.add_subplot, or a figure.")
+    # Without matplotlib's version in the file, equal pictures have equal bytes.
     figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return write_bytes(path, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Data distributions whose denoiser, and for Gaussian data whose flow, is known in closed form."""
+"""Test problems: data distributions with a closed-form denoiser. Gaussian data also has a closed-form flow."""
 
 from __future__ import annotations
 
@@ -21,24 +21,79 @@ _F64 = torch.float64
 
 
 class Problem(ABC):
-    """A distribution of data [*shape] with a closed-form denoiser."""
+    """A distribution of data [*shape] with a closed-form denoiser.
+
+    A subclass sets `shape` and defines :meth:`denoise` and :meth:`sample`.
+
+    Attributes
+    ----------
+    shape : shape of one sample.
+    """
 
     shape: torch.Size
 
     @abstractmethod
     def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """E[x_0 | alpha x_0 + sigma eps = x] for x [B, *shape]; alpha and sigma are numbers or broadcast against x."""
+        """Compute the posterior mean of the data, E[x_0 | alpha x_0 + sigma eps = x].
+
+        Parameters
+        ----------
+        x : noisy states [B, *shape].
+        alpha, sigma : scales of data and noise, numbers or tensors broadcasting against x.
+
+        Returns
+        -------
+        Data estimates, float64 [B, *shape].
+        """
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws of the data, float64 [n, *shape]."""
+        """Draw data.
+
+        Parameters
+        ----------
+        n : number of samples.
+        generator : source of randomness on the CPU; by default torch's global one.
+
+        Returns
+        -------
+        The samples, float64 [n, *shape] on the CPU.
+        """
 
     def ode(self, schedule: Schedule, prediction: str = "data", **options: Any) -> ProbabilityFlowODE:
-        """The exact probability-flow ODE, its model answering in the form `prediction`; `options` go to the ODE."""
+        """Build the exact probability-flow ODE of the distribution.
+
+        Parameters
+        ----------
+        schedule : noise schedule.
+        prediction : form of the model's output, such as ``"data"`` or ``"noise"``.
+        options : further keyword arguments of :class:`~iia_ode.ProbabilityFlowODE`.
+
+        Returns
+        -------
+        A :class:`~iia_ode.ProbabilityFlowODE` over the closed-form denoiser.
+
+        Raises
+        ------
+        UnknownNameError : no such prediction type.
+        InputError : an option is not usable.
+        """
         return ProbabilityFlowODE(_ClosedForm(self, schedule, prediction), schedule, prediction, **options)
 
     def noisy(self, n: int, schedule: Schedule, t: float, generator: torch.Generator | None = None) -> Tensor:
-        """n draws of x_t = alpha x_0 + sigma eps, float64 [n, *shape]: initial states from the true marginal."""
+        """Draw states x_t = alpha x_0 + sigma eps: initial states from the true marginal at time t.
+
+        Parameters
+        ----------
+        n : number of samples.
+        schedule : noise schedule.
+        t : time.
+        generator : source of randomness on the CPU; by default torch's global one.
+
+        Returns
+        -------
+        The states, float64 [n, *shape] on the CPU.
+        """
         clean = self.sample(n, generator)
         noise = torch.randn(clean.shape, dtype=_F64, device="cpu", generator=generator)
         return schedule.alpha(t) * clean + schedule.sigma(t) * noise
@@ -49,7 +104,7 @@ class _ClosedForm(nn.Module):
         super().__init__()
         self.problem, self.schedule, self.prediction = problem, schedule, prediction
         self.state_shape = tuple(problem.shape)
-        for name, value in vars(problem).items():  # so that the model has a fingerprint
+        for name, value in vars(problem).items():  # an ODE's fingerprint is made from the model's buffers
             if isinstance(value, Tensor):
                 self.register_buffer(name, value)
 
@@ -62,11 +117,16 @@ class _ClosedForm(nn.Module):
 
 
 class Gaussian(Problem):
-    """Data N(mean, diag variance), with its exact flow.
+    """Gaussian data N(mean, diag variance), with an exact flow.
 
     Parameters
     ----------
-    mean, variance : tensors of one shape, or numbers; the variance is positive.
+    mean : mean, a tensor [*shape] or a number.
+    variance : variance of each element, positive; a tensor [*shape] or a number. Mean and variance broadcast together.
+
+    Raises
+    ------
+    InputError : mean and variance do not broadcast, are not finite, or the variance is not positive.
     """
 
     def __init__(self, mean: Tensor | float, variance: Tensor | float) -> None:
@@ -84,32 +144,46 @@ class Gaussian(Problem):
         self.shape = m.shape
 
     def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """m + alpha v / (alpha^2 v + sigma^2) (x - alpha m)."""
+        """Compute the posterior mean, m + alpha v / (alpha^2 v + sigma^2) (x - alpha m); see :meth:`Problem.denoise`."""
         m, v = self.mean.to(x.device), self.variance.to(x.device)
         return m + alpha * v / (alpha * alpha * v + sigma * sigma) * (x - alpha * m)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws, float64 [n, *shape]."""
+        """Draw n samples, float64 [n, *shape]; see :meth:`Problem.sample`."""
         noise = torch.randn((n, *self.shape), dtype=_F64, device="cpu", generator=generator)
         out: Tensor = self.mean + self.variance.sqrt() * noise
         return out
 
     def flow(self, x: Tensor, schedule: Schedule, t: float, s: float) -> Tensor:
-        """The exact solution at time s of the probability flow that is at x [B, *shape] at time t."""
+        """Compute the exact solution of the probability-flow ODE.
+
+        Parameters
+        ----------
+        x : states at time t, [B, *shape].
+        schedule : noise schedule.
+        t, s : start time and end time.
+
+        Returns
+        -------
+        The states at time s, [B, *shape] in the dtype of x.
+        """
         gain, offset = gaussian_flow(schedule, self.mean, self.variance, t, s)
         return gain.to(x) * x + offset.to(x)
 
 
 class Mixture(Problem):
-    """A mixture of Gaussians with diagonal covariances.
+    """A mixture of K Gaussians with diagonal covariances.
 
     Parameters
     ----------
-    weights : [K], positive; normalised here.
-    means : [K, *shape].
-    stds : standard deviations, not negative; zero is allowed (see :class:`Empirical`). They broadcast against
-        [K, *shape] from the right, as tensors do: one number, [*shape] for all components alike, or [K, 1, ...] for one
-        per component.
+    weights : positive weights [K]. The constructor normalizes them to sum 1.
+    means : means [K, *shape].
+    stds : standard deviations, zero or positive (zero: see :class:`Empirical`). They broadcast against [K, *shape] from the
+        right, as tensors do: a number, [*shape] for all components alike, or [K, 1, ...] for a number per component.
+
+    Raises
+    ------
+    InputError : shapes do not fit, weights are not positive, standard deviations are negative, or values are not finite.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, stds: Tensor | float) -> None:
@@ -134,7 +208,10 @@ class Mixture(Problem):
         self.variances = variances
 
     def denoise(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """Posterior mean: the components' own denoisers, weighted by their responsibilities."""
+        """Compute the posterior mean: the components' posterior means, weighted by responsibilities.
+
+        See :meth:`Problem.denoise` for arguments and shapes.
+        """
         k, dims = len(self.log_weights), tuple(range(2, x.ndim + 1))
         m, v = self.means.to(x.device)[None], self.variances.to(x.device)[None]
         a, s = (u.unsqueeze(1) if isinstance(u, Tensor) and u.ndim else u for u in (alpha, sigma))
@@ -145,14 +222,25 @@ class Mixture(Problem):
         return (g * (m + a * v / total * residual)).sum(dim=1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws, float64 [n, *shape]."""
+        """Draw n samples, float64 [n, *shape]; see :meth:`Problem.sample`."""
         pick = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         noise = torch.randn((n, *self.shape), dtype=_F64, device="cpu", generator=generator)
         return self.means[pick] + self.variances[pick].sqrt() * noise
 
 
 class Empirical(Mixture):
-    """A finite data set [K, *shape], every point equally likely: the denoiser that a perfectly overfitted network learns."""
+    """A finite data set with equally likely points.
+
+    The closed-form denoiser is the optimum of training on these points alone, as learned by a perfectly overfitted network.
+
+    Parameters
+    ----------
+    data : points [K, *shape].
+
+    Raises
+    ------
+    InputError : the data has fewer than two dimensions, no points, or values that are not finite.
+    """
 
     def __init__(self, data: Tensor) -> None:
         points = torch.as_tensor(data, dtype=_F64, device="cpu")

@@ -1,10 +1,10 @@
 """High-accuracy solutions of the probability-flow ODE by torchdiffeq, in log-SNR time, with dense output.
 
-The state is integrated as w = x / sqrt(alpha^2 + sigma^2) in the time u = asinh(alpha / sigma), where the flow reads
+In terms of the scaled state w = x / sqrt(alpha^2 + sigma^2) and the time u = asinh(alpha / sigma), the flow is
 
     dw/du = D(x, t) - tanh(u) w.
 
-Near the data u is log-SNR time up to a constant (u = lambda + log 2 + O(sigma^2)); at the noise end it stays finite, so that
+Near the data, u is log-SNR time up to a constant (u = lambda + log 2 + O(sigma^2)). At the noise end, u stays finite, so
 schedules with alpha = 0 there need no special case. No derivative of the schedule enters.
 """
 
@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from ._torchdiffeq import integrate, is_adaptive, torchdiffeq_methods
+from ._torchdiffeq import integrate, is_adaptive, method_names
+from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
 from .plan import check_grid, check_start
@@ -31,15 +31,15 @@ _F64 = torch.float64
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A dense solution: call it with a time to get the state there (cubic Hermite in log-SNR time).
+    """A dense solution. ``trajectory(t)`` is the state at time t, by cubic Hermite interpolation in log-SNR time.
 
     Attributes
     ----------
-    schedule : of the ODE.
+    schedule : noise schedule of the ODE.
     knots : times u = asinh(alpha/sigma) of the stored points, float64 [K], strictly monotone.
-    states, slopes : w and dw/du there, float64 [K, B, ...].
-    data : the state at sigma = 0 if the trajectory goes there, else None.
-    evaluations : model evaluations spent.
+    states, slopes : scaled states w and their derivatives dw/du at the knots, float64 [K, B, ...].
+    data : state at sigma = 0, float64 [B, ...], if the trajectory ends at the data; else None.
+    evaluations : number of batched model evaluations spent.
     """
 
     schedule: Schedule
@@ -51,14 +51,22 @@ class Trajectory:
 
     @property
     def final(self) -> Tensor:
-        """The last state, float64 [B, ...]."""
+        """State at the end of the trajectory, float64 [B, ...]."""
         if self.data is not None:
             return self.data
         u = float(self.knots[-1])
-        return self.states[-1] * _size(self.schedule, _time(self.schedule, u))
+        return self.states[-1] * self.schedule.size(_time(self.schedule, u))
 
     def __call__(self, t: float) -> Tensor:
-        """The state at time t, float64 [B, ...].
+        """Interpolate the state at time t.
+
+        Parameters
+        ----------
+        t : time between the trajectory's start and end.
+
+        Returns
+        -------
+        The state, float64 [B, ...].
 
         Raises
         ------
@@ -68,13 +76,13 @@ class Trajectory:
         low, high = min(first, last), max(first, last)
         slack = 1e-9 * max(1.0, high)
         if self.data is not None and u > high:
-            # Below the floor eps is constant: the straight line from the last knot to the data.
+            # Below the floor eps is taken as constant: x is a straight line in (alpha, sigma) from the last knot to the data.
             floor = _time(self.schedule, last)
             a, s = self.schedule.alpha(floor), self.schedule.sigma(floor)
-            eps = (self.states[-1] * math.hypot(a, s) - a * self.data) / s
+            eps = (self.states[-1] * self.schedule.size(floor) - a * self.data) / s
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
-            raise GridError(f"t = {t:g} lies outside the trajectory.")
+            raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
         sign = 1.0 if last > first else -1.0
         k = int(torch.searchsorted(sign * self.knots, sign * u)) - 1
         k = min(max(k, 0), len(self.knots) - 2)
@@ -82,7 +90,7 @@ class Trajectory:
         r = (u - float(self.knots[k])) / h
         w = (1 + 2 * r) * (1 - r) ** 2 * self.states[k] + r * r * (3 - 2 * r) * self.states[k + 1]
         w = w + h * r * (1 - r) * ((1 - r) * self.slopes[k] - r * self.slopes[k + 1])
-        return w * _size(self.schedule, t)
+        return w * self.schedule.size(t)
 
 
 @torch.no_grad()
@@ -98,31 +106,35 @@ def trajectory(
     sigma_min: float = 1e-6,
     method: str = "dopri8",
 ) -> Trajectory:
-    """The solution from state x at `t_start` to `t_end`, with dense output.
+    """Integrate the ODE from `t_start` to `t_end` to high accuracy, with dense output. Gradients are switched off.
 
     Parameters
     ----------
-    ode : the ODE; its model computes in its own dtype, the integration is in float64.
+    ode : ODE to solve. The model computes in its own dtype, the integration in float64.
     x : state at `t_start`, [B, ...].
-    t_start, t_end : times, in either direction; `t_end` may be the data, `t_start` may have alpha = 0.
-    points : knots of the dense output, equidistant in u; the integrator ends a step at each of them.
-    rtol, atol : of the integrator, per unit of w (data and noise of order 1). A float32 model is noise below about 1e-6.
-    sigma_min : where `t_end` is the data, the integration stops at this sigma/alpha and the model's data estimate is the
-        final state; its error is O(sigma_min^2). For a network: the smallest level it was trained on.
+    t_start, t_end : start and end times, in either direction. `t_end` may be the data; `t_start` may have alpha = 0.
+    points : number of knots of the dense output, at least 2, equidistant in u. The integrator ends a step at each knot.
+    rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1. The rounding
+        of a float32 model exceeds tolerances below about 1e-6.
+    sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data. The final state is then the
+        model's data estimate, with an error of O(sigma_min^2). For a network, give the smallest level of its training.
     method : any adaptive method of torchdiffeq.
+
+    Returns
+    -------
+    A :class:`Trajectory` from `t_start` to `t_end`.
 
     Raises
     ------
-    InputError : the ODE, the state, `points` or a method with fixed steps.
+    InputError : the ODE, the state or `points` is not usable, or `method` has fixed steps.
     GridError : the times or `sigma_min` are not usable.
-    UnknownNameError : no method of torchdiffeq.
-    NonFiniteError : the model or the integration failed.
+    UnknownNameError : torchdiffeq has no such method.
+    NonFiniteError : the model or the integration is not finite, or the step size vanished.
     """
-    if not isinstance(points, Integral) or isinstance(points, bool) or points < 2:
-        raise InputError(f"a trajectory needs at least 2 points, got {points!r}.")
+    points = check_whole("points, the number of knots of a trajectory,", points, least=2, such_as=120)
     schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
     last = times[1] if floor is None else floor
-    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), int(points), dtype=_F64, device="cpu")
+    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), points, dtype=_F64, device="cpu")
     with ode.counting() as spent:
         states = _integrate(ode, x, times[0], knots, rtol, atol, method)
         flow = _flow(ode)
@@ -143,26 +155,39 @@ def solve(
     sigma_min: float = 1e-6,
     method: str = "dopri8",
 ) -> Tensor:
-    """The state at `t_end`, float64 [B, ...], without dense output; arguments and errors as for :func:`trajectory`."""
+    """Integrate the ODE from `t_start` to `t_end` to high accuracy, without dense output. Gradients are switched off.
+
+    Parameters
+    ----------
+    ode, x, t_start, t_end, rtol, atol, sigma_min, method : as for :func:`trajectory`.
+
+    Returns
+    -------
+    The state at `t_end`, float64 [B, ...].
+
+    Raises
+    ------
+    InputError, GridError, UnknownNameError, NonFiniteError : as for :func:`trajectory`.
+    """
     schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
     last = times[1] if floor is None else floor
     knots = torch.tensor([_clock(schedule, times[0]), _clock(schedule, last)], dtype=_F64, device="cpu")
     w = _integrate(ode, x, times[0], knots, rtol, atol, method)[-1]
-    return w * _size(schedule, last) if floor is None else _data(ode, w, floor, times[1])
+    return w * schedule.size(last) if floor is None else _data(ode, w, floor, times[1])
 
 
 def _span(
     ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float, method: str
 ) -> tuple[Schedule, list[float], float | None]:
-    """The schedule, both times, and the time to stop at if the second is the data; all arguments checked."""
+    """Check all arguments. Return the schedule, both times, and the time to stop at if the second is the data."""
     check_start(ode, x)
     if not is_adaptive(method):
-        adaptive = [name for name in torchdiffeq_methods() if is_adaptive(name)]
-        if method not in torchdiffeq_methods():
+        adaptive = [name for name in method_names() if is_adaptive(name)]
+        if method not in method_names():
             raise unknown_name("adaptive method", method, adaptive)
         raise InputError(
-            f"a reference needs a method that controls its error, and torchdiffeq's {method} takes one step per interval: "
-            f"use {', '.join(adaptive)}."
+            f"a reference needs an adaptive method, and torchdiffeq's {method} takes one step per interval: use "
+            f"{', '.join(adaptive)}."
         )
     schedule = ode.schedule
     times = check_grid(schedule, [t_start, t_end])
@@ -178,7 +203,7 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
 
     def flow(u: Tensor, w: Tensor) -> Tensor:
         t = schedule.t_of_lam(u.sinh().log())
-        size = torch.hypot(schedule.alpha(t), schedule.sigma(t))
+        size = schedule.size(t)
         return ode.data(size * w, t) - u.tanh() * w
 
     return flow
@@ -187,8 +212,8 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
 def _integrate(
     ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
 ) -> Tensor:
-    """The states w at the knots, from the state x at time t."""
-    states = integrate(_flow(ode), x.to(_F64) / _size(ode.schedule, t), knots, method, rtol, atol, None)
+    """Integrate from state x at time t. Return the scaled states w at the knots, float64 [K, B, ...]."""
+    states = integrate(_flow(ode), x.to(_F64) / ode.schedule.size(t), knots, method, rtol, atol, None)
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
@@ -197,19 +222,15 @@ def _integrate(
 
 
 def _data(ode: ProbabilityFlowODE, w: Tensor, floor: float, t: float) -> Tensor:
-    """The state at the data, time t, from the state w a little before it."""
-    return ode.data(w * _size(ode.schedule, floor), floor) * ode.schedule.alpha(t)
+    """Estimate the state at the data, time t, from the scaled state w at the time `floor` just before."""
+    return ode.data(w * ode.schedule.size(floor), floor) * ode.schedule.alpha(t)
 
 
 def _clock(schedule: Schedule, t: float) -> float:
-    """u = asinh(alpha / sigma)."""
+    """The time u = asinh(alpha / sigma)."""
     sigma = schedule.sigma(t)
     return math.inf if sigma == 0 else math.asinh(schedule.alpha(t) / sigma)
 
 
 def _time(schedule: Schedule, u: float) -> float:
     return schedule.t_of_lam(math.log(math.sinh(u)) if u > 0 else -math.inf)
-
-
-def _size(schedule: Schedule, t: float) -> float:
-    return math.hypot(schedule.alpha(t), schedule.sigma(t))

@@ -28,7 +28,7 @@ ALL_SCHEDULES = [
     iia.Cosine(),
     iia.FlowMatching(),
     iia.Discrete(ALPHAS_CUMPROD),
-    iia.from_functions(lambda t: 1 - t, lambda t: t),
+    iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t),
 ]
 SCHEDULE_IDS = [type(s).__name__ for s in ALL_SCHEDULES]
 

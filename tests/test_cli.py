@@ -122,7 +122,7 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
     assert "history 2" in shown
     out = tmp_path / "samples"
     assert run(capsys, "sample", file, *common, "--out", str(out))[0] == 0
-    ode, x = get_setting("mixture").draw_each(iia.sample_seeds(0, range(12)))
+    ode, x = get_setting("mixture").draw_each(iia.noise.sample_seeds(0, range(12)))
     stored = iia.files.read_tensors(out / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
 
@@ -146,7 +146,7 @@ def test_sample_draws_at_the_noise_level_that_the_files_grid_starts_from(tmp_pat
     assert run(capsys, "sample", str(file), *common, "--out", str(tmp_path))[0] == 0
     setting = get_setting("mixture")
     setting.sigma_max = 10.0
-    ode, x = setting.draw_each(iia.sample_seeds(0, range(12)))
+    ode, x = setting.draw_each(iia.noise.sample_seeds(0, range(12)))
     stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
     for option in ("--nfe", "--rho", "--sigma-min", "--sigma-max"):
@@ -168,7 +168,7 @@ def test_a_given_smallest_level_is_used(tmp_path, capsys):
 
 
 def test_show_needs_no_schedule_and_its_plan_does(tmp_path, capsys):
-    mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
+    mine = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
     grid = iia.grids.karras(3, schedule=mine)
     fit = iia.preset("iia-ddim").fit(mixture().ode(mine), grid, torch.randn(4, 4, dtype=torch.float64))
     file = str(fit.save(tmp_path / "fit.safetensors"))
@@ -191,7 +191,7 @@ def test_sample_takes_a_registered_name_and_draws_a_picture(tmp_path, capsys):
 def test_solvers_lists_every_name_that_can_be_used(capsys):
     status, printed, _ = run(capsys, "solvers")
     assert status == 0
-    for name in [*iia.solver_names(), *iia.iia.PRESETS, *iia.torchdiffeq_methods()]:
+    for name in [*iia.solver_names(), *iia.iia.PRESETS, *iia.solver_names(torchdiffeq=True)]:
         assert name in printed
 
 
@@ -244,7 +244,7 @@ def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
         (["fit", *SMALL[:2], "--solver", "heun", "--nfe", "6", "--out", "x"], "cannot make exactly 6 evaluations"),
         (["sample", "iia-ddim"], "has to be fitted first: iia-ode fit --solver iia-ddim"),
         (["sample", "iia", "--nfe", "6"], "has to be fitted first: iia-ode fit --nfe 6"),
-        (["compare", "--budget", "standard"], "--budget is that of solver 'iia'"),
+        (["compare", "--budget", "standard"], "--budget is for solver 'iia': add iia to --solvers"),
         (["sample", "nothing.safetensors"], "no file 'nothing.safetensors'"),
         (["show", "nothing"], "no file 'nothing'"),
         (["sample", "heun", "--setting", "mixture", "--nfe", "5", "--out", "/dev/null/x"], "/dev/null"),

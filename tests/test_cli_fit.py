@@ -22,7 +22,6 @@ from iia_ode.iia import IIA, Teacher
 SEARCH = ["fit", "--setting", "mixture", "--nfe", "4", "--samples", "32", "--budget", "closed-form"]
 WINDOW = ["--setting", "mixture", "--solver", "ddim", "--terms", "window", "--target", "trajectory", "--nfe", "5"]
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 # ---- one call --------------------------------------------------------------------------------------------------------
@@ -43,8 +42,8 @@ def test_without_a_solver_fit_is_the_one_call(tmp_path, capsys, ode_and_x):
     assert fit.plan.difference(by_hand.plan) == 0
     assert str(fit) in printed
     assert re.match(r"4 evaluations, 32 draws of noise: about \d+ sample evaluations", printed)
-    for ingredient in fit.about["recipe"]["ingredients"]:
-        assert f"{ingredient['name']}: error" in printed
+    for ingredient in fit.record.search.ingredients:
+        assert f"{ingredient.name}: error" in printed
 
 
 def test_show_lists_the_ingredients_and_marks_the_chosen_one(tmp_path, capsys):
@@ -55,9 +54,9 @@ def test_show_lists_the_ingredients_and_marks_the_chosen_one(tmp_path, capsys):
     fit = iia.load(file)
     assert fit.explain() in shown
     table = shown.split("ingredient ")[-1].splitlines()[1:]
-    ingredients = fit.about["recipe"]["ingredients"]
-    assert [line.split("  ")[0] for line in table] == [i["name"] for i in ingredients]
-    assert ["*" in line for line in table] == [i["chosen"] for i in ingredients]
+    ingredients = fit.record.search.ingredients
+    assert [line.split("  ")[0] for line in table] == [i.name for i in ingredients]
+    assert ["*" in line for line in table] == [i.chosen for i in ingredients]
 
 
 def test_what_was_found_is_drawn_where_one_asks(tmp_path, capsys):
@@ -76,7 +75,7 @@ def test_what_was_found_samples_unseen_noise(tmp_path, capsys):
     assert run(capsys, *SEARCH, "--out", str(file))[0] == 0
     sample = ["sample", str(file), "--setting", "mixture", "--samples", "5", "--out", str(tmp_path)]
     assert run(capsys, *sample)[0] == 0
-    ode, x = get_setting("mixture").draw_each(iia.sample_seeds(0, range(5)))
+    ode, x = get_setting("mixture").draw_each(iia.noise.sample_seeds(0, range(5)))
     stored = iia.files.read_tensors(tmp_path / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
 
@@ -99,7 +98,7 @@ def test_what_was_found_samples_unseen_noise(tmp_path, capsys):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-@pytest.mark.filterwarnings("ignore::iia_ode.GuardWarning")
+@pytest.mark.filterwarnings("ignore::iia_ode.errors.GuardWarning")
 def test_with_a_solver_fit_is_iia_with_these_options(tmp_path, capsys, options, method, ode_and_x):
     file = tmp_path / "fit.safetensors"
     fit = ["fit", "--setting", "mixture", "--nfe", "5", "--samples", "32", "--solver", *options]
@@ -113,7 +112,7 @@ def test_with_a_solver_fit_is_iia_with_these_options(tmp_path, capsys, options, 
 
 def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monkeypatch):
     def worse(self, plan, reports):
-        warnings.warn("worse than\nits base", iia.GuardWarning, stacklevel=2)
+        warnings.warn("worse than\nits base", iia.errors.GuardWarning, stacklevel=2)
         return plan, reports, {"base": 1.0, "fit": 2.0, "fell_back": True, "reference": "none"}
 
     monkeypatch.setattr("iia_ode.iia.fitting.Fitting._guarded", worse)
@@ -133,7 +132,7 @@ def test_the_guards_warning_is_one_line_on_standard_error(tmp_path, capsys, monk
         (["--no-guard"], "--guard/--no-guard goes with --solver"),
         (["--grid", "karras"], "--grid goes with --solver"),
         (["--rho", "3"], "--rho goes with --solver"),
-        (["--solver", "heun", "--budget", "standard"], "--budget is that of a search"),
+        (["--solver", "heun", "--budget", "standard"], "--budget is for a search"),
         (["--solver", "iia-edm", "--terms", "window"], "preset iia-edm brings its own terms"),
         (
             ["--solver", "heun", "--substeps", "2", "--target", "local"],
@@ -173,7 +172,7 @@ def test_trajectories_are_made_once_and_serve_every_fit_of_the_same_noise(tmp_pa
     assert run(capsys, *method, "--teacher", kept, "--out", second)[0] == 0
     fits = [iia.load(file) for file in (plain, first, second)]
     assert all(fit.plan.difference(fits[0].plan) == 0 for fit in fits)
-    assert fits[2].about["sample_evaluations"] <= fits[0].about["sample_evaluations"] - 32 * 40  # its steps, at least
+    assert fits[2].record.sample_evaluations <= fits[0].record.sample_evaluations - 32 * 40  # its steps, at least
     other = ["fit", *WINDOW, "--samples", "32"] if method is SEARCH else SEARCH
     assert run(capsys, *other, "--teacher", kept, "--out", second)[0] == 0
     status, _, error = run(capsys, *method, "--seed", "1", "--teacher", kept, "--out", second)
@@ -195,10 +194,10 @@ def test_every_sample_belongs_to_exactly_one_process():
     ("options", "text"),
     [
         (["--save-teacher", "t"], "--save-teacher needs one process"),
-        ([], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
+        ([], "cannot join the 2 processes announced by WORLD_SIZE"),
         (["--solver", "ddim", "--samples", "1"], "1 samples are too few for 2 processes"),
         (["--solver", "ddim", "--save-teacher", "t", "--target", "trajectory"], "--save-teacher needs one process"),
-        (["--solver", "ddim"], "the 2 processes that WORLD_SIZE speaks of cannot meet"),
+        (["--solver", "ddim"], "cannot join the 2 processes announced by WORLD_SIZE"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -237,8 +236,8 @@ def test_two_processes_find_the_solver_that_one_would(tmp_path, capsys):
     assert run(capsys, "fit", *options, "--out", str(one))[0] == 0
     together, alone = iia.load(two), iia.load(one)
     assert together.plan.difference(alone.plan) < 1e-9
-    assert together.about["sample_evaluations"] == alone.about["sample_evaluations"]
-    assert together.about["fingerprint"] == alone.about["fingerprint"]
+    assert together.record.sample_evaluations == alone.record.sample_evaluations
+    assert together.record.origin.fingerprint == alone.record.origin.fingerprint
 
 
 TWO = {
@@ -291,7 +290,7 @@ def test_two_processes_write_the_file_that_one_would(tmp_path, capsys, by_two):
     one = tmp_path / "one"
     assert run(capsys, *TWO["fit"], "--out", str(one))[0] == 0
     together, alone = iia.load(folder / "two-fit"), iia.load(one)
-    assert together.about["batch"] == alone.about["batch"] == 21
+    assert together.record.batch == alone.record.batch == 21
     for a, b in zip(together.reports, alone.reports, strict=True):
         assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
         assert a.accepted == b.accepted
@@ -319,16 +318,7 @@ def test_a_process_that_dies_is_one_line_of_error_and_leaves_no_file(by_two):
     assert sorted(p.name for p in folder.glob("two-*")) == ["two-fit", "two-sample"]
 
 
-# ---- the README and the reference ----------------------------------------------------------------------------------
-
-
-def test_the_readmes_section_on_fits_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    exec(code, namespace)
-    assert namespace["fit"].nfe == 5
-    assert "chosen: " in capsys.readouterr().out
+# ---- the reference -------------------------------------------------------------------------------------------------
 
 
 def test_every_name_of_a_fit_is_in_the_api_reference():

@@ -56,7 +56,7 @@ def test_a_solver_sits_out_the_counts_it_cannot_make():
     lines = result.table().splitlines()
     assert lines[0].split() == ["solver", "/", "NFE", "4", "5"]
     assert lines[1].split()[:2] == ["heun", "-"]
-    with pytest.raises(iia.InputError, match="none of heun can make any of 4 evaluations"):
+    with pytest.raises(iia.errors.InputError, match="none of heun can make any of 4 evaluations"):
         compare(get_setting("mixture"), ["heun"], [4], iia.grids.karras, samples=4, fit_samples=4)
 
 
@@ -74,7 +74,7 @@ def test_rmse_is_per_component_and_its_standard_error_shrinks_with_samples():
     assert value == pytest.approx(float(x.square().mean().sqrt()), rel=1e-14)
     assert rmse_with_error(x[:100], torch.zeros(100, 5))[1] == pytest.approx(2 * error, rel=0.3)
     assert rmse(x, x) == 0.0
-    with pytest.raises(iia.InputError, match="shapes"):
+    with pytest.raises(iia.errors.InputError, match="shapes"):
         rmse(x, x[:10])
 
 
@@ -148,9 +148,9 @@ def test_what_one_call_finds_can_be_compared_and_finds_its_own_grid():
         assert result.settings["grids"][f"iia {nfe}"] == by_hand.grid.tolist()
     rows = {(r.solver, r.nfe): r for r in result.rows}
     assert rows["iia", 5].fit_samples == 32
-    assert rows["iia", 5].fit_evaluations == by_hand.about["evaluations"]  # trajectories included
+    assert rows["iia", 5].fit_evaluations == by_hand.record.evaluations  # trajectories included
     assert rows["iia", 5].rmse < rows["heun", 5].rmse
-    with pytest.raises(iia.UnknownNameError, match="unknown budget 'huge'"):
+    with pytest.raises(iia.errors.UnknownNameError, match="unknown budget 'huge'"):
         compare(setting, ["iia"], [4], iia.grids.karras, budget="huge")
 
 
@@ -181,7 +181,7 @@ def test_fits_to_accurate_trajectories_share_them_and_each_counts_them():
     for nfe, row in zip((4, 6), shared.rows, strict=True):
         alone = iia.preset("iia-ddim", target="trajectory").fit(ode, iia.grids.karras(nfe), x)
         assert shared.fits["iia-ddim", nfe].plan.difference(alone.plan) == 0
-        assert row.fit_evaluations == alone.about["evaluations"]
+        assert row.fit_evaluations == alone.record.evaluations
 
 
 def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, capsys):

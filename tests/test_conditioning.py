@@ -49,7 +49,7 @@ def test_one_condition_serves_every_sample(shape):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_conditions_for_another_number_of_samples_are_an_input_error(scale):
-    with pytest.raises(iia.InputError, match="'c' has 4 entries for a batch of 3"):
+    with pytest.raises(iia.errors.InputError, match="'c' has 4 entries for a batch of 3"):
         guided(scale).data(normal(3, 3), 1.0)
 
 
@@ -125,7 +125,7 @@ def test_a_half_precision_model_is_guided_in_the_precision_of_the_state():
     ids=["no null", "no condition", "other keywords", "neither"],
 )
 def test_guidance_without_a_matching_null_condition_is_an_input_error(options):
-    with pytest.raises(iia.InputError, match="unconditional="):
+    with pytest.raises(iia.errors.InputError, match="unconditional="):
         ProbabilityFlowODE(Recorder(), iia.EDM(), guidance_scale=2.0, **options)
 
 

@@ -69,7 +69,7 @@ def test_the_weights_load_without_scikit_learn_and_without_a_network_connection(
 @pytest.mark.parametrize("name", SHIPPED)
 def test_without_scikit_learn_the_data_names_the_extra_that_brings_it(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[train\]'"):
+    with pytest.raises(iia.errors.MissingDependencyError, match=r"pip install 'iia-ode\[train\]'"):
         getattr(iia.denoisers, f"{name}_data")()
 
 
@@ -141,13 +141,13 @@ def test_a_half_precision_copy_agrees_with_the_full_one(model):
 
 def test_wrong_shapes_are_refused_with_the_right_one(model):
     ode = iia.ProbabilityFlowODE(model, iia.EDM())
-    with pytest.raises(iia.InputError, match=r"must have shape \[B, 1, 8, 8\], got \[4, 3, 8, 8\]"):
+    with pytest.raises(iia.errors.InputError, match=r"must have shape \[B, 1, 8, 8\], got \[4, 3, 8, 8\]"):
         iia.sample(ode, torch.randn(4, 3, 8, 8), iia.grids.karras(3), "heun")
-    with pytest.raises(iia.InputError, match=r"\[B, 1, 8, 8\], got \[8, 8\]"):
+    with pytest.raises(iia.errors.InputError, match=r"\[B, 1, 8, 8\], got \[8, 8\]"):
         iia.sample(ode, torch.randn(8, 8), iia.grids.karras(3), "heun")
-    with pytest.raises(iia.InputError, match="a denoiser of images"):
+    with pytest.raises(iia.errors.InputError, match="a denoiser of images"):
         model(torch.zeros(1, 8, 8), torch.ones(1))
-    with pytest.raises(iia.InputError, match=r"class_labels must be integers of shape \[2\]"):
+    with pytest.raises(iia.errors.InputError, match=r"class_labels must be integers of shape \[2\]"):
         model(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.ones(2))
 
 
@@ -195,7 +195,7 @@ def test_a_network_without_classes_takes_no_labels(patch_model):
     x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
     assert patch_model.network.classes == 0
     assert torch.equal(patch_model(x, sigma), patch_model(x, sigma, torch.zeros(2).long()))
-    with pytest.raises(iia.InputError, match=r"must have shape \[B, 3, 16, 16\], got \[4, 1, 8, 8\]"):
+    with pytest.raises(iia.errors.InputError, match=r"must have shape \[B, 3, 16, 16\], got \[4, 1, 8, 8\]"):
         iia.sample(iia.ProbabilityFlowODE(patch_model, iia.EDM()), torch.randn(4, 1, 8, 8), iia.grids.karras(3), "heun")
 
 
@@ -231,7 +231,7 @@ def test_training_leaves_the_global_random_state_alone(data):
 
 def test_training_for_no_steps_or_on_no_images_is_refused():
     for options in ({"steps": 0}, {"batch": 0}, {"steps": -1}):
-        with pytest.raises(iia.InputError, match="at least one step and one image a step"):
+        with pytest.raises(iia.errors.InputError, match="at least one step and one image a step"):
             TrainingOptions(**options)
 
 
@@ -240,7 +240,7 @@ def test_a_training_that_holds_out_nothing_or_everything_is_refused(data, held_o
     def build():
         return EDMDenoiser(UNet(channels=(8,), blocks=1, classes=0, embedding=8), 0.75, (1, 8, 8))
 
-    with pytest.raises(iia.InputError, match=r"of 20 images, (0|20) would be held out: some must be, and not all"):
+    with pytest.raises(iia.errors.InputError, match=r"of 20 images, (0|20) would be held out: hold out at least one"):
         train_edm(build, data[0][:20], None, TrainingOptions(steps=1), held_out=held_out, progress=False)
 
 
@@ -266,7 +266,7 @@ def test_a_changed_weight_or_header_is_refused(tmp_path, model):
     raw = save_denoiser(tmp_path / "net.safetensors", model, {}).read_bytes()
     for damaged in (raw.replace(b"[48, 72]", b"[40, 72]"), raw[:-1] + bytes([raw[-1] ^ 1])):
         (tmp_path / "net.safetensors").write_bytes(damaged)
-        with pytest.raises(iia.FileFormatError, match="checksum does not match"):
+        with pytest.raises(iia.errors.FileFormatError, match="checksum does not match"):
             load_denoiser(tmp_path / "net.safetensors")
 
 
@@ -274,6 +274,6 @@ def test_a_changed_weight_or_header_is_refused(tmp_path, model):
 def test_a_file_that_does_not_fit_its_header_is_refused(tmp_path, model, channels):
     config = {**model.config, "network": {**model.config["network"], "channels": channels}}
     path = write_tensors(tmp_path / "net.safetensors", "denoiser", model.state_dict(), {"config": config})
-    with warnings.catch_warnings(), pytest.raises(iia.FileFormatError, match="does not hold the network"):
+    with warnings.catch_warnings(), pytest.raises(iia.errors.FileFormatError, match="does not hold the network"):
         warnings.simplefilter("ignore")  # torch warns of layers without weights
         load_denoiser(path)

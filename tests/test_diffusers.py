@@ -160,7 +160,7 @@ def schedule_of(case: Case, scheduler: Any) -> iia.Schedule:
     if case.name.startswith("EDM"):
         return iia.EDM()
     if case.config.get("invert_sigmas"):
-        return iia.from_functions(lambda t: t, lambda t: 1 - t, t_data=1.0, t_noise=0.0)
+        return iia.Schedule.from_functions(lambda t: t, lambda t: 1 - t, t_data=1.0, t_noise=0.0)
     if case.is_flow:
         return iia.FlowMatching()
     if case.name == "IPNDM" or case.config.get("rescale_betas_zero_snr"):

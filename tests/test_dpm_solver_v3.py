@@ -299,7 +299,7 @@ def gaussian_statistics(points: int, low: float = 0.05, high: float = 20.0) -> M
         (iia.Cosine(), "v", "forward"),
         (iia.VE(), "score", "reverse"),
         (iia.FlowMatching(), "velocity", "forward"),
-        (iia.from_functions(lambda t: 1 - t, lambda t: t), "velocity", "reverse"),
+        (iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t), "velocity", "reverse"),
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
@@ -430,8 +430,8 @@ def test_it_goes_from_pure_noise_to_the_data() -> None:
     assert [float(v) for v in own.lam[[0, -1]]] == pytest.approx([schedule.lam(11 / 12), schedule.lam(1 / 12)])
     exact = reference.solve(ode, x, 1.0, 0.0)
     for solver in (DPMSolverV3(own), DPMSolverV3()):
-        states = iia.odeint(ode, x, grid, solver)
-        close(states[1], iia.odeint(ode, x, grid, "ddim")[1], atol=1e-12)
+        states = iia.odeint(ode, x, grid, method=solver)
+        close(states[1], iia.odeint(ode, x, grid, method="ddim")[1], atol=1e-12)
         assert rms(states[-1] - exact) < 0.05
         assert solver.plan(schedule, grid).nfe == 12
 
@@ -441,7 +441,7 @@ def test_the_step_to_the_data_is_ddim_with_the_output_moved_to_the_corrected_sta
     grid = torch.cat([levels(4, schedule), torch.zeros(1, dtype=F64)])
     x = problem.noisy(4, schedule, 20.0, generator(11))
     ode = problem.ode(schedule)
-    states = iia.odeint(ode, x, grid, DPMSolverV3(gaussian_statistics(600)))
+    states = iia.odeint(ode, x, grid, method=DPMSolverV3(gaussian_statistics(600)))
     # With l of the model itself, that output is the model's own at the corrected state.
     close(states[-1], ode.data(states[-2], 0.05), atol=1e-7)
 
@@ -547,7 +547,7 @@ def test_a_run_keeps_the_dtype_of_its_state_and_needs_statistics_of_its_shape() 
     rounded = iia.sample(ode, x.float(), grid, DPMSolverV3(own))
     assert rounded.dtype == torch.float32
     close(rounded.double(), exact, atol=1e-4)
-    with pytest.raises(iia.InputError, match=r"weight of shape \[3\]"):
+    with pytest.raises(iia.errors.InputError, match=r"weight of shape \[3\]"):
         iia.sample(ode, x, grid, DPMSolverV3(wavy((3,))))
 
 
@@ -574,16 +574,16 @@ def test_statistics_survive_their_file(tmp_path: Path, of_the_mixture: ModelStat
 
 
 def test_a_file_of_another_kind_is_no_statistics(tmp_path: Path) -> None:
-    with pytest.raises(iia.FileFormatError, match="no file"):
+    with pytest.raises(iia.errors.FileFormatError, match="no file"):
         ModelStatistics.load(tmp_path / "none.safetensors")
     path = iia.files.write_tensors(tmp_path / "odd.safetensors", "model statistics", {"lam": torch.zeros(1)}, {})
-    with pytest.raises(iia.FileFormatError, match="does not hold model statistics"):
+    with pytest.raises(iia.errors.FileFormatError, match="does not hold model statistics"):
         ModelStatistics.load(path)
 
 
 def test_statistics_of_another_schedule_are_refused(of_the_mixture: ModelStatistics) -> None:
     grid = levels(4, iia.VP())
-    with pytest.raises(iia.MismatchError, match=r"were estimated on the schedule EDM, and this one is VP \("):
+    with pytest.raises(iia.errors.MismatchError, match=r"were estimated on the schedule EDM, and this one is VP \("):
         DPMSolverV3(of_the_mixture).plan(iia.VP(), grid)
     free = replace(of_the_mixture, schedule=None)
     assert DPMSolverV3(free).plan(iia.VP(), grid).nfe == 4
@@ -594,7 +594,7 @@ def test_options_name_the_statistics_and_cannot_stand_for_them(of_the_mixture: M
     options = json.loads(json.dumps(solver.options()))
     assert options["statistics"] == f"ModelStatistics {of_the_mixture.digest}, 60 x [4]"
     assert of_the_mixture.digest in solver.label
-    with pytest.raises(iia.InputError, match=r"ModelStatistics\.load"):
+    with pytest.raises(iia.errors.InputError, match=r"ModelStatistics\.load"):
         iia.get_solver("dpm_solver_v3", **options)
     assert iia.get_solver("dpm_solver_v3", **{**options, "statistics": of_the_mixture}) == solver
     assert iia.get_solver("dpm_solver_v3").options()["statistics"] is None
@@ -625,7 +625,7 @@ def test_other_solvers_may_wrap_it(of_the_mixture: ModelStatistics) -> None:
     ],
 )
 def test_tables_that_do_not_fit_are_refused(tables: Any, message: str) -> None:
-    with pytest.raises(iia.InputError, match=message):
+    with pytest.raises(iia.errors.InputError, match=message):
         ModelStatistics(*map(torch.tensor, tables))
 
 
@@ -643,13 +643,13 @@ def test_tables_that_do_not_fit_are_refused(tables: Any, message: str) -> None:
 )
 def test_arguments_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
     ode = gaussian().ode(iia.EDM())
-    with pytest.raises(iia.InputError, match=message):
+    with pytest.raises(iia.errors.InputError, match=message):
         iia.estimate_statistics(ode, normal(4, 3), **{"grid": [20.0, 0.1], **change})
-    with pytest.raises(iia.UnknownNameError, match="forward"):
+    with pytest.raises(iia.errors.UnknownNameError, match="forward"):
         iia.estimate_statistics(ode, normal(4, 3), [20.0, 0.1], mode="backward")
 
 
 def test_a_model_that_is_not_finite_is_reported() -> None:
     ode = iia.ProbabilityFlowODE(lambda x, t: x / (t[:, None] > 1), iia.EDM(), "data")
-    with pytest.raises(iia.NonFiniteError):
+    with pytest.raises(iia.errors.NonFiniteError):
         iia.estimate_statistics(ode, normal(4, 3), [20.0, 0.1], points=10)

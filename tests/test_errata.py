@@ -48,7 +48,7 @@ def test_wrong_nodes_show_on_problems_that_depend_on_t_only(name: str) -> None:
 
 
 def test_a_tableau_with_such_nodes_is_refused_here() -> None:
-    with pytest.raises(iia.PlanError, match="inconsistent"):
+    with pytest.raises(iia.errors.PlanError, match="inconsistent"):
         type(
             "Late",
             (iia.RungeKutta,),

@@ -184,7 +184,7 @@ ENDS_ON_THE_ESTIMATE = [
 def test_exponential_integrators_end_on_the_models_data_estimate(name: str, schedule: iia.Schedule) -> None:
     problem, grid = mixture(), iia.grids.karras(4, 0.5, 20.0, schedule=schedule)
     ode = problem.ode(schedule)
-    states = iia.odeint(ode, problem.noisy(5, schedule, float(grid[0]), generator(4)), grid, name)
+    states = iia.odeint(ode, problem.noisy(5, schedule, float(grid[0]), generator(4)), grid, method=name)
     close(states[-1], ode.data(states[-2], float(grid[-2])), atol=1e-12)
 
 
@@ -218,7 +218,7 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options", "text"), BAD_OPTIONS)
 def test_an_option_that_cannot_be_is_refused_with_what_could(name: str, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(iia.InputError) as caught:
+    with pytest.raises(iia.errors.InputError) as caught:
         iia.get_solver(name, **options)
     assert text in str(caught.value)
 

@@ -53,7 +53,7 @@ def test_samples_after_loading_are_bit_equal_to_those_before_saving(tmp_path_fac
     x = states(schedule, seed=1).to(dtype)
     ode = ode_on(schedule)
     assert torch.equal(iia.sample(ode, x, solver=fit), iia.sample(ode, x, solver=again))
-    assert (again.about, again.reports, again.name, again.nfe) == (fit.about, fit.reports, fit.name, fit.nfe)
+    assert (again.record, again.reports, again.name, again.nfe) == (fit.record, fit.reports, fit.name, fit.nfe)
     assert torch.equal(again.grid, fit.grid)
     assert str(again) == str(fit)
     assert again.explain() == fit.explain()
@@ -65,15 +65,17 @@ def test_the_file_is_plain_safetensors_with_one_json_string(tmp_path):
         header = json.loads(file.metadata()["iia_ode"])
         dtypes = {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
     assert dtypes == {"grid": F64, "times": F64, "weights": F64}
-    about = header["about"]
+    record = header["record"]
     assert header["kind"] == "fitted solver"
     assert header["format"] == 1
-    assert about["library"] == iia.__version__
-    assert about["base"] == {"name": "heun", "options": {}}
-    assert about["target"] == {"name": "substeps", "substeps": 3}
-    assert about["schedule"] == {"type": "EDM"}
-    assert (about["terms"], about["prediction"], about["history"], about["ridge"]) == ("iia-edm", "data", 1, 0.0)
-    assert (about["batch"], about["seed"], about["state_shape"], about["state_dtype"]) == (6, 7, [4], "float64")
+    assert record["library"] == iia.__version__
+    assert record["base"] == {"name": "heun", "options": {}}
+    assert record["target"] == {"name": "substeps", "options": {"substeps": 3}}
+    assert (record["terms"], record["history"], record["ridge"], record["batch"]) == ("iia-edm", 1, 0.0, 6)
+    assert (record["seed"], record["search"]) == (7, None)
+    origin = record["origin"]
+    assert (origin["schedule"], origin["prediction"]) == ({"type": "EDM"}, "data")
+    assert (origin["state_shape"], origin["state_dtype"]) == ([4], "float64")
     assert len(header["reports"]) == 3
 
 
@@ -83,21 +85,21 @@ def test_a_discrete_schedule_travels_with_the_fit(tmp_path):
 
 
 def test_a_schedule_from_functions_has_to_be_given_and_has_to_be_the_same(tmp_path):
-    mine = iia.from_functions(lambda t: 1 - t, lambda t: t)
-    other = iia.from_functions(lambda t: 1 - t * t, lambda t: t)
+    mine = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
+    other = iia.Schedule.from_functions(lambda t: 1 - t * t, lambda t: t)
     path = fitted(mine).save(tmp_path / "fit.safetensors")
-    with pytest.raises(iia.FileFormatError, match=r"does not hold the schedule.*pass schedule=") as caught:
+    with pytest.raises(iia.errors.FileFormatError, match=r"does not hold the schedule.*pass schedule=") as caught:
         iia.load(path)
     assert "damaged" not in str(caught.value)
-    with pytest.raises(iia.InputError, match=r"must be a Schedule such as iia_ode.EDM\(\), got str"):
+    with pytest.raises(iia.errors.InputError, match=r"must be a Schedule such as iia_ode.EDM\(\), got str"):
         iia.load(path, schedule="EDM")
-    with pytest.raises(iia.MismatchError, match="was made for schedule FromFunctions"):
+    with pytest.raises(iia.errors.MismatchError, match="was made for schedule FromFunctions"):
         iia.load(path, schedule=other)
     assert iia.load(path, schedule=mine).nfe == 7
 
 
 def test_a_file_is_described_without_its_schedule_as_it_is_with_it(tmp_path):
-    for schedule in (iia.VP(), iia.Discrete(ALPHAS_CUMPROD), iia.from_functions(lambda t: 1 - t, lambda t: t)):
+    for schedule in (iia.VP(), iia.Discrete(ALPHAS_CUMPROD), iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)):
         fit = fitted(schedule)
         assert describe(fit.save(tmp_path / "fit.safetensors")) == str(fit)
 
@@ -119,7 +121,7 @@ def test_weights_that_are_tensors_and_constants_come_back_too(tmp_path):
     weight = torch.tensor([1.0, 2.0, 0.5, 0.25], dtype=F64)
     code = (Evaluate(0, 40.0, "data"), Combine(((0, weight), (1, -0.5)), torch.ones(4, dtype=F64), step=1))
     plan = iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine")
-    fit = iia.FittedSolver(plan, (), fitted().about)
+    fit = iia.FittedSolver(plan, (), fitted().record)
     again = iia.load(fit.save(tmp_path / "fit.safetensors"))
     x = states(iia.EDM())
     assert torch.equal(again.plan.run(ode_on(iia.EDM()), x), plan.run(ode_on(iia.EDM()), x))
@@ -146,9 +148,9 @@ def test_a_plan_behind_a_warm_start_is_saved_and_knows_its_schedule(tmp_path):
     path = plan.save(tmp_path / "plan.safetensors")
     x = states(schedule)
     assert torch.equal(iia.Plan.load(path).run(ode_on(schedule), x), plan.run(ode_on(schedule), x))
-    with pytest.raises(iia.MismatchError, match="was made for schedule Discrete"):
+    with pytest.raises(iia.errors.MismatchError, match="was made for schedule Discrete"):
         iia.Plan.load(path, schedule=iia.VP())
-    with pytest.raises(iia.FileFormatError, match=r"holds a 'plan', expected a 'fitted solver'"):
+    with pytest.raises(iia.errors.FileFormatError, match=r"holds a 'plan', expected a 'fitted solver'"):
         iia.load(path)
 
 
@@ -160,7 +162,7 @@ def test_a_damaged_plan_is_refused(tmp_path):
     bad += [(tensors, {k: v for k, v in header.items() if k != gone}) for gone in ("name", "code", "schedule")]
     for parts, body in bad:
         rest = {k: v for k, v in body.items() if k not in ("kind", "format")}
-        with pytest.raises(iia.FileFormatError, match=r"is damaged|no valid plan"):
+        with pytest.raises(iia.errors.FileFormatError, match=r"is damaged|no valid plan"):
             iia.Plan.load(write_tensors(tmp_path / "bad.safetensors", "plan", parts, rest))
 
 
@@ -169,16 +171,16 @@ def test_a_damaged_plan_is_refused(tmp_path):
 
 def test_a_file_fitted_for_another_schedule_is_refused(tmp_path):
     fit = iia.load(fitted(iia.EDM()).save(tmp_path / "fit.safetensors"))
-    with pytest.raises(iia.MismatchError, match=r"fitted for schedule .*EDM.* this ODE has .*VP.*Fit again"):
+    with pytest.raises(iia.errors.MismatchError, match=r"fitted for schedule .*EDM.* this ODE has .*VP.*Fit again"):
         iia.sample(ode_on(iia.VP()), states(iia.EDM()), solver=fit)
     vp = fitted(iia.VP())
-    with pytest.raises(iia.MismatchError, match="schedule"):
+    with pytest.raises(iia.errors.MismatchError, match="schedule"):
         iia.sample(ode_on(iia.VP(beta_1=19.0)), states(iia.VP()), solver=vp)
 
 
 def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_guidance_scale_warned_of():
     fit, x = fitted(), states(iia.EDM())
-    with pytest.raises(iia.MismatchError, match="prediction data, and this ODE has noise"):
+    with pytest.raises(iia.errors.MismatchError, match="prediction data, and this ODE has noise"):
         iia.sample(ode_on(iia.EDM(), prediction="noise"), x, solver=fit)
 
     def model(x, t, y):
@@ -194,18 +196,18 @@ def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_gu
     with pytest.warns(MismatchWarning, match=r"guidance_scale 2.0, and this ODE has 3.0") as caught:
         iia.sample(guided(3.0, y=torch.ones(6)), x, solver=own)
     assert len(caught) == 1
-    with pytest.raises(iia.MismatchError, match=r"conditioning of shapes {'y': \[\]} a sample, .* has {'z': \[\]}"):
+    with pytest.raises(iia.errors.MismatchError, match=r"conditions of shapes \(per sample\) y \[\], .* has z \[\]"):
         iia.sample(guided(2.0, z=torch.ones(6)), x, solver=own)
-    with pytest.raises(iia.MismatchError, match=r"{'y': \[\]} a sample, and this ODE has {'y': \[3\]}"):
+    with pytest.raises(iia.errors.MismatchError, match=r"\(per sample\) y \[\], and this ODE has y \[3\]"):
         iia.sample(guided(2.0, y=torch.ones(6, 3)), x, solver=own)
-    with pytest.raises(iia.MismatchError, match=r"states \[B, 4\], got \[6, 2, 2\]"):
+    with pytest.raises(iia.errors.MismatchError, match=r"states \[B, 4\], got \[6, 2, 2\]"):
         iia.sample(guided(2.0, y=torch.ones(6)), x.reshape(6, 2, 2), solver=own)
 
 
 def test_a_fit_brings_its_own_grid():
     fit, x = fitted(), states(iia.EDM())
     assert torch.equal(iia.sample(ode_on(iia.EDM()), x, fit.grid, fit), iia.sample(ode_on(iia.EDM()), x, solver=fit))
-    with pytest.raises(iia.MismatchError, match="brings its own grid of 5 times"):
+    with pytest.raises(iia.errors.MismatchError, match="brings its own grid of 5 times"):
         iia.sample(ode_on(iia.EDM()), x, iia.grids.karras(7), fit)
 
 
@@ -226,7 +228,7 @@ def test_other_weights_of_the_model_give_a_warning_and_the_same_weights_none():
 
     x = states(iia.EDM()).float()
     fit = iia.preset("iia-edm").fit(ode(first), iia.grids.karras(3), x)
-    with pytest.warns(iia.FingerprintWarning, match="its weights were not made for it"):
+    with pytest.warns(iia.errors.FingerprintWarning, match="the weights were not made for it"):
         iia.sample(ode(second), x, solver=fit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -237,27 +239,27 @@ def test_other_weights_of_the_model_give_a_warning_and_the_same_weights_none():
 
 
 def test_a_missing_foreign_or_truncated_file_is_refused(tmp_path):
-    with pytest.raises(iia.FileFormatError, match="no file"):
+    with pytest.raises(iia.errors.FileFormatError, match="no file"):
         iia.load(tmp_path / "nothing.safetensors")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(iia.FileFormatError, match="not a readable safetensors file"):
+    with pytest.raises(iia.errors.FileFormatError, match="not a readable safetensors file"):
         iia.load(tmp_path / "text")
     path = fitted().save(tmp_path / "fit.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
-    with pytest.raises(iia.FileFormatError, match="not a readable safetensors file"):
+    with pytest.raises(iia.errors.FileFormatError, match="not a readable safetensors file"):
         iia.load(path)
     save_file({"weights": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(iia.FileFormatError, match="not written by iia_ode"):
+    with pytest.raises(iia.errors.FileFormatError, match="not written by iia_ode"):
         iia.load(tmp_path / "foreign.safetensors")
 
 
 def test_a_file_of_another_kind_or_a_newer_format_is_refused(tmp_path):
-    with pytest.raises(iia.FileFormatError, match="holds a 'denoiser', expected a 'fitted solver'"):
+    with pytest.raises(iia.errors.FileFormatError, match="holds a 'denoiser', expected a 'fitted solver'"):
         iia.load(DIGITS_WEIGHTS)
     path = fitted().save(tmp_path / "fit.safetensors")
     rewrite(path, lambda header, tensors: header.update(format=99))
-    with pytest.raises(iia.FileFormatError, match=r"format version 99; this iia_ode reads up to 1. Upgrade"):
+    with pytest.raises(iia.errors.FileFormatError, match=r"format version 99; this iia_ode reads up to 1. Upgrade"):
         iia.load(path)
 
 
@@ -329,7 +331,7 @@ def test_every_change_of_a_header_is_refused(stored):
     count = 0
     for mutant in mutations(header):
         save_file(tensors, path, {"iia_ode": json.dumps(mutant)})
-        with pytest.raises(iia.FileFormatError, match=r"damaged|holds a|format version"):
+        with pytest.raises(iia.errors.FileFormatError, match=r"damaged|holds a|format version"):
             iia.load(path)
         count += 1
     assert count > 1000
@@ -339,7 +341,7 @@ def test_every_change_of_a_tensor_is_refused(stored):
     header, tensors, path = stored
     for mutant in tensor_mutations(tensors):
         save_file(mutant, path, {"iia_ode": json.dumps(header)})
-        with pytest.raises(iia.FileFormatError, match="damaged or edited: its checksum does not match"):
+        with pytest.raises(iia.errors.FileFormatError, match="damaged or edited: its checksum does not match"):
             iia.load(path)
 
 
@@ -354,13 +356,13 @@ def test_a_file_of_wrong_layout_is_refused_even_if_its_checksum_is_right(stored,
         write_tensors(path, mutant.get("kind"), kept, {k: v for k, v in mutant.items() if k not in ("kind", "format")})
         try:
             fit = iia.load(path)
-        except iia.FileFormatError:
+        except iia.errors.FileFormatError:
             refused += 1
             continue
         assert str(fit)
         assert fit.explain()
         with warnings.catch_warnings(), contextlib.suppress(iia.IIAError):
-            warnings.simplefilter("ignore", iia.FingerprintWarning)
+            warnings.simplefilter("ignore", iia.errors.FingerprintWarning)
             warnings.simplefilter("ignore", MismatchWarning)
             iia.sample(ode, x, solver=fit)
     assert refused > 1000
@@ -370,7 +372,7 @@ def test_a_header_that_is_no_object_is_refused(stored):
     _, tensors, path = stored
     for text in ("", "{", "[]", "1", "null", '"x"', "NaN", "[" * 100_000, '{"format": NaN, "kind": "fitted solver"}'):
         save_file(tensors, path, {"iia_ode": text})
-        with pytest.raises(iia.FileFormatError, match="damaged"):
+        with pytest.raises(iia.errors.FileFormatError, match="damaged"):
             iia.load(path)
 
 
@@ -395,7 +397,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
 
 def test_a_header_that_is_not_plain_json_is_refused_before_anything_is_written(tmp_path):
     for value in (torch.ones(1), float("nan"), object()):
-        with pytest.raises(iia.FileFormatError, match="not plain JSON"):
+        with pytest.raises(iia.errors.FileFormatError, match="not plain JSON"):
             write_tensors(tmp_path / "x.safetensors", "test", {}, {"value": value})
     assert os.listdir(tmp_path) == []
 
@@ -460,8 +462,8 @@ def test_a_default_device_does_not_reach_files_and_networks(tmp_path, meta_by_de
     assert {v.device.type for v in [*denoiser.state_dict().values(), denoiser.network.frequencies]} == {"cpu"}
     assert denoiser(torch.zeros(1, 1, 8, 8, device="cpu"), torch.ones(1, device="cpu")).isfinite().all()
     code = (Evaluate(0, 40.0, "data"), Combine(((0, 0.5), (1, 0.5)), None, step=1))
-    about = {**iia.load(saved_on_the_cpu(tmp_path)).about}
-    fit = iia.FittedSolver(iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine"), (), about)
+    record = iia.load(saved_on_the_cpu(tmp_path)).record
+    fit = iia.FittedSolver(iia.Plan(iia.EDM(), (40.0, 1.0), code, "mine"), (), record)
     assert iia.load(fit.save(tmp_path / "own.safetensors")).grid.tolist() == [40.0, 1.0]
 
 

@@ -180,7 +180,7 @@ def vp_of_deis_tab() -> iia.Schedule:
     def log_alpha(t: Tensor) -> Tensor:
         return -(slope * t * t / 2 + start * t) / 2
 
-    return iia.from_functions(
+    return iia.Schedule.from_functions(
         lambda t: log_alpha(t).exp(), lambda t: (-torch.expm1(2 * log_alpha(t))).sqrt(), t_data=first
     )
 
@@ -363,21 +363,21 @@ VARIANTS_OF_FPNDM = (upstream.FPNDMAtIntegerTimes(), upstream.FPNDMAsInDiffusers
 )
 def test_what_cannot_be_repeated_is_refused_with_the_reason(change: dict[str, Any], message: str) -> None:
     entry = other_entry("euler", SEVEN) | change
-    with pytest.raises(iia.InputError, match=message.replace("(", r"\(")):
+    with pytest.raises(iia.errors.InputError, match=message.replace("(", r"\(")):
         golden.run(entry, OTHER)
     assert message in str(golden.uncovered(entry))
 
 
 def test_states_of_another_size_than_the_problem_are_refused() -> None:
-    with pytest.raises(iia.InputError, match=r"x_T has shape \[3, 5\]"):
+    with pytest.raises(iia.errors.InputError, match=r"x_T has shape \[3, 5\]"):
         golden.run(other_entry("euler", SEVEN), PROBLEM)
-    with pytest.raises(iia.InputError, match="the field 'means'"):
+    with pytest.raises(iia.errors.InputError, match="the field 'means'"):
         golden.run(other_entry("euler", SEVEN), {"shape": [5]})
 
 
 def test_the_variants_refuse_what_they_were_not_made_for() -> None:
-    with pytest.raises(iia.InputError, match="timesteps of a Discrete schedule"):
+    with pytest.raises(iia.errors.InputError, match="timesteps of a Discrete schedule"):
         upstream.DDIMAsInDiffusers(100).plan(iia.EDM(), iia.grids.karras(5))
     model = upstream.ModelAtOtherLevels(PROBLEM, {1.0: (1.0, 0.9)})
-    with pytest.raises(iia.InputError, match=r"knows the times \[1.0\], got 2.0"):
+    with pytest.raises(iia.errors.InputError, match=r"knows the times \[1.0\], got 2.0"):
         model(torch.zeros(1, *PROBLEM.shape, dtype=F64), torch.tensor([2.0]))

@@ -150,16 +150,16 @@ def test_linear_log_gives_each_part_half_of_the_intervals(half, low, high):
 
 
 def test_a_level_that_the_schedule_does_not_reach_is_a_grid_error():
-    short = iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
-    with pytest.raises(iia.GridError, match="80"):
+    short = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
+    with pytest.raises(iia.errors.GridError, match="80"):
         grids.karras(5, schedule=short)
-    with pytest.raises(iia.GridError, match="between"):
+    with pytest.raises(iia.errors.GridError, match="between"):
         grids.karras(5, 0.01, 1000.0, schedule=DISCRETE)  # beyond timestep T - 1
-    with pytest.raises(iia.GridError, match="between"):
-        grids.log_snr(5, 0.01, 80.0, schedule=iia.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t))
+    with pytest.raises(iia.errors.GridError, match="between"):
+        grids.log_snr(5, 0.01, 80.0, schedule=iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t))
 
 
-@pytest.mark.parametrize("schedule", [DISCRETE, iia.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)])
+@pytest.mark.parametrize("schedule", [DISCRETE, iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)])
 def test_the_noisiest_level_of_a_schedule_is_within_its_reach(schedule):
     grid = grids.karras(5, 0.01, schedule.noise_to_signal(schedule.t_noise), schedule=schedule)
     close(grid[0], torch.tensor(schedule.t_noise, dtype=F64), rtol=1e-9)
@@ -167,8 +167,8 @@ def test_the_noisiest_level_of_a_schedule_is_within_its_reach(schedule):
 
 
 def test_a_schedule_that_does_not_reach_the_data_needs_grids_without_it():
-    noisy = iia.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t)
-    with pytest.raises(iia.GridError, match="to_data=False"):
+    noisy = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t)
+    with pytest.raises(iia.errors.GridError, match="to_data=False"):
         grids.karras(5, 0.2, 5.0, schedule=noisy)
     assert len(grids.karras(5, 0.2, 5.0, schedule=noisy, to_data=False)) == 5
 
@@ -297,9 +297,9 @@ def test_a_cut_at_the_grids_own_points_is_a_slice():
         ((grids.karras(5), 90.0), "within it"),
         ((grids.karras(5), 1.0, 2.0), "within it"),
         ((grids.karras(5), 1.0, 1.0), "within it"),
-        ((grids.karras(5), math.nan), "within it"),
+        ((grids.karras(5), math.nan), "start must be a finite number"),
         ((grids.karras(5), 1.0, -1.0), "within it"),
-        ((grids.karras(5), "noise"), "start must be a number"),
+        ((grids.karras(5), "noise"), "start must be a finite number"),
         (("karras",), "got str"),
         ((torch.ones(3),), "strictly monotone"),
         ((torch.ones(1),), "at least two"),
@@ -308,7 +308,7 @@ def test_a_cut_at_the_grids_own_points_is_a_slice():
     ],
 )
 def test_parts_that_a_grid_does_not_have_are_a_grid_error(arguments, words):
-    with pytest.raises(iia.GridError, match=words):
+    with pytest.raises(iia.errors.GridError, match=words):
         grids.cut(*arguments)
 
 
@@ -318,7 +318,7 @@ def test_parts_that_a_grid_does_not_have_are_a_grid_error(arguments, words):
 @every_level_grid
 @pytest.mark.parametrize("n", [0, -3, 2.5, None, True, "5"])
 def test_a_grid_without_levels_is_a_grid_error(make, n):
-    with pytest.raises(iia.GridError, match="at least one level"):
+    with pytest.raises(iia.errors.GridError, match="number of levels of a grid, must be a whole number, at least 1"):
         make(n)
 
 
@@ -327,8 +327,9 @@ def test_a_grid_without_levels_is_a_grid_error(make, n):
     ("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (80.0, 0.002), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0)]
 )
 def test_levels_out_of_order_are_a_grid_error_that_shows_them(make, low, high):
-    with pytest.raises(iia.GridError, match=f"sigma_min < sigma_max, got {low} and {high}"):
+    with pytest.raises(iia.errors.GridError, match=r"sigma_m(in|ax)") as caught:
         make(5, low, high)
+    assert str(low) in str(caught.value) or str(high) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def test_levels_out_of_order_are_a_grid_error_that_shows_them(make, low, high):
 )
 @pytest.mark.parametrize("value", [0.0, -7.0, math.inf, math.nan, "seven"])
 def test_a_parameter_that_is_not_positive_is_a_grid_error_that_names_it(make, name, value):
-    with pytest.raises(iia.GridError, match=rf"^{name} must be"):
+    with pytest.raises(iia.errors.GridError, match=rf"^{name} must be"):
         make(5, **{name: value})
 
 
@@ -351,33 +352,37 @@ def test_a_parameter_that_is_not_positive_is_a_grid_error_that_names_it(make, na
     "make", [lambda: grids.beta(9, a=0.01, b=0.01), lambda: grids.polyexponential(200, rho=500.0)], ids=["beta", "poly"]
 )
 def test_levels_too_near_to_tell_apart_are_a_grid_error(make):
-    with pytest.raises(iia.GridError, match="coincide"):
+    with pytest.raises(iia.errors.GridError, match="coincide"):
         make()
 
 
 @pytest.mark.parametrize("make", [grids.uniform, grids.quadratic])
 def test_impossible_times_are_a_grid_error(make):
-    with pytest.raises(iia.GridError, match="at least one interval"):
+    with pytest.raises(iia.errors.GridError, match="number of intervals of a grid, must be a whole number, at least 1"):
         make(0, 1.0, 0.0)
-    for ends in ((1.0, 1.0), (math.inf, 0.0), (1.0, math.nan)):
-        with pytest.raises(iia.GridError, match="different finite ends"):
+    for ends, words in (
+        ((1.0, 1.0), "different ends"),
+        ((math.inf, 0.0), "t_start must"),
+        ((1.0, math.nan), "t_end must"),
+    ):
+        with pytest.raises(iia.errors.GridError, match=words):
             make(5, *ends)
 
 
 def test_a_quadratic_grid_through_negative_times_is_a_grid_error():
-    with pytest.raises(iia.GridError, match="not negative"):
+    with pytest.raises(iia.errors.GridError, match="not negative"):
         grids.quadratic(5, 999.0, -1.0)
     assert grids.uniform(4, 1.0, -1.0).tolist() == [1.0, 0.5, 0.0, -0.5, -1.0]
 
 
 @pytest.mark.parametrize("n", [0, 1001, 2.0, True])
 def test_more_timesteps_than_the_table_has_are_a_grid_error(n):
-    with pytest.raises(iia.GridError, match="1 to 1000"):
+    with pytest.raises(iia.errors.GridError, match="1 to 1000"):
         grids.discrete(n, DISCRETE)
 
 
 def test_an_unknown_spacing_is_a_grid_error_that_lists_the_known_ones():
-    with pytest.raises(iia.GridError, match=r"'squared'.*'leading', 'trailing', 'linspace' or 'beta'"):
+    with pytest.raises(iia.errors.GridError, match=r"'squared'.*'leading', 'trailing', 'linspace' or 'beta'"):
         grids.discrete(10, DISCRETE, "squared")
 
 
@@ -385,21 +390,21 @@ def test_an_unknown_spacing_is_a_grid_error_that_lists_the_known_ones():
     ("arguments", "words"),
     [
         ({"schedule": "VP"}, "schedule must be a Schedule"),
-        ({"sigma_min": "a"}, "sigma_min must be a number"),
-        ({"sigma_max": None}, "sigma_max must be a number"),
-        ({"rho": "seven"}, "rho must be a number"),
-        ({"rho": True}, "rho must be a number"),
+        ({"sigma_min": "a"}, "sigma_min must be a finite positive number"),
+        ({"sigma_max": None}, "sigma_max must be a finite positive number"),
+        ({"rho": "seven"}, "rho must be a finite positive number"),
+        ({"rho": True}, "rho must be a finite positive number"),
         ({"rho": 1e-5}, "too small"),
     ],
     ids=str,
 )
 def test_arguments_of_the_wrong_kind_are_a_grid_error_that_names_them(arguments, words):
-    with pytest.raises(iia.GridError, match=words):
+    with pytest.raises(iia.errors.GridError, match=words):
         grids.karras(5, **arguments)
 
 
 def test_timesteps_of_a_schedule_without_any_are_a_grid_error():
-    with pytest.raises(iia.GridError, match="Discrete"):
+    with pytest.raises(iia.errors.GridError, match="Discrete"):
         grids.discrete(4, iia.EDM())
 
 

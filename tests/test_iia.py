@@ -12,7 +12,8 @@ from support import mixture
 
 import iia_ode as iia
 from iia_ode.iia import IIA, PRESETS, Teacher
-from iia_ode.iia.origin import origin
+from iia_ode.iia.origin import Origin
+from iia_ode.iia.provenance import to_json
 from iia_ode.plan import Past
 from iia_ode.plan.tracer import take_step
 
@@ -100,7 +101,7 @@ def test_a_fit_runs_the_papers_formula_with_the_coefficients_it_reports(name, hi
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_base_values_of_the_coefficients_give_the_base(name):
     fit = iia.preset(name).fit(edm(), GRID, states())
-    base = iia.FittedSolver(fit.plan, tuple(_with_base_values(r) for r in fit.reports), fit.about)
+    base = iia.FittedSolver(fit.plan, tuple(_with_base_values(r) for r in fit.reports), fit.record)
     x = states(seed=1)
     expected = iia.sample(edm(), x, GRID, iia.preset(name).base_solver)
     assert torch.allclose(PAPER[name](edm(), x, base), expected, rtol=0, atol=1e-12 * float(x.abs().max()))
@@ -184,7 +185,7 @@ def test_a_fit_cuts_the_error_of_its_base_on_unseen_noise(name):
 
 def test_the_local_target_is_the_flow_itself():
     x = states()
-    fit = iia.preset("iia-edm", target=iia.Local(rtol=1e-9)).fit(edm(), GRID, x)
+    fit = iia.preset("iia-edm", target=iia.iia.Local(rtol=1e-9)).fit(edm(), GRID, x)
     path = iia.odeint(edm(), x, method=fit)
     for r in fit.reports:
         target = iia.reference.solve(edm(), path[r.index], r.t, r.s)
@@ -247,10 +248,10 @@ def test_states_keep_their_dtype_and_are_not_changed():
 def test_a_fit_reports_what_it_spent():
     ode = edm()
     fit = iia.preset("iia-edm").fit(ode, GRID, states(), chunk_size=10)
-    assert fit.about["evaluations"] == ode.nfe
+    assert fit.record.evaluations == ode.nfe
     # 5 fitted steps of 2 + 3 * 2 evaluations less the shared one, and the last Euler step; three chunks
     assert ode.nfe == 3 * (5 * 7 + 1)
-    assert fit.about["sample_evaluations"] == 24 * (5 * 7 + 1)
+    assert fit.record.sample_evaluations == 24 * (5 * 7 + 1)
 
 
 def test_any_base_and_any_directions_can_be_combined():
@@ -262,7 +263,7 @@ def test_any_base_and_any_directions_can_be_combined():
     for base in iia.solver_names():
         fit = iia.IIA(base, slopes, guard=False).fit(edm(), GRID, states())
         assert fit.name == f"iia({base})"
-        assert fit.about["terms"] == "slopes"
+        assert fit.record.terms == "slopes"
         assert all(r.after < r.before for r in fit.reports)
 
 
@@ -316,7 +317,7 @@ def test_a_sample_that_runs_along_and_breaks_the_model_harms_no_other():
     ode, x = iia.ProbabilityFlowODE(broken, iia.EDM(), conditioning={"label": torch.arange(12)}), states(12)
     method = IIA("ddim", "window", "trajectory", guard=False)
     teacher = Teacher.solve(edm(), x, 80.0, 0.0, steps=20)
-    teacher = replace(teacher, about=teacher.about | {k: v for k, v in origin(ode, x).items()} | {"conditions": None})
+    teacher = replace(teacher, about=teacher.about | to_json(Origin.of(ode, x)) | {"conditions": None})
     fit, ends = method.fit_and_run(ode, GRID, x, slice(6, 12), teacher=teacher)
     assert torch.isfinite(ends).all(dim=1).tolist() == [k != 5 for k in range(12)]
     assert torch.allclose(ends[6:], fit.plan.run(ode.subset(slice(6, 12), 12), x[6:]))
@@ -324,12 +325,12 @@ def test_a_sample_that_runs_along_and_breaks_the_model_harms_no_other():
 
 @pytest.mark.parametrize("own", [slice(0, 0), slice(30, 40), slice(0, 12, 2), slice(12, 3)])
 def test_samples_to_fit_to_that_are_none_are_refused(own):
-    with pytest.raises(iia.InputError, match="own must be some of the 24 samples"):
+    with pytest.raises(iia.errors.InputError, match="own must be some of the 24 samples"):
         IIA("ddim", "window", guard=False).fit_and_run(edm(), GRID, states(), own)
 
 
 def test_a_ridge_to_be_chosen_is_refused_where_nothing_is_held_out():
-    with pytest.raises(iia.InputError, match="give ridge= as a number"):
+    with pytest.raises(iia.errors.InputError, match="give ridge= as a number"):
         IIA("ddim", "window", ridge="auto").fit_and_run(edm(), GRID, states(), slice(0, 12))
 
 
@@ -340,65 +341,87 @@ def test_paper_terms_are_those_of_the_base():
         fit = iia.IIA(base, guard=False).fit(edm(), GRID, x)
         assert fit.plan.difference(iia.preset(name).fit(edm(), GRID, x).plan) == 0
     for order in (1, 2, 3):
-        assert iia.IIA(f"ipndm{order}", guard=False).fit(edm(), GRID, x).about["terms"] == "iia-ddim"
-    with pytest.raises(iia.InputError, match=r"no terms for base 'midpoint'.*terms='window' or terms='biia-edm'"):
+        assert iia.IIA(f"ipndm{order}", guard=False).fit(edm(), GRID, x).record.terms == "iia-ddim"
+    with pytest.raises(
+        iia.errors.InputError, match=r"no terms for base 'midpoint'.*terms='window' or terms='biia-edm'"
+    ):
         iia.IIA("midpoint")
 
 
 def test_iia_edm_is_refused_on_a_base_that_is_not_heun_even_with_two_evaluations():
-    with pytest.raises(iia.InputError, match="no such step"):
+    with pytest.raises(iia.errors.InputError, match="no such step"):
         iia.IIA("midpoint", "iia-edm").fit(edm(), GRID, states())
 
 
 def test_a_model_that_is_not_finite_is_named_while_fitting():
     ode = iia.ProbabilityFlowODE(lambda x, t: x * float("nan"), iia.EDM())
-    with pytest.raises(iia.NonFiniteError, match="not finite on this batch"):
+    with pytest.raises(iia.errors.NonFiniteError, match="not finite on this batch"):
         iia.preset("iia-edm").fit(ode, GRID, states())
 
 
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: iia.preset("iia-edn"), iia.UnknownNameError, "Did you mean 'iia-edm'"),
-        (lambda: iia.preset("iia-edm", histroy=2), iia.UnknownNameError, "Did you mean 'history'"),
-        (lambda: iia.IIA("huen", "iia-edm"), iia.UnknownNameError, "Did you mean 'heun'"),
-        (lambda: iia.IIA("heun", "edm"), iia.UnknownNameError, "set of terms 'edm'"),
-        (lambda: iia.IIA("heun", "iia-edm", target="lokal"), iia.UnknownNameError, "Did you mean 'local'"),
-        (lambda: iia.IIA("heun", "iia-edm", history=-1), iia.InputError, "history must be a whole number, at least 0"),
-        (lambda: iia.IIA("heun", "iia-edm", substeps=0), iia.InputError, "substeps must be a whole number, at least 1"),
-        (lambda: iia.IIA(3, "iia-edm"), iia.InputError, "expected the name of a registered solver"),
-        (lambda: iia.IIA("heun", history=1.5), iia.InputError, "history must be a whole number"),
-        (lambda: iia.IIA("heun", substeps="3"), iia.InputError, "substeps must be a whole number"),
-        (lambda: iia.IIA("heun", ridge=float("nan")), iia.InputError, "ridge is a number, 0 or more"),
-        (lambda: iia.IIA("heun", ridge="best"), iia.InputError, "or 'auto', got 'best'"),
-        (lambda: iia.IIA("heun", ridge=None), iia.InputError, "or 'auto', got None"),
-        (lambda: iia.IIA("heun", ridge=torch.tensor(1e-6)), iia.InputError, "ridge is a number"),
-        (lambda: iia.IIA("heun", history=True), iia.InputError, "history must be a whole number"),
-        (lambda: iia.IIA("heun", guard="no"), iia.InputError, "guard must be True or False, got 'no'"),
-        (lambda: iia.IIA("heun", intercept=1), iia.InputError, "intercept must be True or False, got 1"),
-        (lambda: iia.IIA("heun").fit(edm(), GRID, states(), seed=0.5), iia.InputError, "seed must be a whole number"),
+        (lambda: iia.preset("iia-edn"), iia.errors.UnknownNameError, "Did you mean 'iia-edm'"),
+        (lambda: iia.preset("iia-edm", histroy=2), iia.errors.UnknownNameError, "Did you mean 'history'"),
+        (lambda: iia.IIA("huen", "iia-edm"), iia.errors.UnknownNameError, "Did you mean 'heun'"),
+        (lambda: iia.IIA("heun", "edm"), iia.errors.UnknownNameError, "set of terms 'edm'"),
+        (lambda: iia.IIA("heun", "iia-edm", target="lokal"), iia.errors.UnknownNameError, "Did you mean 'local'"),
+        (
+            lambda: iia.IIA("heun", "iia-edm", history=-1),
+            iia.errors.InputError,
+            "history must be a whole number, at least 0",
+        ),
+        (
+            lambda: iia.IIA("heun", "iia-edm", substeps=0),
+            iia.errors.InputError,
+            "substeps must be a whole number, at least 1",
+        ),
+        (lambda: iia.IIA(3, "iia-edm"), iia.errors.InputError, "expected the name of a registered solver"),
+        (lambda: iia.IIA("heun", history=1.5), iia.errors.InputError, "history must be a whole number"),
+        (lambda: iia.IIA("heun", substeps="3"), iia.errors.InputError, "substeps must be a whole number"),
+        (lambda: iia.IIA("heun", ridge=float("nan")), iia.errors.InputError, "ridge is a number, 0 or more"),
+        (lambda: iia.IIA("heun", ridge="best"), iia.errors.InputError, "or 'auto', got 'best'"),
+        (lambda: iia.IIA("heun", ridge=None), iia.errors.InputError, "or 'auto', got None"),
+        (lambda: iia.IIA("heun", ridge=torch.tensor(1e-6)), iia.errors.InputError, "ridge is a number"),
+        (lambda: iia.IIA("heun", history=True), iia.errors.InputError, "history must be a whole number"),
+        (lambda: iia.IIA("heun", guard="no"), iia.errors.InputError, "guard must be True or False, got 'no'"),
+        (lambda: iia.IIA("heun", intercept=1), iia.errors.InputError, "intercept must be True or False, got 1"),
+        (
+            lambda: iia.IIA("heun").fit(edm(), GRID, states(), seed=0.5),
+            iia.errors.InputError,
+            "seed must be a whole number",
+        ),
         (
             lambda: iia.IIA("ddim", terms=lambda step, earlier: None).fit(edm(), GRID, states()),
-            iia.InputError,
+            iia.errors.InputError,
             "terms must be a function that returns a tuple",
         ),
-        (lambda: iia.IIA("heun").fit(edm(), GRID, states(), held_out=1.0), iia.InputError, "held_out is a share"),
+        (
+            lambda: iia.IIA("heun").fit(edm(), GRID, states(), held_out=1.0),
+            iia.errors.InputError,
+            "held_out is a share",
+        ),
         (
             lambda: iia.IIA("heun").fit(edm(), GRID, states(), teacher="dopri8"),
-            iia.InputError,
+            iia.errors.InputError,
             "teacher must be a Teacher",
         ),
         (
             lambda: iia.IIA("heun", lambda step, earlier: (step.x,)).fit(edm(), GRID, states()),
-            iia.InputError,
+            iia.errors.InputError,
             "tuple of",
         ),
-        (lambda: iia.preset("iia-edm").fit(lambda t, x: x, GRID, states()), iia.InputError, "expected a Prob"),
-        (lambda: iia.IIA("ddim", "iia-edm").fit(edm(), GRID, states()), iia.InputError, "two halves of Heun's step"),
-        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states().half()), iia.InputError, "float32 or float64"),
-        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states(), chunk_size=0), iia.InputError, "chunk_size"),
-        (lambda: iia.preset("iia-edm").fit(edm(), GRID.flip(0), states()), iia.GridError, "starts at the data"),
-        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states()[:, :2]), iia.InputError, "must have shape"),
+        (lambda: iia.preset("iia-edm").fit(lambda t, x: x, GRID, states()), iia.errors.InputError, "expected a Prob"),
+        (
+            lambda: iia.IIA("ddim", "iia-edm").fit(edm(), GRID, states()),
+            iia.errors.InputError,
+            "two halves of Heun's step",
+        ),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states().half()), iia.errors.InputError, "float32 or float64"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states(), chunk_size=0), iia.errors.InputError, "chunk_size"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID.flip(0), states()), iia.errors.GridError, "starts at the data"),
+        (lambda: iia.preset("iia-edm").fit(edm(), GRID, states()[:, :2]), iia.errors.InputError, "must have shape"),
     ],
 )
 def test_misuse_says_what_to_write_instead(make, error, text):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from iia_ode.iia.chunks import Chunk
+from iia_ode.iia.fitting import RIDGES
 from support import mixture, normal
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -13,8 +15,7 @@ import iia_ode as iia
 from iia_ode.errors import GuardWarning
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, Target, Teacher
-from iia_ode.iia.chunks import Chunk
-from iia_ode.iia.fitting import RIDGES
+from iia_ode.iia.provenance import Endpoint
 
 F64 = torch.float64
 GRID = iia.grids.karras(6)
@@ -46,7 +47,7 @@ def test_the_held_out_samples_are_the_last_ones_and_coefficients_come_from_the_o
     other = torch.cat([x[:30], states(seed=5)[:10]])
     a, b = (IIA("ddim", guard=False).fit(ode(), GRID, v, held_out=0.25) for v in (x, other))
     alone = IIA("ddim", guard=False).fit(ode(), GRID, x[:30])
-    assert (a.about["held_out"], alone.about["held_out"]) == (10, 0)
+    assert (a.record.held_out, alone.record.held_out) == (10, 0)
     for r, s, u in zip(a.reports, b.reports, alone.reports, strict=True):
         assert r.corrections == s.corrections == u.corrections
         assert (r.before, r.after) == (s.before, s.after) == (u.before, u.after)
@@ -83,12 +84,12 @@ def test_a_fit_that_ends_worse_than_its_base_on_held_out_noise_is_the_base_and_s
         fit = method.fit(ode(), GRID, states())
     assert fit.plan.difference(iia.get_solver("heun").plan(iia.EDM(), GRID)) == 0
     assert not any(r.accepted for r in fit.reports)
-    assert fit.about["endpoint"]["fell_back"]
-    assert fit.about["endpoint"]["fit"] > fit.about["endpoint"]["base"]
+    assert fit.record.endpoint.fell_back
+    assert fit.record.endpoint.fit > fit.record.endpoint.base
     assert "the base was kept" in str(fit)
-    assert f"not clearly better at the end ({fit.about['endpoint']['why']})." in fit.explain()
-    assert fit.about["endpoint"]["why"].startswith("of 10 samples 0 end nearer, at least 9 have to")
-    assert iia.load(fit.save(tmp_path / "fit.safetensors")).about == fit.about
+    assert f"not clearly better at the end ({fit.record.endpoint.why})." in fit.explain()
+    assert fit.record.endpoint.why.startswith("of 10 samples 0 end nearer, at least 9 have to")
+    assert iia.load(fit.save(tmp_path / "fit.safetensors")).record == fit.record
 
 
 def test_a_fit_whose_gain_may_be_chance_is_the_base_and_one_whose_gain_is_sure_is_not():
@@ -100,23 +101,23 @@ def test_a_fit_whose_gain_may_be_chance_is_the_base_and_one_whose_gain_is_sure_i
         GuardWarning,
         match=r"of 256 samples \d+ end nearer, at least 145 have to; .* standard errors, and has to by less than -3\.03",
     ) as caught:
-        assert method.fit(own, grid, x).about["endpoint"]["fell_back"]
+        assert method.fit(own, grid, x).record.endpoint.fell_back
     assert "another target" not in str(caught[0].message)  # than the trajectory's, which repairs earlier error
     few = iia.get_solver("ralston").grid_for(6, iia.grids.karras, iia.EDM())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sure = method.fit(own, few, x).about["endpoint"]
-    assert sure["fit"] < sure["base"] and not sure["fell_back"]
+        sure = method.fit(own, few, x).record.endpoint
+    assert sure.fit < sure.base and not sure.fell_back
 
 
 def test_without_guard_nothing_is_judged_and_nothing_more_is_spent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit = IIA("heun", "biia-edm", Wrong(), guard=False).fit(ode(), GRID, states())
-    assert fit.about["held_out"] == 0
-    assert fit.about["endpoint"] == {"base": None, "fit": None, "fell_back": False, "reference": "none", "why": ""}
+    assert fit.record.held_out == 0
+    assert fit.record.endpoint == Endpoint(base=None, fit=None, fell_back=False, reference="none", why="")
     assert all(r.accepted for r in fit.reports)
-    assert fit.about["sample_evaluations"] == 40 * fit.nfe
+    assert fit.record.sample_evaluations == 40 * fit.nfe
 
 
 def test_the_guards_endpoint_errors_are_those_of_the_samples_and_its_cost_is_counted():
@@ -125,21 +126,21 @@ def test_the_guards_endpoint_errors_are_those_of_the_samples_and_its_cost_is_cou
     exact = Teacher.solve(ode(), x[90:], 80.0, 0.0).final
     for solver, key in (("ddim", "base"), (fit, "fit")):
         y = iia.sample(ode(), x[90:], None if solver is fit else GRID, solver)
-        assert fit.about["endpoint"][key] == pytest.approx(float((y - exact).square().mean().sqrt()), rel=1e-9)
-    assert fit.about["sample_evaluations"] == model.ledger.samples
-    unguarded = IIA("ddim", guard=False).fit(ode(), GRID, x).about["sample_evaluations"]
-    assert fit.about["sample_evaluations"] == unguarded + 30 * (61 + 6)  # a teacher and the base on thirty samples
+        assert getattr(fit.record.endpoint, key) == pytest.approx(float((y - exact).square().mean().sqrt()), rel=1e-9)
+    assert fit.record.sample_evaluations == model.ledger.samples
+    unguarded = IIA("ddim", guard=False).fit(ode(), GRID, x).record.sample_evaluations
+    assert fit.record.sample_evaluations == unguarded + 30 * (61 + 6)  # a teacher and the base on thirty samples
 
 
 def test_a_given_teacher_serves_the_guard_of_any_target():
     x = states()
-    teacher = Teacher.solve(ode(), x, 80.0, 0.0, rtol=1e-7)
+    teacher = Teacher.solve(ode(), x, 80.0, 0.0, steps=90)
     fit = IIA("ddim").fit(ode(), GRID, x, teacher=teacher)
     plain = IIA("ddim", guard=False).fit(ode(), GRID, x)
     by_base = fit.nfe * len(x)  # where the teacher knows all endpoints, the base is run on all samples
-    assert fit.about["sample_evaluations"] == plain.about["sample_evaluations"] + by_base
-    assert fit.about["teacher"]["solver"] == "dopri8"
-    assert "dopri8" in fit.about["endpoint"]["reference"]
+    assert fit.record.sample_evaluations == plain.record.sample_evaluations + by_base
+    assert fit.record.teacher.steps == 90
+    assert "steps 90" in fit.record.endpoint.reference
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -147,13 +148,13 @@ def test_a_batch_too_small_to_hold_any_out_is_the_base_with_a_guard_and_fitted_w
     with pytest.warns(GuardWarning, match=rf"its base: {n} samples? cannot say what is chance, .* So the base is kept"):
         guarded = IIA("ddim", ridge="auto").fit(ode(), GRID, states(n))
     assert guarded.plan.difference(iia.get_solver("ddim").plan(iia.EDM(), GRID)) == 0
-    assert guarded.about["endpoint"]["fell_back"] and "cannot say what is chance" in guarded.explain()
+    assert guarded.record.endpoint.fell_back and "cannot say what is chance" in guarded.explain()
     assert "the base was kept: " in str(guarded)
-    assert iia.load(guarded.save(tmp_path / "fit.safetensors")).about == guarded.about
+    assert iia.load(guarded.save(tmp_path / "fit.safetensors")).record == guarded.record
     for options in ({"guard": False}, {"held_out": 0.0}):
         method = IIA("ddim", ridge=0.0 if "held_out" in options else "auto", guard=options.pop("guard", True))
         fit = method.fit(ode(), GRID, states(n), **options)
-        assert (fit.about["held_out"], fit.about["batch"]) == (0, n)
+        assert (fit.record.held_out, fit.record.batch) == (0, n)
         assert all(r.accepted and r.ridge == 0 and r.held_after is None for r in fit.reports)
         assert "No samples were held out" in fit.explain()
 
@@ -164,17 +165,20 @@ def test_samples_that_repeat_others_are_left_out_as_they_would_judge_a_fit_to_th
     plain = IIA("ddim", "window", "trajectory").fit(ode(), GRID, x)
     teacher = Teacher.solve(ode(), x[again], 80.0, 0.0, sigma_min=0.002)
     for options in ({}, {"chunk_size": 50}, {"teacher": teacher}):
-        with pytest.warns(iia.DuplicateWarning, match="64 of 128 draws of noise repeat others") as caught:
+        with pytest.warns(iia.errors.DuplicateWarning, match="64 of 128 draws of noise repeat others") as caught:
             found = IIA("ddim", "window", "trajectory").fit(ode(), GRID, x[again], **options)
         assert caught[0].filename == __file__
-        assert (found.about["batch"], found.about["held_out"]) == (64, 16)
+        assert (found.record.batch, found.record.held_out) == (64, 16)
         assert found.plan.difference(plain.plan) < 1e-9
-    with pytest.warns(iia.DuplicateWarning), pytest.warns(GuardWarning, match="2 samples cannot say what is chance"):
+    with (
+        pytest.warns(iia.errors.DuplicateWarning),
+        pytest.warns(GuardWarning, match="2 samples cannot say what is chance"),
+    ):
         few = IIA("ddim", "window", "trajectory").fit(ode(), GRID, x[:2].repeat(32, 1))
-    assert few.about["endpoint"]["fell_back"]
+    assert few.record.endpoint.fell_back
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # where nothing is judged, copies are weights
-        assert IIA("ddim", "window", "trajectory", guard=False).fit(ode(), GRID, x[again]).about["batch"] == 128
+        assert IIA("ddim", "window", "trajectory", guard=False).fit(ode(), GRID, x[again]).record.batch == 128
 
 
 def test_a_state_under_two_conditions_is_two_samples():
@@ -184,15 +188,15 @@ def test_a_state_under_two_conditions_is_two_samples():
     own = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"c": torch.arange(32, dtype=F64) // 16})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuardWarning)
-        assert IIA("ddim").fit(own, GRID, states(16).repeat(2, 1)).about["batch"] == 32
-        with pytest.warns(iia.DuplicateWarning, match="16 of 32"):
+        assert IIA("ddim").fit(own, GRID, states(16).repeat(2, 1)).record.batch == 32
+        with pytest.warns(iia.errors.DuplicateWarning, match="16 of 32"):
             found = IIA("ddim").fit(own.condition(c=torch.tensor(1.0, dtype=F64)), GRID, states(16).repeat(2, 1))
-    assert found.about["batch"] == 16
+    assert found.record.batch == 16
 
 
 def test_a_batch_of_four_holds_one_out():
-    assert IIA("ddim", guard=False).fit(ode(), GRID, states(4), held_out=0.01).about["held_out"] == 1
-    assert IIA("ddim", guard=False).fit(ode(), GRID, states(4), held_out=0.99).about["held_out"] == 3
+    assert IIA("ddim", guard=False).fit(ode(), GRID, states(4), held_out=0.01).record.held_out == 1
+    assert IIA("ddim", guard=False).fit(ode(), GRID, states(4), held_out=0.99).record.held_out == 3
 
 
 def test_ridge_auto_is_the_largest_ridge_with_nearly_the_least_held_out_loss():
@@ -208,7 +212,7 @@ def test_ridge_auto_is_the_largest_ridge_with_nearly_the_least_held_out_loss():
     assert best.held_after > least  # else the two rules agree, and nothing is tested
     assert auto.reports[0].held_after == best.held_after
     assert auto.reports[0].ridge == best.ridge
-    assert auto.about["ridge"] == "auto"
+    assert auto.record.ridge == "auto"
 
 
 def test_huge_weights_that_cancel_are_ridged_away_but_not_where_plain_least_squares_is_asked_for():
@@ -246,8 +250,8 @@ def test_a_fit_that_is_finite_where_its_base_is_not_is_kept():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuardWarning)
         fit = IIA("ddim", "window", "trajectory").fit(model, iia.grids.karras(4), z)
-    end = fit.about["endpoint"]
-    assert end["base"] is None and not end["fell_back"]
+    end = fit.record.endpoint
+    assert end.base is None and not end.fell_back
     assert bool(torch.isfinite(iia.sample(model, z, solver=fit)).all())
 
 
@@ -268,9 +272,9 @@ def test_poor_batches_give_finite_fits_that_are_no_worse_than_the_base_on_other_
         fit = IIA(base, "window", target, ridge="auto", intercept=True).fit(model, GRID, x)
     poor = case in ("one sample", "equal samples")
     assert all(math.isfinite(v) for r in fit.reports for v in (*r.values, r.intercept, r.condition))
-    assert fit.about["endpoint"]["fell_back"] or not poor
+    assert fit.record.endpoint.fell_back or not poor
     if target == "trajectory" and not poor and case != "constant model":
-        assert not fit.about["endpoint"]["fell_back"]  # there is something to compare
+        assert not fit.record.endpoint.fell_back  # there is something to compare
     other = states(500, seed=9)
     exact = iia.reference.solve(model, other, 80.0, 0.0, sigma_min=0.002)
     errors = [(iia.sample(model, other, *how) - exact).norm() for how in ((None, fit), (GRID, base))]
@@ -280,8 +284,8 @@ def test_poor_batches_give_finite_fits_that_are_no_worse_than_the_base_on_other_
 def test_reports_explain_themselves_in_words():
     text = IIA("ddim", "window", "trajectory", intercept=True).fit(ode(), GRID, states(200)).explain()
     assert "is ddim with up to 4 weights a step (window), fitted on 150 samples in 6 of 6 steps." in text
-    assert "of its residual is gone, on 50 held-out samples." in text
-    assert "weighs its own data estimates by" in text
+    assert "of the residual, on 50 held-out samples." in text
+    assert "on its own data estimates" in text
     assert "The largest intercept is in step" in text
     assert "Endpoint error on held-out noise: base" in text
     plain = IIA("ddim", history=0, guard=False).fit(ode(), GRID, states()).explain()
@@ -303,7 +307,7 @@ def test_guided_conditions_are_fitted_and_held_out_with_their_samples():
     fit = IIA("dpmpp_2m", guard=False).fit(guided(2.0, slice(16)), GRID, x, held_out=0.25)
     alone = IIA("dpmpp_2m", guard=False).fit(guided(2.0, slice(12)), GRID, x[:12])
     assert [r.corrections for r in fit.reports] == [r.corrections for r in alone.reports]
-    assert fit.about["guidance_scale"] == 2.0
+    assert fit.record.origin.guidance_scale == 2.0
 
 
 def test_between_steps_a_batch_rests_on_the_host_and_only_with_what_is_still_needed(monkeypatch):

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from iia_ode.iia.gather import Ranks
+from iia_ode.iia.remembered import RememberedODE
+from iia_ode.iia.shared import SharedODE
 from support import mixture
 
 import iia_ode as iia
+from iia_ode.autofit import fit
 from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.errors import RankError
 from iia_ode.iia import IIA, Budget, Teacher
-from iia_ode.iia.gather import Ranks
-from iia_ode.iia.recipe import fit
-from iia_ode.iia.remembered import RememberedODE
-from iia_ode.iia.shared import SharedODE
 
 GRID = iia.grids.karras(5)
 BATCH = 80
@@ -111,7 +111,7 @@ def worker(rank, folder):
     METHODS["three"].fit(*within(rows)).save(folder / f"copies-{rank}.safetensors")
     try:
         METHODS["three"].fit(*within(torch.arange(20)))
-    except iia.InputError as error:
+    except iia.errors.InputError as error:
         (folder / f"same-{rank}").write_text(str(error))
     ode, x = problem(slice(None))
     fit(ode, 3, x / 80, **CALL).save(folder / f"call-{rank}.safetensors")
@@ -179,25 +179,25 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["three", "two"])
 def test_every_process_gets_the_fit_of_the_whole_batch(folder, name):
     whole = METHODS[name].fit(*within(slice(None)))
-    assert not whole.about["endpoint"]["fell_back"]  # there is something to compare
+    assert not whole.record.endpoint.fell_back  # there is something to compare
     for rank in range(len(CUTS[name]) - 1):
         fit = iia.load(folder / f"{name}-{rank}.safetensors")
-        assert fit.about["batch"] == BATCH
-        assert fit.about["held_out"] == whole.about["held_out"] == 20
-        assert fit.about["sample_evaluations"] == whole.about["sample_evaluations"]
+        assert fit.record.batch == BATCH
+        assert fit.record.held_out == whole.record.held_out == 20
+        assert fit.record.sample_evaluations == whole.record.sample_evaluations
         assert [r.accepted for r in fit.reports] == [r.accepted for r in whole.reports]
         for a, b in zip(fit.reports, whole.reports, strict=True):
             assert a.corrections == pytest.approx(b.corrections, rel=1e-9, abs=1e-9)
             assert a.held_after == pytest.approx(b.held_after, rel=1e-9)
         assert fit.plan.difference(whole.plan) < 1e-9
-        assert fit.about["endpoint"]["fit"] == pytest.approx(whole.about["endpoint"]["fit"], rel=1e-9)
+        assert fit.record.endpoint.fit == pytest.approx(whole.record.endpoint.fit, rel=1e-9)
 
 
 def test_samples_that_several_processes_have_count_once(folder):
     whole = METHODS["three"].fit(*within(slice(None)))
     for rank in range(3):
         fit = iia.load(folder / f"copies-{rank}.safetensors")
-        assert (fit.about["batch"], fit.about["held_out"]) == (BATCH, 20)
+        assert (fit.record.batch, fit.record.held_out) == (BATCH, 20)
         assert fit.plan.difference(whole.plan) < 1e-9
         assert "process noise of its own" in (folder / f"same-{rank}").read_text()
 
@@ -217,12 +217,12 @@ def alone():
 
 
 def test_one_call_in_several_processes_finds_what_it_finds_in_one(folder, alone):
-    assert "refined" in next(i["name"] for i in alone.about["recipe"]["ingredients"] if i["chosen"])
+    assert "refined" in next(i.name for i in alone.record.search.ingredients if i.chosen)
     for rank in range(3):
         found = iia.load(folder / f"call-{rank}.safetensors")
         assert found.plan.difference(alone.plan) < 1e-9
-        assert found.about["sample_evaluations"] == alone.about["sample_evaluations"]
-        names = [f.about["fingerprint"].partition(".")[2] for f in (found, alone)]
+        assert found.record.sample_evaluations == alone.record.sample_evaluations
+        names = [f.record.origin.fingerprint.partition(".")[2] for f in (found, alone)]
         assert names[0] == names[1]  # but for the name of this file, which is the main program of those processes
 
 

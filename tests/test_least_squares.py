@@ -111,18 +111,18 @@ def test_a_direction_that_is_only_rounding_is_not_fitted():
 def test_rows_that_are_not_finite_are_refused():
     a, b = problem(5)
     b[7] = torch.nan
-    with pytest.raises(iia.NonFiniteError, match="NaN or infinity"):
+    with pytest.raises(iia.errors.NonFiniteError, match="NaN or infinity"):
         fed(a, b).solve()
 
 
 def test_misuse_is_named():
-    with pytest.raises(iia.InputError, match="no samples"):
+    with pytest.raises(iia.errors.InputError, match="no samples"):
         LeastSquares(2).solve()
-    with pytest.raises(iia.InputError, match="at least one column"):
+    with pytest.raises(iia.errors.InputError, match="at least one column"):
         LeastSquares(0)
-    with pytest.raises(iia.InputError, match="expected 2 columns, got 3"):
+    with pytest.raises(iia.errors.InputError, match="expected 2 columns, got 3"):
         LeastSquares(2).add([c[:, None] for c in problem(0)[0].T], problem(0)[1][:, None])
-    with pytest.raises(iia.InputError, match="cannot merge 3 columns into 2"):
+    with pytest.raises(iia.errors.InputError, match="cannot merge 3 columns into 2"):
         LeastSquares(2).merge(LeastSquares(3))
 
 

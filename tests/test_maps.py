@@ -135,14 +135,14 @@ def test_luma_is_what_is_equal_in_all_channels() -> None:
     ],
 )
 def test_what_is_no_decomposition_is_refused(make: Any) -> None:
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.errors.InputError):
         make()
 
 
 def test_unknown_kinds_of_channels_and_projections_are_named() -> None:
-    with pytest.raises(iia.UnknownNameError, match="luma-chroma"):
+    with pytest.raises(iia.errors.UnknownNameError, match="luma-chroma"):
         Bands((3, 8, 8), 2, "luma")
-    with pytest.raises(iia.UnknownNameError, match="principal"):
+    with pytest.raises(iia.errors.UnknownNameError, match="principal"):
         projections_from({"kind": "pincipal", "shape": [4]}, {})
 
 
@@ -174,7 +174,7 @@ REFUSED = """m + other; m * other; m / m; m / 0; 1 / m; m * tensor; tensor * m; 
 @pytest.mark.parametrize("expression", [e.strip() for e in REFUSED.split(";")])
 def test_what_has_no_common_decomposition_is_refused_with_a_reason(expression: str) -> None:
     names = {"m": LinearMap(P, torch.ones(3)), "other": LinearMap(Bands((2, 6), 2), torch.ones(2))}
-    with pytest.raises(iia.PlanError, match=r"linear map|real numbers"):
+    with pytest.raises(iia.errors.PlanError, match=r"linear map|real numbers"):
         eval(expression, {**names, "tensor": torch.ones(2, 6), "v": Vector({0: 1.0})})
 
 
@@ -199,7 +199,7 @@ def test_the_size_and_the_means_of_a_map_are_those_of_its_operator() -> None:
 
 @pytest.mark.parametrize("coefficients", [torch.ones(2), torch.tensor([1.0, math.nan, 0.0]), torch.ones(3, 1)])
 def test_a_map_needs_a_finite_number_for_each_group(coefficients: Tensor) -> None:
-    with pytest.raises(iia.PlanError, match="3 finite coefficients"):
+    with pytest.raises(iia.errors.PlanError, match="3 finite coefficients"):
         LinearMap(P, coefficients)
 
 
@@ -234,7 +234,7 @@ def test_a_plan_with_maps_runs_as_its_formula_says(p: Projections) -> None:
     x = problem.noisy(4, schedule, 5.0)
     close(plan.run(problem.ode(schedule), x), euler.run(problem.ode(schedule), x), atol=1e-11)
     assert plan.run(problem.ode(schedule), x.float()).dtype == torch.float32
-    with pytest.raises(iia.PlanError, match="not a consistent solver"):
+    with pytest.raises(iia.errors.PlanError, match="not a consistent solver"):
         trace(Banded(p, 0.1), schedule, grid)
 
 
@@ -246,13 +246,13 @@ def test_a_plan_says_which_of_its_weights_are_maps_and_what_cannot_be_known_of_i
     assert plan.difference(plan) == 0.0
     shifted = replace(plan, code=(code[0], Combine(((0, m + 1e-3), (1, 1.0 - m)), step=1)))
     assert plan.difference(shifted) == pytest.approx(1e-3, rel=1.0)
-    with pytest.raises(iia.PlanError, match="matrix of numbers"):
+    with pytest.raises(iia.errors.PlanError, match="matrix of numbers"):
         plan.canonical().matrix()
-    with pytest.raises(iia.PlanError, match="mix components"):
+    with pytest.raises(iia.errors.PlanError, match="mix components"):
         plan.on_gaussian(torch.zeros(2, 6), 1.0)
     same = replace(plan, code=(code[0], Combine(((0, 0.5 + 0 * m), (1, 0.5)), step=1)))
     close(same.on_gaussian(torch.zeros(2, 6), 1.0).gain[0, 0], 0.5 + 0.5 / 5, atol=1e-12)
-    with pytest.raises(iia.InputError, match=r"linear map of samples \[2, 6\]"):
+    with pytest.raises(iia.errors.InputError, match=r"linear map of samples \[2, 6\]"):
         plan.run(gaussian().ode(iia.EDM()), normal(2, 3))
 
 
@@ -326,7 +326,7 @@ def test_each_sample_gets_the_constant_of_its_condition() -> None:
     ],
 )
 def test_a_condition_that_the_plan_does_not_know_is_a_mismatch(labels: Any, key: str, message: str) -> None:
-    with pytest.raises(iia.MismatchError, match=message):
+    with pytest.raises(iia.errors.MismatchError, match=message):
         conditional(labels=labels, key=key)
 
 
@@ -337,10 +337,10 @@ def test_constants_per_condition_are_scaled_mapped_and_added() -> None:
     close(v.constant.table, (m(per.table) - 2 * per.table + normal(2, 6)) / 2, atol=1e-13)
     small = PerCondition("c", (0, 1), normal(2))
     close((small + normal(2, 6)).table, normal(2)[:, None, None] + normal(2, 6))
-    with pytest.raises(iia.PlanError, match="other values"):
+    with pytest.raises(iia.errors.PlanError, match="other values"):
         per + PerCondition("c", (0, 2), normal(2, 2, 6))
     for values, table in (((0, 0), normal(2)), ((0.5,), normal(1)), ((0, 1), normal(3)), ((), normal(0))):
-        with pytest.raises(iia.PlanError):
+        with pytest.raises(iia.errors.PlanError):
             PerCondition("c", values, table)
 
 
@@ -348,7 +348,7 @@ def test_a_plan_with_constants_per_condition_says_so_and_has_no_single_response(
     plan = Plan(iia.EDM(), (2.0, 1.0), (Combine(((0, 1.0),), PerCondition("c", (0, 1), normal(2, 3)), step=1),))
     assert "constant[3] per c" in str(plan)
     assert plan.equivalent(plan)
-    with pytest.raises(iia.PlanError, match="per condition"):
+    with pytest.raises(iia.errors.PlanError, match="per condition"):
         plan.on_gaussian(torch.zeros(3), 1.0)
 
 
@@ -367,7 +367,7 @@ def test_a_map_is_stored_as_json_and_tensors_that_equal_projections_share(p: Pro
         assert restore(about, key, tensors, known) == m
         assert restore(about, key, tensors, {}) == m
     assert list(known) == [p.digest]
-    with pytest.raises(iia.InputError, match=r"not what they were|configuration"):
+    with pytest.raises(iia.errors.InputError, match=r"not what they were|configuration"):
         restore({**parts["weight.1"][0], "digest": "0"}, "weight.1", tensors, {})  # type: ignore[dict-item]
 
 
@@ -379,5 +379,5 @@ def test_a_tensor_and_a_constant_per_condition_are_stored_too() -> None:
     assert torch.equal(back.table, per.table)
     about, tensors = store(plain, "weight.1.0")
     assert about is None and torch.equal(restore(None, "weight.1.0", tensors, {}), plain)
-    with pytest.raises(iia.InputError, match=r"weight\.2\.0 is incomplete"):
+    with pytest.raises(iia.errors.InputError, match=r"weight\.2\.0 is incomplete"):
         restore(None, "weight.2.0", tensors, {})

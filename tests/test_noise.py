@@ -13,23 +13,24 @@ from iia_ode.noise import generator_of
 
 @given(seed=st.integers(0, 2**64), n=st.integers(1, 12), cut=st.integers(0, 12))
 def test_noise_of_a_sample_is_the_same_however_the_run_is_cut(seed, n, cut):
-    whole = iia.seeded_noise(iia.sample_seeds(seed, range(n)), (2, 3))
+    whole = iia.noise.seeded_noise(iia.noise.sample_seeds(seed, range(n)), (2, 3))
     parts = [
-        iia.seeded_noise(iia.sample_seeds(seed, part), (2, 3)) for part in (range(min(cut, n)), range(min(cut, n), n))
+        iia.noise.seeded_noise(iia.noise.sample_seeds(seed, part), (2, 3))
+        for part in (range(min(cut, n)), range(min(cut, n), n))
     ]
     assert torch.equal(torch.cat(parts), whole)
     assert whole.shape == (n, 2, 3) and whole.dtype == torch.float32
 
 
 def test_numbers_may_be_numpys():
-    assert iia.sample_seeds(np.int64(3), np.arange(4)) == iia.sample_seeds(3, range(4))
-    assert torch.equal(iia.seeded_noise([np.int64(7)], (np.int64(2),)), iia.seeded_noise([7], (2,)))
+    assert iia.noise.sample_seeds(np.int64(3), np.arange(4)) == iia.noise.sample_seeds(3, range(4))
+    assert torch.equal(iia.noise.seeded_noise([np.int64(7)], (np.int64(2),)), iia.noise.seeded_noise([7], (2,)))
 
 
 def test_noise_is_standard_normal_and_that_of_other_samples_and_runs_is_other_noise():
-    seeds = [s for seed in range(4) for s in iia.sample_seeds(seed, range(500))]
+    seeds = [s for seed in range(4) for s in iia.noise.sample_seeds(seed, range(500))]
     assert len(set(seeds)) == len(seeds)
-    noise = iia.seeded_noise(seeds, (40,), dtype=torch.float64)
+    noise = iia.noise.seeded_noise(seeds, (40,), dtype=torch.float64)
     n = noise.numel()
     assert abs(float(noise.mean())) < 5 / n**0.5
     assert abs(float(noise.square().mean()) - 1) < 5 * (2 / n) ** 0.5
@@ -51,19 +52,19 @@ def test_a_sample_of_a_setting_depends_on_its_own_seed_alone(name):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: iia.sample_seeds(-1, range(3)),
-        lambda: iia.sample_seeds(0, [-1]),
-        lambda: iia.sample_seeds(0, [2**32]),
-        lambda: iia.seeded_noise([2**32], (3,)),
+        lambda: iia.noise.sample_seeds(-1, range(3)),
+        lambda: iia.noise.sample_seeds(0, [-1]),
+        lambda: iia.noise.sample_seeds(0, [2**32]),
+        lambda: iia.noise.seeded_noise([2**32], (3,)),
         lambda: generator_of(True),
-        lambda: iia.sample_seeds(0, 5),
-        lambda: iia.sample_seeds(0, [True]),
-        lambda: iia.seeded_noise([0], 3),
-        lambda: iia.seeded_noise([0], (3,), dtype=torch.int64),
+        lambda: iia.noise.sample_seeds(0, 5),
+        lambda: iia.noise.sample_seeds(0, [True]),
+        lambda: iia.noise.seeded_noise([0], 3),
+        lambda: iia.noise.seeded_noise([0], (3,), dtype=torch.int64),
         lambda: get_setting("gaussian").draw(2, 2**32),
         lambda: get_setting("gaussian").draw_each([]),
     ],
 )
 def test_seeds_that_would_be_cut_short_and_shapes_that_are_none_are_refused(wrong):
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.errors.InputError):
         wrong()

@@ -79,7 +79,7 @@ def test_at_either_end_a_conversion_is_finite_or_a_schedule_error(schedule, pred
         for target in PREDICTIONS:
             try:
                 factors = conversion(schedule, t, prediction, target)
-            except iia.ScheduleError:
+            except iia.errors.ScheduleError:
                 continue
             assert all(math.isfinite(v) for v in factors), (t, target, factors)
 
@@ -91,7 +91,7 @@ def test_noise_does_not_determine_the_data_where_alpha_is_zero(schedule):
         assert bool(torch.isfinite(gaussian().ode(schedule, "noise").data(x, schedule.t_noise)).all())
         return
     ode = ProbabilityFlowODE(lambda x, t: x, schedule, "noise")
-    with pytest.raises(iia.ScheduleError, match="another prediction type"):
+    with pytest.raises(iia.errors.ScheduleError, match="another prediction type"):
         ode.data(normal(2, 3), schedule.t_noise)
 
 
@@ -231,17 +231,17 @@ def test_the_dtype_of_a_function_is_that_of_the_state_unless_it_is_named():
 
 
 def test_an_unknown_prediction_type_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(iia.UnknownNameError, match=r"'velocty'.*Did you mean 'velocity'") as raised:
+    with pytest.raises(iia.errors.UnknownNameError, match=r"'velocty'.*Did you mean 'velocity'") as raised:
         ProbabilityFlowODE(lambda x, t: x, iia.EDM(), "velocty")
     assert all(name in str(raised.value) for name in PREDICTIONS)
-    with pytest.raises(iia.UnknownNameError, match="epsilon"):
+    with pytest.raises(iia.errors.UnknownNameError, match="epsilon"):
         gaussian().ode(iia.EDM()).evaluate(normal(2, 3), 1.0).as_form("epsilon")
 
 
 def test_what_is_no_model_or_no_schedule_is_an_input_error():
-    with pytest.raises(iia.InputError, match="callable"):
+    with pytest.raises(iia.errors.InputError, match="callable"):
         ProbabilityFlowODE("unet", iia.EDM())
-    with pytest.raises(iia.InputError, match="EDM"):
+    with pytest.raises(iia.errors.InputError, match="EDM"):
         ProbabilityFlowODE(lambda x, t: x, "edm")
 
 
@@ -260,7 +260,7 @@ def test_what_is_no_model_or_no_schedule_is_an_input_error():
 def test_a_model_that_returns_anything_but_a_tensor_like_the_state_is_an_input_error(answer, described, guided):
     condition = {"conditioning": {"c": torch.ones(1)}, "unconditional": {"c": torch.zeros(1)}, "guidance_scale": 2.0}
     ode = ProbabilityFlowODE(lambda x, t, c=None: answer(x), iia.EDM(), **(condition if guided else {}))
-    with pytest.raises(iia.InputError, match=f"returned {'' if guided else described}"):
+    with pytest.raises(iia.errors.InputError, match=f"returned {'' if guided else described}"):
         ode.data(normal(4, 3), 1.0)
 
 
@@ -282,14 +282,14 @@ def test_a_model_may_change_its_input_without_changing_the_state(inference):
 def test_a_model_that_returns_the_same_memory_again_is_an_input_error():
     buffer = torch.empty(4, 3, dtype=torch.float64)
     ode = ProbabilityFlowODE(lambda x, t: torch.mul(x, 0.5, out=buffer), iia.EDM(), "velocity")
-    with pytest.raises(iia.InputError, match=r"out\.clone\(\)"):
+    with pytest.raises(iia.errors.InputError, match=r"out\.clone\(\)"):
         iia.sample(ode, normal(4, 3), iia.grids.karras(4), "heun")
 
 
 def test_a_state_of_another_shape_than_the_models_is_an_input_error():
     ode = gaussian().ode(iia.EDM())
     ode.check_state_shape(normal(7, 3))
-    with pytest.raises(iia.InputError, match=r"\[B, 3\], got \[7, 4\]"):
+    with pytest.raises(iia.errors.InputError, match=r"\[B, 3\], got \[7, 4\]"):
         ode.check_state_shape(normal(7, 4))
     ProbabilityFlowODE(lambda x, t: x, iia.EDM()).check_state_shape(normal(7, 4))  # nothing is known of its shape
 

@@ -1,8 +1,12 @@
 """Plans: what a step may write, what a plan promises about itself, and that running it is running the steps."""
 
+import copy
 import math
+import struct
+import threading
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    ALL_SCHEDULES,
     F64,
     close,
     every_prediction,
@@ -26,7 +31,8 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.forms import conversion
-from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector
+from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector, trace, traced
+from iia_ode.plan.exact import Bounded, exact_key
 from iia_ode.plan.plan import run_code
 from iia_ode.plan.tracer import take_step
 
@@ -114,13 +120,13 @@ NONLINEAR = """x * x; x / x; x + 1; x - 1; 1 - x; 1j * x; 1 / x; np.ones(2) * x;
 
 @pytest.mark.parametrize("expression", [e.strip() for e in NONLINEAR.split(";")])
 def test_what_is_not_linear_is_refused_with_a_reason(expression: str) -> None:
-    with pytest.raises(iia.PlanError, match="a step"):
+    with pytest.raises(iia.errors.PlanError, match="a step"):
         eval(expression, {"x": X, "np": np, "torch": torch})
 
 
 @pytest.mark.parametrize("attribute", ["shape", "dtype", "clamp", "mean", "norm", "detach"])
 def test_a_step_that_asks_for_the_data_is_told_that_there_are_none_yet(attribute: str) -> None:
-    with pytest.raises(iia.PlanError, match=f"a symbolic vector has no '{attribute}'.*numbers that depend on"):
+    with pytest.raises(iia.errors.PlanError, match=f"a symbolic vector has no '{attribute}'.*numbers that depend on"):
         written(lambda ode, x, t, s, past: x + getattr(x, attribute))
 
 
@@ -155,7 +161,7 @@ INVALID = {
 def test_a_plan_that_could_not_run_cannot_be_made(what: str) -> None:
     code, message = INVALID[what]
     assert Plan(iia.EDM(), (2.0, 1.0), GOOD).steps == 1
-    with pytest.raises(iia.PlanError, match=message):
+    with pytest.raises(iia.errors.PlanError, match=message):
         Plan(iia.EDM(), (2.0, 1.0), code)
 
 
@@ -304,7 +310,7 @@ def test_running_a_plan_is_taking_the_steps_on_tensors(schedule: iia.Schedule, n
 def test_weights_may_be_tensors_and_a_plan_may_add_a_constant() -> None:
     per_pixel, constant = torch.tensor([0.5, 0.25, 1.0], dtype=F64), torch.tensor([1.0, 2.0, 3.0], dtype=F64)
     step = lambda ode, x, t, s, past: per_pixel * x + (1 - per_pixel) * ode.data(x, t) + constant  # noqa: E731
-    plan = iia.trace(Written(step), iia.EDM(), [2.0, 1.0], consistent=False)
+    plan = iia.plan.trace(Written(step), iia.EDM(), [2.0, 1.0], consistent=False)
     problem = gaussian()
     x = problem.noisy(4, iia.EDM(), 2.0, generator())
     expected = per_pixel * x + (1 - per_pixel) * problem.ode(iia.EDM()).data(x, 2.0) + constant
@@ -318,7 +324,7 @@ def test_a_step_with_a_wrong_weight_is_refused(schedule: iia.Schedule, result: s
     def step(ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         return eval(result, {"x": x, "h": s - t, "v": ode.velocity(x, t)})
 
-    with pytest.raises(iia.PlanError, match=r"not a consistent solver.*weights of the step"):
+    with pytest.raises(iia.errors.PlanError, match=r"not a consistent solver.*weights of the step"):
         written(step, schedule)
 
 
@@ -332,13 +338,13 @@ def test_a_consistent_step_need_not_be_exact_on_anything(schedule: iia.Schedule)
 
 
 def test_a_step_that_evaluates_at_the_data_is_told_how_to_end() -> None:
-    with pytest.raises(iia.ScheduleError, match=r"sigma = 0.*ode\.is_data"):
+    with pytest.raises(iia.errors.ScheduleError, match=r"sigma = 0.*ode\.is_data"):
         written(lambda ode, x, t, s, past: x + (s - t) * ode.velocity(x, s), to_data=True)
 
 
 @pytest.mark.parametrize("result", [None, 1.0, [X], (X, (), ()), torch.ones(3), "x"], ids=repr)
 def test_a_step_that_returns_something_else_is_refused(result: Any) -> None:
-    with pytest.raises(iia.PlanError, match=r"must return the new state|made of the step's own vectors"):
+    with pytest.raises(iia.errors.PlanError, match=r"must return the new state|made of the step's own vectors"):
         written(lambda *_: result)
 
 
@@ -347,7 +353,7 @@ def test_a_memory_that_could_be_changed_is_refused(wrap: Callable[[Any], Any]) -
     def step(ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         return x + (s - t) * ode.velocity(x, t), wrap(ode.velocity(x, t))
 
-    with pytest.raises(iia.PlanError, match=r"memory with a (list|dict|set).*tuples or frozen dataclasses"):
+    with pytest.raises(iia.errors.PlanError, match=r"memory with a (list|dict|set).*tuples or frozen dataclasses"):
         written(step)
 
 
@@ -397,3 +403,135 @@ def test_an_evaluation_at_the_end_of_a_step_serves_the_next_step() -> None:
         return y, (ode.velocity(y, s),)
 
     assert written(step, n=5).nfe == 5
+
+
+# ---- remembered verdicts and plans -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tabled(iia.Solver):
+    """Euler in log SNR, whose weights come from a long table: consistent only if every entry is 1."""
+
+    table: Tensor
+    order = 1
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        sch = ode.schedule
+        slope = sch.alpha_prime(t) / sch.alpha(t) - sch.sigma_prime(t) / sch.sigma(t)
+        return x + self.table[1000] * (sch.lam(s) - sch.lam(t)) / slope * ode.velocity(x, t)
+
+
+def tabled(entry: float) -> Tabled:
+    table = torch.ones(2000, dtype=F64)
+    table[1000] = entry
+    return Tabled(table)
+
+
+GRID = iia.grids.karras(5, 0.1, 20.0, to_data=False)
+
+
+def test_an_inconsistent_solver_is_refused_after_a_consistent_one_that_prints_alike() -> None:
+    good, bad = tabled(1.0), tabled(1.5)
+    assert repr(good) == repr(bad)
+    for make in (trace, traced):
+        for _ in range(2):
+            make(good, iia.EDM(), GRID)
+            with pytest.raises(iia.errors.PlanError, match="not a consistent solver"):
+                make(bad, iia.EDM(), GRID)
+
+
+def test_plans_of_tables_that_print_alike_are_told_apart() -> None:
+    near = traced(tabled(1.0), iia.EDM(), GRID), traced(tabled(1.0 + 1e-12), iia.EDM(), GRID)
+    assert near[0] is not near[1] and near[0].code[1].terms != near[1].code[1].terms
+    assert traced(tabled(1.0), iia.EDM(), GRID.clone()) is near[0]
+
+
+@given(st.lists(st.floats(width=32), max_size=3), st.lists(st.floats(width=32), max_size=3), st.booleans())
+def test_keys_are_equal_exactly_if_contents_are(a: list[float], b: list[float], wide: bool) -> None:
+    first = torch.tensor(a, dtype=torch.float32)
+    second = torch.tensor(b, dtype=F64 if wide else torch.float32)
+    same = first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes()
+    assert (exact_key(Tabled(first)) == exact_key(Tabled(second))) == same
+    assert (exact_key(a) == exact_key(b)) == (struct.pack(f"{len(a)}d", *a) == struct.pack(f"{len(b)}d", *b))
+    assert exact_key({"a": (1, a)}) != exact_key({"a": (True, a)}) != exact_key({"a": [1, a]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda x: x,
+        Written(print),
+        torch.nn.Linear(1, 1),
+        torch.ones(1, requires_grad=True),
+        np.ones(2),
+        ALL_SCHEDULES[-1],
+    ],
+    ids=["function", "solver with a function", "module", "with a gradient", "array", "schedule of functions"],
+)
+def test_contents_that_may_change_unseen_have_no_key(value: Any) -> None:
+    assert exact_key(value) is None and exact_key((1, [value])) is None
+
+
+@every_solver_on_a_schedule
+def test_a_plan_that_was_traced_before_is_found_again(schedule: iia.Schedule, name: str) -> None:
+    grid = iia.grids.karras(4, schedule=schedule)
+    first = traced(iia.get_solver(name), schedule, grid)
+    exact = exact_key(schedule) is not None
+    assert (traced(iia.get_solver(name), copy.deepcopy(schedule), grid) is first) == exact
+    assert first.difference(iia.get_solver(name).plan(schedule, grid)) == 0.0
+
+
+def test_two_threads_get_one_plan() -> None:
+    barrier = threading.Barrier(2, timeout=60)
+    grid = iia.grids.karras(3, 0.123, 45.6)
+
+    def find(_: int) -> Plan:
+        barrier.wait()
+        return traced(iia.get_solver("heun"), iia.EDM(), grid)
+
+    with ThreadPoolExecutor(2) as pool:
+        a, b = pool.map(find, range(2))
+    assert a is b
+
+
+def test_a_class_that_is_defined_again_is_another_solver() -> None:
+    def define(weight: float) -> type[iia.Solver]:
+        class Again(iia.Solver):
+            order, consistent = 1, False
+
+            def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+                return x + weight * (s - t) * ode.velocity(x, t)
+
+        return Again
+
+    plans = [traced(define(w)(), iia.EDM(), GRID) for w in (1.0, 2.0)]
+    assert plans[0].difference(plans[1]) > 0.1
+
+
+def test_a_plan_of_inference_mode_serves_a_run_with_gradients() -> None:
+    solver, problem = tabled(1.0), gaussian()
+    grid = iia.grids.karras(4, 0.2, 20.0, to_data=False)
+    with torch.inference_mode():
+        plan = traced(solver, iia.EDM(), grid)
+    assert traced(solver, iia.EDM(), grid) is plan
+    x = problem.noisy(2, iia.EDM(), 20.0, generator()).requires_grad_()
+    plan.run(problem.ode(iia.EDM()), x).sum().backward()
+    assert x.grad is not None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=40))
+def test_a_bounded_table_keeps_what_was_used_last(actions: list[tuple[int, bool]]) -> None:
+    table: Bounded[int, int] = Bounded(4, lambda v: v, 12)
+    expected: list[int] = []  # least recently used first; the value of key k is k
+    for key, write in actions:
+        if write and key not in expected:
+            assert table.put(key, key) == key
+            expected.append(key)
+            while len(expected) > 4 or sum(expected) > 12:
+                expected.pop(0)
+        elif not write:
+            assert table.get(key) == (key if key in expected else None)
+            if key in expected:
+                expected.append(expected.pop(expected.index(key)))
+        assert len(table) == len(expected)
+    assert len(copy.deepcopy(table)) == len(copy.copy(table)) == 0

@@ -1,6 +1,7 @@
 """Plots: of a comparison and its images, and figures of a fit."""
 
 import sys
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -46,13 +47,13 @@ def test_coefficients_have_a_line_each_and_steps_that_keep_the_base_are_shaded(s
 
 def test_without_steps_of_its_own_a_fits_weights_are_those_of_its_states_on_data_estimates(found):
     whole = found["closed-form"]
-    fit = iia.FittedSolver(whole.plan, (), whole.about)
+    fit = iia.FittedSolver(whole.plan, (), whole.record)
     (axes,) = plots.plot_coefficients(fit).axes
     lines, form = lines_of(axes), fit.plan.canonical()
     assert set(lines) == {"D[i]", "D[i-1]", "D[i-2]", "D[i-3]"}
     assert lines["D[i]"].get_ydata()[-1] == form.final.weights[4]
     assert lines["D[i-3]"].get_ydata()[-1] == form.final.weights[1]
-    with pytest.raises(iia.InputError, match="not fitted step by step"):
+    with pytest.raises(iia.errors.InputError, match="not fitted step by step"):
         plots.plot_residuals(fit)
 
 
@@ -74,27 +75,28 @@ def test_residuals_of_a_fit_to_the_whole_batch_have_no_held_out_half():
 @pytest.mark.parametrize("budget", ["closed-form", "standard"])
 def test_ingredients_have_a_bar_each_and_the_chosen_one_is_in_colour(found, budget):
     fit = found[budget]
-    ingredients = fit.about["recipe"]["ingredients"]
+    ingredients = fit.record.search.ingredients
     (axes,) = plots.plot_ingredients(fit).axes
-    assert [t.get_text() for t in axes.get_yticklabels()] == [i["name"] for i in ingredients]
-    assert [bar.get_width() for bar in axes.patches] == [i["error"] for i in ingredients]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [i.name for i in ingredients]
+    assert [bar.get_width() for bar in axes.patches] == [i.error for i in ingredients]
     colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in axes.patches]
-    (chosen,) = (k for k, i in enumerate(ingredients) if i["chosen"])
+    (chosen,) = (k for k, i in enumerate(ingredients) if i.chosen)
     assert colours.count(colours[chosen]) == 1
 
 
 def test_an_ingredient_that_could_not_be_made_is_named_without_a_bar(found):
     fit = found["closed-form"]
-    entries = [{**fit.about["recipe"]["ingredients"][0], "error": None}, *fit.about["recipe"]["ingredients"][1:]]
-    recipe = fit.about["recipe"] | {"ingredients": entries}
-    changed = iia.FittedSolver(fit.plan, fit.reports, fit.about | {"recipe": recipe})
+    first, *others = fit.record.search.ingredients
+    entries = (replace(first, error=None), *others)
+    record = replace(fit.record, search=replace(fit.record.search, ingredients=entries))
+    changed = iia.FittedSolver(fit.plan, fit.reports, record)
     (axes,) = plots.plot_ingredients(changed).axes
     assert len(axes.patches) == len(entries) - 1
     assert axes.texts[0].get_text() == "not possible"
 
 
 def test_only_what_one_call_found_has_ingredients(stepwise):
-    with pytest.raises(iia.InputError, match=r"not made by iia_ode\.fit"):
+    with pytest.raises(iia.errors.InputError, match=r"not made by iia_ode\.fit"):
         plots.plot_ingredients(stepwise)
 
 
@@ -141,5 +143,5 @@ def test_plots_draw_on_the_axes_they_are_given(comparison, tmp_path):
 
 def test_without_matplotlib_a_plot_names_the_extra(monkeypatch, comparison):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(iia.MissingDependencyError, match=r"pip install 'iia-ode\[plot\]'"):
+    with pytest.raises(iia.errors.MissingDependencyError, match=r"pip install 'iia-ode\[plot\]'"):
         plots.error_against_nfe(comparison)

@@ -254,12 +254,12 @@ def test_the_same_seed_gives_the_same_samples(problem):
 
 @pytest.mark.parametrize("variance", [0.0, -1.0, math.nan])
 def test_a_gaussian_without_positive_variances_is_an_input_error(variance):
-    with pytest.raises(iia.InputError, match="positive"):
+    with pytest.raises(iia.errors.InputError, match="positive"):
         Gaussian(torch.zeros(2, dtype=F64), torch.tensor([1.0, variance], dtype=F64))
 
 
 def test_a_mean_and_variances_of_two_shapes_are_an_input_error():
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.errors.InputError):
         Gaussian(torch.zeros(2), torch.ones(3))
 
 
@@ -269,30 +269,30 @@ def test_a_mean_and_variances_of_two_shapes_are_an_input_error():
     ids=["another number", "weights not 1-d", "means without a shape"],
 )
 def test_weights_and_means_that_do_not_match_are_an_input_error_that_shows_their_shapes(weights, means):
-    with pytest.raises(iia.InputError, match=r"\[K, \*shape\], got \["):
+    with pytest.raises(iia.errors.InputError, match=r"\[K, \*shape\], got \["):
         Mixture(weights, means, 1.0)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
 def test_a_weight_that_is_not_positive_is_an_input_error(bad):
-    with pytest.raises(iia.InputError, match="positive weights"):
+    with pytest.raises(iia.errors.InputError, match="positive weights"):
         Mixture(torch.tensor([1.0, bad]), torch.zeros(2, 4), 1.0)
 
 
 def test_standard_deviations_of_another_shape_are_an_input_error():
-    with pytest.raises(iia.InputError, match=r"stds of shape \[2, 4\]"):
+    with pytest.raises(iia.errors.InputError, match=r"stds of shape \[2, 4\]"):
         Mixture(torch.ones(2), torch.zeros(2, 3), torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("points", [torch.zeros(0, 3), torch.zeros(3)], ids=["none", "numbers"])
 def test_a_data_set_without_points_is_an_input_error(points):
-    with pytest.raises(iia.InputError, match=r"\[K, \*shape\]"):
+    with pytest.raises(iia.errors.InputError, match=r"\[K, \*shape\]"):
         Empirical(points)
 
 
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
 def test_standard_deviations_that_are_none_are_an_input_error(bad):
-    with pytest.raises(iia.InputError, match="not negative"):
+    with pytest.raises(iia.errors.InputError, match="not negative"):
         Mixture(torch.ones(2), torch.zeros(2, 3), torch.tensor([[1.0], [bad]]))
 
 
@@ -300,13 +300,13 @@ def test_standard_deviations_broadcast_from_the_right_also_where_components_and_
     stds = torch.tensor([1.0, 2.0])
     assert torch.equal(Mixture(torch.ones(2), torch.zeros(2, 2), stds).variances[0], stds.double().square())
     assert torch.equal(Mixture(torch.ones(2), torch.zeros(2, 2), stds[:, None]).variances[:, 0], stds.double().square())
-    with pytest.raises(iia.InputError, match=r"\[2, 1\]"):
+    with pytest.raises(iia.errors.InputError, match=r"\[2, 1\]"):
         Mixture(torch.ones(2), torch.zeros(2, 3), stds)
 
 
 @pytest.mark.parametrize("make", [lambda: Gaussian("zero", 1.0), lambda: Mixture(None, torch.zeros(2, 3), 1.0)])
 def test_parameters_that_are_no_numbers_are_an_input_error(make):
-    with pytest.raises(iia.InputError, match="needs"):
+    with pytest.raises(iia.errors.InputError, match="needs"):
         make()
 
 

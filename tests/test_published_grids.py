@@ -83,7 +83,7 @@ def test_align_your_steps_visits_its_levels_on_schedules_without_timesteps(sched
 
 
 def test_align_your_steps_for_another_model_is_an_error_that_lists_the_published_ones():
-    with pytest.raises(iia.UnknownNameError, match=r"'sd3'.*deepfloyd.*do not carry over.*karras"):
+    with pytest.raises(iia.errors.UnknownNameError, match=r"'sd3'.*deepfloyd.*do not carry over.*karras"):
         grids.align_your_steps(10, "sd3")
 
 
@@ -91,5 +91,5 @@ def test_align_your_steps_for_another_model_is_an_error_that_lists_the_published
     "schedule", [OTHER, iia.Discrete(OTHER.alphas_cumprod[:100])], ids=["linear betas", "100 timesteps"]
 )
 def test_published_timesteps_on_another_models_schedule_are_a_grid_error(schedule):
-    with pytest.raises(iia.GridError, match="alphas_cumprod"):
+    with pytest.raises(iia.errors.GridError, match="alphas_cumprod"):
         grids.align_your_steps(10, "sd15", schedule=schedule)

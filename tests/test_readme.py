@@ -14,8 +14,8 @@ def test_the_ten_lines_of_python_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     exec(code, namespace)
-    assert namespace["x_0"].shape == (10, 1, 8, 8)
-    assert "iia-edm: heun with fitted weights, 5 steps, 9 evaluations" in capsys.readouterr().out
+    assert namespace["x_0"].shape == (10, 16)
+    assert "iia-5: ddim with fitted weights, 5 steps, 5 evaluations" in capsys.readouterr().out
 
 
 def test_every_file_it_links_to_exists():

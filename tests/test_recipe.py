@@ -9,21 +9,21 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from iia_ode.iia.endpoint import Ends, by_robust_error, known_ratio
+from iia_ode.iia.initial import fresh_states, more_states
+from iia_ode.iia.routes import Route, Start, worth_refining
+from iia_ode.iia.variants import SCALARS, variants_of
 from support import every_schedule, mixture
 from torch import nn
 
 import iia_ode as iia
+from iia_ode.autofit import Bench, fit, fold_of, search_grid, search_levels
+from iia_ode.autofit.budget import BUDGETS, Budget
+from iia_ode.autofit.grids import FreeGrid, LeapGrid, leap_grids
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher, Window
-from iia_ode.iia.budgets import BUDGETS, Budget
-from iia_ode.iia.endpoint import Ends, by_robust_error, known_ratio
-from iia_ode.iia.families import FreeGrid, LeapGrid, leap_grids
-from iia_ode.iia.initial import fresh_states, more_states
-from iia_ode.iia.recipe import fit
+from iia_ode.iia.provenance import Split
 from iia_ode.iia.report import table_of_weights
-from iia_ode.iia.routes import Route, Start, worth_refining
-from iia_ode.iia.search import Bench, fold_of, search_grid, search_levels
-from iia_ode.iia.variants import SCALARS, variants_of
 from iia_ode.plan import Bands
 
 F64 = torch.float64
@@ -65,7 +65,7 @@ def test_one_call_gives_a_solver_twice_as_accurate_as_the_best_classic_ones(sche
             grid[0] = found.plan.grid[0]
             try:
                 classic.append(median_error(ode, iia.get_solver(solver), x, grid))
-            except iia.ScheduleError:  # no data estimate of noise where alpha = 0
+            except iia.errors.ScheduleError:  # no data estimate of noise where alpha = 0
                 continue
     assert median_error(ode, found, x) < 0.5 * min(classic)
 
@@ -76,26 +76,26 @@ def test_a_bigger_budget_is_better_on_unseen_noise_and_the_report_says_what_it_g
     refined = fit(ode, 5, noise(256), budget=replace(QUICK, starts=1, iterations=3), report=said.append)
     small, large = (median_error(ode, f, start_of(f, noise(400, seed=5))) for f in (refined, plain))
     assert small < 0.85 * large
-    tried = refined.about["recipe"]["ingredients"]
-    assert [i["chosen"] for i in tried].count(True) == 1
-    assert tried[0]["name"].endswith("not fitted") and tried[0]["error"] > refined.about["endpoint"]["fit"]
-    assert any("refined" in i["name"] for i in tried)
-    assert refined.about["recipe"]["sample_evaluations"] > plain.about["recipe"]["sample_evaluations"]
+    tried = refined.record.search.ingredients
+    assert [i.chosen for i in tried].count(True) == 1
+    assert tried[0].name.endswith("not fitted") and tried[0].error > refined.record.endpoint.fit
+    assert any("refined" in i.name for i in tried)
+    assert refined.record.sample_evaluations > plain.record.sample_evaluations
     assert "sample evaluations" in said[0] and "chosen" in said[-1]
     text = refined.explain()
-    assert "held-out samples" in text and f"{tried[0]['error']:.3g}" in text
+    assert "held-out samples" in text and f"{tried[0].error:.3g}" in text
 
 
 def test_what_a_file_shows_is_what_the_fit_shows_and_how_the_fit_was_made(tmp_path):
     ode = mixture().ode(iia.EDM())
     found = quiet(ode, 4, noise(), budget=replace(REFINED, teacher_steps=30))
-    assert found.about["recipe"]["refinement"] is not None
+    assert found.record.search.refinement is not None
     text = iia.iia.describe(found.save(tmp_path / "fit.safetensors"))
     assert text == str(found) and found.table() in text
-    chosen = next(i["name"] for i in found.about["recipe"]["ingredients"] if i["chosen"])
+    chosen = next(i.name for i in found.record.search.ingredients if i.chosen)
     assert f"chosen: {chosen}" in text and "iterations over all weights and times" in text
     assert "steps 30" in text and "steps=60" not in text
-    assert ("then on all of them" in text) == found.about["recipe"]["fitted_to_all"]
+    assert ("then on all of them" in text) == found.record.search.fitted_to_all
 
 
 def test_weights_that_are_maps_are_shown_for_each_group():
@@ -116,22 +116,22 @@ def test_memory_of_refinements_is_bounded_where_one_asks():
     ode = mixture().ode(iia.EDM())
     plain, bounded = (quiet(ode, 4, noise(), budget=REFINED, checkpointed=c) for c in (False, True))
     assert plain.plan.difference(bounded.plan) < 1e-9
-    assert bounded.about["evaluations"] > plain.about["evaluations"]  # those made again on the way back
+    assert bounded.record.evaluations > plain.record.evaluations  # those made again on the way back
 
 
 def test_what_is_said_to_be_spent_is_what_was_spent():
     ode = mixture().ode(iia.EDM())
     with ode.counting() as spent:
         found = quiet(ode, 4, noise(), budget=QUICK, chunk_size=16)
-    recipe = found.about["recipe"]
-    assert recipe["sample_evaluations"] == spent.samples
-    parts = [*recipe["ingredients"], recipe["teacher"], recipe["last"]]
+    recipe = found.record.search
+    assert found.record.sample_evaluations == spent.samples
+    parts = [*recipe.ingredients, recipe.costs["teacher"], recipe.costs["last"]]
     timed = 2 * 16
-    assert sum(p["sample_evaluations"] for p in parts) + timed == spent.samples
-    assert recipe["teacher"]["sample_evaluations"] == 51 * 80
+    assert sum(p.sample_evaluations for p in parts) + timed == spent.samples
+    assert recipe.costs["teacher"].sample_evaluations == 51 * 80
     # The fit, then both plans on all of the noise. The new plan's answers are known from its fit, and in the chunks of the
     # first 32 samples, which are cut as before, those at the start and all of the old plan.
-    assert recipe["last"]["sample_evaluations"] == (4 * 48 + 3 * 32) + 3 * 48
+    assert recipe.costs["last"].sample_evaluations == (4 * 48 + 3 * 32) + 3 * 48
 
 
 def test_what_cannot_be_refined_is_listed_with_what_it_cost():
@@ -142,16 +142,16 @@ def test_what_cannot_be_refined_is_listed_with_what_it_cost():
     ode = iia.ProbabilityFlowODE(Detached(), iia.EDM())
     with ode.counting() as spent:
         found = quiet(ode, 3, noise(), budget=REFINED, chunk_size=16)
-    recipe = found.about["recipe"]
-    failed = [i for i in recipe["ingredients"] if i["error"] is None]
-    assert [i["name"] for i in failed] == ["scalars, refined"] and failed[0]["sample_evaluations"] > 0
-    parts = [*recipe["ingredients"], recipe["teacher"], recipe["last"]]
-    assert sum(p["sample_evaluations"] for p in parts) + 2 * 16 == spent.samples
-    assert f"Chosen from {len(recipe['ingredients']) - 1} on" in found.explain()
+    recipe = found.record.search
+    failed = [i for i in recipe.ingredients if i.error is None]
+    assert [i.name for i in failed] == ["scalars, refined"] and failed[0].sample_evaluations > 0
+    parts = [*recipe.ingredients, recipe.costs["teacher"], recipe.costs["last"]]
+    assert sum(p.sample_evaluations for p in parts) + 2 * 16 == spent.samples
+    assert f"Chosen from {len(recipe.ingredients) - 1} solvers" in found.explain()
     # What it is compared with is not its base on its grid, and is not called so.
-    unfitted = recipe["ingredients"][0]
-    assert unfitted["name"] == "ipndm3, not fitted"
-    assert f"held-out noise: ipndm3 without a fit {unfitted['error']:.3g}, fit" in str(found)
+    unfitted = recipe.ingredients[0]
+    assert unfitted.name == "ipndm3, not fitted"
+    assert f"held-out noise: ipndm3 without a fit {unfitted.error:.3g}, fit" in str(found)
 
 
 @pytest.mark.parametrize("budget", [QUICK, REFINED])
@@ -161,7 +161,7 @@ def test_a_fit_survives_its_file(tmp_path, budget):
     again = iia.load(found.save(tmp_path / "fit.safetensors"))
     x = start_of(found, noise(8, seed=2))
     assert torch.equal(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=found))
-    assert again.about == found.about
+    assert again.record == found.record
     assert again.explain() == found.explain()
     assert isinstance(again, FittedSolver) and found.name in str(again)
 
@@ -176,9 +176,9 @@ def test_noise_may_be_given_as_noise_or_as_initial_states_or_as_a_shape():
     ode = mixture().ode(iia.EDM())
     a, b = (quiet(ode, 3, z, budget=QUICK) for z in (noise(), 80.0 * noise()))
     assert a.plan.canonical().difference(b.plan.canonical()) < 1e-9
-    assert quiet(ode, 3, shape=(4,), samples=32, budget=QUICK).about["batch"] == 32
+    assert quiet(ode, 3, shape=(4,), samples=32, budget=QUICK).record.batch == 32
     for bad in ({}, {"noise": noise(), "shape": (4,)}, {"noise": 7.0 * noise()}, {"noise": noise(4)}):
-        with pytest.raises(iia.InputError, match="noise"):
+        with pytest.raises(iia.errors.InputError, match="noise"):
             quiet(ode, 3, **bad)
 
 
@@ -188,7 +188,7 @@ def test_very_few_evaluations_work_too(nfe, warm_starts):
     ode = mixture().ode(iia.EDM())
     found = quiet(ode, nfe, noise(), budget=replace(REFINED, warm_starts=warm_starts))
     assert found.nfe == nfe
-    assert any("warm start" in i["name"] for i in found.about["recipe"]["ingredients"]) == warm_starts
+    assert any("warm start" in i.name for i in found.record.search.ingredients) == warm_starts
     x = start_of(found, noise(seed=1))
     assert median_error(ode, found, x) <= 1.02 * median_error(ode, iia.get_solver("ddim"), x, found.grid)
 
@@ -204,7 +204,7 @@ def test_warm_starts_are_tried_per_class_where_there_are_classes():
     ode = iia.ProbabilityFlowODE(Classes(), iia.EDM(), conditioning={"label": label})
     budget = Budget(teacher_steps=50, rounds=((0.25, 3),), descent=0, warm_starts=True)
     found = quiet(ode, 3, noise(), budget=budget)
-    names = [i["name"] for i in found.about["recipe"]["ingredients"]]
+    names = [i.name for i in found.record.search.ingredients]
     assert any("per label" in name for name in names) and any("affine" in name for name in names)
     other = iia.ProbabilityFlowODE(Classes(), iia.EDM(), conditioning={"label": torch.ones(5, dtype=torch.long)})
     assert iia.sample(other, start_of(found, noise(5, seed=3)), solver=found).shape == (5, 4)
@@ -226,7 +226,7 @@ def test_a_budget_may_add_noise_under_the_same_conditions():
     model, z, said = Labelled(), noise(12), []
     ode = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"label": torch.arange(12)})
     found = fit(ode, 2, z, budget=replace(QUICK, draws=30), report=said.append, chunk_size=64)
-    assert found.about["batch"] == 30 and found.about["held_out"] == 15
+    assert found.record.batch == 30 and found.record.held_out == 15
     assert any("12 draws of noise and 18 more" in line for line in said)
     assert "Of the 30 samples, 12 were asked for" in found.explain()
     whole = [(x, label) for t, x, label in model.asked if len(x) == 30 and t == 80.0]
@@ -243,10 +243,10 @@ def test_a_budget_may_add_noise_under_the_same_conditions():
 def test_noise_is_added_only_where_there_is_less_than_the_budget_asks_for():
     ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(12)})
     enough = quiet(ode, 2, noise(12), budget=replace(QUICK, draws=12))
-    assert enough.about["batch"] == 12 and "were asked for" not in enough.explain()
+    assert enough.record.batch == 12 and "were asked for" not in enough.explain()
     own, said = Teacher.solve(ode, 80.0 * noise(12), 80.0, 0.0, steps=50), []
     kept = fit(ode, 2, noise(12), budget=replace(QUICK, draws=30), teacher=own, report=said.append)
-    assert kept.about["batch"] == 12 and any("no noise is added" in line for line in said)
+    assert kept.record.batch == 12 and any("no noise is added" in line for line in said)
 
 
 @pytest.mark.parametrize(("given", "draws", "few"), [(63, 0, True), (64, 0, False), (16, 64, False)])
@@ -257,7 +257,7 @@ def test_a_fit_to_few_draws_says_that_its_choice_is_not_to_be_trusted_far(given,
 
 
 def errors_of(found):
-    return {i["name"]: i["error"] for i in found.about["recipe"]["ingredients"]}
+    return {i.name: i.error for i in found.record.search.ingredients}
 
 
 def test_a_draw_that_is_given_twice_counts_once_and_is_reported():
@@ -265,29 +265,29 @@ def test_a_draw_that_is_given_twice_counts_once_and_is_reported():
     plain = quiet(ode, 4, own, budget=QUICK)
     teacher = Teacher.solve(ode, 80.0 * own[again], 80.0, 0.0, steps=50)
     for options in ({}, {"teacher": teacher}):
-        with pytest.warns(iia.DuplicateWarning, match="40 of 80 draws of noise repeat others"):
+        with pytest.warns(iia.errors.DuplicateWarning, match="40 of 80 draws of noise repeat others"):
             found = quiet(ode, 4, own[again], budget=QUICK, **options)
-        assert found.about["batch"] == 40 and found.plan.difference(plain.plan) == 0
+        assert found.record.batch == 40 and found.plan.difference(plain.plan) == 0
         assert errors_of(found) == errors_of(plain)
-    with pytest.warns(iia.DuplicateWarning), pytest.raises(iia.InputError, match="8 different draws"):
+    with pytest.warns(iia.errors.DuplicateWarning), pytest.raises(iia.errors.InputError, match="8 different draws"):
         quiet(ode, 4, noise(1).expand(64, 4), budget=QUICK)
-    with pytest.warns(iia.DuplicateWarning), pytest.raises(iia.MismatchError):
+    with pytest.warns(iia.errors.DuplicateWarning), pytest.raises(iia.errors.MismatchError):
         quiet(ode, 4, noise(40, seed=5)[again], budget=QUICK, teacher=teacher)
 
 
 def test_a_draw_under_two_conditions_is_two_draws():
     label = torch.arange(24) // 12
     ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": label})
-    assert quiet(ode, 2, noise(12).repeat(2, 1), budget=QUICK).about["batch"] == 24
-    with pytest.warns(iia.DuplicateWarning, match="12 of 24"):
+    assert quiet(ode, 2, noise(12).repeat(2, 1), budget=QUICK).record.batch == 24
+    with pytest.warns(iia.errors.DuplicateWarning, match="12 of 24"):
         found = quiet(ode.condition(label=torch.tensor(1)), 2, noise(12).repeat(2, 1), budget=QUICK)
-    assert found.about["batch"] == 12
+    assert found.record.batch == 12
 
 
 @pytest.mark.parametrize("index", [torch.arange(24) % 12, torch.arange(24)], ids=["repeated", "distinct"])
 def test_conditions_that_do_not_fit_the_noise_are_refused_even_if_they_fit_a_part_of_it(index):
     ode = iia.ProbabilityFlowODE(Labelled(), iia.EDM(), conditioning={"label": torch.arange(12)})
-    with pytest.raises(iia.InputError, match="'label' has 12 entries for a batch of 24"):
+    with pytest.raises(iia.errors.InputError, match="'label' has 12 entries for a batch of 24"):
         quiet(ode, 2, noise(24)[index], budget=QUICK, chunk_size=12)
 
 
@@ -321,7 +321,7 @@ def test_a_model_without_gradients_is_fitted_in_closed_form():
 
     said = []
     found = fit(iia.ProbabilityFlowODE(blind, iia.EDM()), 4, noise(), budget=REFINED, report=said.append)
-    assert found.about["recipe"]["refinement"] is None
+    assert found.record.search.refinement is None
     assert any("gradient" in line for line in said)
 
 
@@ -333,18 +333,18 @@ def test_a_teacher_can_be_used_for_every_number_of_evaluations():
     with ode.counting() as own:
         quiet(ode, 4, noise(), budget=QUICK)
     assert own.samples - spent.samples == 51 * 80
-    with pytest.raises(iia.MismatchError):
+    with pytest.raises(iia.errors.MismatchError):
         quiet(ode, 4, noise(seed=5), budget=QUICK, teacher=teacher)
 
 
 def test_bad_arguments_say_what_was_wrong():
     ode = mixture().ode(iia.EDM())
-    with pytest.raises(iia.UnknownNameError, match="closed-form"):
+    with pytest.raises(iia.errors.UnknownNameError, match="closed-form"):
         quiet(ode, 4, noise(), budget="huge")
     for bad in (0, 2.5, True):
-        with pytest.raises(iia.InputError, match="nfe"):
+        with pytest.raises(iia.errors.InputError, match="nfe"):
             quiet(ode, bad, noise())
-        with pytest.raises(iia.InputError, match="chunk_size"):
+        with pytest.raises(iia.errors.InputError, match="chunk_size"):
             quiet(ode, 4, noise(), chunk_size=bad)
     for name, bad in (
         ("shape", 4),
@@ -354,15 +354,15 @@ def test_bad_arguments_say_what_was_wrong():
         ("samples", -4),
         ("seed", None),
     ):
-        with pytest.raises(iia.InputError, match=f"{name} .* got"):
+        with pytest.raises(iia.errors.InputError, match=f"{name} .* got"):
             quiet(ode, 4, **{"shape": (4,), "samples": 16, name: bad})
-    with pytest.raises(iia.InputError, match=r"seed .* below"):
+    with pytest.raises(iia.errors.InputError, match=r"seed .* below"):
         quiet(ode, 4, noise(), seed=2**70)
-    with pytest.raises(iia.InputError, match=r"or a Budget\(\.\.\.\)"):
+    with pytest.raises(iia.errors.InputError, match=r"or a Budget\(\.\.\.\)"):
         quiet(ode, 4, noise(), budget=Budget)
-    with pytest.raises(iia.GridError, match="sigma_max"):
+    with pytest.raises(iia.errors.GridError, match="sigma_max"):
         quiet(ode, 4, noise(), sigma_max=-1.0)
-    with pytest.raises(iia.InputError, match="held_out"):
+    with pytest.raises(iia.errors.InputError, match="held_out"):
         quiet(ode, 4, noise(), held_out=1.0)
 
 
@@ -374,25 +374,25 @@ def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported
     with ode.counting() as spent:
         found = fit(ode, 4, noise(), budget=FINAL, report=said.append, chunk_size=16)
     plain = quiet(ode, 4, noise(), budget=replace(FINAL, finals=0.0), chunk_size=16)
-    recipe, before = found.about["recipe"], plain.about["recipe"]
-    assert (recipe["final_draws"], before["final_draws"]) == (48, 0)
-    made = recipe["ingredients"]
-    assert recipe["teacher"]["sample_evaluations"] == 31 * (80 + 48)
+    recipe, before = found.record.search, plain.record.search
+    assert (recipe.final_draws, before.final_draws) == (48, 0)
+    made = recipe.ingredients
+    assert recipe.costs["teacher"].sample_evaluations == 31 * (80 + 48)
     # At the start, and where a warm start ends, the first that begins there asks.
-    begin = {i["name"].removesuffix(", refined") if "warm start" in i["name"] else "" for i in made}
-    assert recipe["finals"]["sample_evaluations"] == 48 * (3 * len(made) + len(begin))
-    backward = recipe["sample_evaluations"] - spent.samples
-    parts = [*made, recipe["teacher"], recipe["finals"], recipe["last"]]
-    assert sum(p["sample_evaluations"] for p in parts) + 2 * 16 == spent.samples + backward
+    begin = {i.name.removesuffix(", refined") if "warm start" in i.name else "" for i in made}
+    assert recipe.costs["finals"].sample_evaluations == 48 * (3 * len(made) + len(begin))
+    backward = found.record.sample_evaluations - spent.samples
+    parts = [*made, *recipe.costs.values()]
+    assert sum(p.sample_evaluations for p in parts) + 2 * 16 == spent.samples + backward
     # Nothing that comes before knows of it.
-    assert [(i["name"], i["sample_evaluations"]) for i in made] == [
-        (i["name"], i["sample_evaluations"]) for i in before["ingredients"]
+    assert [(i.name, i.sample_evaluations) for i in made] == [
+        (i.name, i.sample_evaluations) for i in before.ingredients
     ]
     _, x = fresh_states(ode, 80.0 * noise(), 80.0, 48, 40, 0)
     x = torch.cat([80.0 * noise()[40:], x])
     end = Teacher.solve(ode, x, 80.0, 0.0, steps=30).final
     unfitted = iia.sample(ode, x, iia.grids.karras(4, 0.02, 80.0), "ipndm3")
-    assert made[0]["error"] == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
+    assert made[0].error == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
     assert "on 88 held-out samples" in found.explain() and "40 more held out and 48 made for the last choice" in str(
         found
     )
@@ -403,8 +403,8 @@ def test_the_last_choice_is_made_on_noise_of_its_own_and_its_errors_are_reported
 def test_noise_of_the_last_choice_can_turn_it_and_alone_judges_the_last_fit(monkeypatch, last):
     """On noise that was held out everything stays as it is; on that of the last choice, what was best is made the worst."""
     ode = mixture().ode(iia.EDM())
-    made = quiet(ode, 4, noise(), budget=QUICK).about["recipe"]["ingredients"]
-    best = next(k for k, i in enumerate(made) if i["chosen"])
+    made = quiet(ode, 4, noise(), budget=QUICK).record.search.ingredients
+    best = next(k for k, i in enumerate(made) if i.chosen)
     errors = [3.0 if k == best else 1e-4 for k in range(len(made))] + [last]
     honest, runs = Ends.errors, []
 
@@ -417,11 +417,11 @@ def test_noise_of_the_last_choice_can_turn_it_and_alone_judges_the_last_fit(monk
 
     monkeypatch.setattr(Ends, "errors", turned)
     found = quiet(ode, 4, noise(), budget=replace(QUICK, finals=2.0))
-    recipe = found.about["recipe"]
-    assert [i["name"] for i in recipe["ingredients"]] == [i["name"] for i in made]
-    assert not recipe["ingredients"][best]["chosen"] and not found.about["endpoint"]["fell_back"]
+    recipe = found.record.search
+    assert [i.name for i in recipe.ingredients] == [i.name for i in made]
+    assert not recipe.ingredients[best].chosen and not found.record.endpoint.fell_back
     assert len(runs) == len(made) + 1
-    assert recipe["fitted_to_all"] == (last < 1e-4)
+    assert recipe.fitted_to_all == (last < 1e-4)
 
 
 def test_the_noise_of_the_last_choice_has_conditions_that_nothing_was_fitted_under():
@@ -447,7 +447,7 @@ def test_noise_on_which_nothing_is_finite_does_not_lose_what_was_made(monkeypatc
     monkeypatch.setattr(Ends, "errors", broken)
     ode, said = mixture().ode(iia.EDM()), []
     found = fit(ode, 3, noise(), budget=replace(QUICK, finals=2.0), report=said.append)
-    assert found.about["recipe"]["final_draws"] == 0 and found.about["endpoint"]["fit"] is not None
+    assert found.record.search.final_draws == 0 and found.record.endpoint.fit is not None
     assert any("the choice is made without them" in line for line in said)
 
 
@@ -456,8 +456,8 @@ def test_where_a_teacher_is_given_the_last_choice_has_noise_of_its_own_too():
     budget = replace(QUICK, finals=1.0)
     teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=budget.teacher_steps)
     given, own = (quiet(ode, 4, x, budget=budget, teacher=known) for known in (teacher, None))
-    assert given.about["recipe"]["final_draws"] == 80 and given.plan.difference(own.plan) < 1e-9
-    spent = [f.about["recipe"]["teacher"]["sample_evaluations"] for f in (given, own)]
+    assert given.record.search.final_draws == 80 and given.plan.difference(own.plan) < 1e-9
+    spent = [f.record.search.costs["teacher"].sample_evaluations for f in (given, own)]
     assert spent == [51 * 80, 51 * 160]
 
 
@@ -491,8 +491,8 @@ def test_what_a_fit_is_said_to_cost_is_about_what_it_costs(budget, nfe, draws):
     with ode.counting() as spent:
         found = quiet(ode, nfe, x, budget=budget)
     said = BUDGETS[budget].cost(nfe, len(leap_grids(80.0, 1.0)), draws, draws // 2)
-    assert 0.8 < said / found.about["sample_evaluations"] < 1.4
-    assert spent.samples <= found.about["sample_evaluations"]
+    assert 0.8 < said / found.record.sample_evaluations < 1.4
+    assert spent.samples <= found.record.sample_evaluations
 
 
 def test_the_teacher_is_more_accurate_the_more_accurate_the_fit_can_be():
@@ -511,7 +511,7 @@ def test_an_ode_with_an_evaluate_of_its_own_is_refused_and_not_passed_over():
             return 0.9 * super().output(x, t)
 
     models = (kind(mixture().ode(iia.EDM()).model, iia.EDM()) for kind in (Scaled, Louder))
-    with pytest.raises(iia.InputError, match="Scaled has a method evaluate of its own"):
+    with pytest.raises(iia.errors.InputError, match="Scaled has a method evaluate of its own"):
         quiet(next(models), 3, noise(), budget=QUICK)
     assert quiet(next(models), 3, noise(), budget=QUICK).nfe == 3
 
@@ -530,7 +530,7 @@ def test_another_model_s_trajectories_are_warned_of_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet(used, 3, noise(), budget=QUICK, teacher=teacher)
-    assert [w.category for w in caught] == [iia.FingerprintWarning]
+    assert [w.category for w in caught] == [iia.errors.FingerprintWarning]
 
 
 # ---- the search ---------------------------------------------------------------------------------------------------------
@@ -575,7 +575,7 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
     assert found.best != poor
     first = next(t for t in found.trials if t.grid == poor)
     assert min(t.error for t in found.trials if t.grid == found.best) < first.error
-    with pytest.raises(iia.InputError, match="grid"):
+    with pytest.raises(iia.errors.InputError, match="grid"):
         search_grid(closed, ode, x, teacher, 6, [])
 
 
@@ -610,7 +610,7 @@ def test_a_free_grid_has_the_levels_it_was_given_on_every_schedule(levels, sched
     assert float(grid[0]) == start and float(grid[-1]) == schedule.t_data
     again = FreeGrid.of(grid, schedule)
     assert again.levels == pytest.approx(levels, rel=1e-6)
-    with pytest.raises(iia.GridError, match="levels make a grid"):
+    with pytest.raises(iia.errors.GridError, match="levels make a grid"):
         again.times(len(levels), schedule, start)
 
 
@@ -635,7 +635,7 @@ def test_levels_moved_one_by_one_end_nearer_the_truth_than_the_family_they_come_
         plan = closed(ode, grid.times(5, ode.schedule, 80.0), x, teacher)
         errors.append(float((iia.sample(fresh, z, solver=plan) - exact).square().mean().sqrt()))
     assert errors[1] < 0.8 * errors[0]
-    with pytest.raises(iia.InputError, match="step"):
+    with pytest.raises(iia.errors.InputError, match="step"):
         search_levels(closed, ode, x, teacher, 5, poor, step=1.0)
 
 
@@ -644,7 +644,7 @@ def test_two_levels_close_together_do_not_hold_the_others():
     teacher = Teacher.solve(ode, x, 80.0, 0.0)
 
     def plain(ode, grid, x, teacher):
-        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+        return iia.plan.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
 
     found = search_levels(plain, ode, x, teacher, 5, FreeGrid((40.0, 39.9, 1.0, 0.02)), passes=1)
     moved = {t.grid.levels[3] for t in found.trials}
@@ -658,7 +658,7 @@ def test_every_sample_of_a_trial_is_judged_by_a_fit_that_did_not_see_it():
 
     def closed(ode, grid, x, teacher):
         seen.append(x)
-        return iia.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
+        return iia.plan.trace(iia.get_solver("ddim"), ode.schedule, grid, consistent=False)
 
     grid = LeapGrid(10.0, 0.1)
     found = search_grid(closed, ode, x, teacher, 4, [grid], rounds=((1.0, 1),), descent=0)
@@ -723,7 +723,7 @@ def test_images_whose_energy_falls_with_frequency_get_weights_per_band_and_survi
     z = torch.randn((64, *shape), dtype=F64, generator=torch.Generator().manual_seed(0))
     refined = replace(REFINED, iterations=2)
     found = quiet(ode, 3, z, budget=refined)
-    tried = {i["name"]: i["error"] for i in found.about["recipe"]["ingredients"]}
+    tried = {i.name: i.error for i in found.record.search.ingredients}
     best = next(name for name in tried if name.startswith("bands") and "refined" not in name)
     assert tried[best] < 0.1 * tried["scalars"]
     assert any(name.startswith("bands") and "refined" in name for name in tried)
@@ -737,28 +737,28 @@ def test_images_whose_energy_falls_with_frequency_get_weights_per_band_and_survi
 def test_what_is_chosen_is_fitted_once_more_to_all_of_the_noise():
     ode = mixture().ode(iia.EDM())
     found = quiet(ode, 4, noise(), budget=QUICK)
-    chosen = next(i for i in found.about["recipe"]["ingredients"] if i["chosen"])
+    chosen = next(i for i in found.record.search.ingredients if i.chosen)
     grid, x = found.grid, 80.0 * noise()
     teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=50)
     method = IIA(
-        "ddim", "window", "trajectory", history=2, ridge="auto", guard=False, intercept="intercept" in chosen["name"]
+        "ddim", "window", "trajectory", history=2, ridge="auto", guard=False, intercept="intercept" in chosen.name
     )
     whole = method.fit(ode, grid, x, teacher=teacher, held_out=0.2)
     assert found.plan.difference(whole.plan) < 1e-9
-    assert found.about["recipe"]["steps"] == {"batch": 80, "held_out": 16}
+    assert found.record.search.steps == Split(80, 16)
     assert "fitted once more, to all 80 samples" in found.explain()
 
 
 def test_with_little_noise_for_its_weights_the_fit_that_was_judged_stays():
     found = quiet(mixture().ode(iia.EDM()), 8, noise(16), budget=REFINED)
-    assert not found.about["recipe"]["fitted_to_all"] and "fitted once more" not in found.explain()
+    assert not found.record.search.fitted_to_all and "fitted once more" not in found.explain()
 
 
 def test_a_fit_of_images_with_warm_starts_can_be_read():
     ode = iia.ProbabilityFlowODE(lambda x, t: x / (1 + t.reshape(-1, 1, 1, 1) ** 2) + 0.1 * torch.sin(x), iia.EDM())
     z = torch.randn((24, 3, 4, 4), dtype=F64, generator=torch.Generator().manual_seed(0))
     found = quiet(ode, 2, z, budget=replace(REFINED, warm_starts=True, starts=6, iterations=1))
-    names = [i["name"] for i in found.about["recipe"]["ingredients"]]
+    names = [i.name for i in found.record.search.ingredients]
     assert any("diagonal" in name for name in names)
     assert not any("diagonal" in name and "bands" in name for name in names)
     assert found.name in str(found)
@@ -852,20 +852,20 @@ def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
         {"finals": math.nan},
         {"finals": math.inf},
     ):
-        with pytest.raises(iia.InputError, match=f"no budget: {next(iter(bad))}"):
+        with pytest.raises(iia.errors.InputError, match=f"no budget: {next(iter(bad))}"):
             Budget(**bad)
     for bad in ((), ((32, 3),), ((0.0, 3),), ((math.nan, 3),), ((0.5, 0),), ((0.5, 1.5),)):
-        with pytest.raises(iia.InputError, match="round"):
+        with pytest.raises(iia.errors.InputError, match="round"):
             Budget(rounds=bad)
     ode, x = mixture().ode(iia.EDM()), 80.0 * noise(6)
-    plan = iia.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
+    plan = iia.plan.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
     for bad in ({"probes": 0}, {"iterations": 0}, {"held_out": 1.0}):
-        with pytest.raises(iia.InputError):
-            iia.refine(plan, ode, x, x, **bad)
+        with pytest.raises(iia.errors.InputError):
+            iia.iia.refine(plan, ode, x, x, **bad)
 
 
 def test_a_schedule_that_ends_just_before_the_data_can_be_fitted_for():
-    schedule = iia.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
+    schedule = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
     found = quiet(mixture().ode(schedule, "velocity"), 4, noise(), budget=QUICK)
     assert found.plan.grid[-1] == 1e-3
 

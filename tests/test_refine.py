@@ -6,15 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from iia_ode.iia.endpoint import robust_mean
 from support import every_prediction, every_schedule, gaussian, mixture, normal
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher, Window
-from iia_ode.iia.endpoint import robust_mean
-from iia_ode.iia.parameters import Parameters
-from iia_ode.iia.refine import METHODS, refine
+from iia_ode.iia.plan_parameters import Parameters
+from iia_ode.iia.refinement import METHODS, refine
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
 
 F64 = torch.float64
@@ -27,7 +27,7 @@ def levels(schedule, *sigmas):
 
 def plan_of(solver="ddim", schedule=None, sigmas=(40.0, 6.0, 1.5, 0.3)):
     schedule = schedule or iia.EDM()
-    return iia.trace(iia.get_solver(solver), schedule, levels(schedule, *sigmas))
+    return iia.plan.trace(iia.get_solver(solver), schedule, levels(schedule, *sigmas))
 
 
 def states(n, schedule, sigma=40.0, problem=None):
@@ -37,7 +37,9 @@ def states(n, schedule, sigma=40.0, problem=None):
 
 def truth(ode, x, sigma=40.0):
     schedule = ode.schedule
-    return Teacher.solve(ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, rtol=1e-8).final
+    return iia.reference.solve(
+        ode, x, schedule.t_of_noise_to_signal(sigma), schedule.t_data, sigma_min=0.002, rtol=1e-8
+    )
 
 
 # ---- the parameters -----------------------------------------------------------------------------------------------------
@@ -329,16 +331,16 @@ def test_conditions_and_guidance_belong_to_their_samples():
 
 def test_what_cannot_be_refined_says_so():
     ode, x = mixture().ode(iia.EDM()), states(6, iia.EDM())
-    with pytest.raises(iia.UnknownNameError, match="gauss-newton"):
+    with pytest.raises(iia.errors.UnknownNameError, match="gauss-newton"):
         refine(plan_of(), ode, x, x, method="newton")
-    with pytest.raises(iia.InputError, match="shape"):
+    with pytest.raises(iia.errors.InputError, match="shape"):
         refine(plan_of(), ode, x, x[:3])
 
     def blind(x, t):
         with torch.no_grad():
             return mixture().denoise(x, 1.0, t[:, None])
 
-    with pytest.raises(iia.InputError, match="gradient"):
+    with pytest.raises(iia.errors.InputError, match="gradient"):
         refine(plan_of(), iia.ProbabilityFlowODE(blind, iia.EDM()), x, x)
 
 

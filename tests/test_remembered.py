@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from iia_ode.iia.remembered import Memory, RememberedODE
 from support import generator, mixture
 
 import iia_ode as iia
 from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.iia import remembered
-from iia_ode.iia.remembered import Memory, RememberedODE
 
 EDM = iia.EDM()
 
@@ -181,7 +181,5 @@ def test_a_fit_is_the_same_with_and_without_and_costs_a_quarter_less_to_search_f
     with_it, without = found
     assert with_it.plan.grid == without.plan.grid
     assert torch.equal(with_it.plan.run(mixture().ode(EDM), x), without.plan.run(mixture().ode(EDM), x))
-    costs = [
-        next(i["sample_evaluations"] for i in f.about["recipe"]["ingredients"] if i["name"] == "scalars") for f in found
-    ]
+    costs = [next(i.sample_evaluations for i in f.record.search.ingredients if i.name == "scalars") for f in found]
     assert costs[0] < 0.75 * costs[1]

@@ -18,8 +18,8 @@ from iia_ode.schedules import base, schedule_from_config
 UNIT = st.floats(0.0, 1.0)
 INSIDE_UNIT = st.floats(1e-6, 1 - 1e-6)
 DISCRETE = iia.Discrete(ALPHAS_CUMPROD)
-FLOW_LIKE = iia.from_functions(lambda t: 1 - t, lambda t: t)
-BACKWARDS = iia.from_functions(lambda t: t, lambda t: 1 - t, t_data=1.0, t_noise=0.0)
+FLOW_LIKE = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
+BACKWARDS = iia.Schedule.from_functions(lambda t: t, lambda t: 1 - t, t_data=1.0, t_noise=0.0)
 
 # The last time; the largest term in the derivatives, whose rounding is absolute; alpha', sigma', f, g^2 by hand.
 DERIVATIVES = {
@@ -335,7 +335,7 @@ def test_an_integer_timestep_is_as_good_as_a_float():
 @given(INSIDE_UNIT, LAMS)
 def test_from_functions_equals_the_built_in_schedule_that_it_imitates(t, lam):
     for built_in in (iia.FlowMatching(), iia.VP(), iia.Cosine()):
-        made = iia.from_functions(built_in.alpha, built_in.sigma)
+        made = iia.Schedule.from_functions(built_in.alpha, built_in.sigma)
         for method in ("alpha", "sigma", "alpha_prime", "sigma_prime", "f", "g2", "lam"):
             close(getattr(made, method)(t), getattr(built_in, method)(t), rtol=1e-13, atol=8 * EPS)
         close(made.t_of_lam(lam), built_in.t_of_lam(lam), rtol=8 * EPS, atol=4 * EPS)
@@ -371,8 +371,8 @@ BAD_FUNCTIONS = {
 @pytest.mark.parametrize("case", BAD_FUNCTIONS)
 def test_functions_that_are_no_schedule_are_a_schedule_error(case):
     alpha, sigma, t_data, t_noise = BAD_FUNCTIONS[case]
-    with pytest.raises(iia.ScheduleError):
-        iia.from_functions(alpha, sigma, t_data, t_noise)
+    with pytest.raises(iia.errors.ScheduleError):
+        iia.Schedule.from_functions(alpha, sigma, t_data, t_noise)
 
 
 # ---- bad parameters --------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def test_functions_that_are_no_schedule_are_a_schedule_error(case):
     [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0), ("low", 20.0), (None, 1.0)],
 )
 def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
-    with pytest.raises(iia.ScheduleError, match=r"beta_0.*beta_1"):
+    with pytest.raises(iia.errors.ScheduleError, match=r"beta_0.*beta_1"):
         iia.VP(*betas)
 
 
@@ -407,7 +407,7 @@ def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
     ids=str,
 )
 def test_an_impossible_table_is_a_schedule_error_that_says_what_is_needed(table):
-    with pytest.raises(iia.ScheduleError, match="alphas_cumprod"):
+    with pytest.raises(iia.errors.ScheduleError, match="alphas_cumprod"):
         iia.Discrete(table)
 
 
@@ -422,7 +422,7 @@ def test_a_schedule_is_rebuilt_from_its_description():
 
 def test_a_description_that_cannot_be_rebuilt_is_a_schedule_error():
     for config in (FLOW_LIKE.config(), DISCRETE.config(), {"type": "Karras"}, {}):
-        with pytest.raises(iia.ScheduleError, match="pass schedule="):
+        with pytest.raises(iia.errors.ScheduleError, match="pass schedule="):
             schedule_from_config(config)
 
 
@@ -432,7 +432,7 @@ def test_a_description_that_cannot_be_rebuilt_is_a_schedule_error():
     ids=["unknown parameter", "no name", "another table"],
 )
 def test_a_description_that_does_not_fit_is_a_schedule_error(config, table):
-    with pytest.raises(iia.ScheduleError):
+    with pytest.raises(iia.errors.ScheduleError):
         schedule_from_config(config, table)
 
 
@@ -485,8 +485,8 @@ def test_no_parameter_is_dropped_from_a_description():
 
 
 def test_the_description_of_functions_tells_two_schedules_apart():
-    assert FLOW_LIKE.config() == iia.from_functions(lambda t: 1 - t, lambda t: t).config()
-    assert FLOW_LIKE.config() != iia.from_functions(lambda t: 1 - t, lambda t: 0.5 * t).config()
+    assert FLOW_LIKE.config() == iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t).config()
+    assert FLOW_LIKE.config() != iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.5 * t).config()
 
 
 def test_a_schedule_does_not_change_with_the_table_it_was_made_from():
@@ -537,7 +537,7 @@ def test_numbers_stay_on_the_host_whatever_the_default_device(schedule):
     with torch.device("meta"):
         found = [getattr(schedule, m)(schedule.t_of_lam(0.25)) for m in METHODS[:-1]], schedule.config()
         assert iia.Discrete(ALPHAS_CUMPROD.tolist()) == DISCRETE
-        assert iia.from_functions(lambda t: 1 - t, lambda t: t).config() == FLOW_LIKE.config()
+        assert iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t).config() == FLOW_LIKE.config()
     assert found == expected
 
 
@@ -550,5 +550,13 @@ def test_a_table_read_in_inference_mode_serves_gradients_later():
 
 
 def test_a_negative_noise_level_is_a_schedule_error():
-    with pytest.raises(iia.ScheduleError, match="negative"):
+    with pytest.raises(iia.errors.ScheduleError, match="negative"):
         iia.VP().t_of_noise_to_signal(-1.0)
+
+
+@every_schedule
+def test_size_is_the_root_mean_square_of_unit_data_with_noise_for_numbers_and_tensors(schedule):
+    times = torch.linspace(schedule.t_data, schedule.t_noise, 9, dtype=F64)
+    assert torch.equal(schedule.size(times), torch.hypot(schedule.alpha(times), schedule.sigma(times)))
+    for t in times.tolist():
+        assert schedule.size(t) == math.hypot(schedule.alpha(t), schedule.sigma(t))

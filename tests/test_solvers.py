@@ -1,9 +1,12 @@
 """What every registered solver promises: the conformance suite and exact orders; how steps end; and the registry itself."""
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import close, every_schedule, every_solver, gaussian, generator, in_turn, mixture
@@ -12,7 +15,7 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode import testing
 from iia_ode.plan import Past
-from iia_ode.solvers import base
+from iia_ode.solvers import RhoRungeKutta, base
 from iia_ode.testing.conformance import check_order_is_the_claimed_one, order_result
 from iia_ode.testing.orders import TOLERANCE
 
@@ -93,13 +96,67 @@ BAD_TABLEAUS = {
 
 @pytest.mark.parametrize("what", BAD_TABLEAUS)
 def test_a_bad_tableau_is_refused_when_the_class_is_made(what: str) -> None:
-    with pytest.raises(iia.PlanError, match=r"the tableau of Mine is (inconsistent|not that of an explicit method)"):
+    with pytest.raises(
+        iia.errors.PlanError, match=r"the tableau of Mine is (inconsistent|not that of an explicit method)"
+    ):
         tableau("Mine", 2, *BAD_TABLEAUS[what])
 
 
-def test_a_missing_tableau_is_refused_with_a_reason() -> None:
-    with pytest.raises(iia.PlanError, match="Mine"):
-        type("Mine", (iia.RungeKutta,), {"order": 1})
+@pytest.mark.parametrize("name", TABLEAUS)
+@pytest.mark.parametrize("square", [False, True])
+def test_a_solver_from_numbers_is_that_of_its_class_and_equal_to_its_like(name: str, square: bool) -> None:
+    order, rows, b, c = TABLEAUS[name]
+    full = [[0.0] * len(b), *([*row, *[0.0] * (len(b) - len(row))] for row in rows)]
+    solver = iia.RungeKutta(np.array(full) if square else rows, b, c if square else None, order=order, name="mine")
+    twin = tableau(name, *TABLEAUS[name])()
+    grid = iia.grids.uniform(4, 0.9, 0.1)
+    assert solver.plan(iia.VP(), grid).difference(twin.plan(iia.VP(), grid)) <= (0.0 if square else 1e-14)
+    assert (solver.order, solver.name, solver.label) == (order, "mine", "mine")
+    again = iia.RungeKutta(rows, b, solver.c, order=order, name="mine")
+    assert solver == again == copy.deepcopy(again) and hash(solver) == hash(again)
+    assert solver != iia.RungeKutta(rows, b, solver.c, order=order, name="other")
+    assert solver not in (twin, RhoRungeKutta(rows, b, solver.c, order=order, name="mine"))
+
+
+def test_a_solver_from_the_numbers_of_a_registered_one_answers_bit_for_bit_and_has_its_order() -> None:
+    ode, x, grid = (
+        mixture().ode(iia.VP()),
+        mixture().noisy(4, iia.VP(), 0.9, generator()),
+        iia.grids.uniform(5, 0.9, 0.1),
+    )
+    for name, kind in (("heun3", iia.RungeKutta), ("deis_rho_kutta", RhoRungeKutta)):
+        theirs: Any = iia.get_solver(name)
+        mine = kind(theirs.a, theirs.b, theirs.c, order=3, name="mine")
+        assert torch.equal(iia.sample(ode, x, grid, mine), iia.sample(ode, x, grid, name))
+        measured = testing.measure_orders(mine, [iia.VP()])
+        assert all(abs(m.order - 3) < TOLERANCE for m in measured)
+
+
+@pytest.mark.parametrize("what", BAD_TABLEAUS)
+def test_a_solver_from_bad_numbers_is_refused(what: str) -> None:
+    with pytest.raises(
+        iia.errors.PlanError, match=r"the tableau of mine is (inconsistent|not that of an explicit method)"
+    ):
+        iia.RungeKutta(*BAD_TABLEAUS[what], order=2, name="mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: iia.RungeKutta(), r"needs a tableau and its order: RungeKutta\(a, b, c, order=2"),
+        (lambda: iia.RungeKutta([[0.5]], [0.0, 1.0]), "needs a tableau and its order"),
+        (lambda: iia.RungeKutta([[0.5]], [0.0, 1.0], order=0), "order of RungeKutta must be a whole number"),
+        (lambda: iia.RungeKutta([[0.5, 0.0], [0.0, 0.5]], [0.0, 1.0], order=2), "zero on and above its diagonal"),
+        (lambda: iia.RungeKutta([[math.nan]], [0.5, 0.5], order=2), "inconsistent"),
+        (lambda: iia.RungeKutta("ab", "c", order=2), "must be numbers"),
+        (lambda: type(iia.get_solver("heun"))([[1.0]], [0.5, 0.5], order=2), "Heun has the tableau of its class"),
+        (lambda: type("Mine", (iia.RungeKutta,), {"order": 1, "b": (1.0,)}), "Mine needs a whole tableau"),
+        (lambda: type("Mine", (iia.RungeKutta,), {"order": 1})(), "Mine needs a tableau and its order"),
+    ],
+)
+def test_a_tableau_that_is_missing_or_no_tableau_is_refused_with_a_reason(make: Any, words: str) -> None:
+    with pytest.raises(iia.errors.PlanError, match=words):
+        make()
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
@@ -109,7 +166,7 @@ def last_step(name: str, schedule: iia.Schedule) -> tuple[iia.ProbabilityFlowODE
     """The ODE, the state before the step to the data, its time, and the state after it."""
     problem, grid = mixture(), iia.grids.karras(4, 0.5, 20.0, schedule=schedule)
     ode = problem.ode(schedule)
-    states = iia.odeint(ode, problem.noisy(8, schedule, float(grid[0]), generator(4)), grid, name)
+    states = iia.odeint(ode, problem.noisy(8, schedule, float(grid[0]), generator(4)), grid, method=name)
     return ode, states[-2], float(grid[-2]), states[-1]
 
 
@@ -164,7 +221,7 @@ def test_a_grid_for_a_number_of_evaluations_gives_exactly_that_or_says_what_ther
             assert solver.plan(iia.EDM(), grid).nfe == nfe
             assert torch.equal(grid, iia.grids.karras(counts.index(nfe) + 1))
         else:
-            with pytest.raises(iia.GridError, match=f"exactly {nfe} evaluations") as caught:
+            with pytest.raises(iia.errors.GridError, match=f"exactly {nfe} evaluations") as caught:
                 solver.grid_for(nfe, iia.grids.karras, iia.EDM())
             nearest = [max((c for c in counts if c < nfe), default=0), min(c for c in counts if c > nfe)]
             assert str([c for c in nearest if c]) in str(caught.value)
@@ -225,27 +282,62 @@ def test_a_new_solver_is_known_everywhere_by_name_with_its_options() -> None:
     x, grid = problem.noisy(3, iia.EDM(), 80.0, generator()), iia.grids.karras(4)
     ode = problem.ode(iia.EDM())
     close(iia.sample(ode, x, grid, "shifted"), iia.sample(ode, x, grid, "euler"))
-    close(iia.odeint(ode, x, grid, "shift"), iia.odeint(ode, x, grid, solver))
+    close(iia.odeint(ode, x, grid, method="shift"), iia.odeint(ode, x, grid, method=solver))
 
 
 @pytest.mark.parametrize(
     ("name", "nearest"), [("huen", "heun"), ("DDIM", "ddim"), ("euler2", "euler"), ("rk-4", "rk4")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest_ones(name: str, nearest: str) -> None:
-    with pytest.raises(iia.UnknownNameError, match=f"unknown solver '{name}'. Did you mean '{nearest}'") as caught:
+    with pytest.raises(
+        iia.errors.UnknownNameError, match=f"unknown solver '{name}'. Did you mean '{nearest}'"
+    ) as caught:
         iia.get_solver(name)
     assert all(known in str(caught.value) for known in iia.solver_names())
     assert isinstance(caught.value, LookupError | iia.IIAError)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("dpmpp_2m_sde", "dpmpp_2m"),
+        ("dpmpp_3m_sde", "dpmpp_3m"),
+        ("dpmpp_sde", "dpmpp_2s"),
+        ("dpmpp_2s_ancestral", "dpmpp_2s"),
+        ("euler_ancestral", "euler"),
+        ("euler_a", "euler"),
+        ("k_dpm_2_a", "dpm2"),
+        ("sample_dpm_2_ancestral", "dpm2"),
+        ("EulerAncestralDiscreteScheduler", "euler"),
+        ("heun_churn", "heun"),
+        ("ddpm", "ddim"),
+        ("lcm", "ddim"),
+    ],
+)
+def test_a_stochastic_sampler_is_answered_with_the_nearest_solver(name: str, nearest: str) -> None:
+    for ask in (iia.get_solver, lambda n: iia.sample(gaussian().ode(iia.EDM()), torch.ones(1, 3), [5.0, 1.0], n)):
+        with pytest.raises(
+            iia.errors.UnknownNameError, match=f"injects noise.*deterministic.*nearest solver is '{nearest}'"
+        ):
+            ask(name)
+
+
+@pytest.mark.parametrize("name", ["dopri5", "torchdiffeq:rk4"])
+def test_a_method_of_torchdiffeq_is_answered_with_the_calls_that_take_it(name: str) -> None:
+    with pytest.raises(
+        iia.errors.UnknownNameError, match=rf"of torchdiffeq.*sample\(ode, x, grid, '{name}'\).*method='{name}'"
+    ):
+        iia.get_solver(name)
 
 
 @pytest.mark.usefixtures("registry")
 def test_an_unknown_option_is_answered_with_those_there_are() -> None:
     shifted_euler()
     with pytest.raises(
-        iia.UnknownNameError, match=r"option of shifted 'shfit'. Did you mean 'shift'\? Known: shift, kind"
+        iia.errors.UnknownNameError, match=r"option of shifted 'shfit'. Did you mean 'shift'\? Known: shift, kind"
     ):
         iia.get_solver("shifted", shfit=1.0)
-    with pytest.raises(iia.UnknownNameError, match=r"option of heun 'order'. Known: \(none\)"):
+    with pytest.raises(iia.errors.UnknownNameError, match=r"option of heun 'order'. Known: \(none\)"):
         iia.get_solver("heun", order=3)
 
 
@@ -256,7 +348,7 @@ def test_a_taken_name_is_refused_and_a_cell_may_be_run_again() -> None:
     assert first is not second
     assert type(iia.get_solver("shifted")) is second
     for name in ("heun", "edm"):
-        with pytest.raises(iia.InputError, match=rf"'{name}' is taken by iia_ode\.solvers\.runge_kutta\.Heun"):
+        with pytest.raises(iia.errors.InputError, match=rf"'{name}' is taken by iia_ode\.solvers\.runge_kutta\.Heun"):
             shifted_euler("another", name)
     assert "another" not in iia.solver_names()
     assert type(iia.get_solver("heun")).__name__ == "Heun"
@@ -268,10 +360,10 @@ def test_what_is_no_solver_with_an_order_cannot_be_registered() -> None:
         def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
             return x
 
-    with pytest.raises(iia.PlanError, match="NoOrder needs an integer attribute `order`"):
+    with pytest.raises(iia.errors.PlanError, match="attribute `order` of NoOrder must be a whole number, at least 1"):
         iia.register("no_order")(NoOrder)
     for thing in (lambda ode, x, t, s, past: x, int, NoOrder()):
-        with pytest.raises(iia.PlanError, match=r"takes a class that derives from iia_ode\.Solver"):
+        with pytest.raises(iia.errors.PlanError, match=r"takes a class that derives from iia_ode\.Solver"):
             iia.register("no_solver")(thing)  # type: ignore[type-var]
     assert not {"no_order", "no_solver"} & set(iia.solver_names())
 

@@ -8,7 +8,7 @@ from support import F64, normal
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia.structure import Window
+from iia_ode.iia.directions import Window
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Bands, LinearMap, Matrices
 
@@ -32,7 +32,7 @@ def test_a_fit_with_a_weight_per_band_is_exact_where_each_band_has_one_variance(
     errors = {}
     for terms in ("window", Window(3, "luma-chroma", SHAPE)):
         fit = iia.IIA("ddim", terms=terms, target="local").fit(ODE, GRID, x)
-        errors[fit.about["terms"]] = float((iia.sample(ODE, unseen, solver=fit) - exact).abs().max())
+        errors[fit.record.terms] = float((iia.sample(ODE, unseen, solver=fit) - exact).abs().max())
     assert list(errors) == ["window", "window(bands=3, channels=luma-chroma)"]
     plain, banded = errors.values()
     assert banded < 1e-2 * plain and banded < 1e-3
@@ -46,11 +46,11 @@ def test_a_window_takes_its_shape_from_the_samples_and_refuses_those_of_another(
     terms = Window(bands=3, channels="luma-chroma")
     found, known = (iia.IIA("ddim", terms=t).fit(ODE, GRID, x) for t in (terms, Window(3, "luma-chroma", SHAPE)))
     assert found.plan.difference(known.plan) == 0.0
-    assert iia.IIA("ddim", terms=terms).fit(ODE, GRID, x).about["terms"] == known.about["terms"]
+    assert iia.IIA("ddim", terms=terms).fit(ODE, GRID, x).record.terms == known.record.terms
     for wrong in (Window(3, "luma-chroma", (3, 16, 16)), Window(maps=Bands((8,), 2))):
-        with pytest.raises(iia.InputError, match="is for samples"):
+        with pytest.raises(iia.errors.InputError, match="is for samples"):
             iia.IIA("ddim", terms=wrong).fit(ODE, GRID, x)
-    with pytest.raises(iia.InputError, match=r"which IIA\.fit sees"):
+    with pytest.raises(iia.errors.InputError, match=r"which IIA\.fit sees"):
         _ = terms.projections
 
 

@@ -298,7 +298,7 @@ def test_only_where_rounding_ends_it_may_a_slope_above_the_claim_not_be_whole(en
 
 def test_an_order_on_one_schedule_only_is_not_enough() -> None:
     assert not testing.order_misses(measure_order(NoAlpha(), iia.EDM(), TRACKS[0]), 1)
-    with pytest.raises(iia.ConformanceError, match=r"NoAlpha: measured order -?0\.\d+ on VP"):
+    with pytest.raises(iia.errors.ConformanceError, match=r"NoAlpha: measured order -?0\.\d+ on VP"):
         conformance.check_order_is_the_claimed_one(NoAlpha())
 
 
@@ -366,7 +366,7 @@ class PairsOnly(iia.Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         if past.index % 2 == 0 and past.remaining == 0:
-            raise iia.GridError("an even number of intervals is needed.")
+            raise iia.errors.GridError("an even number of intervals is needed.")
         return iia.get_solver("ddim").step(ode, x, t, s, past)
 
 
@@ -483,7 +483,7 @@ def test_what_is_wrong_with_one_promise_leaves_the_others_standing() -> None:
 
 
 def test_check_names_all_broken_promises_at_once() -> None:
-    with pytest.raises(iia.ConformanceError, match="EvaluatesAtData does not keep") as caught:
+    with pytest.raises(iia.errors.ConformanceError, match="EvaluatesAtData does not keep") as caught:
         testing.check(EvaluatesAtData())
     assert "- check_last_step_lands_on_the_data: " in str(caught.value)
     assert "- check_partly_noised_state_is_a_valid_start: " in str(caught.value)
@@ -494,8 +494,8 @@ def test_check_names_all_broken_promises_at_once() -> None:
 
 
 def test_a_failed_promise_is_an_error_of_the_library_and_a_failed_assertion() -> None:
-    assert issubclass(iia.ConformanceError, iia.IIAError)
-    assert issubclass(iia.ConformanceError, AssertionError)
+    assert issubclass(iia.errors.ConformanceError, iia.IIAError)
+    assert issubclass(iia.errors.ConformanceError, AssertionError)
 
 
 def test_every_check_has_a_name_and_says_what_it_promises() -> None:
@@ -518,27 +518,34 @@ def test_a_solver_without_a_claim_cannot_be_verified() -> None:
         def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
             return x
 
-    with pytest.raises(iia.InputError, match="NoClaim needs an integer attribute `order`"):
-        iia.verify(NoClaim())
+    with pytest.raises(iia.errors.InputError, match="attribute `order` of NoClaim must be a whole number"):
+        iia.testing.verify(NoClaim())
 
 
 @pytest.mark.parametrize("claim", [True, 0, -1, 2.0, "2", None])
 def test_a_claim_that_is_no_positive_whole_number_is_refused_by_verify_and_check_alike(claim: Any) -> None:
-    for call in (iia.verify, testing.check, conformance.check_order_is_the_claimed_one):
-        with pytest.raises(iia.InputError, match="Claiming needs an integer attribute `order`, 1 or more, and has "):
+    for call in (iia.testing.verify, testing.check, conformance.check_order_is_the_claimed_one):
+        with pytest.raises(
+            iia.errors.InputError, match="attribute `order` of Claiming must be a whole number, at least 1, got "
+        ):
             call(Claiming(claim))
 
 
 @pytest.mark.parametrize("schedules", [(), [], "vp", iia.VP, None, 3, [iia.VP(), "edm"]])
 def test_an_order_is_not_verified_on_what_is_no_schedule_or_on_none(schedules: Any) -> None:
-    for call in (lambda: iia.verify("ddim", schedules=schedules), lambda: testing.measure_orders("ddim", schedules)):
-        with pytest.raises(iia.InputError, match=r"schedules must be one schedule or more, such as \[iia_ode.VP\(\)"):
+    for call in (
+        lambda: iia.testing.verify("ddim", schedules=schedules),
+        lambda: testing.measure_orders("ddim", schedules),
+    ):
+        with pytest.raises(
+            iia.errors.InputError, match=r"schedules must be one schedule or more, such as \[iia_ode.VP\(\)"
+        ):
             call()
 
 
 def test_what_is_no_solver_is_refused() -> None:
-    for call in (testing.check, testing.measure_orders, testing.stability_limit, iia.verify):
-        with pytest.raises(iia.UnknownNameError, match="heun"):
+    for call in (testing.check, testing.measure_orders, testing.stability_limit, iia.testing.verify):
+        with pytest.raises(iia.errors.UnknownNameError, match="heun"):
             call("huen")
 
 
@@ -648,7 +655,7 @@ def heun() -> tuple[testing.Certificate, str]:
     """The certificate of Heun's method, and what was printed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        certificate = iia.verify("heun")
+        certificate = iia.testing.verify("heun")
     return certificate, out.getvalue()
 
 
@@ -718,7 +725,7 @@ def test_a_wrong_solver_that_cannot_go_to_the_data_gets_a_certificate_that_says_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = io.StringIO()
-    certificate = iia.verify(ClaimsThreeAndEvaluatesAtData(), schedules=iia.VP(), file=out)
+    certificate = iia.testing.verify(ClaimsThreeAndEvaluatesAtData(), schedules=iia.VP(), file=out)
     assert capsys.readouterr().out == ""
     assert out.getvalue() == f"{certificate}\n"
     assert not certificate.passed

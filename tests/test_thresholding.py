@@ -179,7 +179,7 @@ def test_schedule_model_condition_and_shape_are_those_of_the_plain_ode(threshold
     assert (ode.schedule, ode.model, ode.state_shape) == (plain.schedule, plain.model, (3,))
     assert ode.data(normal(4, 3), 0.5).dtype == F64 and plain.model.calls[0]["x"].dtype == torch.float32
     assert torch.equal(plain.model.calls[0]["c"], C)
-    with pytest.raises(iia.InputError, match=r"\[B, 3\]"):
+    with pytest.raises(iia.errors.InputError, match=r"\[B, 3\]"):
         iia.sample(ode, normal(4, 2), iia.grids.karras(3, 0.1, 5.0, schedule=iia.VP()))
 
 
@@ -242,7 +242,7 @@ def test_a_fit_knows_the_threshold_it_was_made_with(tmp_path):
         warnings.simplefilter("error")
         fit.check(ode)
     for other in (plain, dynamic_thresholding(plain, 0.8)):
-        with pytest.warns(iia.FingerprintWarning):
+        with pytest.warns(iia.errors.FingerprintWarning):
             fit.check(other)
 
 
@@ -264,14 +264,14 @@ def test_a_fit_knows_the_threshold_it_was_made_with(tmp_path):
     ids=str,
 )
 def test_arguments_out_of_range_are_an_input_error_that_names_them(arguments, words):
-    with pytest.raises(iia.InputError, match=words):
+    with pytest.raises(iia.errors.InputError, match=words):
         dynamic_thresholding(iia.ProbabilityFlowODE(Scale(), iia.EDM()), **arguments)
 
 
 @both_kinds
 def test_what_is_no_plain_ode_is_an_input_error(threshold):
-    with pytest.raises(iia.InputError, match="needs a ProbabilityFlowODE, got Scale"):
+    with pytest.raises(iia.errors.InputError, match="needs a ProbabilityFlowODE, got Scale"):
         threshold(Scale())
     for first in (static_thresholding, dynamic_thresholding):
-        with pytest.raises(iia.InputError, match="one threshold"):
+        with pytest.raises(iia.errors.InputError, match="one threshold"):
             threshold(first(iia.ProbabilityFlowODE(Scale(), iia.EDM())))

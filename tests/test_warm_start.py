@@ -14,9 +14,8 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode.denoisers import digits
 from iia_ode.iia import LeastSquares, StepRecord
+from iia_ode.iia.directions import Window, window
 from iia_ode.iia.moments import Moments, estimate_moments, exact_moments
-from iia_ode.iia.structure import Window
-from iia_ode.iia.terms import window
 from iia_ode.iia.warm_choice import choose
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Bands, LinearMap, Past, PerCondition, Plan, Principal, Tracer, Vector
@@ -110,7 +109,7 @@ def test_two_maps_in_a_row_are_one_map(schedule: iia.Schedule) -> None:
     assert (both.t_start, both.t_1) == (t, s)
     close(both.apply(x), second.apply(first.apply(x)), atol=1e-12)
     close(both.apply(x), whole.apply(x), atol=1e-12)
-    with pytest.raises(iia.MismatchError):
+    with pytest.raises(iia.errors.MismatchError):
         second.compose(first)
 
 
@@ -138,19 +137,19 @@ def test_a_warm_started_plan_is_the_map_and_then_the_plan(schedule: iia.Schedule
 def test_a_warm_start_that_does_not_fit_is_refused() -> None:
     warm = WarmStart.gaussian(iia.EDM(), 80.0, 8.0, mean=normal(D), covariance=covariance())
     euler = iia.get_solver("euler")
-    with pytest.raises(iia.MismatchError, match=r"ends at t = 8.*starts at 7"):
+    with pytest.raises(iia.errors.MismatchError, match=r"ends at t = 8.*starts at 7"):
         warm.then(euler.plan(iia.EDM(), torch.tensor([7.0, 1.0], dtype=F64)))
-    with pytest.raises(iia.MismatchError, match="for"):
+    with pytest.raises(iia.errors.MismatchError, match="for"):
         warm.then(euler.plan(iia.VE(), torch.tensor([64.0, 1.0], dtype=F64)))
-    with pytest.raises(iia.GridError, match="less noise"):
+    with pytest.raises(iia.errors.GridError, match="less noise"):
         WarmStart.gaussian(iia.EDM(), 8.0, 80.0, mean=normal(D), covariance=covariance())
-    with pytest.raises(iia.PlanError, match="not finite"):
+    with pytest.raises(iia.errors.PlanError, match="not finite"):
         WarmStart(iia.EDM(), 80.0, 8.0, math.nan)
     for options in ({}, {"mean": normal(D)}, {"mean": normal(D), "covariance": covariance(), "samples": normal(9, D)}):
-        with pytest.raises(iia.InputError, match="mean and covariance, or samples"):
+        with pytest.raises(iia.errors.InputError, match="mean and covariance, or samples"):
             WarmStart.gaussian(iia.EDM(), 80.0, 8.0, **options)
     for cov in (torch.eye(3), -covariance(), normal(D, D)):
-        with pytest.raises(iia.InputError):
+        with pytest.raises(iia.errors.InputError):
             exact_moments(normal(D), cov)
 
 
@@ -215,9 +214,9 @@ def test_the_rank_bounds_the_directions(rank: int | None) -> None:
     ],
 )
 def test_samples_that_do_not_do_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.errors.InputError):
         estimate_moments(**options)
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.errors.InputError):
         Moments(normal(4), Bands((5,), "all"), torch.ones(5))
 
 
@@ -240,7 +239,7 @@ def test_a_mean_for_each_class_makes_the_map_exact_for_each_class(schedule: iia.
         close(warm.apply(x, ode)[i], WarmStart.of_moments(own, schedule, t, s).apply(x)[i], atol=1e-12)
     plan = iia.get_solver("euler").plan(schedule, torch.tensor(times(schedule, 4.0, 1.0), dtype=F64))
     close(warm.then(plan).run(ode, x), plan.run(ode, warm.apply(x, ode)), atol=1e-12)
-    with pytest.raises(iia.MismatchError, match="'c'"):
+    with pytest.raises(iia.errors.MismatchError, match="'c'"):
         warm.apply(x)
 
 
@@ -257,7 +256,7 @@ def test_pairs_on_a_line_are_fitted_exactly() -> None:
     per = WarmStart.affine(iia.EDM(), 80.0, 8.0, x, 0.1 * x + shift[labels], labels=labels, per="c")
     ode = iia.ProbabilityFlowODE(lambda x, t, c: x, iia.EDM(), conditioning={"c": labels})
     close(per.apply(x, ode), 0.1 * x + shift[labels], atol=1e-12)
-    with pytest.raises(iia.InputError, match="pairs"):
+    with pytest.raises(iia.errors.InputError, match="pairs"):
         WarmStart.affine(iia.EDM(), 80.0, 8.0, x, x[:4])
 
 
@@ -278,7 +277,7 @@ def test_gains_from_pairs_are_shrunk_to_those_of_the_gaussian() -> None:
     fits = {k: WarmStart.affine(iia.EDM(), 80.0, 3.0, x, y, over=moments, prior=k) for k in (0.0, 10.0, math.inf)}
     gaps = [float((fits[k].weight.coefficients - exact.weight.coefficients)[:-1].abs().max()) for k in fits]
     assert gaps[0] > gaps[1] > gaps[2] == 0.0
-    with pytest.raises(iia.InputError, match="prior"):
+    with pytest.raises(iia.errors.InputError, match="prior"):
         WarmStart.affine(iia.EDM(), 80.0, 3.0, x, y, over=moments, prior="some")
 
 
@@ -303,7 +302,7 @@ def test_the_choice_is_the_best_map_of_each_level_and_the_level_with_the_least_e
     assert choose([bad[0], good[0]], x, states).warm is good[0]
     assert choose([None, good[0]], x, states, error=lambda w: float(w is not None)).warm is None
     for candidates in ([], [None, good[0]], good):
-        with pytest.raises(iia.InputError, match="error="):
+        with pytest.raises(iia.errors.InputError, match="error="):
             choose(candidates, x, states)
 
 
@@ -413,5 +412,5 @@ def _combine(v: Vector) -> Any:
     ],
 )
 def test_a_window_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(iia.InputError):
+    with pytest.raises(iia.errors.InputError):
         Window(**options)

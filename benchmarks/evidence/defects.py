@@ -103,7 +103,7 @@ def final_error(solver, schedule, grid, *, exact_start=False, level=None) -> flo
     level : the time of the noise level that the model is evaluated at, by the solver's time.
     """
     problem, n = gaussian(), len(grid) - 1
-    plan = iia.trace(as_solver(solver), schedule, grid, consistent=False)
+    plan = iia.plan.trace(as_solver(solver), schedule, grid, consistent=False)
     start, x = float(grid[0]), draw(problem, 8, schedule, float(grid[0]))
     values = {0: x}
     for k, ins in run_code(plan.code, values, _model(problem, schedule, level), last_use=plan.last_use):

@@ -1,4 +1,4 @@
-"""The command line, ``iia-ode``: a file for each command, and what they share."""
+"""The command line, ``iia-ode``: a file for each command, and files of shared options, plots and processes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["cli", "main"]
 @click.version_option(__version__, prog_name="iia-ode")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Sample diffusion and flow models in few evaluations, and measure how well."""
-    if ctx.invoked_subcommand is None:  # click's own way is an error in some versions, and errors are one line here
+    """Sample diffusion and flow models in few evaluations, and measure the errors."""
+    if ctx.invoked_subcommand is None:  # in some versions of click, a missing command would be an error
         click.echo(ctx.get_help())
 
 
@@ -36,7 +36,12 @@ for command in (compare_command, fit_command, sample_command, show_command, solv
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors are one line on stderr and exit status 2."""
+    """Run the command line. An error is one line on stderr and exit status 2.
+
+    Parameters
+    ----------
+    arguments : command and options; by default ``sys.argv[1:]``.
+    """
     try:
         cli.main(arguments, prog_name="iia-ode", standalone_mode=False)
     except click.exceptions.Abort:
@@ -46,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.format_message())
     except (IIAError, OSError) as error:
         _fail(str(error))
-    except (RuntimeError, MemoryError) as error:  # torch: out of memory, trouble with a device; the rest is advice
+    except (RuntimeError, MemoryError) as error:  # torch is out of memory or has trouble with a device
+        # The first line names the error; torch's further lines are advice.
         _fail(f"{type(error).__name__}: {(str(error).strip() or 'out of memory').splitlines()[0]}")
 
 

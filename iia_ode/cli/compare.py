@@ -1,4 +1,4 @@
-"""``iia-ode compare``: solvers against each other."""
+"""``iia-ode compare``: compare solvers at equal numbers of evaluations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import click
 from torch import Tensor
 from tqdm import tqdm
 
+from ..autofit import BUDGETS
 from ..errors import MissingDependencyError
 from ..experiments import Comparison, compare
 from ..experiments.compare import RECIPE
 from ..files import check_writable, write_bytes
-from ..iia import BUDGETS
 from ..plots import error_against_nfe, sample_panels, save_figure
-from .options import COUNT, Job, given, interactive, names, numbers, on_a_model
+from .options import COUNT, Job, findings_as_lines, given, interactive, names, numbers, on_a_model
 
 __all__ = ["compare_command"]
 
@@ -30,7 +30,7 @@ __all__ = ["compare_command"]
     metavar="NAME,NAME,...",
     default="ddim,iia-ddim,heun,biia-edm,iia-edm",
     show_default=True,
-    help=f"Registered solvers, presets, and {RECIPE!r}: what iia_ode.fit finds, on grids of its own.",
+    help=f"Registered solvers, presets, and {RECIPE!r}: the solver found by iia_ode.fit, on its own grid.",
 )
 @click.option(
     "--nfe",
@@ -38,7 +38,7 @@ __all__ = ["compare_command"]
     metavar="N,N,...",
     default="5,6,7,8,9,10,11,15,20",
     show_default=True,
-    help="Evaluations; a solver sits out those it cannot make.",
+    help="Numbers of evaluations. A solver is left out where it cannot make the number exactly.",
 )
 @click.option("--samples", type=COUNT, default=128, show_default=True, help="Unseen initial states to measure on.")
 @click.option("--fit-samples", type=COUNT, default=200, show_default=True, help="Initial states that fits see.")
@@ -47,7 +47,7 @@ __all__ = ["compare_command"]
     type=click.Choice(["substeps", "local", "trajectory"]),
     default="substeps",
     show_default=True,
-    help="What presets are fitted to: sub-steps of the base, as in the paper, an accurate integration of each step, or "
+    help="Target of the presets' steps: sub-steps of the base, as in the paper; an accurate integration of each step; or "
     "the accurate trajectory from the same noise.",
 )
 @click.option(
@@ -55,7 +55,7 @@ __all__ = ["compare_command"]
     type=click.Choice(list(BUDGETS)),
     default="closed-form",
     show_default=True,
-    help=f"What solver {RECIPE!r} may spend on its fit.",
+    help=f"Budget for fitting the solver {RECIPE!r}.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/compare", show_default=True)
 def compare_command(
@@ -68,29 +68,31 @@ def compare_command(
     budget: str,
     out: Path,
 ) -> None:
-    """Fit, sample, measure: endpoint error of solvers at equal evaluations, on noise that no fit has seen.
+    """Compare the endpoint errors of solvers at equal numbers of evaluations, on unseen noise.
 
-    Prints a table and writes into --out: compare.csv, table.md, compare.json (what was run), compare.png, samples.png
-    (images from the same noise, a panel per solver) and the fitted solvers.
+    Prints a table and writes into --out: compare.csv, table.md, compare.json (settings of the run), compare.png,
+    samples.png (images from the same noise, a panel per solver) and the fitted solvers.
     """
     if given("budget") and RECIPE not in solvers:
-        raise click.UsageError(f"--budget is that of solver {RECIPE!r}, which is not among --solvers.")
+        raise click.UsageError(f"--budget is for solver {RECIPE!r}: add {RECIPE} to --solvers, or leave out --budget.")
     check_writable(out / "compare.csv")
-    result = compare(
-        job.setting,
-        solvers,
-        nfe,
-        job.family(),
-        samples=samples,
-        fit_samples=fit_samples,
-        target=target,
-        budget=budget,
-        guidance_scale=job.guidance,
-        seed=job.seed,
-        device=job.device,
-        progress=interactive(),
-        report=partial(tqdm.write, file=sys.stderr),
-    )
+    say = partial(tqdm.write, file=sys.stderr)
+    with findings_as_lines(lambda line: say(f"  {line}")):
+        result = compare(
+            job.setting,
+            solvers,
+            nfe,
+            job.family(),
+            samples=samples,
+            fit_samples=fit_samples,
+            target=target,
+            budget=budget,
+            guidance_scale=job.guidance,
+            seed=job.seed,
+            device=job.device,
+            progress=interactive(),
+            report=say,
+        )
     written = _write_comparison(result, job.setting.is_image, out)
     click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
     click.echo(result.table())
@@ -117,7 +119,10 @@ def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Pat
 
 
 def _panels(result: Comparison) -> dict[str, Tensor]:
-    """The reference, and each solver at the middle one of the counts that all can make (or at its own middle one)."""
+    """Choose the images to show: the reference, and each solver at the middle number of evaluations possible for all.
+
+    If no number is possible for all solvers, each has its own middle number.
+    """
     counts = {s: [r.nfe for r in result.rows if r.solver == s] for s in result.solvers}
     shared = [n for n in result.nfes if all(n in c for c in counts.values())]
     panels = {"converged reference": result.reference}

@@ -1,4 +1,4 @@
-"""The plots that commands write beside their files."""
+"""Plots of a fitted solver, written by several commands."""
 
 from __future__ import annotations
 
@@ -16,11 +16,24 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def draw_fit(fit: FittedSolver, folder: Path) -> list[Path]:
-    """What can be drawn of a fit: its coefficients, residuals of steps that were fitted one by one, what was tried."""
+    """Draw a fitted solver into PNG files.
+
+    Every fit has a plot of its coefficients. A fit made step by step has a plot of residuals, and a fit made by
+    :func:`iia_ode.fit` has a plot of the ingredients tried. Without matplotlib, print a line on stderr and draw nothing.
+
+    Parameters
+    ----------
+    fit : fitted solver.
+    folder : folder to write into.
+
+    Returns
+    -------
+    Paths of the PNG files.
+    """
     drawings = {"coefficients": plot_coefficients}
     if fit.reports:
         drawings["residuals"] = plot_residuals
-    if "recipe" in fit.about:
+    if fit.record.search is not None:
         drawings["ingredients"] = plot_ingredients
     try:
         return [save_figure(draw(fit), folder / f"{name}.png") for name, draw in drawings.items()]

@@ -1,4 +1,4 @@
-"""``iia-ode fit``: the best solver for a number of evaluations, or IIA over one base on one grid; saved as a file."""
+"""``iia-ode fit``: search for the best solver with a number of evaluations, or fit IIA on a given grid."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ import click
 from torch import Tensor
 from tqdm import tqdm
 
+from ..autofit import BUDGETS, Budget, fit
 from ..errors import unknown_name
 from ..files import check_writable
-from ..iia import BUDGETS, IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
-from ..iia.fitting import floor_of
-from ..iia.recipe import fit
+from ..iia import IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
 from ..iia.targets import resolve_target
-from ..ode import ProbabilityFlowODE
+from ..ode import ProbabilityFlowODE, distributed
 from ..solvers import solver_names
 from .drawing import FOLDER, draw_fit
-from .options import COUNT, NFE, Job, Range, given, interactive, on_a_model, warnings_as_lines
-from .ranks import Process, joined, process_count, processes_for
+from .options import COUNT, NFE, Job, Range, findings_as_lines, given, interactive, on_a_model, warnings_as_lines
+from .ranks import Process, joined
 
 __all__ = ["fit_command"]
 
 _OF_IIA = ("terms", "target", "history", "substeps", "ridge", "guard", "intercept")
-_SMALL = 3.0  # below this level, `iia_ode.fit` could take initial states for the noise that it would scale
 
 
 def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
@@ -41,22 +39,23 @@ def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 @click.command("fit")
 @on_a_model
 @click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations of the fitted solver.")
-@click.option("--budget", type=click.Choice(list(BUDGETS)), help="What the fit may spend [default: standard].")
+@click.option("--budget", type=click.Choice(list(BUDGETS)), help="Budget of the search [default: standard].")
 @click.option(
     "--solver",
     "--preset",
     "solver",
-    help=f"IIA on the given grid instead: a preset ({', '.join(PRESETS)}), or any registered solver as base.",
+    help=f"Fit IIA on the given grid instead: a preset ({', '.join(PRESETS)}), or any registered solver as base.",
 )
 @click.option(
     "--terms",
     type=click.Choice(["paper", "window", "biia-edm", "iia-edm", "iia-ddim"]),
-    help="Directions that a step of the base may add [default: paper].",
+    help="Directions added to a step of the base [default: paper].",
 )
 @click.option(
     "--target",
     type=click.Choice(["substeps", "local", "trajectory"]),
-    help="What each step is fitted to: sub-steps of the base, the flow, or the accurate trajectory [default: substeps].",
+    help="Target of each step: sub-steps of the base, an accurate integration of the step, or the accurate trajectory "
+    "[default: substeps].",
 )
 @click.option("--history", type=click.IntRange(0, 10_000), help="Earlier steps to use, r [default: 1].")
 @click.option("--substeps", type=click.IntRange(1, 10_000), help="Sub-steps of the target, M [default: 3].")
@@ -64,34 +63,32 @@ def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 @click.option(
     "--guard/--no-guard",
     default=None,
-    help="Hold samples out and keep the base where they say so [default: for a base yes, for a preset no].",
+    help="Hold out samples, and keep the base where they show no gain [default: for a base yes, for a preset no].",
 )
 @click.option("--intercept", is_flag=True, default=None, help="Also fit a constant in each step.")
 @click.option(
     "--samples",
     type=COUNT,
-    help="Initial states to fit on [default: 256, with --solver 200]; --budget thorough adds to few, and twice as many to "
-    "choose by.",
+    help="Initial states to fit on [default: 256, with --solver 200]. --budget thorough adds more if there are few, and "
+    "draws twice as many for its final choice.",
 )
-@click.option(
-    "--chunk-size", type=COUNT, help="Samples that go through the model at once [default: 64, with --solver all]."
-)
+@click.option("--chunk-size", type=COUNT, help="Samples per call of the model [default: 64, with --solver all].")
 @click.option(
     "--teacher",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Accurate trajectories that --save-teacher wrote.",
+    help="Read the accurate trajectories from this file, written by --save-teacher.",
 )
 @click.option(
     "--save-teacher",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the accurate trajectories in this file.",
+    help="Save the accurate trajectories in this file.",
 )
 @click.option(
     "--checkpointed",
     is_flag=True,
-    help="Refine with the memory of one evaluation instead of all, for half as much work again.",
+    help="Refine with the memory of one evaluation instead of all, at 1.5 times the work.",
 )
-@click.option("--plots", type=FOLDER, help="Draw the fit into this folder too.")
+@click.option("--plots", type=FOLDER, help="Also draw the fit into this folder.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
 def fit_command(
     job: Job,
@@ -109,25 +106,27 @@ def fit_command(
 ) -> None:
     """Fit a solver to a model and save it as one safetensors file.
 
-    Finds the grid and the weights with the lowest error for --nfe evaluations that --budget can buy. With --solver, fits
-    the weights of one solver on one grid, by improved integration approximation. torchrun may share the samples out among
-    processes: torchrun --nproc-per-node=2 -m iia_ode fit --nfe 6 --out fit.safetensors
+    Searches for the grid and the weights with the lowest error at --nfe evaluations, within --budget. With --solver, fits
+    the weights of a solver on the given grid, by improved integration approximation. Under torchrun, several processes
+    share the samples: torchrun --nproc-per-node=2 -m iia_ode fit --nfe 6 --out fit.safetensors
     """
     if teacher is not None and save_teacher is not None:
-        raise click.UsageError("--teacher reads trajectories and --save-teacher makes them: choose one.")
+        raise click.UsageError("--teacher reads trajectories and --save-teacher makes new ones: choose one.")
     files = _Files(teacher, save_teacher, out, plots)
     if solver is None:
         _find(job, nfe, budget or "standard", samples, chunk_size or 64, checkpointed, files)
     else:
         if checkpointed:
-            raise click.UsageError("--checkpointed is for refinements, and --solver fits in closed form.")
+            raise click.UsageError(
+                "--checkpointed is for refinements, and --solver fits in closed form: leave one out."
+            )
         method = _method(solver, budget, {k: v for k, v in options.items() if v is not None}, files)
         _fit_iia(job, nfe, method, samples or 200, chunk_size, files)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What is read and written."""
+    """Paths of the files that a fit reads and writes."""
 
     teacher: Path | None
     save_teacher: Path | None
@@ -135,59 +134,64 @@ class _Files:
     plots: Path | None
 
     def check(self) -> None:
-        """Find out now what cannot be written."""
+        """Raise OSError now, before the work, if a file cannot be written."""
         for path in (self.save_teacher, self.out, self.plots and self.plots / "coefficients.png"):
             if path is not None:
                 check_writable(path)
 
     @cached_property
     def kept(self) -> Teacher | None:
-        """The teacher of the file that is read."""
+        """The teacher read from --teacher, if given."""
         return None if self.teacher is None else Teacher.load(self.teacher)
 
-    def teach(self, solve: Callable[[], Teacher], say: Callable[[str], None]) -> Teacher | None:
-        """The teacher of the file, or a new one where it is to be kept; None where the fit may make its own."""
+    def teach(self, solve: Callable[[], Teacher], leads: bool) -> Teacher | None:
+        """Read the teacher of --teacher, or make a teacher for --save-teacher and write it.
+
+        Return None if neither option is given; the fit then makes its own teacher.
+        """
         if self.kept is not None or self.save_teacher is None:
             return self.kept
         teacher = solve()
-        say(f"teacher: {teacher.sample_evaluations} sample evaluations; written: {teacher.save(self.save_teacher)}")
+        if leads:
+            path = teacher.save(self.save_teacher)
+            _say(f"teacher: {teacher.sample_evaluations} sample evaluations; written: {path}")
         return teacher
 
 
 def _find(
     job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, checkpointed: bool, files: _Files
 ) -> None:
-    """The best solver for that many evaluations, in this process or with others."""
+    """Search for the best solver with `nfe` evaluations, in one process or several, and write the fit."""
     for name in (*_OF_IIA, "grid", "rho"):
         if given(name):
             option = "--guard/--no-guard" if name == "guard" else f"--{name}"
-            raise click.UsageError(f"{option} goes with --solver: without that, grid and weights are searched for.")
+            raise click.UsageError(f"{option} goes with --solver: without --solver, grid and weights are searched for.")
     if checkpointed and not BUDGETS[budget].starts:
-        raise click.UsageError(f"--checkpointed is for refinements, and --budget {budget} has none.")
-    if process_count() > 1 and files.save_teacher:
-        raise click.UsageError("several processes share the samples out: --save-teacher needs one process.")
-    if job.setting.sigma_max < _SMALL and (files.teacher or files.save_teacher):
-        raise click.UsageError(f"a file of trajectories needs --sigma-max of at least {_SMALL:g}, or --solver.")
-    with joined(job.device) as process, warnings_as_lines(process.leads):
+        raise click.UsageError(
+            f"--checkpointed is for refinements, and --budget {budget} has none: leave out --checkpointed, or use --budget "
+            "standard."
+        )
+    with joined(job.device) as process, warnings_as_lines(process.leads), findings_as_lines(_say):
         if process.leads:
             files.check()
-        found = _search(replace(job, device=process.device), nfe, budget, samples, chunk_size, checkpointed, files)
+        options = replace(BUDGETS[budget], chunk_size=chunk_size, checkpointed=checkpointed)
+        found = _search(replace(job, device=process.device), nfe, options, samples, files, process.leads)
         if process.leads:
             _write(found, files)
 
 
-def _search(
-    job: Job, nfe: int, budget: str, samples: int | None, chunk_size: int, checkpointed: bool, files: _Files
-) -> FittedSolver:
-    """`iia_ode.fit` of the command's options."""
+def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Files, leads: bool) -> FittedSolver:
+    """Call `iia_ode.fit` with the command's options."""
     count = samples or (256 if files.kept is None else len(files.kept.initial))
-    if files.save_teacher is not None:  # the budget adds no noise beside a teacher: that has all that it asks for
-        count = max(count, BUDGETS[budget].draws)
+    if files.save_teacher is not None:
+        # `iia_ode.fit` adds no noise to a given teacher, so all samples of the budget are drawn here.
+        count = max(count, budget.draws)
     ode, x = job.draw(count)
+    ode = distributed(ode)
     schedule, top = job.setting.schedule, job.setting.sigma_max
 
     def solve() -> Teacher:
-        start, steps = schedule.t_of_noise_to_signal(top), BUDGETS[budget].steps(nfe)
+        start, steps = schedule.t_of_noise_to_signal(top), budget.steps(nfe)
         return Teacher.solve(
             ode,
             x,
@@ -195,30 +199,27 @@ def _search(
             schedule.t_data,
             steps=steps,
             sigma_min=job.lowest,
-            chunk_size=chunk_size,
-            progress=interactive(),
+            chunk_size=budget.chunk_size,
+            progress=leads and interactive(),
         )
 
     return fit(
         ode,
         nfe,
-        x if top >= _SMALL else x / top,
+        x=x,
         budget=budget,
         sigma_max=top,
         sigma_min=job.lowest,
-        teacher=files.teach(solve, _say),
-        chunk_size=chunk_size,
-        checkpointed=checkpointed,
+        teacher=files.teach(solve, leads),
         seed=job.seed,
-        report=_say,
-        progress=interactive(),
+        progress=leads and interactive(),
     )
 
 
 def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:
-    """IIA as the options say."""
+    """Make the IIA method of the command's options."""
     if budget is not None:
-        raise click.UsageError("--budget is that of a search, and --solver leaves nothing to search for.")
+        raise click.UsageError("--budget is for a search, and --solver leaves nothing to search for: leave one out.")
     if solver not in PRESETS and solver not in solver_names():
         raise unknown_name("preset or solver", solver, [*PRESETS, *solver_names()])
     if solver in PRESETS and "terms" in changes:
@@ -227,59 +228,42 @@ def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Fi
         )
     method = preset(solver, **changes) if solver in PRESETS else IIA(solver, **changes)
     if "substeps" in changes and method.target != "substeps":
-        raise click.UsageError(f"--substeps is for --target substeps, not for {method.target}.")
+        raise click.UsageError(f"--substeps is for --target substeps, not for {method.target}: leave it out.")
     if (files.teacher or files.save_teacher) and method.target != "trajectory" and not method.guard:
         raise click.UsageError("a file of trajectories goes with --target trajectory or with --guard.")
     return method
 
 
 def _fit_iia(job: Job, nfe: int, method: IIA, samples: int, chunk_size: int | None, files: _Files) -> None:
-    """One solver on one grid, in this process or with others."""
+    """Fit a solver on the given grid, in one process or several, and write the fit."""
     grid = method.base_solver.grid_for(nfe, job.family(), job.setting.schedule)
-    if processes_for(samples) > 1 and files.save_teacher:
-        raise click.UsageError(
-            "each process makes the trajectories of its own samples: --save-teacher needs one process."
-        )
     with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             files.check()
-        say = _say if process.leads else _silent
-        say(_spending(method, nfe, samples, process))
-        ode, x = replace(job, device=process.device).draw(samples)  # whole, so that ranks change no sample
-        teacher = files.teach(lambda: _teacher(method, ode, grid, x, chunk_size), say)
-        if teacher is not None:
-            teacher.check(ode, x)
-            teacher = teacher.subset(process.share(samples))
-        fitted = method.fit(
-            ode.subset(process.share(samples), samples),
-            grid,
-            x[process.share(samples)],
-            teacher=teacher,
-            chunk_size=chunk_size,
-            seed=job.seed,
-            progress=process.leads and interactive(),
-        )
+            _say(_spending(method, nfe, samples, process))
+        ode, x = replace(job, device=process.device).draw(samples)
+        ode, progress = distributed(ode), process.leads and interactive()
+        teacher = files.teach(lambda: _teacher(method, ode, grid, x, chunk_size, progress), process.leads)
+        fitted = method.fit(ode, x, grid, teacher=teacher, chunk_size=chunk_size, progress=progress)
         if process.leads:
             _write(fitted, files)
 
 
-def _teacher(method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chunk_size: int | None) -> Teacher:
-    """The one that the fit would make for itself."""
+def _teacher(
+    method: IIA, ode: ProbabilityFlowODE, grid: Tensor, x: Tensor, chunk_size: int | None, progress: bool
+) -> Teacher:
+    """Make the teacher that the fit would make itself."""
     target = resolve_target(method.target, method.substeps)
     steps = target.steps if isinstance(target, TeacherTrajectory) else None
-    start, last, end = (float(grid[i]) for i in (0, -2, -1))
-    floor = floor_of(ode, last) if ode.is_data(end) else 0.002
-    return Teacher.solve(
-        ode, x, start, end, steps=steps, sigma_min=floor, chunk_size=chunk_size, progress=interactive()
-    )
+    return Teacher.for_grid(ode, x, grid, steps=steps, chunk_size=chunk_size, progress=progress)
 
 
 def _spending(method: IIA, nfe: int, samples: int, process: Process) -> str:
-    """What a fit will cost, in words."""
+    """Describe the cost of a fit."""
     target = resolve_target(method.target, method.substeps)
     work = {
         "substeps": f"{method.substeps} sub-steps of {method.base_solver.name} in each step as targets",
-        "local": "an adaptive integration of each step as its target",
+        "local": "an adaptive integration of each step as target",
         "trajectory": f"accurate trajectories of {getattr(target, 'steps', 0)} steps",
     }[target.name]
     where = f", in {process.size} processes" if process.size > 1 else ""
@@ -294,8 +278,4 @@ def _write(fitted: FittedSolver, files: _Files) -> None:
 
 
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)  # past the bars
-
-
-def _silent(line: str) -> None:
-    """Nothing."""
+    tqdm.write(line, file=sys.stdout)  # keeps progress bars intact

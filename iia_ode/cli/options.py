@@ -1,7 +1,8 @@
-"""Options that several commands share: the model, its noise, a family of grids; counts and numbers."""
+"""Options shared by several commands: the model, its noise, a family of grids; counts and numbers."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
@@ -28,6 +29,7 @@ __all__ = [
     "SEED",
     "Job",
     "Range",
+    "findings_as_lines",
     "given",
     "interactive",
     "names",
@@ -37,14 +39,14 @@ __all__ = [
     "warnings_as_lines",
 ]
 
-_MANY = 10_000_000  # beyond this a count is a slip of the finger, and would end in a kill for lack of memory
+_MANY = 10_000_000  # a larger count is a typing error, and the process would be killed for lack of memory
 
 
 class Range(click.FloatRange):
-    """A range of numbers; NaN, which no comparison finds outside, is outside."""
+    """A range of numbers without NaN. click's own range lets NaN pass, because every comparison with NaN is false."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or a usage error."""
+        """Return the number, or fail with a usage error."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"{value!r} is not a number.", param, ctx)
@@ -53,29 +55,29 @@ class Range(click.FloatRange):
 
 COUNT = click.IntRange(1, _MANY)
 NFE = click.IntRange(1, 10_000)
-SEED = click.IntRange(0, 2**31 - 1)  # two batches each, and generators use 32 bits of a seed
+SEED = click.IntRange(0, 2**31 - 1)  # each seed serves two batches, and generators use 32 bits of a seed
 LEVEL = Range(0, 1e9, min_open=True)
 _WITH_RHO = ("karras", "polyexponential")
 
 
 def interactive() -> bool:
-    """Bars are for people: in a log they are noise."""
+    """Whether to show progress bars: only in a terminal."""
     return sys.stderr.isatty()
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """A callback: numbers of evaluations, separated by commas."""
+    """Parse numbers of evaluations separated by commas; a callback of click."""
     convert: Callable[..., int] = NFE.convert  # click's own annotation has it from int to int
     return tuple(dict.fromkeys(convert(v, param, ctx) for v in value.split(",")))
 
 
 def given(name: str) -> bool:
-    """Whether the user named this option of the running command."""
+    """Whether the user gave this option of the running command."""
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    """A callback: names, separated by commas."""
+    """Parse names separated by commas; a callback of click."""
     return tuple(dict.fromkeys(v.strip() for v in value.split(",")))
 
 
@@ -86,9 +88,9 @@ def _rho(ctx: click.Context, param: click.Parameter, value: float | None) -> flo
 
 
 def usable_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """A callback: a device that tensors can be made on and read from."""
+    """Check that tensors can be made on a device and read from it; a callback of click."""
     try:
-        torch.ones(1, device=value).cpu()  # "meta" makes tensors that cannot be read
+        torch.ones(1, device=value).cpu()  # reading refuses "meta", whose tensors have no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise click.BadParameter(f"{value!r} cannot be used here: {first_line(error)}") from error
     return value
@@ -125,7 +127,18 @@ _MODEL_OPTIONS = [
 
 @dataclass(frozen=True)
 class Job:
-    """What `_MODEL_OPTIONS` say: a model, its noise and a family of grids."""
+    """Values of `_MODEL_OPTIONS`: a model, its noise and a family of grids.
+
+    Attributes
+    ----------
+    setting : model and noise; its `sigma_max` is the first noise level.
+    guidance : scale of classifier-free guidance.
+    seed : seed of noise and labels.
+    device : device of the model.
+    grid : name of the family of grids.
+    rho : exponent of the grid; None for the family's default.
+    sigma_min : last positive noise level sigma/alpha; None for the setting's.
+    """
 
     setting: Setting
     guidance: float
@@ -137,11 +150,11 @@ class Job:
 
     @property
     def lowest(self) -> float:
-        """The last positive noise level."""
+        """Last positive noise level sigma/alpha."""
         return self.setting.sigma_min if self.sigma_min is None else self.sigma_min
 
     def family(self) -> Callable[[int], Tensor]:
-        """From a number of levels to a grid."""
+        """Make the family of grids: a function from a number of levels to a grid, float64 [levels]."""
         levels: dict[str, Any] = {
             "sigma_min": self.lowest,
             "sigma_max": self.setting.sigma_max,
@@ -156,18 +169,18 @@ class Job:
         return partial(grids.GRIDS[self.grid], **levels)
 
     def draw(self, samples: int) -> tuple[ProbabilityFlowODE, Tensor]:
-        """Initial states for a fit."""
+        """Draw the ODE and the initial states [samples, ...] of a fit."""
         seed = batch_seed(self.seed, unseen=False)
         return self.setting.draw(samples, seed, guidance_scale=self.guidance, device=self.device)
 
     def draw_each(self, index: slice) -> tuple[ProbabilityFlowODE, Tensor]:
-        """Initial states of some samples of a run, each from a seed of its own."""
+        """Draw the ODE and the initial states of some samples of a run, each sample from its own seed."""
         seeds = sample_seeds(self.seed, range(index.start, index.stop))
         return self.setting.draw_each(seeds, guidance_scale=self.guidance, device=self.device)
 
 
 def on_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `_MODEL_OPTIONS`, and hand them to it as one `Job`."""
+    """Add `_MODEL_OPTIONS` to a command, which receives them as one `Job`."""
 
     @wraps(command)
     def run(setting: str, sigma_max: float | None, **options: Any) -> None:
@@ -184,7 +197,10 @@ def on_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def warnings_as_lines(shown: bool = True) -> Iterator[None]:
-    """A warning is a line on standard error, like an error, and from one process only."""
+    """Print each warning as one line on stderr when the block ends; print none if not `shown`.
+
+    Of several processes, only one shows its warnings.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -192,3 +208,29 @@ def warnings_as_lines(shown: bool = True) -> Iterator[None]:
         finally:
             for text in dict.fromkeys(str(w.message) for w in caught) if shown else ():
                 click.echo(f"iia-ode: warning: {' '.join(text.split())}", err=True)
+
+
+class _Lines(logging.Handler):
+    """Pass each record of a logger on as a line of text."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on."""
+        self.say(record.getMessage())
+
+
+@contextmanager
+def findings_as_lines(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass every line that the library logs inside the block to `say`."""
+    logger, handler = logging.getLogger("iia_ode"), _Lines(say)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""``iia-ode sample``: states from noise, by a registered solver or a file."""
+"""``iia-ode sample``: draw samples with a registered solver, or with a fitted solver from a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch import Tensor
 from ..errors import MissingDependencyError
 from ..experiments.compare import RECIPE
 from ..files import check_writable, write_tensors
-from ..iia import PRESETS, FittedSolver, load
+from ..iia import PRESETS, FittedSolver
+from ..iia.fitted import load
+from ..iia.provenance import to_json
 from ..integrate import sample
+from ..ode import distributed
 from ..plots import image_grid, save_figure
 from ..solvers import Solver, get_solver, solver_names
 from .options import COUNT, NFE, Job, given, interactive, on_a_model, warnings_as_lines
-from .ranks import joined, processes_for
+from .ranks import joined
 
 __all__ = ["sample_command"]
 
@@ -25,8 +28,8 @@ __all__ = ["sample_command"]
 @click.command("sample")
 @on_a_model
 @click.argument("solver")
-@click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations, where the solver is a name.")
-@click.option("--samples", type=COUNT, default=64, show_default=True, help="How many samples.")
+@click.option("--nfe", type=NFE, default=9, show_default=True, help="Evaluations, if SOLVER is a name.")
+@click.option("--samples", type=COUNT, default=64, show_default=True, help="Number of samples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/samples", show_default=True)
 def sample_command(
     job: Job,
@@ -35,18 +38,18 @@ def sample_command(
     samples: int,
     out: Path,
 ) -> None:
-    """Draw samples with SOLVER: a registered name, or a file that `iia-ode fit` wrote, which brings its own grid.
+    """Draw samples with SOLVER: a registered name, or a file written by `iia-ode fit`. A file brings its own grid.
 
-    Writes samples.safetensors and, where the samples are images, samples.png into --out. Every sample has a seed of its own,
-    made of --seed and its number: more samples, or several processes that share them, as torchrun starts them, change none but
-    for the rounding of the model.
+    Writes samples.safetensors into --out, and samples.png for images. Every sample has its own seed, made from --seed and
+    the number of the sample. More samples, or several processes under torchrun, change no sample by more than the rounding
+    of the model.
     """
     known = {*PRESETS, RECIPE, *solver_names()}
     method: Solver | FittedSolver
     if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
         _refuse_grid_options(solver)
         method = load(solver)
-        grid, about = method.grid, {"solver": method.about | {"name": method.name}, "nfe": method.nfe}
+        grid, about = method.grid, {"solver": to_json(method.record) | {"name": method.name}, "nfe": method.nfe}
         job.setting.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
     elif solver in (*PRESETS, RECIPE):
         option = f"--nfe {nfe}" if solver == RECIPE else f"--solver {solver}"
@@ -55,15 +58,13 @@ def sample_command(
         method = get_solver(solver)
         grid = method.grid_for(nfe, job.family(), job.setting.schedule)
         about = {"solver": {"name": method.name, "options": method.options()}, "nfe": nfe, "grid": grid.tolist()}
-    processes_for(samples)
     with joined(job.device) as process, warnings_as_lines(process.leads):
         if process.leads:
             check_writable(out / "samples.safetensors")
-        ode, x = replace(job, device=process.device).draw_each(process.share(samples))
-        final = sample(ode, x, grid, method, progress=process.leads and interactive())
-        whole = process.gathered(final, samples)
-    if whole is not None:
-        _write(whole, about, job, out)
+        ode, x = replace(job, device=process.device).draw_each(slice(0, samples))
+        final = sample(distributed(ode), x, grid, method, progress=process.leads and interactive())
+    if process.leads:
+        _write(final, about, job, out)
 
 
 def _write(final: Tensor, about: dict[str, Any], job: Job, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""``iia-ode train``: the networks that ship with the package, from scratch."""
+"""``iia-ode train``: train the package's networks from scratch."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ __all__ = ["train_group"]
 @click.group("train", invoke_without_command=True)
 @click.pass_context
 def train_group(ctx: click.Context) -> None:
-    """Train the networks that ship with the package."""
+    """Train the package's networks from scratch."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
 def _trains(weights: Path, source: str, defaults: TrainingOptions) -> Callable[..., Callable[..., None]]:
-    """Give a command the options of a training, hand them to it as `TrainingOptions`, and write what it returns."""
+    """Add training options to a command.
+
+    The command receives them as `TrainingOptions`, and its result is written to --out.
+    """
 
     def decorate(command: Callable[[TrainingOptions, str], TrainingResult]) -> Callable[..., None]:
-        @click.option("--steps", type=COUNT, default=defaults.steps, show_default=True, help="Optimiser steps.")
-        @click.option("--batch", type=COUNT, default=defaults.batch, show_default=True, help="Images a step.")
+        @click.option("--steps", type=COUNT, default=defaults.steps, show_default=True, help="Optimizer steps.")
+        @click.option("--batch", type=COUNT, default=defaults.batch, show_default=True, help="Images per step.")
         @click.option("--seed", type=SEED, default=defaults.seed, show_default=True)
         @click.option("--device", default="cpu", show_default=True, callback=usable_device)
         @click.option(

@@ -1,4 +1,4 @@
-"""Trained networks that ship with the package, how they were trained, and thresholds on what a model estimates."""
+"""Denoisers: the trained networks of the package, their training, and thresholding of any model's data estimates."""
 
 from .pretrained import (
     digits,

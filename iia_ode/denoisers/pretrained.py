@@ -1,4 +1,4 @@
-"""Trained networks inside the package: of scikit-learn's 8x8 handwritten digits, and of 16x16 patches of its photographs."""
+"""Trained denoisers inside the package: scikit-learn's 8x8 handwritten digits, and 16x16 patches of its photographs."""
 
 from __future__ import annotations
 
@@ -42,44 +42,78 @@ PATCHES_SOURCE = (
     "scikit-learn load_sample_images: 16x16 patches of china.jpg and flower.jpg at full and half size, flipped too, "
     "scaled to [-1, 1]; a tenth of the cells of 64x64 pixels held out"
 )
-# More pixels tell an image from its noise at higher levels: the levels lie higher than those of the digits.
+# An image of more pixels can be told from its noise at higher levels, so training levels lie higher than for the digits.
 PATCHES_OPTIONS = TrainingOptions(steps=2400, batch=64, log_sigma_mean=0.0, log_sigma_std=1.8, label_dropout=0.0)
 
 
 def digits() -> EDMDenoiser:
-    """The trained digits denoiser, in evaluation mode on the CPU: a data-prediction model for the EDM schedule.
+    """Load the trained digits denoiser, a data-prediction model for the EDM schedule.
 
-    Called as ``model(x, sigma, class_labels=labels)`` with x [B, 1, 8, 8] in float32, white = +1 and black = -1; labels
-    0 to 9, and 10 for "no class" (the unconditional half of classifier-free guidance). Made by ``iia-ode train digits``;
-    data, losses and seed are on the model card beside the weights. Needs neither scikit-learn nor a network connection.
+    Call the model as ``model(x, sigma, class_labels=labels)``: x is float32 [B, 1, 8, 8] with white = +1 and black = -1,
+    sigma is [B], and labels are integers [B] from 0 to 9. Label 10 means "no class" and serves the unconditional half of
+    classifier-free guidance. ``iia-ode train digits`` made the weights; the model card beside the weights states data,
+    losses and seed. Loading needs neither scikit-learn nor a network connection.
+
+    Returns
+    -------
+    An :class:`EDMDenoiser` in evaluation mode on the CPU, float32, with gradients of the weights switched off.
+
+    Raises
+    ------
+    FileFormatError : the file of weights is missing or damaged.
     """
     return load_denoiser(DIGITS_WEIGHTS)
 
 
 def patches() -> EDMDenoiser:
-    """The trained denoiser of photograph patches, in evaluation mode on the CPU: data prediction for the EDM schedule.
+    """Load the trained denoiser of photograph patches, a data-prediction model for the EDM schedule.
 
-    Called as ``model(x, sigma)`` with x [B, 3, 16, 16] in float32, channels red, green, blue from -1 to +1; it has no
-    classes. Made by ``iia-ode train patches``; data, losses and seed are on the model card beside the weights. Needs
-    neither scikit-learn nor a network connection.
+    Call the model as ``model(x, sigma)``: x is float32 [B, 3, 16, 16] with channels red, green and blue from -1 to +1, and
+    sigma is [B]. The model has no classes. ``iia-ode train patches`` made the weights; the model card beside the weights
+    states data, losses and seed. Loading needs neither scikit-learn nor a network connection.
+
+    Returns
+    -------
+    An :class:`EDMDenoiser` in evaluation mode on the CPU, float32, with gradients of the weights switched off.
+
+    Raises
+    ------
+    FileFormatError : the file of weights is missing or damaged.
     """
     return load_denoiser(PATCHES_WEIGHTS)
 
 
 def digits_data() -> tuple[Tensor, Tensor]:
-    """The 1797 images [1797, 1, 8, 8] float32 in [-1, 1] and their labels [1797] int64 (needs the extra ``train``)."""
+    """Load the digits data set. Needs the extra ``train``.
+
+    Returns
+    -------
+    Images, float32 [1797, 1, 8, 8] in [-1, 1], and their labels, int64 [1797].
+
+    Raises
+    ------
+    MissingDependencyError : scikit-learn is not installed.
+    """
     data = _from_sklearn("digits", "load_digits")
     images = torch.from_numpy(data.images).float()[:, None] / 8 - 1  # the raw values are 0 to 16
     return images, torch.from_numpy(data.target).long()
 
 
 def patches_data() -> tuple[Tensor, Tensor]:
-    """The patches [N, 3, 16, 16] float32 in [-1, 1], and which of them are held out [N] bool (needs the extra ``train``).
+    """Cut the patches data set from scikit-learn's two sample photographs. Needs the extra ``train``.
 
-    Squares of 16x16 pixels, and of 32x32 pixels halved in size, at every eighth pixel of both sample photographs; each
-    also mirrored, left to right. Each photograph is divided into cells of 64x64 pixels, and one cell of each row of ten is
-    held out. A patch inside the held-out cells is held out, and one that only touches them is left out: no pixel is in
-    both parts.
+    Patches are squares of 16x16 pixels, and squares of 32x32 pixels halved in size, at every eighth pixel of each
+    photograph. Each patch is also mirrored, left to right. For the split, each photograph is divided into cells of 64x64
+    pixels, and one cell of each row of ten is held out. A patch inside the held-out cells is held out. A patch partly
+    inside is left out, so no pixel is in both parts.
+
+    Returns
+    -------
+    Patches, float32 [N, 3, 16, 16] in [-1, 1], and a mask of the held-out patches, bool [N].
+
+    Raises
+    ------
+    MissingDependencyError : scikit-learn is not installed, or Pillow is not (scikit-learn reads the photographs with it).
     """
     found, held_out = [], []
     for photograph in _from_sklearn("sample photographs", "load_sample_images").images:
@@ -97,17 +131,32 @@ def patches_data() -> tuple[Tensor, Tensor]:
 
 
 def _from_sklearn(what: str, function: str) -> Any:
-    """What a function of ``sklearn.datasets`` returns."""
+    """Call a function of ``sklearn.datasets`` by name."""
     try:
         return getattr(importlib.import_module("sklearn.datasets"), function)()
-    except ImportError as error:  # of scikit-learn, or of Pillow, which reads its photographs
+    except ImportError as error:  # scikit-learn is missing, or Pillow, with which scikit-learn reads its photographs
         raise MissingDependencyError(f"the {what} come with scikit-learn: pip install 'iia-ode[train]'.") from error
 
 
 def train_digits(
     options: TrainingOptions = DIGITS_OPTIONS, *, device: str = "cpu", progress: bool = True
 ) -> TrainingResult:
-    """Train the digits denoiser from scratch; the same options and machine give the same weights."""
+    """Train the digits denoiser from scratch. The same options on the same machine give the same weights.
+
+    Parameters
+    ----------
+    options : length, learning rate, noise levels and seed of the training.
+    device : device of the network, such as ``"cpu"`` or ``"cuda"``.
+    progress : whether to show a progress bar.
+
+    Returns
+    -------
+    A :class:`TrainingResult`: the denoiser, and its losses on training and held-out images.
+
+    Raises
+    ------
+    MissingDependencyError : scikit-learn is not installed (extra ``train``).
+    """
     images, labels = digits_data()
     network = {"channels": (48, 72), "embedding": 96}
     return _train(network, images, labels, options, device=device, progress=progress)
@@ -116,7 +165,22 @@ def train_digits(
 def train_patches(
     options: TrainingOptions = PATCHES_OPTIONS, *, device: str = "cpu", progress: bool = True
 ) -> TrainingResult:
-    """Train the denoiser of photograph patches from scratch; the same options and machine give the same weights."""
+    """Train the denoiser of photograph patches from scratch. The same options on the same machine give the same weights.
+
+    Parameters
+    ----------
+    options : length, learning rate, noise levels and seed of the training.
+    device : device of the network, such as ``"cpu"`` or ``"cuda"``.
+    progress : whether to show a progress bar.
+
+    Returns
+    -------
+    A :class:`TrainingResult`: the denoiser, and its losses on training and held-out patches.
+
+    Raises
+    ------
+    MissingDependencyError : scikit-learn or Pillow is not installed (extra ``train``).
+    """
     images, held_out = patches_data()
     network = {"channels": (32, 40, 48), "classes": 0, "embedding": 96, "dropout": 0.0}
     return _train(network, images, None, options, held_out=held_out, device=device, progress=progress)
@@ -125,7 +189,7 @@ def train_patches(
 def _train(
     network: dict[str, Any], images: Tensor, labels: Tensor | None, options: TrainingOptions, **how: Any
 ) -> TrainingResult:
-    """:func:`train_edm` on the network that fits the images, with their standard deviation."""
+    """Call :func:`train_edm` with a network of the images' shape and standard deviation."""
     sigma_data = round(float(images.std()), 3)
     channels, height, width = images.shape[1:]
 
@@ -136,17 +200,42 @@ def _train(
 
 
 def save_denoiser(path: str | os.PathLike[str], denoiser: EDMDenoiser, about: dict[str, Any]) -> Path:
-    """Write a denoiser as one safetensors file; `about` (JSON-ready) says where it comes from."""
+    """Write a denoiser as one safetensors file, atomically.
+
+    Parameters
+    ----------
+    path : file to write; an existing file is replaced.
+    denoiser : denoiser to store, with the settings of its network.
+    about : provenance of the weights, JSON-ready: data, options, losses.
+
+    Returns
+    -------
+    The path of the file.
+
+    Raises
+    ------
+    FileFormatError : `about` is not plain JSON.
+    OSError : the file cannot be written.
+    """
     header = {"config": denoiser.config, "about": about}
     return write_tensors(path, "denoiser", dict(denoiser.state_dict()), header)
 
 
 def load_denoiser(path: str | os.PathLike[str]) -> EDMDenoiser:
-    """Read a denoiser written by :func:`save_denoiser`, in evaluation mode on the CPU.
+    """Read a denoiser written by :func:`save_denoiser`.
+
+    Parameters
+    ----------
+    path : safetensors file to read.
+
+    Returns
+    -------
+    An :class:`EDMDenoiser` in evaluation mode on the CPU, with gradients of the weights switched off.
 
     Raises
     ------
-    FileFormatError : the file is missing, foreign, or does not fit the network that its header describes.
+    FileFormatError : the file is missing, was not written by :func:`save_denoiser`, or does not fit the network described
+        in its header.
     """
     tensors, header = read_tensors(path, "denoiser")
     try:

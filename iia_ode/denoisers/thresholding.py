@@ -1,98 +1,97 @@
-"""Thresholding: the data estimates of a model kept within the range of the data, [-1, 1] [Saharia et al. 2022]."""
+"""Thresholding: keep a model's data estimates within the range of the data, [-1, 1] [Saharia et al. 2022]."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_share
 from ..errors import InputError
-from ..forms import Evaluation
 from ..ode import ProbabilityFlowODE
+from ..ode.wrapped import Wrapped, layers_of
 
 __all__ = ["dynamic_thresholding", "static_thresholding"]
 
 
 def dynamic_thresholding(ode: ProbabilityFlowODE, quantile: float = 0.995, floor: float = 1.0) -> ProbabilityFlowODE:
-    """The ODE whose estimates of the data are dynamically thresholded [Saharia et al. 2022, section 2.3].
+    """Threshold an ODE's data estimates dynamically, sample by sample [Saharia et al. 2022, section 2.3].
 
-    For each sample, with s the larger of `floor` and the quantile of |D| over all elements of its estimate D, the estimate
-    is clamped to [-s, s] and divided by s. It is for pixels in [-1, 1], where a large guidance scale drives estimates out
-    of that range. It makes no sense in a latent space, whose values have no such range.
+    Each sample has its own bound s: the larger of `floor` and the quantile of |D| over all elements of the sample's data
+    estimate D. The estimate is clamped to [-s, s] and divided by s. Dynamic thresholding is meant for pixels in [-1, 1],
+    where a large guidance scale drives estimates out of range. Thresholding makes no sense in a latent space, because latent
+    values have no fixed range.
+
+    A thresholded model is not smooth. Clamped elements have a kink in x, and s has a kink wherever two elements change
+    places. No solver keeps its order of convergence across a kink: high orders gain less than on the plain model, and a
+    reference solution needs tighter tolerances.
 
     Parameters
     ----------
-    ode : with any prediction type; guidance acts before the threshold. Its model, ledger, conditions and guidance scale
-        are shared, ``condition`` and ``subset`` work as before, and an evaluation still counts once.
-    quantile : in [0, 1]; between two elements it is interpolated linearly. 0.995 in wide use.
-    floor : the smallest s, positive. At 1, estimates whose quantile is within [-1, 1] are clamped to that and not rescaled.
+    ode : ODE with any prediction type. Guidance acts before the threshold. The new ODE shares the model, the ledger, the
+        conditions and the guidance scale; ``condition`` and ``subset`` work as before, and an evaluation counts once.
+    quantile : level of the quantile, a number in [0, 1]. Between two elements the quantile is interpolated linearly. The
+        value 0.995 is in wide use.
+    floor : smallest s, a positive number. With 1, an estimate whose quantile lies in [-1, 1] is clamped and not rescaled.
 
     Returns
     -------
-    An ODE of data prediction. Its :meth:`~iia_ode.ProbabilityFlowODE.fingerprint` names the threshold: what was fitted to
-    the model without one was not fitted to this.
+    A :class:`~iia_ode.ProbabilityFlowODE` of data prediction. Its :meth:`~iia_ode.ProbabilityFlowODE.fingerprint`
+    includes the threshold, so a solver fitted to the plain model does not match the thresholded one.
 
     Raises
     ------
-    InputError : no ODE, one that is thresholded already, or arguments out of range.
-
-    A thresholded model is not smooth: clamped elements have a kink in x, and s one wherever two elements change places. No
-    solver keeps its order of convergence across a kink, so high orders gain less than on the plain model, and a reference
-    needs tighter tolerances.
+    InputError : `ode` is no ProbabilityFlowODE or is thresholded already, or `quantile` or `floor` is out of range.
     """
-    if not isinstance(quantile, Real) or isinstance(quantile, bool) or not 0 <= quantile <= 1:
-        raise InputError(f"quantile must be a number from 0 to 1, such as 0.995; got {quantile!r}.")
-    if not isinstance(floor, Real) or isinstance(floor, bool) or not 0 < floor < math.inf:
-        raise InputError(f"floor must be a positive number, 1 for data in [-1, 1]; got {floor!r}.")
-    return _ThresholdedODE(ode, float(quantile), float(floor))
+    quantile = check_share("quantile", quantile, such_as=0.995)
+    floor = check_number("floor", floor, above=0, such_as=1.0)
+    return Thresholded(ode, quantile, floor)
 
 
 def static_thresholding(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
-    """The ODE whose estimates of the data are clamped to [-1, 1]; all else is as for :func:`dynamic_thresholding`.
+    """Clamp an ODE's data estimates to [-1, 1].
 
-    It saturates pixels where the dynamic threshold rescales them [Saharia et al. 2022, section 2.3].
+    Static thresholding saturates pixels where :func:`dynamic_thresholding` rescales them [Saharia et al. 2022, section
+    2.3].
+
+    Parameters
+    ----------
+    ode : ODE with any prediction type, as for :func:`dynamic_thresholding`.
+
+    Returns
+    -------
+    A :class:`~iia_ode.ProbabilityFlowODE` of data prediction, as from :func:`dynamic_thresholding`.
+
+    Raises
+    ------
+    InputError : `ode` is no ProbabilityFlowODE or is thresholded already.
     """
-    return _ThresholdedODE(ode, None, 1.0)
+    return Thresholded(ode, None, 1.0)
 
 
-class _ThresholdedODE(ProbabilityFlowODE):
-    """An ODE of data prediction, over a model of any prediction type, with a threshold on what comes out.
+class Thresholded(Wrapped):
+    """An ODE of data prediction over a model of any prediction type, with a threshold on its estimates of the data.
 
-    A subclass rather than a wrapped model, because the threshold must see guided estimates.
+    The threshold acts on guided estimates.
     """
 
-    def __init__(self, ode: ProbabilityFlowODE, quantile: float | None, floor: float) -> None:
-        if not isinstance(ode, ProbabilityFlowODE):
-            raise InputError(f"thresholding needs a ProbabilityFlowODE, got {type(ode).__name__}.")
-        if type(ode).output is not ProbabilityFlowODE.output:  # another threshold would be dropped without a word
-            raise InputError(
-                f"thresholding needs a plain ProbabilityFlowODE, got {type(ode).__name__}, which changes its model's output "
-                "itself: apply one threshold, to the ODE without any."
-            )
-        super().__init__(ode.model, **ode.settings | {"prediction": "data"})
-        self.ledger = ode.ledger
-        self.model_prediction, self.quantile, self.floor = ode.prediction, quantile, floor
+    def __init__(self, inner: ProbabilityFlowODE, quantile: float | None, floor: float) -> None:
+        super().__init__(inner)
+        if any(isinstance(layer, Thresholded) for layer in layers_of(inner)):
+            raise InputError("this ODE is thresholded already: apply one threshold, to the ODE without any.")
+        self.prediction, self.quantile, self.floor = "data", quantile, floor
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The thresholded estimate of the data, guidance included, in the dtype of x; one evaluation."""
-        made = super().output(x, t)
-        data: Tensor = Evaluation(self.schedule, t, x, made, self.model_prediction).data
+        data = self.inner.data(x, t)
         if self.quantile is None:
             return data.clamp(-self.floor, self.floor) / self.floor
         bound = _bound(data, self.quantile, self.floor)
         return data.clamp(-bound, bound) / bound
 
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> ProbabilityFlowODE:
-        view = super()._view(conditioning, unconditional)
-        view.prediction = self.model_prediction
-        return _ThresholdedODE(view, self.quantile, self.floor)
-
     def fingerprint(self) -> str:
-        """That of the model, and the threshold."""
+        """The inner ODE's fingerprint and the threshold."""
         threshold = "static" if self.quantile is None else f"dynamic({self.quantile}, {self.floor})"
         return f"{super().fingerprint()}+{threshold}"
 

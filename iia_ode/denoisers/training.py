@@ -1,4 +1,4 @@
-"""Training of the small networks that ship with the package [Karras et al. 2022, section 5]."""
+"""Training of the small networks inside the package [Karras et al. 2022, section 5]."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checks import check_whole
 from ..errors import InputError
 from .unet import EDMDenoiser
 
@@ -22,17 +23,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a denoiser is trained.
+    """Options of a denoiser's training.
 
     Parameters
     ----------
-    steps, batch : optimiser steps and images a step.
-    lr : peak learning rate of Adam; linear warm-up over 200 steps, then cosine decay to zero.
-    log_sigma_mean, log_sigma_std : training noise levels are log-normal. Wider than EDM's (-1.2, 1.2), so that levels
-        up to 80 and down to 0.002 are within three and a half standard deviations: a solver visits them all.
-    label_dropout : share of labels replaced by the null label, so that guidance works [Ho & Salimans 2022].
-    ema : decay of the weight average, ramped up from zero over the first steps.
-    seed : of initialisation, batches, noise and dropout.
+    steps : number of optimizer steps, at least 1.
+    batch : images per step, at least 1.
+    lr : peak learning rate of Adam. The rate warms up linearly over 200 steps and decays to zero along a cosine.
+    log_sigma_mean, log_sigma_std : mean and standard deviation of log(sigma) in training, where sigma is log-normal. The
+        defaults are wider than EDM's (-1.2, 1.2), because a solver visits all levels from 0.002 to 80. With the defaults,
+        all of these levels lie within three and a half standard deviations of the mean.
+    label_dropout : share of labels replaced by the null label, for classifier-free guidance [Ho & Salimans 2022].
+    ema : decay per step of the exponential moving average of the weights. In the first steps the decay is smaller.
+    seed : seed of initialization, batches, noise and dropout.
+
+    Raises
+    ------
+    InputError : `steps` or `batch` is below 1.
     """
 
     steps: int = 4000
@@ -45,17 +52,27 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise InputError(f"training needs at least one step and one image a step, got {self.steps}, {self.batch}.")
+        for name in ("steps", "batch"):
+            check_whole(f"{name} of the training", getattr(self, name), least=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-ready values."""
+        """Return all options by name, as JSON-ready values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The averaged denoiser with its weighted losses on training and held-out images (1 = predicting nothing)."""
+    """Result of a training.
+
+    The losses are means of :func:`edm_loss` over at most 2048 images each, at four noise levels per image. A network that
+    predicts nothing has loss 1.
+
+    Attributes
+    ----------
+    denoiser : denoiser with averaged weights, in evaluation mode on the CPU.
+    train_loss : loss on training images.
+    held_out_loss : loss on held-out images.
+    """
 
     denoiser: EDMDenoiser
     train_loss: float
@@ -63,9 +80,19 @@ class TrainingResult:
 
 
 def edm_loss(denoiser: EDMDenoiser, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Mean weighted denoising loss, lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, a 0-dim tensor.
+    """Compute the mean denoising loss with weight lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
 
-    Shapes: images and noise [B, C, H, W]; labels and sigma [B].
+    Parameters
+    ----------
+    denoiser : denoiser to judge; its `sigma_data` enters the weight.
+    images : clean images [B, C, H, W].
+    labels : integer class labels [B].
+    sigma : noise levels [B].
+    noise : standard normal noise [B, C, H, W]. The denoiser sees ``images + sigma * noise``.
+
+    Returns
+    -------
+    The loss, a differentiable 0-dim tensor.
     """
     d = denoiser.sigma_data
     weight = (sigma**2 + d**2) / (sigma * d) ** 2
@@ -84,19 +111,28 @@ def train_edm(
     device: str = "cpu",
     progress: bool = True,
 ) -> TrainingResult:
-    """Train a denoiser and return the average of its weights.
+    """Train a denoiser and return it with averaged weights.
 
     Parameters
     ----------
-    build : function without arguments that makes the :class:`EDMDenoiser`; called after the seed is set.
-    images, labels : all data, [N, C, H, W] float32 and [N] int64; None for images without labels.
-    held_out : what is kept for the report: a share, drawn with the seed, or which images [N] bool.
+    build : function without arguments that makes the :class:`EDMDenoiser`. The function is called after the seed is set.
+    images : all images, training and held-out, float32 [N, C, H, W].
+    labels : class labels of all images, int64 [N]; None for images without labels.
+    options : length, learning rate, noise levels and seed of the training.
+    held_out : images kept for the held-out loss. A number is the share of images to draw with the seed; a bool tensor [N]
+        marks the images.
+    device : device of the network. Random numbers are drawn on the CPU and do not depend on the device.
+    progress : whether to show a progress bar.
+
+    Returns
+    -------
+    A :class:`TrainingResult`: the denoiser, and its losses on training and held-out images.
 
     Raises
     ------
-    InputError : nothing is held out, or everything.
+    InputError : no image is held out, or every image is.
     """
-    # All numbers are drawn on the CPU: the same ones wherever the network is trained.
+    # Random numbers are drawn on the CPU, so every device trains on the same noise.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(options.seed)
         denoiser: EDMDenoiser = build().to(device).train()
@@ -132,14 +168,16 @@ def train_edm(
 
 
 def _split(count: int, held_out: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on, and of those held out."""
+    """Return the indices of the training images and of the held-out images."""
     if isinstance(held_out, Tensor):
         seen, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     else:
         order, kept = torch.randperm(count), int(held_out * count)
         seen, unseen = order[kept:], order[:kept]
     if not len(seen) or not len(unseen):
-        raise InputError(f"of {count} images, {len(unseen)} would be held out: some must be, and not all.")
+        raise InputError(
+            f"of {count} images, {len(unseen)} would be held out: hold out at least one image, and not all."
+        )
     return seen, unseen
 
 
@@ -152,13 +190,13 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _some(items: Tensor) -> Tensor:
-    """Evenly spaced items, at most 2048: as many as the report needs."""
+    """Select evenly spaced items, at most 2048: enough for the report."""
     return items[:: -(-len(items) // 2048)]
 
 
 @torch.no_grad()
 def _evaluate(denoiser: EDMDenoiser, images: Tensor, labels: Tensor, options: TrainingOptions) -> float:
-    """Loss with true labels, every image at four noise levels drawn with a fixed seed."""
+    """Compute the loss with true labels, every image at four noise levels drawn with a fixed seed."""
     torch.manual_seed(options.seed + 1)
     total, count = 0.0, 0
     for _ in range(4):

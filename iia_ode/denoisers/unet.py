@@ -15,7 +15,7 @@ __all__ = ["EDMDenoiser", "UNet"]
 
 
 class _ResBlock(nn.Module):
-    """Two 3x3 convolutions whose second normalisation is scaled and shifted by the noise-and-class embedding."""
+    """Two 3x3 convolutions. The noise-and-class embedding scales and shifts the second normalization."""
 
     def __init__(self, c_in: int, c_out: int, emb: int, dropout: float, attention: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _ResBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Single-head self-attention over all pixels, residual, zero at initialisation."""
+    """Single-head self-attention over all pixels, residual, zero at initialization."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -54,18 +54,18 @@ class _Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net over square images; resolution halves after every level but the last.
+    """Class-conditional U-Net over square images.
+
+    The resolution halves after every level but the last. Self-attention sits on the coarsest level.
 
     Parameters
     ----------
     image_channels : channels of the images.
     channels : width of each level, finest first; multiples of 8.
-    blocks : residual blocks a level on the way down (one more on the way up).
-    classes : number of class labels; label ``classes`` is the null label of unconditional use.
+    blocks : residual blocks per level on the way down. The way up has one more block per level.
+    classes : number of class labels. Label ``classes`` is the null label of unconditional use.
     embedding : width of the noise-and-class embedding.
     dropout : dropout rate inside the residual blocks, in training only.
-
-    Self-attention sits on the coarsest level.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class UNet(nn.Module):
             "embedding": embedding,
             "dropout": dropout,
         }
-        # Fixed, low frequencies: the network must be a smooth function of the noise level for an ODE solver to bite.
+        # Fixed, low frequencies: high-order ODE solvers gain only if the network is a smooth function of the noise level.
         self.register_buffer("frequencies", math.pi / 4 * torch.arange(1, 17), persistent=False)
         self.noise_embedding = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.class_embedding = nn.Embedding(classes + 1, embedding)
@@ -115,7 +115,18 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # the bias exists: it is not switched off above
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
-        """Raw network output for images x [B, C, H, W], noise input c_noise [B] and integer labels [B]."""
+        """Compute the raw network output F.
+
+        Parameters
+        ----------
+        x : scaled noisy images [B, C, H, W].
+        c_noise : noise input [B].
+        class_labels : integer labels [B].
+
+        Returns
+        -------
+        The output [B, C, H, W] in the dtype of x.
+        """
         angle = c_noise[:, None] * self.frequencies
         emb = self.noise_embedding(torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype))
         emb = F.silu(emb + self.class_embedding(class_labels))
@@ -137,7 +148,7 @@ class EDMDenoiser(nn.Module):
     ----------
     network : module called as ``network(x, c_noise, class_labels)``; its attribute ``classes`` is the null label.
     sigma_data : standard deviation of the data per pixel.
-    state_shape : shape of one image.
+    state_shape : shape of one image, (C, H, W).
     """
 
     def __init__(self, network: UNet, sigma_data: float, state_shape: tuple[int, int, int]) -> None:
@@ -146,23 +157,35 @@ class EDMDenoiser(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What rebuilds this denoiser, JSON-ready."""
+        """Settings from which the denoiser can be built again, without its weights, JSON-ready."""
         return {"network": self.network.config, "sigma_data": self.sigma_data, "state_shape": list(self.state_shape)}
 
     def frozen(self) -> EDMDenoiser:
-        """This denoiser itself, for use: in evaluation mode, its weights without gradients and laid out for convolutions."""
-        # On a CPU these compute with channels innermost: no reordering of their inputs saves a fifth to a third of the time.
+        """Prepare the denoiser for inference, in place.
+
+        The denoiser goes into evaluation mode. Its weights no longer require gradients and get the channels-last layout.
+
+        Returns
+        -------
+        The denoiser itself.
+        """
+        # CPU convolutions compute with channels innermost. Channels-last weights spare the reordering of inputs, which
+        # takes a fifth to a third of the time.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub leaves this argument out
         return self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Estimate of the clean images, [B, C, H, W] in the dtype of x.
+        """Estimate the clean images.
 
         Parameters
         ----------
         x : noisy images [B, C, H, W] with alpha = 1.
         sigma : noise levels [B].
-        class_labels : integer labels [B]; ``network.classes`` is the null label, None means null for all.
+        class_labels : integer labels [B]. ``network.classes`` is the null label; None means the null label for all.
+
+        Returns
+        -------
+        Data estimates D(x, sigma), [B, C, H, W] in the dtype of x.
 
         Raises
         ------
@@ -176,7 +199,7 @@ class EDMDenoiser(nn.Module):
             raise InputError(
                 f"class_labels must be integers of shape [{len(x)}], got {class_labels.dtype} {list(class_labels.shape)}."
             )
-        # Half-precision networks still get their noise level and scalings in float32: 1/sigma^2 overflows float16.
+        # Half-precision networks get their noise level and scalings in float32, because 1/sigma^2 overflows float16.
         wide = torch.promote_types(x.dtype, torch.float32)
         s = sigma.to(wide)[:, None, None, None]
         d = self.sigma_data

@@ -1,4 +1,4 @@
-"""Evidence: the settings that experiments run on, and the experiments themselves."""
+"""Experiments on solvers: the settings to measure on, and the comparison of solvers at equal numbers of evaluations."""
 
 from .compare import Comparison, Row, compare
 from .settings import Setting, batch_seed, get_setting, setting_names

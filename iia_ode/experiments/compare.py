@@ -1,4 +1,4 @@
-"""The main job: solvers against each other, fitted ones on unseen noise, by endpoint error at equal evaluations."""
+"""Comparison of solvers by their endpoint error on unseen noise, at equal numbers of evaluations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..autofit import BUDGETS, Budget
+from ..autofit import fit as find
 from ..errors import GridError, InputError, unknown_name
-from ..iia import BUDGETS, IIA, PRESETS, Budget, FittedSolver, Teacher, preset
-from ..iia.recipe import fit as find
+from ..iia import IIA, PRESETS, FittedSolver, Teacher, preset
 from ..integrate import sample
 from ..metrics import rmse_with_error
 from ..ode import ProbabilityFlowODE
@@ -26,22 +27,26 @@ from .settings import Setting, batch_seed
 __all__ = ["RECIPE", "Comparison", "Row", "compare"]
 
 RECIPE = "iia"
-"""The name of what :func:`iia_ode.fit` finds, among the solvers of a comparison."""
+"""Name of the solver found by :func:`iia_ode.fit`, among the solvers of a comparison."""
 
-_CHUNK = 64  # samples of a fit that go through the model at once
-_SMALL = 3.0  # below this level, `iia_ode.fit` could take initial states for the noise that it would scale
+_CHUNK = 64  # samples per call of the model during a fit
 
 
 @dataclass(frozen=True)
 class Row:
-    """One solver at one number of evaluations.
+    """Measurements of one solver at one number of evaluations.
 
     Attributes
     ----------
-    rmse, standard_error : root mean square difference per component between the final states and a converged reference
-        from the same unseen noise, and its standard error over samples.
-    fit_samples, fit_evaluations, fit_seconds : what fitting took, 0 for a solver that is not fitted. Where fits share
-        accurate trajectories, those count in each of them.
+    solver : name of the solver.
+    nfe : number of model evaluations per run.
+    rmse : root mean square error per component of the final states, against a converged reference from the same unseen
+        noise.
+    standard_error : standard error of `rmse` over samples.
+    fit_samples : number of samples of the fit, 0 for a solver without a fit.
+    fit_evaluations : batched model evaluations of the fit, 0 without a fit. Accurate trajectories count in full for each
+        fit, also where several fits share them.
+    fit_seconds : wall-clock time of the fit in seconds, 0 without a fit, trajectories included in the same way.
     """
 
     solver: str
@@ -55,16 +60,16 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The outcome of :func:`compare`.
+    """Result of :func:`compare`.
 
     Attributes
     ----------
-    rows : one per solver and number of evaluations that the solver can make.
-    solvers, nfes : what was asked for, in order.
-    reference : converged final states [B, ...].
-    samples : final states of each row, by (solver, nfe).
-    fits : the fitted solvers, by (solver, nfe).
-    settings : everything needed to run it again, JSON-ready.
+    rows : measurements, a row for each solver and each number of evaluations possible for the solver.
+    solvers, nfes : requested solvers and numbers of evaluations, in order.
+    reference : converged final states, float64 [B, ...].
+    samples : final states [B, ...] of each row, by (solver, nfe).
+    fits : fitted solvers, by (solver, nfe).
+    settings : arguments of the comparison and the grids, JSON-ready, to run the comparison again.
     """
 
     rows: tuple[Row, ...]
@@ -76,11 +81,32 @@ class Comparison:
     settings: dict[str, Any]
 
     def error(self, solver: str, nfe: int) -> float | None:
-        """The RMSE of a cell; None where the solver cannot make that many evaluations."""
+        """Look up an RMSE.
+
+        Parameters
+        ----------
+        solver : name of the solver.
+        nfe : number of evaluations.
+
+        Returns
+        -------
+        The RMSE per component; None if the solver cannot make exactly `nfe` evaluations.
+        """
         return next((r.rmse for r in self.rows if (r.solver, r.nfe) == (solver, nfe)), None)
 
     def table(self, markdown: bool = False) -> str:
-        """Solvers down, evaluations across; a dash where the count is not possible, a star on the lowest of a column."""
+        """Format the errors as a table: a line per solver, a column per number of evaluations.
+
+        A star marks the lowest error of a column. A dash means the solver cannot make this number of evaluations.
+
+        Parameters
+        ----------
+        markdown : whether to write a Markdown table instead of aligned text.
+
+        Returns
+        -------
+        The table as text.
+        """
         width = max(len("solver / NFE"), *(len(s) for s in self.solvers))
         best = {
             n: min((e for s in self.solvers if (e := self.error(s, n)) is not None), default=None) for n in self.nfes
@@ -98,7 +124,7 @@ class Comparison:
         return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
     def csv(self) -> str:
-        """All rows as comma-separated values."""
+        """Format all rows as comma-separated values, with a header line."""
         out = io.StringIO()
         writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
@@ -122,27 +148,36 @@ def compare(
     progress: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Fit what has to be fitted, sample from unseen noise, and measure against a converged reference.
+    """Compare solvers: fit them where needed, sample from unseen noise, and measure against a converged reference.
 
     Parameters
     ----------
-    setting : the model and its noise.
-    solvers : registered solvers and presets of IIA, by name, and ``"iia"``: what :func:`iia_ode.fit` finds.
-    nfes : numbers of evaluations; a solver that cannot make one exactly has no entry there.
-    make_grid : from a number of levels to a grid; all solvers but ``"iia"``, which finds its own, use this family.
-    samples, fit_samples : unseen initial states that are measured, and initial states that fits see; a `budget` may add
-        to these.
-    target : what presets are fitted to: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.
-    budget : what ``"iia"`` may spend on a fit.
-    guidance_scale : of classifier-free guidance.
-    seed : of both batches, which come from different generators.
-    device : where the model runs.
-    progress : show a bar over the cells of the table.
-    report : called with a line of text about what is going on.
+    setting : model and noise to compare on.
+    solvers : names of registered solvers and of IIA's presets. The name ``"iia"`` stands for the solver found by
+        :func:`iia_ode.fit`.
+    nfes : numbers of evaluations. A solver is left out where it cannot make the number exactly.
+    make_grid : family of grids, a function from a number of levels to a grid. The solver ``"iia"`` searches for its own
+        grid; all others use this family.
+    samples : number of unseen initial states to measure on.
+    fit_samples : number of initial states to fit on. A `budget` may add more.
+    target : target of the presets' steps: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.
+    budget : name of the budget of ``"iia"``: ``"closed-form"``, ``"standard"`` or ``"thorough"``.
+    guidance_scale : scale of classifier-free guidance; 1 is no guidance.
+    seed : seed of both batches. The batch to fit on and the batch to measure on come from different generators.
+    device : device of the model.
+    progress : whether to show a progress bar over the cells of the table.
+    report : function called with a line of text at each stage.
+
+    Returns
+    -------
+    A :class:`Comparison`: rows, samples, fits and settings.
 
     Raises
     ------
-    UnknownNameError, InputError : a solver is not known, or there is nothing to compare.
+    UnknownNameError : no such solver, preset or budget.
+    InputError : the comparison is empty: no solvers, no numbers of evaluations, no samples, or no solver can make any of
+        the numbers. Or guidance is requested and the setting has no conditions.
+    GridError : `make_grid` cannot make a grid of two levels.
     """
     if not solvers or not nfes or samples < 1 or fit_samples < 1:
         raise InputError("compare needs at least one solver, one number of evaluations and one sample.")
@@ -188,7 +223,7 @@ def compare(
 
 
 class _Fits:
-    """The fits of a comparison, on one batch; those to accurate trajectories share them."""
+    """The fits of a comparison, all on one batch. Fits to accurate trajectories share the trajectories."""
 
     def __init__(
         self,
@@ -203,22 +238,25 @@ class _Fits:
         progress: bool,
     ) -> None:
         self.setting, self.ode, self.x, self.ends, self.budget, self.seed = setting, ode, x, ends, budget, seed
-        self.most = most  # evaluations
+        self.most = most  # the largest number of evaluations
         self.say, self.progress = say, progress
         self.made: dict[tuple[str, int], FittedSolver] = {}
 
     @cached_property
     def _teacher(self) -> tuple[Teacher, float]:
-        """The trajectories that presets aim at, and the seconds that they took."""
+        """Accurate trajectories for presets, and their wall-clock time in seconds."""
         begun = time.perf_counter()
         teacher = Teacher.solve(self.ode, self.x, *self.ends, sigma_min=self.setting.sigma_min)
         return teacher, time.perf_counter() - begun
 
     @cached_property
     def _found_teacher(self) -> tuple[Teacher | None, float]:
-        """Those of :func:`iia_ode.fit`, made once for all numbers of evaluations; None where it adds noise of its own."""
+        """Accurate trajectories for :func:`iia_ode.fit`, shared by all numbers of evaluations, and their time in seconds.
+
+        The trajectories are None if :func:`iia_ode.fit` must make its own, because it adds noise samples.
+        """
         begun = time.perf_counter()
-        if self.budget.draws > len(self.x) or self.setting.sigma_max < _SMALL:
+        if self.budget.draws > len(self.x):
             return None, 0.0
         start, end = self.setting.schedule.t_of_noise_to_signal(self.setting.sigma_max), self.setting.schedule.t_data
         steps, low = self.budget.steps(self.most), self.setting.sigma_min
@@ -228,7 +266,10 @@ class _Fits:
     def make(
         self, name: str, nfe: int, method: IIA | None, grid: Tensor | None
     ) -> tuple[FittedSolver, tuple[int, int, float]]:
-        """A fit, by IIA on a grid or else by :func:`iia_ode.fit`, and its cost: samples, evaluations, seconds."""
+        """Fit by IIA on a grid, or by :func:`iia_ode.fit` if there is no method.
+
+        Return the fit and its cost: samples, evaluations, seconds.
+        """
         teacher, shared = None, 0.0
         if method is None:
             teacher, shared = self._found_teacher
@@ -236,18 +277,22 @@ class _Fits:
             teacher, shared = self._teacher
         begun = time.perf_counter()
         if method is not None and grid is not None:
-            fit = method.fit(self.ode, grid, self.x, teacher=teacher, seed=self.seed)
+            fit = method.fit(self.ode, self.x, grid, teacher=teacher)
         else:
-            top = self.setting.sigma_max
-            noise = self.x if top >= _SMALL else self.x / top
             fit = find(
-                self.ode, nfe, noise, budget=self.budget, sigma_max=top, sigma_min=self.setting.sigma_min,
-                teacher=teacher, chunk_size=_CHUNK, seed=self.seed,
-                report=lambda line: self.say(f"  {line}"), progress=self.progress,
-            )  # fmt: skip
+                self.ode,
+                nfe,
+                x=self.x,
+                budget=self.budget,
+                sigma_max=self.setting.sigma_max,
+                sigma_min=self.setting.sigma_min,
+                teacher=teacher,
+                seed=self.seed,
+                progress=self.progress,
+            )
         self.made[name, nfe] = fit
-        evaluations = int(fit.about["evaluations"]) + (teacher.evaluations if teacher is not None else 0)
-        return fit, (int(fit.about["batch"]), evaluations, time.perf_counter() - begun + shared)
+        evaluations = fit.record.evaluations + (teacher.evaluations if teacher is not None else 0)
+        return fit, (fit.record.batch, evaluations, time.perf_counter() - begun + shared)
 
 
 def _grids(
@@ -257,8 +302,8 @@ def _grids(
     setting: Setting,
     say: Callable[[str], None],
 ) -> dict[tuple[str, int], Tensor | None]:
-    """Every cell that exists, for not every solver can make every number of evaluations; None where a fit finds the grid."""
-    make_grid(2)  # a family that makes no grid at all is an error, not a count that cannot be had
+    """Make the grid of every possible cell, by (solver, nfe). None stands for a grid found by :func:`iia_ode.fit`."""
+    make_grid(2)  # raises here if the family cannot make any grid; below, a GridError means an impossible cell
     grids: dict[tuple[str, int], Tensor | None] = {}
     for name, method in methods.items():
         missing = []
@@ -269,14 +314,14 @@ def _grids(
             except GridError:
                 missing.append(nfe)
         if missing:
-            say(f"{name} cannot make exactly {', '.join(map(str, missing))} evaluations and sits those out")
+            say(f"{name} is left out at {', '.join(map(str, missing))} evaluations: no grid gives exactly this number")
     if not grids:
         raise InputError(f"none of {', '.join(methods)} can make any of {', '.join(map(str, nfes))} evaluations.")
     return grids
 
 
 def _method(name: str, target: str) -> Solver | IIA | None:
-    """The solver of that name; None for what :func:`iia_ode.fit` finds."""
+    """Look up a solver or preset by name; None stands for the solver found by :func:`iia_ode.fit`."""
     if name == RECIPE:
         return None
     return preset(name, target=target) if name in PRESETS else get_solver(name)

@@ -1,4 +1,4 @@
-"""The settings that experiments run on: a model, a schedule, a range of noise levels, and how to draw initial states."""
+"""Settings of experiments: a model, a schedule, a range of noise levels, and a way to draw initial states."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ __all__ = ["Setting", "batch_seed", "get_setting", "setting_names"]
 
 
 class Setting(ABC):
-    """What an experiment needs to know of a problem.
+    """A model to experiment on, with its noise.
 
     Attributes
     ----------
-    sigma_min, sigma_max : noise levels sigma/alpha between which the model is to be used.
-    reference_tolerance : of the reference integration; no smaller than the model's own rounding allows.
+    name : name of the setting.
+    schedule : noise schedule of the model.
+    sigma_min, sigma_max : smallest and largest noise level sigma/alpha of a run.
+    reference_tolerance : relative and absolute tolerance of reference solutions, no smaller than the model's rounding.
     is_image : whether states are images [C, H, W] in [-1, 1].
+    is_closed_form : whether the model is a closed-form denoiser, so an evaluation costs next to nothing.
     """
 
     name: str
@@ -36,31 +39,63 @@ class Setting(ABC):
     sigma_max: float = 80.0
     reference_tolerance: float = 1e-8
     is_image: bool = False
+    is_closed_form: bool = False
 
     def draw(
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
-        """An ODE with n conditions, and n initial states at `sigma_max`; both from `seed`, the same on every device."""
+        """Draw n conditions and n initial states at noise level `sigma_max`.
+
+        Parameters
+        ----------
+        n : number of samples.
+        seed : seed of conditions and states. Equal seeds give equal draws on every device.
+        guidance_scale : scale of classifier-free guidance; 1 is no guidance.
+        device : device of the model and the states.
+
+        Returns
+        -------
+        The :class:`~iia_ode.ProbabilityFlowODE` under the conditions, and the states [n, ...].
+
+        Raises
+        ------
+        InputError : guidance is requested and the setting has no conditions.
+        """
         conditions, x = self._states(n, generator_of(seed))
         return self._ode(conditions, guidance_scale, device), x.to(device)
 
     def draw_each(
         self, seeds: Sequence[int], *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
-        """The same with condition and state of sample k from ``seeds[k]`` alone: see :func:`iia_ode.sample_seeds`."""
+        """Draw conditions and initial states with a seed per sample: sample k depends on ``seeds[k]`` alone.
+
+        Parameters
+        ----------
+        seeds : seed of each sample, such as those from :func:`iia_ode.noise.sample_seeds`.
+        guidance_scale : scale of classifier-free guidance; 1 is no guidance.
+        device : device of the model and the states.
+
+        Returns
+        -------
+        The :class:`~iia_ode.ProbabilityFlowODE` under the conditions, and the states [len(seeds), ...].
+
+        Raises
+        ------
+        InputError : `seeds` is empty, or guidance is requested and the setting has no conditions.
+        """
         if not seeds:
-            raise InputError("a batch needs at least one sample.")
+            raise InputError("a batch needs at least one sample: give at least one seed.")
         parts = [self._states(1, generator_of(seed)) for seed in seeds]
         conditions = {key: torch.cat([own[key] for own, _ in parts]) for key in parts[0][0]}
         return self._ode(conditions, guidance_scale, device), torch.cat([x for _, x in parts]).to(device)
 
     @abstractmethod
     def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Conditions and initial states, on the host."""
+        """Draw n conditions and initial states, on the CPU."""
 
     @abstractmethod
     def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:
-        """The model under these conditions."""
+        """Build the ODE of the model under these conditions."""
 
     def _refuse_guidance(self, guidance_scale: float) -> None:
         if guidance_scale != 1.0:
@@ -68,7 +103,7 @@ class Setting(ABC):
 
 
 class _Trained(Setting):
-    """A trained network over images; float32 states."""
+    """A trained network over images, with float32 states."""
 
     reference_tolerance = 1e-6
     is_image = True
@@ -81,7 +116,7 @@ class _Trained(Setting):
         return self._load()
 
     def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Labels, where the network has classes, and then noise."""
+        """Draw labels if the network has classes, then noise."""
         conditions = {}
         if classes := self._model.network.classes:
             conditions["class_labels"] = torch.randint(classes, (n,), generator=generator, device="cpu")
@@ -103,13 +138,15 @@ class _Trained(Setting):
 
 
 class _ClosedForm(Setting):
-    """A problem with a closed-form denoiser; float64 states."""
+    """A problem with a closed-form denoiser and float64 states."""
+
+    is_closed_form = True
 
     def __init__(self, name: str, problem: Problem) -> None:
         self.name, self.problem = name, problem
 
     def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """States from the true marginal at `sigma_max`."""
+        """Draw states from the true marginal at `sigma_max`."""
         with torch.device("cpu"):
             t = self.schedule.t_of_noise_to_signal(self.sigma_max)
             return {}, self.problem.noisy(n, self.schedule, t, generator)
@@ -132,7 +169,7 @@ def _gaussian(dimension: int) -> Gaussian:
 
 
 def _mixture64() -> Mixture:
-    """Ten components whose means lie in a random subspace of 8 dimensions, one standard deviation each for all elements."""
+    """Build a mixture of ten isotropic Gaussians in 64 dimensions, with means in a random subspace of 8 dimensions."""
     generator = torch.Generator("cpu").manual_seed(0)
     place = torch.randn((10, 8), generator=generator, dtype=torch.float64)
     basis = torch.randn((8, 64), generator=generator, dtype=torch.float64) / 8**0.5
@@ -150,19 +187,38 @@ _SETTINGS: dict[str, Callable[[str], Setting]] = {
 
 
 def batch_seed(seed: int, *, unseen: bool) -> int:
-    """The seed to draw with: even for fits and odd for measuring, so that no user's fit has seen another's test noise."""
+    """Choose the seed of a batch: even for fits, odd for measurements, so fits never see the noise of any measurement.
+
+    Parameters
+    ----------
+    seed : seed of the experiment.
+    unseen : whether the batch is for measurements.
+
+    Returns
+    -------
+    ``2 * seed + unseen``.
+    """
     return 2 * seed + unseen
 
 
 def get_setting(name: str) -> Setting:
-    """The setting of that name.
+    """Make a setting by name.
 
-    ``digits`` and ``patches`` are the trained networks. ``mixture`` and ``gaussian`` are in closed form, in 8 dimensions;
-    ``mixture64`` is a mixture of 10 Gaussians in 64, whose means lie in a subspace of 8.
+    ``digits`` and ``patches`` are the trained networks of :mod:`iia_ode.denoisers`. ``mixture`` and ``gaussian`` have
+    closed-form denoisers in 8 dimensions. ``mixture64`` has a closed-form denoiser too: 10 Gaussians in 64 dimensions, with
+    means in a subspace of 8 dimensions.
+
+    Parameters
+    ----------
+    name : name of the setting.
+
+    Returns
+    -------
+    A new :class:`Setting`.
 
     Raises
     ------
-    UnknownNameError : another name.
+    UnknownNameError : no such setting.
     """
     if name not in _SETTINGS:
         raise unknown_name("setting", name, setting_names())
@@ -171,5 +227,5 @@ def get_setting(name: str) -> Setting:
 
 
 def setting_names() -> list[str]:
-    """Names of all settings."""
+    """List the names of all settings."""
     return list(_SETTINGS)

@@ -5,44 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_whole
 from ..errors import GridError
 from ..schedules import EDM, Schedule
 
-__all__ = ["as_count", "as_grid", "as_number", "as_positive", "as_range", "data_time", "spaced", "times_of"]
+__all__ = ["as_count", "as_grid", "as_positive", "as_range", "as_time", "data_time", "spaced", "times_of"]
 
 
 def as_count(n: Any, what: str) -> int:
-    """n, once it is known to be a positive whole number."""
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
-        raise GridError(f"a grid needs at least one {what}, got n={n!r}.")
-    return int(n)
-
-
-def as_number(value: Any, name: str) -> float:
-    """The value as a float, once it is known to be a number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise GridError(f"{name} must be a number, got {value!r}.")
-    return float(value)
+    """n as an int if it is a positive whole number."""
+    return check_whole(f"n, the number of {what}s of a grid,", n, least=1, such_as=10, error=GridError)
 
 
 def as_positive(value: Any, name: str) -> float:
-    """The value as a float, once it is known to be a finite positive number."""
-    number = as_number(value, name)
-    if not 0 < number < math.inf:
-        raise GridError(f"{name} must be positive, got {number}.")
-    return number
+    """The value as a float if it is a finite positive number."""
+    return check_number(name, value, above=0, error=GridError)
+
+
+def as_time(value: Any, name: str) -> float:
+    """The value as a float if it is a finite number."""
+    return check_number(name, value, error=GridError)
 
 
 def as_range(sigma_min: Any, sigma_max: Any) -> tuple[float, float]:
-    """The two ends of a range of noise levels, in order."""
-    low, high = as_number(sigma_min, "sigma_min"), as_number(sigma_max, "sigma_max")
-    if not 0 < low < high < math.inf:
+    """The two ends of a range of noise levels as floats, if 0 < sigma_min < sigma_max."""
+    low, high = as_positive(sigma_min, "sigma_min"), as_positive(sigma_max, "sigma_max")
+    if not low < high:
         raise GridError(f"a grid needs 0 < sigma_min < sigma_max, got {low} and {high}.")
     return low, high
 

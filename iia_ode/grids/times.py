@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import GridError
 from ..schedules import Discrete
-from .base import as_count, as_grid, as_number
+from .base import as_count, as_grid, as_time
 from .levels import beta_quantile
 
 __all__ = ["cut", "discrete", "quadratic", "uniform"]
@@ -28,9 +28,9 @@ def quadratic(n: int, t_start: float, t_end: float) -> Tensor:
 
 
 def _power(n: int, t_start: float, t_end: float, power: int) -> Tensor:
-    n, t_start, t_end = as_count(n, "interval"), as_number(t_start, "t_start"), as_number(t_end, "t_end")
-    if t_start == t_end or not (math.isfinite(t_start) and math.isfinite(t_end)):
-        raise GridError(f"a grid needs two different finite ends, got {t_start} and {t_end}.")
+    n, (t_start, t_end) = as_count(n, "interval"), (as_time(t_start, "t_start"), as_time(t_end, "t_end"))
+    if t_start == t_end:
+        raise GridError(f"a grid needs two different ends, got {t_start} and {t_end}.")
     if power > 1 and min(t_start, t_end) < 0:
         raise GridError(f"a quadratic grid needs times that are not negative, got {t_start} and {t_end}.")
     a, b = t_start ** (1 / power), t_end ** (1 / power)
@@ -56,9 +56,7 @@ def discrete(n: int, schedule: Discrete, spacing: str = "trailing", *, to_data: 
     if not isinstance(schedule, Discrete):
         raise GridError(f"timesteps need a Discrete schedule, got {schedule!r}: use karras or log_snr for others.")
     total = len(schedule.alphas_cumprod)
-    if not isinstance(n, Integral) or isinstance(n, bool) or not 1 <= n <= total:
-        raise GridError(f"a grid on {total} timesteps has 1 to {total} of them, got n={n!r}.")
-    n = int(n)
+    n = check_whole(f"n, the number of timesteps of a grid on {total},", n, least=1, most=total, error=GridError)
     match spacing:
         case "leading":
             times = [i * (total // n) for i in reversed(range(n))]
@@ -94,8 +92,8 @@ def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> T
     GridError : no grid, or times that are not in order within it.
     """
     times = _strictly_monotone(grid)
-    first = times[0] if start is None else as_number(start, "start")
-    last = times[-1] if end is None else as_number(end, "end")
+    first = times[0] if start is None else as_time(start, "start")
+    last = times[-1] if end is None else as_time(end, "end")
     down = math.copysign(1.0, times[0] - times[-1])
     if not down * times[0] >= down * first > down * last >= down * times[-1]:
         raise GridError(

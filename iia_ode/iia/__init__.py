@@ -1,43 +1,32 @@
-"""IIA: terms, targets, the teacher, the least squares, fitting, the search for a grid, refinement, and the fitted solver.
+"""IIA: weights on a given grid, by sequential least squares and by endpoint refinement, and the fitted solver."""
 
-The functions ``iia_ode.fit`` and ``iia_ode.refine`` stand directly under ``iia_ode``: here those names are modules.
-"""
-
-from .budgets import BUDGETS, Budget
-from .candidates import Ingredient
-from .families import FreeGrid, LeapGrid, leap_grids
-from .fit import IIA, PRESETS, preset
-from .fitted import FittedSolver, StepReport, describe, load
-from .lstsq import LeastSquares
+from .batch import Batch
+from .directions import StepRecord, Term, Window
+from .fitted import FittedSolver, describe
+from .least_squares import LeastSquares
+from .method import IIA, PRESETS, preset
 from .moments import Moments, estimate_moments, exact_moments
-from .parameters import Parameters
-from .refine import Iteration, Refinement
-from .search import GridSearch, Trial, search_grid, search_levels
-from .structure import Window
-from .targets import Local, Samples, Substeps, Target, TeacherTrajectory
+from .plan_parameters import Parameters
+from .provenance import Ingredient, Record, SearchRecord, StepReport
+from .refinement import Iteration, Refinement, refine
+from .targets import Local, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
-from .terms import StepRecord, Term
-from .warm_choice import Choice, choose
 from .warm_start import WarmStart
 
 __all__ = [
-    "BUDGETS",
     "IIA",
     "PRESETS",
-    "Budget",
-    "Choice",
+    "Batch",
     "FittedSolver",
-    "FreeGrid",
-    "GridSearch",
     "Ingredient",
     "Iteration",
-    "LeapGrid",
     "LeastSquares",
     "Local",
     "Moments",
     "Parameters",
+    "Record",
     "Refinement",
-    "Samples",
+    "SearchRecord",
     "StepRecord",
     "StepReport",
     "Substeps",
@@ -45,16 +34,11 @@ __all__ = [
     "Teacher",
     "TeacherTrajectory",
     "Term",
-    "Trial",
     "WarmStart",
     "Window",
-    "choose",
     "describe",
     "estimate_moments",
     "exact_moments",
-    "leap_grids",
-    "load",
     "preset",
-    "search_grid",
-    "search_levels",
+    "refine",
 ]

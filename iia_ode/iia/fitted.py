@@ -1,9 +1,9 @@
-"""A fitted solver: a plan, how it was made, and its file."""
+"""A fitted solver: its plan, the account of its fit, and its file."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,115 +14,34 @@ from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..plan.storing import pack, tensors_misfit, unpack
+from ..plan.plan import unpacked
+from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
-from .origin import check_origin
-from .report import StepReport, describe_fit, explain_fit, table_of, table_of_weights
+from .citations import citation_of
+from .provenance import Record, StepReport, from_json, to_json
+from .report import describe_fit, explain_fit, table_of, table_of_weights
 from .warm_start import WarmStart
 
-__all__ = ["FittedSolver", "StepReport", "describe", "load"]
+__all__ = ["FittedSolver", "describe", "load"]
 
-_F64 = torch.float64
-
-# What a file's header holds: a dict has these keys, a list has entries like its only one, anything else is of that type.
-_NUMBER = int | float
-_MAYBE = int | float | None
-_SCHEMA: dict[str, Any] = {
-    "name": str,
-    "code": [list],
-    "about": {
-        "base": {"name": str, "options": dict},
-        "terms": str,
-        "target": {"name": str},
-        "history": int,
-        "ridge": _NUMBER | str,
-        "guard": bool,
-        "intercept": bool,
-        "schedule": {"type": str},
-        "prediction": str,
-        "guidance_scale": _NUMBER,
-        "conditioning": dict,
-        "state_shape": [int],
-        "state_dtype": str,
-        "batch": int,
-        "held_out": int,
-        "endpoint": {"base": _MAYBE, "fit": _MAYBE, "fell_back": bool, "reference": str, "why": str},
-        "teacher": dict | None,
-        "seed": int | None,
-        "fingerprint": str,
-        "evaluations": int,
-        "sample_evaluations": int,
-    },
-    "reports": [
-        {
-            **dict.fromkeys(("t", "s", "before", "after", "condition", "ridge", "intercept"), _NUMBER),
-            **dict.fromkeys(("held_before", "held_after"), _MAYBE),
-            **dict.fromkeys(("index", "rank"), int),
-            **{key: [_NUMBER] for key in ("values", "base_values", "corrections")},
-            "symbols": [str],
-            "accepted": bool,
-        }
-    ],
-}
-
-_BIBTEX = {
-    "iia": """@inproceedings{zhang2024iia,
-  author    = {Zhang, Guoqiang and Niwa, Kenta and Kleijn, W. Bastiaan},
-  title     = {On Accelerating Diffusion-Based Sampling Process via Improved Integration Approximation},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2024},
-}""",
-    "heun": """@inproceedings{karras2022edm,
-  author    = {Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli},
-  title     = {Elucidating the Design Space of Diffusion-Based Generative Models},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2022},
-}""",
-    "ddim": """@inproceedings{song2021ddim,
-  author    = {Song, Jiaming and Meng, Chenlin and Ermon, Stefano},
-  title     = {Denoising Diffusion Implicit Models},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2021},
-}""",
-    "spndm": """@inproceedings{liu2022pndm,
-  author    = {Liu, Luping and Ren, Yi and Lin, Zhijie and Zhao, Zhou},
-  title     = {Pseudo Numerical Methods for Diffusion Models on Manifolds},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2022},
-}""",
-    "ipndm": """@inproceedings{zhang2023deis,
-  author    = {Zhang, Qinsheng and Chen, Yongxin},
-  title     = {Fast Sampling of Diffusion Models with Exponential Integrator},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2023},
-}""",
-    "dpmpp_2m": """@misc{lu2022dpmsolverpp,
-  author        = {Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun},
-  title         = {{DPM-Solver++}: Fast Solver for Guided Sampling of Diffusion Probabilistic Models},
-  year          = {2022},
-  eprint        = {2211.01095},
-  archiveprefix = {arXiv},
-}""",
-}
+_KIND = "fitted solver"
 
 
 @dataclass(frozen=True, eq=False)
 class FittedSolver:
-    """A base solver with fitted weights, for one model, schedule and grid. It costs what its base costs.
+    """A base solver with fitted weights, for one model, schedule and grid. It costs as much as its base.
 
     Attributes
     ----------
-    plan : what runs.
-    reports : one per fitted step.
-    about : how it was made, JSON-ready: base, terms, target, schedule, prediction, guidance, batch, samples held out,
-        endpoint error on those of the fit and of its base (of the one call: of its ``recipe``'s ``rival``, a solver without a
-        fit, on a grid of its own), evaluations spent, ...
+    plan : the plan that runs.
+    reports : a report for each fitted step.
+    record : the account of the fit: its method, the ODE and the states that it was made for, errors and costs.
     """
 
     plan: Plan
     reports: tuple[StepReport, ...]
-    about: dict[str, Any]
+    record: Record
 
     @property
     def name(self) -> str:
@@ -131,8 +50,8 @@ class FittedSolver:
 
     @property
     def grid(self) -> Tensor:
-        """The grid it was fitted on, float64 [N + 1]."""
-        return torch.tensor(self.plan.grid, dtype=_F64, device="cpu")
+        """The grid of the fit, float64 [N + 1]."""
+        return torch.tensor(self.plan.grid, dtype=torch.float64, device="cpu")
 
     @property
     def nfe(self) -> int:
@@ -140,32 +59,47 @@ class FittedSolver:
         return self.plan.nfe
 
     def check(self, ode: ProbabilityFlowODE, x: Tensor | None = None) -> None:
-        """Raise unless this fit belongs to the ODE (and to states like x); warn if weights or guidance scale differ.
+        """Raise unless this fit was made for the ODE, and for states like x.
+
+        Parameters
+        ----------
+        ode : the ODE that is to be solved.
+        x : states [B, ...]; by default only the ODE is compared.
 
         Raises
         ------
-        MismatchError : another schedule, prediction type, conditions (names or shapes) or state shape.
+        MismatchError : another schedule, prediction type, set of conditions (names or shapes) or state shape.
+
+        Warns
+        -----
+        MismatchWarning : another guidance scale.
+        FingerprintWarning : the model has other parameters.
         """
-        check_origin(self.name, self.about, ode, x)
+        self.record.origin.check(ode, x, name=self.name)
 
     def __str__(self) -> str:
-        said = describe_fit(self.name, self.plan.steps, self.nfe, self.about, self.reports)
-        return said if self.reports else f"{said}\n\n{self.table()}"
+        text = describe_fit(self.name, self.plan.steps, self.nfe, self.record, self.reports)
+        return text if self.reports else f"{text}\n\n{self.table()}"
 
     def table(self) -> str:
-        """Every coefficient in the paper's symbols, and the step's residual without and with it, held out too.
+        """Every coefficient in the paper's symbols, with the residual of each step before and after the fit.
 
-        Where the steps were not fitted one by one, as in a refinement: the weights of the plan on its initial state and its
-        data estimates, where they are linear maps those of each group; of maps with many groups, means.
+        For a fit whose steps were not fitted one by one, such as a refinement, the table has the weights of the plan on its
+        initial state and its data estimates. Weights that are linear maps have a table for each of a few groups, or else
+        their means.
         """
         return table_of(self.reports) if self.reports else table_of_weights(self.plan)
 
     def explain(self) -> str:
-        """What was fitted, which steps gained most, which keep the base, and what the weights say, in plain words."""
-        return explain_fit(self.plan, self.about, self.reports)
+        """A summary in words: the fit, the steps that gained most, the steps that keep the base, the largest weights."""
+        return explain_fit(self.plan, self.record, self.reports)
 
     def after(self, warm: WarmStart) -> FittedSolver:
-        """The same solver with a warm start before it: from the states that :meth:`WarmStart.apply` takes, not its result.
+        """The same solver behind a warm start: it takes the states that :meth:`WarmStart.apply` takes.
+
+        Parameters
+        ----------
+        warm : map of the first interval, which ends where this solver starts.
 
         Raises
         ------
@@ -176,84 +110,83 @@ class FittedSolver:
         return replace(self, plan=plan, reports=tuple(replace(r, index=r.index + more) for r in self.reports))
 
     def citation(self) -> str:
-        """BibTeX entries of the papers behind this solver: IIA, and its base where it has one of its own."""
-        base = _BIBTEX.get(self.about["base"]["name"])
-        return "\n\n".join([_BIBTEX["iia"], *([base] if base else [])])
+        """BibTeX entries of the papers behind this solver: IIA, and the base where it has a paper of its own."""
+        return citation_of(self.record.base.name)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file: grid, times and weights as tensors, everything else as JSON in its header."""
+        """Write one safetensors file: grid, times and weights as tensors, everything else as JSON in its header.
+
+        Raises
+        ------
+        FileFormatError : the record or a report holds a value that :func:`load` would refuse.
+        """
         code, tensors = pack(self.plan)
-        header = {
-            "name": self.name,
-            "code": code,
-            "about": self.about,
-            "reports": [asdict(r) for r in self.reports],
-        }
-        return write_tensors(path, "fitted solver", tensors, header)
+        header = to_json(_Header(self.name, code, self.record, self.reports))
+        from_json(_Header, header, f"the account of {self.name}")
+        return write_tensors(path, _KIND, tensors, header)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of a file: a plan without its tensors, and the account of the fit."""
+
+    name: str
+    code: list[list[Any]]
+    record: Record
+    reports: tuple[StepReport, ...]
 
 
 def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
-    """Read a fitted solver; samples from it are bit-equal to those before it was saved.
+    """Read a fitted solver. Its samples are bit-equal to samples before it was saved.
 
     Parameters
     ----------
     path : a file that :meth:`FittedSolver.save` wrote.
-    schedule : needed only where the fit was made on a schedule that a file cannot hold, such as one from functions.
+    schedule : schedule of the fit; needed only where a file cannot hold it, such as a schedule made from functions.
+
+    Returns
+    -------
+    The fitted solver.
 
     Raises
     ------
-    FileFormatError : missing, damaged or foreign file, or one that does not hold its schedule.
-    MismatchError : `schedule` is not the one the file was made for.
+    FileFormatError : missing, damaged or foreign file, or a file that does not hold its schedule.
+    MismatchError : the file was made for another schedule than `schedule`.
     """
     return _built(path, *_read(path), schedule)
 
 
-def _built(
-    path: str | os.PathLike[str],
-    tensors: dict[str, Tensor],
-    header: dict[str, Any],
-    reports: tuple[StepReport, ...],
-    schedule: Schedule | None,
-) -> FittedSolver:
-    """What a file holds, on this schedule or its own."""
-    found = stored_schedule(path, header["about"]["schedule"], tensors, schedule)
-    return FittedSolver(unpack(path, found, header["name"], header["code"], tensors), reports, header["about"])
-
-
 def describe(path: str | os.PathLike[str]) -> str:
-    """What ``print(load(path))`` shows, for any schedule.
+    """The text of ``print(load(path))``, for any schedule.
 
-    Where the file cannot hold its schedule, it is all but the weights of a plan that was not fitted step by step, which need
-    it.
+    The table of weights needs the schedule: for a file that cannot hold its schedule, and that has no report of steps, the
+    table is left out.
 
     Raises
     ------
     FileFormatError : missing, damaged or foreign file.
     """
-    tensors, header, reports = _read(path)
+    tensors, header = _read(path)
     try:
-        stored_schedule(path, header["about"]["schedule"], tensors)
+        stored_schedule(path, header.record.origin.schedule, tensors)
     except FileFormatError:
-        nfe = sum(item[:1] == ["evaluate"] for item in header["code"])
-        return describe_fit(header["name"], len(tensors["grid"]) - 1, nfe, header["about"], reports)
-    return str(_built(path, tensors, header, reports, None))
+        nfe = sum(item[:1] == ["evaluate"] for item in header.code)
+        return describe_fit(header.name, len(tensors["grid"]) - 1, nfe, header.record, header.reports)
+    return str(_built(path, tensors, header, None))
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[StepReport, ...]]:
-    """A file whose checksum and layout are right; what it means is still to be checked."""
-    tensors, header = read_tensors(path, "fitted solver", _SCHEMA)
-    problem = tensors_misfit(tensors)
-    if problem is None:
-        try:
-            return tensors, header, tuple(_step_report(r) for r in header["reports"])
-        except (TypeError, ValueError) as error:
-            problem = str(error)
-    raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], _Header]:
+    """Tensors and header of a file whose checksum and layout are right; the plan is not yet built."""
+    tensors, header = read_tensors(path, _KIND)
+    if problem := tensors_misfit(tensors):
+        raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
+    return tensors, from_json(_Header, header, repr(str(path)))
 
 
-def _step_report(values: dict[str, Any]) -> StepReport:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    report = StepReport(**fields)
-    if not len(report.symbols) == len(report.values) == len(report.base_values) == len(report.corrections):
-        raise ValueError("the report of a step has lists of different lengths")
-    return report
+def _built(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], header: _Header, schedule: Schedule | None
+) -> FittedSolver:
+    """The fitted solver of a file, on the given schedule or on the stored one."""
+    found = stored_schedule(path, header.record.origin.schedule, tensors, schedule)
+    plan = unpacked(path, found, header.name, header.code, tensors)
+    return FittedSolver(plan, header.reports, header.record)

@@ -1,93 +1,124 @@
-"""What a fit or a teacher was made for, and whether an ODE is that."""
+"""Origin of a fit or a teacher: the ODE and the states that it was made for, compared with those it is used with."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import FingerprintWarning, MismatchError, MismatchWarning
+from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..schedules.stored import brief
 
-__all__ = ["check_origin", "conditions_digest", "origin"]
+__all__ = ["Origin", "conditions_digest"]
 
 
-def origin(ode: ProbabilityFlowODE, x: Tensor) -> dict[str, Any]:
-    """What identifies an ODE and its states, JSON-ready."""
-    return {
-        "schedule": ode.schedule.config(),
-        "prediction": ode.prediction,
-        "guidance_scale": ode.guidance_scale,
-        "conditioning": _conditioning_shapes(ode),
-        "state_shape": list(x.shape[1:]),
-        "state_dtype": str(x.dtype).removeprefix("torch."),
-        "fingerprint": ode.fingerprint(),
-    }
+@dataclass(frozen=True)
+class Origin:
+    """The ODE and the states that a fit or a teacher was made for.
 
-
-def check_origin(
-    name: str,
-    about: Mapping[str, Any],
-    ode: ProbabilityFlowODE,
-    x: Tensor | None = None,
-    *,
-    made: str = "fitted",
-    strict_guidance: bool = False,
-    stacklevel: int = 4,
-) -> None:
-    """Raise unless `about`, which :func:`origin` wrote, is of this ODE (and of states like x); warn of other weights.
-
-    Another guidance scale is another ODE, but a near one: a warning, unless `strict_guidance`.
-
-    Raises
-    ------
-    MismatchError : another schedule, prediction type, conditions (names or shapes) or state shape.
+    Attributes
+    ----------
+    schedule : configuration of the noise schedule, with its ``"type"``.
+    prediction : prediction type of the model.
+    guidance_scale : scale of the classifier-free guidance; 1 without guidance.
+    conditioning : shape of each condition for one sample; for a condition that is no tensor, the name of its type.
+    state_shape : shape of one sample.
+    state_dtype : dtype of the states, such as ``"float32"``.
+    fingerprint : hash of the model's parameters; see :meth:`ProbabilityFlowODE.fingerprint`.
     """
-    advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
-    found: dict[str, Any] = {
-        "schedule": ode.schedule.config(),
-        "prediction": ode.prediction,
-        "guidance_scale": ode.guidance_scale,
-    }
-    for key, value in found.items():
-        if about[key] == value:
-            continue
-        theirs, ours = (brief(v) if isinstance(v, dict) else v for v in (about[key], value))
-        text = f"{name} was {made} for {key} {theirs}, and this ODE has {ours}."
-        if key == "guidance_scale" and not strict_guidance:
-            warnings.warn(f"{text} Its weights were not made for that.", MismatchWarning, stacklevel=stacklevel)
-        else:
-            raise MismatchError(f"{text} {advice}")
-    if about["conditioning"] != (shapes := _conditioning_shapes(ode)):
-        raise MismatchError(
-            f"{name} was {made} with conditioning of shapes {about['conditioning']} a sample, and this ODE "
-            f"has {shapes}. {advice}"
-        )
-    if x is not None and list(x.shape[1:]) != about["state_shape"]:
-        raise MismatchError(
-            f"{name} was {made} for states [B, {', '.join(map(str, about['state_shape']))}], got {list(x.shape)}."
-        )
-    if about["fingerprint"] != ode.fingerprint():
-        warnings.warn(
-            f"{name} was {made} on a model with fingerprint {about['fingerprint']}, this one has "
-            f"{ode.fingerprint()}: its weights were not made for it.",
-            FingerprintWarning,
-            stacklevel=stacklevel,
+
+    schedule: dict[str, Any]
+    prediction: str
+    guidance_scale: float
+    conditioning: dict[str, tuple[int, ...] | str]
+    state_shape: tuple[int, ...]
+    state_dtype: str
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule.get("type"), str):
+            raise InputError("field `type` of `schedule` must be the name of a kind of schedule")
+
+    @classmethod
+    def of(cls, ode: ProbabilityFlowODE, x: Tensor) -> Origin:
+        """The origin of fits to this ODE from states x [B, ...]."""
+        return cls(
+            schedule=ode.schedule.config(),
+            prediction=ode.prediction,
+            guidance_scale=ode.guidance_scale,
+            conditioning=_conditioning(ode),
+            state_shape=tuple(x.shape[1:]),
+            state_dtype=str(x.dtype).removeprefix("torch."),
+            fingerprint=ode.fingerprint(),
         )
 
+    def check(
+        self,
+        ode: ProbabilityFlowODE,
+        x: Tensor | None = None,
+        *,
+        name: str,
+        made: str = "fitted",
+        strict_guidance: bool = False,
+        stacklevel: int = 4,
+    ) -> None:
+        """Raise unless this is the origin of a fit to this ODE and to states like x; warn if model weights differ.
 
-def _conditioning_shapes(ode: ProbabilityFlowODE) -> dict[str, Any]:
-    """The shape of each condition for one sample, or its type where it is no tensor."""
-    return {k: list(v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__ for k, v in ode.conditioning.items()}
+        Parameters
+        ----------
+        ode : the ODE to compare with.
+        x : states [B, ...] to compare with; none by default.
+        name, made : subject and verb of the messages.
+        strict_guidance : whether another guidance scale is an error; by default it is a warning, for the ODE is a near one.
+        stacklevel : frame that the warnings name.
+
+        Raises
+        ------
+        MismatchError : another schedule, prediction type, set of conditions (names or shapes) or state shape.
+
+        Warns
+        -----
+        MismatchWarning : another guidance scale.
+        FingerprintWarning : the model has other parameters.
+        """
+        advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
+        schedule, conditioning, fingerprint = ode.schedule.config(), _conditioning(ode), ode.fingerprint()
+
+        def against(what: str, theirs: object, ours: object) -> str:
+            return f"{name} was {made} {what} {theirs}, and this ODE has {ours}."
+
+        if self.schedule != schedule:
+            raise MismatchError(f"{against('for schedule', brief(self.schedule), brief(schedule))} {advice}")
+        if self.prediction != ode.prediction:
+            raise MismatchError(f"{against('for prediction', self.prediction, ode.prediction)} {advice}")
+        if self.guidance_scale != ode.guidance_scale:
+            text = against("for guidance_scale", self.guidance_scale, ode.guidance_scale)
+            if strict_guidance:
+                raise MismatchError(f"{text} {advice}")
+            warnings.warn(f"{text} Its weights suit the former.", MismatchWarning, stacklevel=stacklevel)
+        if self.conditioning != conditioning:
+            shapes = (_shapes(c) for c in (self.conditioning, conditioning))
+            raise MismatchError(f"{against('with conditions of shapes (per sample)', *shapes)} {advice}")
+        if x is not None and tuple(x.shape[1:]) != self.state_shape:
+            shape = ", ".join(map(str, self.state_shape))
+            raise MismatchError(f"{name} was {made} for states [B, {shape}], got {list(x.shape)}.")
+        if self.fingerprint != fingerprint:
+            warnings.warn(
+                f"{name} was {made} on a model with fingerprint {self.fingerprint}, and the model of this ODE has "
+                f"{fingerprint}: the weights were not made for it.",
+                FingerprintWarning,
+                stacklevel=stacklevel,
+            )
 
 
 def conditions_digest(ode: ProbabilityFlowODE) -> str:
-    """A hash of the values of all conditions, those of no guidance too."""
+    """A hash of the values of all conditions, with and without guidance."""
     digest = hashlib.sha256()
     for values in (ode.conditioning, ode.unconditional):
         for key, value in sorted(values.items()):
@@ -98,3 +129,13 @@ def conditions_digest(ode: ProbabilityFlowODE) -> str:
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
+
+
+def _conditioning(ode: ProbabilityFlowODE) -> dict[str, tuple[int, ...] | str]:
+    """The shape of each condition for one sample, or the name of its type where it is no tensor."""
+    return {k: tuple(v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__ for k, v in ode.conditioning.items()}
+
+
+def _shapes(conditioning: Mapping[str, tuple[int, ...] | str]) -> str:
+    """Conditions and their shapes in words: ``y [3], text str``."""
+    return ", ".join(f"{k} {v if isinstance(v, str) else list(v)}" for k, v in conditioning.items()) or "none"

@@ -1,68 +1,27 @@
-"""What is said about a fit: the report of each step, the table, and an explanation in words."""
+"""Reports of a fitted solver: the table of steps, the table of weights, a description, and an explanation in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from ..forms import conversion
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
 from ..plan.vectors import Weight, is_number, weight_mean
 from ..schedules.stored import brief
+from .provenance import Record, SearchRecord, Split, StepReport
 
-__all__ = ["StepReport", "describe_fit", "explain_fit", "table_of", "table_of_weights"]
+__all__ = ["describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
-_SMALL = 1e-3  # sum of weights on the past that is not worth a word
-_GROUPS = 12  # of maps, up to which each has a table of its own
+_SMALL = 1e-3  # sum of weights on earlier steps that is not worth a sentence
+_GROUPS = 12  # groups of a linear map, up to which each has a table
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """How the fit of one step went.
-
-    Attributes
-    ----------
-    index, t, s : the step.
-    symbols, values, base_values : the paper's coefficients: names, values in use, and the values that give the base.
-    corrections : what is in use, in units of the directions; zeros where the step keeps the base.
-    before, after : root mean square distance to the target per component on the samples fitted to, base and least squares.
-    held_before, held_after : the same on held-out samples; None where none were held out.
-    accepted : whether the least-squares solution is in use; False where it did not help held-out samples.
-    rank, condition : of the least-squares problem with columns of unit length.
-    ridge : relative ridge used.
-    intercept : root mean square of the constant that is added, 0 where there is none.
-    """
-
-    index: int
-    t: float
-    s: float
-    symbols: tuple[str, ...]
-    values: tuple[float, ...]
-    base_values: tuple[float, ...]
-    corrections: tuple[float, ...]
-    before: float
-    after: float
-    held_before: float | None
-    held_after: float | None
-    accepted: bool
-    rank: int
-    condition: float
-    ridge: float
-    intercept: float
-
-    @property
-    def gain(self) -> float:
-        """Share of the residual that the fit removes, on held-out samples where there are any; negative if it adds."""
-        before, after = self.before, self.after
-        if self.held_before is not None and self.held_after is not None:
-            before, after = self.held_before, self.held_after
-        return 1 - after / before if before else 0.0
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def table_of(reports: tuple[StepReport, ...]) -> str:
-    """Every coefficient in the paper's symbols, and the step's residuals without and with it."""
+    """Every coefficient in the paper's symbols, with the residual of each step before and after the fit."""
     held = any(r.held_before is not None for r in reports)
     head = f"{'step':>4} {'t':>9} {'to':>9}  {'residual':>9} {'fitted':>9}"
     head += f"  {'held out':>9} {'fitted':>9}" if held else ""
@@ -79,10 +38,10 @@ def table_of(reports: tuple[StepReport, ...]) -> str:
 
 
 def table_of_weights(plan: Plan) -> str:
-    """The plan as weights on its initial state and its data estimates: a row per state that is evaluated, and the last.
+    """The weights of a plan on its initial state and its data estimates: a row per evaluated state, and one for the last.
 
-    Where weights are linear maps, such a table for each of the groups that they tell apart; for more than a few groups, as of
-    the map of a warm start, one of means, and it says so.
+    Weights that are linear maps have a table for each group. Maps with more than a few groups, as in a warm start, have one
+    table of means, and a line says so.
     """
     form = plan.canonical()
     rows = (*form.states, form.final)
@@ -107,165 +66,172 @@ def _weights(plan: Plan, rows: Sequence[Vector], number: Callable[[Weight], floa
     return "\n".join(lines)
 
 
-def _and_then(recipe: Mapping[str, Any] | None) -> str:
-    """What the one call did beyond fitting to a part of the noise, if it was that."""
-    if recipe is None:
-        return ""
-    more = f" and {recipe['final_draws']} made for the last choice" if recipe["final_draws"] else ""
-    return more + (", then on all of them" if recipe["fitted_to_all"] else "")
-
-
 def _of_group(group: int, weight: Weight) -> float:
     return float(weight.coefficients[group]) if isinstance(weight, LinearMap) else weight_mean(weight)
 
 
-def describe_fit(name: str, steps: int, nfe: int, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
-    """What a fitted solver is, how it was made, and its table."""
-    a, end = about, about["endpoint"]
-    ridge = a["ridge"] if isinstance(a["ridge"], str) else f"{a['ridge']:g}"
-    recipe = a.get("recipe")
-    head = [
-        f"{name}: {a['base']['name']}{'' if end['fell_back'] else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
-        f"schedule {brief(a['schedule'])}, prediction {a['prediction']}, guidance scale {a['guidance_scale']:g}",
-        f"terms {a['terms']}{' and an intercept' if a['intercept'] else ''}, target {_target(a)}, "
-        f"history {a['history']}, ridge {ridge}",
-        f"fitted on {a['batch'] - a['held_out']} samples [{', '.join(map(str, a['state_shape']))}] {a['state_dtype']}, "
-        f"{a['held_out']} more held out{_and_then(recipe)}, seed {a['seed']}",
-        f"the fit made {a['evaluations']} model calls ({a['sample_evaluations']} sample evaluations)",
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple[StepReport, ...]) -> str:
+    """The head of a fitted solver, its cost and its errors; with reports of steps, their table too."""
+    r, end, search, origin = record, record.endpoint, record.search, record.origin
+    ridge = r.ridge if isinstance(r.ridge, str) else f"{r.ridge:g}"
+    lines = [
+        f"{name}: {r.base.name}{'' if end.fell_back else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
+        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {origin.guidance_scale:g}",
+        f"terms {r.terms}{' and an intercept' if r.intercept else ''}, target {_target(r)}, "
+        f"history {r.history}, ridge {ridge}",
+        f"fitted on {r.batch - r.held_out} samples [{', '.join(map(str, origin.state_shape))}] {origin.state_dtype}, "
+        f"{r.held_out} more held out{_beyond(search)}, seed {r.seed}",
+        f"the fit made {r.evaluations} model calls ({r.sample_evaluations} sample evaluations)",
     ]
-    if recipe:
-        chosen = next(i["name"] for i in recipe["ingredients"] if i["chosen"])
-        head.insert(3, f"chosen: {chosen}" + (_refined(recipe["refinement"]) if recipe["refinement"] else ""))
-    if end["base"] is not None:
-        head.append(_endpoint(about))
-    elif end["fell_back"] and end["why"]:
-        head.append(f"the base was kept: {end['why']}")
-    return "\n".join([*head, "", table_of(reports)] if reports else head)
+    if search is not None:
+        lines.insert(3, f"chosen: {search.chosen.name}{_refined(search)}")
+    if end.base is not None:
+        lines.append(_endpoint(record))
+    elif end.fell_back and end.why:
+        lines.append(f"the base was kept: {end.why}")
+    return "\n".join([*lines, "", table_of(reports)] if reports else lines)
 
 
-def _target(about: Mapping[str, Any]) -> str:
-    """What the steps aim at: of trajectories, those that were used, which need not be those that the target would make."""
-    target, teacher = about["target"], about["teacher"]
-    if target["name"] != "trajectory" or teacher is None:
-        return brief(target)
-    known = {
-        k: teacher[k] for k in ("solver", "steps", "rtol", "sigma_min") if k in teacher
-    }  # whatever the order of a file
-    return f"trajectory ({', '.join(f'{k} {v}' for k, v in known.items())})"
+def _target(record: Record) -> str:
+    """The target of the steps; for trajectories, how they were made, for a teacher may differ from the target's own."""
+    if record.target.name != "trajectory" or record.teacher is None:
+        return str(record.target)
+    return f"trajectory ({record.teacher})"
 
 
-def _refined(refinement: Mapping[str, Any]) -> str:
-    """That of the iterations on the samples fitted to; those on all samples come on top."""
-    used, made = refinement["best"], refinement["iterations"]
-    return f": such a fit in closed form, and {used} of {made} iterations over all weights and times"
+def _beyond(search: SearchRecord | None) -> str:
+    """The samples that a search used beyond a training part and a held-out part."""
+    if search is None:
+        return ""
+    more = f" and {search.final_draws} made for the last choice" if search.final_draws else ""
+    return more + (", then on all of them" if search.fitted_to_all else "")
 
 
-def _endpoint(about: Mapping[str, Any]) -> str:
-    """Errors of the fit and of what it was judged against: its base, or in the one call a solver on a grid of its own."""
-    end, recipe = about["endpoint"], about.get("recipe")
-    base, rival = ("the base", "base") if recipe is None else (recipe["rival"], f"{recipe['rival']} without a fit")
-    fit = "not finite" if end["fit"] is None else f"{end['fit']:.3g}"
-    kept = base if end["fell_back"] else "the fit"
-    return f"endpoint error on held-out noise: {rival} {end['base']:.3g}, fit {fit}; {kept} was kept"
+def _refined(search: SearchRecord) -> str:
+    """Iterations on the training samples; iterations on all samples come on top."""
+    if (refinement := search.refinement) is None:
+        return ""
+    return f": a fit in closed form, then {refinement.best} of {refinement.iterations} iterations over all weights and times"
 
 
-def explain_fit(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> str:
-    """What was fitted, what it gained and what its weights say, in words."""
-    if "recipe" in about:
-        return "\n".join([*_explain_recipe(plan, about), *(_explain_steps(plan, about, reports) if reports else [])])
-    if not reports:
-        return f"{plan.name} is its base, {about['base']['name']}: these terms leave every step of this grid alone."
-    return "\n".join(_explain_steps(plan, about, reports))
+def _endpoint(record: Record) -> str:
+    """Endpoint errors of the fit and of its base; after a search, of its rival on a grid of its own."""
+    end, search = record.endpoint, record.search
+    base, label = ("the base", "base") if search is None else (search.rival, f"{search.rival} without a fit")
+    kept = base if end.fell_back else "the fit"
+    return f"endpoint error on held-out noise: {label} {_number(end.base)}, fit {_number(end.fit)}; {kept} was kept"
 
 
-def _explain_recipe(plan: Plan, about: Mapping[str, Any]) -> list[str]:
-    """What was tried, what it gained and what it cost."""
-    recipe = about["recipe"]
-    tried = recipe["ingredients"]
-    chosen = next(i for i in tried if i["chosen"])
-    made = sum(i["error"] is not None for i in tried)
+def _number(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.3g}"
+
+
+def explain_fit(plan: Plan, record: Record, reports: tuple[StepReport, ...]) -> str:
+    """A summary in words: the method, its gain and cost, and the largest weights."""
+    if record.search is None and not reports:
+        return f"{plan.name} is its base, {record.base.name}: these terms leave every step of this grid alone."
+    lines = [] if record.search is None else _explain_search(plan, record, record.search)
+    return "\n".join([*lines, *(_explain_steps(plan, record, reports) if reports else [])])
+
+
+def _explain_search(plan: Plan, record: Record, search: SearchRecord) -> list[str]:
+    """The solvers that a search made, with their errors and its cost."""
+    chosen, made = search.chosen, sum(i.error is not None for i in search.ingredients)
+    error = chosen.error or 0.0
     lines = [
         f"{plan.name} makes {plan.nfe} evaluations, at times {', '.join(f'{t:.3g}' for t in plan.evaluation_times)}.",
-        f"Chosen from {made} on {about['held_out'] + recipe['final_draws']} held-out samples, outliers counted less: "
-        f"{chosen['name']}, whose "
-        f"error there is {chosen['error']:.3g}.",
+        f"Chosen from {made} solvers by their error on {record.held_out + search.final_draws} held-out samples, with less "
+        f"weight on outliers: {chosen.name}, with error {error:.3g}.",
     ]
-    for other in tried:
-        if not other["chosen"] and other["error"]:
-            lines.append(
-                f"  {other['name']}: {other['error']:.3g}; what was chosen has {chosen['error'] / other['error']:.2f} of that."
-            )
-    if (refinement := recipe["refinement"]) is not None:
-        start, end = refinement["held_out"][0], refinement["held_out"][refinement["best"]]
+    for other in search.ingredients:
+        if not other.chosen and other.error:
+            lines.append(f"  {other.name}: {other.error:.3g}; the chosen error is {error / other.error:.2f} of it.")
+    if (refinement := search.refinement) is not None:
+        start, end = (_number(refinement.held_out[k]) for k in (0, refinement.best))
         lines.append(
-            f"The refinement took {refinement['iterations']} iterations, of which number {refinement['best']} is used: "
-            f"{start:.3g} to {end:.3g} on held-out samples, outliers counted less; it stopped because {refinement['reason']}."
+            f"The refinement took {refinement.iterations} iterations. Number {refinement.best} is used: its error on held-out "
+            f"samples, with less weight on outliers, fell from {start} to {end}. "
+            f"The refinement stopped because {refinement.reason}."
         )
-    if recipe["fitted_to_all"]:
-        lines.append(f"What was chosen was then fitted once more, to all {about['batch']} samples.")
-    if about["batch"] > recipe["given"]:
-        lines.append(f"Of the {about['batch']} samples, {recipe['given']} were asked for; the budget added the others.")
-    if recipe["final_draws"]:
+    if search.fitted_to_all:
+        lines.append(f"The chosen solver was then fitted once more, to all {record.batch} samples.")
+    if record.batch > search.given:
+        lines.append(f"Of the {record.batch} samples, {search.given} were asked for; the budget added the others.")
+    if search.final_draws:
         lines.append(
-            f"Of the held-out samples, {recipe['final_draws']} were made for the last choice, and are beyond those."
+            f"Of the held-out samples, {search.final_draws} were made for the last choice, beyond the {record.batch}."
         )
     lines.append(
-        f"All of it took {recipe['seconds']:.0f} s and {recipe['sample_evaluations']} sample evaluations of the model, "
-        "backward passes counted as two each."
+        f"The search took {search.seconds:.0f} s and {record.sample_evaluations} sample evaluations of the model, with a "
+        "backward pass counted as two."
     )
     return lines
 
 
-def _explain_steps(plan: Plan, about: Mapping[str, Any], reports: tuple[StepReport, ...]) -> list[str]:
-    """What the fits of the steps gained and what their weights say."""
+def _explain_steps(plan: Plan, record: Record, reports: tuple[StepReport, ...]) -> list[str]:
+    """The gains of the steps, and the largest weights."""
     most = max(len(r.symbols) for r in reports)
-    # In the one call, the steps are fitted to a part of the noise, and judged by a part of that.
-    batch, held = (((about.get("recipe") or {}).get("steps") or about)[k] for k in ("batch", "held_out"))
-    where = f"{held} held-out samples" if held else "the samples that were fitted to"
+    # A search fits the steps to a part of its samples, and judges them by a part of those.
+    split = (record.search and record.search.steps) or Split(record.batch, record.held_out)
+    where = (
+        f"{split.held_out} held-out sample{'s' * (split.held_out > 1)}" if split.held_out else "the training samples"
+    )
     lines = [
-        f"{plan.name} is {about['base']['name']} with up to {most} weights a step ({about['terms']}), fitted on "
-        f"{batch - held} samples in {len(reports)} of {plan.steps} steps."
+        f"{plan.name} is {record.base.name} with up to {most} weights a step ({record.terms}), fitted on "
+        f"{split.batch - split.held_out} samples in {len(reports)} of {plan.steps} steps."
     ]
-    if not held:
-        lines.append("No samples were held out: nothing here says how the fit does on other noise.")
+    if not split.held_out:
+        lines.append("No samples were held out: these numbers say nothing about other noise.")
     used = [r for r in reports if r.accepted]
     for r in sorted(used, key=lambda r: r.gain, reverse=True)[:3]:
-        lines.append(f"Step {r.index} ({r.t:.3g} to {r.s:.3g}): {r.gain:.0%} of its residual is gone, on {where}.")
-    if about["endpoint"]["fell_back"]:
-        why = about["endpoint"]["why"]
         lines.append(
-            f"The base was kept in every step: the whole fit was not clearly better at the end{why and f' ({why})'}."
+            f"Step {r.index} ({r.t:.3g} to {r.s:.3g}): the fit removes {r.gain:.0%} of the residual, on {where}."
         )
+    if record.endpoint.fell_back:
+        why = f" ({record.endpoint.why})" if record.endpoint.why else ""
+        lines.append(f"The base was kept in every step: the whole fit was not clearly better at the end{why}.")
     elif refused := [str(r.index) for r in reports if not r.accepted]:
         lines.append(f"The base was kept in {_steps(refused)}: the fit did not help held-out samples.")
     if poor := [str(r.index) for r in reports if r.rank < len(r.symbols)]:
-        lines.append(f"Some directions are combinations of the others in {_steps(poor)}: those share their weight.")
+        lines.append(f"Some directions are combinations of the others in {_steps(poor)}: they share their weight.")
     if constants := [r for r in reports if r.intercept]:
         largest = max(constants, key=lambda r: r.intercept)
-        lines.append(f"The largest intercept is in step {largest.index}, {largest.intercept:.2g} per component.")
-    weights = {index: (own, older) for index, own, older in _data_weights(plan)}
-    if weighted := [r.index for r in used if abs(weights.get(r.index, (0.0, 0.0))[1]) > _SMALL]:
-        most_older = max(weighted, key=lambda index: abs(weights[index][1]))
-        own, older = weights[most_older]
-        maps = any(not is_number(w) for ins in plan.code if isinstance(ins, Combine) for _, w in ins.terms)
-        mean = " (means over the components: the weights are maps)" if maps else ""
-        lines.append(
-            f"Most weight on the past is in step {most_older}, which weighs its own data estimates by {own:.3g} and those of "
-            f"earlier steps by {older:.3g}{mean}."
-        )
-    if about["endpoint"]["base"] is not None:
-        end = _endpoint(about)
-        lines.append(end[0].upper() + end[1:] + ".")
+        lines.append(f"The largest intercept is in step {largest.index}: {largest.intercept:.2g} per component.")
+    lines += _explain_past(plan, [r.index for r in used])
+    if record.endpoint.base is not None:
+        end = _endpoint(record)
+        lines.append(f"{end[0].upper()}{end[1:]}.")
     return lines
 
 
+def _explain_past(plan: Plan, used: list[int]) -> Iterator[str]:
+    """The step among `used` with the largest weight on data estimates of earlier steps, if a weight is worth a sentence."""
+    weights = {
+        index: (own, older) for index, own, older in _data_weights(plan) if index in used and abs(older) > _SMALL
+    }
+    if not weights:
+        return
+    step = max(weights, key=lambda index: abs(weights[index][1]))
+    own, older = weights[step]
+    maps = any(not is_number(w) for ins in plan.code if isinstance(ins, Combine) for _, w in ins.terms)
+    mean = " (means over the components: the weights are maps)" if maps else ""
+    yield (
+        f"The largest weight on the past is in step {step}: {own:.3g} on its own data estimates, {older:.3g} on data "
+        f"estimates of earlier steps{mean}."
+    )
+
+
 def _steps(indices: list[str]) -> str:
+    """``step 1`` or ``steps 1, 2``."""
     return f"step{'s' if len(indices) > 1 else ''} {', '.join(indices)}"
 
 
 def _data_weights(plan: Plan) -> list[tuple[int, float, float]]:
-    """For each step, the sums of its weights on the data estimates made in it, and on those of earlier steps."""
-    totals: list[dict[int, float]] = [{}]  # for each vector, weights by the step that the estimate was made in
+    """For each step: index, sum of weights on data estimates made in the step, and sum on those of earlier steps."""
+    totals: list[dict[int, float]] = [{}]  # for each vector, weights on data estimates by step
     step, found = 0, []
     for ins in plan.code:
         if isinstance(ins, Evaluate):
@@ -277,7 +243,7 @@ def _data_weights(plan: Plan) -> list[tuple[int, float, float]]:
             totals.append(mine)
         else:
             found.append((step, mine.get(step, 0.0), sum(w for k, w in mine.items() if k != step)))
-            totals.append({})  # a state at a grid point stands for itself
+            totals.append({})  # a state at a grid point is a vector of its own
             step += 1
     return found
 

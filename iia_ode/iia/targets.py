@@ -10,44 +10,17 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor
 
 from ..errors import InputError, unknown_name
-from ..ode import ProbabilityFlowODE
 from ..plan import Past, Tracer, Vector
 from ..plan.tracer import Steppable, take_step
 from ..reference import solve
-from .teacher import Teacher
-from .terms import StepRecord
+from .batch import Batch
+from .directions import StepRecord
 
-__all__ = ["Local", "Numeric", "Samples", "Substeps", "Target", "TeacherTrajectory", "resolve_target"]
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Some samples of the fitting batch.
-
-    Attributes
-    ----------
-    ode : the model under their conditions.
-    initial : their initial states [B, ...].
-    index : their places in the batch.
-    teacher : the accurate trajectories of the whole batch, if there is one.
-    """
-
-    ode: ProbabilityFlowODE
-    initial: Tensor
-    index: slice
-    teacher: Teacher | None = None
-
-    def part(self, own: slice) -> Samples:
-        """Those from `own.start` to before `own.stop`."""
-        n, first = len(self.initial), self.index.start
-        if own == slice(0, n):
-            return self
-        index = slice(first + own.start, first + own.stop)
-        return Samples(self.ode.subset(own, n), self.initial[own], index, self.teacher)
+__all__ = ["Local", "Numeric", "Substeps", "Target", "TeacherTrajectory", "resolve_target"]
 
 
-Numeric: TypeAlias = Callable[[Samples, Tensor], Tensor]
-"""From some samples and their states [B, ...] at the start of the step, to their target states."""
+Numeric: TypeAlias = Callable[[Batch, Tensor], Tensor]
+"""From a batch and its states [B, ...] at the start of the step to its target states [B, ...]."""
 
 
 class Target(ABC):
@@ -55,7 +28,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
-    """Whether :attr:`Samples.teacher` has to be there."""
+    """Whether the batch must have a teacher."""
 
     @abstractmethod
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Vector | Numeric:
@@ -108,8 +81,8 @@ class Local(Target):
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that integrates from t to s."""
 
-        def flow(samples: Samples, x: Tensor) -> Tensor:
-            return solve(samples.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
+        def flow(batch: Batch, x: Tensor) -> Tensor:
+            return solve(batch.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
 
         return flow
 
@@ -136,10 +109,8 @@ class TeacherTrajectory(Target):
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that looks the states up."""
 
-        def look_up(samples: Samples, x: Tensor) -> Tensor:
-            if samples.teacher is None:
-                raise InputError("target 'trajectory' needs a teacher.")
-            return samples.teacher.at(step.s, samples.index).to(x.device)
+        def look_up(batch: Batch, x: Tensor) -> Tensor:
+            return batch.taught.at(step.s).to(x.device)
 
         return look_up
 

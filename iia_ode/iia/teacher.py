@@ -1,9 +1,13 @@
-"""The teacher: dense, accurate trajectories of a batch, made once and used for every grid and number of evaluations."""
+"""Accurate trajectories of a batch, with dense output: the truth that fits, guards and searches compare solvers with.
+
+One teacher serves every grid and every number of evaluations that starts from the same states.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,45 +16,50 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
+from ..checks import check_whole
+from ..errors import FileFormatError, GridError, MismatchError, NonFiniteError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
-from ..plan import check_grid, check_start, trace
-from ..plan.plan import Plan, run_code
-from ..reference import Trajectory, trajectory
+from ..plan import Plan, check_grid, check_start, trace
+from ..plan.plan import run_code
+from ..reference import Trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
-from .origin import check_origin, conditions_digest, origin
+from .origin import Origin, conditions_digest
+from .provenance import from_json, to_json
 
-__all__ = ["DEFAULT_WAY", "Teacher"]
+__all__ = ["DEFAULT_WAY", "Teacher", "data_level"]
 
 _F64 = torch.float64
 _KIND = "teacher"
 _SCHEMA = {"about": {"schedule": {"type": str}, "evaluations": int}}
-_SOLVER = (
-    "expab4"  # of those registered, the most accurate at 40 to 60 evaluations that evaluates at its own grid states
-)
-_RHO = 10.0  # spacing of its levels: between Karras et al.'s 7 and equidistant in log-SNR
-_NOISIEST = 200.0  # a start noisier than this, alpha = 0 included, gets one step down to it
-DEFAULT_WAY: dict[str, Any] = {"solver": _SOLVER, "steps": 60}
-"""How trajectories are made where nothing else is asked for."""
+# The most accurate registered solver at 40 to 60 evaluations, among the solvers that evaluate only at grid points.
+_SOLVER = "expab4"
+_STEPS = 60
+_SIGMA_MIN = 0.002
+_RHO = 10.0  # spacing of the levels, between 7 (Karras et al.) and equidistant log-SNR
+_NOISIEST = 200.0  # a start with a higher sigma/alpha, alpha = 0 included, gets one extra step down to this level
+DEFAULT_WAY: dict[str, Any] = {"solver": _SOLVER, "steps": _STEPS}
+"""Solver and number of steps where the caller asks for nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """Accurate trajectories of the samples of one batch, with dense output, kept on the host in the dtype of the states.
+    """Accurate trajectories of one batch, with dense output, on the host, in the dtype of the states.
 
     Attributes
     ----------
-    initial : the states that they start from, [B, ...].
+    initial : initial states, [B, ...].
     path : states and slopes at the knots; see :class:`~iia_ode.reference.Trajectory`.
-    about : what it was made for and how, JSON-ready.
+    about : provenance and settings, JSON-ready.
     """
 
     initial: Tensor
     path: Trajectory
     about: dict[str, Any]
+
+    # ---- making one ------------------------------------------------------------------------------------------------------
 
     @classmethod
     @torch.no_grad()
@@ -62,65 +71,61 @@ class Teacher:
         t_end: float,
         *,
         steps: int | None = None,
-        rtol: float | None = None,
-        points: int = 120,
-        sigma_min: float = 0.002,
-        method: str = "dopri8",
+        sigma_min: float = _SIGMA_MIN,
         chunk_size: int | None = None,
         progress: bool = False,
     ) -> Teacher:
-        """Integrate the batch from `t_start` to `t_end`.
+        """Integrate a batch from `t_start` to `t_end` by a fourth-order exponential multistep method.
+
+        The method costs an evaluation per step and one at the end. Sixty steps leave an error far below the error of any
+        solver with few steps.
 
         Parameters
         ----------
-        ode : the model with its conditions, one entry per sample of x or one for all.
+        ode : the model; conditioning has an entry per sample of x, or a single entry for all samples.
         x : states [B, ...] at `t_start`, float32 or float64.
-        t_start, t_end : times in either direction; `t_end` may be the data.
-        steps : so many steps of a fourth-order exponential multistep method, one evaluation each and one at the end: an error
-            far below that of any solver with few steps, at a known cost. 60 if neither this nor `rtol` is given.
-        rtol : instead of `steps`: adaptive integration to this tolerance with `method` of torchdiffeq.
-        points : knots of the dense output of the adaptive way.
-        sigma_min : where `t_end` is the data, the level sigma/alpha whose data estimate is the final state: for a network,
-            the smallest it was trained on.
-        chunk_size : samples that go through the model at once (all by default).
+        t_start, t_end : times, in either direction; `t_end` may be the data.
+        steps : number of steps, at least 2; 60 by default.
+        sigma_min : where `t_end` is the data, the level sigma/alpha at which the integration stops and the data estimate
+            becomes the final state. For a network, use the smallest level of its training.
+        chunk_size : samples per model call; by default the whole batch.
         progress : show a bar over the chunks.
+
+        Returns
+        -------
+        The teacher, with a knot at every evaluation.
 
         Raises
         ------
-        InputError, GridError : an argument is not usable.
-        NonFiniteError : the integration failed.
+        InputError : `steps`, `chunk_size`, the ODE or the states are not usable.
+        GridError : the times or `sigma_min` are not usable.
+        NonFiniteError : the integration ended in NaN or infinity.
         """
         check_start(ode, x)
-        if steps is not None and rtol is not None:
-            raise InputError("a teacher takes a number of steps or a tolerance rtol, not both.")
-        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-            raise InputError(f"chunk_size must be a positive whole number, got {chunk_size!r}.")
-        plan = None
-        if rtol is None:
-            steps = DEFAULT_WAY["steps"] if steps is None else steps
-            plan = _fixed_plan(ode.schedule, t_start, t_end, sigma_min, steps)
+        if chunk_size is not None:
+            check_whole("chunk_size", chunk_size, least=1)
+        steps = _STEPS if steps is None else steps
+        check_whole("steps", steps, least=2)
+        plan = _plan(ode.schedule, t_start, t_end, sigma_min, steps)
         size, parts = chunk_size or len(x), []
         with ode.counting() as spent:
             for i in tqdm(range(0, len(x), size), desc="teacher", disable=not progress):
-                own, start = ode.subset(slice(i, i + size), len(x)), x[i : i + size]
-                if plan is not None:
-                    part = _fixed(own, start, plan, t_end)
-                else:
-                    options = {"points": points, "rtol": rtol, "atol": rtol, "sigma_min": sigma_min, "method": method}
-                    part = trajectory(own, start, t_start, t_end, **options)  # type: ignore[arg-type]
-                parts.append(_stored(part, x.dtype))
-        first = parts[0]
-        ends = [p.data for p in parts if p.data is not None]
-        path = replace(
-            first,
-            states=torch.cat([p.states for p in parts], dim=1),
-            slopes=torch.cat([p.slopes for p in parts], dim=1),
-            data=torch.cat(ends) if ends else None,
-            evaluations=spent.evaluations,
+                parts.append(_integrated(ode.subset(slice(i, i + size), len(x)), x[i : i + size], plan))
+        states, slopes, data = (torch.cat(values, dim=-x.ndim) for values in zip(*parts, strict=True))
+        final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
+        times = [*plan.evaluation_times, plan.grid[-1]]
+        knots = [math.asinh(ode.schedule.alpha(t) / ode.schedule.sigma(t)) for t in times]
+        path = Trajectory(
+            ode.schedule,
+            torch.tensor(knots, dtype=_F64, device="cpu"),
+            states.to(x.dtype),
+            slopes.to(x.dtype),
+            final,
+            spent.evaluations,
         )
-        way = {"solver": _SOLVER, "steps": steps} if plan is not None else {"solver": method, "rtol": rtol}
-        about = origin(ode, x) | {
-            **way,
+        about = to_json(Origin.of(ode, x)) | {
+            "solver": _SOLVER,
+            "steps": steps,
             "t_start": float(t_start),
             "t_end": float(t_end),
             "sigma_min": sigma_min,
@@ -130,11 +135,54 @@ class Teacher:
         }
         return cls(x.detach().cpu().clone(), path, about)
 
+    @classmethod
+    def for_grid(
+        cls,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        grid: Tensor | Sequence[float],
+        *,
+        steps: int | None = None,
+        chunk_size: int | None = None,
+        progress: bool = False,
+    ) -> Teacher:
+        """Integrate a batch from the first to the last time of a grid; :func:`data_level` is the level of the data.
+
+        Parameters
+        ----------
+        ode, x, steps, chunk_size, progress : as for :meth:`solve`; x is the batch at the first time.
+        grid : float64 [N + 1] times.
+
+        Returns
+        -------
+        The teacher of all solvers on this grid.
+
+        Raises
+        ------
+        InputError, GridError, NonFiniteError : as for :meth:`solve`.
+        """
+        times = check_grid(ode.schedule, grid)
+        level = data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else _SIGMA_MIN
+        return cls.solve(
+            ode, x, times[0], times[-1], steps=steps, sigma_min=level, chunk_size=chunk_size, progress=progress
+        )
+
+    # ---- reading it ------------------------------------------------------------------------------------------------------
+
     def __len__(self) -> int:
         return len(self.initial)
 
     def at(self, t: float, index: slice | Tensor | None = None) -> Tensor:
-        """The states at time t of the samples in `index` (all by default), on the host, in the dtype of the states.
+        """The states at time t, on the host, in the dtype of the initial states.
+
+        Parameters
+        ----------
+        t : a time on the trajectories.
+        index : samples to return; by default all.
+
+        Returns
+        -------
+        States [B, ...].
 
         Raises
         ------
@@ -148,39 +196,69 @@ class Teacher:
         return self.path.final
 
     @property
+    def t_start(self) -> float:
+        """Time of the initial states."""
+        return float(self.about["t_start"])
+
+    @property
+    def t_end(self) -> float:
+        """Time of the final states."""
+        return float(self.about["t_end"])
+
+    @property
+    def sigma_min(self) -> float:
+        """Level sigma/alpha at which the data estimate becomes the final state, where `t_end` is the data."""
+        return float(self.about["sigma_min"])
+
+    @property
     def evaluations(self) -> int:
-        """Model calls that it cost."""
+        """Number of model calls of the integration."""
         return int(self.about["evaluations"])
 
     @property
     def sample_evaluations(self) -> int:
-        """The same, weighted by batch size."""
+        """Number of model calls of the integration, weighted by batch size."""
         return int(self.about["sample_evaluations"])
 
     @property
     def way(self) -> dict[str, Any]:
-        """How it was made: the solver, with its steps or tolerance; JSON-ready."""
-        return {k: self.about[k] for k in ("solver", "steps", "rtol", "sigma_min") if k in self.about}
+        """Solver, number of steps and level of the data; JSON-ready."""
+        return {k: self.about[k] for k in ("solver", "steps", "sigma_min") if k in self.about}
 
     def subset(self, index: slice | Tensor) -> Teacher:
         """The teacher of some of the samples."""
         return Teacher(self.initial[index], _part(self.path, index), self.about | {"conditions": None})
 
     def restarted(self, t: float, x: Tensor) -> Teacher:
-        """The same trajectories as the aim of solvers that start at time t from states x, which need not lie on them."""
-        self.at(t, slice(0, 1))  # a GridError now rather than after the work
+        """The same trajectories as the truth for solvers from other states x [B, ...] at a later time t.
+
+        The states x need not lie on the trajectories.
+
+        Raises
+        ------
+        GridError : t lies outside the trajectory.
+        """
+        self.at(t, slice(0, 1))  # raises before any work is done
         return Teacher(x.detach().cpu(), self.path, self.about | {"t_start": float(t), "conditions": None})
 
     def check(self, ode: ProbabilityFlowODE, x: Tensor, *, stacklevel: int = 3) -> None:
-        """Raise unless this is the teacher of this ODE from these very states; warn if the model's weights differ.
+        """Raise unless the teacher belongs to this ODE and these initial states; warn of other model weights.
 
-        `stacklevel` says whose line the warning names: that of the caller by default.
+        Parameters
+        ----------
+        ode, x : the ODE with its conditions, and states [B, ...].
+        stacklevel : frame named by the warning; by default the caller's.
 
         Raises
         ------
         MismatchError : another schedule, prediction type, guidance scale, condition or initial state.
+
+        Warns
+        -----
+        FingerprintWarning : the model's weights differ.
         """
-        check_origin("the teacher", self.about, ode, x, made="made", strict_guidance=True, stacklevel=stacklevel)
+        origin = from_json(Origin, self.about, "the teacher")
+        origin.check(ode, x, name="the teacher", made="made", strict_guidance=True, stacklevel=stacklevel)
         if self.initial.shape != x.shape or not torch.equal(self.initial, x.detach().cpu().to(self.initial.dtype)):
             raise MismatchError(
                 f"the teacher starts from other states than these {list(x.shape)}: make it with Teacher.solve(ode, x, ...)."
@@ -188,8 +266,10 @@ class Teacher:
         if self.about["conditions"] not in (None, conditions_digest(ode)):
             raise MismatchError("the teacher was made under other conditions: make it with this ODE.")
 
+    # ---- files -----------------------------------------------------------------------------------------------------------
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file."""
+        """Write a safetensors file and return its path."""
         tensors = {"initial": self.initial, "knots": self.path.knots, "states": self.path.states}
         tensors["slopes"] = self.path.slopes
         if self.path.data is not None:
@@ -198,12 +278,17 @@ class Teacher:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Teacher:
-        """Read what :meth:`save` wrote; `schedule` is needed only where a file cannot hold it.
+        """Read a file of :meth:`save`.
+
+        Parameters
+        ----------
+        path : the file.
+        schedule : needed only where the file cannot hold the schedule, as for a schedule made of functions.
 
         Raises
         ------
-        FileFormatError : missing, damaged or foreign file, or one that does not hold its schedule.
-        MismatchError : `schedule` is not the one the file was made for.
+        FileFormatError : missing, damaged or foreign file, or a file without its schedule.
+        MismatchError : `schedule` differs from the schedule in the file.
         """
         tensors, header = read_tensors(path, _KIND, _SCHEMA)
         about = header["about"]
@@ -217,6 +302,15 @@ class Teacher:
             raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
 
 
+def data_level(schedule: Schedule, last: float) -> float:
+    """The level sigma/alpha of the data on a grid whose last time above the data is `last`.
+
+    The level is 0.002, or the level of `last` where `last` is cleaner or where the schedule does not reach 0.002.
+    """
+    level = schedule.noise_to_signal(last)
+    return min(level, _SIGMA_MIN) if schedule.covers(schedule.t_of_noise_to_signal(min(level, _SIGMA_MIN))) else level
+
+
 def _part(path: Trajectory, index: slice | Tensor | None) -> Trajectory:
     if index is None:
         return path
@@ -224,28 +318,15 @@ def _part(path: Trajectory, index: slice | Tensor | None) -> Trajectory:
     return replace(path, states=path.states[:, index], slopes=path.slopes[:, index], data=data)
 
 
-def _stored(path: Trajectory, dtype: torch.dtype) -> Trajectory:
-    data = None if path.data is None else path.data.to("cpu", dtype)
-    return replace(
-        path,
-        knots=path.knots.cpu(),
-        states=path.states.to("cpu", dtype),
-        slopes=path.slopes.to("cpu", dtype),
-        data=data,
-    )
-
-
-def _fixed_plan(schedule: Schedule, t_start: float, t_end: float, sigma_min: float, steps: int) -> Plan:
-    """The multistep method from `t_start` to `t_end`, or to `sigma_min` where that is the data."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
-        raise InputError(f"a teacher takes at least 2 steps, got {steps!r}.")
+def _plan(schedule: Schedule, t_start: float, t_end: float, sigma_min: float, steps: int) -> Plan:
+    """The multistep method from `t_start` to `t_end`, or to the level `sigma_min` where `t_end` is the data."""
     first, last = check_grid(schedule, [t_start, t_end])
-    start = _level(schedule, first)
+    start = schedule.noise_to_signal(first)
     if schedule.sigma(last) == 0:
         if not 0 < sigma_min < start:
             raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
         last = schedule.t_of_noise_to_signal(sigma_min)
-    a, b = (min(_level(schedule, t), _NOISIEST) ** (1 / _RHO) for t in (first, last))
+    a, b = (min(schedule.noise_to_signal(t), _NOISIEST) ** (1 / _RHO) for t in (first, last))
     times = [schedule.t_of_noise_to_signal((a + k / steps * (b - a)) ** _RHO) for k in range(1, steps)]
     if start > _NOISIEST:
         times = [schedule.t_of_noise_to_signal(_NOISIEST), *times]
@@ -253,24 +334,19 @@ def _fixed_plan(schedule: Schedule, t_start: float, t_end: float, sigma_min: flo
     return trace(get_solver(_SOLVER), schedule, grid, consistent=False)
 
 
-def _level(schedule: Schedule, t: float) -> float:
-    alpha = schedule.alpha(t)
-    return schedule.sigma(t) / alpha if alpha else math.inf
-
-
-def _fixed(ode: ProbabilityFlowODE, x: Tensor, plan: Plan, t_end: float) -> Trajectory:
-    """Run the method; each of its evaluations, made at a grid point, is a knot with its slope."""
+def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the method: states and slopes [K, B, ...] of the knots, and the last data estimate [B, ...]; on the host."""
     schedule = ode.schedule
-    knots: list[float] = []
     states: list[Tensor] = []
     slopes: list[Tensor] = []
 
     def note(x: Tensor, t: float, data: Tensor) -> None:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         size = math.hypot(alpha, sigma)
-        knots.append(math.asinh(alpha / sigma))
         states.append((x / size).cpu())
-        slopes.append(torch.sub(data, x, alpha=alpha / size / size).cpu())  # tanh(u) = alpha / size
+        slopes.append(
+            torch.sub(data, x, alpha=alpha / size / size).cpu()
+        )  # the slope of asinh time, tanh(u) = alpha / size
 
     def evaluate(x: Tensor, t: float, form: str) -> Tensor:
         evaluation = ode.evaluate(x, t)
@@ -283,11 +359,8 @@ def _fixed(ode: ProbabilityFlowODE, x: Tensor, plan: Plan, t_end: float) -> Traj
     end = values[len(plan.code)]
     data = ode.data(end, plan.grid[-1])
     note(end, plan.grid[-1], data)
-    final = (schedule.alpha(t_end) * data).cpu() if ode.is_data(t_end) else None
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             "the teacher ended in NaN or infinity: check the model over the whole range of noise levels."
         )
-    return Trajectory(
-        schedule, torch.tensor(knots, dtype=_F64, device="cpu"), torch.stack(states), torch.stack(slopes), final, 0
-    )
+    return torch.stack(states), torch.stack(slopes), data.cpu()

@@ -2,11 +2,11 @@
 
 from .analysis import CanonicalForm, GaussianResponse
 from .bands import Bands
-from .checks import check_grid, check_start
+from .checks import check_grid, check_ode, check_start
 from .maps import LinearMap, PerCondition, projections_from
 from .plan import Combine, Evaluate, Plan
 from .projections import Matrices, Principal, Projections
-from .tracer import Past, Tracer, trace
+from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "Tracer",
     "Vector",
     "check_grid",
+    "check_ode",
     "check_start",
     "projections_from",
     "trace",
+    "traced",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import PlanError
 from ..forms import conversion
 from ..schedules import Schedule
+from .instructions import Combine, Evaluate, Instruction, Program, run_code
 from .maps import LinearMap, PerCondition
-from .plan import Combine, Evaluate, Plan, run_code
 from .vectors import Vector, Weight, weight_size
 
 __all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "consistency_error", "gaussian_response"]
@@ -73,7 +73,7 @@ class CanonicalForm:
         return worst
 
 
-def canonical_form(plan: Plan) -> CanonicalForm:
+def canonical_form(plan: Program) -> CanonicalForm:
     """Eliminate every vector but the initial state and the evaluations, and write those as data estimates."""
     expressions = [Vector({0: 1.0})]
     states = []
@@ -92,7 +92,7 @@ def canonical_form(plan: Plan) -> CanonicalForm:
     return CanonicalForm(levels, tuple(states), expressions[-1])
 
 
-def consistency_error(plan: Plan) -> float:
+def consistency_error(plan: Program) -> float:
     """How far a plan is from keeping the better of two solutions that a consistent solver keeps exactly.
 
     Where the model always answers data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators keep
@@ -100,7 +100,7 @@ def consistency_error(plan: Plan) -> float:
     weights are linear maps, "1" is a sample with some of everything in it.
     """
     schedule, start = plan.schedule, plan.grid[0]
-    maps = _maps(plan)
+    maps = _maps(plan.code)
     one = torch.ones(1, dtype=_F64, device="cpu")
     if maps:
         places = torch.arange(1.0, math.prod(maps[0].shape) + 1, dtype=_F64, device="cpu")
@@ -122,20 +122,20 @@ def consistency_error(plan: Plan) -> float:
 
     errors = []
     for model, solution in ((unit_data, curve), (unit_velocity, line)):
-        states = _grid_states(plan, solution(start) * one, model)
+        states = _grid_states(plan.code, solution(start) * one, model)
         scale = max(1.0, *(abs(solution(t)) for t in plan.grid))
         gaps = [float((y - solution(t) * one).abs().max()) for t, y in zip(plan.grid[1:], states, strict=True)]
         errors.append(max(gaps) / scale)
     return min(errors)
 
 
-def _maps(plan: Plan) -> list[LinearMap]:
-    return [w for i in plan.code if isinstance(i, Combine) for _, w in i.terms if isinstance(w, LinearMap)]
+def _maps(code: Sequence[Instruction]) -> list[LinearMap]:
+    return [w for i in code if isinstance(i, Combine) for _, w in i.terms if isinstance(w, LinearMap)]
 
 
-def _grid_states(plan: Plan, x: Tensor, model: _Model) -> list[Tensor]:
+def _grid_states(code: Sequence[Instruction], x: Tensor, model: _Model) -> list[Tensor]:
     values = {0: x}
-    run = run_code(plan.code, values, model)
+    run = run_code(code, values, model)
     return [values[k] for k, ins in run if isinstance(ins, Combine) and ins.step is not None]
 
 
@@ -168,7 +168,7 @@ class GaussianResponse:
         return self.gain.to(x) * x + self.offset.to(x)
 
 
-def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
+def gaussian_response(plan: Program, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
     """The response of a plan to data N(mean, diag variance), read off by running it on two states.
 
     Raises
@@ -179,13 +179,12 @@ def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float
     m, v = as_moments(mean, variance)
     if any(isinstance(i, Combine) and isinstance(i.constant, PerCondition) for i in plan.code):
         raise PlanError(f"{plan.name} has constants per condition: its response is another one for each of them.")
-    if any(bool((w.coefficients != w.coefficients[0]).any()) for w in _maps(plan)):
+    if any(bool((w.coefficients != w.coefficients[0]).any()) for w in _maps(plan.code)):
         raise PlanError(
             f"{plan.name} has weights that are linear maps, which mix components: its response to data with a diagonal "
             "covariance is no gain per component. Run it on iia_ode.problems.Gaussian instead."
         )
-    plan = _with_numbers(plan)
-    schedule = plan.schedule
+    code, schedule = _with_numbers(plan.code), plan.schedule
 
     def denoiser(with_mean: bool) -> _Model:
         def model(x: Tensor, t: float, form: str) -> Tensor:
@@ -197,28 +196,25 @@ def gaussian_response(plan: Plan, mean: Tensor | float, variance: Tensor | float
 
         return model
 
-    offset = _grid_states(plan, torch.zeros_like(m), denoiser(True))[-1]
+    offset = _grid_states(code, torch.zeros_like(m), denoiser(True))[-1]
     # The gain comes from the linear part alone, so that it is not the difference of two affine answers.
-    gain = _grid_states(_without_constants(plan), torch.ones_like(m), denoiser(False))[-1]
+    gain = _grid_states(_without_constants(code), torch.ones_like(m), denoiser(False))[-1]
     exact_gain, exact_offset = gaussian_flow(schedule, m, v, plan.grid[0], plan.grid[-1])
     a, s = schedule.alpha(plan.grid[0]), schedule.sigma(plan.grid[0])
     return GaussianResponse(gain, offset, exact_gain, exact_offset, a * m, (a * a * v + s * s).sqrt())
 
 
-def _with_numbers(plan: Plan) -> Plan:
-    """The plan with numbers for those maps that are a multiple of the identity, as all of its maps are."""
+def _with_numbers(code: Sequence[Instruction]) -> list[Instruction]:
+    """The code with each linear map, a multiple of the identity, replaced by its number."""
 
     def number(w: Weight) -> Weight:
         return float(w.coefficients[0]) if isinstance(w, LinearMap) else w
 
-    code = [
-        replace(i, terms=tuple((j, number(w)) for j, w in i.terms)) if isinstance(i, Combine) else i for i in plan.code
-    ]
-    return replace(plan, code=tuple(code)) if _maps(plan) else plan
+    return [replace(i, terms=tuple((j, number(w)) for j, w in i.terms)) if isinstance(i, Combine) else i for i in code]
 
 
-def _without_constants(plan: Plan) -> Plan:
-    return replace(plan, code=tuple(replace(i, constant=None) if isinstance(i, Combine) else i for i in plan.code))
+def _without_constants(code: Sequence[Instruction]) -> list[Instruction]:
+    return [replace(i, constant=None) if isinstance(i, Combine) else i for i in code]
 
 
 def as_moments(mean: Tensor | float, variance: Tensor | float) -> tuple[Tensor, Tensor]:

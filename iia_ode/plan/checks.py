@@ -9,7 +9,7 @@ from ..errors import GridError, InputError
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 
-__all__ = ["check_grid", "check_start", "check_state"]
+__all__ = ["check_grid", "check_ode", "check_start", "check_state"]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
@@ -78,12 +78,18 @@ def check_state(x: object) -> Tensor:
 
 def check_start(ode: object, x: object) -> None:
     """Raise InputError unless x can be a state of the ODE: what every integration asks of its arguments first."""
+    found = check_ode(ode)
+    state = check_state(x)
+    found.check_state_shape(state)
+    # Of the whole batch: a chunk of it may happen to have as many samples as a condition has entries.
+    found.check_conditions(len(state))
+
+
+def check_ode(ode: object) -> ProbabilityFlowODE:
+    """`ode`, if it is a ProbabilityFlowODE; else InputError."""
     if not isinstance(ode, ProbabilityFlowODE):
         raise InputError(
             f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
             "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
         )
-    state = check_state(x)
-    ode.check_state_shape(state)
-    # Of the whole batch: a chunk of it may happen to have as many samples as a condition has entries.
-    ode.check_conditions(len(state))
+    return ode

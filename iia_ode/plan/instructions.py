@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
+from ..schedules import Schedule
 from .projections import Cache, place
 from .vectors import Constant, Weight, combine
 
-__all__ = ["Combine", "Evaluate", "Instruction", "run_code"]
+__all__ = ["Combine", "Evaluate", "Instruction", "Program", "run_code"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,30 @@ class Combine:
 
 
 Instruction: TypeAlias = Evaluate | Combine
+
+
+class Program(Protocol):
+    """The part of a :class:`~iia_ode.Plan` that analysis, files and runs read."""
+
+    @property
+    def name(self) -> str:
+        """The solver's name."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The times, from the initial state to the final one."""
+
+    @property
+    def code(self) -> tuple[Instruction, ...]:
+        """The instructions."""
+
+    @property
+    def evaluation_times(self) -> tuple[float, ...]:
+        """The times of the evaluations, in order."""
 
 
 def run_code(

@@ -5,29 +5,33 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError, MismatchError, NonFiniteError, PlanError
+from ..errors import FileFormatError, InputError, MismatchError, NonFiniteError, PlanError
+from ..files import read_tensors, write_tensors
 from ..forms import PREDICTIONS, conversion
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
+from ..schedules.stored import stored_schedule
+from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_response
 from .checks import check_grid, check_start
 from .instructions import Combine, Evaluate, Instruction, run_code
 from .maps import LinearMap, PerCondition
+from .storing import pack, tensors_misfit, unpack
 from .vectors import format_terms
 
-if TYPE_CHECKING:
-    from .analysis import CanonicalForm, GaussianResponse
+__all__ = ["Combine", "Evaluate", "Instruction", "Plan", "run_code", "unpacked"]
 
-__all__ = ["Combine", "Evaluate", "Instruction", "Plan", "run_code"]
+_KIND = "plan"
+_SCHEMA = {"name": str, "code": [list], "schedule": {"type": str}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +135,18 @@ class Plan:
         return tuple(last)
 
     @cached_property
+    def weight_bytes(self) -> int:
+        """Memory of the weights and constants that are more than one number, in bytes on the host."""
+        values = [v for i in self.code if isinstance(i, Combine) for v in (*(w for _, w in i.terms), i.constant)]
+        tensors = {
+            id(t): t
+            for v in values
+            for t in (v.coefficients if isinstance(v, LinearMap) else v.table if isinstance(v, PerCondition) else v,)
+            if isinstance(t, Tensor)
+        }
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    @cached_property
     def peak_vectors(self) -> int:
         """The most state-sized vectors alive at once during a run, the initial state included."""
         alive, peak = 1, 1
@@ -146,8 +162,6 @@ class Plan:
 
     def canonical(self) -> CanonicalForm:
         """The plan with everything but its evaluations eliminated: equal for equal algorithms, however written."""
-        from .analysis import canonical_form
-
         return canonical_form(self)
 
     def difference(self, other: Plan) -> float:
@@ -160,17 +174,15 @@ class Plan:
 
     def on_gaussian(self, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
         """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling."""
-        from .analysis import gaussian_response
-
         return gaussian_response(self, mean, variance)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: grid, times and weights as tensors, instructions and schedule as JSON in its header."""
-        from .storing import write_plan
-
-        return write_plan(self, path)
+        code, tensors = pack(self)
+        header = {"name": self.name, "code": code, "schedule": self.schedule.config()}
+        return write_tensors(path, _KIND, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Plan:
@@ -186,9 +198,11 @@ class Plan:
         FileFormatError : missing, damaged or foreign file, or one that does not hold its schedule.
         MismatchError : `schedule` is not the one that the plan is for.
         """
-        from .storing import read_plan
-
-        return read_plan(path, schedule)
+        tensors, header = read_tensors(path, _KIND, _SCHEMA)
+        if problem := tensors_misfit(tensors):
+            raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
+        found = stored_schedule(path, header["schedule"], tensors, schedule)
+        return unpacked(path, found, header["name"], header["code"], tensors)
 
     def __str__(self) -> str:
         head = (
@@ -319,6 +333,21 @@ class Plan:
             f"(t = {self.evaluation_times[first]:.6g}) under {self.name}. Check the model at that noise level, "
             "its dtype (float16 overflows at large sigma), and the initial state."
         )
+
+
+def unpacked(
+    path: str | os.PathLike[str], schedule: Schedule, name: str, code: list[list[Any]], tensors: Mapping[str, Tensor]
+) -> Plan:
+    """The plan whose instructions and tensors a file holds.
+
+    Raises
+    ------
+    FileFormatError : they make no valid plan.
+    """
+    try:
+        return Plan(schedule, *unpack(code, tensors), name)
+    except (LookupError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{str(path)!r} holds no valid plan: {error}") from error
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FileFormatError, InputError
-from ..files import read_tensors, write_tensors
-from ..schedules import Schedule
-from ..schedules.stored import TABLE, schedule_tensors, stored_schedule
-from .instructions import Combine, Evaluate
+from ..errors import InputError
+from ..schedules.stored import TABLE, schedule_tensors
+from .instructions import Combine, Evaluate, Instruction, Program
 from .maps import LinearMap, PerCondition, projections_from
-from .plan import Plan
 from .projections import Projections
 from .vectors import is_number
 
-__all__ = ["SHARED", "pack", "read_plan", "restore", "store", "tensors_misfit", "unpack", "write_plan"]
+__all__ = ["SHARED", "pack", "restore", "store", "tensors_misfit", "unpack"]
 
 SHARED = "projections."
 """What the names of tensors begin with that several weights may share."""
-_KIND = "plan"
-_SCHEMA = {"name": str, "code": [list], "schedule": {"type": str}}
 _F64 = torch.float64
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------------
-
-
-def write_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Write a file of a plan; see :meth:`Plan.save`."""
-    code, tensors = pack(plan)
-    return write_tensors(path, _KIND, tensors, {"name": plan.name, "code": code, "schedule": plan.schedule.config()})
-
-
-def read_plan(path: str | os.PathLike[str], schedule: Schedule | None) -> Plan:
-    """Read such a file; see :meth:`Plan.load`."""
-    tensors, header = read_tensors(path, _KIND, _SCHEMA)
-    if problem := tensors_misfit(tensors):
-        raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
-    found = stored_schedule(path, header["schedule"], tensors, schedule)
-    return unpack(path, found, header["name"], header["code"], tensors)
 
 
 def tensors_misfit(tensors: Mapping[str, Tensor]) -> str | None:
@@ -55,10 +30,7 @@ def tensors_misfit(tensors: Mapping[str, Tensor]) -> str | None:
     return "a tensor is not float64" if any(v.dtype != _F64 for v in tensors.values()) else None
 
 
-# ---- plans ---------------------------------------------------------------------------------------------------------------
-
-
-def pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
+def pack(plan: Program) -> tuple[list[list[Any]], dict[str, Tensor]]:
     """A plan as a JSON-ready list of instructions, and tensors: numbers in the order of use, odd ones by their place."""
     code: list[list[Any]] = []
     weights: list[float] = []
@@ -82,27 +54,18 @@ def pack(plan: Plan) -> tuple[list[list[Any]], dict[str, Tensor]]:
     return code, tensors | schedule_tensors(plan.schedule)
 
 
-def unpack(
-    path: str | os.PathLike[str], schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]
-) -> Plan:
-    """The plan that :func:`pack` took apart; every number and tensor has to find its place.
+def unpack(code: list[list[Any]], tensors: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[Instruction, ...]]:
+    """The grid and the instructions that :func:`pack` took apart; every number and tensor has to find its place.
 
     Raises
     ------
-    FileFormatError : one does not.
+    ValueError, LookupError, TypeError : one does not.
     """
-    try:
-        return _unpacked(schedule, name, code, tensors)
-    except (LookupError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{str(path)!r} holds no valid plan: {error}") from error
-
-
-def _unpacked(schedule: Schedule, name: str, code: list[list[Any]], tensors: dict[str, Tensor]) -> Plan:
     rest = {key: v for key, v in tensors.items() if not key.startswith(SHARED) and key != TABLE}
     known: dict[str, Projections] = {}
     grid = rest.pop("grid")
     weights, times = (iter(rest.pop(key).tolist()) for key in ("weights", "times"))
-    instructions: list[Evaluate | Combine] = []
+    instructions: list[Instruction] = []
     try:
         for k, item in enumerate(code, start=1):
             match item:
@@ -123,7 +86,7 @@ def _unpacked(schedule: Schedule, name: str, code: list[list[Any]], tensors: dic
     surplus = [key for key, numbers in (("weights", weights), ("times", times)) if next(numbers, None) is not None]
     if surplus := [*surplus, *rest]:
         raise ValueError(f"its instructions do not use all of {', '.join(surplus)}.")
-    return Plan(schedule, tuple(grid.tolist()), tuple(instructions), name)
+    return tuple(grid.tolist()), tuple(instructions)
 
 
 def _fits(indices: list[Any], odd: list[Any]) -> bool:

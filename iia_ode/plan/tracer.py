@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
 from .checks import check_grid
+from .exact import Bounded, exact_key
 from .plan import Combine, Evaluate, Instruction, Plan
 from .vectors import Vector, is_number, vector_indices
 
-__all__ = ["Past", "Steppable", "Tracer", "take_step", "trace"]
+__all__ = ["Past", "Steppable", "Tracer", "take_step", "trace", "traced"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Pas
     return result, ()
 
 
-def trace(solver: Steppable, schedule: Schedule, grid: Tensor, *, consistent: bool = True) -> Plan:
+def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float], *, consistent: bool = True) -> Plan:
     """The plan of a solver on a schedule and a grid (float64 times [N + 1], from the initial state to the final one).
 
     Raises
@@ -185,27 +186,52 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor, *, consistent: bo
     return plan
 
 
-_CONVERGES: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()
+_PLANS: Bounded[Hashable, Plan] = Bounded(128, lambda plan: plan.weight_bytes, 2**26)
+
+
+def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]) -> Plan:
+    """The plan of :func:`trace`, found again where the same solver was traced on the same schedule and grid before.
+
+    Plans are equal to new plans. At most 128 plans are kept, with at most 64 MiB of tensor weights; threads may share them. A
+    solver or a schedule without an exact key (a schedule from functions) is traced anew; see
+    :func:`~iia_ode.plan.exact.exact_key`.
+
+    Raises
+    ------
+    GridError, PlanError : as :func:`trace`.
+    """
+    times = grid.detach() if isinstance(grid, Tensor) else grid
+    key = exact_key(solver, solver.label, schedule, times)
+    known = None if key is None else _PLANS.get(key)
+    if known is not None:
+        return known
+    if key is None:
+        return trace(solver, schedule, grid)
+    with torch.inference_mode(False):  # weights of a plan made in inference mode must serve a run with gradients
+        plan = trace(solver, schedule, grid)
+    return _PLANS.put(key, plan)
+
+
+_VERDICTS: Bounded[Hashable, bool] = Bounded(256)
 
 
 def _converges(solver: Steppable, plan: Plan) -> bool:
     """Whether the consistency error falls as the grid is refined.
 
-    A solver in another time variable is exact on neither solution, but an inconsistent one stays wrong on any grid. The
-    answer is remembered: it costs more than the plan.
+    A solver in another time variable is exact on neither solution, but an inconsistent solver stays wrong on any grid. The
+    verdict costs more than the plan, and is remembered for solvers and schedules that have an exact key.
     """
-    known = _CONVERGES.setdefault(type(solver), {})
-    key = repr((getattr(solver, "__dict__", None), plan.schedule.config(), plan.grid))
-    if key not in known:
-        stride = -(-plan.steps // 4)
-        coarse = [*plan.grid[:-1:stride], plan.grid[-1]]
-        errors = []
-        for parts in (8, 64):
-            pairs = zip(coarse[:-1], coarse[1:], strict=True)
-            fine = [a + i / parts * (b - a) for a, b in pairs for i in range(parts)]
-            refined = torch.tensor([*fine, coarse[-1]], dtype=torch.float64, device="cpu")
-            errors.append(consistency_error(trace(solver, plan.schedule, refined, consistent=False)))
-        if len(known) >= 256:
-            known.clear()
-        known[key] = errors[1] < errors[0] / 2  # eightfold: order 1/2, near a sigma like sqrt(t), is enough
-    return known[key]
+    key = exact_key(solver, plan.schedule, plan.grid)
+    known = None if key is None else _VERDICTS.get(key)
+    if known is not None:
+        return known
+    stride = -(-plan.steps // 4)
+    coarse = [*plan.grid[:-1:stride], plan.grid[-1]]
+    errors = []
+    for parts in (8, 64):
+        pairs = zip(coarse[:-1], coarse[1:], strict=True)
+        fine = [a + i / parts * (b - a) for a, b in pairs for i in range(parts)]
+        refined = torch.tensor([*fine, coarse[-1]], dtype=torch.float64, device="cpu")
+        errors.append(consistency_error(trace(solver, plan.schedule, refined, consistent=False)))
+    verdict = errors[1] < errors[0] / 2  # eightfold: order 1/2, near a sigma like sqrt(t), is enough
+    return verdict if key is None else _VERDICTS.put(key, verdict)

@@ -7,8 +7,7 @@ ODE :math:`dx/dt = f(t)\,x + g^2(t)/(2\sigma_t)\,\epsilon` with :math:`f = d\log
 :math:`g^2 = d\sigma^2/dt - 2 f \sigma^2` [Song et al. 2021, Kingma et al. 2021].
 """
 
-from .base import Schedule
-from .functions import FromFunctions, from_functions
+from .base import FromFunctions, Schedule
 from .standard import EDM, VE, VP, Cosine, Discrete, FlowMatching, schedule_from_config
 
 __all__ = [
@@ -20,6 +19,5 @@ __all__ = [
     "FlowMatching",
     "FromFunctions",
     "Schedule",
-    "from_functions",
     "schedule_from_config",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from ..errors import GridError, InputError, PlanError, unknown_name
+from .. import _torchdiffeq
+from ..checks import check_whole
+from ..errors import GridError, InputError, PlanError, UnknownNameError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
 
@@ -22,6 +27,7 @@ __all__ = [
     "register",
     "same_solver",
     "solver_names",
+    "unknown_solver",
 ]
 
 
@@ -41,7 +47,7 @@ class Solver(ABC):
     """Whether a plan is checked for consistency; set False where a method is so only in variables of its own."""
 
     aliases: ClassVar[tuple[str, ...]] = ()
-    name: ClassVar[str] = ""
+    name: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,7 +91,7 @@ class Solver(ABC):
         """
 
     def plan(self, schedule: Schedule, grid: Tensor) -> Plan:
-        """This solver on a schedule and a grid; see :func:`iia_ode.trace`."""
+        """This solver on a schedule and a grid; see :func:`iia_ode.plan.trace`."""
         return trace(self, schedule, grid)
 
     def grid_for(self, nfe: int, make_grid: Callable[[int], Tensor], schedule: Schedule) -> Tensor:
@@ -101,8 +107,7 @@ class Solver(ABC):
         ------
         GridError : no number of levels gives that count; names the nearest counts that exist.
         """
-        if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
-            raise GridError(f"the number of evaluations must be a positive whole number, got {nfe!r}.")
+        nfe = check_whole("nfe, the number of evaluations,", nfe, least=1, such_as=10, error=GridError)
 
         def count(n: int) -> int:
             grid = make_grid(n)
@@ -151,6 +156,8 @@ def _plain(value: Any) -> Any:
     """An option as JSON would give it back."""
     if isinstance(value, Solver):
         return {"name": value.name, "options": value.options()}
+    if isinstance(value, Real) and not isinstance(value, bool | int | float):  # NumPy's
+        return int(value) if isinstance(value, Integral) else float(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -193,10 +200,8 @@ def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]]
         if not (isinstance(cls, type) and issubclass(cls, Solver)):
             raise PlanError(f"@register({name!r}) takes a class that derives from iia_ode.Solver, got {cls!r}.")
         order = getattr(cls, "order", None)
-        if not isinstance(order, property) and (not isinstance(order, int) or isinstance(order, bool) or order < 1):
-            raise PlanError(
-                f"{cls.__name__} needs an integer attribute `order`: the order its users may expect, from 1."
-            )
+        if not isinstance(order, property):
+            check_whole(f"attribute `order` of {cls.__name__}", order, least=1, error=PlanError)
         for key in (name, *aliases, *(variants or {})):
             if not isinstance(key, str) or not key:
                 raise InputError(f"a solver is registered under names, such as 'heun'; got {key!r}.")
@@ -233,7 +238,7 @@ def get_solver(name: str, **options: Any) -> Solver:
     InputError : an option has a value that it cannot have.
     """
     if not is_registered(name):
-        raise unknown_name("solver", name, _REGISTRY)
+        raise unknown_solver(name)
     entry = _REGISTRY[name]
     _check_options(name, entry.kind, options)
     return entry.kind(**{**entry.options, **options})
@@ -244,9 +249,61 @@ def is_registered(name: object) -> bool:
     return isinstance(name, str) and name in _REGISTRY
 
 
-def solver_names() -> list[str]:
-    """Registered names, variants included and aliases not, sorted."""
+def solver_names(torchdiffeq: bool = False) -> list[str]:
+    """The names of the registered solvers, sorted: variants are included, aliases are not.
+
+    Parameters
+    ----------
+    torchdiffeq : list the methods of the installed torchdiffeq instead, which :func:`iia_ode.sample` and
+        :func:`iia_ode.odeint` take by name.
+    """
+    if torchdiffeq:
+        return _torchdiffeq.method_names()
     return sorted(key for key in _REGISTRY if same_solver(key)[0] == key)
+
+
+def unknown_solver(name: object, also: Iterable[str] = ()) -> UnknownNameError:
+    """The error for the name of no registered solver; explains names of torchdiffeq's methods and of stochastic samplers.
+
+    Parameters
+    ----------
+    name : the unknown name.
+    also : names that are valid beside the registered ones.
+    """
+    return unknown_name("solver", name, [*_REGISTRY, *also], _hint(str(name)))
+
+
+def _hint(name: str) -> str:
+    method = name.removeprefix("torchdiffeq:")
+    if method in _torchdiffeq.method_names():
+        return (
+            f"{method!r} is a method of torchdiffeq, and not a Solver: pass its name, as in "
+            f"iia_ode.sample(ode, x, grid, {name!r}) or iia_ode.odeint(ode, x, grid, method={name!r})."
+        )
+    rest, found = _NOISY.subn("", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).lower())
+    if not found:
+        return ""
+    kind = re.sub(r"_+", "_", _KINDS.sub("", rest)).strip("_")
+    near = _NEAREST.get(kind) or next(iter(difflib.get_close_matches(kind, _REGISTRY, n=1, cutoff=0.75)), "ddim")
+    return (
+        f"{name!r} injects noise; iia_ode solves the probability-flow ODE, which is deterministic. The nearest solver is "
+        f"{near!r}."
+    )
+
+
+# Names of k-diffusion and diffusers: euler_ancestral, dpmpp_2m_sde, euler_a, EulerAncestralDiscreteScheduler, ddpm, ...
+_NOISY = re.compile(
+    r"ancestral|(?<![a-z])sde(?![a-z])|_a$|churn|stochastic|ddpm|(?<![a-z])lcm|seeds|(?<![a-z])sa_solver"
+)
+_KINDS = re.compile(r"sample_|k_|_?discrete|_?scheduler|_?sampler|_gpu")
+_NEAREST = {
+    "": "ddim",
+    "dpmpp": "dpmpp_2s",
+    "dpm_solver": "dpmpp_2s",
+    "dpm_solver_multistep": "dpmpp_2m",
+    "dpm_2": "dpm2",
+}
+_NEAREST |= {"kdpm2": "dpm2"}
 
 
 def same_solver(name: str) -> list[str]:
@@ -257,7 +314,7 @@ def same_solver(name: str) -> list[str]:
     UnknownNameError : no such solver.
     """
     if name not in _REGISTRY:
-        raise unknown_name("solver", name, _REGISTRY)
+        raise unknown_solver(name)
     entry = _REGISTRY[name]
     wanted = entry.all_options()
     return [key for key, other in _REGISTRY.items() if other.kind is entry.kind and other.all_options() == wanted]

@@ -1,15 +1,15 @@
-"""Singlestep DPM-Solver++ whose stages are grid points, as schedulers that return after every evaluation do it."""
+"""Singlestep DPM-Solver++ with grid points as stages, as in schedulers that return after every evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_flag
+from ..checks import check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_order, data_step, fractions, singular
+from .transfer import Interval, data_step, fractions, singular
 
 __all__ = ["BlockDPMSolver"]
 
@@ -27,36 +27,36 @@ class _Block:
 class BlockDPMSolver(Solver):
     """DPM-Solver++ singlestep over blocks of 2 or 3 intervals: order 2 or 3, one evaluation an interval [Lu et al. 2022b].
 
-    Each block is one exponential Runge-Kutta step from its first point, with the grid's own points as stages, as in diffusers'
-    DPMSolverSinglestepScheduler. Within a block, with u = 0 at its start and 1 at the point that is reached, m_0 and m the
-    first and the newest output, and w_k as in ``dpmpp_2m``:
+    Each block is one exponential Runge-Kutta step from its first point, with grid points as stages, as in diffusers'
+    DPMSolverSinglestepScheduler. Let u = 0 at the start of a block and u = 1 at the end of the interval, m_0 and m the first
+    and the newest output, and w_k as in ``dpmpp_2m``:
 
-        first point: keep x + scale w_0 m_0;  second: + w_0/2 (m - m_0)/u;  third: + w_1 (m - m_0)/u in its place
+        first interval: keep x + scale w_0 m_0;  second: + w_0/2 (m - m_0)/u;  third: + w_1 (m - m_0)/u in its place
 
-    The third is of order 3 where its stages stand near 1/3 and 2/3 of the block in log-SNR, as on any smooth grid of many
-    points. Intervals that do not fill a block, and the step to sigma = 0, take a shorter one, which lowers the order of the
-    run: choose a number of intervals that the block divides.
+    The third interval reaches order 3 where the stages lie near 1/3 and 2/3 of the block in log-SNR, as on any smooth grid of
+    many points. Leftover intervals, and the step to sigma = 0, take a shorter block and lower the order of the run: choose a
+    number of intervals divisible by the block.
 
     Parameters
     ----------
     max_order : intervals in a block, 2 or 3; 1 is DDIM.
-    lower_order_final : shorten the last blocks so that the last step is of first order, as diffusers does.
+    lower_order_final : shorten the last blocks for a last step of first order, as diffusers does.
     """
 
     max_order: int = 2
     lower_order_final: bool = False
 
     def __post_init__(self) -> None:
-        check_order("dpmpp_2s_blocks", self.max_order, 3)
+        check_whole("max_order of dpmpp_2s_blocks", self.max_order, least=1, most=3)
         check_flag("lower_order_final of dpmpp_2s_blocks", self.lower_order_final)
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """max_order; at most 2 if the last step is made one of first order."""
+        """max_order; at most 2 with a last step of first order."""
         return min(self.max_order, 2) if self.lower_order_final else self.max_order
 
     def positions(self, steps: int) -> list[int]:
-        """For each interval of a grid, its position (from 1) in its block."""
+        """The position (from 1) of every interval of a grid in its block."""
         k = self.max_order
         whole = [i % k + 1 for i in range(steps)]
         if not self.lower_order_final or k == 1 or steps % k == 1:
@@ -66,7 +66,7 @@ class BlockDPMSolver(Solver):
         return [*whole[:-1], 1] if k == 2 else whole
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """From the start of the block to s."""
+        """The state at s, computed from the start of the block."""
         position = self.positions(past.index + 1 + past.remaining)[past.index]
         schedule = ode.schedule
         now = Output(t, ode.data(x, t))

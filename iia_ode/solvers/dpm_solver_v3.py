@@ -1,4 +1,4 @@
-"""DPM-Solver-v3: exponential Adams on the output that a model's own statistics make as constant as they can."""
+"""DPM-Solver-v3: exponential Adams with a linear part and a scaling from the statistics of the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_flag
+from ..checks import check_flag, check_whole
 from ..errors import InputError
 from ..plan import Past
 from ..schedules import Schedule
 from ..statistics import Array, ModelStatistics, StepIntegrals
 from .base import Solver, register
 from .multistep import Output
-from .transfer import check_order, data_step, singular
+from .transfer import data_step, singular
 
 __all__ = ["DPMSolverV3"]
 
@@ -27,33 +27,33 @@ __all__ = ["DPMSolverV3"]
 class DPMSolverV3(Solver):
     """DPM-Solver-v3: order p + 1 with its corrector, one evaluation a step, DDIM to sigma = 0 [Zheng et al. 2023, alg. 2].
 
-    With f = (sigma eps - l x) / alpha and lambda the half-log-SNR, the solution over a step is, exactly and for any
-    coefficients l, s, b of lambda,
+    With f = (sigma eps - l x) / alpha and the half-log-SNR lambda, the exact solution over a step, for any coefficients
+    l, s, b of lambda, is
 
         x_s = alpha_s A [x / alpha - int E (g + B) dlambda],    g = e^(-int s) f - B,    B = int e^(-int s) b,
         A = e^(-int l),    E = e^(int l + s),
 
-    with integrals from the start of the step on. g is replaced by the polynomial through the p newest outputs; the corrector
-    takes the one at the predicted state as well. That output also starts the next step, and f is kept as it was computed there
-    (the paper's correction of eps), so that the corrector costs nothing. The last step is not corrected.
+    with integrals from the start of the step. The solver replaces g by the polynomial through the p newest outputs. The
+    corrector adds the output at the predicted state. The same output starts the next step, and the solver keeps f as computed
+    at the predicted state (the paper's correction of eps): the corrector costs no evaluation. The last step is not corrected.
 
-    With l = 1, s = 0, b = 0, which is what no statistics means, this is exponential Adams on the data; with l = 0, s = -1,
-    b = 0, on the noise. The statistics of a model (:func:`iia_ode.estimate_statistics`) make g nearly constant; on Gaussian
-    data it is constant, and every step exact. Beyond the ends of their table they are constant, and a step across an end is
-    of order 2 only.
+    Without statistics, l = 1, s = 0, b = 0: exponential Adams on the data. l = 0, s = -1, b = 0 is exponential Adams on the
+    noise. The statistics of a model (:meth:`iia_ode.ModelStatistics.estimate`) make g nearly constant; on Gaussian data g is
+    constant, and every step is exact. Beyond the ends of their table the statistics are constant, and a step across an end
+    has order 2 only.
 
-    As published, the corrector drops the oldest output (``drop_oldest``; the release does unless its ``c_pseudo`` is set), and
-    is of order p. Lower order at the end is :class:`LowerOrderFinal`. The half-corrector for large guidance scales is not
-    offered.
+    As published, the corrector drops the oldest output (``drop_oldest``; the release drops it unless ``c_pseudo`` is set), and
+    has order p. :class:`LowerOrderFinal` lowers the order at the end. The half-corrector for large guidance scales is not
+    implemented.
 
     Parameters
     ----------
-    statistics : of the model, made for this schedule; None for data prediction.
+    statistics : statistics of the model on the same schedule; None for data prediction.
     max_order : p, 1 to 3.
     corrector : False for the predictor alone, of order p.
-    drop_oldest : the corrector combines p outputs instead of p + 1, the new one included.
-    p_pseudo, c_pseudo : a predictor or corrector of pseudo-order [eq. 15, 16], which takes the derivative of order k from the
-        k + 1 nearest outputs alone: with three outputs or more it is of order 2. Meant for very few steps.
+    drop_oldest : combine p outputs in the corrector instead of p + 1, the new output included.
+    p_pseudo, c_pseudo : use a predictor or corrector of pseudo-order [eq. 15, 16]: the derivative of order k comes from the
+        k + 1 nearest outputs alone. With three outputs or more the order is 2. Meant for very few steps.
     """
 
     statistics: ModelStatistics | None = None
@@ -64,18 +64,19 @@ class DPMSolverV3(Solver):
     c_pseudo: bool = False
 
     def __post_init__(self) -> None:
-        check_order("dpm_solver_v3", self.max_order, 3)
+        check_whole("max_order of dpm_solver_v3", self.max_order, least=1, most=3)
         for name in ("corrector", "drop_oldest", "p_pseudo", "c_pseudo"):
             check_flag(f"{name} of dpm_solver_v3", getattr(self, name))
         if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):
             raise InputError(
                 f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a "
-                "solver only name its statistics: load them, iia_ode.ModelStatistics.load(path), and pass the object."
+                "solver hold a digest of its statistics only: load them, iia_ode.ModelStatistics.load(path), and pass the "
+                "object."
             )
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """p, and with the corrector at most one more: its own order; 2 for more than two outputs of pseudo-order."""
+        """p, and with the corrector at most p + 1; pseudo-order with more than two outputs limits either part to order 2."""
         predictor = min(self.max_order, 2) if self.p_pseudo else self.max_order
         outputs = self.max_order + 1 - self.drop_oldest
         if not self.corrector or outputs < 2:
@@ -84,15 +85,15 @@ class DPMSolverV3(Solver):
 
     @property
     def consistent(self) -> bool:  # type: ignore[override]
-        """With statistics it is exact in variables of its own only."""
+        """False with statistics: the method is then exact in its own variables only."""
         return self.statistics is None
 
     def options(self) -> dict[str, Any]:
-        """The options, JSON-ready; statistics are only named, by their digest, and have to be passed again."""
+        """The options, JSON-ready. Statistics appear as a digest only, and must be passed again as an object."""
         return {**super().options(), "statistics": None if self.statistics is None else repr(self.statistics)}
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The predicted state, corrected with the output there unless the step is the last."""
+        """The predicted state, corrected with the output there except in the last step."""
         schedule, statistics = ode.schedule, self.statistics or _data_prediction()
         statistics.check(schedule)
         if not past.memory and schedule.alpha(t) == 0:
@@ -111,7 +112,7 @@ class DPMSolverV3(Solver):
         return y, (new, *history)[: self.max_order]
 
     def _output(self, ode: Any, x: Any, t: float) -> Output:
-        """f at state x; with statistics stored as one vector, so that neither x nor the model's output need be kept."""
+        """f at state x; with statistics stored as a single vector, in place of x and the model's output."""
         x = ode.hold(x)
         f = _linear(self.statistics or _data_prediction(), ode.schedule, x, t) - ode.data(x, t)
         return Output(t, f if self.statistics is None else ode.hold(f))
@@ -119,7 +120,7 @@ class DPMSolverV3(Solver):
 
 @dataclass(frozen=True)
 class _Update:
-    """The update over one step, for any choice of the outputs made at the times that it was set up for."""
+    """The update over one step, for any subset of outputs at the prepared times."""
 
     alphas: tuple[float, float]
     integrals: StepIntegrals
@@ -130,7 +131,7 @@ class _Update:
     def over(
         cls, statistics: ModelStatistics, schedule: Schedule, t: float, s: float, times: Sequence[float], n: int
     ) -> _Update:
-        """From t to s, with outputs made at some of `times`, at most n of them in one combination."""
+        """The update from t to s, with outputs at any of `times`, at most n in one combination."""
         lam = [schedule.lam(time) for time in times]
         start, end = schedule.lam(t), schedule.lam(s)
         return cls(
@@ -141,7 +142,7 @@ class _Update:
         )
 
     def __call__(self, x: Any, outputs: Sequence[Output], pseudo: bool) -> Any:
-        """alpha_s A [x / alpha - int E (P + B)] with P the polynomial through the outputs' g."""
+        """alpha_s A [x / alpha - int E (P + B)], with the polynomial P through the values g of the outputs."""
         (alpha, alpha_s), own = self.alphas, self.integrals
         nodes = [self.nodes[output.t] for output in outputs]
         coefficients = polynomial_coefficients([self.u[k] for k in nodes], pseudo)
@@ -155,10 +156,10 @@ class _Update:
 
 
 def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:
-    """Row j: coefficients, constant first, of what value j contributes to the polynomial through values at `u`; u[0] = 0.
+    """Coefficients of the Lagrange basis on the nodes `u` with u[0] = 0: row j, constant first, belongs to value j.
 
-    Newton's form, sum_k D_k N_k with divided differences D_k and N_k = prod_{i<k} (u - u_i). The pseudo-order polynomial puts
-    u^k in the place of N_k.
+    Newton's form is sum_k D_k N_k with divided differences D_k and N_k = prod_{i<k} (u - u_i). The pseudo-order polynomial
+    has u^k in place of N_k.
     """
     n = len(u)
     differences, basis = np.eye(n), np.zeros((n, n))
@@ -174,7 +175,7 @@ def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:
 
 
 def _linear(statistics: ModelStatistics, schedule: Schedule, x: Any, t: float) -> Any:
-    """(1 - l) x / alpha, which is f + D: the data form of f keeps its accuracy at every noise level."""
+    """(1 - l) x / alpha = f + D: computing f from the data estimate D is accurate at every noise level."""
     l = statistics.curves[0](schedule.lam(t))  # noqa: E741
     return _weight((1.0 - l) / schedule.alpha(t)) * x
 

@@ -1,14 +1,15 @@
-"""Exponential integrators with one step's own evaluations: the linear part of the ODE is solved exactly."""
+"""Singlestep exponential integrators: the linear part of the ODE is solved exactly, and no output is kept between steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_choice, check_number, check_whole
 from ..errors import InputError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import Interval, check_choice, check_fraction, check_order, data_step, fractions, noise_step, singular
+from .transfer import Interval, data_step, fractions, noise_step, singular
 
 __all__ = ["DDIM", "SinglestepDPMSolver"]
 
@@ -17,15 +18,15 @@ __all__ = ["DDIM", "SinglestepDPMSolver"]
 class DDIM(Solver):
     """DDIM: order 1, one evaluation a step [Song et al. 2021, eq. 12 with eta = 0].
 
-    The data estimate D is constant over the step: x_s = (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) D,
-    which is alpha_s D + sigma_s eps. It is DPM-Solver-1 [Lu et al. 2022], exponential Euler in log-SNR, and exact to
-    sigma = 0 and from alpha = 0.
+    The data estimate D is constant over the step: x_s = (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) D
+    = alpha_s D + sigma_s eps. DDIM is DPM-Solver-1 [Lu et al. 2022], exponential Euler in log-SNR, and exact to sigma = 0 and
+    from alpha = 0.
     """
 
     order = 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The transfer from t to s."""
+        """DDIM's transfer from t to s."""
         return data_step(ode.schedule, x, ode.data(x, t), t, s)
 
 
@@ -41,22 +42,22 @@ class DDIM(Solver):
 class SinglestepDPMSolver(Solver):
     """DPM-Solver and DPM-Solver++, singlestep: order 2 or 3, as many evaluations a step, DDIM to sigma = 0.
 
-    An exponential Runge-Kutta method in log-SNR with stages at fractions r1 < r2 of the step, on the noise estimate
+    The method is exponential Runge-Kutta in log-SNR with stages at fractions r1 < r2 of the step, on the noise estimate
     (DPM-Solver-2, -3 [Lu et al. 2022a, alg. 1, 2]) or on the data estimate (DPM-Solver++(2S) [Lu et al. 2022b, alg. 1]). With
-    m_i the output at stage i and w_k = int_0^1 H e^(-H(1-u)) u^k du (H the step in log-SNR, negative for noise):
+    the output m_i at stage i, the step H in log-SNR (negative for noise) and w_k = int_0^1 H e^(-H(1-u)) u^k du:
 
         2: keep x + scale (w_0 m_0 + w_0 / (2 r1) (m_1 - m_0)),   taylor: w_1 / r1 in place of w_0 / (2 r1)
         3: keep x + scale (w_0 m_0 + w_1 / r2 (m_2 - m_0)),       taylor: the quadratic through m_0, m_1, m_2, integrated
 
-    The third order needs r2 = 2/3 in either version: elsewhere the error of the first stage comes through, and it is 2.
+    The third order needs r2 = 2/3 in both versions: elsewhere the error of the first stage lowers the order to 2.
 
     Parameters
     ----------
     form : ``"data"`` (++) or ``"noise"``.
     max_order : 1, 2 or 3.
-    r1, r2 : stages as fractions of the step in log-SNR; 1/2, or 1/3 and 2/3, by default.
+    r1, r2 : stages as fractions of the step in log-SNR; by default 1/2, or 1/3 and 2/3.
     solver_type : ``"midpoint"`` as published, or ``"taylor"``.
-    spacing : ``"log_snr"``, or ``"time"`` for stages that divide the step evenly in t (r1 and r2 are then not used).
+    spacing : ``"log_snr"``, or ``"time"`` for stages evenly spaced in t (r1 and r2 are then ignored).
     """
 
     form: str = "data"
@@ -67,19 +68,19 @@ class SinglestepDPMSolver(Solver):
     spacing: str = "log_snr"
 
     def __post_init__(self) -> None:
-        check_choice("dpmpp_2s", "form", self.form, ("data", "noise"))
-        check_choice("dpmpp_2s", "solver_type", self.solver_type, ("midpoint", "taylor"))
-        check_choice("dpmpp_2s", "spacing", self.spacing, ("log_snr", "time"))
-        check_order("dpmpp_2s", self.max_order, 3)
+        check_choice("form of dpmpp_2s", self.form, ("data", "noise"))
+        check_choice("solver_type of dpmpp_2s", self.solver_type, ("midpoint", "taylor"))
+        check_choice("spacing of dpmpp_2s", self.spacing, ("log_snr", "time"))
+        check_whole("max_order of dpmpp_2s", self.max_order, least=1, most=3)
         for name in ("r1", "r2"):
             if getattr(self, name) is not None:
-                check_fraction("dpmpp_2s", name, getattr(self, name))
+                check_number(f"{name} of dpmpp_2s", getattr(self, name), above=0, below=1)
         if self.max_order == 3 and not self._fractions[0] < self._fractions[1]:
             raise InputError(f"the stages of dpmpp_3s must be in order, r1 < r2; got {self._fractions}.")
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """max_order; 2 for the third-order formula with its second stage elsewhere than at 2/3."""
+        """max_order; 2 for the third-order formula with r2 other than 2/3."""
         return 2 if self.max_order == 3 and abs(self._fractions[1] - 2 / 3) > 1e-9 else self.max_order
 
     @property

@@ -1,14 +1,14 @@
-"""Meta-solvers: they wrap any solver and change what it sees or how far it may go; IIA, which fits, is another."""
+"""Meta-solvers: wrappers of any solver that change its evaluations or its order. IIA is a meta-solver too."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from ..checks import check_number, check_whole
 from ..errors import InputError
 from ..forms import Evaluation, Forms
 from ..plan import Past
@@ -18,14 +18,13 @@ from .base import Solver, SolverLike, as_solver, register
 from .exponential import DDIM
 from .multistep import DPMSolverMultistep, ExponentialAdams
 from .runge_kutta import Heun
-from .transfer import check_order
 
 __all__ = ["AnalyticFirstStep", "DenoiseToZero", "Lookahead", "LowerOrderFinal", "MetaSolver", "OrderRamp"]
 
 
 @dataclass(frozen=True)
 class MetaSolver(Solver):
-    """A solver around another one, ``base``: a registered name or a Solver."""
+    """A solver around another solver, ``base``: a registered name or a Solver."""
 
     base: SolverLike = DDIM()
 
@@ -39,7 +38,7 @@ class MetaSolver(Solver):
 
     @property
     def label(self) -> str:
-        """The registered name, or the name with the base's label and the options in brackets."""
+        """The registered name; for other options, the name with the label of the base and the options in brackets."""
         label = super().label
         if "(" not in label:
             return label
@@ -48,17 +47,17 @@ class MetaSolver(Solver):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """That of the base."""
+        """The order of the base."""
         return self.solver.order
 
     @property
     def consistent(self) -> bool:  # type: ignore[override]
-        """Whether the base is."""
+        """Whether plans of the base are checked for consistency."""
         return self.solver.consistent
 
 
 class _View(Forms[Any]):
-    """The ODE with some evaluations replaced; everything else is the ODE's own."""
+    """The ODE with some evaluations replaced; all other attributes come from the ODE."""
 
     def __init__(self, ode: Any, evaluate: Callable[[Any, float, str], Evaluation[Any]]) -> None:
         self._ode, self._evaluate = ode, evaluate
@@ -67,7 +66,7 @@ class _View(Forms[Any]):
         return getattr(self._ode, name)
 
     def evaluate(self, x: Any, t: float, form: str = "data") -> Evaluation[Any]:
-        """The ODE's evaluation, or what stands in for it."""
+        """The evaluation by the ODE, or its replacement."""
         return self._evaluate(x, t, form)
 
 
@@ -76,9 +75,9 @@ class _View(Forms[Any]):
 class Lookahead(MetaSolver):
     """LA-DPM: extrapolates the data estimate, order 1, the base's evaluations a step [Zhang, Niwa, Kleijn 2023, eq. 13].
 
-    Where a step of the base first evaluates the model, it sees D_i + lam (D_i - D_{i-1}) in place of D_i, with D_{i-1} the
-    model's own estimate at the grid point before. Over ``ddim`` with lam = 1/2, on a grid uniform in log-SNR, that is
-    ``dpmpp_2m``, of order 2 like it; otherwise a lam that is not 0 leaves order 1, whatever the base.
+    The first evaluation in a step of the base returns D_i + lam (D_i - D_{i-1}) in place of D_i, with the model's own estimate
+    D_{i-1} at the grid point before. Over ``ddim``, lam = 1/2 gives order 2, and on a grid uniform in log-SNR equals
+    ``dpmpp_2m``. Every other nonzero lam leaves order 1, for every base.
 
     Parameters
     ----------
@@ -90,12 +89,11 @@ class Lookahead(MetaSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lam, bool) or not isinstance(self.lam, int | float) or not math.isfinite(self.lam):
-            raise InputError(f"lam of lookahead must be a finite number, such as 0.1; got {self.lam!r}.")
+        check_number("lam of lookahead", self.lam, such_as=0.1)
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """1 unless lam is 0; 2 over DDIM, under any of its names, with lam = 1/2."""
+        """The base's order for lam = 0; 2 over DDIM, under any of its names, for lam = 1/2; otherwise 1."""
         if self.lam == 0:
             return self.solver.order
         base, grid = self.solver, torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64, device="cpu")
@@ -104,9 +102,9 @@ class Lookahead(MetaSolver):
         return 2 if self.lam == 0.5 and base.plan(VP(), grid / 8).equivalent(DDIM().plan(VP(), grid / 8)) else 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The base's step, its first evaluation extrapolated from the one at the grid point before."""
+        """The base's step, with its first evaluation extrapolated from the grid point before."""
         inner, before = past.memory or ((), ())
-        looked: list[tuple[Any, Evaluation[Any]]] = []  # the state of the first evaluation, and what stands in for it
+        looked: list[tuple[Any, Evaluation[Any]]] = []  # the state of the first evaluation, and its replacement
         at_grid_points: dict[float, Any] = {}
 
         def evaluate(y: Any, u: float, form: str) -> Evaluation[Any]:
@@ -117,7 +115,7 @@ class Lookahead(MetaSolver):
                 at_grid_points[u] = plain.data
             if looked:
                 return plain
-            # A two-stage step evaluates at its end too, where the next step evaluates again: that is not the one before.
+            # A two-stage step evaluates at its end too, and the next step starts there: skip the evaluation at the same time.
             earlier = [data for time, data in before if time != u]
             data = plain.data + self.lam * (plain.data - earlier[-1]) if earlier else plain.data
             looked.append((y, Evaluation(plain.schedule, plain.t, plain.x, data, "data")))
@@ -130,11 +128,11 @@ class Lookahead(MetaSolver):
 @register("analytic_first_step", "afs")
 @dataclass(frozen=True)
 class AnalyticFirstStep(MetaSolver):
-    """Saves the first evaluation: the base's order but for its first step, one evaluation less [Dockhorn et al. 2022].
+    """Saves the first evaluation: the base's order after the first step, one evaluation less [Dockhorn et al. 2022].
 
-    At high noise the state is nearly all noise. Where the first step of the base first evaluates the model, it sees
-    eps = x / sqrt(alpha^2 + sigma^2) instead [their section 3.3]. That first step has an error proportional to its length (the
-    start-up is of order 1), with the data's share of x_T as a factor: use it on grids that start at high noise.
+    At high noise the state is nearly all noise. The first evaluation in the first step of the base is replaced by
+    eps = x / sqrt(alpha^2 + sigma^2) [section 3.3]. The error of the first step is proportional to its length times
+    alpha/sigma, and a cold start shows order 1: use the wrapper on grids with a start at high noise.
 
     Parameters
     ----------
@@ -142,15 +140,14 @@ class AnalyticFirstStep(MetaSolver):
     """
 
     base: SolverLike = Heun()
-    consistent = False  # what stands in for the first evaluation is right only as alpha / sigma goes to 0
+    consistent = False  # the replacement of the first evaluation is exact only as alpha / sigma goes to 0
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The base's step; the first one on the analytic estimate."""
+        """The base's step; the first step uses the analytic estimate."""
         if past.index > 0:
             return self.solver.step(ode, x, t, s, past)
-        alpha, sigma = ode.schedule.alpha(t), ode.schedule.sigma(t)
-        size = math.hypot(alpha, sigma)
-        # As data, alpha x / (size (size + sigma)): the same, but finite at alpha = 0.
+        alpha, sigma, size = ode.schedule.alpha(t), ode.schedule.sigma(t), ode.schedule.size(t)
+        # The same estimate as data, alpha x / (size (size + sigma)): finite at alpha = 0.
         analytic = Evaluation(ode.schedule, t, x, alpha / (size * (size + sigma)) * x, "data")
 
         def evaluate(y: Any, u: float, form: str) -> Any:
@@ -164,9 +161,9 @@ class AnalyticFirstStep(MetaSolver):
 class DenoiseToZero(MetaSolver):
     """Ends on the model's data estimate: the base's order, with one evaluation in the step to sigma = 0.
 
-    That step is x = D(x, t), whatever the base does there, as "denoise to zero" of dpm-solver and diff-sampler. Multi-stage
-    bases save evaluations by it; ``unipc`` and ``dpm_solver_v3``, whose last step needs none of its own, pay for one. On a
-    grid that ends elsewhere it is the base.
+    The step to sigma = 0 is x = D(x, t) for every base, as "denoise to zero" of dpm-solver and diff-sampler. Multi-stage bases
+    save evaluations. ``unipc`` and ``dpm_solver_v3`` have no evaluation in their last step, and need one more. On a grid with
+    another end the wrapper equals the base.
 
     Parameters
     ----------
@@ -184,18 +181,18 @@ class DenoiseToZero(MetaSolver):
 
 @dataclass(frozen=True)
 class _OrderSetter(MetaSolver):
-    """Base of what changes a solver's ``max_order`` from step to step."""
+    """Base of wrappers that change the ``max_order`` of a solver from step to step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if "max_order" not in self.solver.options():
             raise InputError(
                 f"{self.name} needs a base with an option max_order, such as 'dpmpp_2m' or 'ipndm'; "
-                f"{self.solver.label} has none. Wrap the solver that has it first: Lookahead(LowerOrderFinal('dpmpp_2m'))."
+                f"{self.solver.label} has none. Wrap the solver with max_order first: Lookahead(LowerOrderFinal('dpmpp_2m'))."
             )
 
     def with_order(self, order: int) -> Solver:
-        """The base with this order."""
+        """The base with the given ``max_order``."""
         base: Any = self.solver
         changed: Solver = replace(base, max_order=order)
         return changed
@@ -206,7 +203,7 @@ class _OrderSetter(MetaSolver):
 class LowerOrderFinal(_OrderSetter):
     """Lowers the order at the end to 3, 2, 1: global order at most 2, no more evaluations than the base [Lu et al. 2022b].
 
-    With few steps that is more stable at low noise; the very last step is of first order.
+    With few steps the lower order is more stable at low noise. The last step has order 1.
 
     Parameters
     ----------
@@ -217,11 +214,11 @@ class LowerOrderFinal(_OrderSetter):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """At most 2: the last step is one of first order."""
+        """The base's order, at most 2: the last step has order 1."""
         return min(self.solver.order, 2)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The base's step with at most one order more than there are steps to come."""
+        """The base's step, with an order of at most one more than the number of remaining steps."""
         highest = self.solver.options()["max_order"]
         return self.with_order(min(highest, past.remaining + 1)).step(ode, x, t, s, past)
 
@@ -234,8 +231,8 @@ class OrderRamp(_OrderSetter):
     Parameters
     ----------
     base : a solver with an option ``max_order``.
-    orders : for each step; the last one serves all later steps. It may rise by one at a time, since a multistep method
-        keeps no more outputs than its order needs.
+    orders : order of each step; the last order serves all later steps. The order may rise by one at a time, since a
+        multistep method keeps no more outputs than its order needs.
     """
 
     base: SolverLike = ExponentialAdams(max_order=3)
@@ -249,7 +246,7 @@ class OrderRamp(_OrderSetter):
             )
         object.__setattr__(self, "orders", tuple(self.orders))
         for before, order in zip((0, *self.orders), self.orders, strict=False):
-            check_order("order_ramp", order, 4, "each of the orders")
+            check_whole("each of the orders of order_ramp", order, least=1, most=4)
             if order > before + 1 and before:
                 raise InputError(f"the orders of order_ramp may rise by one at a time, got {self.orders}.")
         for order in set(self.orders):
@@ -257,9 +254,9 @@ class OrderRamp(_OrderSetter):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """That of the base at the last of the orders."""
+        """The order of the base with the last of the orders."""
         return self.with_order(self.orders[-1]).order
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The base's step at this step's order."""
+        """The base's step with the order of the current step."""
         return self.with_order(self.orders[min(past.index, len(self.orders) - 1)]).step(ode, x, t, s, past)

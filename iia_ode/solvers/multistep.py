@@ -1,7 +1,7 @@
-"""Linear multistep methods: one evaluation a step, and the model outputs of earlier steps.
+"""Linear multistep methods: one evaluation per step, combined with the model outputs of earlier steps.
 
-A method here says which form of the output it interpolates and with which weights; the memory, the lower orders of the first
-steps and the ends where log-SNR is infinite are the same for all.
+A method defines the interpolated form of the output and the weights. :class:`Multistep` has the common part: the memory, the
+lower orders of the first steps, and the steps with infinite log-SNR at an end.
 """
 
 from __future__ import annotations
@@ -11,26 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_choice, check_whole
 from ..plan import Past
 from ..schedules import Schedule
 from .base import Solver, register
-from .transfer import (
-    Interval,
-    check_choice,
-    check_order,
-    data_step,
-    fractions,
-    lagrange_integrals,
-    noise_weights_in_time,
-    singular,
-)
+from .transfer import Interval, data_step, fractions, lagrange_integrals, noise_weights_in_time, singular
 
 __all__ = ["LMS", "AdamsBashforth", "DEISTime", "DPMSolverMultistep", "ExponentialAdams", "Multistep"]
 
 
 @dataclass(frozen=True)
 class Output:
-    """A model output and the time that it was made at: what a multistep method remembers."""
+    """A model output and its time, the memory of a multistep method."""
 
     t: float
     value: Any
@@ -39,7 +31,8 @@ class Output:
 class Multistep(Solver):
     """Base of the linear multistep methods: ``keep * x + sum_j w_j m_j`` over the newest outputs m_0, m_1, ...
 
-    A subclass has fields ``form`` and ``max_order``, and says the weights. The first steps use what outputs there are.
+    A subclass has fields ``form`` and ``max_order``, and defines the weights in :meth:`coefficients`. The first steps use the
+    outputs available.
     """
 
     form: str
@@ -52,16 +45,16 @@ class Multistep(Solver):
 
     @abstractmethod
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
-        """The factor of x and the weights of the outputs made at `times` (newest first; the step starts at the first)."""
+        """The factor of x and the weights of the outputs at `times`, newest first; the step starts at ``times[0]``."""
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
-        """Whether only DDIM's step is possible from t to s."""
+        """Whether the step from t to s must be DDIM's."""
         return singular(schedule, t, s)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The combination, and the outputs that the next step may use."""
+        """The combination, and the outputs for the next step."""
         if self.first_order(ode.schedule, t, s):
-            # Nothing is remembered: no polynomial goes through an output made at infinite log-SNR.
+            # The memory is cleared: no polynomial passes through an output at infinite log-SNR.
             return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
         now = Output(t, ode.as_form(x, t, self.form))
         history = (now, *past.memory)[: self.max_order]
@@ -81,9 +74,9 @@ class Multistep(Solver):
 class ExponentialAdams(Multistep):
     """Exponential Adams-Bashforth: order 2 to 4, one evaluation a step, DDIM to sigma = 0 [Hochbruck & Ostermann 2010].
 
-    The polynomial in log-SNR through the newest outputs is integrated exactly over the step. On the data estimate it is what
-    DPM-Solver++'s multistep formulas approximate; on the noise estimate, what DPM-Solver's do, and DEIS in log-SNR:
-    ``deis_lab1``-``deis_lab3`` [Lu et al. 2022b; Zhang & Chen 2023].
+    The polynomial in log-SNR through the newest outputs is integrated exactly over the step. The multistep formulas of
+    DPM-Solver++ approximate the method on the data estimate, and those of DPM-Solver the method on the noise estimate. On the
+    noise estimate it is DEIS in log-SNR, ``deis_lab1``-``deis_lab3`` [Lu et al. 2022b; Zhang & Chen 2023].
 
     Parameters
     ----------
@@ -95,8 +88,8 @@ class ExponentialAdams(Multistep):
     max_order: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("expab2", "form", self.form, ("data", "noise"))
-        check_order("expab2", self.max_order, 4)
+        check_choice("form of expab2", self.form, ("data", "noise"))
+        check_whole("max_order of expab2", self.max_order, least=1, most=4)
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The integrals of the Lagrange polynomials in log-SNR."""
@@ -105,7 +98,7 @@ class ExponentialAdams(Multistep):
 
 
 class _OverRho(Multistep):
-    """On the noise estimate, integrated over rho = sigma/alpha, where sigma = 0 is a point like any other."""
+    """Base of methods that integrate the noise estimate over rho = sigma/alpha; sigma = 0 is an ordinary point of rho."""
 
     form = "noise"
 
@@ -118,7 +111,7 @@ class _OverRho(Multistep):
         return schedule.alpha(t) == 0 or schedule.alpha(s) == 0
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
-        """Those of x_s = (alpha_s/alpha_t) x + alpha_s int eps d(rho)."""
+        """The coefficients of x_s = (alpha_s/alpha_t) x + alpha_s int eps d(rho)."""
         scale = schedule.alpha(s)
         return scale / schedule.alpha(times[0]), [scale * w for w in self.integrals(schedule, times, s)]
 
@@ -129,7 +122,7 @@ class _OverRho(Multistep):
 )
 @dataclass(frozen=True)
 class LMS(_OverRho):
-    """LMS of k-diffusion, which is DEIS's rho-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023].
+    """LMS of k-diffusion, DEIS's rho-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023].
 
     The polynomial in rho = sigma/alpha through the newest noise estimates is integrated exactly: variable-step
     Adams-Bashforth for d(x/alpha) = eps d(rho) [Hairer, Norsett, Wanner 1993, section III.5].
@@ -142,10 +135,10 @@ class LMS(_OverRho):
     max_order: int = 4
 
     def __post_init__(self) -> None:
-        check_order("lms", self.max_order, 4)
+        check_whole("max_order of lms", self.max_order, least=1, most=4)
 
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
-        """Of the Lagrange polynomials in rho."""
+        """Integrals of the Lagrange polynomials in rho."""
         nodes = [schedule.noise_to_signal(u) for u in times]
         return lagrange_integrals(nodes, nodes[0], schedule.noise_to_signal(s))
 
@@ -156,7 +149,7 @@ class DEISTime(_OverRho):
     """DEIS's t-AB: order 1 to 4, one evaluation a step, to sigma = 0 too [Zhang & Chen 2023, eq. 15].
 
     The polynomial in the schedule's own time through the newest noise estimates is integrated exactly over rho = sigma/alpha.
-    The numbers in the names count as here, by order; DEIS's paper counts the degree of the polynomial.
+    Numbers in the names are orders; DEIS's paper counts the degree of the polynomial.
 
     Parameters
     ----------
@@ -166,10 +159,10 @@ class DEISTime(_OverRho):
     max_order: int = 3
 
     def __post_init__(self) -> None:
-        check_order("deis_tab3", self.max_order, 4)
+        check_whole("max_order of deis_tab3", self.max_order, least=1, most=4)
 
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
-        """Of the Lagrange polynomials in time."""
+        """Integrals over rho of the Lagrange polynomials in time."""
         return noise_weights_in_time(schedule, times, times[0], s)
 
 
@@ -178,8 +171,8 @@ class DEISTime(_OverRho):
 class AdamsBashforth(Multistep):
     """Variable-step Adams-Bashforth on dx/dt: order 1 to 4, one evaluation a step [Hairer, Norsett, Wanner 1993, III.5].
 
-    The polynomial in t through the newest velocities is integrated exactly over the step, one to sigma = 0 too. Nothing of the
-    schedule enters but the velocity: the natural choice for flow matching.
+    The polynomial in t through the newest velocities is integrated exactly over the step, including the step to sigma = 0.
+    The schedule enters through the velocity only: the natural choice for flow matching.
 
     Parameters
     ----------
@@ -190,10 +183,10 @@ class AdamsBashforth(Multistep):
     form = "velocity"
 
     def __post_init__(self) -> None:
-        check_order("ab4", self.max_order, 4)
+        check_whole("max_order of ab4", self.max_order, least=1, most=4)
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
-        """The velocity has no singular point."""
+        """False: the velocity has no singular point."""
         return False
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
@@ -213,20 +206,20 @@ class AdamsBashforth(Multistep):
 class DPMSolverMultistep(Multistep):
     """DPM-Solver and DPM-Solver++, multistep, as published: order 2, one evaluation a step, DDIM to sigma = 0.
 
-    On the data estimate (++, [Lu et al. 2022b, alg. 2]) or on the noise. With m_j the outputs, newest first, u_j < 0 where
-    they were made in units of the step in log-SNR, and w_k = int_0^1 H e^(-H(1-u)) u^k du:
+    The method works on the data estimate (++, [Lu et al. 2022b, alg. 2]) or on the noise. With the outputs m_j, newest first,
+    their positions u_j < 0 in units of the step in log-SNR, and w_k = int_0^1 H e^(-H(1-u)) u^k du:
 
         2M: keep x + scale (w_0 m_0 + w_0/2 (m_0 - m_1)/(-u_1)),    taylor: w_1 in place of w_0/2
         3M: keep x + scale (w_0 m_0 + w_1 q_1 + w_2/2 q_2),         m_0 + q_1 u + q_2 u^2 through the three newest outputs
 
-    Erratum: the integral of that quadratic has w_2 q_2, twice the last term. Every public implementation of 3M has the half,
-    and is therefore of order 2; ``expab3`` has the exact weight, and order 3.
+    Erratum: the integral of the quadratic has w_2 q_2, twice the last term. Every public implementation of 3M has the half,
+    and therefore order 2; ``expab3`` has the exact weight, and order 3.
 
     Parameters
     ----------
     form : ``"data"`` (++) or ``"noise"``.
-    max_order : 1, 2 or 3: how many outputs are combined.
-    solver_type : of the second order, ``"midpoint"`` or ``"taylor"`` (called "heun" in diffusers), which is ``expab2``.
+    max_order : number of combined outputs, 1, 2 or 3.
+    solver_type : second-order formula, ``"midpoint"`` or ``"taylor"`` ("heun" in diffusers, here ``expab2``).
     """
 
     form: str = "data"
@@ -234,13 +227,13 @@ class DPMSolverMultistep(Multistep):
     solver_type: str = "midpoint"
 
     def __post_init__(self) -> None:
-        check_choice("dpmpp_2m", "form", self.form, ("data", "noise"))
-        check_choice("dpmpp_2m", "solver_type", self.solver_type, ("midpoint", "taylor"))
-        check_order("dpmpp_2m", self.max_order, 3)
+        check_choice("form of dpmpp_2m", self.form, ("data", "noise"))
+        check_choice("solver_type of dpmpp_2m", self.solver_type, ("midpoint", "taylor"))
+        check_whole("max_order of dpmpp_2m", self.max_order, least=1, most=3)
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """At most 2: the published third-order formula is not of order 3."""
+        """max_order, at most 2: the published third-order formula has order 2."""
         return min(self.max_order, 2)
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
@@ -252,11 +245,11 @@ class DPMSolverMultistep(Multistep):
         if len(u) == 2:
             slope = (w[1] if self.solver_type == "taylor" else w[0] / 2) / -u[1]
             return interval.keep, [w[0] + slope, -slope]
-        # Newton's form: m_0 + u [m_0, m_1] + u (u - u_1) [m_0, m_1, m_2]; the exact weight of the last divided difference
+        # Newton's form is m_0 + u [m_0, m_1] + u (u - u_1) [m_0, m_1, m_2]. The exact weight of the last divided difference
         # is w_2 - u_1 w_1.
         second = [1 / (u[1] * u[2]), 1 / (u[1] * (u[1] - u[2])), 1 / (u[2] * (u[2] - u[1]))]
         first = [-1 / u[1], 1 / u[1], 0.0]
-        last = w[2] / 2 - u[1] * w[1]  # erratum: the published formula has w_2 / 2 here, where w_2 belongs
+        last = w[2] / 2 - u[1] * w[1]  # erratum: the published formula has w_2 / 2 in place of w_2
         return interval.keep, [
             w[0] * (j == 0) + w[1] * a + last * b for j, (a, b) in enumerate(zip(first, second, strict=True))
         ]

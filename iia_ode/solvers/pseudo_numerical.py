@@ -1,13 +1,14 @@
-"""Pseudo-numerical methods: classic uniform-grid weights on the noise estimate, carried by DDIM's transfer."""
+"""Pseudo-numerical methods: uniform-grid Adams-Bashforth weights on the noise estimate, with DDIM's transfer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_choice, check_whole
 from ..plan import Past
 from .base import Solver, register
-from .transfer import check_choice, check_order, data_step, noise_step
+from .transfer import data_step, noise_step
 
 __all__ = ["ADAMS_BASHFORTH", "PNDM"]
 
@@ -33,19 +34,19 @@ ADAMS_BASHFORTH = {
 class PNDM(Solver):
     """Pseudo-numerical methods: order 2, one evaluation a step [Liu et al. 2022].
 
-    The noise estimates are combined with Adams-Bashforth weights as if the grid were uniform, and the result moves the state
-    by DDIM's transfer: x_s = (alpha_s/alpha_t) x + (sigma_s - sigma_t alpha_s/alpha_t) e with e = sum_j b_j eps_j.
+    Adams-Bashforth weights of a uniform grid combine the noise estimates on every grid. DDIM's transfer moves the state with
+    the combination: x_s = (alpha_s/alpha_t) x + (sigma_s - sigma_t alpha_s/alpha_t) e with e = sum_j b_j eps_j.
 
-    - ``ipndm``, ``ipndm1``-``ipndm3``: the first steps have fewer outputs to combine [Zhang & Chen 2023, appendix H];
+    - ``ipndm``, ``ipndm1``-``ipndm3``: the first steps combine fewer outputs [Zhang & Chen 2023, appendix H];
     - ``spndm`` (S-PNDM) and ``plms``: the first step is Heun's, with two evaluations; then order 2, or up to 4;
     - ``fpndm`` (F-PNDM): three classic Runge-Kutta steps of four evaluations, then four outputs.
 
-    The weights belong to a uniform grid in sigma/alpha, and only there (deis_rhoab = lms) are orders 3 and 4 reached: on other
-    smooth grids every version with two outputs or more is of order 2, with a small error constant.
+    The weights are exact on a grid uniform in sigma/alpha, and only there (deis_rhoab = lms) are orders 3 and 4 reached. On
+    other smooth grids, versions with two outputs or more have order 2, with a small error constant.
 
     Parameters
     ----------
-    max_order : 1 to 4, how many outputs are combined; with 1 there is no start-up and it is DDIM.
+    max_order : number of combined outputs, 1 to 4; 1 is DDIM, without start-up.
     start : ``"euler"``, ``"heun"`` or ``"runge_kutta"``, for the first steps.
     """
 
@@ -53,18 +54,18 @@ class PNDM(Solver):
     start: str = "euler"
 
     def __post_init__(self) -> None:
-        check_order("ipndm", self.max_order, 4)
-        check_choice("ipndm", "start", self.start, ("euler", "heun", "runge_kutta"))
+        check_whole("max_order of ipndm", self.max_order, least=1, most=4)
+        check_choice("start of ipndm", self.start, ("euler", "heun", "runge_kutta"))
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """At most 2: the weights are those of a uniform grid."""
+        """max_order, at most 2: the weights belong to a uniform grid."""
         return min(self.max_order, 2)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The transfer with the combined noise, and the outputs that later steps use."""
+        """The transfer with the combined noise, and the outputs for later steps."""
         schedule = ode.schedule
-        if schedule.alpha(t) == 0:  # there x is all noise: only the data estimate says where to go
+        if schedule.alpha(t) == 0:  # x is pure noise here, and only the data estimate determines the step
             return data_step(schedule, x, ode.data(x, t), t, s), ()
         history = (ode.noise(x, t), *past.memory)[: self.max_order]
         weights = ADAMS_BASHFORTH[len(history)]
@@ -78,7 +79,7 @@ class PNDM(Solver):
 
     @staticmethod
     def _runge_kutta(ode: Any, x: Any, first: Any, t: float, s: float) -> Any:
-        """The mean noise of the classic fourth-order method, its stages reached by the transfer [Liu et al. 2022, eq. 14]."""
+        """The mean noise of the classic fourth-order method; the transfer reaches its stages [Liu et al. 2022, eq. 14]."""
         middle = (t + s) / 2
         second = ode.noise(noise_step(ode.schedule, x, first, t, middle), middle)
         third = ode.noise(noise_step(ode.schedule, x, second, t, middle), middle)

@@ -6,13 +6,15 @@ In t on the velocity dx/dt; and in rho = sigma/alpha on the noise estimate, d(x/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+from ..checks import check_number, check_whole
 from ..errors import PlanError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import check_fraction, data_step, noise_step, singular
+from .transfer import data_step, noise_step, singular
 
 __all__ = [
     "DPM2",
@@ -30,36 +32,77 @@ __all__ = [
     "ThreeEighths",
 ]
 
+_ROUNDING = 1e-14  # of sums over a tableau's row
+
 
 class RungeKutta(Solver):
-    """A method given by its Butcher tableau; the tableau checks itself when the class is made.
+    """An explicit Runge-Kutta method, given by its Butcher tableau.
 
     Stage i is the velocity at time t + c_i h and state x + h sum_j a_ij k_j; the step is x + h sum_i b_i k_i.
-    Where a stage would be evaluated at sigma = 0 the step is Euler's (which, where alpha = 1 and sigma = t, lands on the
+    Where a stage would be evaluated at sigma = 0 the step is Euler's (where alpha = 1 and sigma = t, this step lands on the
     model's data estimate).
 
-    Attributes
+    ``RungeKutta(a, b, c, order=2, name="mine")`` makes a solver from numbers. A subclass has the class attributes ``a``,
+    ``b``, ``c`` and ``order``, takes no arguments, and can be registered under a name.
+
+    Parameters
     ----------
-    a : rows below the first stage; ``a[i - 1]`` has i entries.
-    b, c : weights and nodes.
+    a : coefficients of the stages: row i - 1 has the i coefficients of stage i, for i from 1; or the whole square matrix,
+        zero on and above its diagonal.
+    b : weights of the stages.
+    c : nodes of the stages, the sums of the rows of `a`; these sums by default.
+    order : of the method, as it is claimed; :func:`iia_ode.testing.verify` measures it.
+    name : of the method in plans and tables.
+
+    Raises
+    ------
+    PlanError : the tableau is not that of an explicit method, or not consistent: b must sum to 1, and each row of a to its c.
+
+    Examples
+    --------
+    >>> ralston = iia.RungeKutta(a=[[2 / 3]], b=[1 / 4, 3 / 4], order=2, name="ralston2")
+    >>> x = iia.sample(ode, x_T, iia.grids.karras(5), ralston)
     """
 
-    a: ClassVar[tuple[tuple[float, ...], ...]]
-    b: ClassVar[tuple[float, ...]]
-    c: ClassVar[tuple[float, ...]]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not all(hasattr(cls, part) for part in ("a", "b", "c")):
-            raise PlanError(f"{cls.__name__} needs a tableau: class attributes a, b and c.")
-        stages = len(cls.b)
-        if stages < 1 or len(cls.c) != stages or [len(row) for row in cls.a] != list(range(1, stages)) or cls.c[0] != 0:
-            raise PlanError(f"the tableau of {cls.__name__} is not that of an explicit method with {stages} stages.")
-        rows = [sum(row) - node for row, node in zip(cls.a, cls.c[1:], strict=True)]
-        if max(map(abs, [*rows, sum(cls.b) - 1.0])) > 1e-14:
-            raise PlanError(
-                f"the tableau of {cls.__name__} is inconsistent: b must sum to 1, and each row of a to its c."
-            )
+        if given := {part: getattr(cls, part) for part in ("a", "b", "c") if hasattr(cls, part)}:
+            if "a" not in given or "b" not in given:
+                raise PlanError(f"{cls.__name__} needs a whole tableau: class attributes a, b and c.")
+            cls.a, cls.b, cls.c = _tableau(cls.__name__, given["a"], given["b"], given.get("c"))
+
+    def __init__(
+        self,
+        a: Sequence[Sequence[float]] | None = None,
+        b: Sequence[float] | None = None,
+        c: Sequence[float] | None = None,
+        *,
+        order: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        kind = type(self).__name__
+        if hasattr(type(self), "b"):
+            if any(value is not None for value in (a, b, c, order, name)):
+                raise PlanError(
+                    f"{kind} has the tableau of its class; make another one by iia_ode.RungeKutta(a, b, c, order=2)."
+                )
+            return
+        if a is None or b is None or order is None:
+            raise PlanError(f"{kind} needs a tableau and its order: {kind}(a, b, c, order=2, name='mine').")
+        self.name = kind if name is None else name
+        self.order = check_whole(f"order of {self.name}", order, least=1, error=PlanError)
+        self.a, self.b, self.c = _tableau(self.name, a, b, c)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of one class with equal tableaus, orders and names."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """x + h sum_i b_i k_i."""
@@ -71,6 +114,37 @@ class RungeKutta(Solver):
             y = x + sum(h * a * slope for a, slope in zip(row, k, strict=True) if a)
             k.append(ode.velocity(y, t + node * h if node != 1.0 else s))
         return x + sum(h * b * slope for b, slope in zip(self.b, k, strict=True) if b)
+
+
+def _tableau(name: str, a: Any, b: Any, c: Any) -> tuple[Any, Any, Any]:
+    """A tableau as tuples of floats: the rows of a below the first stage, b and c."""
+    try:
+        weights = tuple(float(w) for w in b)
+        rows = [tuple(float(v) for v in row) for row in a]
+        nodes = None if c is None else tuple(float(v) for v in c)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"the tableau of {name} must be numbers: rows a, weights b and nodes c ({error}).") from error
+    stages = len(weights)
+    if rows and all(len(row) == stages == len(rows) for row in rows):
+        if any(any(row[i:]) for i, row in enumerate(rows)):
+            raise PlanError(
+                f"the tableau of {name} is not that of an explicit method: a must be zero on and above its diagonal."
+            )
+        rows = [row[:i] for i, row in enumerate(rows)][1:]
+    sums = (0.0, *(1.0 if abs(sum(row) - 1) < _ROUNDING else sum(row) for row in rows))
+    nodes = sums if nodes is None else nodes
+    if stages < 1 or len(nodes) != stages or [len(row) for row in rows] != list(range(1, stages)) or nodes[0] != 0:
+        raise PlanError(
+            f"the tableau of {name} is not that of an explicit method with {stages} stages: row i of a has i entries for i "
+            f"from 1 to {stages - 1}, c has {stages} entries, and the first of them is 0."
+        )
+    gaps = [total - node for total, node in zip(sums, nodes, strict=True)]
+    if not all(abs(gap) <= _ROUNDING for gap in (*gaps, sum(weights) - 1.0)):
+        raise PlanError(
+            f"the tableau of {name} is inconsistent: b must sum to 1, and each row of a to its c; b sums to "
+            f"{sum(weights):.16g}, and the rows differ by {[float(f'{gap:.3g}') for gap in gaps[1:]]}."
+        )
+    return tuple(rows), weights, nodes
 
 
 @register("euler")
@@ -148,10 +222,6 @@ class RhoRungeKutta(RungeKutta):
     Where a stage would be evaluated at sigma = 0, or the step starts at alpha = 0 (rho infinite), the step is DDIM's.
     """
 
-    a: ClassVar[tuple[tuple[float, ...], ...]] = ()
-    b: ClassVar[tuple[float, ...]] = (1.0,)
-    c: ClassVar[tuple[float, ...]] = (0.0,)
-
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """x/alpha + (rho_s - rho_t) sum_i b_i eps_i, times alpha_s."""
         schedule = ode.schedule
@@ -212,7 +282,7 @@ class DPM2(Solver):
     r: float = 0.5
 
     def __post_init__(self) -> None:
-        check_fraction("dpm2", "r", self.r)
+        check_number("r of dpm2", self.r, above=0, below=1)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer from t to s with the weighted noise estimate."""

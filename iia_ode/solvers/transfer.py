@@ -20,14 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import InputError
 from ..schedules import Schedule
 
 __all__ = [
     "Interval",
-    "check_choice",
-    "check_fraction",
-    "check_order",
     "data_step",
     "exponential_moments",
     "fractions",
@@ -156,21 +152,3 @@ def _unit_rule() -> tuple[Array, Array]:
     """Gauss-Legendre on [0, 1]; 48 points integrate e^(H u) times a cubic to rounding for |H| up to about 40."""
     nodes, weights = np.polynomial.legendre.leggauss(48)
     return (nodes + 1) / 2, weights / 2
-
-
-def check_order(solver: str, order: Any, highest: int, name: str = "max_order") -> None:
-    """Raise InputError unless `order` is a whole number from 1 to `highest`."""
-    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= highest:
-        raise InputError(f"{name} of {solver} must be a whole number from 1 to {highest}, got {order!r}.")
-
-
-def check_choice(solver: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise InputError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} of {solver} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_fraction(solver: str, name: str, value: Any) -> None:
-    """Raise InputError unless `value` lies strictly between 0 and 1."""
-    if not isinstance(value, int | float) or not 0 < value < 1:
-        raise InputError(f"{name} of {solver} must be a number between 0 and 1, got {value!r}.")

@@ -1,4 +1,4 @@
-"""UniPC: a predictor and a corrector that share their evaluations."""
+"""UniPC: a predictor and a corrector with shared evaluations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import check_flag
+from ..checks import check_choice, check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, check_choice, check_order, data_step, fractions, noise_step, singular
+from .transfer import Interval, data_step, fractions, noise_step, singular
 
 __all__ = ["UniPC"]
 
@@ -30,16 +30,16 @@ __all__ = ["UniPC"]
 class UniPC(Solver):
     """UniPC-p: order p + 1 with its corrector, one evaluation a step, DDIM to sigma = 0 [Zhao et al. 2023].
 
-    With m_j the outputs (data or noise), u_j where they were made in units of the step in log-SNR, H the step (negative for
-    noise), B = -H (bh1) or e^(-H) - 1 (bh2):
+    With the outputs m_j (data or noise), their positions u_j in units of the step in log-SNR, the step H (negative for noise),
+    and B = -H (bh1) or e^(-H) - 1 (bh2):
 
         x_s = keep x + scale (w_0 m_0 - B sum_j rho_j (m_j - m_0) / u_j),    sum_j rho_j u_j^(k-1) = b_k = -w_k / B
 
-    over the p - 1 outputs before m_0 for the predictor, and in addition the output at the predicted state (u = 1) for the
-    corrector. That output also starts the next step, so that the corrector costs nothing. The last step is not corrected.
+    The predictor sums over the p - 1 outputs before m_0. The corrector adds the output at the predicted state (u = 1). The
+    same output starts the next step, and the corrector costs no evaluation. The last step is not corrected.
 
-    Erratum kept as published: with one difference in the sum rho is 1/2 instead of b_1, so that the variants differ there;
-    with more, B cancels, and both are the exact exponential Adams weights.
+    Erratum kept as published: a sum with a single difference has rho = 1/2 in place of b_1, and only there do the variants
+    differ. With more differences B cancels, and both variants have the exact exponential Adams weights.
 
     Parameters
     ----------
@@ -55,18 +55,18 @@ class UniPC(Solver):
     corrector: bool = True
 
     def __post_init__(self) -> None:
-        check_order("unipc", self.max_order, 4)
-        check_choice("unipc", "form", self.form, ("data", "noise"))
-        check_choice("unipc", "variant", self.variant, ("bh1", "bh2"))
+        check_whole("max_order of unipc", self.max_order, least=1, most=4)
+        check_choice("form of unipc", self.form, ("data", "noise"))
+        check_choice("variant of unipc", self.variant, ("bh1", "bh2"))
         check_flag("corrector of unipc", self.corrector)
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """p + 1 with the corrector, p without."""
+        """p + 1 with the corrector, p without the corrector."""
         return self.max_order + self.corrector
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """The predicted state, corrected with the output there unless the step is the last."""
+        """The predicted state, corrected with the output there except in the last step."""
         schedule = ode.schedule
         memory = past.memory
         if not memory:
@@ -88,7 +88,7 @@ class UniPC(Solver):
         return y, (new, *history)
 
     def _combine(self, interval: Interval, x: Any, u: Sequence[float], m: Sequence[Any]) -> Any:
-        """keep x + the integral with the B(h) weights of the differences to m_0."""
+        """keep x plus the integral, with the B(h) weights of the differences to m_0."""
         w = interval.moments(len(u))
         if len(u) == 2:
             B = interval.H if self.variant == "bh1" else -math.expm1(-interval.H)

@@ -136,7 +136,7 @@ def exact_states(problem: str, schedule: Schedule, track: Track, n: int, steps: 
             _EXACT[key] = torch.stack([data.flow(x, EDM(), start, level) for level in levels.tolist()])
         else:
             # Tolerances below rounding: the error is that of the last bits, 1e-13 of the state.
-            _EXACT[key] = odeint(data.ode(EDM()), x, levels, "torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
+            _EXACT[key] = odeint(data.ode(EDM()), x, levels, method="torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
     states = _EXACT[key] * schedule.alpha(times).reshape(-1, 1, 1)
     wanted = range(first, last + 1, stride) if steps else [0]
     place = {point: k for k, point in enumerate(kept)}

@@ -1,4 +1,4 @@
-"""Checks of solvers: functions that raise :class:`~iia_ode.ConformanceError` for a broken promise.
+"""Checks of solvers: functions that raise :class:`~iia_ode.errors.ConformanceError` for a broken promise.
 
 ``check(solver)`` runs all checks. In your own test suite, each check is a test case::
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..errors import ConformanceError, UnknownNameError
 from ..grids import karras, uniform
-from ..iia import IIA, load
-from ..iia.terms import StepRecord, Term
+from ..iia import IIA
+from ..iia.directions import StepRecord, Term
+from ..iia.fitted import load
 from ..integrate import odeint, sample
 from ..plan import trace
 from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
@@ -205,7 +206,7 @@ def check_any_number_of_intervals_works(solver: Solver) -> None:
         for to_data in (True, False):
             grid = karras(n if to_data else n + 1, 0.02, 20.0, schedule=schedule, to_data=to_data)
             x = draw(gaussian(), 4, schedule, float(grid[0]))
-            states = odeint(ode, x, grid, solver)
+            states = odeint(ode, x, grid, method=solver)
             where = f"a grid of {n} interval{'s' * (n > 1)}" + " to the data" * to_data
             _require(len(states) == n + 1, solver, f"{where} gives {len(states)} states, expected {n + 1}")
             _require(bool(torch.isfinite(states).all()), solver, f"{where} gives states that are not finite")
@@ -221,7 +222,7 @@ def check_last_step_lands_on_the_data(solver: Solver) -> None:
         _require_convergence(solver, schedule, partial(karras, schedule=schedule), (12, 36))
         # Close to one of a few data points the flow is straight: a valid step reduces the noise.
         ode, grid = points().ode(schedule), karras(6, 0.01, 0.1, schedule=schedule)
-        states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, solver)
+        states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, method=solver)
         estimate = ode.data(states[-2], float(grid[-2]))
         before, left = rms(states[-2] - estimate), rms(states[-1] - estimate)
         _require(
@@ -240,7 +241,7 @@ def check_state_keeps_its_dtype(solver: Solver) -> None:
     """float32 and float64 states keep dtype and accuracy under every default dtype of torch."""
     ode, grid = mixture().ode(VP()), karras(12, schedule=VP())
     x = draw(mixture(), 4, VP(), float(grid[0]))
-    exact = odeint(ode, x, grid, solver)
+    exact = odeint(ode, x, grid, method=solver)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
         for default in (torch.float32, torch.float64):
             with default_dtype(default):
@@ -358,11 +359,11 @@ def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
         solver,
         "the loaded solver gives other samples",
     )
-    _require(loaded.about == fit.about, solver, f"saved with {fit.about}, but loaded with {loaded.about}")
+    _require(loaded.record == fit.record, solver, f"saved with {fit.record}, but loaded with {loaded.record}")
 
 
 CHECKS: tuple[Check, ...] = tuple(_CHECKS)
-"""The suite: functions that take a solver or a registered name and raise :class:`~iia_ode.ConformanceError`."""
+"""The suite: functions that take a solver or a registered name and raise :class:`~iia_ode.errors.ConformanceError`."""
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..checks import check_whole
 from ..errors import InputError
 from ..plan import Plan, trace
 from ..plan.plan import run_code
@@ -163,13 +164,7 @@ def claimed_order(solver: Solver) -> int:
     ------
     InputError : the attribute is missing, or is no whole number of at least 1.
     """
-    claimed = getattr(solver, "order", None)
-    if not isinstance(claimed, int) or isinstance(claimed, bool) or claimed < 1:
-        got = "has none" if claimed is None else f"has {claimed!r}"
-        raise InputError(
-            f"{solver.label} needs an integer attribute `order`, 1 or more, and {got}: the suite verifies this claim."
-        )
-    return claimed
+    return check_whole(f"attribute `order` of {solver.label}", getattr(solver, "order", None), least=1)
 
 
 def measure_order(

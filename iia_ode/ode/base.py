@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, unknown_name
-from .forms import PREDICTIONS, Evaluation, Forms
-from .schedules import Schedule
+from ..errors import InputError, unknown_name
+from ..forms import PREDICTIONS, Evaluation, Forms
+from ..schedules import Schedule
 
-__all__ = ["Ledger", "ProbabilityFlowODE", "check_wrapped"]
+__all__ = ["Ledger", "ProbabilityFlowODE"]
 
 V = TypeVar("V")
 
@@ -91,6 +92,9 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         self._fingerprint: tuple[Any, str] | None = None
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"the guidance scale must be a finite number, got {guidance_scale}.")
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
         if self.guidance_scale != 1.0 and (
             not self.unconditional or self.unconditional.keys() != self.conditioning.keys()
         ):
@@ -101,7 +105,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that an ODE is given beside its model: ``ProbabilityFlowODE(other, **ode.settings)`` is that of another one."""
+        """Every argument besides the model: ``ProbabilityFlowODE(other, **ode.settings)`` is the ODE of another model."""
         names = (
             "schedule",
             "prediction",
@@ -191,12 +195,18 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     # ---- views and bookkeeping ---------------------------------------------------------------------------------------
 
-    def condition(self, **conditioning: Any) -> ProbabilityFlowODE:
-        """The same model and ledger under another condition (guidance stays as it is)."""
+    def condition(self, **conditioning: Any) -> Self:
+        """The same model and ledger under other conditions; guidance stays."""
         return self._view(conditioning, self.unconditional)
 
-    def subset(self, index: slice | Tensor, batch: int) -> ProbabilityFlowODE:
-        """The ODE of some samples of a batch of size `batch`: conditioning is indexed along with the states."""
+    def subset(self, index: slice | Tensor, batch: int) -> Self:
+        """The ODE of some samples of a batch.
+
+        Parameters
+        ----------
+        index : the samples, a slice or an integer or boolean tensor [n].
+        batch : size of the whole batch. Conditions with so many entries are indexed along with the states.
+        """
 
         def pick(values: Mapping[str, Any]) -> dict[str, Any]:
             return {
@@ -205,20 +215,38 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         return self._view(pick(self.conditioning), pick(self.unconditional))
 
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> ProbabilityFlowODE:
-        own = {"conditioning": conditioning, "unconditional": unconditional}
-        view = ProbabilityFlowODE(self.model, **self.settings | own)
-        view.ledger = self.ledger
-        return view  # untouched: train() here would switch on the dropout of the shared model
+    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
+        """A shallow copy with other conditions: of the same class, with the same model and ledger."""
+        view = self._copied()
+        view.conditioning, view.unconditional = dict(conditioning), dict(unconditional)
+        view._check_guidance()
+        return view
+
+    def _copied(self) -> Self:
+        """A shallow copy whose submodules can be replaced without changing those of this ODE."""
+        twin = copy.copy(self)
+        twin.__dict__["_modules"] = dict(self._modules)
+        return twin
 
     @property
     def nfe(self) -> int:
-        """Batched model evaluations so far; ``ode.ledger.reset()`` sets it back."""
+        """Batched model evaluations so far; ``ode.ledger.reset()`` sets the count back."""
         return self.ledger.evaluations
 
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the model's parameters; None for a model without parameters, which runs where the states are."""
+        if isinstance(self.model, nn.Module):
+            for parameter in self.model.parameters():
+                return parameter.device
+        return None
+
+    def counting(self) -> AbstractContextManager[Ledger]:
+        """A ledger of what a ``with`` block spends; its counts are filled in when the block ends."""
+        return self._counted()
+
     @contextmanager
-    def counting(self) -> Iterator[Ledger]:
-        """A ledger of what is spent inside the ``with`` block (filled in when the block ends)."""
+    def _counted(self) -> Iterator[Ledger]:
         before, spent = (self.ledger.evaluations, self.ledger.samples), Ledger()
         try:
             yield spent
@@ -246,17 +274,6 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
             body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
             self._fingerprint = key, hashlib.sha256(body).hexdigest()[:16]
         return self._fingerprint[1]
-
-
-def check_wrapped(ode: ProbabilityFlowODE) -> None:
-    """Raise InputError unless all that this ODE says of its model comes from its `output`: that is what a wrapper asks."""
-    kind = type(ode)
-    own = [name for name in ("evaluate", "forward") if getattr(kind, name) is not getattr(ProbabilityFlowODE, name)]
-    if own:
-        raise InputError(
-            f"{kind.__name__} has a method {' and '.join(own)} of its own, which a fit would pass over: let its method output "
-            "return what the model should have returned, and leave the others as they are."
-        )
 
 
 def _checked(out: Any, shape: Sequence[int]) -> Tensor:

@@ -1,0 +1,26 @@
+"""Automatic fits: the search behind `iia_ode.fit` for grid, warm start, kind of weights and refinement."""
+
+from .budget import BUDGETS, Budget
+from .fit import fit
+from .grids import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels, two_fold
+from .pipeline import Contender, Pipeline
+from .search import Objective, Search, Trial, coordinate_descent, halving
+
+__all__ = [
+    "BUDGETS",
+    "Budget",
+    "Contender",
+    "FreeGrid",
+    "LeapGrid",
+    "Objective",
+    "Pipeline",
+    "Search",
+    "Trial",
+    "coordinate_descent",
+    "fit",
+    "halving",
+    "leap_grids",
+    "search_grid",
+    "search_levels",
+    "two_fold",
+]

@@ -1,0 +1,236 @@
+"""Pipelines of a fit: a warm start or none, a grid, and the kind of weights; and the solvers that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..iia.batch import Batch
+from ..iia.directions import Terms, Window
+from ..iia.fitted import FittedSolver
+from ..iia.method import IIA
+from ..iia.moments import Moments
+from ..iia.provenance import Ingredient
+from ..iia.ranking import cauchy_mean
+from ..iia.refinement import Refinement
+from ..iia.warm_start import WarmStart
+from ..plan import Plan
+from ..schedules import Schedule
+from .grids import FreeGrid, LeapGrid
+
+__all__ = ["RIDGE", "SCALARS", "Contender", "Cost", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]
+
+RIDGE = 1e-7  # where no ridge is chosen: enough to keep weights of nearly parallel directions small
+_HELD_OUT = 0.2  # share of the samples that chooses the ridge
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A kind of weights in a closed-form fit.
+
+    Attributes
+    ----------
+    name : name in reports.
+    terms, intercept : options of :class:`~iia_ode.IIA`.
+    """
+
+    name: str
+    terms: str | Terms = "window"
+    intercept: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Numbers per weight."""
+        projections = self.terms.projections if isinstance(self.terms, Window) else None
+        return 1 if projections is None else projections.count
+
+
+SCALARS = Weights("scalars")
+
+
+def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
+    """The kinds of weights for samples of a shape, scalars first; bands are for images [C, H, W].
+
+    The energy of images falls steeply with frequency. At any level of noise, low frequencies are further on their way than
+    high ones, and brightness further than color, so a weight per band can gain over a single weight.
+    """
+    found = [SCALARS]
+    if len(shape) == 3 and min(shape[1:]) >= 4:
+        bands = Window(4 if min(shape[1:]) >= 8 else 2, "luma-chroma" if shape[0] == 3 else None, tuple(shape))
+        found.append(Weights("bands", bands))
+    if intercepts:
+        found += [Weights("intercept" if w is SCALARS else f"{w.name}, intercept", w.terms, True) for w in found]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A kind of warm start, always fitted to all training samples, also where the weights are fitted to a few.
+
+    Attributes
+    ----------
+    name : name in reports.
+    train : the training samples.
+    moments : moments of the data for a gain per direction; None for one gain.
+    key, labels : a condition and its values [n], for a constant per value; None for one constant.
+    """
+
+    name: str
+    train: Batch
+    moments: Moments | None = None
+    key: str | None = None
+    labels: Tensor | None = None
+
+    def take(self, batch: Batch, grid: Tensor) -> tuple[WarmStart, Batch, Tensor]:
+        """The warm start over the first interval of a grid; the batch and the grid from its end."""
+        t, s = (float(v) for v in grid[:2])
+        before, after = self.train.x.cpu(), self.train.taught.at(s)
+        warm = WarmStart.affine(
+            batch.ode.schedule, t, s, before, after, over=self.moments, labels=self.labels, per=self.key
+        )
+        y = warm.apply(batch.x, batch.ode)
+        return warm, replace(batch, x=y, teacher=batch.taught.restarted(s, y)), grid[1:]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A warm start, if there is one, and the fit from its end."""
+
+    warm: WarmStart | None
+    rest: FittedSolver
+
+    @property
+    def whole(self) -> FittedSolver:
+        """The fit from the start of the grid."""
+        return self.rest if self.warm is None else self.rest.after(self.warm)
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A way to make a solver: how the first interval is taken, on which grid, with which kind of weights.
+
+    Attributes
+    ----------
+    method : IIA, whose terms and intercept are set by `weights`.
+    nfe : number of evaluations of the solver.
+    t_start : time of the initial states.
+    start : the warm start; None for a cold start.
+    grid : the grid; by default the single step from start to data.
+    family : the leap grid from which the levels of `grid` were moved.
+    weights : the kind of weights.
+    """
+
+    method: IIA
+    nfe: int
+    t_start: float
+    start: Start | None = None
+    grid: LeapGrid | FreeGrid = FreeGrid(())
+    family: LeapGrid | None = None
+    weights: Weights = SCALARS
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether the start is warm, and whether it depends on a condition."""
+        return self.start is not None, self.start is not None and self.start.key is not None
+
+    @property
+    def name(self) -> str:
+        """Name in reports."""
+        return f"{'' if self.start is None else f'warm start {self.start.name}, '}{self.weights.name}"
+
+    @property
+    def levels(self) -> int:
+        """Number of grid points before the data: a warm start takes one interval without an evaluation."""
+        return self.nfe + (self.start is not None)
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The grid, float64 [levels + 1]."""
+        return self.grid.times(self.levels, schedule, self.t_start)
+
+    def plan(self, batch: Batch, grid: Tensor) -> Plan:
+        """The plan of a quick closed-form fit on a grid, with a fixed small ridge."""
+        warm, batch, grid = self._started(batch, grid)
+        return joined(warm, self._method(RIDGE).fit_batch(batch, grid.tolist(), 0.0).plan)
+
+    def fit(self, batch: Batch, *, ridge: float | str = "auto") -> Parts:
+        """A closed-form fit on the pipeline's grid. With ``ridge="auto"`` a fifth of the batch chooses each step's ridge."""
+        warm, batch, grid = self._started(batch, self.times(batch.ode.schedule))
+        share = _HELD_OUT if ridge == "auto" else 0.0
+        return Parts(warm, self._method(ridge).fit_batch(batch, grid.tolist(), share))
+
+    def _started(self, batch: Batch, grid: Tensor) -> tuple[WarmStart | None, Batch, Tensor]:
+        return (None, batch, grid) if self.start is None else self.start.take(batch, grid)
+
+    def _method(self, ridge: float | str) -> IIA:
+        return replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
+
+
+@dataclass
+class Cost:
+    """Cost of a stage.
+
+    Attributes
+    ----------
+    samples : sample evaluations.
+    seconds : wall-clock time.
+    """
+
+    samples: int = 0
+    seconds: float = 0.0
+
+    def moved(self, other: Cost) -> None:
+        """Take over the cost of another stage, which is left with none of it."""
+        self.samples, self.seconds = self.samples + other.samples, self.seconds + other.seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A solver that was made, and may become the result.
+
+    Attributes
+    ----------
+    name : name in reports.
+    plan : the solver.
+    errors : endpoint errors per sample, float64 [n], on the samples that judge.
+    cost : cost of making it.
+    pipeline : how it was made; None for a solver without a fit.
+    fitted : the closed-form fit; for a refined solver, the closed-form fit of the same pipeline.
+    refinement, warm : the refinement of the weights, and the warm start before them, if any.
+    """
+
+    name: str
+    plan: Plan
+    errors: Tensor
+    cost: Cost
+    pipeline: Pipeline | None = None
+    fitted: FittedSolver | None = None
+    refinement: Refinement | None = None
+    warm: WarmStart | None = None
+
+    def __str__(self) -> str:
+        error = self.error
+        found = "not finite" if error is None else f"error {error:.4g}, median {float(self.errors.median()):.4g}"
+        return f"{self.name}: {found}"
+
+    @property
+    def error(self) -> float | None:
+        """Root mean square endpoint error; None if not finite."""
+        error = cauchy_mean(self.errors, math.inf)
+        return error if math.isfinite(error) else None
+
+    def judged(self, errors: Tensor) -> Contender:
+        """The same solver with the errors of more samples."""
+        return replace(self, errors=torch.cat([self.errors, errors]))
+
+    def ingredient(self, *, chosen: bool) -> Ingredient:
+        """The entry in the record of the search."""
+        return Ingredient(self.name, self.error, self.cost.samples, self.cost.seconds, chosen)
+
+
+def joined(warm: WarmStart | None, rest: Plan) -> Plan:
+    """The plan of a warm start, if there is one, and of what follows."""
+    return rest if warm is None else warm.then(rest)

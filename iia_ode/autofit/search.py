@@ -1,0 +1,172 @@
+"""Search over any kind of candidate, judged by errors per sample: successive halving and coordinate descent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from ..checks import check_whole
+from ..errors import InputError
+from ..iia.ranking import cauchy_mean, ranked
+
+__all__ = ["Objective", "Search", "Trial", "check_rounds", "coordinate_descent", "halving", "samples_of"]
+
+_FEWEST = 16  # samples of a round: two-fold cross-validation fits to half of them
+
+G = TypeVar("G", bound=Hashable)
+
+Objective: TypeAlias = Callable[[G, int], Tensor]
+"""From a candidate and a number n to the candidate's errors on the first n samples, float64 [n]; infinite where it fails."""
+
+Move: TypeAlias = Callable[[G, float], G | None]
+"""From a candidate and a factor to the candidate with one coordinate scaled; None where that is no candidate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial(Generic[G]):
+    """A candidate that was tried.
+
+    Attributes
+    ----------
+    candidate : the candidate.
+    errors : its errors per sample, float64 [samples].
+    samples : number of samples.
+    """
+
+    candidate: G
+    errors: Tensor
+    samples: int
+
+    @property
+    def error(self) -> float:
+        """Root mean square over the samples; infinite if an error is."""
+        return cauchy_mean(self.errors, math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Search(Generic[G]):
+    """Result of a search.
+
+    Attributes
+    ----------
+    trials : every trial, in order.
+    ranking : the remaining candidates, best first.
+    """
+
+    trials: tuple[Trial[G], ...]
+    ranking: tuple[G, ...]
+
+    @property
+    def best(self) -> G:
+        """The winner."""
+        return self.ranking[0]
+
+
+class _Trials(Generic[G]):
+    """The trials of a search; each candidate is tried once on a number of samples."""
+
+    def __init__(self, objective: Objective[G]) -> None:
+        self.objective = objective
+        self.made: dict[tuple[G, int], Trial[G]] = {}
+
+    def ranked(self, candidates: Sequence[G], samples: int, *, last: bool) -> list[G]:
+        """The candidates, best first."""
+        for candidate in candidates:
+            if (candidate, samples) not in self.made:
+                errors = self.objective(candidate, samples)
+                self.made[candidate, samples] = Trial(candidate, errors, samples)
+        errors = [self.made[candidate, samples].errors for candidate in candidates]
+        return ranked(candidates, errors, outliers_too=last)
+
+
+def halving(
+    objective: Objective[G], candidates: Sequence[G], rounds: Sequence[tuple[float, int]], samples: int
+) -> Search[G]:
+    """Successive halving: candidates that win on few samples are tried again on more.
+
+    In the rounds before the last, samples that end in another mode count little: there are too few to know how rare they are.
+    In the last round they count (``outliers_too`` of :func:`~iia_ode.iia.ranking.ranked`).
+
+    Parameters
+    ----------
+    objective : errors of a candidate.
+    candidates : where to look.
+    rounds : (share of the samples, number of candidates to keep) of each round; a round has at least 16 samples.
+    samples : number of samples that there are.
+
+    Returns
+    -------
+    The trials, and the candidates that the last round kept.
+
+    Raises
+    ------
+    InputError : the rounds are not usable, or no candidate has finite errors.
+    """
+    check_rounds(rounds)
+    trials, alive, seen = _Trials(objective), list(dict.fromkeys(candidates)), samples
+    for i, (share, keep) in enumerate(rounds, start=1):
+        seen = samples_of(share, samples)
+        alive = trials.ranked(alive, seen, last=i == len(rounds))[:keep]
+    if not alive or not math.isfinite(trials.made[alive[0], seen].error):
+        raise InputError("no candidate has finite errors: the model is not finite, or no candidate is usable.")
+    return Search(tuple(trials.made.values()), tuple(alive))
+
+
+def coordinate_descent(
+    objective: Objective[G], start: G, moves: Sequence[Move[G]], *, passes: int, step: float, samples: int
+) -> Search[G]:
+    """Coordinate descent: each pass scales every coordinate up and down by a factor, and keeps the best candidate.
+
+    The factor falls to its square root after each pass. The descent ends early where a pass changes nothing.
+
+    Parameters
+    ----------
+    objective : errors of a candidate.
+    start : the first candidate.
+    moves : one for each coordinate.
+    passes : number of passes, from 0.
+    step : the first factor, above 1.
+    samples : number of samples to judge by.
+
+    Returns
+    -------
+    The trials, and the best candidate.
+
+    Raises
+    ------
+    InputError : `step` or `passes` is not usable.
+    """
+    check_whole("passes", passes, least=0)
+    if not step > 1:
+        raise InputError(f"step must be a factor above 1, got {step!r}.")
+    trials, best = _Trials(objective), start
+    for _ in range(passes):
+        before = best
+        for move in moves:
+            moved = [move(best, factor) for factor in (step, 1 / step)]
+            best = trials.ranked([best, *(m for m in moved if m is not None)], samples, last=True)[0]
+        if best == before:
+            break
+        step = math.sqrt(step)
+    return Search(tuple(trials.made.values()), (best,))
+
+
+def check_rounds(rounds: Sequence[tuple[float, int]]) -> None:
+    """Raise InputError unless rounds are pairs of a share and a number of candidates."""
+    for share, keep in rounds:
+        if not (0 < share <= 1 and isinstance(keep, int) and keep >= 1):
+            raise InputError(
+                "a round is a share of the samples, above 0 and at most 1, and a number of candidates to keep, at least 1; "
+                f"got ({share!r}, {keep!r})."
+            )
+    if not rounds:
+        raise InputError("a search needs at least one round.")
+
+
+def samples_of(share: float, samples: int) -> int:
+    """Number of samples of a round."""
+    return min(samples, max(_FEWEST, round(share * samples)))

@@ -1,0 +1,308 @@
+"""The stages of a search, each a function of the context: rival, closed-form fits, refinements, choice, last fit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from ..errors import IIAError, InputError, RankError, first_line
+from ..grids import karras
+from ..iia.batch import Batch
+from ..iia.fitted import FittedSolver
+from ..iia.method import IIA
+from ..iia.provenance import Ingredient
+from ..iia.ranking import ranked
+from ..iia.refinement import Refinement, refine
+from ..iia.warm_start import WarmStart
+from ..ode.distributed import ranks_of
+from ..plan import Plan, trace
+from ..solvers import get_solver
+from .budget import AGAIN, Budget
+from .grids import LeapGrid, Levels, search_grid, search_levels, two_fold
+from .pipeline import RIDGE, SCALARS, Contender, Cost, Pipeline, Start, Weights, joined, weights_of
+
+__all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
+
+RIVAL = "ipndm3"
+"""The solver without a fit that a search competes with."""
+
+_ENOUGH = 10  # components of training samples for each weight, or nothing is fitted to all samples
+_SAMPLES = 10  # training samples, for the mean that an intercept is
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Everything that the stages of one search share.
+
+    Attributes
+    ----------
+    batch : all samples with their teacher. Its ODE memoizes evaluations.
+    held_out : number of the samples, the last ones, that decide.
+    nfe : evaluations of the solver.
+    budget, seed, progress : as for :func:`iia_ode.fit`.
+    leads : whether this process reports; with several processes, the first one.
+    """
+
+    batch: Batch
+    held_out: int
+    nfe: int
+    budget: Budget
+    seed: int
+    progress: bool
+    leads: bool
+
+    @cached_property
+    def train(self) -> Batch:
+        """The training samples."""
+        return self.batch.split(self.held_out)[0]
+
+    @cached_property
+    def held(self) -> Batch:
+        """The held-out samples."""
+        return self.batch.split(self.held_out)[1]
+
+    @property
+    def method(self) -> IIA:
+        """The closed-form fit of every pipeline, apart from the kind of weights."""
+        return IIA(
+            "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{self.nfe}"
+        )
+
+    @property
+    def levels(self) -> Levels:
+        """The range of levels."""
+        return Levels.of(self.batch)
+
+    @property
+    def scale(self) -> float:
+        """Root mean square of the data, by all true final states."""
+        return float(self.batch.target.double().square().mean().sqrt()) or 1.0
+
+    def say(self, text: str) -> None:
+        """Report progress."""
+        if self.leads:
+            _log.info(text)
+
+    @contextmanager
+    def stage(self) -> Iterator[Cost]:
+        """The cost of a ``with`` block, filled in at its end."""
+        cost, begun = Cost(), time.perf_counter()
+        with self.batch.ode.counting() as spent:
+            yield cost
+        cost.seconds, cost.samples = time.perf_counter() - begun, spent.samples
+
+
+def rival(context: Context) -> list[Contender]:
+    """The solver that the model would have without a fit, on a Karras grid."""
+    schedule, levels = context.batch.ode.schedule, context.levels
+    solver = get_solver(RIVAL)
+    with context.stage() as cost:
+        try:
+            top = min(levels.highest, 200.0)
+            low = max(context.batch.taught.sigma_min, min(0.02, top / 10))
+            grid = solver.grid_for(context.nfe, lambda n: karras(n, low, top, schedule=schedule), schedule)
+            grid[0] = context.batch.taught.t_start
+            plan = trace(solver, schedule, grid, consistent=False)
+        except IIAError:
+            return []  # it cannot make so many evaluations, or not on this schedule
+        errors = context.held.errors(plan)
+    return [_said(context, Contender(f"{RIVAL}, not fitted", plan, errors, cost))]
+
+
+def closed_form(context: Context, start: Start | None, candidates: Sequence[LeapGrid]) -> list[Contender]:
+    """Closed-form fits for one kind of start: on the best grid, with scalar weights and with the best kind of weights.
+
+    The grid is searched for with scalar weights, and the kind of weights is chosen on that grid; both by two-fold
+    cross-validation of the training samples. What is made then is judged by the held-out samples.
+
+    Parameters
+    ----------
+    context : the search.
+    start : the warm start; None for a cold start.
+    candidates : leap grids; none for a single evaluation.
+    """
+    budget, train = context.budget, context.train
+    pipeline = Pipeline(context.method, context.nfe, context.batch.taught.t_start, start)
+    with context.stage() as spent:
+        if candidates:
+            found = search_grid(
+                pipeline.plan, train, pipeline.levels, candidates, rounds=budget.rounds, descent=budget.descent
+            )
+            pipeline = replace(pipeline, grid=found.best, family=found.best)
+            context.say(f"{pipeline.name}: {len(found.trials)} grids; {found.best}")
+        pipeline = replace(pipeline, weights=_best_weights(context, pipeline))
+        if budget.levels and candidates:
+            moved = search_levels(pipeline.plan, train, pipeline.levels, pipeline.grid, passes=budget.levels)
+            pipeline = replace(pipeline, grid=moved.best)
+            levels = " ".join(f"{v:.3g}" for v in moved.best.levels)
+            context.say(f"{pipeline.name}: {len(moved.trials)} grids; levels {levels}")
+    made = []
+    for own in [pipeline] if pipeline.weights is SCALARS else [replace(pipeline, weights=SCALARS), pipeline]:
+        with context.stage() as cost:
+            fitted = own.fit(train).whole
+            errors = context.held.errors(fitted.plan)
+        if not made:  # the first solver on a grid bears the cost of finding it
+            cost.moved(spent)
+        made.append(_said(context, Contender(own.name, fitted.plan, errors, cost, own, fitted)))
+    return made
+
+
+def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
+    """The kind of weights with the lowest cross-validated error on the pipeline's grid."""
+    if pipeline.start is not None and pipeline.start.moments is not None:
+        return SCALARS  # a map over directions of the data does not go with bands
+    train = context.train
+    kinds = weights_of(train.x.shape[1:], intercepts=pipeline.start is None)
+    if len(kinds) < 2 or len(train) < 4:
+        return SCALARS
+    errors = [
+        two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)(pipeline.grid, len(train))
+        for kind in kinds
+    ]
+    return ranked(kinds, errors, outliers_too=True)[0] if bool(torch.isfinite(torch.cat(errors)).any()) else SCALARS
+
+
+def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender | Ingredient]:
+    """Gauss-Newton refinements of the best closed-form fits; an ingredient without an error for each that failed."""
+    fits = [c for c in contenders if c.pipeline is not None]
+    order = ranked(fits, [c.errors for c in fits], outliers_too=True)
+    usable = [c for c in order if bool(torch.isfinite(c.errors).all())] or order
+    made: list[Contender | Ingredient] = []
+    for fit in worth_refining(usable, context.budget.starts):
+        name, found = f"{fit.name}, refined", None
+        with context.stage() as cost:
+            try:
+                parts = fit.pipeline.fit(context.train, ridge=RIDGE)  # type: ignore[union-attr]
+            except RankError:
+                raise
+            except IIAError as error:
+                context.say(f"{name}: not possible ({first_line(error)})")
+            else:
+                share = context.held_out / len(context.batch)
+                found = _refined(context, name, parts.warm, parts.rest.plan, share, context.budget.iterations)
+            if found is not None:
+                plan = joined(parts.warm, found.plan)
+                errors = context.held.errors(plan)
+        if found is None:
+            made.append(Ingredient(name, None, cost.samples, cost.seconds))
+            continue
+        cost.samples += found.backward
+        contender = Contender(name, plan, errors, cost, fit.pipeline, fit.fitted, found, parts.warm)
+        made.append(_said(context, contender))
+    return made
+
+
+def worth_refining(contenders: Sequence[Contender], count: int) -> list[Contender]:
+    """So many of the closed-form fits, given best first: the best of each kind, then the others in order.
+
+    The best with and the best without a warm start come first, then the best with a warm start per class. A few samples that
+    end in another mode may put all fits of one kind behind, and refinement gains different amounts on each. So where there is
+    room all kinds are refined, and the choice among them comes after that.
+    """
+    kinds = [c.pipeline.kind for c in contenders if c.pipeline is not None]
+    by_start = {kind[:1]: c for kind, c in zip(reversed(kinds), reversed(contenders), strict=True)}
+    by_kind = {kind: c for kind, c in zip(reversed(kinds), reversed(contenders), strict=True)}
+    leading = [c for firsts in (by_start, by_kind) for c in contenders if c in firsts.values()]
+    return list(dict.fromkeys([*leading, *contenders]))[:count]
+
+
+def _refined(
+    context: Context, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
+) -> Refinement | None:
+    """The refinement of a plan from the end of its warm start, if it has one; None where it failed."""
+    batch, budget = context.batch, context.budget
+    try:
+        return refine(
+            batch.ode,
+            batch.x if warm is None else warm.apply(batch.x, batch.ode),
+            rest,
+            batch.target.to(batch.x),
+            held_out=held_out,
+            sigma_min=batch.taught.sigma_min,
+            iterations=iterations,
+            probes=budget.probes,
+            chunk_size=budget.chunk_size,
+            checkpointed=budget.checkpointed,
+            seed=context.seed,
+            progress=context.progress,
+        )
+    except RankError:
+        raise
+    except (IIAError, RuntimeError) as error:
+        less = "; Budget(checkpointed=True) or a smaller chunk_size takes less memory" if "memory" in str(error) else ""
+        everywhere = isinstance(error, IIAError | torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+        if ranks_of(batch.ode) is not None and not everywhere:  # the other processes wait for this one
+            raise RankError(f"{name} failed in this process: {first_line(error)}{less}") from error
+        context.say(f"{name}: not possible ({first_line(error)}{less})")
+        return None
+
+
+def choose(contenders: Sequence[Contender]) -> Contender:
+    """The best contender.
+
+    Raises
+    ------
+    InputError : no contender has finite errors.
+    """
+    usable = [c for c in contenders if c.error is not None]
+    if not usable:
+        raise InputError("nothing could be fitted: the model is not finite on this noise.")
+    return ranked(usable, [c.errors for c in usable], outliers_too=True)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Last:
+    """Result of the last fit.
+
+    Attributes
+    ----------
+    plan : the solver.
+    fitted : the closed-form fit behind it; None for a solver without a fit.
+    backward : sample evaluations of backward passes.
+    """
+
+    plan: Plan
+    fitted: FittedSolver | None
+    backward: int = 0
+
+
+def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
+    """The chosen solver, fitted once more to all samples.
+
+    The chosen solver was fitted to the training samples alone, which have less to learn from. The new fit replaces it
+    where there are enough samples for its weights, and where it is better on all samples, or on the fresh ones if there are.
+    """
+    pipeline, train = best.pipeline, context.train
+    if pipeline is None:
+        return Last(best.plan, None)
+    weights = context.nfe * (context.nfe + 3) // 2 * pipeline.weights.groups
+    if len(train) < _SAMPLES or len(train) * train.x[0].numel() < _ENOUGH * weights:
+        return Last(best.plan, best.fitted)
+    backward = 0
+    if best.refinement is None:
+        fitted: FittedSolver | None = pipeline.fit(context.batch).whole
+        plan = fitted.plan
+    else:
+        fitted, again = best.fitted, _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
+        if again is None or again.best == 0:
+            return Last(best.plan, fitted, 0 if again is None else again.backward)
+        backward, plan = again.backward, joined(best.warm, again.plan)
+    if fresh is None:
+        errors = [context.batch.errors(plan), context.batch.errors(best.plan)]
+    else:
+        errors = [fresh.errors(plan), best.errors[-len(fresh) :]]
+    kept = ranked([plan, best.plan], errors, outliers_too=True)[0]
+    return Last(kept, fitted if kept is plan else best.fitted, backward)
+
+
+def _said(context: Context, made: Contender) -> Contender:
+    context.say(f"{made}, on held-out samples ({made.cost.samples} sample evaluations, {made.cost.seconds:.1f} s)")
+    return made

@@ -1,0 +1,149 @@
+"""The ingredients of budget ``"thorough"`` alone: more draws, warm starts, and fresh draws for the final choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import IIAError, RankError, first_line
+from ..iia.batch import Batch, held_out_of
+from ..iia.moments import estimate_moments
+from ..iia.provenance import Ingredient
+from ..iia.teacher import Teacher
+from ..ode import ProbabilityFlowODE
+from .grids import LeapGrid
+from .pipeline import Contender, Start
+from .stages import Context, closed_form
+
+__all__ = ["class_condition", "fresh_states", "judged", "more_states", "starts_of", "warm_started", "with_ends"]
+
+_OWN = 0x9E3779B9  # seed offset of added draws, so that it does not overlap small user seeds
+_FRESH = 0x7F4A7C15  # the same for the draws of the final choice
+_LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+def more_states(batch: Batch, t: float, draws: int, held_out: float, seed: int) -> Batch:
+    """The batch extended to `draws` samples: each given sample is followed by new ones under the same condition.
+
+    Held-out samples of the given batch stay held out with their conditions, and so do the halves of the training samples.
+
+    Parameters
+    ----------
+    batch : the given samples, at time t.
+    t, seed : time and seed of the new noise.
+    draws : number of samples of the result, if the batch has fewer.
+    held_out : share of held-out samples.
+    """
+    ode, x = batch.ode, batch.x
+    if draws <= len(x):
+        return batch
+    held, own = held_out_of(draws, held_out), held_out_of(len(x), held_out)
+    index = torch.cat([_in_turn(draws - held, len(x) - own), len(x) - own + _in_turn(held, own)])
+    new = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), index[1:] == index[:-1]])
+    states = x.cpu()[index]
+    states[new] = _drawn(ode, x, t, int(new.sum()), _OWN + seed)
+    return replace(batch, ode=ode.subset(index, len(x)), x=states.to(x.device))
+
+
+def fresh_states(batch: Batch, t: float, draws: int, first: int, seed: int) -> Batch:
+    """`draws` samples of new noise at time t, under the conditions of the samples from `first` on in turn."""
+    ode, x = batch.ode, batch.x
+    index = first + _in_turn(draws, len(x) - first)
+    new = _drawn(ode, x, t, draws, _FRESH + seed).to(x.device)
+    return Batch(ode.subset(index, len(x)), new, None, batch.chunk_size)
+
+
+def with_ends(batch: Batch, t: float, steps: int, sigma_min: float, progress: bool) -> Batch:
+    """The batch with its true final states: those of a teacher from time t, whose trajectories are dropped."""
+    end, ends = batch.ode.schedule.t_data, []
+    for part in tqdm(list(batch.chunks()), desc="ends", disable=not progress):
+        ends.append(Teacher.solve(part.ode, part.x, t, end, steps=steps, sigma_min=sigma_min).final)
+    return replace(batch, final=torch.cat(ends))
+
+
+def _drawn(ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int) -> Tensor:
+    """Noise of the level at t, like x, on the host."""
+    generator = torch.Generator("cpu").manual_seed(seed % 2**32)  # larger seeds would lose their high bits silently
+    return ode.schedule.sigma(t) * torch.randn((draws, *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
+
+
+def _in_turn(n: int, own: int) -> Tensor:
+    """Each of 0 ... own - 1 about n / own times, in order, int64 [n]."""
+    return torch.arange(n, device="cpu") * own // n
+
+
+# ---- warm starts -----------------------------------------------------------------------------------------------------
+
+
+def starts_of(train: Batch, all_values: ProbabilityFlowODE, say: Callable[[str], None]) -> list[Start]:
+    """The kinds of warm start: one gain; a gain per direction of the data; and that per class, where there are classes.
+
+    Parameters
+    ----------
+    train : the training samples with their teacher.
+    all_values : the ODE with the conditions of all samples, held-out ones included.
+    say : is told why a kind is left out.
+    """
+    key = class_condition(train, all_values)
+    labels = None if key is None else train.ode.conditioning[key].cpu()
+    starts = [Start("affine", train)]
+    if train.target[0].numel() <= _LARGEST:
+        try:
+            starts.append(Start("diagonal", train, estimate_moments(train.target)))
+            if key is not None:
+                moments = estimate_moments(train.target, labels=labels, key=key)
+                starts.append(Start("diagonal, per " + key, train, moments, key, labels))
+        except IIAError as error:
+            say(f"no covariance of the data: {first_line(error)}")
+    return starts
+
+
+def class_condition(train: Batch, all_values: ProbabilityFlowODE) -> str | None:
+    """The name of a condition with few values, each held by at least eight training samples, as a mean needs."""
+    for key, value in train.ode.conditioning.items():
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value) == len(train) and not value.is_floating_point():
+            _, counts = torch.unique(value, return_counts=True)
+            known = bool(torch.isin(all_values.conditioning[key], value).all())
+            if len(counts) > 1 and bool((counts >= 8).all()) and known:
+                return key
+    return None
+
+
+def warm_started(context: Context, cold: LeapGrid | None) -> list[Contender | Ingredient]:
+    """Closed-form fits for each kind of warm start, on grids near the cold start's leap grid.
+
+    An ingredient without an error stands for a warm start that failed.
+    """
+    cold, scale = cold or LeapGrid(context.scale, 0.1 * context.scale), context.scale
+    lasts = (cold.sigma_min, cold.sigma_min / 2)
+    near = [LeapGrid(scale * f, last, cold.rho) for f in (2.0, 3.5, 6.0, 10.0, 16.0, 28.0) for last in lasts]
+    made: list[Contender | Ingredient] = []
+    for start in starts_of(context.train, context.batch.ode, context.say):
+        with context.stage() as cost:
+            try:
+                made += closed_form(context, start, near)
+                continue
+            except RankError:
+                raise
+            except IIAError as error:
+                context.say(f"warm start {start.name}: not possible here ({first_line(error)})")
+        made.append(Ingredient(f"warm start {start.name}", None, cost.samples, cost.seconds))
+    return made
+
+
+def judged(context: Context, contenders: list[Contender], fresh: Batch) -> list[Contender] | None:
+    """The contenders, judged on the fresh samples too; None where no error is finite on these."""
+    found = [c.judged(fresh.errors(c.plan)) for c in contenders]
+    if all(c.error is None for c in found):
+        context.say(f"nothing is finite on {len(fresh)} fresh draws: the choice is made without them")
+        return None
+    for contender in found:
+        context.say(f"{contender}, with {len(fresh)} fresh draws")
+    return found

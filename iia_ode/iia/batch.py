@@ -1,0 +1,140 @@
+"""The batch: samples to fit to or to measure on, with their ODE and their accurate trajectories."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checks import check_whole
+from ..errors import DuplicateWarning, InputError, warn
+from ..files import bytes_of
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan
+from .origin import conditions_digest
+from .teacher import Teacher
+
+__all__ = ["Batch", "held_out_of", "per_sample"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples: everything that is fitted to or measured on.
+
+    Attributes
+    ----------
+    ode : the model under the conditions of these samples.
+    x : initial states [B, ...], float32 or float64, on any device.
+    teacher : accurate trajectories of these samples; None without any.
+    chunk_size : number of samples that go through the model at once; None for all.
+    final : true final states [B, ...] of these samples, on any device; by default those of the teacher.
+
+    Raises
+    ------
+    InputError : `chunk_size` is not a whole number from 1.
+    """
+
+    ode: ProbabilityFlowODE
+    x: Tensor
+    teacher: Teacher | None = None
+    chunk_size: int | None = None
+    final: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            check_whole("chunk_size", self.chunk_size, least=1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: slice | Tensor) -> Batch:
+        """Some of the samples, with their conditions, trajectories and final states."""
+        teacher = None if self.teacher is None else self.teacher.subset(index)
+        final = None if self.final is None else self.final[index]
+        return replace(self, ode=self.ode.subset(index, len(self.x)), x=self.x[index], teacher=teacher, final=final)
+
+    def chunks(self) -> Iterator[Batch]:
+        """The batch in parts of `chunk_size`, in order."""
+        size = self.chunk_size or len(self.x)
+        return (self[i : min(i + size, len(self.x))] for i in range(0, len(self.x), size))
+
+    def split(self, held_out: int) -> tuple[Batch, Batch]:
+        """The training samples, and the last `held_out` samples."""
+        train = len(self.x) - held_out
+        return self[:train], self[train:]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs: the device of its parameters, or the device of the states."""
+        return self.ode.device or self.x.device
+
+    @property
+    def taught(self) -> Teacher:
+        """The teacher.
+
+        Raises
+        ------
+        InputError : the batch has no teacher.
+        """
+        if self.teacher is None:
+            raise InputError("this batch has no teacher: make one with Teacher.solve(ode, x, t_start, t_end).")
+        return self.teacher
+
+    @property
+    def target(self) -> Tensor:
+        """True final states, [B, ...]."""
+        return self.taught.final if self.final is None else self.final
+
+    @torch.no_grad()
+    def errors(self, plan: Plan) -> Tensor:
+        """Root mean square error of each final state against the true one, float64 [B] on the host."""
+        found = []
+        for part in self.chunks():
+            final = plan.run(part.ode, part.x, check_finite=False).double()
+            found.append(per_sample(final - part.target.to(final.device).double()).cpu())
+        return torch.cat(found)
+
+    # ---- copies ------------------------------------------------------------------------------------------------------
+
+    def distinct(self) -> Tensor:
+        """Whether each sample is the first with its state and conditions, bool [B]."""
+        states = [hashlib.sha256(bytes_of(state)).digest() for state in self.x.cpu()]
+        if len(set(states)) == len(states):
+            return torch.ones(len(states), dtype=torch.bool, device="cpu")
+        conditions = [conditions_digest(self.ode.subset(slice(i, i + 1), len(self.x))) for i in range(len(self.x))]
+        first: dict[object, int] = {}
+        for i, key in enumerate(zip(states, conditions, strict=True)):
+            first.setdefault(key, i)
+        found = torch.zeros(len(states), dtype=torch.bool, device="cpu")
+        found[list(first.values())] = True
+        return found
+
+    def without_copies(self) -> Batch:
+        """The batch without samples that repeat earlier ones; a DuplicateWarning says how many were left out.
+
+        A copy of a training sample among the held-out samples would judge a fit by what it was fitted to.
+        """
+        own = self.distinct().nonzero()[:, 0]
+        if len(own) == len(self.x):
+            return self
+        warn(
+            f"{len(self.x) - len(own)} of {len(self.x)} draws of noise repeat others under the same conditions, and are left "
+            "out: a fit must not be judged by copies of its own samples. Give draws that differ.",
+            DuplicateWarning,
+        )
+        return self[own]
+
+
+def per_sample(difference: Tensor) -> Tensor:
+    """Root mean square of each sample of [B, ...], [B]."""
+    return difference.flatten(1).square().mean(dim=1).sqrt()
+
+
+def held_out_of(draws: int, share: float) -> int:
+    """Number of held-out draws for a share: at least one, and not all."""
+    if not 0 < share < 1:
+        raise InputError(f"held_out must be a share of the draws between 0 and 1, got {share!r}.")
+    return min(max(1, round(share * draws)), draws - 1)

@@ -1,0 +1,326 @@
+"""Provenance of a fitted solver: typed accounts of the fit, its steps, its model and its search, and their JSON form.
+
+The type annotations of the dataclasses are the schema of a file: `msgspec` checks a header against them. A number that is
+not finite is stored as None, for JSON has no word for it. Reading ignores fields that this version does not know, and
+fills in fields that have a default, so a file stays readable when a later version adds such a field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from ..errors import FileFormatError, InputError
+from ..schedules.stored import brief
+from .origin import Origin
+
+__all__ = [
+    "UNJUDGED",
+    "Endpoint",
+    "Ingredient",
+    "Named",
+    "Record",
+    "RefinementRecord",
+    "SearchRecord",
+    "Split",
+    "StageCost",
+    "StepReport",
+    "TeacherOptions",
+    "finite",
+    "from_json",
+    "to_json",
+]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A registered name with its options: a base solver or a target.
+
+    Attributes
+    ----------
+    name : the registered name.
+    options : every option by name, JSON-ready.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return brief({**self.options, "name": self.name})
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """How the accurate trajectories were made.
+
+    Attributes
+    ----------
+    solver : name of the solver.
+    sigma_min : level sigma/alpha whose data estimate stands for the data.
+    steps, rtol : steps of a solver on a fixed grid, or relative tolerance of an adaptive one; None for the other.
+    """
+
+    solver: str
+    sigma_min: float
+    steps: int | None = None
+    rtol: float | None = None
+
+    def __str__(self) -> str:
+        numbers = {"steps": self.steps, "rtol": self.rtol, "sigma_min": self.sigma_min}
+        return ", ".join([f"solver {self.solver}", *(f"{k} {v:g}" for k, v in numbers.items() if v is not None)])
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Errors of the final states on held-out noise, and the decision made by them.
+
+    Attributes
+    ----------
+    base, fit : root mean square endpoint error of the base and of the fit; None if not measured or not finite. After a
+        search, `base` is the error of its rival, a solver without a fit.
+    fell_back : whether the base is in use instead of the fit.
+    reference : how the true final states were computed; ``"none"`` without a guard.
+    why : finding of the guard, where the base is in use.
+    """
+
+    base: float | None
+    fit: float | None
+    fell_back: bool
+    reference: str
+    why: str
+
+
+UNJUDGED = Endpoint(None, None, False, "none", "")
+"""The endpoint of a fit without a guard."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The fit of one step.
+
+    Attributes
+    ----------
+    index, t, s : number of the step, and its interval.
+    symbols, values, base_values : symbols of the coefficients, values in use, and values of the base.
+    corrections : corrections in use, in units of the directions; zeros where the step keeps the base.
+    before, after : root mean square distance to the target per component on the training samples, of the base and of the
+        least-squares solution.
+    held_before, held_after : the same on held-out samples; None without any.
+    accepted : whether the least-squares solution is in use; False where it did not help held-out samples.
+    rank, condition : rank and condition number of the least-squares problem with columns of unit length.
+    ridge : relative ridge in use.
+    intercept : root mean square of the constant that is added; 0 without one.
+    """
+
+    index: int
+    t: float
+    s: float
+    symbols: tuple[str, ...]
+    values: tuple[float, ...]
+    base_values: tuple[float, ...]
+    corrections: tuple[float, ...]
+    before: float
+    after: float
+    held_before: float | None
+    held_after: float | None
+    accepted: bool
+    rank: int
+    condition: float
+    ridge: float
+    intercept: float
+
+    def __post_init__(self) -> None:
+        if not len(self.symbols) == len(self.values) == len(self.base_values) == len(self.corrections):
+            raise InputError("fields `symbols`, `values`, `base_values` and `corrections` must have equal lengths")
+
+    @property
+    def gain(self) -> float:
+        """Share of the residual that the fit removes, on held-out samples where there are any; negative if it adds."""
+        before, after = self.before, self.after
+        if self.held_before is not None and self.held_after is not None:
+            before, after = self.held_before, self.held_after
+        return 1 - after / before if before else 0.0
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A solver that a search made: its error and its cost.
+
+    Attributes
+    ----------
+    name : description of the solver.
+    error : root mean square endpoint error on held-out noise; None if not finite, or if the solver could not be made.
+    sample_evaluations : sample evaluations spent on it.
+    seconds : wall-clock time spent on it.
+    chosen : whether it is the result.
+    """
+
+    name: str
+    error: float | None
+    sample_evaluations: int
+    seconds: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Sample evaluations and wall-clock seconds that a stage of a search spent."""
+
+    sample_evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """Size of a batch, and the number of its samples that were held out."""
+
+    batch: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class RefinementRecord:
+    """The refinement behind the result of a search.
+
+    Attributes
+    ----------
+    train, held_out : root mean square endpoint error (Cauchy mean) at the start and after each iteration, on training and
+        on held-out samples; None where not finite.
+    best : index of the iteration in use; 0 is the start.
+    reason : why the refinement stopped.
+    """
+
+    train: tuple[float | None, ...]
+    held_out: tuple[float | None, ...]
+    best: int
+    reason: str
+
+    def __post_init__(self) -> None:
+        if len(self.train) != len(self.held_out) or not 0 <= self.best < len(self.held_out):
+            raise InputError("fields `train` and `held_out` must have equal lengths, and an entry at index `best`")
+
+    @property
+    def iterations(self) -> int:
+        """Number of iterations."""
+        return len(self.held_out) - 1
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """The search that :func:`iia_ode.fit` made.
+
+    Attributes
+    ----------
+    rival : name of the solver without a fit that the search competes with.
+    budget : fields of the :class:`~iia_ode.iia.Budget`.
+    ingredients : every solver that was made, in order, and every attempt that failed.
+    refinement : the refinement behind the result; None if the weights are those of a fit in closed form.
+    steps : the split that the steps of the result were fitted and judged by; None if they were not fitted one by one.
+    costs : costs of the stages by name: ``"teacher"``, ``"finals"`` and ``"last"``.
+    fitted_to_all : whether the result was fitted once more, to all samples.
+    given : number of draws that the caller asked for.
+    final_draws : number of draws made for the last choice.
+    checkpointed : whether refinements recomputed each evaluation on the backward pass.
+    seconds : wall-clock time of the search.
+    """
+
+    rival: str
+    budget: dict[str, Any]
+    ingredients: tuple[Ingredient, ...]
+    refinement: RefinementRecord | None
+    steps: Split | None
+    costs: dict[str, StageCost]
+    fitted_to_all: bool
+    given: int
+    final_draws: int
+    checkpointed: bool
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if [i.error is not None for i in self.ingredients if i.chosen] != [True]:
+            raise InputError("field `ingredients` must have exactly one chosen entry, with an error")
+
+    @property
+    def chosen(self) -> Ingredient:
+        """The result of the search among the ingredients."""
+        return next(i for i in self.ingredients if i.chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The account of a fit.
+
+    Attributes
+    ----------
+    library : version of iia_ode that made the fit.
+    base, terms, target, history, ridge, guard, intercept : options of the method; see :class:`~iia_ode.IIA`.
+    origin : the ODE and the states.
+    batch, held_out : number of samples, and how many of them were held out.
+    endpoint : errors of the final states.
+    teacher : how the teacher was made; None without one.
+    evaluations, sample_evaluations : cost of the fit, in model calls and in samples; a backward pass counts as two
+        evaluations of its samples.
+    seed : seed of a search; None for a single fit, which draws no random numbers.
+    search : account of the search; None for a single fit.
+    """
+
+    library: str
+    base: Named
+    terms: str
+    target: Named
+    history: int
+    ridge: float | Literal["auto"]
+    guard: bool
+    intercept: bool
+    origin: Origin
+    batch: int
+    held_out: int
+    endpoint: Endpoint
+    teacher: TeacherOptions | None
+    evaluations: int
+    sample_evaluations: int
+    seed: int | None = None
+    search: SearchRecord | None = None
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """The JSON object of one of these dataclasses.
+
+    Raises
+    ------
+    FileFormatError : a field holds NaN, infinity or an object that JSON cannot hold.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(asdict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"this {type(value).__name__} is not plain JSON: {error}.") from error
+    return found
+
+
+def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
+    """The dataclass `kind` from the JSON object that :func:`to_json` made of one; `source` is the subject of errors.
+
+    Raises
+    ------
+    FileFormatError : a field is missing or has another type; the message names the field.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        problem = str(error).replace("`$", "`header")
+        raise FileFormatError(f"{source} is damaged, or from another version of iia_ode: {problem}.") from error
+
+
+def finite(value: float) -> float | None:
+    """The number, or None if it is not finite."""
+    return value if math.isfinite(value) else None

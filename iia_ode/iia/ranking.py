@@ -1,0 +1,177 @@
+"""Paired comparison of solvers by the errors of their final states: rankings by Cauchy means, and the guard of a fit.
+
+Endpoint errors have heavy tails. Where one sample in a thousand ends in another mode of the data, a few samples make up nearly
+the whole mean square, and a plain comparison of means depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from scipy.special import bdtrc, ndtr, stdtrit
+from torch import Tensor
+
+from ..metrics import paired_ratio
+
+__all__ = ["Verdict", "cauchy_mean", "ranked", "shrunk_ratio", "too_few", "verdict"]
+
+T = TypeVar("T")
+
+_SPREAD = 0.25  # prior standard deviation of the logarithm of a ratio of plain means
+_MEAN_ERRORS = 3.0  # standard errors by which the mean square must be lower; heavy tails want more than the usual two
+_SIGN_CHANCE = float(ndtr(-2.0))  # level of the sign test; counts have no tails
+_UNSEEN = 3.0  # rule of three: a failure of rate 3/n is missed by n samples with probability 5%
+
+
+# ---- rankings --------------------------------------------------------------------------------------------------------
+
+
+def cauchy_mean(errors: Tensor, scale: float) -> float:
+    """Root of the mean Cauchy loss, scale^2 log(1 + error^2 / scale^2), of errors [B]; infinite if an error is not finite.
+
+    Errors far below `scale` count by their squares, errors beyond it logarithmically. An infinite scale gives the root mean
+    square.
+    """
+    squares = errors.double().square()
+    if not bool(torch.isfinite(squares).all()):
+        return math.inf
+    if math.isfinite(scale):
+        squares = scale * scale * (squares / (scale * scale)).log1p()
+    return math.sqrt(float(squares.mean()))
+
+
+def ranked(items: Sequence[T], errors: Sequence[Tensor], *, outliers_too: bool = False) -> list[T]:
+    """The items, best first, by the Cauchy mean of their errors.
+
+    The scale of the Cauchy loss is four times the lowest median of all items.
+
+    Parameters
+    ----------
+    items : solvers, grids or any other candidates.
+    errors : errors of each item on the same samples, [B] each.
+    outliers_too : multiply each Cauchy mean by the item's RMSE ratio to the item with the lowest Cauchy mean. The ratio is
+        shrunk towards 1 according to its standard error; see :func:`shrunk_ratio`. This is for a last choice, where a solver
+        that loses more samples must be much better on the others.
+    """
+    if not items:
+        return []
+    medians = [float(e.median()) for e in errors]
+    scale = 4 * min((m for m in medians if math.isfinite(m)), default=math.inf)
+    scale = scale if scale > 0 else math.inf
+    means = [cauchy_mean(e, scale) for e in errors]
+    order = sorted(range(len(items)), key=means.__getitem__)
+    if outliers_too:
+        best = errors[order[0]]
+        scores = [m * shrunk_ratio(e, best) if math.isfinite(m) else m for m, e in zip(means, errors, strict=True)]
+        order = sorted(order, key=scores.__getitem__)
+    return [items[i] for i in order]
+
+
+def shrunk_ratio(errors: Tensor, to: Tensor) -> float:
+    """RMSE ratio of paired errors [B], shrunk towards 1 as far as it depends on few samples.
+
+    One sample that ends in another mode may make up most of a plain mean, and says little of how rare such samples are. The
+    shrinkage is that of a normal prior on the logarithm of the ratio, with standard deviation 0.25.
+    """
+    squares, others = errors.double().square(), to.double().square()
+    if not float(squares.sum()) > 0 or not float(others.sum()) > 0:
+        return 1.0 if float(squares.sum()) == float(others.sum()) else math.sqrt(float(squares.sum() / others.sum()))
+    ratio, error = paired_ratio(squares, others)
+    return float(ratio ** (_SPREAD**2 / (_SPREAD**2 + (error / ratio) ** 2)))
+
+
+# ---- the guard -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Finding of the guard.
+
+    Attributes
+    ----------
+    base, fit : root mean square errors on held-out samples; NaN without any.
+    kept : whether the fit is kept.
+    why : the statistics and their limits, as half a sentence.
+    """
+
+    base: float
+    fit: float
+    kept: bool
+    why: str
+
+
+def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
+    """Whether a fit is clearly better than its base.
+
+    A fit is kept if its mean square error on held-out samples is no larger than the base's, and if, over all samples,
+
+    - it ends nearer on more samples than chance explains: an exact sign test at 2.3%, in which ties count for the base;
+    - its mean square error is lower by three standard errors of the paired difference (for few samples, by the quantile of
+      Student's t with the same probability); and
+    - its sum of squares is lower by more than three times the largest square of one sample, of fit or base. This margin keeps
+      the fit better even if a share 3/n of new samples were as bad as the worst one seen.
+
+    There are two exceptions. A fit whose error over all samples is rounding is kept. Where the base is not finite on every
+    sample, a finite fit is kept if it ends nearer on at least half of all samples; samples on which the base is not finite
+    count for the fit.
+
+    The training samples among them favor the fit a little.
+
+    Parameters
+    ----------
+    squares : per sample, the mean square over components of the base's error, of the fit's error and of the true final state,
+        float64 [n, 3] on the host.
+    held_out : number of held-out samples, the last ones, at least one. Ridges and steps may have been chosen by them.
+    relative : error relative to the true final states that counts as rounding.
+    """
+    n = len(squares)
+    base, fit, _ = squares[n - held_out :].mean(dim=0).sqrt().tolist()
+    by_base, by_fit, exact = squares.unbind(dim=1)
+    rounding = relative * float(exact.mean().sqrt())
+    gaps = by_base - by_fit
+    nearer = int((gaps.where(by_base.isfinite(), torch.inf) > 0).sum())
+    needed = _fewest(n)
+    gain, largest = float(gaps.sum()), float(squares[:, :2].max())
+    error = math.sqrt(n) * float(gaps.std()) if n > 1 else math.inf
+    doubt = -float(stdtrit(n - 1, ndtr(-_MEAN_ERRORS))) if n > 1 else math.inf
+    clear = nearer >= needed and gain > doubt * error and gain > _UNSEEN * largest and fit <= base + rounding
+    exact_already = float(by_fit.mean().sqrt()) <= rounding
+    finite, base_finite = (bool(v.isfinite().all()) for v in (by_fit, by_base))
+    kept = clear or exact_already or (finite and not base_finite and 2 * nearer >= n)
+    if n < needed:
+        why = _cannot_say(n)
+    elif not (finite and base_finite):
+        why = "not all errors are finite"
+    else:
+        why = (
+            f"of {n} samples {nearer} end nearer (at least {needed} needed); over all samples the sum of squared errors "
+            f"changes by {_ratio(-gain, error)} standard errors (limit {-doubt:.3g}), and by {_ratio(-gain, largest)} times "
+            f"the largest square (limit {-_UNSEEN:g})"
+        )
+    return Verdict(base, fit, kept, why)
+
+
+def too_few(n: int) -> Verdict:
+    """The verdict on n samples, none of which can be held out: the base is kept."""
+    return Verdict(math.nan, math.nan, False, _cannot_say(n))
+
+
+def _cannot_say(n: int) -> str:
+    return f"{n} sample{'s' * (n > 1)} cannot tell a gain from chance, which takes at least six"
+
+
+def _fewest(n: int) -> int:
+    """Fewest of n samples that must end nearer: the critical value of the sign test."""
+    # scipy.stats.binom.isf, without the import of all of scipy.stats.
+    return int(np.argmax(bdtrc(np.arange(n + 1), n, 0.5) <= _SIGN_CHANCE)) + 1
+
+
+def _ratio(a: float, b: float) -> str:
+    """A signed ratio; infinite where b alone is 0."""
+    a += 0.0  # no minus before a zero
+    return f"{a / b:+.3g}" if b else f"{math.copysign(math.inf, a) if a else 0.0:+g}"

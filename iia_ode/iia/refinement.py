@@ -1,0 +1,340 @@
+"""Endpoint refinement: Gauss-Newton over all weights and times of a plan, through the sampler.
+
+A sequential fit is greedy: each step aims at the trajectory, even where an error would be harmless at the end. A refinement
+minimizes the mean of rho(|x_N(theta) - x*|) over theta, the :class:`~iia_ode.iia.Parameters` of the plan, with rho the
+Cauchy loss. :class:`GaussNewton` minimizes any :class:`Objective`; :func:`refine` stops it by held-out samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..checks import check_whole
+from ..errors import InputError
+from ..ode import ProbabilityFlowODE
+from ..plan import Plan, check_start
+from .batch import Batch, per_sample
+from .plan_parameters import Parameters
+from .ranking import cauchy_mean
+
+__all__ = ["EndpointError", "GaussNewton", "Iteration", "Objective", "Refinement", "Status", "refine"]
+
+_F64 = torch.float64
+_TRIES = 6  # dampings tried in an iteration
+
+
+class Status(Enum):
+    """Why a minimization stopped."""
+
+    ITERATIONS = "the number of iterations was reached"
+    PATIENCE = "the held-out error no longer fell"
+    TOLERANCE = "the training error fell by less than the tolerance"
+    STALLED = "no damping lowered the training error"
+    NOT_FINITE = "the derivatives are not finite"
+
+
+class Objective(Protocol):
+    """A function of a vector theta [P], for :class:`GaussNewton`."""
+
+    def loss(self, theta: Tensor, /) -> float:
+        """The loss, or infinity where theta is not admissible."""
+
+    def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The gradient [P] and the Gauss-Newton matrix [P, P], both up to the same factor; float64 on the host."""
+
+
+class GaussNewton:
+    """Minimize an objective by damped Gauss-Newton steps [Levenberg 1944; Marquardt 1963].
+
+    A step solves (H + mu diag H) delta = -g. The damping mu grows by 8 until the loss falls, at most six times, and shrinks
+    by 4 after a successful step.
+
+    Parameters
+    ----------
+    objective : the loss and its derivatives.
+    theta : starting point, float64 [P], on the host.
+    tolerance : stop after a step that lowers the loss by less than this fraction.
+    limit : maps (theta, tried) to an admissible step, such as :meth:`Parameters.clipped`; by default every step is admissible.
+
+    Attributes
+    ----------
+    theta, loss : the current point, with the lowest loss so far.
+    damping : mu of the last step; 0 before the first.
+    status : why there is no further step; None as long as there may be.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        theta: Tensor,
+        *,
+        tolerance: float = 2e-3,
+        limit: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.objective, self.theta, self.tolerance, self.limit = objective, theta, tolerance, limit
+        self.loss, self.damping = objective.loss(theta), 0.0
+        self.status: Status | None = None
+        self._next = 1e-3
+
+    def step(self) -> bool:
+        """Take a step; False, with a :attr:`status`, where none is left."""
+        if self.status is not None:
+            return False
+        gradient, square = self.objective.derivatives(self.theta)
+        if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
+            self.status = Status.NOT_FINITE
+            return False
+        scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
+        # In units of the diagonal the matrix is a correlation matrix, so that rounding does not depend on scales.
+        unit = scale.sqrt()
+        for k in range(_TRIES):
+            damping = self._next * 8**k
+            matrix = square / unit / unit[:, None] + damping * torch.eye(len(unit), dtype=_F64, device="cpu")
+            tried = self.theta - torch.linalg.solve(matrix, gradient / unit) / unit
+            tried = tried if self.limit is None else self.limit(self.theta, tried)
+            loss = self.objective.loss(tried)
+            if loss < self.loss:
+                break
+        else:
+            self.status = Status.STALLED
+            return False
+        if 1 - loss / self.loss < self.tolerance:
+            self.status = Status.TOLERANCE
+        self.theta, self.loss, self.damping = tried, loss, damping
+        self._next = max(damping / 4, 1e-9)
+        return True
+
+
+class EndpointError:
+    """The endpoint error of a plan as a function of its parameters: root of the mean Cauchy loss over samples.
+
+    Gauss-Newton needs J^T J, with J the derivative of all final components of all samples; a backward pass gives a single
+    row of J per sample. The matrix is therefore a Hutchinson estimate: for Rademacher probes v,
+    E[(v^T J)^T (v^T J)] = J^T J. A few probes per sample give far more rows than there are parameters. The gradient is exact.
+
+    Parameters
+    ----------
+    parameters : the plan as a function of theta.
+    batch : the samples with their true final states; a chunk of them shares a graph.
+    probes : Rademacher probes per sample.
+    checkpointed : see :meth:`Parameters.run`.
+    seed : of the probes.
+
+    Attributes
+    ----------
+    scale : error of a sample beyond which the Cauchy loss grows like a logarithm; infinity is the plain mean of squares.
+    backward : cost of all backward passes so far, in sample evaluations.
+    """
+
+    def __init__(
+        self, parameters: Parameters, batch: Batch, *, probes: int = 3, checkpointed: bool = False, seed: int = 0
+    ) -> None:
+        self.parameters, self.batch, self.probes, self.checkpointed = parameters, batch, probes, checkpointed
+        self.scale, self.backward = math.inf, 0
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def errors(self, theta: Tensor) -> Tensor:
+        """Root mean square error of each sample, float64 [B] on the host; infinity where theta gives no plan."""
+        if not self.parameters.valid(theta):
+            return torch.full((len(self.batch),), math.inf, dtype=_F64, device="cpu")
+        return self.batch.errors(self.parameters.plan(theta))
+
+    def loss(self, theta: Tensor, /) -> float:
+        """Root of the mean over samples of scale^2 log(1 + error^2 / scale^2)."""
+        error = cauchy_mean(self.errors(theta), self.scale)
+        return error if math.isfinite(error) else math.inf
+
+    def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The gradient of half the summed loss, [P], and the estimate of J^T J, [P, P]; float64 on the host."""
+        gradient = torch.zeros(len(theta), dtype=_F64, device="cpu")
+        square = torch.zeros(len(theta), len(theta), dtype=_F64, device="cpu")
+        for part in self.batch.chunks():
+            slope, *rows = self._rows(theta, part)
+            gradient += slope.sum(dim=0)
+            for row in rows:
+                square += row.T @ row / self.probes
+        return gradient, square
+
+    def _rows(self, theta: Tensor, part: Batch) -> list[Tensor]:
+        """The gradient of each sample of a chunk, then v^T J for each probe, weighted by the loss; [B, P] each."""
+        with torch.enable_grad():
+            final, leaf = self.parameters.run(part.ode, part.x, theta, checkpointed=self.checkpointed)
+        residual = final.detach().double() - part.target.to(final.device).double()
+        weight = 1 / (1 + (per_sample(residual) / self.scale).square())  # derivative of the Cauchy loss
+        vectors = [residual * weight.reshape(-1, *[1] * (residual.ndim - 1))]
+        for _ in range(self.probes):
+            vectors.append(2.0 * torch.randint(0, 2, final.shape, generator=self._generator, device="cpu") - 1)
+        rows = [
+            torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < self.probes)[0].double().cpu()
+            for k, v in enumerate(vectors)
+        ]
+        self.backward += 2 * (1 + self.probes) * self.parameters.evaluations * len(part)
+        root = weight.sqrt()[:, None].cpu()
+        return [rows[0], *(root * row for row in rows[1:])]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """An iteration of a refinement.
+
+    Attributes
+    ----------
+    train, held_out : root mean Cauchy loss after the iteration, on training and held-out samples.
+    damping : of Levenberg and Marquardt; 0 at the start.
+    """
+
+    train: float
+    held_out: float
+    damping: float
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """The result of :func:`refine`.
+
+    Attributes
+    ----------
+    plan : the refined plan, or the given plan where no iteration lowered the held-out error.
+    iterations : the start, then each iteration.
+    best : index of the plan's iteration; 0 is the start.
+    status : why the refinement stopped.
+    sample_evaluations : cost of the refinement; a backward pass counts as two evaluations.
+    backward : cost of the backward passes alone.
+    """
+
+    plan: Plan
+    iterations: tuple[Iteration, ...]
+    best: int
+    status: Status
+    sample_evaluations: int
+    backward: int
+
+    @property
+    def gain(self) -> float:
+        """Held-out error of the result over the held-out error of the start, at most 1."""
+        start = self.iterations[0].held_out
+        return self.iterations[self.best].held_out / start if start else 1.0
+
+    @property
+    def reason(self) -> str:
+        """The status in words."""
+        return self.status.value
+
+
+def refine(
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    plan: Plan,
+    target: Tensor,
+    *,
+    held_out: float = 0.25,
+    learn_grid: bool = True,
+    sigma_min: float = 0.0,
+    iterations: int = 12,
+    probes: int = 3,
+    outliers: float = 4.0,
+    tolerance: float = 2e-3,
+    patience: int = 3,
+    chunk_size: int = 64,
+    checkpointed: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Refinement:
+    """Lower the error of the final states over all weights and times of a plan at once.
+
+    Parameters
+    ----------
+    ode : the model; gradients must flow through it.
+    x : initial states [B, ...] at the start of the plan's grid.
+    plan : the starting point; weights must be numbers, or linear maps over a single decomposition.
+    target : final states to reach, [B, ...].
+    held_out : share of the batch, its last samples, that choose the best iteration and stop the search.
+    learn_grid : whether the interior times move.
+    sigma_min : level sigma/alpha below which no time moves; for a network, the smallest level of its training.
+    iterations : largest number of Gauss-Newton iterations.
+    probes : Rademacher probes per sample.
+    outliers : multiple of the median error beyond which the loss of a sample grows like a logarithm; ``math.inf`` is the
+        plain mean of squares. Near the border of two modes a small error becomes a large error at the end. A few samples
+        there would make up most of a plain mean, and their derivatives do not predict where the samples end.
+    tolerance : stop after an iteration that lowers the training error by less than this fraction.
+    patience : stop after this many iterations without a lower held-out error.
+    chunk_size : samples per graph.
+    checkpointed : recompute evaluations in the backward pass, for models with large graphs; see :meth:`Parameters.run`.
+    seed : of the probes.
+    progress : show a bar over the iterations.
+
+    Returns
+    -------
+    The refined plan with the course of the refinement. Its held-out error is never above that of the start.
+
+    Raises
+    ------
+    InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
+    """
+    check_start(ode, x)
+    for name, value in {
+        "iterations": iterations,
+        "probes": probes,
+        "patience": patience,
+        "chunk_size": chunk_size,
+    }.items():
+        check_whole(name, value, least=1)
+    if x.shape != target.shape:
+        raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
+    if not 0 <= held_out < 1:
+        raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
+    n = len(x)
+    held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
+    parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
+
+    def over(part: Batch) -> EndpointError:
+        return EndpointError(parameters, part, probes=probes, checkpointed=checkpointed, seed=seed)
+
+    train, others = Batch(ode, x, None, chunk_size, target).split(held)
+    objective, judge = over(train), over(others) if held else None
+    with ode.counting() as spent:
+        objective.scale = _scale(objective.errors(parameters.initial), outliers)
+        if judge is not None:
+            judge.scale = objective.scale
+        search = GaussNewton(objective, parameters.initial, tolerance=tolerance, limit=parameters.clipped)
+        found, best, theta, status = _best_so_far(search, judge and judge.loss, iterations, patience, progress)
+    result = plan if best == 0 else parameters.plan(theta, plan.name)
+    return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
+
+
+def _best_so_far(
+    search: GaussNewton, judge: Callable[[Tensor], float] | None, most: int, patience: int, progress: bool
+) -> tuple[tuple[Iteration, ...], int, Tensor, Status]:
+    """Run a minimization and keep the point that `judge` likes best; by default the judge is the loss itself."""
+    found: list[Iteration] = []
+
+    def note() -> float:
+        found.append(Iteration(search.loss, search.loss if judge is None else judge(search.theta), search.damping))
+        return found[-1].held_out
+
+    lowest, best, theta = note(), 0, search.theta
+    with tqdm(desc="refine", total=most, disable=not progress) as bar:
+        while search.step():
+            bar.update()
+            error, i = note(), len(found) - 1
+            if error < lowest:
+                lowest, best, theta = error, i, search.theta
+            elif i - best >= patience:
+                return tuple(found), best, theta, Status.PATIENCE
+            if i == most:
+                return tuple(found), best, theta, Status.ITERATIONS
+    return tuple(found), best, theta, search.status or Status.STALLED
+
+
+def _scale(errors: Tensor, outliers: float) -> float:
+    """The error beyond which a sample is an outlier: a multiple of the median; infinity where no sample is."""
+    scale = outliers * float(errors.median()) if math.isfinite(outliers) else math.inf
+    return scale if scale > 0 else math.inf

@@ -1,0 +1,335 @@
+"""The sequential fit: each step of the base is traced, corrected by least squares, and the whole result is guarded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import GuardWarning, InputError, warn
+from ..plan import Past, Plan, Tracer, Vector, trace
+from ..plan.plan import run_code
+from ..plan.tracer import take_step
+from ..plan.vectors import vector_indices, weight_mean_square
+from ..solvers import Solver
+from .batch import Batch
+from .directions import StepRecord, Term, Terms
+from .least_squares import LeastSquares, Solution
+from .provenance import UNJUDGED, Endpoint, StepReport, finite
+from .ranking import too_few, verdict
+from .targets import Numeric, Target
+from .teacher import DEFAULT_WAY, Teacher
+
+__all__ = ["RIDGES", "Stepwise"]
+
+RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+"""Candidates of ``ridge="auto"``."""
+
+_HUGE = 30.0  # largest term of a correction, relative to the state; a larger ridge is taken otherwise
+_SLACK = 1.001  # of the ridges with a held-out loss within this factor of the lowest, the largest is chosen
+
+_F64 = torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Solution of one step's least squares, and whether the step uses it."""
+
+    solution: Solution
+    ridge: float
+    held_before: float | None
+    held_after: float | None
+    accepted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Stepwise:
+    """A sequential fit with every option resolved; see :class:`~iia_ode.IIA` for their meaning.
+
+    Attributes
+    ----------
+    base, terms, target, history, ridge, guard, intercept : the method.
+    name : name of the resulting plan.
+    """
+
+    base: Solver
+    terms: Terms
+    target: Target
+    history: int
+    ridge: float | str
+    guard: bool
+    intercept: bool
+    name: str
+
+    def fit(
+        self, batch: Batch, times: list[float], held_out: int, *, judged: bool, progress: bool = False
+    ) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
+        """Fit each step on states that the fitted steps before it produce.
+
+        Parameters
+        ----------
+        batch : the samples; the last `held_out` are not fitted to.
+        times : the grid.
+        judged : whether the guard judges the final states.
+        progress : show a bar over the steps.
+
+        Returns
+        -------
+        The plan, a report of each fitted step, and the errors of the final states.
+        """
+        train = len(batch) - held_out
+        tracer, x, memory = Tracer(batch.ode.schedule), Vector({0: 1.0}), ()
+        records: tuple[StepRecord, ...] = ()
+        reports: list[StepReport] = []
+        chunks = _chunks(batch)
+        intervals = list(zip(times[:-1], times[1:], strict=True))
+        for i, (t, s) in enumerate(tqdm(intervals, desc=f"fit {self.name}", disable=not progress)):
+            seen = len(tracer.evaluations)
+            y, memory = take_step(self.base, tracer, x, t, s, Past(memory, i, len(intervals) - 1 - i))
+            made = tuple(tracer.evaluations[seen:])
+            record = StepRecord(i, t, s, x, made, tracer.known(x, t), batch.ode.is_data(s), y, y)
+            candidates = self.terms(record, records)
+            if not isinstance(candidates, tuple) or not all(isinstance(term, Term) for term in candidates):
+                raise InputError(
+                    f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
+                )
+            if candidates:
+                choice = self._choose(tracer, record, candidates, chunks, train)
+                reports.append(_report(record, candidates, choice))
+                if choice.accepted:
+                    y, record = _corrected(record, candidates, reports[-1].corrections, choice.solution.constant)
+            x = tracer.hold(y, step=i + 1)
+            records = (record, *records)[: self.history]
+            live = tracer.retain(vector_indices((x, memory, records)))
+            for chunk in chunks:
+                chunk.advance(tracer, live)
+        plan = Plan(batch.ode.schedule, tuple(times), tuple(tracer.code), self.name)
+        if not (judged and any(r.accepted for r in reports)):
+            return plan, tuple(reports), UNJUDGED
+        return self._guarded(plan, tuple(reports), batch, chunks, held_out)
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def _choose(
+        self, tracer: Tracer, record: StepRecord, candidates: tuple[Term, ...], chunks: list[Chunk], train: int
+    ) -> _Choice:
+        """The least squares of one step on the training samples, and its loss on the others."""
+        fork = tracer.fork()
+        system = StepSystem(tracer, fork, record, candidates, self.target.aim(fork, self.base, record))
+        own, held = (LeastSquares(len(candidates), intercept=self.intercept) for _ in range(2))
+        sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
+        for chunk in chunks:
+            sizes += system.add(chunk, own, held, min(max(train - chunk.first, 0), len(chunk.batch)))
+        *_, size = sizes = sizes.sqrt()
+        auto = self.ridge == "auto"
+        ridges: tuple[float, ...] = RIDGES if auto else (float(self.ridge),)
+        if self.guard and not auto:
+            ridges += tuple(r for r in RIDGES if r > ridges[0])
+        found = [own.solve(ridge=ridge, noise=sizes[:-1]) for ridge in ridges]
+        # Huge terms that cancel on these samples need not cancel on the next one.
+        sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(size)] or [len(found) - 1]
+        best = sound[0] if self.guard or auto else 0
+        if not held.samples:
+            return _Choice(found[best], ridges[best], None, None, True)
+        if auto:
+            losses = {i: held.residual(found[i].coefficients, found[i].constant) for i in sound}
+            least = min(losses.values())
+            best = max((i for i in sound if losses[i] <= _SLACK * least), default=sound[-1])
+        chosen = found[best]
+        before = held.residual(torch.zeros_like(chosen.coefficients), None)
+        after = held.residual(chosen.coefficients, chosen.constant)
+        return _Choice(chosen, ridges[best], before, after, not self.guard or after < before)
+
+    # ---- the whole ---------------------------------------------------------------------------------------------------
+
+    def _guarded(
+        self, plan: Plan, reports: tuple[StepReport, ...], batch: Batch, chunks: list[Chunk], held_out: int
+    ) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
+        """The fit if its final states are clearly nearer the truth than the base's; otherwise the base, and a warning."""
+        grid = torch.tensor(plan.grid, dtype=_F64, device="cpu")
+        base = trace(self.base, plan.schedule, grid, consistent=False)
+        if held_out:
+            first = 0 if batch.teacher is not None else len(batch) - held_out
+            parts = (chunk.squares(base, len(plan.code), max(first - chunk.first, 0)) for chunk in chunks)
+            squares = torch.cat([p for p in parts if p is not None])
+            found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
+            way = DEFAULT_WAY if batch.teacher is None else batch.teacher.way
+            reference = ", ".join(f"{k} {v}" for k, v in way.items())
+            seen = f"on {held_out} held-out samples its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
+        else:
+            found, seen, reference = too_few(len(batch)), "", UNJUDGED.reference
+        why = "" if found.kept else found.why
+        endpoint = Endpoint(finite(found.base), finite(found.fit), not found.kept, reference, why)
+        if found.kept:
+            return plan, reports, endpoint
+        other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
+        warn(
+            f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}. Fit on more samples, with "
+            f"other terms{other}, with a ridge, or pass guard=False to have the fit anyway.",
+            GuardWarning,
+        )
+        return replace(base, name=plan.name), tuple(_refused(r) for r in reports), endpoint
+
+
+class Chunk:
+    """Part of a batch on its way through the growing plan.
+
+    Between steps its live vectors rest on the host, so the model's device holds the vectors of one chunk at a time.
+
+    Parameters
+    ----------
+    batch : the samples.
+    first : place of the first of them in the whole batch.
+    device : where the model runs.
+    """
+
+    def __init__(self, batch: Batch, first: int, device: torch.device) -> None:
+        self.batch, self.first, self.device = batch, first, device
+        self.values: dict[int, Tensor] = {0: batch.x.cpu()}
+        self._done = 0
+
+    def advance(self, tracer: Tracer, live: set[int]) -> None:
+        """Run the instructions written since the last call, and drop every vector that is not in `live`."""
+        needed = {j for instruction in tracer.code[self._done :] for j in instruction.reads}
+        if needed:
+            values = self._loaded(needed & self.values.keys())
+            self._run(tracer, values)
+            self._store(values, tracer)
+        self.values = {j: v for j, v in self.values.items() if j in live}
+
+    def explore(self, tracer: Tracer, fork: Tracer) -> dict[int, Tensor]:
+        """Run to the end of the trace, keep that, and go on along a fork: all vectors, on the device, not kept."""
+        values = self._loaded(self.values.keys())
+        self._run(tracer, values)
+        self._store(values, tracer)
+        self._run(fork, values)
+        return values
+
+    def squares(self, base: Plan, final: int, first: int) -> Tensor | None:
+        """Mean squares of base error, fit error and true final state of the samples from `first` on, [n, 3] on the host.
+
+        None if no sample is left. `final` is the fit's last vector.
+        """
+        if first >= len(self.batch):
+            return None
+        part, times = self.batch[first:], base.grid
+        x = part.x.to(self.device)
+        own = part.teacher
+        exact = Teacher.for_grid(part.ode, x, times).final if own is None else own.at(times[-1])
+        exact = exact.double().cpu()
+        by_base = base.run(part.ode, x, check_finite=False).cpu().double()
+        by_fit = self.values[final][first:].double()
+        errors = (by_base - exact, by_fit - exact, exact)
+        return torch.stack([e.flatten(1).square().mean(dim=1) for e in errors], dim=1)
+
+    def _run(self, tracer: Tracer, values: dict[int, Tensor]) -> None:
+        def evaluate(x: Tensor, t: float, form: str) -> Tensor:
+            return self.batch.ode.evaluate(x, t).as_form(form)
+
+        for _ in run_code(tracer.code, values, evaluate, start=self._done):
+            pass
+
+    def _loaded(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        return {j: self.values[j].to(self.device) for j in indices}
+
+    def _store(self, values: dict[int, Tensor], tracer: Tracer) -> None:
+        self.values |= {j: v.cpu() for j, v in values.items() if j > self._done}
+        self._done = len(tracer.code)
+
+
+class StepSystem:
+    """The least squares of one step: its target and its columns, on a fork of the trace that is run and dropped."""
+
+    def __init__(
+        self, tracer: Tracer, fork: Tracer, record: StepRecord, candidates: tuple[Term, ...], aim: Vector | Numeric
+    ) -> None:
+        self.tracer, self.fork, self.aim, self.candidates = tracer, fork, aim, candidates
+        self.columns = [fork.hold(term.direction) for term in candidates]
+        self.start, self.result = fork.hold(record.x), fork.hold(record.base)
+        self.end = fork.hold(aim) if isinstance(aim, Vector) else None
+        self._sources = sorted({j for term in candidates for j in term.direction.weights})
+
+    def add(self, chunk: Chunk, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
+        """Add the first `cut` samples of a chunk to one system and the others to the other.
+
+        Returns, for the first `cut` samples, the squared rounding error of each column and the squared size of the base's
+        result, float64 [k + 1] on the host. Each vector of a direction is exact to the precision of its dtype only.
+        """
+        values = chunk.explore(self.tracer, self.fork)
+        if self.end is not None:
+            wanted = _read(values, self.end)
+        elif not isinstance(self.aim, Vector):
+            wanted = self.aim(chunk.batch, _read(values, self.start))
+        # In float64 before the difference: a residual is small against the states at high noise.
+        result = _read(values, self.result).double()
+        residual = wanted.double() - result
+        columns = [_read(values, c) for c in self.columns]
+        train.add([c[:cut] for c in columns], residual[:cut])
+        held.add([c[cut:] for c in columns], residual[cut:])
+        size = result[:cut].square().sum().cpu().reshape(1)
+        return torch.cat([self._rounding(values, cut), size])
+
+    def _rounding(self, values: dict[int, Tensor], cut: int) -> Tensor:
+        plain = {j: values[j][:cut] for j in self._sources}
+        if not plain:
+            return torch.zeros(len(self.candidates), dtype=_F64, device="cpu")
+        # One transfer, of a number for each vector. Sums over samples would depend on the cut of the batch in the last bit.
+        sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
+        size = dict(zip(plain, sizes.square().tolist(), strict=True))
+        weights = [term.direction.weights for term in self.candidates]
+        noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]
+        return torch.tensor(noise, dtype=_F64, device="cpu")
+
+
+def _chunks(batch: Batch) -> list[Chunk]:
+    found: list[Chunk] = []
+    for part in batch.chunks():
+        found.append(Chunk(part, sum(len(c.batch) for c in found), batch.device))
+    return found
+
+
+def _read(values: dict[int, Tensor], held: Vector) -> Tensor:
+    (index,) = held.weights
+    return values[index]
+
+
+def _corrected(
+    record: StepRecord, candidates: tuple[Term, ...], corrections: tuple[float, ...], constant: Tensor | None
+) -> tuple[Vector, StepRecord]:
+    """The corrected result of a step, and its record with the part of the correction that is not from history."""
+    pairs = list(zip(corrections, candidates, strict=True))
+    own = sum((c * term.direction for c, term in pairs if not term.history), start=record.base)
+    y = sum((c * term.direction for c, term in pairs if term.history), start=own)
+    return y if constant is None else y + constant, replace(record, own=own)
+
+
+def _report(record: StepRecord, candidates: tuple[Term, ...], choice: _Choice) -> StepReport:
+    solution = choice.solution
+    corrections = tuple(solution.coefficients.tolist()) if choice.accepted else (0.0,) * len(candidates)
+    constant = solution.constant if choice.accepted else None
+    return StepReport(
+        index=record.index,
+        t=record.t,
+        s=record.s,
+        symbols=tuple(term.symbol for term in candidates),
+        values=tuple(term.base + term.unit * c for term, c in zip(candidates, corrections, strict=True)),
+        base_values=tuple(term.base for term in candidates),
+        corrections=corrections,
+        before=solution.before,
+        after=solution.after,
+        held_before=choice.held_before,
+        held_after=choice.held_after,
+        accepted=choice.accepted,
+        rank=solution.rank,
+        condition=solution.condition,
+        ridge=choice.ridge,
+        intercept=0.0 if constant is None else float(constant.square().mean().sqrt()),
+    )
+
+
+def _refused(report: StepReport) -> StepReport:
+    zero = (0.0,) * len(report.corrections)
+    return replace(report, values=report.base_values, corrections=zero, accepted=False, intercept=0.0)

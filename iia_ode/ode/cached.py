@@ -1,0 +1,124 @@
+"""Memoized evaluations, for searches whose candidates begin alike."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from ..files import bytes_of
+from .base import ProbabilityFlowODE
+from .distributed import Distributed
+from .wrapped import Wrapped, layers_of
+
+__all__ = ["Cached", "cached"]
+
+_LIMIT = 2**30  # bytes of outputs, on the host
+
+
+def cached(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
+    """The ODE with memoized evaluations; the ODE itself if they are memoized already.
+
+    The candidates of a search start from the same states, and agree up to the first level in which their grids differ.
+    Each such evaluation is made once. Results are unchanged: the cache holds the model's own outputs, and a hit needs the same
+    states, times and conditions to the last bit. The key covers a whole batch, so another chunking misses the cache. With
+    gradients enabled the model is always called. The ledger counts what the model evaluates.
+
+    The cache lies below any distribution: each process memoizes its own share of the samples.
+
+    Parameters
+    ----------
+    ode : the ODE. Its model must be a function of states, times and conditions, and must not change from here on.
+        Views share the cache: outputs of up to 1 GiB, on the host; the least recently used are dropped first.
+
+    Raises
+    ------
+    InputError : the ODE overrides `evaluate` or `forward`.
+    """
+    layers = list(layers_of(ode))
+    if any(isinstance(layer, Cached) for layer in layers):
+        return ode
+    return _below(ode) if any(isinstance(layer, Distributed) for layer in layers) else Cached(ode)
+
+
+def _below(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
+    """The same wrappers with a cache right below the distribution."""
+    if not isinstance(ode, Wrapped):
+        return Cached(ode)
+    return ode.over(Cached(ode.inner) if isinstance(ode, Distributed) else _below(ode.inner))
+
+
+class Cached(Wrapped):
+    """See :func:`cached`."""
+
+    def __init__(self, inner: ProbabilityFlowODE) -> None:
+        super().__init__(inner)
+        self.memory = Memory()
+
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The memoized output for states x [B, ...] at time t, or a new one."""
+        if torch.is_grad_enabled():
+            return self.inner.output(x, t)
+        key = _digest(x, t, self._conditions)
+        known = self.memory.outputs.get(key)
+        if known is not None:
+            return known.to(x.device, copy=True)
+        made = self.inner.output(x, t)
+        self.memory.put(key, made)
+        return made
+
+    @cached_property
+    def _conditions(self) -> bytes:
+        parts = [(of, k, v) for of, d in enumerate((self.conditioning, self.unconditional)) for k, v in d.items()]
+        return _digest(*(v if isinstance(v, Tensor | str | int) else self.memory.place(v) for p in parts for v in p))
+
+    def over(self, inner: ProbabilityFlowODE) -> Self:
+        """The same cache around another view of the model."""
+        twin = super().over(inner)
+        twin.__dict__.pop("_conditions", None)
+        return twin
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the inner ODE, computed once: the model does not change."""
+        if self.memory.fingerprint is None:
+            self.memory.fingerprint = self.inner.fingerprint()
+        return self.memory.fingerprint
+
+
+class Memory:
+    """Outputs by key on the host, up to `limit` bytes, and the fingerprint of their model."""
+
+    def __init__(self, limit: int = _LIMIT) -> None:
+        self.outputs: LRUCache[bytes, Tensor] = LRUCache(limit, getsizeof=lambda v: v.numel() * v.element_size())
+        self.fingerprint: str | None = None
+        self._objects: dict[int, Any] = {}
+
+    def place(self, value: Any) -> int:
+        """Identity of an object. The object is kept, so that no other object gets the same one."""
+        self._objects[id(value)] = value
+        return id(value)
+
+    def put(self, key: bytes, value: Tensor) -> None:
+        """Keep a copy, unless the value alone exceeds the limit."""
+        if value.numel() * value.element_size() <= self.outputs.maxsize:
+            self.outputs[key] = value.detach().to("cpu", copy=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """An empty one: identities of objects do not survive a copy."""
+        return Memory(int(self.outputs.maxsize))
+
+
+def _digest(*parts: Any) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            # The strides count: a model's last bit may depend on the memory layout of its input.
+            digest.update(f"{part.dtype}{list(part.shape)}{part.stride()}".encode())
+            digest.update(bytes_of(part))
+        else:
+            digest.update(f"{part!r}|".encode())
+    return digest.digest()
