@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from adam import refine_by_adam
 from common import (
     CHUNK,
     DEFAULT,
@@ -37,10 +38,9 @@ from common import (
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.autofit import search_grid
-from iia_ode.autofit.budget import BUDGETS
-from iia_ode.autofit.grids import LeapGrid, leap_grids
+from iia_ode.autofit import BUDGETS, LeapGrid, leap_grids, search_grid
 from iia_ode.iia import IIA, Teacher
+from iia_ode.iia.batch import Batch as Samples
 from iia_ode.iia.refinement import refine
 from iia_ode.iia.warm_start import WarmStart
 from iia_ode.plan import Plan
@@ -70,7 +70,7 @@ class Recipe:
     ----------
     target, terms, history, intercept : of the closed-form fit; no terms is DDIM itself.
     grid : ``"default"``, ``"tuned"`` (Karras), ``"leap"``, or ``"warm"``: the first interval by a Gaussian warm start.
-    refinement : a method of :func:`refine`, or None.
+    refinement : ``"gauss-newton"``, ``"adam"`` or None.
     """
 
     target: str = "trajectory"
@@ -167,7 +167,7 @@ def closed_form(
         intercept=recipe.intercept,
     )  # fmt: skip
     own = teacher if recipe.target == "trajectory" else None
-    return method.fit(ode, grid, x, teacher=own, chunk_size=chunk).plan
+    return method.fit(ode, x, grid, teacher=own, chunk_size=chunk).plan
 
 
 def warm_start(bench: Bench, t_1: float) -> WarmStart:
@@ -185,7 +185,7 @@ def warmed(
 ) -> tuple[Plan, Tensor]:
     """The plan of what follows a warm start, and the states that it starts from; its targets are the true trajectories."""
     x_1 = warm.apply(x, ode)
-    later = replace(teacher, initial=x_1.cpu(), about=teacher.about | {"t_start": warm.t_1})
+    later = teacher.restarted(warm.t_1, x_1)
     return closed_form(recipe, ode, grid, x_1, later, chunk), x_1
 
 
@@ -217,16 +217,16 @@ def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
             alive = sorted((karras_error(bench, recipe, grid, count), grid) for _, grid in alive)[:keep]
         return {"grid": list(alive[0][1])}
 
-    def make(ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+    def make(some: Samples, grid: Tensor) -> Plan:
         if kind == "leap":
-            return closed_form(recipe, ode, grid, x, teacher, chunk)
+            return closed_form(recipe, some.ode, grid, some.x, some.taught, chunk)
         warm = warm_start(bench, float(grid[1]))
-        return warm.then(warmed(recipe, warm, ode, grid[1:], x, teacher, chunk)[0])
+        return warm.then(warmed(recipe, warm, some.ode, grid[1:], some.x, some.taught, chunk)[0])
 
     part, chunk = slice(0, samples), bench.effort["chunk"]
     scale = float(bench.teacher.final.double().square().mean().sqrt())
     found = search_grid(
-        make, own.ode.subset(part, len(own.x)), own.x[part], bench.teacher.subset(part), bench.nfe + (kind == "warm"),
+        make, Samples(own.ode, own.x, bench.teacher, CHUNK)[part], bench.nfe + (kind == "warm"),
         leap_grids(setting.sigma_max, scale), rounds=BUDGETS["closed-form"].rounds, descent=1,
     )  # fmt: skip
     return {"grid": [found.best.sigma_1, found.best.sigma_min, found.best.rho]}
@@ -259,11 +259,15 @@ def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
         about["sigma_1"] = warm.level
     if recipe.refinement is not None:
         effort, part = bench.effort, slice(0, bench.effort["refined"])
-        found = refine(
-            plan, own.ode.subset(part, len(x)), x[part], bench.teacher.final[part].to(x), method=recipe.refinement,
-            iterations=effort[recipe.refinement.replace("-", "_")], probes=effort["probes"], chunk_size=chunk,
-            seed=bench.seed,
-        )  # fmt: skip
+        start, exact = x[part], bench.teacher.final[part].to(x)
+        model = own.ode.subset(part, len(x))
+        if recipe.refinement == "adam":
+            found = refine_by_adam(model, start, plan, exact, iterations=effort["adam"], chunk_size=chunk)
+        else:
+            found = refine(
+                model, start, plan, exact, iterations=effort["gauss_newton"], probes=effort["probes"], chunk_size=chunk,
+                seed=bench.seed,
+            )  # fmt: skip
         plan = found.plan
         about |= {
             "iterations": len(found.iterations) - 1,
