@@ -348,7 +348,7 @@ def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
     """A fitted solver over this base gives equal samples after saving and loading."""
     ode, grid = mixture().ode(VP()), karras(5, schedule=VP())
     x = draw(mixture(), 4, VP(), float(grid[0]))
-    fit = IIA(solver, terms=_no_terms).fit(ode, grid, x)
+    fit = IIA(solver, terms=_no_terms).fit(ode, x, grid)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load(fit.save(Path(folder) / "fit.safetensors"))
     expected = sample(ode, x, grid, solver)
