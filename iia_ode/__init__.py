@@ -7,15 +7,14 @@ from . import denoisers, errors, grids, metrics, plots, problems, reference, tes
 from .__about__ import __version__
 from .autofit import Budget, fit
 from .errors import IIAError
-from .estimation import estimate_statistics
+from .estimation import ModelStatistics
 from .iia import IIA, FittedSolver, Teacher, WarmStart, preset
-from .iia.fitted import load
 from .integrate import odeint, sample
+from .loading import load
 from .ode import ProbabilityFlowODE, distributed
 from .plan import Plan
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names
-from .statistics import ModelStatistics
 
 __all__ = [
     "EDM",
@@ -40,7 +39,6 @@ __all__ = [
     "denoisers",
     "distributed",
     "errors",
-    "estimate_statistics",
     "fit",
     "get_solver",
     "grids",

@@ -29,7 +29,7 @@ def check_whole(
     such_as: object = None,
     error: ErrorType = InputError,
 ) -> int:
-    """Return `value` as an int if it is a whole number in the range.
+    """Return `value` as an int, or raise an error unless `value` is a whole number in the range.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def check_number(
     such_as: object = None,
     error: ErrorType = InputError,
 ) -> float:
-    """Return `value` as a float if it is a finite number in the range.
+    """Return `value` as a float, or raise an error unless `value` is a finite number in the range.
 
     Parameters
     ----------
@@ -96,19 +96,19 @@ def check_number(
 
 
 def check_share(name: str, value: object, *, such_as: object = None, error: ErrorType = InputError) -> float:
-    """Return `value` as a float if it is a number from 0 to 1, both included; else raise `error`."""
+    """Return `value` as a float, or raise `error` unless `value` is a number from 0 to 1, both included."""
     return check_number(name, value, least=0, most=1, such_as=such_as, error=error)
 
 
 def check_flag(name: str, value: object, *, error: ErrorType = InputError) -> bool:
-    """Return `value` if it is True or False; else raise `error`, also for 0, 1 and strings."""
+    """Return `value`, or raise `error` unless `value` is True or False; 0, 1 and strings are errors too."""
     if not isinstance(value, bool):
         _refuse(error, name, "True or False", None, value)
     return value
 
 
 def check_seed(seed: object, name: str = "seed") -> int:
-    """Return `seed` as an int if torch's generators take it: from -2**63 to below 2**64; else raise InputError."""
+    """Return `seed` as an int, or raise InputError unless torch's generators take `seed`: from -2**63 to below 2**64."""
     number = _as_index(seed)
     if number is None or not -(2**63) <= number < 2**64:
         _refuse(InputError, name, "a whole number from -2**63 to below 2**64", None, seed)
@@ -116,7 +116,7 @@ def check_seed(seed: object, name: str = "seed") -> int:
 
 
 def check_shape(name: str, value: object, *, error: ErrorType = InputError) -> tuple[int, ...]:
-    """Return `value` as a tuple if it is a sequence of lengths, whole numbers from 0; else raise `error`."""
+    """Return `value` as a tuple, or raise `error` unless `value` is a sequence of whole numbers from 0."""
     lengths = [_as_index(n) for n in value] if isinstance(value, Sequence) and not isinstance(value, str) else [None]
     shape = tuple(n for n in lengths if n is not None and n >= 0)
     if len(shape) != len(lengths):
@@ -125,7 +125,7 @@ def check_shape(name: str, value: object, *, error: ErrorType = InputError) -> t
 
 
 def check_choice(name: str, value: T, choices: Iterable[T], *, error: ErrorType = InputError) -> T:
-    """Return `value` if it equals one of `choices`; else raise `error` with the list."""
+    """Return `value`, or raise `error` with the list of `choices` unless `value` is among them."""
     known = list(choices)
     if value not in known:
         _refuse(error, name, f"one of {', '.join(map(repr, known))}", None, value)
@@ -133,7 +133,7 @@ def check_choice(name: str, value: T, choices: Iterable[T], *, error: ErrorType 
 
 
 def _as_index(value: Any) -> int | None:
-    """`value` as an int if it is an integer of Python, NumPy or torch; None for everything else."""
+    """`value` as an int for an integer of Python, NumPy or torch; None for everything else."""
     if isinstance(value, bool):
         return None
     try:
@@ -159,7 +159,7 @@ def _range(
 
 
 def _brief(bound: float) -> str:
-    """A bound as one writes it: ``2**32`` for a large power of two."""
+    """A bound in the usual notation: ``2**32`` for a large power of two."""
     power = int(bound).bit_length() - 1
     return f"2**{power}" if isinstance(bound, int) and power > 16 and bound == 2**power else f"{bound:g}"
 

@@ -1,7 +1,7 @@
-"""Every exception and warning that the library raises on its own account.
+"""The errors and warnings of the library.
 
-All errors derive from :class:`IIAError`, so ``except iia_ode.IIAError`` catches what the library refused and nothing else.
-Each also derives from the built-in exception that a reader would expect (``ValueError``, ``TypeError``, ...).
+All errors derive from :class:`IIAError`: ``except iia_ode.IIAError`` catches the errors of the library, and no others. Each
+error also derives from the nearest built-in exception (``ValueError``, ``LookupError``, ...).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PlanError(InputError):
 
 
 class UnknownNameError(IIAError, LookupError):
-    """A name is not registered; the message lists those that are, nearest first."""
+    """A name is not registered; the message lists the registered names, nearest first."""
 
 
 class NonFiniteError(IIAError, ArithmeticError):
@@ -65,11 +65,11 @@ class NonFiniteError(IIAError, ArithmeticError):
 
 
 class MismatchError(IIAError, ValueError):
-    """A fitted solver is used with another schedule, guidance or grid than it was fitted for."""
+    """A fitted solver or a plan is used with another schedule, guidance or grid than its own."""
 
 
 class FileFormatError(IIAError, ValueError):
-    """A file is not what it should be: truncated, foreign, or of a version this library cannot read."""
+    """A file is missing, damaged, not written by this library, or of a newer version of the format."""
 
 
 class MissingDependencyError(IIAError, ImportError):
@@ -77,23 +77,23 @@ class MissingDependencyError(IIAError, ImportError):
 
 
 class ConformanceError(IIAError, AssertionError):
-    """A solver does not keep a promise that every solver makes; see :mod:`iia_ode.testing`."""
+    """A solver fails a check of the conformance suite; see :mod:`iia_ode.testing`."""
 
 
 class RankError(IIAError, RuntimeError):
-    """One of several processes failed, did not answer in time, or was asked for another fit than the others."""
+    """One of several processes failed, did not answer in time, or was given another fit than the others."""
 
 
 class DuplicateWarning(UserWarning):
-    """Some draws of noise were given more than once."""
+    """Some draws of noise occur more than once in a batch."""
 
 
 class FingerprintWarning(UserWarning):
-    """A fitted solver is used with another model than the one it was fitted on."""
+    """A fitted solver is used with another model than the model of the fit."""
 
 
 class MismatchWarning(UserWarning):
-    """A fitted solver is used at another guidance scale than it was fitted at."""
+    """A fitted solver is used at another guidance scale than the scale of the fit."""
 
 
 class GuardWarning(UserWarning):
@@ -101,7 +101,7 @@ class GuardWarning(UserWarning):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; the rest of torch's is advice for its developers."""
+    """The first line of an error's message; torch's messages go on with advice for its developers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -118,7 +118,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
 
     Parameters
     ----------
-    kind : what `name` should have been the name of, such as ``"solver"``.
+    kind : kind of thing with a name, such as ``"solver"``.
     name : the unknown name.
     known : the valid names.
     hint : a sentence that explains the name; it replaces the nearest matches.

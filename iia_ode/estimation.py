@@ -1,9 +1,10 @@
-"""Estimating the model statistics that DPM-Solver-v3 needs [Zheng et al. 2023, appendix C.1.1]."""
+"""Estimate the model statistics of DPM-Solver-v3 along a model's trajectories [Zheng et al. 2023, appendix C.1.1]."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,17 +16,18 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .checks import check_whole
-from .errors import GridError, InputError, NonFiniteError, unknown_name
+from .checks import check_seed, check_whole
+from .errors import FileFormatError, GridError, InputError, NonFiniteError, unknown_name
+from .files import read_tensors
 from .forms import conversion
 from .integrate import sample
 from .ode import ProbabilityFlowODE
 from .plan import check_grid, check_start
 from .schedules import Schedule
 from .schedules.base import derivative_of
-from .statistics import Curve, ModelStatistics
+from .statistics import KIND, Curve, StatisticsTables
 
-__all__ = ["estimate_statistics"]
+__all__ = ["ModelStatistics", "read_statistics"]
 
 _F64 = torch.float64
 _SOLVER = "unipc"  # of the trajectories: order 4 at one evaluation a step
@@ -36,92 +38,139 @@ _MODES = ("auto", "forward", "reverse")
 _log = logging.getLogger(__name__)
 
 
-def estimate_statistics(
-    ode: ProbabilityFlowODE,
-    x: Tensor,
-    grid: Tensor | Sequence[float],
-    *,
-    points: int = 120,
-    probes: int = 1,
-    shared: str | Sequence[int] = (),
-    batch_size: int | None = None,
-    mode: str = "auto",
-    seed: int = 0,
-    progress: bool = False,
-) -> ModelStatistics:
-    """Estimate l, s and b of a model along its own trajectories.
+class ModelStatistics(StatisticsTables):
+    """The statistics of a model that DPM-Solver-v3 needs: tables of l, s and b over the half-log-SNR.
 
-    At every node, over samples and over probes v of random signs,
-
-        l = 1 - alpha E[v (dD/dx v)],    s = Cov(f, f') / Var(f),    b = E[f'] - s E[f],
-
-    with D the data estimate, f = (1 - l) x / alpha - D and f' its derivative along the flow. The model's part of f' is one
-    Jacobian-vector product with the tangent of the flow: exact, where a difference of evaluations along the trajectory
-    would carry the rounding of a float32 network divided by a small step. Where f varies by no more than rounding, s = 0
-    and b = E[f'].
-
-    A sample keeps its probes along its trajectory. Errors of the tables are then smooth in lambda, which costs a solver next
-    to nothing; with new probes, or new samples, at every node the tables would be rough, and that costs it its order.
+    :meth:`estimate` makes the tables for a model, :meth:`save` writes them to a file, and :func:`iia_ode.load` reads the file.
+    Two instances are equal, and have one hash, if their tables and schedules are equal.
 
     Parameters
     ----------
-    ode : the model. For guided sampling the paper advises statistics of the model without guidance.
-    x : states at ``grid[0]``, [B, ...]; from noise that is ``sigma_T * randn``. The paper takes 1024 to 4096 of them.
-    grid : times, as for a solver. Only the first and the last with finite log-SNR count: the table is equidistant in
-        log-SNR between them.
-    points : rows of the table, joined by cubic splines: as many as resolve how the model depends on the noise level (60 for
-        the digits network, up to 1200 in the paper).
-    probes : v for each sample.
-    shared : dimensions of one sample along which coefficients are equal: ``(-2, -1)`` for one per channel, or ``"all"``.
-    batch_size : how many samples are treated at a time; all by default.
-    mode : ``"forward"`` differentiation; ``"reverse"``, which every model allows, with central differences for f'; or
-        ``"auto"``, the first of them that works.
-    seed : of the probes.
-    progress : show a bar over the nodes.
+    lam : half-log-SNR, [K], increasing.
+    l, s, b : [K, *shape], where shape broadcasts against one sample: the shape of a sample for coefficients per component,
+        [C, 1, 1] for one coefficient per channel, [] for one number. Data prediction is l = 1, s = 0, b = 0; noise prediction
+        is l = 0, s = -1, b = 0.
+    schedule : ``config()`` of the schedule of the tables; None fits any schedule.
+    about : provenance, JSON-ready.
 
     Raises
     ------
-    InputError, GridError, UnknownNameError : an argument; all are :class:`iia_ode.IIAError`.
-    NonFiniteError : the model returned NaN or infinity.
+    InputError : the tables do not fit together, are not finite or not in order.
     """
-    check_start(ode, x)
-    size = len(x) if batch_size is None else batch_size
-    for name, value, least in (("points", points, 2), ("probes", probes, 1), ("batch_size", size, 1)):
-        check_whole(name, value, least=least)
-    if mode not in _MODES:
-        raise unknown_name("mode", mode, _MODES)
-    times, nodes = _times(ode.schedule, grid, points)
-    dims, generator = _shared_dims(shared, x.ndim - 1), torch.Generator("cpu").manual_seed(seed)
-    signs = (
-        torch.randint(0, 2, (len(x), probes, *x.shape[1:]), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-    )
-    bar = tqdm(total=points * -(-len(x) // size), desc="statistics", disable=not progress)
-    collector = _Collector(mode, nodes, dims, bar)
-    with ode.counting() as spent, torch.inference_mode(False), torch.no_grad():
-        for first in range(0, len(x), size):
-            part = slice(first, first + size)
-            own, start = ode.subset(part, len(x)), x[part].to(_F64, copy=True)
-            collector.follow(own, start, times, signs[part].transpose(0, 1).to(start))
-    bar.close()
-    about = {
-        "samples": len(x),
-        "probes": probes,
-        "mode": collector.mode,
-        "seed": seed,
-        "prediction": ode.prediction,
-        "guidance_scale": ode.guidance_scale,
-        "fingerprint": ode.fingerprint(),
-        "evaluations": spent.evaluations,
-    }
-    lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")
-    return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(ode, x)), ode.schedule, about)
+
+    @staticmethod
+    def estimate(
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        grid: Tensor | Sequence[float],
+        *,
+        points: int = 120,
+        probes: int = 1,
+        shared: str | Sequence[int] = (),
+        batch_size: int | None = None,
+        mode: str = "auto",
+        seed: int = 0,
+        progress: bool = False,
+    ) -> ModelStatistics:
+        """Estimate l, s and b of a model along its trajectories [Zheng et al. 2023, appendix C.1.1].
+
+        At every node, over samples and over Rademacher probes v,
+
+            l = 1 - alpha E[v (dD/dx v)],    s = Cov(f, f') / Var(f),    b = E[f'] - s E[f],
+
+        with D the data estimate, f = (1 - l) x / alpha - D and f' its derivative along the flow. The model's part of f' is
+        one Jacobian-vector product with the tangent of the flow. The product is exact; a difference of evaluations along
+        the trajectory would carry the rounding of a float32 network divided by a small step. Where f varies by no more than
+        rounding, s = 0 and b = E[f'].
+
+        A sample keeps its probes along its trajectory, so the errors of the tables are smooth in lambda, which costs a solver
+        next to nothing. New probes or new samples at every node would make the tables rough, and a rough table costs the
+        solver its order.
+
+        Parameters
+        ----------
+        ode : the model. For guided sampling the paper advises statistics of the model without guidance.
+        x : states at ``grid[0]``, [B, ...], float32 or float64. States of pure noise are ``sigma_T * randn``; the paper takes
+            1024 to 4096 samples.
+        grid : times, as for a solver. Only the first and the last time with finite log-SNR count: the table is equidistant
+            in log-SNR between them.
+        points : rows of the table, at least 2, joined by cubic splines. The rows must resolve how the model depends on the
+            noise level: 60 for the digits network, up to 1200 in the paper.
+        probes : Rademacher probes for each sample.
+        shared : dimensions of one sample along which coefficients are equal: ``(-2, -1)`` for one coefficient per channel,
+            or ``"all"``.
+        batch_size : number of samples in one batch of evaluations; all by default.
+        mode : ``"forward"`` differentiation; ``"reverse"``, which every model allows, with central differences for f'; or
+            ``"auto"``, the first of the two that works.
+        seed : of the probes.
+        progress : show a bar over the nodes.
+
+        Returns
+        -------
+        The tables, float64 [points, *shape] on the CPU.
+
+        Raises
+        ------
+        InputError, GridError, UnknownNameError : an argument; all are :class:`iia_ode.IIAError`.
+        NonFiniteError : the model returned NaN or infinity.
+        """
+        check_start(ode, x)
+        points, probes = check_whole("points", points, least=2), check_whole("probes", probes, least=1)
+        size = len(x) if batch_size is None else check_whole("batch_size", batch_size, least=1)
+        seed = check_seed(seed)
+        if mode not in _MODES:
+            raise unknown_name("mode", mode, _MODES)
+        times, nodes = _times(ode.schedule, grid, points)
+        dims, generator = _shared_dims(shared, x.ndim - 1), torch.Generator("cpu").manual_seed(seed)
+        signs = (
+            torch.randint(0, 2, (len(x), probes, *x.shape[1:]), generator=generator, dtype=torch.int8, device="cpu") * 2
+            - 1
+        )
+        bar = tqdm(total=points * -(-len(x) // size), desc="statistics", disable=not progress)
+        collector = _Collector(mode, nodes, dims, bar)
+        with ode.counting() as spent, torch.inference_mode(False), torch.no_grad():
+            for first in range(0, len(x), size):
+                part = slice(first, first + size)
+                own, start = ode.subset(part, len(x)), x[part].to(_F64, copy=True)
+                collector.follow(own, start, times, signs[part].transpose(0, 1).to(start))
+        bar.close()
+        about = {
+            "samples": len(x),
+            "probes": probes,
+            "mode": collector.mode,
+            "seed": seed,
+            "prediction": ode.prediction,
+            "guidance_scale": ode.guidance_scale,
+            "fingerprint": ode.fingerprint(),
+            "evaluations": spent.evaluations,
+        }
+        lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")
+        return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(ode, x)), ode.schedule, about)
+
+
+def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = None) -> ModelStatistics:
+    """Read a file of :meth:`ModelStatistics.save`.
+
+    Raises
+    ------
+    FileFormatError : missing, damaged or foreign file.
+    MismatchError : `schedule` is not the schedule of the statistics.
+    """
+    tensors, header = read_tensors(path, KIND)
+    try:
+        found = ModelStatistics(**tensors, schedule=header["schedule"], about=header["about"])
+    except (TypeError, KeyError, InputError) as error:
+        raise FileFormatError(f"{str(path)!r} does not hold model statistics: {error}.") from error
+    if schedule is not None:
+        found.check(schedule)
+    return found
 
 
 # ---- where -----------------------------------------------------------------------------------------------------------
 
 
 def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> tuple[list[float], dict[int, int]]:
-    """The times that trajectories step through, and which of them are nodes: position to row of the table."""
+    """The times of the trajectories' steps, and the nodes among them: position to row of the table."""
     given = check_grid(schedule, grid if isinstance(grid, Tensor) else list(grid))
     finite = [t for t in given if math.isfinite(schedule.lam(t))]
     if len(finite) < 2:
@@ -140,7 +189,7 @@ def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> t
 
 
 def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | None:
-    """Dimensions to average over, counted from the end of a batch: None for all, so that no shape is left."""
+    """Dimensions to average over, counted from the end of a batch; None for all dimensions."""
     if shared == "all":
         return None
     if isinstance(shared, str) or not all(isinstance(d, int) and -ndim <= d < ndim for d in shared):
@@ -160,14 +209,14 @@ class _Products(Protocol):
     """Products with the Jacobian of the model's output."""
 
     def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and an estimate of the Jacobian's diagonal from probes of random signs [probes, B, ...]."""
+        """The output, and a Hutchinson estimate of the Jacobian's diagonal from Rademacher probes [probes, B, ...]."""
 
     def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
         """The derivative of the output in the direction (dx, dt)."""
 
 
 class _Collector:
-    """The moments of every node, along one trajectory after the other; `mode` "auto" becomes the one the model allows."""
+    """The moments of every node, collected along trajectories; `mode` "auto" becomes the first mode the model allows."""
 
     def __init__(self, mode: str, nodes: Mapping[int, int], dims: tuple[int, ...] | None, bar: Any) -> None:
         self.mode, self.nodes, self.bar = mode, nodes, bar
@@ -265,9 +314,9 @@ def _jvp(ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) ->
 
 
 class _Moments:
-    """Means of (y, D, D', l) and covariances of the first three at one node, over samples and shared dimensions.
+    """Means of (y, D, D', l) and covariances of y, D and D' at one node, over samples and shared dimensions.
 
-    f and f' are combinations of those three, known once l and its derivative are, which takes all nodes.
+    f and f' are combinations of y, D and D' with coefficients of l and its derivative, which are known after all nodes.
     """
 
     def __init__(self, dims: tuple[int, ...] | None) -> None:
@@ -290,7 +339,7 @@ class _Moments:
         self.count += n
 
     def _over(self, columns: Tensor, keepdim: bool = False) -> Tensor:
-        """Mean over the batch and the shared dimensions; those stay with size 1, unless nothing does."""
+        """Mean over the batch and the shared dimensions; shared dimensions stay with size 1, unless all are shared."""
         if self.dims is None:
             out = columns.flatten(1).mean(1)
             return out.reshape(-1, *[1] * (columns.ndim - 1)) if keepdim else out
@@ -301,7 +350,7 @@ class _Moments:
 def _solve(
     lam: Tensor, moments: Sequence[_Moments], resolution: float, schedule: Schedule, about: dict[str, Any]
 ) -> ModelStatistics:
-    """The tables: l as it is, then s and b by least squares with the derivative of l's own interpolant."""
+    """The tables: l as estimated, then s and b by least squares with the derivative of the interpolant of l."""
     order = lam.argsort()
     lam, mean = lam[order], torch.stack([moments[k].mean for k in order.tolist()], dim=1)
     covariance = torch.stack([moments[k].covariance for k in order.tolist()], dim=2)

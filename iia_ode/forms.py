@@ -1,4 +1,4 @@
-"""What a model predicts, in every form: data, noise, score, v and velocity are linear in each other."""
+"""Model outputs in every form: data, noise, score, v and velocity are linear in each other."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from .errors import ScheduleError, unknown_name
 from .schedules import Schedule
 
-__all__ = ["PREDICTIONS", "Evaluation", "Forms", "Prediction", "conversion"]
+__all__ = ["PREDICTIONS", "Evaluation", "Forms", "Prediction", "check_prediction", "conversion", "converted"]
 
 Prediction = Literal["data", "noise", "score", "v", "velocity"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
@@ -25,7 +26,7 @@ def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[An
 
     Every prediction type is a combination of the data x_0 and the noise eps, as is x = alpha x_0 + sigma eps itself:
     data (1, 0), noise (0, 1), score (0, -1/sigma), v (-sigma, alpha) [Salimans & Ho 2022], velocity (alpha', sigma').
-    Writing the target in the basis (x, source) is Cramer's rule, in which nothing cancels near sigma = 0.
+    The target in the basis (x, source) follows from Cramer's rule, without cancellation near sigma = 0.
 
     Raises
     ------
@@ -52,6 +53,24 @@ def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[An
     return factors
 
 
+def converted(x: Tensor, output: Tensor, factors: tuple[float, float]) -> Tensor:
+    """A model's output at state x in another form: ``p * x + q * output``; the output itself where (p, q) = (0, 1).
+
+    Parameters
+    ----------
+    x, output : [B, ...], of equal dtype and device; neither is changed.
+    factors : (p, q) of :func:`conversion`.
+    """
+    p, q = factors
+    return output if (p, q) == (0.0, 1.0) else torch.mul(x, p).add_(output, alpha=q)
+
+
+def check_prediction(prediction: object) -> None:
+    """Raise UnknownNameError unless `prediction` is the name of a form."""
+    if prediction not in PREDICTIONS:
+        raise unknown_name("prediction type", prediction, PREDICTIONS)
+
+
 def _in_data_and_noise(schedule: Schedule, t: Any, form: str, a: Any, s: Any) -> tuple[Any, Any]:
     match form:
         case "data":
@@ -69,13 +88,13 @@ def _in_data_and_noise(schedule: Schedule, t: Any, form: str, a: Any, s: Any) ->
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Generic[V]):
-    """One evaluation of a model, in every form: all are linear in each other for given x and t.
+    """An evaluation of a model, in every form: the forms are linear in each other for given x and t.
 
     Parameters
     ----------
-    schedule, t : where it was made.
-    x : the state it was made at, a tensor (or a symbolic vector while a plan is traced).
-    output : what came out, of the type named by `form`.
+    schedule, t : schedule and time of the evaluation.
+    x : the evaluated state, a tensor, or a symbolic vector while a plan is traced.
+    output : the model output, in the form named by `form`.
     """
 
     schedule: Schedule
@@ -85,7 +104,7 @@ class Evaluation(Generic[V]):
     form: str
 
     def as_form(self, form: str) -> V:
-        """This evaluation as data, noise, score, v or velocity; shape and dtype of x."""
+        """The evaluation as data, noise, score, v or velocity; shape and dtype of x."""
         if form == self.form:
             return self.output
         p, q = conversion(self.schedule, self.t, self.form, form)
@@ -128,14 +147,14 @@ def _like(value: Any, x: Any) -> Any:
 
 
 class Forms(ABC, Generic[V]):
-    """One evaluation of a model, asked for by its form; on states V, tensors or a plan's symbolic vectors."""
+    """Evaluations of a model in a chosen form, on states V: tensors, or symbolic vectors of a plan."""
 
     @abstractmethod
     def evaluate(self, x: V, t: Any, form: str = "data") -> Evaluation[V]:
-        """One evaluation, to be read in any form; `form` is how a plan would store it."""
+        """One evaluation, readable in any form; a plan stores the output in `form`."""
 
     def as_form(self, x: V, t: Any, form: str) -> V:
-        """The model's output in the form of that name; one evaluation."""
+        """The model's output in the named form; one evaluation."""
         return self.evaluate(x, t, form).as_form(form)
 
     def data(self, x: V, t: Any) -> V:

@@ -16,8 +16,7 @@ from .errors import GridError, InputError, MismatchError, NonFiniteError, unknow
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .plan import Plan, check_grid, check_ode, check_start, trace
-from .solvers import Solver, as_solver, get_solver, is_registered, solver_names
-from .solvers.base import unknown_solver
+from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 
 __all__ = ["odeint", "sample"]
 

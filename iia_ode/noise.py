@@ -1,4 +1,4 @@
-"""Noise that does not depend on how samples are batched: each from a seed of its own."""
+"""Noise with one seed per sample, independent of how the samples are batched."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from .errors import InputError
 
 __all__ = ["sample_seeds", "seeded_noise"]
 
-_MOST = 2**32  # torch's generator on the host drops what a seed has above 32 bits
+_MOST = 2**32  # torch's generator on the host drops the bits of a seed above 32
 
 
 def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
-    """Seeds of the samples `index` of a run: they depend on `seed` and the sample's number, not on how many there are.
+    """Seeds of the samples `index` of a run, a function of `seed` and the sample's number alone.
 
-    Processes that share a run each take the part of the numbers that is theirs. Within a run all seeds differ. Those of
-    another `seed` begin elsewhere among 2**32: that two runs of n samples have any in common has a chance of about n in 2**31.
+    Processes that share a run pass their own parts of the numbers. Within a run all seeds differ. Runs with different `seed`
+    begin at different places among 2**32 seeds: two runs of n samples share a seed with a probability of about n / 2**31.
 
     Parameters
     ----------
-    seed : of the run, from 0.
-    index : numbers of samples from 0, such as ``range(64)``.
+    seed : seed of the run, a whole number from 0.
+    index : numbers of samples, whole numbers from 0 to below 2**32, such as ``range(64)``.
+
+    Returns
+    -------
+    One seed per sample, from 0 to below 2**32.
 
     Raises
     ------
-    InputError : not such numbers.
+    InputError : `seed` or a number of a sample is not a whole number in its range.
     """
     if not isinstance(index, Iterable):
-        raise InputError(f"index is the numbers of some samples, such as range(64), got {index!r}.")
+        raise InputError(f"index must be the numbers of samples, such as range(64), got {index!r}.")
     first = int(np.random.SeedSequence(check_whole("seed", seed, least=0)).generate_state(1)[0])
     return [(first + check_whole("the number of a sample", k, least=0, below=_MOST)) % _MOST for k in index]
 
@@ -44,28 +48,34 @@ def seeded_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draws of standard normal noise, sample k from ``seeds[k]`` alone, [len(seeds), *shape].
+    """Draws of standard normal noise; sample k depends on ``seeds[k]`` alone.
 
-    They are made on the host, so that they are the same on every device.
+    The numbers are drawn on the host and are the same on every device.
 
     Parameters
     ----------
-    seeds : one for each sample, from 0 to below 2**32; :func:`sample_seeds` makes them.
-    shape : of one sample.
+    seeds : one seed per sample, whole numbers from 0 to below 2**32, as from :func:`sample_seeds`.
+    shape : shape of one sample.
+    dtype : floating-point dtype of the noise.
+    device : device of the noise.
+
+    Returns
+    -------
+    The noise, [len(seeds), *shape].
 
     Raises
     ------
-    InputError : a seed is not such a number, or another argument is not usable.
+    InputError : a seed is out of range, or `shape` or `dtype` is not usable.
     """
     if not isinstance(seeds, Sequence):
         raise InputError(f"seeds must be a sequence of whole numbers, such as [0, 1], got {seeds!r}.")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"noise has a dtype of floating point, such as torch.float32, got {dtype!r}.")
+        raise InputError(f"dtype must be a floating-point dtype, such as torch.float32, got {dtype!r}.")
     size = check_shape("shape", shape)
     rows = [torch.randn(size, generator=generator_of(s), dtype=dtype, device="cpu") for s in seeds]
     return torch.stack(rows).to(device) if rows else torch.empty((0, *size), dtype=dtype, device=device)
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """A generator on the host with this seed (InputError where it would not be used whole)."""
+    """A generator on the host; InputError unless the seed is from 0 to below 2**32."""
     return torch.Generator("cpu").manual_seed(check_whole("the seed of a generator", seed, least=0, below=_MOST))

@@ -1,9 +1,9 @@
-"""Empirical model statistics [Zheng et al. 2023]: what DPM-Solver-v3 knows of a model, and the integrals that it needs.
+"""Tables of empirical model statistics for DPM-Solver-v3, and their integrals over a step [Zheng et al. 2023].
 
 With y = x / alpha, lambda the half-log-SNR and eps the model's noise, the flow is dy/dlambda = -l y - f for any l(lambda),
 where f = (sigma eps - l x) / alpha. The statistics are tables over lambda of three coefficients per component:
 
-- l, the mean of the diagonal of sigma d(eps)/dx: what is left, f, depends little on x;
+- l, the mean of the diagonal of sigma d(eps)/dx: the remainder f depends little on x;
 - s and b, the least-squares fit f' = s f + b along the flow: e^(-int s) f - int e^(-int s) b then changes little.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +26,15 @@ import torch
 from scipy.interpolate import CubicSpline, PPoly
 from torch import Tensor
 
-from .errors import FileFormatError, InputError, MismatchError
-from .files import read_tensors, write_tensors
+from .errors import InputError, MismatchError
+from .files import write_tensors
 from .schedules import Schedule
 from .schedules.stored import brief
 
-__all__ = ["Curve", "ModelStatistics", "StepIntegrals"]
+__all__ = ["KIND", "Curve", "StatisticsTables", "StepIntegrals"]
 
 Array = npt.NDArray[np.float64]
-_KIND = "model statistics"
+KIND = "model statistics"
 _TABLES = ("lam", "l", "s", "b")
 _WIDTH = 0.5  # of a quadrature panel: there 8 nodes integrate e^(c lambda) to rounding for |c| up to about 8
 _CHUNK = 2**22  # numbers in one array of the quadrature
@@ -79,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class StepIntegrals:
-    """What a step over [start, end] in lambda needs of l, s and b; arrays of the statistics' shape.
+    """Integrals of l, s and b over a step [start, end] in lambda; arrays of the statistics' shape.
 
     Integrals of s and b run from the start; E = exp(-int_lambda^end l + int s) and B = int e^(-int s) b.
 
@@ -88,7 +88,7 @@ class StepIntegrals:
     keep : exp(-int l) over the step.
     moments : int E u^k dlambda over the step, u linear in lambda from 0 to 1; [n, ...].
     bias : int E B dlambda over the step.
-    scales, offsets : e^(-int s) and B at each of the nodes asked for: there g = scale f - offset.
+    scales, offsets : e^(-int s) and B at each of the given nodes, where g = scale f - offset.
     """
 
     keep: Array
@@ -99,19 +99,18 @@ class StepIntegrals:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelStatistics:
-    """Tables of l, s and b over the half-log-SNR; :func:`iia_ode.estimate_statistics` makes them for a model.
+class StatisticsTables:
+    """Tables of l, s and b over the half-log-SNR, with the integrals that a solver needs of them.
 
-    Two are equal, and have one hash, if their tables and schedules are.
+    Two instances are equal, and have one hash, if their tables and schedules are equal.
 
     Parameters
     ----------
     lam : half-log-SNR, [K], increasing.
-    l, s, b : [K, *shape], where shape broadcasts against one sample: the sample's own for coefficients per component,
-        [C, 1, 1] for one per channel, [] for one number. Data prediction is l = 1, s = 0, b = 0; noise prediction l = 0,
-        s = -1, b = 0.
-    schedule : ``config()`` of the schedule they belong to; None fits any.
-    about : how they were made, JSON-ready.
+    l, s, b : [K, *shape], where shape broadcasts against one sample: the shape of a sample for coefficients per component,
+        [C, 1, 1] for one coefficient per channel, [] for one number.
+    schedule : ``config()`` of the schedule of the tables; None fits any schedule.
+    about : provenance, JSON-ready.
 
     Raises
     ------
@@ -141,7 +140,7 @@ class ModelStatistics:
             )
 
     @classmethod
-    def constant(cls, l: float, s: float, b: float) -> ModelStatistics:  # noqa: E741
+    def constant(cls, l: float, s: float, b: float) -> Self:  # noqa: E741
         """The same three numbers for every component and lambda, on any schedule."""
         lam, *rows = (torch.tensor([float(v)], dtype=torch.float64, device="cpu") for v in (0.0, l, s, b))
         return cls(lam, rows[0], rows[1], rows[2])
@@ -161,7 +160,7 @@ class ModelStatistics:
         return body.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelStatistics) and other.digest == self.digest
+        return isinstance(other, StatisticsTables) and other.digest == self.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -182,23 +181,9 @@ class ModelStatistics:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the tables as tensors, schedule and `about` as JSON in its header."""
         header = {"schedule": self.schedule, "about": dict(self.about)}
-        return write_tensors(path, _KIND, {name: getattr(self, name) for name in _TABLES}, header)
+        return write_tensors(path, KIND, {name: getattr(self, name) for name in _TABLES}, header)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ModelStatistics:
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        FileFormatError : missing, damaged or foreign file.
-        """
-        tensors, header = read_tensors(path, _KIND)
-        try:
-            return cls(**tensors, schedule=header["schedule"], about=header["about"])
-        except (TypeError, KeyError, InputError) as error:
-            raise FileFormatError(f"{str(path)!r} does not hold model statistics: {error}.") from error
-
-    # ---- what a step needs -------------------------------------------------------------------------------------------
+    # ---- integrals over a step -------------------------------------------------------------------------------------------
 
     @cached_property
     def curves(self) -> tuple[Curve, Curve, Curve]:
@@ -250,7 +235,7 @@ class ModelStatistics:
 
     @cached_property
     def _is_biased(self) -> bool:
-        """Whether b is anything but zero, as it is not in data and noise prediction."""
+        """Whether b is not zero everywhere; in data and noise prediction it is zero."""
         return bool(self.b.any())
 
     def _drift(self, start: float, end: float) -> Iterator[tuple[Array, Array, Array]]:
@@ -265,7 +250,7 @@ class ModelStatistics:
             yield lam, dlam, np.exp(S_start - S.integral(lam)) * b(lam)
 
     def _breaks(self, start: float, end: float) -> Array:
-        """Ends of panels from start to end: the table's knots between them, and more where those are far apart."""
+        """Ends of panels from start to end: the table's knots in between, and more points where the knots are far apart."""
         low, high, rows = min(start, end), max(start, end), self.lam.numpy()
         knots = [low, *rows[(rows > low) & (rows < high)].tolist(), high]
         breaks: list[float] = []

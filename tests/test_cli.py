@@ -46,7 +46,7 @@ def test_the_exponent_goes_to_the_family_that_has_one(tmp_path, capsys, options,
     ("options", "words"),
     [
         (["--grid", "log_snr", "--rho", "7"], "--rho goes with --grid karras or polyexponential, not with log_snr"),
-        (["--grid", "polyexponential", "--rho", "0"], "rho must be positive"),
+        (["--grid", "polyexponential", "--rho", "0"], "rho must be a finite positive number"),
         (["--rho", "0.01"], "0.01 is too small"),
         (["--grid", "spline"], "'spline' is not one of"),
     ],

@@ -18,7 +18,7 @@ from iia_ode import ModelStatistics, reference
 from iia_ode.plan import Combine, Past
 from iia_ode.solvers import DPMSolverV3
 from iia_ode.solvers.dpm_solver_v3 import polynomial_coefficients
-from iia_ode.solvers.transfer import Interval
+from iia_ode.solvers.transfer import ExponentialStep
 from iia_ode.statistics import Curve
 from iia_ode.testing.cases import Track
 from iia_ode.testing.orders import measure_order, order_misses
@@ -79,7 +79,7 @@ class Pece(iia.Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         lam = ode.schedule.lam
         history = past.memory[: self.max_order] or ((t, ode.evaluate(x, t).as_form(self.form)),)
-        interval = Interval.of(ode.schedule, self.form, t, s)
+        interval = ExponentialStep.of(ode.schedule, self.form, t, s)
 
         def combine(outputs: Any) -> Any:
             weights = interval.weights([(lam(u) - lam(t)) / (lam(s) - lam(t)) for u, _ in outputs])
@@ -308,7 +308,7 @@ def test_on_gaussian_data_the_estimates_are_the_closed_forms(
 ) -> None:
     problem, grid = gaussian(), levels(3, schedule)
     x = problem.noisy(8, schedule, float(grid[0]), generator(5))
-    found = iia.estimate_statistics(problem.ode(schedule, prediction), x, grid, points=60, mode=mode)
+    found = ModelStatistics.estimate(problem.ode(schedule, prediction), x, grid, points=60, mode=mode)
     l, b = gaussian_coefficients(found.lam)  # noqa: E741
     assert float(found.lam[0]) == pytest.approx(-math.log(20.0), rel=1e-9)
     assert float(found.lam[-1]) == pytest.approx(-math.log(0.05), rel=1e-9)
@@ -349,7 +349,7 @@ def of_the_mixture() -> ModelStatistics:
 def estimated(problem: Any, schedule: iia.Schedule, n: int = 512, **options: Any) -> ModelStatistics:
     grid = levels(1, schedule)
     x = problem.noisy(n, schedule, float(grid[0]), generator(6))
-    return iia.estimate_statistics(problem.ode(schedule), x, grid, **{"points": 60, **options})
+    return ModelStatistics.estimate(problem.ode(schedule), x, grid, **{"points": 60, **options})
 
 
 def test_on_a_mixture_the_estimates_are_means_and_a_regression_along_trajectories(
@@ -406,7 +406,7 @@ def test_estimated_tables_are_smooth_enough_for_the_order(points: int) -> None:
     problem, schedule = mixture(), iia.EDM()
     x = problem.noisy(128, schedule, 5.0, generator(8))
     ode = problem.ode(schedule)
-    own = iia.estimate_statistics(ode, x, [5.0, 0.3], points=points)
+    own = ModelStatistics.estimate(ode, x, [5.0, 0.3], points=points)
     y, counts = x[:8], (48, 96)
     exact = reference.solve(ode, y, 5.0, 0.3, rtol=1e-12, atol=1e-12)
     errors = [
@@ -425,7 +425,7 @@ def test_estimated_tables_are_smooth_enough_for_the_order(points: int) -> None:
 def test_it_goes_from_pure_noise_to_the_data() -> None:
     problem, schedule = mixture(), iia.FlowMatching()
     ode, grid = problem.ode(schedule), iia.grids.uniform(12, 1.0, 0.0)
-    own = iia.estimate_statistics(ode, problem.noisy(256, schedule, 1.0, generator(9)), grid, points=40)
+    own = ModelStatistics.estimate(ode, problem.noisy(256, schedule, 1.0, generator(9)), grid, points=40)
     x = problem.noisy(16, schedule, 1.0, generator(10))
     assert [float(v) for v in own.lam[[0, -1]]] == pytest.approx([schedule.lam(11 / 12), schedule.lam(1 / 12)])
     exact = reference.solve(ode, x, 1.0, 0.0)
@@ -459,7 +459,7 @@ def test_shared_dimensions_have_one_coefficient_by_the_pooled_least_squares() ->
         (0,): (1, 2, 3),
         "all": (),
     }
-    found = {k: iia.estimate_statistics(ode, x, grid, points=30, shared=k) for k in shapes}
+    found = {k: ModelStatistics.estimate(ode, x, grid, points=30, shared=k) for k in shapes}
     assert {k: st.shape for k, st in found.items()} == shapes
     close(found["all"].l, found[()].l.mean((1, 2, 3)), atol=1e-12)
     close(found[(-2, -1)].l, found[()].l.mean((2, 3), keepdim=True), atol=1e-12)
@@ -498,8 +498,8 @@ def labelled(n: int) -> tuple[iia.ProbabilityFlowODE, Tensor]:
 
 def test_samples_may_be_treated_a_few_at_a_time() -> None:
     ode, x = labelled(10)
-    whole = iia.estimate_statistics(ode, x, [20.0, 0.05], points=20, probes=2)
-    parts = iia.estimate_statistics(ode, x, [20.0, 0.05], points=20, probes=2, batch_size=4)
+    whole = ModelStatistics.estimate(ode, x, [20.0, 0.05], points=20, probes=2)
+    parts = ModelStatistics.estimate(ode, x, [20.0, 0.05], points=20, probes=2, batch_size=4)
     for a, b in ((whole.l, parts.l), (whole.s, parts.s), (whole.b, parts.b)):
         close(a, b, atol=2e-4)  # the model computes in float32
     assert whole.about["samples"] == parts.about["samples"] == 10
@@ -509,7 +509,7 @@ def test_samples_may_be_treated_a_few_at_a_time() -> None:
 def test_both_modes_of_differentiation_agree_on_a_float32_network() -> None:
     ode, x = labelled(64)
     forward, reverse = (
-        iia.estimate_statistics(ode, x, [20.0, 0.05], points=20, mode=m) for m in ("forward", "reverse")
+        ModelStatistics.estimate(ode, x, [20.0, 0.05], points=20, mode=m) for m in ("forward", "reverse")
     )
     close(reverse.l, forward.l, atol=1e-6)
     close(reverse.s, forward.s, atol=2e-3)
@@ -533,7 +533,7 @@ def test_a_model_without_forward_differentiation_is_differentiated_in_reverse() 
         return _Opaque.apply(x) / (2 * (1 + t[:, None] ** 2))  # type: ignore[no-untyped-call, no-any-return]
 
     ode = iia.ProbabilityFlowODE(model, iia.EDM(), "data")
-    found = iia.estimate_statistics(ode, normal(4, 3), [10.0, 0.1], points=10)
+    found = ModelStatistics.estimate(ode, normal(4, 3), [10.0, 0.1], points=10)
     assert found.about["mode"] == "reverse"
     t = torch.exp(-found.lam)[:, None]
     close(found.l, (t**2 / (1 + t**2)).expand(-1, 3), atol=1e-12)
@@ -563,7 +563,7 @@ def test_a_plan_holds_one_vector_for_each_output_it_looks_back_on() -> None:
 
 def test_statistics_survive_their_file(tmp_path: Path, of_the_mixture: ModelStatistics) -> None:
     path = of_the_mixture.save(tmp_path / "mixture.safetensors")
-    again = ModelStatistics.load(path)
+    again = iia.load(path)
     assert again == of_the_mixture
     assert hash(again) == hash(of_the_mixture)
     assert again.about == of_the_mixture.about
@@ -575,10 +575,10 @@ def test_statistics_survive_their_file(tmp_path: Path, of_the_mixture: ModelStat
 
 def test_a_file_of_another_kind_is_no_statistics(tmp_path: Path) -> None:
     with pytest.raises(iia.errors.FileFormatError, match="no file"):
-        ModelStatistics.load(tmp_path / "none.safetensors")
+        iia.load(tmp_path / "none.safetensors")
     path = iia.files.write_tensors(tmp_path / "odd.safetensors", "model statistics", {"lam": torch.zeros(1)}, {})
     with pytest.raises(iia.errors.FileFormatError, match="does not hold model statistics"):
-        ModelStatistics.load(path)
+        iia.load(path)
 
 
 def test_statistics_of_another_schedule_are_refused(of_the_mixture: ModelStatistics) -> None:
@@ -594,7 +594,7 @@ def test_options_name_the_statistics_and_cannot_stand_for_them(of_the_mixture: M
     options = json.loads(json.dumps(solver.options()))
     assert options["statistics"] == f"ModelStatistics {of_the_mixture.digest}, 60 x [4]"
     assert of_the_mixture.digest in solver.label
-    with pytest.raises(iia.errors.InputError, match=r"ModelStatistics\.load"):
+    with pytest.raises(iia.errors.InputError, match=r"iia_ode\.load"):
         iia.get_solver("dpm_solver_v3", **options)
     assert iia.get_solver("dpm_solver_v3", **{**options, "statistics": of_the_mixture}) == solver
     assert iia.get_solver("dpm_solver_v3").options()["statistics"] is None
@@ -644,12 +644,12 @@ def test_tables_that_do_not_fit_are_refused(tables: Any, message: str) -> None:
 def test_arguments_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
     ode = gaussian().ode(iia.EDM())
     with pytest.raises(iia.errors.InputError, match=message):
-        iia.estimate_statistics(ode, normal(4, 3), **{"grid": [20.0, 0.1], **change})
+        ModelStatistics.estimate(ode, normal(4, 3), **{"grid": [20.0, 0.1], **change})
     with pytest.raises(iia.errors.UnknownNameError, match="forward"):
-        iia.estimate_statistics(ode, normal(4, 3), [20.0, 0.1], mode="backward")
+        ModelStatistics.estimate(ode, normal(4, 3), [20.0, 0.1], mode="backward")
 
 
 def test_a_model_that_is_not_finite_is_reported() -> None:
     ode = iia.ProbabilityFlowODE(lambda x, t: x / (t[:, None] > 1), iia.EDM(), "data")
     with pytest.raises(iia.errors.NonFiniteError):
-        iia.estimate_statistics(ode, normal(4, 3), [20.0, 0.1], points=10)
+        ModelStatistics.estimate(ode, normal(4, 3), [20.0, 0.1], points=10)

@@ -24,7 +24,7 @@ from iia_ode.solvers import (
     UniPC,
     same_solver,
 )
-from iia_ode.solvers.transfer import Interval, exponential_moments, lagrange_integrals, noise_weights_in_time
+from iia_ode.solvers.transfer import ExponentialStep, exponential_moments, lagrange_weights, noise_weights
 from iia_ode.testing.cases import TRACKS
 from iia_ode.testing.orders import measure_order, order_misses
 
@@ -64,7 +64,7 @@ def test_lagrange_integrals_are_exact_for_the_polynomials_they_interpolate(nodes
     gaps = [abs(a - b) for i, a in enumerate(nodes) for b in nodes[:i]]
     if min(gaps) < 0.1:  # weights of order 1 / gap^3: rounding, not the promise
         return
-    weights = lagrange_integrals(nodes, 0.0, end)
+    weights = lagrange_weights(nodes, 0.0, end)
     for k in range(len(nodes)):
         total = sum(w * u**k for w, u in zip(weights, nodes, strict=True))
         assert total == pytest.approx(end ** (k + 1) / (k + 1), abs=1e-10)
@@ -80,7 +80,7 @@ def test_deis_integrates_over_sigma_over_alpha_exactly_on_every_schedule(
 
     t, s = schedule.t_of_noise_to_signal(high), schedule.t_of_noise_to_signal(low)
     nodes = [t, schedule.t_of_noise_to_signal(1.5 * high)]
-    weights = noise_weights_in_time(schedule, nodes, t, s)
+    weights = noise_weights(schedule, nodes, t, s)
     assert sum(weights) == pytest.approx(low - high, rel=1e-13)
 
     def linear(theta: float) -> float:
@@ -121,7 +121,7 @@ def test_the_published_third_order_has_half_the_weight_that_the_exact_integral_h
     h = lam[3] - lam[2]
     u = [(v - lam[2]) / h for v in (lam[2], lam[1], lam[0])]
     difference = [1 / math.prod(a - b for b in u if b != a) for a in u]
-    w2 = Interval.of(EDM, "data", 3.0, 0.9).moments(3)[2]
+    w2 = ExponentialStep.of(EDM, "data", 3.0, 0.9).moments(3)[2]
     gaps = [a - b for a, b in zip(exact, published, strict=True)]
     assert gaps == pytest.approx([w2 / 2 * d for d in difference], rel=1e-9)
 

@@ -22,7 +22,7 @@ from iia_ode.errors import MismatchWarning
 from iia_ode.files import check_writable, read_tensors, write_bytes, write_tensors
 from iia_ode.iia import PRESETS
 from iia_ode.iia.fitted import describe
-from iia_ode.plan.plan import Combine, Evaluate
+from iia_ode.plan import Combine, Evaluate
 
 F64 = torch.float64
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def test_a_plan_runs_from_its_file_as_it_did_before(tmp_path_factory, name, sche
         plan = iia.get_solver(name).plan(schedule, iia.grids.karras(6, 0.1, 40.0, schedule=schedule))
     except iia.IIAError:  # solvers that cannot step so
         assume(False)
-    again = iia.Plan.load(plan.save(tmp_path_factory.mktemp("plan") / "plan.safetensors"), schedule=schedule)
+    again = iia.load(plan.save(tmp_path_factory.mktemp("plan") / "plan.safetensors"), schedule=schedule)
     assert (again.name, again.grid, again.nfe) == (plan.name, plan.grid, plan.nfe)
     x, ode = states(schedule), ode_on(schedule)
     assert torch.equal(iia.sample(ode, x, solver=again), iia.sample(ode, x, solver=plan))
@@ -147,11 +147,9 @@ def test_a_plan_behind_a_warm_start_is_saved_and_knows_its_schedule(tmp_path):
     plan = warm.then(iia.get_solver("ipndm3").plan(schedule, iia.grids.karras(4, 0.1, 5.0, schedule=schedule)))
     path = plan.save(tmp_path / "plan.safetensors")
     x = states(schedule)
-    assert torch.equal(iia.Plan.load(path).run(ode_on(schedule), x), plan.run(ode_on(schedule), x))
+    assert torch.equal(iia.load(path).run(ode_on(schedule), x), plan.run(ode_on(schedule), x))
     with pytest.raises(iia.errors.MismatchError, match="was made for schedule Discrete"):
-        iia.Plan.load(path, schedule=iia.VP())
-    with pytest.raises(iia.errors.FileFormatError, match=r"holds a 'plan', expected a 'fitted solver'"):
-        iia.load(path)
+        iia.load(path, schedule=iia.VP())
 
 
 def test_a_damaged_plan_is_refused(tmp_path):
@@ -163,7 +161,7 @@ def test_a_damaged_plan_is_refused(tmp_path):
     for parts, body in bad:
         rest = {k: v for k, v in body.items() if k not in ("kind", "format")}
         with pytest.raises(iia.errors.FileFormatError, match=r"is damaged|no valid plan"):
-            iia.Plan.load(write_tensors(tmp_path / "bad.safetensors", "plan", parts, rest))
+            iia.load(write_tensors(tmp_path / "bad.safetensors", "plan", parts, rest))
 
 
 # ---- a fit is used only where it belongs -----------------------------------------------------------------------------
@@ -207,7 +205,7 @@ def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_gu
 def test_a_fit_brings_its_own_grid():
     fit, x = fitted(), states(iia.EDM())
     assert torch.equal(iia.sample(ode_on(iia.EDM()), x, fit.grid, fit), iia.sample(ode_on(iia.EDM()), x, solver=fit))
-    with pytest.raises(iia.errors.MismatchError, match="brings its own grid of 5 times"):
+    with pytest.raises(iia.errors.MismatchError, match="has its own grid of 5 times"):
         iia.sample(ode_on(iia.EDM()), x, iia.grids.karras(7), fit)
 
 
@@ -254,9 +252,32 @@ def test_a_missing_foreign_or_truncated_file_is_refused(tmp_path):
         iia.load(tmp_path / "foreign.safetensors")
 
 
-def test_a_file_of_another_kind_or_a_newer_format_is_refused(tmp_path):
-    with pytest.raises(iia.errors.FileFormatError, match="holds a 'denoiser', expected a 'fitted solver'"):
-        iia.load(DIGITS_WEIGHTS)
+def test_one_load_reads_every_kind_of_file(tmp_path):
+    x = states(iia.EDM())
+    written = [
+        fitted(),
+        iia.get_solver("heun").plan(iia.EDM(), iia.grids.karras(3)),
+        iia.Teacher.solve(ode_on(iia.EDM()), x, 40.0, 0.0, steps=8),
+        iia.ModelStatistics(torch.tensor([0.0, 1.0]), *torch.ones(3, 2), schedule=iia.EDM().config()),
+    ]
+    for number, one in enumerate(written):
+        path = one.save(tmp_path / f"{number}.safetensors")
+        assert type(iia.load(path)) is type(one)
+        assert type(iia.load(path, schedule=iia.EDM())) is type(one)
+        with pytest.raises(iia.errors.MismatchError, match="EDM"):
+            iia.load(path, schedule=iia.VP())
+        with pytest.raises(iia.errors.InputError, match="must be a Schedule"):
+            iia.load(path, schedule="EDM")
+    assert iia.load(DIGITS_WEIGHTS).state_shape == (1, 8, 8)
+    with pytest.raises(iia.errors.InputError, match="omit schedule="):
+        iia.load(DIGITS_WEIGHTS, schedule=iia.EDM())
+
+
+def test_a_file_of_an_unknown_kind_or_a_newer_format_is_refused(tmp_path):
+    with pytest.raises(iia.errors.FileFormatError, match=r"holds a 'soup'; iia_ode\.load reads 'fitted solver', 'plan'"):
+        iia.load(write_tensors(tmp_path / "soup.safetensors", "soup", {}, {}))
+    with pytest.raises(iia.errors.FileFormatError, match="holds a 'denoiser', expected a 'plan'"):
+        read_tensors(DIGITS_WEIGHTS, "plan")
     path = fitted().save(tmp_path / "fit.safetensors")
     rewrite(path, lambda header, tensors: header.update(format=99))
     with pytest.raises(iia.errors.FileFormatError, match=r"format version 99; this iia_ode reads up to 1. Upgrade"):

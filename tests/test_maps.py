@@ -18,7 +18,6 @@ from iia_ode.plan import (
     Combine,
     Evaluate,
     LinearMap,
-    Matrices,
     PerCondition,
     Plan,
     Principal,
@@ -36,11 +35,6 @@ def orthogonal(n: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(normal(n, n, seed=seed))[0]
 
 
-def halves(d: int) -> Matrices:
-    q = orthogonal(d)
-    return Matrices(torch.stack([q[:, :2] @ q[:, :2].T, q[:, 2:] @ q[:, 2:].T]), (d,))
-
-
 KINDS: dict[str, Projections] = {
     "bands of an image": Bands((3, 6, 5), 3, "luma-chroma"),
     "bands of one channel": Bands((1, 8, 8), 4, "luma-chroma"),
@@ -51,7 +45,6 @@ KINDS: dict[str, Projections] = {
     "principal": Principal(orthogonal(12)[:4], (3, 2, 2)),
     "principal, none": Principal(torch.zeros(0, 5), (5,)),
     "principal, all": Principal(orthogonal(5), (5,)),
-    "matrices": halves(6),
 }
 every_kind = pytest.mark.parametrize("p", KINDS.values(), ids=KINDS)
 
@@ -128,9 +121,7 @@ def test_luma_is_what_is_equal_in_all_channels() -> None:
         lambda: Bands((3, 8, 8), 2, torch.ones(3, 3)),
         lambda: Principal(torch.ones(2, 4), (4,)),
         lambda: Principal(torch.eye(4), (5,)),
-        lambda: Matrices(torch.ones(2, 3, 3), (3,)),
-        lambda: Matrices(torch.eye(3), (3,)),
-        lambda: KINDS["matrices"].apply(normal(2, 5), torch.ones(2)),
+        lambda: KINDS["principal, all"].apply(normal(2, 4), torch.ones(6)),
         lambda: projections_from({"kind": "principal", "shape": [4]}, {}),
     ],
 )

@@ -861,7 +861,7 @@ def test_a_budget_or_a_refinement_that_cannot_work_is_refused():
     plan = iia.plan.trace(iia.get_solver("ddim"), iia.EDM(), iia.grids.karras(3))
     for bad in ({"probes": 0}, {"iterations": 0}, {"held_out": 1.0}):
         with pytest.raises(iia.errors.InputError):
-            iia.iia.refine(plan, ode, x, x, **bad)
+            iia.iia.refine(ode, x, plan, x, **bad)
 
 
 def test_a_schedule_that_ends_just_before_the_data_can_be_fitted_for():

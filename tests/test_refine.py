@@ -6,16 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from iia_ode.iia.endpoint import robust_mean
 from support import every_prediction, every_schedule, gaussian, mixture, normal
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher, Window
+from iia_ode.iia.endpoint import Ends, robust_mean
 from iia_ode.iia.plan_parameters import Parameters
-from iia_ode.iia.refinement import METHODS, refine
-from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Matrices, Plan
+from iia_ode.iia.refine import EndpointError, GaussNewton, Status, refine
+from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Plan, Principal
 
 F64 = torch.float64
 
@@ -117,7 +117,7 @@ def test_weights_that_are_maps_are_parameters_too(schedule):
 
 def test_a_plan_of_maps_is_refined_and_its_bands_differ_as_before():
     plan, ode, x = structured(iia.EDM())
-    found = refine(plan, ode, x, truth(ode, x), held_out=0.0, probes=8, outliers=math.inf)
+    found = refine(ode, x, plan, truth(ode, x), held_out=0.0, probes=8, outliers=math.inf)
     assert found.gain < 0.5
     spread = []
     for p in (plan, found.plan):
@@ -132,16 +132,11 @@ def test_a_plan_of_maps_is_refined_and_its_bands_differ_as_before():
 
 def test_maps_over_two_decompositions_are_refused():
     shape = (1, 4, 4)
-    a, b = (LinearMap(p, torch.tensor([0.1, 0.2], dtype=F64)) for p in (Bands(shape, 2), Matrices(halves(), shape)))
+    axis = torch.eye(16, dtype=F64)[:1]
+    a, b = (LinearMap(p, torch.tensor([0.1, 0.2], dtype=F64)) for p in (Bands(shape, 2), Principal(axis, shape)))
     code = (Combine(((0, a),), step=1), Evaluate(1, 1.0, "data"), Combine(((2, b),), step=2))
     with pytest.raises(iia.IIAError, match="decomposition"):
         Parameters(Plan(iia.EDM(), (40.0, 1.0, 0.0), code, "mixed"))
-
-
-def halves():
-    """The first and the second half of 16 components."""
-    first = torch.diag((torch.arange(16) < 8).double())
-    return torch.stack([first, torch.eye(16, dtype=F64) - first])
 
 
 class Remembered(nn.Module):
@@ -169,43 +164,28 @@ def test_checkpointing_holds_the_inside_of_one_evaluation_instead_of_all():
         ode = iia.ProbabilityFlowODE(model, iia.EDM())
         exact = Teacher.solve(ode, x, 40.0, 0.0, steps=30).final
         model.most = 0
-        found = refine(plan_of(), ode, x, exact, iterations=2, checkpointed=checkpointed)
+        found = refine(ode, x, plan_of(), exact, iterations=2, checkpointed=checkpointed)
         held[checkpointed], gains[checkpointed] = model.most, found.gain
     assert held[False] >= plan_of().nfe
     assert held[True] <= 2
     assert gains[True] == pytest.approx(gains[False], rel=1e-9)
 
 
-def test_no_method_moves_a_time_below_the_smallest_level_of_the_model():
+def test_no_time_moves_below_the_smallest_level_of_the_model():
     ode, x = mixture().ode(iia.EDM()), states(40, iia.EDM())
     exact = truth(ode, x)
-    plan = plan_of(sigmas=(40.0, 6.0, 1.5, 1.0))  # both would move the last time down to 0.4 or so
-    for method in METHODS:
-        ends = []
-        for lowest in (0.0, 0.9):
-            found = refine(plan, ode, x, exact, method=method, iterations=12, rates=(5e-3, 0.1), sigma_min=lowest)
-            ends.append(min(found.plan.evaluation_times))
-        assert ends[0] < 0.9 and ends[1] >= 0.9 * (1 - 1e-12)
+    plan = plan_of(sigmas=(40.0, 6.0, 1.5, 1.0))  # the last time would move down to 0.4 or so
+    ends = [min(refine(ode, x, plan, exact, sigma_min=s).plan.evaluation_times) for s in (0.0, 0.9)]
+    assert ends[0] < 0.9 and ends[1] >= 0.9 * (1 - 1e-12)
 
 
-def test_two_times_at_the_smallest_level_stay_apart():
-    parameters = Parameters(plan_of(), sigma_min=1.0)
-    theta = parameters.initial.clone()
-    theta[parameters.weights :] = torch.tensor([1.0, -2.0, -3.0], dtype=F64)
-    assert parameters.valid(theta)
-    floored = parameters.floored(theta)
-    assert parameters.valid(floored)
-    assert float(floored[parameters.weights :].min()) >= min(0.0, float(parameters.initial[-1]))
-
-
-@pytest.mark.parametrize("method", ["gauss-newton", "adam"])
-def test_a_refinement_that_meets_numbers_that_are_not_finite_says_so(method):
+def test_a_refinement_that_meets_numbers_that_are_not_finite_says_so():
     def broken(x, t):
         return x / (1 + t.reshape(-1, 1)) / torch.zeros(())
 
     ode, x = iia.ProbabilityFlowODE(broken, iia.EDM()), states(8, iia.EDM())
-    found = refine(plan_of(), ode, x, torch.zeros_like(x), method=method)
-    assert found.best == 0 and "not finite" in found.reason
+    found = refine(ode, x, plan_of(), torch.zeros_like(x))
+    assert found.best == 0 and found.status is Status.NOT_FINITE and "not finite" in found.reason
 
 
 def test_checkpointing_changes_nothing_but_memory():
@@ -237,6 +217,58 @@ def test_stage_evaluations_at_one_time_move_together():
     assert any(same)
 
 
+# ---- the optimizer ------------------------------------------------------------------------------------------------------
+
+
+class Quadratic:
+    """Half the squared distance of A theta to b, in units of its size."""
+
+    def __init__(self, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.a = torch.randn(9, 4, dtype=F64, generator=generator) * torch.tensor([1e-3, 1.0, 1e2, 1.0], dtype=F64)
+        self.b = torch.randn(9, dtype=F64, generator=generator)
+
+    def loss(self, theta):
+        return float((self.a @ theta - self.b).norm())
+
+    def derivatives(self, theta):
+        return self.a.T @ (self.a @ theta - self.b), self.a.T @ self.a
+
+
+def test_gauss_newton_finds_the_minimum_of_a_quadratic_in_a_few_steps():
+    objective = Quadratic()
+    search = GaussNewton(objective, torch.zeros(4, dtype=F64), tolerance=1e-14)
+    losses = [search.loss]
+    while search.step():
+        losses.append(search.loss)
+    assert all(b < a for a, b in zip(losses, losses[1:], strict=False)) and len(losses) < 12
+    torch.testing.assert_close(search.theta, torch.linalg.lstsq(objective.a, objective.b[:, None]).solution[:, 0])
+    assert search.status in (Status.TOLERANCE, Status.STALLED) and not search.step()
+
+
+def test_gauss_newton_takes_shorter_steps_where_the_loss_is_infinite_and_gives_up_in_the_end():
+    class Walled(Quadratic):
+        def loss(self, theta):
+            return super().loss(theta) if float((self.a @ theta).norm()) < self.wall else math.inf
+
+    near, shut = Walled(), Walled()
+    near.wall, shut.wall = 0.2, 1e-9
+    search = GaussNewton(near, torch.zeros(4, dtype=F64))
+    assert search.step() and search.damping > 1e-3 and search.loss < near.loss(torch.zeros(4, dtype=F64))
+    search = GaussNewton(shut, torch.zeros(4, dtype=F64))
+    assert not search.step() and search.status is Status.STALLED and search.loss == shut.loss(torch.zeros(4, dtype=F64))
+
+
+def test_a_limit_bounds_every_step():
+    bounded = GaussNewton(
+        Quadratic(), torch.zeros(4, dtype=F64), limit=lambda at, to: at + (to - at).clamp(-0.01, 0.01)
+    )
+    while bounded.status is None:
+        before = bounded.theta
+        bounded.step()
+        assert float((bounded.theta - before).abs().max()) <= 0.01 * (1 + 1e-12)
+
+
 # ---- the refinement -----------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +277,7 @@ def test_refinement_takes_a_third_off_the_error_on_noise_it_has_not_seen(schedul
     ode, x = mixture().ode(schedule), states(160, schedule)
     exact = truth(ode, x)
     plan = plan_of("ipndm3", schedule)
-    found = refine(plan, ode, x[:96], exact[:96])
+    found = refine(ode, x[:96], plan, exact[:96])
     before, after = (
         (iia.sample(ode, x[96:], solver=p) - exact[96:]).flatten(1).square().mean(dim=1).sqrt().median()
         for p in (plan, found.plan)
@@ -254,32 +286,14 @@ def test_refinement_takes_a_third_off_the_error_on_noise_it_has_not_seen(schedul
     assert found.plan.nfe == plan.nfe
 
 
-@pytest.mark.parametrize("method", ["gauss-newton", "adam"])
-def test_the_result_is_never_worse_on_held_out_noise_than_the_start(method):
+def test_the_result_is_never_worse_on_held_out_noise_than_the_start():
     ode, x = mixture().ode(iia.EDM()), states(24, iia.EDM())
     exact = truth(ode, x)
-    found = refine(plan_of(), ode, x, exact, method=method, iterations=4)
+    found = refine(ode, x, plan_of(), exact, iterations=4)
     assert found.iterations[found.best].held_out <= found.iterations[0].held_out
     assert found.gain <= 1
-    nothing = refine(plan_of(), ode, x, iia.sample(ode, x, solver=plan_of()), method=method, iterations=2)
+    nothing = refine(ode, x, plan_of(), iia.sample(ode, x, solver=plan_of()), iterations=2)
     assert nothing.best == 0 and nothing.gain == 1
-
-
-def test_gauss_newton_needs_far_fewer_evaluations_than_adam():
-    ode, x = mixture().ode(iia.EDM()), states(96, iia.EDM())
-    exact = truth(ode, x)
-    newton = refine(plan_of("ipndm2"), ode, x, exact)
-    adam = refine(plan_of("ipndm2"), ode, x, exact, method="adam", iterations=40)
-    assert newton.gain < adam.gain
-    assert newton.sample_evaluations < adam.sample_evaluations
-
-
-@pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 0.3)])
-def test_rates_of_adam_that_are_far_too_large_are_brought_down(rates):
-    ode, x = mixture().ode(iia.EDM()), states(48, iia.EDM())
-    found = refine(plan_of("ipndm2"), ode, x, truth(ode, x), method="adam", rates=rates, iterations=60)
-    assert found.iterations[1].train > 2 * found.iterations[0].train
-    assert found.gain < 0.4
 
 
 def test_on_gaussian_data_two_evaluations_can_be_made_nearly_exact_per_variance():
@@ -289,23 +303,24 @@ def test_on_gaussian_data_two_evaluations_can_be_made_nearly_exact_per_variance(
     x = states(40, schedule, problem=problem)
     exact = problem.flow(x, schedule, 40.0, 0.0)
     plan = plan_of(sigmas=(40.0, 3.0, 0.5))
-    found = refine(plan, ode, x, exact, iterations=60, tolerance=1e-9, outliers=math.inf)
+    found = refine(ode, x, plan, exact, iterations=60, tolerance=1e-9, outliers=math.inf)
     assert found.gain < 1e-5
 
 
 def test_a_refinement_is_repeatable_and_its_chunks_do_not_matter():
     ode, x = mixture().ode(iia.EDM()), states(20, iia.EDM())
     exact = truth(ode, x)
-    a, b = (refine(plan_of(), ode, x, exact, iterations=2) for _ in range(2))
+    a, b = (refine(ode, x, plan_of(), exact, iterations=2) for _ in range(2))
     assert [i.train for i in a.iterations] == [i.train for i in b.iterations]
-    c = refine(plan_of(), ode, x, exact, method="adam", iterations=2, chunk_size=7)
-    d = refine(plan_of(), ode, x, exact, method="adam", iterations=2)
-    torch.testing.assert_close(torch.tensor(c.plan.grid), torch.tensor(d.plan.grid), rtol=1e-10, atol=0)
+    c, d = (EndpointError(Parameters(plan_of()), Ends(ode, x, exact, size), probes=0) for size in (7, 20))
+    theta = c.parameters.initial
+    assert c.loss(theta) == pytest.approx(d.loss(theta), rel=1e-12)
+    torch.testing.assert_close(c.derivatives(theta)[0], d.derivatives(theta)[0], rtol=1e-9, atol=1e-9)
 
 
 def test_the_grid_stays_where_it_is_if_asked():
     ode, x = mixture().ode(iia.EDM()), states(40, iia.EDM())
-    found = refine(plan_of(), ode, x, truth(ode, x), learn_grid=False, iterations=4)
+    found = refine(ode, x, plan_of(), truth(ode, x), learn_grid=False, iterations=4)
     assert found.plan.grid == pytest.approx(plan_of().grid, rel=1e-12)
     assert found.best > 0
 
@@ -325,23 +340,24 @@ def test_conditions_and_guidance_belong_to_their_samples():
     )
     x = states(30, iia.EDM(), problem=gaussian())
     exact = truth(ode, x)
-    found = refine(plan_of(), ode, x, exact, chunk_size=8)
+    found = refine(ode, x, plan_of(), exact, chunk_size=8)
     assert found.gain < 0.7
 
 
 def test_what_cannot_be_refined_says_so():
     ode, x = mixture().ode(iia.EDM()), states(6, iia.EDM())
-    with pytest.raises(iia.errors.UnknownNameError, match="gauss-newton"):
-        refine(plan_of(), ode, x, x, method="newton")
+    for options in ({"iterations": 0}, {"probes": 1.5}, {"patience": 0}, {"chunk_size": True}, {"held_out": 1.0}):
+        with pytest.raises(iia.errors.InputError, match=next(iter(options))):
+            refine(ode, x, plan_of(), x, **options)
     with pytest.raises(iia.errors.InputError, match="shape"):
-        refine(plan_of(), ode, x, x[:3])
+        refine(ode, x, plan_of(), x[:3])
 
     def blind(x, t):
         with torch.no_grad():
             return mixture().denoise(x, 1.0, t[:, None])
 
     with pytest.raises(iia.errors.InputError, match="gradient"):
-        refine(plan_of(), iia.ProbabilityFlowODE(blind, iia.EDM()), x, x)
+        refine(iia.ProbabilityFlowODE(blind, iia.EDM()), x, plan_of(), x)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20), st.floats(1e-3, 1e3))

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,16 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode import testing
 from iia_ode.plan import Past
-from iia_ode.solvers import RhoRungeKutta, base
+from iia_ode.solvers import (
+    ExponentialStep,
+    RhoRungeKutta,
+    base,
+    ddim_step,
+    is_singular,
+    lagrange_weights,
+    log_snr_fractions,
+    phi_functions,
+)
 from iia_ode.testing.conformance import check_order_is_the_claimed_one, order_result
 from iia_ode.testing.orders import TOLERANCE
 
@@ -157,6 +167,48 @@ def test_a_solver_from_bad_numbers_is_refused(what: str) -> None:
 def test_a_tableau_that_is_missing_or_no_tableau_is_refused_with_a_reason(make: Any, words: str) -> None:
     with pytest.raises(iia.errors.PlanError, match=words):
         make()
+
+
+# ---- the parts of exponential methods -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("z", [-30.0, -2.0, -1e-3, -1e-9, 0.0, 1e-6, 0.3, 4.0])
+def test_phi_functions_are_their_series_and_moments_are_theirs(z: float) -> None:
+    exact = [sum(Fraction(z) ** j / math.factorial(j + k) for j in range(200)) for k in (1, 2, 3)]
+    for found, true in zip(phi_functions(z, 3), exact, strict=True):
+        assert found == pytest.approx(float(true), rel=1e-13)
+    if z:
+        moments = ExponentialStep(1.0, 2.0, -z).moments(3)
+        phis = [2 * -z * math.factorial(k) * phi for k, phi in enumerate(phi_functions(z, 3))]
+        assert moments == pytest.approx(phis, rel=1e-12)
+    with pytest.raises(iia.errors.InputError, match="n must be a whole number"):
+        phi_functions(z, 0)
+
+
+def test_lagrange_weights_are_exact_for_polynomials() -> None:
+    weights = lagrange_weights([0.0, -1.0, -2.5], 0.0, 1.0)
+    for power in range(3):
+        assert sum(w * u**power for w, u in zip(weights, [0.0, -1.0, -2.5], strict=True)) == pytest.approx(
+            1 / (power + 1)
+        )
+
+
+def test_a_solver_of_ones_own_from_the_public_parts_is_the_registered_one() -> None:
+    class Two(iia.Solver):
+        order = 2
+
+        def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+            data, schedule = ode.data(x, t), ode.schedule
+            if not past.memory or is_singular(schedule, t, s):
+                return ddim_step(schedule, x, data, t, s), (t, data)
+            before, earlier = past.memory
+            step = ExponentialStep.of(schedule, "data", t, s)
+            w = step.weights([0.0, *log_snr_fractions(schedule, t, s, [before])])
+            return step.keep * x + w[0] * data + w[1] * earlier, (t, data)
+
+    for schedule in (iia.EDM(), iia.VP(), iia.Cosine()):
+        grid = iia.grids.karras(6, schedule=schedule)
+        assert Two().plan(schedule, grid).difference(iia.get_solver("expab2").plan(schedule, grid)) < 1e-14
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 import iia_ode as iia
 from iia_ode import testing
 from iia_ode.plan import Past
-from iia_ode.solvers.transfer import Interval, lagrange_integrals
+from iia_ode.solvers.transfer import ExponentialStep, lagrange_weights
 from iia_ode.testing import conformance
 from iia_ode.testing.cases import TRACKS
 from iia_ode.testing.orders import OrderMeasurement, measure_order
@@ -38,7 +38,7 @@ class AdamsBashforth(iia.Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         history = ((t, ode.velocity(x, t)), *past.memory)[: self.steps]
-        weights = lagrange_integrals([u for u, _ in history], t, s)
+        weights = lagrange_weights([u for u, _ in history], t, s)
         return x + sum(w * slope for w, (_, slope) in zip(weights, history, strict=True)), history
 
 
@@ -61,7 +61,7 @@ class PredictorCorrector(iia.Solver):
 
     def weights(self, ode: Any, times: list[float], t: float, s: float) -> tuple[float, list[float]]:
         """Exponential, on the data in log-SNR."""
-        interval, start = Interval.of(ode.schedule, "data", t, s), ode.schedule.lam(t)
+        interval, start = ExponentialStep.of(ode.schedule, "data", t, s), ode.schedule.lam(t)
         h = ode.schedule.lam(s) - start
         return interval.keep, interval.weights([(ode.schedule.lam(u) - start) / h for u in times])
 
@@ -103,7 +103,7 @@ class InTime(PredictorCorrector):
     """The same in t, on the velocity."""
 
     def weights(self, ode: Any, times: list[float], t: float, s: float) -> tuple[float, list[float]]:
-        return 1.0, lagrange_integrals(times, t, s)
+        return 1.0, lagrange_weights(times, t, s)
 
     def output(self, ode: Any, x: Any, t: float) -> Any:
         return ode.velocity(x, t)
@@ -402,7 +402,7 @@ class RemembersOnSelf(iia.Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         history = [(t, ode.velocity(x, t))] + (self.history[:1] if past.index else [])
         self.history = history
-        weights = lagrange_integrals([u for u, _ in history], t, s)
+        weights = lagrange_weights([u for u, _ in history], t, s)
         return x + sum(w * slope for w, (_, slope) in zip(weights, history, strict=True))
 
 

@@ -13,13 +13,9 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.denoisers import digits
-from iia_ode.iia import LeastSquares, StepRecord
-from iia_ode.iia.directions import Window, window
 from iia_ode.iia.moments import Moments, estimate_moments, exact_moments
-from iia_ode.iia.warm_choice import choose
 from iia_ode.iia.warm_start import WarmStart
-from iia_ode.plan import Bands, LinearMap, Past, PerCondition, Plan, Principal, Tracer, Vector
-from iia_ode.plan.tracer import take_step
+from iia_ode.plan import Bands, LinearMap, PerCondition, Principal
 
 D = 6
 RATIOS = st.floats(0.05, 60.0)
@@ -101,16 +97,11 @@ def test_variances_and_one_number_are_covariances_too() -> None:
 
 
 @every_schedule
-def test_two_maps_in_a_row_are_one_map(schedule: iia.Schedule) -> None:
+def test_two_maps_in_a_row_are_the_map_over_both_intervals(schedule: iia.Schedule) -> None:
     t, u, s = times(schedule, 50.0, 10.0, 2.0)
     moments, x = exact_moments(normal(D), covariance()), normal(3, D)
-    first, second = (WarmStart.of_moments(moments, schedule, *pair) for pair in ((t, u), (u, s)))
-    both, whole = first.compose(second), WarmStart.of_moments(moments, schedule, t, s)
-    assert (both.t_start, both.t_1) == (t, s)
-    close(both.apply(x), second.apply(first.apply(x)), atol=1e-12)
-    close(both.apply(x), whole.apply(x), atol=1e-12)
-    with pytest.raises(iia.errors.MismatchError):
-        second.compose(first)
+    first, second, whole = (WarmStart.of_moments(moments, schedule, *pair) for pair in ((t, u), (u, s), (t, s)))
+    close(second.apply(first.apply(x)), whole.apply(x), atol=1e-12)
 
 
 @every_schedule
@@ -281,31 +272,6 @@ def test_gains_from_pairs_are_shrunk_to_those_of_the_gaussian() -> None:
         WarmStart.affine(iia.EDM(), 80.0, 3.0, x, y, over=moments, prior="some")
 
 
-# ---- choosing --------------------------------------------------------------------------------------------------------
-
-
-def test_the_choice_is_the_best_map_of_each_level_and_the_level_with_the_least_error() -> None:
-    mean, cov, x = normal(D), covariance(), 80 * normal(20, D)
-    good = [WarmStart.gaussian(iia.EDM(), 80.0, s, mean=mean, covariance=cov) for s in (5.0, 10.0)]
-    bad = [WarmStart(iia.EDM(), 80.0, s, s / 80) for s in (5.0, 10.0)]
-    asked: list[Any] = []
-
-    def error(warm: WarmStart | None) -> float:
-        asked.append(warm)
-        return math.nan if warm is None else abs(warm.level - 9.0)
-
-    states = lambda t: exact_flow(x, mean, cov, iia.EDM(), 80.0, t)  # noqa: E731
-    choice = choose([None, *bad, *good], x, states, error=error)
-    assert choice.warm is good[1] and set(asked) == {None, *good}
-    assert choice.rows[4][2] < 1e-12 < choice.rows[2][2] and choice.rows[1][3] is None
-    assert str(choice).splitlines()[5].startswith("* gaussian")
-    assert choose([bad[0], good[0]], x, states).warm is good[0]
-    assert choose([None, good[0]], x, states, error=lambda w: float(w is not None)).warm is None
-    for candidates in ([], [None, good[0]], good):
-        with pytest.raises(iia.errors.InputError, match="error="):
-            choose(candidates, x, states)
-
-
 # ---- on a trained network --------------------------------------------------------------------------------------------
 
 
@@ -323,94 +289,4 @@ def test_on_digits_a_warm_start_makes_six_evaluations_better_on_unseen_noise() -
         return float((iia.sample(ode, x, solver=plan) - exact).square().mean().sqrt())
 
     warm = [WarmStart.gaussian(iia.EDM(), 80.0, s, samples=ends[:128]) for s in (5.0, 10.0)]
-    choice = choose([None, *warm], x, lambda t: torch.zeros_like(x), error=error)
-    errors = [row[3] for row in choice.rows]
-    assert choice.warm is not None and min(errors[1:]) < 0.75 * errors[0]
-
-
-# ---- structured weights ----------------------------------------------------------------------------------------------
-
-
-def record(shape: tuple[int, ...]) -> tuple[Tracer, StepRecord]:
-    """The first step of Euler, as a fit sees it."""
-    tracer, x = Tracer(iia.EDM()), Vector({0: 1.0})
-    y, _ = take_step(iia.get_solver("euler"), tracer, x, 5.0, 1.0, Past())
-    return tracer, StepRecord(0, 5.0, 1.0, x, tuple(tracer.evaluations), tracer.known(x, 5.0), False, y, y)
-
-
-def test_a_window_with_one_band_is_the_plain_window() -> None:
-    _, step = record((3, 8, 8))
-    assert Window().__name__ == "window"
-    plain = window(step, (step,))
-    assert [t.symbol for t in Window()(step, (step,))] == [t.symbol for t in plain]
-    assert [t.symbol for t in Window(history=0)(step, (step,))] == [t.symbol for t in window(step, ())]
-    assert len(Window(channels="luma-chroma", shape=(1, 8, 8))(step, ())) == len(window(step, ()))
-
-
-def test_a_window_has_a_direction_for_each_vector_and_group() -> None:
-    _, step = record((3, 8, 8))
-    terms = Window(4, "luma-chroma", shape=(3, 8, 8))
-    assert terms.__name__ == "window(bands=4, channels=luma-chroma)"
-    found = terms(step, ())
-    plain = window(step, ())
-    assert len(found) == 8 * len(plain) and found[1].symbol == "z[i][band 2, luma]"
-    for i, term in enumerate(plain):
-        total = sum((t.direction for t in found[8 * i : 8 * i + 8]), Vector({}))
-        parts = {j: w.coefficients.tolist() for j, w in total.weights.items()}
-        assert parts == {j: [pytest.approx(w)] * 8 for j, w in term.direction.weights.items()}
-
-
-def test_earlier_states_can_be_left_out_of_a_window() -> None:
-    tracer, first = record((4,))
-    y, _ = take_step(iia.get_solver("euler"), tracer, tracer.hold(first.base), 1.0, 0.5, Past((), 1, 0))
-    made = tuple(tracer.evaluations[1:])
-    step = StepRecord(1, 1.0, 0.5, made[0].x, made, made[0], False, y, y)
-    assert [t.symbol for t in Window()(step, (first,))] == ["z[i]", "z[i-1]", "D[i]", "D[i-1]"]
-    assert [t.symbol for t in Window(states=0)(step, (first,))] == ["z[i]", "D[i]", "D[i-1]"]
-
-
-def test_a_weight_per_band_takes_one_step_exactly_where_the_gaussian_has_one_variance_per_band() -> None:
-    shape, schedule = (3, 8, 8), iia.EDM()
-    p = Bands(shape, 3, "luma-chroma")
-    moments = Moments(torch.zeros(shape), p, torch.tensor([4.0, 1.0, 0.1, 2.0, 0.5, 0.05], dtype=F64))
-    flow = WarmStart.of_moments(moments, schedule, 5.0, 1.0)
-    data = LinearMap(p, moments.variances / (moments.variances + 25))
-    tracer, step = record(shape)
-    x = 5 * normal(20, *shape)
-    values = {0: x, 1: (x - data(x)) / 5}  # Euler stores the velocity
-    errors = []
-    for terms in (Window(), Window(3, "luma-chroma", shape)):
-        candidates = terms(step, ())
-        columns = [_value(t.direction, values) for t in candidates]
-        system = LeastSquares(len(columns))
-        system.add(columns, flow.apply(x) - _value(step.base, values))
-        fitted = sum((c * t.direction for c, t in zip(system.solve().coefficients, candidates, strict=True)), step.base)
-        plan = Plan(schedule, (5.0, 1.0), (tracer.code[0], _combine(fitted)))
-        y = plan.run(iia.ProbabilityFlowODE(lambda x, t: data(x), schedule), x)
-        errors.append(float((y - flow.apply(x)).abs().max()))
-    assert errors[1] < 1e-9 < 1e-2 < errors[0]
-
-
-def _value(v: Vector, values: dict[int, Tensor]) -> Tensor:
-    return sum(w(values[j]) if isinstance(w, LinearMap) else w * values[j] for j, w in v.weights.items())
-
-
-def _combine(v: Vector) -> Any:
-    return iia.plan.Combine(tuple(v.weights.items()), v.constant, step=1)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"bands": 0},
-        {"bands": 2.5},
-        {"maps": 3},
-        {"axes": 1},
-        {"history": -1},
-        {"states": 0.5},
-        {"bands": 2, "shape": (8,), "maps": Bands((8,), 2)},
-    ],
-)
-def test_a_window_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(iia.errors.InputError):
-        Window(**options)
+    assert min(map(error, warm)) < 0.75 * error(None)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from iia_ode.solvers import DEISTime, ExponentialAdams, Solver, UniPC
-from iia_ode.solvers.transfer import data_step, lagrange_integrals
+from iia_ode.solvers.transfer import ddim_step, lagrange_weights
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class RosenbrockAdams(Solver):
         """The combination of the newest f."""
         alpha, sigma = ode.schedule.alpha, ode.schedule.sigma
         if ode.is_data(s):
-            return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
+            return ddim_step(ode.schedule, x, ode.data(x, t), t, s), ()
         size = math.hypot(alpha(t), sigma(t))
         f = ode.hold(alpha(t) / (sigma(t) * size) * x - size / sigma(t) * ode.data(x, t))
         history = ((-ode.schedule.lam(t), f), *past.memory)[: self.max_order]
         nodes, end = [u for u, _ in history], -ode.schedule.lam(s)
-        weights = lagrange_integrals(nodes, nodes[0], end, lambda v: 0.5 / np.cosh(v))
+        weights = lagrange_weights(nodes, nodes[0], end, lambda v: 0.5 / np.cosh(v))
         scale = math.hypot(alpha(s), sigma(t if self.published else s))
         moved = sum(scale * w * g for w, (_, g) in zip(weights, history, strict=True))
         return math.hypot(alpha(s), sigma(s)) / size * x + moved, history

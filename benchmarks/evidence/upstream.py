@@ -18,7 +18,7 @@ from iia_ode.plan import Past
 from iia_ode.problems import Problem
 from iia_ode.schedules import Discrete, Schedule
 from iia_ode.solvers import LMS, PNDM, Solver
-from iia_ode.solvers.transfer import data_step, noise_step
+from iia_ode.solvers.transfer import ddim_step, noise_step
 
 __all__ = [
     "DDIMAsInDiffusers",
@@ -60,7 +60,7 @@ class DDIMAsInDiffusers(Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer from t to its target, taken for the state at s."""
-        return data_step(ode.schedule, x, ode.data(x, t), t, self.target(ode.schedule, t))
+        return ddim_step(ode.schedule, x, ode.data(x, t), t, self.target(ode.schedule, t))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
+from ..solvers import get_solver
 from .budget import Budget, budget_of
 from .grids import leap_grids
 from .pipeline import Contender, Cost
@@ -116,7 +117,7 @@ def fit(
     start = start_time(ode, sigma_max)
     states = _initial_states(ode, noise, x, shape, samples, start, seed)
     level = smallest_level(ode.schedule) if sigma_min is None else sigma_min
-    known = None if teacher is None else teacher.about
+    known = None if teacher is None else teacher.record
     agree(ode, "fit", nfe, start, level, chosen, seed, known, states)
     states = states.detach().to(ode.device or states.device)
     batch = Batch(ode, states, _checked(teacher, ode, states, start), chosen.chunk_size)
@@ -324,7 +325,7 @@ class _Result:
         rival_error = next((c.error for c in self.contenders if c.pipeline is None), None)
         record = replace(
             own,
-            base=Named(RIVAL, {}) if last.fitted is None else own.base,
+            base=Named(RIVAL, get_solver(RIVAL).options()) if last.fitted is None else own.base,
             terms=own.terms if last.fitted is None else last.fitted.record.terms,
             intercept=last.fitted is not None and last.fitted.record.intercept,
             endpoint=replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None),

@@ -18,6 +18,7 @@ from ..errors import unknown_name
 from ..files import check_writable
 from ..iia import IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
 from ..iia.targets import resolve_target
+from ..iia.teacher import read_teacher
 from ..ode import ProbabilityFlowODE, distributed
 from ..solvers import solver_names
 from .drawing import FOLDER, draw_fit
@@ -142,7 +143,7 @@ class _Files:
     @cached_property
     def kept(self) -> Teacher | None:
         """The teacher read from --teacher, if given."""
-        return None if self.teacher is None else Teacher.load(self.teacher)
+        return None if self.teacher is None else read_teacher(self.teacher)
 
     def teach(self, solve: Callable[[], Teacher], leads: bool) -> Teacher | None:
         """Read the teacher of --teacher, or make a teacher for --save-teacher and write it.

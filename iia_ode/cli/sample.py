@@ -13,7 +13,7 @@ from ..errors import MissingDependencyError
 from ..experiments.compare import RECIPE
 from ..files import check_writable, write_tensors
 from ..iia import PRESETS, FittedSolver
-from ..iia.fitted import load
+from ..iia.fitted import read_fit
 from ..iia.provenance import to_json
 from ..integrate import sample
 from ..ode import distributed
@@ -48,7 +48,7 @@ def sample_command(
     method: Solver | FittedSolver
     if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
         _refuse_grid_options(solver)
-        method = load(solver)
+        method = read_fit(solver)
         grid, about = method.grid, {"solver": to_json(method.record) | {"name": method.name}, "nfe": method.nfe}
         job.setting.sigma_max = method.plan.schedule.noise_to_signal(method.plan.grid[0])
     elif solver in (*PRESETS, RECIPE):

@@ -9,7 +9,7 @@ import click
 
 from ..errors import FileFormatError
 from ..iia import Ingredient, describe
-from ..iia.fitted import load
+from ..iia.fitted import read_fit
 from .drawing import FOLDER, draw_fit
 
 __all__ = ["ingredients_table", "show_command"]
@@ -26,7 +26,7 @@ def show_command(file: Path, with_plan: bool, plots: Path | None) -> None:
     """
     text = describe(file)
     try:
-        fit = load(file)
+        fit = read_fit(file)
     except FileFormatError as error:  # the file has no schedule of its own, and `describe` needs none
         if with_plan or plots:
             raise

@@ -1,7 +1,7 @@
 """Time grids: float64 tensors from noise to data.
 
-Any strictly monotone tensor of times is a grid. The functions here make those of the field: noise levels spaced by a rule
-(:data:`GRIDS`), times spaced by a rule, integer timesteps, and tables that were published for one model.
+Any strictly monotone tensor of times is a grid. The functions of this module make the usual grids: noise levels spaced by a
+rule (:data:`GRIDS`), times spaced by a rule, integer timesteps, and tables published for one model.
 """
 
 from __future__ import annotations
@@ -36,4 +36,4 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
     "log_snr": log_snr,
     "polyexponential": polyexponential,
 }
-"""The families that need a count and two noise levels only, by name: ``make(n, sigma_min, sigma_max, schedule=...)``."""
+"""Families of grids of a count and two noise levels, by name: ``make(n, sigma_min, sigma_max, schedule=...)``."""

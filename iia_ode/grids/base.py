@@ -1,4 +1,4 @@
-"""What every grid is made with: argument checks, and times from noise levels."""
+"""Shared parts of the grids: argument checks, and times from noise levels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def spaced(n: int, low: float, high: float, level: Callable[[float], float]) -> 
 
 
 def times_of(levels: list[float], schedule: Schedule | None, to_data: bool) -> Tensor:
-    """Times at which sigma/alpha takes the given levels, and the data if asked for."""
+    """Times of the given levels of sigma/alpha, and the time of the data if `to_data`."""
     schedule = EDM() if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise GridError(f"schedule must be a Schedule, such as iia_ode.VP(), got {schedule!r}.")

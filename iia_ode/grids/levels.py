@@ -100,13 +100,13 @@ def linear_log(
 ) -> Tensor:
     """n noise levels, first linear in sigma, then logarithmic, then 0; the other arguments as for :func:`karras`.
 
-    The levels are equidistant in u(sigma) = sigma/c - 1 above the crossover c and log(sigma/c) below it: u and its slope
-    are continuous at c, so the spacing is too. No paper fixes this name. The definition is the library's own, with the
-    two grids that the name joins as its limits.
+    The levels are equidistant in u(sigma) = sigma/c - 1 above the crossover c, and in u(sigma) = log(sigma/c) below it. u and
+    its slope are continuous at c, so the spacing is continuous too. The name has no published definition; this definition
+    has the linear and the logarithmic grid as its limits.
 
     Parameters
     ----------
-    crossover : c, a level of sigma/alpha; by default the one that gives each part half of the intervals. From `sigma_max`
+    crossover : c, a level of sigma/alpha; by default each part has half of the intervals. From `sigma_max`
         on the grid is :func:`log_snr`; up to `sigma_min` it is linear in sigma, :func:`karras` with rho = 1.
     """
     n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
@@ -136,9 +136,9 @@ def beta(
 ) -> Tensor:
     """n noise levels at quantiles of a Beta distribution, then 0; the other arguments as for :func:`karras`.
 
-    sigma_i = sigma_min + F^-1(1 - i / (n - 1)) (sigma_max - sigma_min), F the distribution function of Beta(a, b). This is
-    the form that diffusers gives to the sampling of Lee et al. [2024] (``use_beta_sigmas``). The paper's own, on integer
-    timesteps, is ``discrete(n, schedule, "beta")``.
+    sigma_i = sigma_min + F^-1(1 - i / (n - 1)) (sigma_max - sigma_min), F the distribution function of Beta(a, b). diffusers
+    has this form of the sampling of Lee et al. [2024] (``use_beta_sigmas``). The form of the paper, on integer timesteps, is
+    ``discrete(n, schedule, "beta")``.
 
     Parameters
     ----------
@@ -150,5 +150,5 @@ def beta(
 
 
 def beta_quantile(probability: float, a: float = 0.6, b: float = 0.6) -> float:
-    """F^-1 of Beta(a, b): what ``scipy.stats.beta.ppf`` computes, without the import of all of scipy.stats."""
+    """F^-1 of Beta(a, b), as ``scipy.stats.beta.ppf``, without the import of scipy.stats."""
     return float(betaincinv(a, b, probability))

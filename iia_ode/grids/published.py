@@ -1,4 +1,4 @@
-"""Grids that were optimised for one model each, and published as tables."""
+"""Published tables of grids, each optimized for one model."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ _ROUNDING = 0.1
 def align_your_steps(
     n: int = 10, model: str = "sd15", *, schedule: Schedule | None = None, to_data: bool = True
 ) -> Tensor:
-    """n steps of Align Your Steps, the levels optimised for one model and published [Sabour et al. 2024, table 3].
+    """n steps of Align Your Steps, levels optimized for one model [Sabour et al. 2024, table 3].
 
     Parameters
     ----------
-    n : steps, which is evaluations of a solver with one a step. Published are 10; other counts interpolate the logarithm of
-        the levels at equal distances in the index, as the authors do.
+    n : steps. The published grids have 10; other counts interpolate the logarithm of the levels at equal distances in the
+        index, as the authors do.
     model : ``"sd15"`` (Stable Diffusion 1.5), ``"sdxl"``, ``"deepfloyd"`` (DeepFloyd IF, first stage) or ``"svd"`` (Stable
         Video Diffusion).
     schedule : whose times to return; EDM, where time is the level itself, by default. On the model's own ``Discrete``
         schedule, 10 steps stand on the published timesteps exactly.
-    to_data : make the last step to the data, as diffusers does; if not, to the last published level, as the authors do.
+    to_data : end at the data, as diffusers does; else at the last published level, as the authors do.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def _of_model(model: str) -> PublishedGrid:
 
 
 def _levels_of_timesteps(published: PublishedGrid, schedule: Discrete, model: str) -> tuple[float, ...]:
-    """What the schedule has at the published timesteps, once it is known to be the one they were published for."""
+    """The schedule's levels at the published timesteps; GridError unless the schedule is the published model's."""
     total = len(schedule.alphas_cumprod)
     if published.timesteps[0] < total:
         levels = tuple(schedule.noise_to_signal(float(t)) for t in published.timesteps)

@@ -46,7 +46,7 @@ def discrete(n: int, schedule: Discrete, spacing: str = "trailing", *, to_data: 
     n : timesteps, at most as many as the schedule has.
     spacing : ``"leading"`` (0, k, 2k, ... with k = T // n), ``"trailing"`` (T - 1 downwards by T / n), ``"linspace"`` (both
         ends included) or ``"beta"`` ((T - 1) F^-1(1 - i / n), F the distribution function of Beta(0.6, 0.6) [Lee et al.
-        2024]), each rounded to integers. Where ``"beta"`` rounds to one timestep twice, neighbours are taken instead.
+        2024]), each rounded to integers. Where ``"beta"`` rounds to one timestep twice, neighbors replace the repeats.
     to_data : append alpha = 1 (time -1).
 
     Raises
@@ -72,18 +72,18 @@ def discrete(n: int, schedule: Discrete, spacing: str = "trailing", *, to_data: 
 
 
 def _distinct(times: list[int]) -> list[int]:
-    """Decreasing integers made strictly so, and none negative: repeats move down, and up from 0 where they must."""
+    """Strictly decreasing integers from 0: repeats move down, and the last entries move up rather than below 0."""
     for i in range(1, len(times)):
         times[i] = min(times[i], times[i - 1] - 1)
     return [max(t, len(times) - 1 - i) for i, t in enumerate(times)]
 
 
 def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> Tensor:
-    """The part of any grid between two of its times: `start` and `end` exact, the grid's own points in between.
+    """The part of a grid between two times: `start` and `end` exact, the grid's points in between.
 
     Parameters
     ----------
-    grid : float64 [n + 1], as any function here makes it, or times of your own.
+    grid : float64 [n + 1] times.
     start, end : times; by default the grid's own ends. The time of a noise level is
         ``schedule.t_of_noise_to_signal(level)``.
 
@@ -100,7 +100,7 @@ def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> T
             f"a part of the grid from {times[0]:g} to {times[-1]:g} starts and ends within it, in its direction: got "
             f"start = {first:g} and end = {last:g}."
         )
-    # A start that is a grid point but for rounding must not leave an interval of 1e-16 behind.
+    # A start equal to a grid point up to rounding must not leave an interval of 1e-16.
     inner = [t for t in times if down * first > down * t > down * last and not _near(t, first) and not _near(t, last)]
     return as_grid([first, *inner, last])
 

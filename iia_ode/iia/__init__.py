@@ -8,7 +8,7 @@ from .method import IIA, PRESETS, preset
 from .moments import Moments, estimate_moments, exact_moments
 from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
-from .refinement import Iteration, Refinement, refine
+from .refinement import EndpointError, GaussNewton, Iteration, Objective, Refinement, Status, refine
 from .targets import Local, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
 from .warm_start import WarmStart
@@ -17,16 +17,20 @@ __all__ = [
     "IIA",
     "PRESETS",
     "Batch",
+    "EndpointError",
     "FittedSolver",
+    "GaussNewton",
     "Ingredient",
     "Iteration",
     "LeastSquares",
     "Local",
     "Moments",
+    "Objective",
     "Parameters",
     "Record",
     "Refinement",
     "SearchRecord",
+    "Status",
     "StepRecord",
     "StepReport",
     "Substeps",

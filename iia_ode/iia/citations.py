@@ -46,5 +46,5 @@ _BIBTEX = {
 
 
 def citation_of(base: str) -> str:
-    """BibTeX entries of IIA and, where it has a paper of its own, of the base solver with this name."""
+    """BibTeX entries of IIA and of the named base solver; of IIA alone if the base has no paper of its own."""
     return "\n\n".join([_BIBTEX["iia"], *([_BIBTEX[base]] if base in _BIBTEX else [])])

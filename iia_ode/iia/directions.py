@@ -1,6 +1,7 @@
-"""Candidate directions: which vectors IIA may add to a step, in the paper's three versions and over a window.
+"""Candidate directions of a fit: the vectors that a step may add to the base solver's result.
 
-Every set is written as base + correction: zero corrections leave the base solver exactly.
+The fitted step is base + sum_j c_j direction_j, so that zero corrections c are the base exactly. There are the three sets of
+the paper, and the window: all states and data estimates at hand, optionally split by frequency bands and channels.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import InputError, unknown_name
 from ..forms import Evaluation
-from ..plan import Bands, LinearMap, Projections, Vector
+from ..plan import Bands, LinearMap, Vector
 from ..plan.vectors import is_number, weight_size
 
 __all__ = [
@@ -34,17 +36,18 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """What a traced step of the base solver did; what `terms` are made of.
+    """A traced step of the base solver: the material of directions.
 
     Attributes
     ----------
-    index, t, s : the interval.
+    index : number of the step, from 0.
+    t, s : start and end of the interval.
     x : the state at t.
-    evaluations : those that the base made in this step, in order; each readable in every form.
-    start : the evaluation at (x, t), whichever step made it; None if there was none.
-    to_data : whether s is the data (sigma = 0). The paper leaves that step alone, and so do its terms.
-    base : the base's own result.
-    own : the fitted result without its history terms (equal to `base` while this step is being fitted).
+    evaluations : the evaluations of this step, in order; each is readable in every prediction form.
+    start : the evaluation at (x, t), from this step or from an earlier step; None where there is none.
+    to_data : whether s is the data (sigma = 0). The paper's terms leave this step alone.
+    base : the base solver's result at s.
+    own : the fitted result without its history terms; equal to `base` while the step is being fitted.
     """
 
     index: int
@@ -65,15 +68,15 @@ class StepRecord:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One candidate direction.
+    """A candidate direction.
 
     Parameters
     ----------
-    symbol : the paper's name of its coefficient; that coefficient is ``base + unit * correction``.
-    direction : the vector that a correction multiplies.
-    base : value of the paper's coefficient that recovers the base solver.
-    unit : change of the paper's coefficient per unit of correction.
-    history : whether it comes from earlier steps.
+    symbol : name of the coefficient, as in the paper. The coefficient is ``base + unit * correction``.
+    direction : the vector that is multiplied by the correction.
+    base : value of the coefficient for which the step is the base solver's.
+    unit : change of the coefficient per unit of correction.
+    history : whether the direction comes from earlier steps.
     """
 
     symbol: str
@@ -84,13 +87,15 @@ class Term:
 
 
 Terms: TypeAlias = Callable[[StepRecord, tuple[StepRecord, ...]], tuple[Term, ...]]
-"""From the current step and up to `history` earlier ones, newest first, to the directions; ``()`` leaves the step alone."""
+"""A function from the current step, and up to `history` earlier steps with the newest first, to the directions of the step.
+An empty tuple leaves the step alone."""
 
 
 def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
-    """BIIA: z + sum_k gamma_k h Delta_{i-k}, Delta the base's own mean slopes [Zhang et al. 2024, eq. 11-14, alg. 1].
+    """BIIA: z + sum_k gamma_k h Delta_{i-k} [Zhang et al. 2024, eq. 11-14, alg. 1].
 
-    For Heun, Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is gamma = (1, 0, ...).
+    Delta is the mean slope of a base step; for Heun, Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is
+    gamma = (1, 0, ...).
     """
     if step.to_data:
         return ()
@@ -101,12 +106,16 @@ def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term,
 
 
 def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
-    """IIA-EDM over Heun: the two halves of its update, and earlier fitted updates [Zhang et al. 2024, eq. 15-19, lemma 1].
+    """IIA-EDM: the two halves of Heun's update, and earlier fitted updates [Zhang et al. 2024, eq. 15-19, lemma 1].
 
-    z + h [beta_0 (z - D_i) - beta_1 / (2 t_{i+1}) (D(z~) - D_i) + sum_k gamma_k Delta~_{i-k}], where Delta~ is the fitted
-    combination of an earlier step without that step's own history. Written on slopes, the bracket is
-    beta_0 t_i d_i + beta_1 (d' - d_i) / 2, which serves every schedule; the base is beta = (1/t_i, 1), gamma = 0
-    (on another schedule than EDM 1/t stands for d log sigma / dt).
+    The step is z + h [beta_0 (z - D_i) - beta_1 / (2 t_{i+1}) (D(z~) - D_i) + sum_k gamma_k Delta~_{i-k}], with Delta~ the
+    fitted combination of an earlier step without the history terms of that step. On slopes, the first two terms are
+    beta_0 t_i d_i + beta_1 (d' - d_i) / 2, a form for every schedule. The base is beta = (1/t_i, 1), gamma = 0; on a
+    schedule other than EDM, 1/t stands for d log sigma / dt.
+
+    Raises
+    ------
+    InputError : the step of the base is not Heun's.
     """
     if step.to_data:
         return ()
@@ -133,6 +142,10 @@ def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, .
     """IIA-DDIM: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1}), from i = 1 [Zhang et al. 2024, eq. 20-23].
 
     With a longer history, the differences further back follow as phi_2, phi_3, ... The base is phi = 0.
+
+    Raises
+    ------
+    InputError : the base does not evaluate the model at the start of each step.
     """
     terms: list[Term] = []
     chain = [] if step.to_data else [record.start for record in (step, *earlier)]
@@ -146,11 +159,10 @@ def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, .
 
 
 def window(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
-    """Everything that the step and the earlier ones know: states z, and data estimates D of every evaluation.
+    """All states z and data estimates D of the current and the earlier steps.
 
-    The state at the start of each step and the data form of each evaluation there and of its stages, as plain vectors on
-    top of the base. Serves any base and fits every step, that to the data included. On isotropic Gaussian data z_i and
-    D_i span the exact step. Stages are numbered: ``D[i].1`` is the second evaluation of step i.
+    The window serves any base and fits every step, the step to the data included. On isotropic Gaussian data, z_i and D_i
+    span the exact step. Stages are numbered: ``D[i].1`` is the second evaluation of step i.
     """
     terms: list[Term] = []
     seen: set[object] = set()
@@ -179,48 +191,29 @@ def _place(k: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """The directions of ``terms="window"``, each split by an orthogonal decomposition of the sample.
+    """The directions of ``terms="window"``, each split by frequency bands and channels.
 
-    A set of terms for :class:`~iia_ode.IIA`, as ``IIA("ddim", terms=Window(bands=4, channels="luma-chroma"))``. Scalar
-    weights span one operator per direction, these one per direction and group: still linear, and fitted in closed form. With
-    one band and no channels it is the plain window. The base's own weights must be numbers, or maps over the same
-    decomposition.
+    Scalar weights span a single operator per direction. A split spans an operator per direction and group; the fit stays
+    linear and in closed form. The base's own weights must be numbers, or maps over the same decomposition. Example:
+    ``IIA("ddim", terms=Window(bands=4, channels="luma-chroma"))``.
 
     Parameters
     ----------
-    bands, channels, axes : of :class:`~iia_ode.plan.Bands`.
-    shape : of one sample; by default that of the samples that are fitted to.
-    maps : a decomposition of the user's own, in the place of all that: orthogonal projections that sum to the identity, such
-        as :class:`~iia_ode.plan.Matrices`. A weight is then a number for each of them.
-    history : how many earlier steps are used, at most as many as the fit's own `history`.
-    states : how many earlier states are used, at most as many as steps; None is all of them.
+    bands, channels : of :class:`~iia_ode.plan.Bands`; by default there is a single group, as in the plain window.
+    shape : shape of a sample; by default the shape of the samples of the fit.
 
     Raises
     ------
-    InputError : options that do not fit together.
+    InputError : `bands` or `channels` is not usable, or does not go with `shape`.
     """
 
     bands: int | str = 1
     channels: str | Tensor | None = None
     shape: tuple[int, ...] | None = None
-    maps: Projections | None = None
-    history: int | None = None
-    states: int | None = None
-    axes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("history", "states"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise InputError(f"{name} is a whole number from 0, or None for all, got {value!r}.")
-        if self.bands != "all" and (not isinstance(self.bands, int) or isinstance(self.bands, bool) or self.bands < 1):
-            raise InputError(f"bands is a whole number from 1, or 'all', got {self.bands!r}.")
-        if self._split and self.maps is not None:
-            raise InputError("give bands and channels, or maps, not both.")
-        if self.maps is not None and not isinstance(self.maps, Projections):
-            raise InputError(f"maps is a decomposition such as Bands or Matrices of iia_ode.plan, got {self.maps!r}.")
-        if self.axes is not None and not self._split:
-            raise InputError("axes says where bands are taken: give bands or channels with it, or leave it out.")
+        if self.bands != "all":
+            check_whole("bands", self.bands, least=1)
         if self.shape is not None:
             _ = self.projections
 
@@ -229,46 +222,39 @@ class Window:
         return self.bands != 1 or self.channels is not None
 
     def for_shape(self, shape: Sequence[int]) -> Window:
-        """The same for samples of this shape.
+        """The window for samples of this shape.
 
         Raises
         ------
-        InputError : it is for samples of another shape, or these cannot be split so.
+        InputError : the window has another shape, or these samples cannot be split.
         """
-        own = self.maps.shape if self.maps is not None else self.shape
-        if own is not None and tuple(own) != tuple(shape):
+        if self.shape is not None and tuple(self.shape) != tuple(shape):
             raise InputError(
-                f"{self.__name__} is for samples {list(own)}, and these are {list(shape)}: give it none, or maps for these."
+                f"{self.name} is for samples {list(self.shape)}, and these are {list(shape)}: leave shape= out."
             )
-        return replace(self, shape=tuple(shape)) if self._split and own is None else self
+        return replace(self, shape=tuple(shape)) if self._split else self
 
     @cached_property
-    def projections(self) -> Projections | None:
-        """The decomposition; None where there is one group only.
+    def projections(self) -> Bands | None:
+        """The decomposition; None where there is a single group.
 
         Raises
         ------
-        InputError : the shape of one sample is not known yet.
+        InputError : the shape of a sample is not known yet.
         """
-        found = self.maps
         if self._split and self.shape is None:
             raise InputError(
-                "a window with bands or channels is for samples of some shape, which IIA.fit sees; outside of a fit give it: "
-                "shape=(3, 16, 16)."
+                "a window with bands or channels needs the shape of a sample, which IIA.fit sees; outside of a fit give "
+                "shape=(3, 16, 16), for instance."
             )
-        if found is None and self.shape is not None:
-            found = Bands(self.shape, self.bands, self.channels, self.axes)
+        found = None if self.shape is None else Bands(self.shape, self.bands, self.channels)
         return None if found is None or found.count == 1 else found
 
     @property
-    def __name__(self) -> str:
-        """What reports and files call these terms."""
-        if self.maps is not None:
-            options = [f"maps={self.maps!r}"]
-        else:
-            channels = "matrix" if isinstance(self.channels, Tensor) else self.channels
-            options = [f"bands={self.bands}"] * (self.bands != 1) + [f"channels={channels}"] * (channels is not None)
-        options += [f"{k}={v}" for k in ("history", "states") if (v := getattr(self, k)) is not None]
+    def name(self) -> str:
+        """Name of these terms in reports and files."""
+        channels = "matrix" if isinstance(self.channels, Tensor) else self.channels
+        options = [f"bands={self.bands}"] * (self.bands != 1) + [f"channels={channels}"] * (channels is not None)
         return f"window({', '.join(options)})" if options else "window"
 
     @cached_property
@@ -281,12 +267,7 @@ class Window:
 
     def __call__(self, step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
         """The directions of a step."""
-        earlier = earlier if self.history is None else earlier[: self.history]
         plain = window(step, earlier)
-        if self.states is not None:
-            old = [term for term in plain if term.history and term.symbol.startswith("z")]
-            dropped = {id(term) for term in old[self.states :]}
-            plain = tuple(term for term in plain if id(term) not in dropped)
         if not self._units:
             return plain
         return tuple(
@@ -297,13 +278,22 @@ class Window:
 
 
 PAPER_TERMS: dict[str, Terms] = {"biia-edm": bi_iia_edm, "iia-edm": iia_edm, "iia-ddim": iia_ddim}
+"""The sets of the paper, by name."""
 
 _DIFFERENCES = ("ddim", "spndm", "ipndm", "ipndm1", "ipndm2", "ipndm3", "dpmpp_2m")
 _OF_BASE = {"heun": "iia-edm", **dict.fromkeys(_DIFFERENCES, "iia-ddim")}
 
 
 def resolve_terms(terms: str | Terms, base: str) -> tuple[str, Terms]:
-    """The name and the function behind a `terms` argument; "paper" is what the paper has for that base."""
+    """The name and the function of a `terms` argument; ``"paper"`` is the paper's set for the base of this name.
+
+    Raises
+    ------
+    InputError : the paper has no terms for this base.
+    UnknownNameError : there is no set of this name.
+    """
+    if isinstance(terms, Window):
+        return terms.name, terms
     if callable(terms):
         return getattr(terms, "__name__", type(terms).__name__), terms
     if terms == "paper":

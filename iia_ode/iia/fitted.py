@@ -14,7 +14,7 @@ from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..plan.plan import unpacked
+from ..plan.reading import unpacked
 from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
@@ -23,20 +23,20 @@ from .provenance import Record, StepReport, from_json, to_json
 from .report import describe_fit, explain_fit, table_of, table_of_weights
 from .warm_start import WarmStart
 
-__all__ = ["FittedSolver", "describe", "load"]
+__all__ = ["FittedSolver", "describe", "read_fit"]
 
 _KIND = "fitted solver"
 
 
 @dataclass(frozen=True, eq=False)
 class FittedSolver:
-    """A base solver with fitted weights, for one model, schedule and grid. It costs as much as its base.
+    """A base solver with fitted weights, for one model, schedule and grid, at the cost of its base.
 
     Attributes
     ----------
-    plan : the plan that runs.
+    plan : the solver as a plan.
     reports : a report for each fitted step.
-    record : the account of the fit: its method, the ODE and the states that it was made for, errors and costs.
+    record : provenance of the fit: method, ODE, states, errors and costs.
     """
 
     plan: Plan
@@ -59,11 +59,11 @@ class FittedSolver:
         return self.plan.nfe
 
     def check(self, ode: ProbabilityFlowODE, x: Tensor | None = None) -> None:
-        """Raise unless this fit was made for the ODE, and for states like x.
+        """Raise if the ODE or the shape of x differs from the ODE and the states of the fit.
 
         Parameters
         ----------
-        ode : the ODE that is to be solved.
+        ode : the ODE to be solved.
         x : states [B, ...]; by default only the ODE is compared.
 
         Raises
@@ -84,22 +84,21 @@ class FittedSolver:
     def table(self) -> str:
         """Every coefficient in the paper's symbols, with the residual of each step before and after the fit.
 
-        For a fit whose steps were not fitted one by one, such as a refinement, the table has the weights of the plan on its
-        initial state and its data estimates. Weights that are linear maps have a table for each of a few groups, or else
-        their means.
+        Without step reports, as after a refinement, the table has the weights of the plan on its initial state and its data
+        estimates. Linear maps have a table for each of a few groups; maps with many groups have their means.
         """
         return table_of(self.reports) if self.reports else table_of_weights(self.plan)
 
     def explain(self) -> str:
-        """A summary in words: the fit, the steps that gained most, the steps that keep the base, the largest weights."""
+        """A summary in words: the method, the largest gains, steps with base weights, and the largest weights."""
         return explain_fit(self.plan, self.record, self.reports)
 
     def after(self, warm: WarmStart) -> FittedSolver:
-        """The same solver behind a warm start: it takes the states that :meth:`WarmStart.apply` takes.
+        """The same solver behind a warm start, from the initial states of :meth:`WarmStart.apply`.
 
         Parameters
         ----------
-        warm : map of the first interval, which ends where this solver starts.
+        warm : map of the first interval, up to the start of this solver.
 
         Raises
         ------
@@ -110,7 +109,7 @@ class FittedSolver:
         return replace(self, plan=plan, reports=tuple(replace(r, index=r.index + more) for r in self.reports))
 
     def citation(self) -> str:
-        """BibTeX entries of the papers behind this solver: IIA, and the base where it has a paper of its own."""
+        """BibTeX entries of the papers behind this solver and its base."""
         return citation_of(self.record.base.name)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -118,7 +117,7 @@ class FittedSolver:
 
         Raises
         ------
-        FileFormatError : the record or a report holds a value that :func:`load` would refuse.
+        FileFormatError : a value in the record or in a report would be refused by :func:`load`.
         """
         code, tensors = pack(self.plan)
         header = to_json(_Header(self.name, code, self.record, self.reports))
@@ -136,13 +135,13 @@ class _Header:
     reports: tuple[StepReport, ...]
 
 
-def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
-    """Read a fitted solver. Its samples are bit-equal to samples before it was saved.
+def read_fit(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
+    """Read a fitted solver. Samples are bit-equal before and after.
 
     Parameters
     ----------
-    path : a file that :meth:`FittedSolver.save` wrote.
-    schedule : schedule of the fit; needed only where a file cannot hold it, such as a schedule made from functions.
+    path : a file of :meth:`FittedSolver.save`.
+    schedule : schedule of the fit; needed only if a file cannot hold the schedule, as for a schedule made from functions.
 
     Returns
     -------
@@ -150,17 +149,16 @@ def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> F
 
     Raises
     ------
-    FileFormatError : missing, damaged or foreign file, or a file that does not hold its schedule.
+    FileFormatError : missing, damaged or foreign file, or a file without its schedule.
     MismatchError : the file was made for another schedule than `schedule`.
     """
     return _built(path, *_read(path), schedule)
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """The text of ``print(load(path))``, for any schedule.
+    """The text of ``print(iia_ode.load(path))``, for any schedule.
 
-    The table of weights needs the schedule: for a file that cannot hold its schedule, and that has no report of steps, the
-    table is left out.
+    The table of weights needs the schedule. For a file without its schedule, the table of weights is left out.
 
     Raises
     ------
@@ -176,7 +174,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], _Header]:
-    """Tensors and header of a file whose checksum and layout are right; the plan is not yet built."""
+    """Tensors and header of a file, after the checks of checksum and layout."""
     tensors, header = read_tensors(path, _KIND)
     if problem := tensors_misfit(tensors):
         raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")

@@ -1,4 +1,4 @@
-"""The least squares behind every fit: QR in float64, one small factor per sample."""
+"""Least squares min_c |b - A c| by QR in float64, accumulated sample by sample: the solver of every fitted step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Solution:
     condition : ratio of the largest to the smallest kept singular value of the scaled columns.
     before, after : root mean square residual per component, without and with the correction.
     largest : norm of the largest term c_j A_j.
-    constant : the intercept, float64 with the shape of one sample, on the host; None where none was fitted.
+    constant : the intercept, float64 with the shape of a sample, on the host; None without an intercept.
     """
 
     coefficients: Tensor
@@ -40,22 +40,28 @@ class Solution:
 
 
 class LeastSquares:
-    """min_c |b - A c|, accumulated sample by sample as the R factors of [A b]; with an intercept, min |b - A c - 1 m|.
+    """min_c |b - A c|, accumulated sample by sample as R factors of [A b]; with an intercept, min_{c, m} |b - A c - 1 m|.
 
-    QR rather than the Gram matrix: some directions are nearly collinear (the two of IIA-DDIM are exactly so after an
-    unfitted step), and the Gram matrix squares their condition number. Each sample is reduced to the R factor of its own
-    rows, (k + 1)^2 numbers, and the R of the whole is taken once, from those. How a batch was cut into chunks then has no
-    influence at all: fits of sequential steps amplify even rounding differences by orders of magnitude.
+    QR replaces the Gram matrix, because some directions are nearly collinear (the two directions of IIA-DDIM are exactly
+    collinear after an unfitted step) and the Gram matrix squares their condition number. Each sample is reduced to the R
+    factor of its own rows, (k + 1)^2 numbers; the R factor of the whole is computed once, from all of them. The chunks of a
+    batch therefore have no influence on the result. The next steps of a fit would amplify even rounding differences by
+    orders of magnitude.
 
-    The intercept m has one number for each component of a sample, so it is eliminated by taking the mean over samples out
-    of every component. That is done on the fly by Helmert's orthogonal transformation: sample n enters as
-    ``sqrt((n - 1) / n) (X_n - mean of X_1 .. X_{n-1})``, which is as sound as two passes and needs a running sum only.
-    Two parts of a batch, each with its own mean, differ from the whole by one such row block, of the difference of means.
+    The intercept m has a number for each component of a sample. Subtracting the mean over samples from every component
+    eliminates m. Helmert's orthogonal transformation does so on the fly: sample n enters as
+    ``sqrt((n - 1) / n) (X_n - mean of X_1 .. X_{n-1})``. The transformation is as accurate as two passes and needs a running
+    sum only. Two parts of a batch, each with its own mean, differ from the whole by a single row block of the same kind,
+    made of the difference of the means.
 
     Parameters
     ----------
-    columns : number k of columns of A.
+    columns : number k of columns of A, at least 1.
     intercept : whether to fit a constant for each component of a sample.
+
+    Raises
+    ------
+    InputError : there are no columns.
     """
 
     def __init__(self, columns: int, *, intercept: bool = False) -> None:
@@ -69,13 +75,23 @@ class LeastSquares:
         self._whole: Tensor | None = None  # the R of the whole, once it is known
 
     def add(self, columns: Sequence[Tensor], target: Tensor) -> None:
-        """Add samples: k tensors of the shape [B, ...] of `target`, in any dtype, on any device."""
+        """Add samples.
+
+        Parameters
+        ----------
+        columns : k tensors of the shape of `target`, in any dtype, on any device.
+        target : [B, ...].
+
+        Raises
+        ------
+        InputError : the number of columns is not k.
+        """
         if len(columns) != self.columns:
             raise InputError(f"expected {self.columns} columns, got {len(columns)}.")
         self._shape = target.shape[1:]
         if len(target) == 0:
             return
-        # On the host, whatever the device: the same bits everywhere, and batched QR of tall blocks is no faster on a GPU.
+        # On the host for every device: equal bits everywhere, and batched QR of tall blocks is no faster on a GPU.
         block = torch.stack([v.reshape(len(v), -1).cpu().to(_F64) for v in (*columns, target)], dim=1)
         self.rows += block.shape[0] * block.shape[2]
         if self.intercept:
@@ -85,7 +101,7 @@ class LeastSquares:
         self._whole = None
 
     def _centred(self, block: Tensor) -> Tensor:
-        """The samples [B, k + 1, D] after Helmert's transformation, given those seen before; one by one, so no cut shows."""
+        """The samples [B, k + 1, D] after Helmert's transformation; sample by sample, so that chunks have no influence."""
         total = torch.zeros_like(block[0]) if self._total is None else self._total.clone()
         out = torch.empty_like(block)
         for n, (sample, row) in enumerate(zip(block, out, strict=True), start=self.samples):
@@ -95,7 +111,12 @@ class LeastSquares:
         return out
 
     def merge(self, other: LeastSquares) -> None:
-        """Take in the samples that another instance has seen, after one's own."""
+        """Append the samples of another instance.
+
+        Raises
+        ------
+        InputError : the other instance has another number of columns, or differs in its intercept.
+        """
         if (other.columns, other.intercept) != (self.columns, self.intercept):
             raise InputError(f"cannot merge {other.columns} columns into {self.columns}.")
         if not other.samples:
@@ -113,7 +134,7 @@ class LeastSquares:
         self._whole = None
 
     def state(self) -> tuple[Tensor, Tensor]:
-        """All that was accumulated, float64 on the host: factors [.., k + 1] stacked, and the sum [D, k + 1] (or empty)."""
+        """The accumulated numbers, float64 on the host: stacked factors [n, k + 1], and the sum [D, k + 1] or an empty one."""
         width = self.columns + 1
         factors = [f.reshape(-1, width) for f in self._factors]
         empty = torch.zeros(0, width, dtype=_F64, device="cpu")
@@ -123,7 +144,7 @@ class LeastSquares:
     def of_state(
         cls, factors: Tensor, total: Tensor, *, samples: int, rows: int, shape: Sequence[int], intercept: bool
     ) -> LeastSquares:
-        """The instance that :meth:`state` was taken of."""
+        """The instance with a given :meth:`state`."""
         system = cls(factors.shape[1] - 1, intercept=intercept)
         system.rows, system.samples, system._shape = rows, samples, torch.Size(shape)
         system._factors = [factors[None]] if samples else []
@@ -132,29 +153,34 @@ class LeastSquares:
 
     @property
     def sample_shape(self) -> torch.Size:
-        """Shape of one sample; empty before the first call of :meth:`add`."""
+        """Shape of a sample; empty before the first call of :meth:`add`."""
         return self._shape
 
     def solve(self, *, ridge: float = 0.0, noise: Tensor | None = None) -> Solution:
-        """The minimum-norm solution in units of the columns' own sizes.
+        """The minimum-norm solution, with columns scaled to unit norm.
 
         Parameters
         ----------
-        ridge : relative ridge: adds ``ridge * |A_j|^2`` to the j-th diagonal of the normal equations, which shrinks
-            towards zero correction, that is towards the base solver. An intercept is shrunk likewise.
-        noise : norm of the rounding error in each column, float64 [k]. A singular direction of the columns that does not
-            stand out of the rounding in it by a factor of ten is treated as zero: fitting it would fit noise, with huge
-            coefficients that cancel. Float64 rounding (1e-12 of the largest) is always taken for zero.
+        ridge : relative ridge. The j-th diagonal of the normal equations grows by ``ridge * |A_j|^2``, which shrinks the
+            solution towards zero correction (the base solver). The intercept is shrunk in the same way.
+        noise : norm of the rounding error in each column, float64 [k]. A singular direction below ten times its rounding
+            error counts as zero; its fit would be huge coefficients that cancel. A direction below 1e-12 of the largest
+            always counts as zero.
+
+        Returns
+        -------
+        The correction, with residuals and rank.
 
         Raises
         ------
-        NonFiniteError : the rows contained NaN or infinity.
+        InputError : there are no samples, or the samples have no components.
+        NonFiniteError : the rows contain NaN or infinity.
         """
         centred = self._factor()
         zero = torch.zeros(self.columns, dtype=_F64, device="cpu")
         r = centred
         if self._total is not None and ridge:
-            # What is left of the means when the intercept that a ridge allows has taken its part.
+            # The part of the means that the shrunk intercept leaves over.
             left = self._total.T * math.sqrt(1 / (1 + 1 / ridge) / self.samples)
             r = torch.linalg.qr(torch.cat([r, left]), mode="r").R
         a, b = r[:, :-1], r[:, -1]
@@ -169,7 +195,7 @@ class LeastSquares:
         coefficients = (vt.T @ (inverse * (u.T @ b))) / size
         constant = self._intercept(coefficients, ridge)
         before, after = self.residual(zero, None), self.residual(coefficients, constant)
-        if not after <= before:  # only rounding can do that: there was nothing to gain
+        if not after <= before:  # by rounding: there was nothing to gain
             coefficients, after = zero, before
             constant = None if constant is None else torch.zeros_like(constant)
         rank = int(keep.sum())
@@ -178,7 +204,13 @@ class LeastSquares:
         return Solution(coefficients, rank, condition, before, after, largest, constant)
 
     def residual(self, coefficients: Tensor, constant: Tensor | None) -> float:
-        """Root mean square of b - A c - m per component, on the samples seen here, which may be others than were fitted."""
+        """Root mean square of b - A c - m per component on the samples of this instance, in a fit or held out.
+
+        Parameters
+        ----------
+        coefficients : c, float64 [k].
+        constant : the intercept m, or None.
+        """
         square = (self._factor() @ _minus(coefficients)).square().sum()
         if self._total is not None:
             gap = _minus(coefficients) @ self._total / self.samples
@@ -194,7 +226,7 @@ class LeastSquares:
         return (mean / (1 + ridge)).reshape(self._shape)
 
     def _factor(self) -> Tensor:
-        """R of all samples together, of their deviations from the mean where there is an intercept."""
+        """The R factor of all samples; with an intercept, of their deviations from the mean."""
         if self._whole is None:
             if not self._factors:
                 raise InputError("nothing to solve: no samples were added.")
@@ -203,12 +235,12 @@ class LeastSquares:
             stacked = torch.cat([f.reshape(-1, self.columns + 1) for f in self._factors])
             if not bool(torch.isfinite(stacked).all()):
                 raise NonFiniteError(
-                    "the least-squares system has NaN or infinity in it: the model is not finite on this batch."
+                    "the least-squares system contains NaN or infinity: the model is not finite on this batch."
                 )
             self._whole = torch.linalg.qr(stacked, mode="r").R
         return self._whole
 
 
 def _minus(coefficients: Tensor) -> Tensor:
-    """What [A b] is multiplied by to give A c - b."""
+    """The vector (c, -1), which maps [A b] to A c - b."""
     return torch.cat([coefficients, coefficients.new_full((1,), -1.0)])

@@ -20,7 +20,7 @@ from .batch import Batch
 from .directions import Terms, Window, resolve_terms
 from .fitted import FittedSolver
 from .origin import Origin
-from .provenance import Endpoint, Named, Record, TeacherOptions
+from .provenance import Endpoint, Named, Record
 from .stepwise import Stepwise
 from .targets import Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher
@@ -177,7 +177,7 @@ class IIA:
             origin=Origin.of(batch.ode, batch.x),
             batch=len(batch),
             endpoint=endpoint,
-            teacher=None if batch.teacher is None else TeacherOptions(**batch.teacher.way),
+            teacher=None if batch.teacher is None else batch.teacher.record.options,
             **account,
         )
 

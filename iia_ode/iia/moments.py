@@ -1,4 +1,4 @@
-"""Mean and covariance of data, the covariance diagonal over an orthogonal decomposition: what a Gaussian flow needs."""
+"""Mean and covariance of data for a Gaussian flow, with a covariance that is diagonal over an orthogonal decomposition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..plan import Bands, PerCondition, Principal, Projections
 __all__ = ["Moments", "centred", "estimate_moments", "exact_moments"]
 
 _F64 = torch.float64
-_DENSE = 1024  # dimensions up to which a shrinkage target that needs a dense decomposition is tried
+_DENSE = 1024  # largest dimension for a shrinkage target with a dense decomposition
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +25,14 @@ class Moments:
 
     Attributes
     ----------
-    mean : [*shape], or one for each value of a condition; float64 on the host.
-    projections : the decomposition, of samples [*shape].
-    variances : float64 [G], not negative.
-    about : how they were estimated, JSON-ready.
+    mean : [*shape], or a mean for each value of a condition; float64 on the host.
+    projections : the decomposition of samples [*shape] into G groups.
+    variances : float64 [G], not negative, on the host.
+    about : the estimator, JSON-ready.
 
     Raises
     ------
-    InputError : they do not fit together.
+    InputError : shapes do not fit together, or a variance is negative or not finite.
     """
 
     mean: Tensor | PerCondition
@@ -54,12 +54,12 @@ class Moments:
             raise InputError("variances must be finite and not negative.")
 
     def log_likelihood(self, residuals: Tensor, level: float) -> float:
-        """Mean log-likelihood per component of data with noise of standard deviation `level` added, noise averaged out.
+        """Mean log-likelihood per component of noisy data, averaged over the noise.
 
         Parameters
         ----------
-        residuals : data less the mean, [n, *shape].
-        level : sigma/alpha at which the Gaussian is to be right; it may be 0 where no variance is.
+        residuals : data minus the mean, [n, *shape].
+        level : standard deviation sigma/alpha of the noise; 0 is allowed where no variance is 0.
         """
         sizes, total = self.projections.sizes, self.variances + level * level
         used = sizes > 0
@@ -69,13 +69,21 @@ class Moments:
 
 
 def exact_moments(mean: Tensor, covariance: Tensor, rank: int | None = None) -> Moments:
-    """Those of a given mean [*shape] and covariance [d, d] (or variances per component, [*shape], or one number).
+    """Moments of a given mean and covariance.
 
-    With `rank`, only that many principal directions are kept, and the rest gets its mean variance.
+    Parameters
+    ----------
+    mean : [*shape], d components.
+    covariance : [d, d], variances per component [*shape], or a number.
+    rank : principal directions to keep; the remainder gets its mean variance.
+
+    Returns
+    -------
+    The moments over principal directions.
 
     Raises
     ------
-    InputError : the covariance is not symmetric and positive, or of another size.
+    InputError : the covariance is not symmetric and positive, or has another size.
     """
     m = torch.as_tensor(mean).detach().to("cpu", _F64)
     c = torch.as_tensor(covariance).detach().to("cpu", _F64)
@@ -98,14 +106,14 @@ def exact_moments(mean: Tensor, covariance: Tensor, rank: int | None = None) -> 
 def _principal(
     shape: tuple[int, ...], values: Tensor, directions: Tensor, rank: int | None
 ) -> tuple[Principal, Tensor]:
-    """The first `rank` of all d eigenvalues (decreasing) with their directions [d, d], and the mean of the others."""
+    """The first `rank` of d decreasing eigenvalues with their directions [k, d], and the mean of the other eigenvalues."""
     d = math.prod(shape)
     if float(values.min()) < -1e-10 * float(values.abs().max()):
         raise InputError("a covariance must not have negative eigenvalues.")
     values, k = values.clamp(min=0), len(directions) if rank is None else min(rank, len(directions))
     if k < 0:
         raise InputError(f"a rank is not negative, got {rank}.")
-    # Where nothing is left, the last coefficient multiplies rounding error only: that of a typical direction is as good.
+    # Without a remainder the last coefficient multiplies rounding error only; the mean variance is as good as any.
     rest = values[k:].mean() if k < d else values.mean()
     return Principal(directions[:k], shape), torch.cat([values[:k], rest.reshape(1)])
 
@@ -120,25 +128,29 @@ def estimate_moments(
     level: float = 0.0,
     held_out: float = 0.25,
 ) -> Moments:
-    """Moments of data from samples of it, such as the endpoints of a teacher.
+    """Estimate moments of data from samples, such as the endpoints of a teacher.
 
     Parameters
     ----------
     samples : [n, *shape].
-    labels, key : an integer for each sample, [n], and the name of that condition in ``ode.conditioning``: there is one mean
-        for each value, and one covariance for all.
-    rank : principal directions to keep; by default all that the samples have.
-    shrink : towards what, and how far. A number r in [0, 1] is (1 - r) S + r mu I; ``"ledoit-wolf"`` computes r [Ledoit &
-        Wolf 2004]; ``"dct"`` makes the covariance diagonal in DCT coefficients and principal directions of the channels,
-        which few samples suffice for; ``"auto"`` takes the one with the highest likelihood on held-out samples, mixtures
-        of S and the DCT's included where d is at most 1024.
-    level : sigma/alpha at which the likelihood is judged: that of the state which the moments are to map to. By default
-        the standard deviation of the data.
-    held_out : share of the samples, the last ones, that ``"auto"`` judges by; the choice is then estimated from all.
+    labels, key : integers [n], and the name of the condition in ``ode.conditioning``. There is a mean for each value, and a
+        common covariance.
+    rank : principal directions to keep; by default all directions of the samples.
+    shrink : target and strength of the shrinkage of the sample covariance S. A number r in [0, 1] is (1 - r) S + r mu I;
+        ``"ledoit-wolf"`` computes r [Ledoit & Wolf 2004]. ``"dct"`` is diagonal in DCT coefficients and in principal
+        directions of the channels, and needs few samples. ``"auto"`` takes the estimate with the highest likelihood on
+        held-out samples; for d up to 1024 the candidates include mixtures of S and ``"dct"``.
+    level : noise level sigma/alpha of the likelihood, the level that the moments map to. By default the standard deviation
+        of the data.
+    held_out : share of the samples, the last ones, that ``"auto"`` holds out; the chosen estimate then uses all samples.
+
+    Returns
+    -------
+    The moments; `about` names the estimate, with the scores of ``"auto"``.
 
     Raises
     ------
-    InputError : too few samples, labels that do not fit, or an unknown option.
+    InputError : there are too few samples, labels do not fit, or an option is unknown.
     """
     x = _checked(samples)
     mean, residuals, freed = centred(x, labels, key)
@@ -147,7 +159,7 @@ def estimate_moments(
         cut = len(x) - max(1, int(held_out * len(x)))
         if cut < 2:
             raise InputError(f"shrink='auto' holds samples out and needs at least 4, got {len(x)}.")
-        # The residuals of both parts are from the mean of all: what is chosen is the covariance.
+        # Both parts keep the residuals from the common mean, because only the covariance is chosen.
         scale = level if level > 0 else float(residuals.square().mean().sqrt())
         scores = {
             name: Moments(torch.zeros(x.shape[1:], dtype=_F64), *parts).log_likelihood(residuals[cut:], scale)
@@ -177,7 +189,7 @@ def _checked(samples: Tensor) -> Tensor:
 
 
 def centred(x: Tensor, labels: Tensor | None, key: str | None) -> tuple[Tensor | PerCondition, Tensor, int]:
-    """The mean or means of x [n, *shape], what is left of it, and how many degrees of freedom that took; float64, host."""
+    """The mean, or mean per label, of x [n, *shape], the residuals, and the degrees of freedom of the means; float64, host."""
     x = _checked(x)
     if labels is None:
         mean = x.mean(0)
@@ -197,7 +209,7 @@ def centred(x: Tensor, labels: Tensor | None, key: str | None) -> tuple[Tensor |
 def _candidates(
     r: Tensor, freed: int, rank: int | None, only: str | None = None
 ) -> Iterator[tuple[str, tuple[Projections, Tensor]]]:
-    """Covariances from residuals r [n, *shape], by name; `freed` degrees of freedom went into their means."""
+    """Covariances from residuals r [n, *shape], by name; their means took `freed` degrees of freedom."""
     shape, n, d = tuple(r.shape[1:]), len(r) - freed, math.prod(r.shape[1:])
     flat = r.reshape(len(r), d)
     _, singular, vh = torch.linalg.svd(flat, full_matrices=False)
@@ -229,7 +241,7 @@ def _candidates(
 
 
 def _ledoit_wolf(flat: Tensor, values: Tensor, mu: float) -> float:
-    """The shrinkage towards mu I that minimises the expected squared error [Ledoit & Wolf 2004, lemma 3.2-3.4]."""
+    """The shrinkage towards mu I with the smallest expected squared error [Ledoit & Wolf 2004, lemma 3.2-3.4]."""
     n, d = flat.shape
     spread = float(values.square().sum()) - d * mu * mu  # d times delta^2
     noise = (float(flat.square().sum(1).square().sum()) / n - float(values.square().sum())) / n

@@ -1,16 +1,15 @@
-"""Origin of a fit or a teacher: the ODE and the states that it was made for, compared with those it is used with."""
+"""Origin of a fit or a teacher: its ODE and its states, and the comparison with another ODE and other states."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning
+from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
 from ..schedules.stored import brief
@@ -20,14 +19,14 @@ __all__ = ["Origin", "conditions_digest"]
 
 @dataclass(frozen=True)
 class Origin:
-    """The ODE and the states that a fit or a teacher was made for.
+    """The ODE and the states behind a fit or a teacher.
 
     Attributes
     ----------
     schedule : configuration of the noise schedule, with its ``"type"``.
     prediction : prediction type of the model.
     guidance_scale : scale of the classifier-free guidance; 1 without guidance.
-    conditioning : shape of each condition for one sample; for a condition that is no tensor, the name of its type.
+    conditioning : shape of each condition for one sample; for any condition other than a tensor, the name of its type.
     state_shape : shape of one sample.
     state_dtype : dtype of the states, such as ``"float32"``.
     fingerprint : hash of the model's parameters; see :meth:`ProbabilityFlowODE.fingerprint`.
@@ -66,17 +65,15 @@ class Origin:
         name: str,
         made: str = "fitted",
         strict_guidance: bool = False,
-        stacklevel: int = 4,
     ) -> None:
-        """Raise unless this is the origin of a fit to this ODE and to states like x; warn if model weights differ.
+        """Raise if the ODE or the shape of x differs from the origin; warn if only guidance scale or model weights differ.
 
         Parameters
         ----------
         ode : the ODE to compare with.
         x : states [B, ...] to compare with; none by default.
         name, made : subject and verb of the messages.
-        strict_guidance : whether another guidance scale is an error; by default it is a warning, for the ODE is a near one.
-        stacklevel : frame that the warnings name.
+        strict_guidance : whether another guidance scale is an error; a warning by default, for the two ODEs are close.
 
         Raises
         ------
@@ -101,7 +98,7 @@ class Origin:
             text = against("for guidance_scale", self.guidance_scale, ode.guidance_scale)
             if strict_guidance:
                 raise MismatchError(f"{text} {advice}")
-            warnings.warn(f"{text} Its weights suit the former.", MismatchWarning, stacklevel=stacklevel)
+            warn(f"{text} Its weights suit the former.", MismatchWarning)
         if self.conditioning != conditioning:
             shapes = (_shapes(c) for c in (self.conditioning, conditioning))
             raise MismatchError(f"{against('with conditions of shapes (per sample)', *shapes)} {advice}")
@@ -109,11 +106,10 @@ class Origin:
             shape = ", ".join(map(str, self.state_shape))
             raise MismatchError(f"{name} was {made} for states [B, {shape}], got {list(x.shape)}.")
         if self.fingerprint != fingerprint:
-            warnings.warn(
+            warn(
                 f"{name} was {made} on a model with fingerprint {self.fingerprint}, and the model of this ODE has "
                 f"{fingerprint}: the weights were not made for it.",
                 FingerprintWarning,
-                stacklevel=stacklevel,
             )
 
 
@@ -132,7 +128,7 @@ def conditions_digest(ode: ProbabilityFlowODE) -> str:
 
 
 def _conditioning(ode: ProbabilityFlowODE) -> dict[str, tuple[int, ...] | str]:
-    """The shape of each condition for one sample, or the name of its type where it is no tensor."""
+    """The shape of each condition for one sample, or the name of its type if it is no tensor."""
     return {k: tuple(v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__ for k, v in ode.conditioning.items()}
 
 

@@ -183,14 +183,13 @@ class Parameters:
         knots = self._knots(ode.prediction, theta, leaf)
         weights = leaf[:, : self.weights, None] + self._apart.to(leaf.device)  # [B, entries, groups]
         values, state = [x], x
-        for r, knot in enumerate([*knots, None]):
+        for r, knot in enumerate(knots):
             if r not in self.fixed:
-                size = knot.size() if knot else torch.full_like(leaf[:, 0], _size(self.schedule, self.grid_end))
-                state = self._state(r, values, weights, size)
-            if knot:
-                t, p, q = knot.time(), _spread(knot.p(), x), _spread(knot.q(), x)
-                values.append(p * state + q * _output(ode, state, t, checkpointed))
-        return state, leaf
+                state = self._state(r, values, weights, knot.size)
+            t, p, q = knot.time, _spread(knot.p, x), _spread(knot.q, x)
+            values.append(p * state + q * _output(ode, state, t, checkpointed))
+        end = torch.full_like(leaf[:, 0], self.schedule.size(self.grid_end))
+        return self._state(len(knots), values, weights, end), leaf
 
     def _knots(self, prediction: str, theta: Tensor, leaf: Tensor) -> list[_Knot]:
         """The evaluations of a differentiable run."""
@@ -200,7 +199,7 @@ class Parameters:
         found = []
         for t, m in zip(self._times, self._time_of, strict=True):
             if m is None:
-                values = (t, _size(self.schedule, t), *conversion(self.schedule, t, prediction, "data"))
+                values = (t, self.schedule.size(t), *conversion(self.schedule, t, prediction, "data"))
                 found.append(_Knot([(v, 0.0) for v in values], leaf))
             else:
                 found.append(_Knot(levels[m], leaf, moves[m]))
@@ -224,36 +223,32 @@ class Parameters:
 
     def _source_size(self, j: int) -> float:
         """The size that weights of source j are relative to: of the initial state, or 1 of a data estimate."""
-        return _size(self.schedule, self.start) if j == 0 else 1.0
+        return self.schedule.size(self.start) if j == 0 else 1.0
 
     def _row_size(self, r: int, times: list[float]) -> float:
-        return _size(self.schedule, self.grid_end if r == len(times) else times[r])
+        return self.schedule.size(self.grid_end if r == len(times) else times[r])
 
 
 @dataclass(frozen=True, eq=False)
 class _Knot:
     """An evaluation of a differentiable run: each number is [B], a function of the move of log sigma/alpha.
 
-    The numbers are made where they are used, because the order of the graph decides the rounding of gradients.
+    Properties, because the order of the graph decides the rounding of gradients.
     """
 
     pairs: list[tuple[float, float]]  # value and derivative of: time, size, p, q of data = p x + q output
     leaf: Tensor
     move: Tensor | None = None
 
+    @property
     def time(self) -> Tensor | float:
-        return self.pairs[0][0] if self.move is None else self._of(0)
+        return self.pairs[0][0] if self.move is None else self._number(0)
 
-    def size(self) -> Tensor:
-        return self._of(1)
+    size = property(lambda self: self._number(1))
+    p = property(lambda self: self._number(2))
+    q = property(lambda self: self._number(3))
 
-    def p(self) -> Tensor:
-        return self._of(2)
-
-    def q(self) -> Tensor:
-        return self._of(3)
-
-    def _of(self, k: int) -> Tensor:
+    def _number(self, k: int) -> Tensor:
         value, slope = self.pairs[k]
         return torch.full_like(self.leaf[:, 0], value) if self.move is None else value + slope * self.move
 
@@ -276,7 +271,7 @@ def _level(schedule: Schedule, prediction: str, log_level: float) -> list[tuple[
 
     def at(level: float) -> tuple[float, ...]:
         t = _time(schedule, level)
-        return t, _size(schedule, t), *conversion(schedule, t, prediction, "data")
+        return t, schedule.size(t), *conversion(schedule, t, prediction, "data")
 
     below, above, width = at(log_level - _STEP), at(log_level + _STEP), 2 * _STEP
     return [(v, (b - a) / width) for v, a, b in zip(at(log_level), below, above, strict=True)]
@@ -296,10 +291,6 @@ def _output(ode: ProbabilityFlowODE, state: Tensor, t: Tensor | float, checkpoin
 def _spread(values: Tensor, x: Tensor) -> Tensor:
     """Values [B] in the dtype of x, in a shape that broadcasts over x."""
     return values.to(x.dtype).reshape(len(x), *[1] * (x.ndim - 1))
-
-
-def _size(schedule: Schedule, t: float) -> float:
-    return math.hypot(schedule.alpha(t), schedule.sigma(t))
 
 
 def _time(schedule: Schedule, log_level: float) -> float:

@@ -1,8 +1,8 @@
 """Provenance of a fitted solver: typed accounts of the fit, its steps, its model and its search, and their JSON form.
 
-The type annotations of the dataclasses are the schema of a file: `msgspec` checks a header against them. A number that is
-not finite is stored as None, for JSON has no word for it. Reading ignores fields that this version does not know, and
-fills in fields that have a default, so a file stays readable when a later version adds such a field.
+The type annotations of the dataclasses are the schema of a file: `msgspec` checks a header against them. JSON has no number
+for NaN and infinity: a field stores None instead. Reading ignores unknown fields and fills in defaults, so a file stays
+readable when a later version adds a field with a default.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "StageCost",
     "StepReport",
     "TeacherOptions",
+    "TeacherRecord",
     "finite",
     "from_json",
     "to_json",
@@ -64,17 +65,37 @@ class TeacherOptions:
     ----------
     solver : name of the solver.
     sigma_min : level sigma/alpha whose data estimate stands for the data.
-    steps, rtol : steps of a solver on a fixed grid, or relative tolerance of an adaptive one; None for the other.
+    steps : number of steps.
     """
 
     solver: str
     sigma_min: float
-    steps: int | None = None
-    rtol: float | None = None
+    steps: int
 
     def __str__(self) -> str:
-        numbers = {"steps": self.steps, "rtol": self.rtol, "sigma_min": self.sigma_min}
-        return ", ".join([f"solver {self.solver}", *(f"{k} {v:g}" for k, v in numbers.items() if v is not None)])
+        return f"solver {self.solver}, steps {self.steps}, sigma_min {self.sigma_min:g}"
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """The account of a teacher.
+
+    Attributes
+    ----------
+    origin : the ODE and the states.
+    options : how its trajectories were made.
+    t_start, t_end : times of the initial and of the final states.
+    conditions : digest of the conditions' values; None for a part of a batch.
+    evaluations, sample_evaluations : cost of the trajectories, in model calls and in samples.
+    """
+
+    origin: Origin
+    options: TeacherOptions
+    t_start: float
+    t_end: float
+    conditions: str | None
+    evaluations: int
+    sample_evaluations: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,7 @@ class StepReport:
     accepted : whether the least-squares solution is in use; False where it did not help held-out samples.
     rank, condition : rank and condition number of the least-squares problem with columns of unit length.
     ridge : relative ridge in use.
-    intercept : root mean square of the constant that is added; 0 without one.
+    intercept : root mean square of the fitted constant; 0 without an intercept.
     """
 
     index: int
@@ -142,7 +163,7 @@ class StepReport:
 
     @property
     def gain(self) -> float:
-        """Share of the residual that the fit removes, on held-out samples where there are any; negative if it adds."""
+        """Share of the residual removed by the fit, on held-out samples if there are any; negative if the residual grew."""
         before, after = self.before, self.after
         if self.held_before is not None and self.held_after is not None:
             before, after = self.held_before, self.held_after
@@ -151,15 +172,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A solver that a search made: its error and its cost.
+    """One solver of a search: its error and its cost.
 
     Attributes
     ----------
     name : description of the solver.
-    error : root mean square endpoint error on held-out noise; None if not finite, or if the solver could not be made.
-    sample_evaluations : sample evaluations spent on it.
-    seconds : wall-clock time spent on it.
-    chosen : whether it is the result.
+    error : root mean square endpoint error on held-out noise; None if not finite, or if the attempt failed.
+    sample_evaluations : cost in sample evaluations.
+    seconds : cost in wall-clock time.
+    chosen : whether the solver is the result.
     """
 
     name: str
@@ -171,7 +192,7 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Sample evaluations and wall-clock seconds that a stage of a search spent."""
+    """Cost of one stage of a search, in sample evaluations and in wall-clock seconds."""
 
     sample_evaluations: int
     seconds: float
@@ -179,7 +200,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Split:
-    """Size of a batch, and the number of its samples that were held out."""
+    """Size of a batch, and the number of held-out samples in it."""
 
     batch: int
     held_out: int
@@ -214,15 +235,15 @@ class RefinementRecord:
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """The search that :func:`iia_ode.fit` made.
+    """Account of one call of :func:`iia_ode.fit`.
 
     Attributes
     ----------
-    rival : name of the solver without a fit that the search competes with.
+    rival : name of a solver without a fit, which competes with every fit of the search.
     budget : fields of the :class:`~iia_ode.iia.Budget`.
-    ingredients : every solver that was made, in order, and every attempt that failed.
+    ingredients : every solver of the search in order, then every failed attempt.
     refinement : the refinement behind the result; None if the weights are those of a fit in closed form.
-    steps : the split that the steps of the result were fitted and judged by; None if they were not fitted one by one.
+    steps : split into training and held-out samples behind the step reports; None without step reports.
     costs : costs of the stages by name: ``"teacher"``, ``"finals"`` and ``"last"``.
     fitted_to_all : whether the result was fitted once more, to all samples.
     given : number of draws that the caller asked for.
@@ -255,11 +276,11 @@ class SearchRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The account of a fit.
+    """Provenance of a fit.
 
     Attributes
     ----------
-    library : version of iia_ode that made the fit.
+    library : version of iia_ode.
     base, terms, target, history, ridge, guard, intercept : options of the method; see :class:`~iia_ode.IIA`.
     origin : the ODE and the states.
     batch, held_out : number of samples, and how many of them were held out.
@@ -308,7 +329,7 @@ def to_json(value: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
-    """The dataclass `kind` from the JSON object that :func:`to_json` made of one; `source` is the subject of errors.
+    """The dataclass `kind` from a JSON object of :func:`to_json`; `source` is the subject of error messages.
 
     Raises
     ------

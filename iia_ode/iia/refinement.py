@@ -2,7 +2,7 @@
 
 A sequential fit is greedy: each step aims at the trajectory, even where an error would be harmless at the end. A refinement
 minimizes the mean of rho(|x_N(theta) - x*|) over theta, the :class:`~iia_ode.iia.Parameters` of the plan, with rho the
-Cauchy loss. :class:`GaussNewton` minimizes any :class:`Objective`; :func:`refine` stops it by held-out samples.
+Cauchy loss. :class:`GaussNewton` minimizes any :class:`Objective`; held-out samples stop it and choose the iteration.
 """
 
 from __future__ import annotations
@@ -305,7 +305,9 @@ def refine(
         if judge is not None:
             judge.scale = objective.scale
         search = GaussNewton(objective, parameters.initial, tolerance=tolerance, limit=parameters.clipped)
-        found, best, theta, status = _best_so_far(search, judge and judge.loss, iterations, patience, progress)
+        found, best, theta, status = _best_so_far(
+            search, None if judge is None else judge.loss, iterations, patience, progress
+        )
     result = plan if best == 0 else parameters.plan(theta, plan.name)
     return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
 

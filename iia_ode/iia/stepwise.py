@@ -10,8 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import GuardWarning, InputError, warn
-from ..plan import Past, Plan, Tracer, Vector, trace
-from ..plan.plan import run_code
+from ..plan import Past, Plan, Tracer, Vector, evaluator, run_code, trace
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices, weight_mean_square
 from ..solvers import Solver
@@ -21,7 +20,7 @@ from .least_squares import LeastSquares, Solution
 from .provenance import UNJUDGED, Endpoint, StepReport, finite
 from .ranking import too_few, verdict
 from .targets import Numeric, Target
-from .teacher import DEFAULT_WAY, Teacher
+from .teacher import DEFAULT, Teacher
 
 __all__ = ["RIDGES", "Stepwise"]
 
@@ -118,11 +117,12 @@ class Stepwise:
     ) -> _Choice:
         """The least squares of one step on the training samples, and its loss on the others."""
         fork = tracer.fork()
-        system = StepSystem(tracer, fork, record, candidates, self.target.aim(fork, self.base, record))
+        system = StepSystem(fork, record, candidates, self.target.aim(fork, self.base, record))
         own, held = (LeastSquares(len(candidates), intercept=self.intercept) for _ in range(2))
         sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
         for chunk in chunks:
-            sizes += system.add(chunk, own, held, min(max(train - chunk.first, 0), len(chunk.batch)))
+            values = chunk.explore(tracer, fork)
+            sizes += system.add(values, chunk.batch, own, held, min(max(train - chunk.first, 0), len(chunk.batch)))
         *_, size = sizes = sizes.sqrt()
         auto = self.ridge == "auto"
         ridges: tuple[float, ...] = RIDGES if auto else (float(self.ridge),)
@@ -156,8 +156,7 @@ class Stepwise:
             parts = (chunk.squares(base, len(plan.code), max(first - chunk.first, 0)) for chunk in chunks)
             squares = torch.cat([p for p in parts if p is not None])
             found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
-            way = DEFAULT_WAY if batch.teacher is None else batch.teacher.way
-            reference = ", ".join(f"{k} {v}" for k, v in way.items())
+            reference = DEFAULT if batch.teacher is None else str(batch.teacher.record.options)
             seen = f"on {held_out} held-out samples its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
         else:
             found, seen, reference = too_few(len(batch)), "", UNJUDGED.reference
@@ -189,23 +188,26 @@ class Chunk:
     def __init__(self, batch: Batch, first: int, device: torch.device) -> None:
         self.batch, self.first, self.device = batch, first, device
         self.values: dict[int, Tensor] = {0: batch.x.cpu()}
-        self._done = 0
+        self._evaluate, self._done = evaluator(batch.ode), 0
 
     def advance(self, tracer: Tracer, live: set[int]) -> None:
         """Run the instructions written since the last call, and drop every vector that is not in `live`."""
         needed = {j for instruction in tracer.code[self._done :] for j in instruction.reads}
         if needed:
             values = self._loaded(needed & self.values.keys())
-            self._run(tracer, values)
+            for _ in run_code(tracer.code, values, self._evaluate, start=self._done):
+                pass
             self._store(values, tracer)
         self.values = {j: v for j, v in self.values.items() if j in live}
 
     def explore(self, tracer: Tracer, fork: Tracer) -> dict[int, Tensor]:
         """Run to the end of the trace, keep that, and go on along a fork: all vectors, on the device, not kept."""
         values = self._loaded(self.values.keys())
-        self._run(tracer, values)
-        self._store(values, tracer)
-        self._run(fork, values)
+        for code in (tracer.code, fork.code):
+            for _ in run_code(code, values, self._evaluate, start=self._done):
+                pass
+            if code is tracer.code:
+                self._store(values, tracer)
         return values
 
     def squares(self, base: Plan, final: int, first: int) -> Tensor | None:
@@ -225,13 +227,6 @@ class Chunk:
         errors = (by_base - exact, by_fit - exact, exact)
         return torch.stack([e.flatten(1).square().mean(dim=1) for e in errors], dim=1)
 
-    def _run(self, tracer: Tracer, values: dict[int, Tensor]) -> None:
-        def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-            return self.batch.ode.evaluate(x, t).as_form(form)
-
-        for _ in run_code(tracer.code, values, evaluate, start=self._done):
-            pass
-
     def _loaded(self, indices: Iterable[int]) -> dict[int, Tensor]:
         return {j: self.values[j].to(self.device) for j in indices}
 
@@ -243,26 +238,23 @@ class Chunk:
 class StepSystem:
     """The least squares of one step: its target and its columns, on a fork of the trace that is run and dropped."""
 
-    def __init__(
-        self, tracer: Tracer, fork: Tracer, record: StepRecord, candidates: tuple[Term, ...], aim: Vector | Numeric
-    ) -> None:
-        self.tracer, self.fork, self.aim, self.candidates = tracer, fork, aim, candidates
+    def __init__(self, fork: Tracer, record: StepRecord, candidates: tuple[Term, ...], aim: Vector | Numeric) -> None:
+        self.aim, self.candidates = aim, candidates
         self.columns = [fork.hold(term.direction) for term in candidates]
         self.start, self.result = fork.hold(record.x), fork.hold(record.base)
         self.end = fork.hold(aim) if isinstance(aim, Vector) else None
         self._sources = sorted({j for term in candidates for j in term.direction.weights})
 
-    def add(self, chunk: Chunk, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
-        """Add the first `cut` samples of a chunk to one system and the others to the other.
+    def add(self, values: dict[int, Tensor], batch: Batch, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
+        """Add the first `cut` samples of a chunk to one system and the others to the other; `values` are its vectors.
 
         Returns, for the first `cut` samples, the squared rounding error of each column and the squared size of the base's
         result, float64 [k + 1] on the host. Each vector of a direction is exact to the precision of its dtype only.
         """
-        values = chunk.explore(self.tracer, self.fork)
         if self.end is not None:
             wanted = _read(values, self.end)
         elif not isinstance(self.aim, Vector):
-            wanted = self.aim(chunk.batch, _read(values, self.start))
+            wanted = self.aim(batch, _read(values, self.start))
         # In float64 before the difference: a residual is small against the states at high noise.
         result = _read(values, self.result).double()
         residual = wanted.double() - result

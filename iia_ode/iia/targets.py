@@ -1,4 +1,4 @@
-"""Targets: the more accurate integration that a step is fitted to."""
+"""Targets of a fit: the more accurate state that each step of the base is fitted to."""
 
 from __future__ import annotations
 
@@ -20,31 +20,44 @@ __all__ = ["Local", "Numeric", "Substeps", "Target", "TeacherTrajectory", "resol
 
 
 Numeric: TypeAlias = Callable[[Batch, Tensor], Tensor]
-"""From a batch and its states [B, ...] at the start of the step to its target states [B, ...]."""
+"""A function from a batch and its states [B, ...] at the start of a step to target states [B, ...]."""
 
 
 class Target(ABC):
-    """Where the state of a step should have gone."""
+    """The state that a step should have reached.
+
+    Attributes
+    ----------
+    name : name in reports and files.
+    needs_teacher : whether the batch must have a teacher.
+    """
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
-    """Whether the batch must have a teacher."""
 
     @abstractmethod
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Vector | Numeric:
-        """The target of a step: a vector whose instructions are written to `tracer`, or a function that computes it."""
+        """The target of a step: a vector with its instructions in `tracer`, or a function that computes states."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """JSON-ready options, the name included: what a fitted solver's file records."""
+        """The name and the options, JSON-ready, for a fitted solver's file."""
 
 
 @dataclass(frozen=True)
 class Substeps(Target):
-    """M steps of the base solver over a uniform subdivision of the interval in t, from the fitted trajectory's own state.
+    """The target of the paper: M base steps over a uniform subdivision in t, from the fitted trajectory's own state.
 
-    The paper's target [Zhang et al. 2024, section 4]. For DDIM the paper writes a sum; composition is meant. The first
-    sub-step shares its evaluation with the step that is fitted.
+    See Zhang et al. 2024, section 4. The paper writes a sum for DDIM and means the composition. The first sub-step shares
+    its evaluation with the fitted step.
+
+    Parameters
+    ----------
+    count : M, at least 1.
+
+    Raises
+    ------
+    InputError : `count` is below 1.
     """
 
     count: int = 3
@@ -70,9 +83,13 @@ class Substeps(Target):
 
 @dataclass(frozen=True)
 class Local(Target):
-    """The flow itself over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
+    """The flow over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
 
-    Not in the paper; it separates the error of the target from the error of the fit.
+    The target is not in the paper. A fit to the exact flow separates the error of the target from the error of the fit.
+
+    Parameters
+    ----------
+    rtol : relative and absolute tolerance of the integration.
     """
 
     rtol: float = 1e-5
@@ -93,13 +110,13 @@ class Local(Target):
 
 @dataclass(frozen=True)
 class TeacherTrajectory(Target):
-    """The teacher's trajectory from the same initial state: a step also repairs the error of those before it.
+    """The teacher's trajectory from the same initial state, so that a step also repairs the error of earlier steps.
 
-    Not in the paper, whose targets start at the fitted trajectory's own state and leave earlier error as it is.
+    The target is not in the paper. Targets from the fitted trajectory's own state leave earlier error as it is.
 
     Parameters
     ----------
-    steps : of the :class:`Teacher` that a fit makes for itself where it is given none.
+    steps : number of steps of the :class:`Teacher` that a fit makes where none is given.
     """
 
     steps: int = 60
@@ -120,7 +137,12 @@ class TeacherTrajectory(Target):
 
 
 def resolve_target(target: str | Target, substeps: int) -> Target:
-    """The object behind a `target` argument; `substeps` is for the target of that name."""
+    """The object of a `target` argument; `substeps` is the count of ``"substeps"``.
+
+    Raises
+    ------
+    UnknownNameError : there is no target of this name.
+    """
     if isinstance(target, Target):
         return target
     known: dict[str, Target] = {

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,27 +20,25 @@ from ..errors import FileFormatError, GridError, MismatchError, NonFiniteError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid, check_start, trace
-from ..plan.plan import run_code
 from ..reference import Trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
 from .origin import Origin, conditions_digest
-from .provenance import from_json, to_json
+from .provenance import TeacherOptions, TeacherRecord, from_json, to_json
 
-__all__ = ["DEFAULT_WAY", "Teacher", "data_level"]
+__all__ = ["DEFAULT", "Teacher", "data_level", "read_teacher"]
 
 _F64 = torch.float64
 _KIND = "teacher"
-_SCHEMA = {"about": {"schedule": {"type": str}, "evaluations": int}}
 # The most accurate registered solver at 40 to 60 evaluations, among the solvers that evaluate only at grid points.
 _SOLVER = "expab4"
 _STEPS = 60
 _SIGMA_MIN = 0.002
 _RHO = 10.0  # spacing of the levels, between 7 (Karras et al.) and equidistant log-SNR
 _NOISIEST = 200.0  # a start with a higher sigma/alpha, alpha = 0 included, gets one extra step down to this level
-DEFAULT_WAY: dict[str, Any] = {"solver": _SOLVER, "steps": _STEPS}
-"""Solver and number of steps where the caller asks for nothing else."""
+DEFAULT = f"solver {_SOLVER}, steps {_STEPS}"
+"""Solver and number of steps where the caller asks for nothing else, for reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +49,12 @@ class Teacher:
     ----------
     initial : initial states, [B, ...].
     path : states and slopes at the knots; see :class:`~iia_ode.reference.Trajectory`.
-    about : provenance and settings, JSON-ready.
+    record : the account of how it was made.
     """
 
     initial: Tensor
     path: Trajectory
-    about: dict[str, Any]
-
-    # ---- making one ------------------------------------------------------------------------------------------------------
+    record: TeacherRecord
 
     @classmethod
     @torch.no_grad()
@@ -77,8 +72,7 @@ class Teacher:
     ) -> Teacher:
         """Integrate a batch from `t_start` to `t_end` by a fourth-order exponential multistep method.
 
-        The method costs an evaluation per step and one at the end. Sixty steps leave an error far below the error of any
-        solver with few steps.
+        The cost is an evaluation per step and one at the end. The error of sixty steps is far below that of solvers with few.
 
         Parameters
         ----------
@@ -90,10 +84,6 @@ class Teacher:
             becomes the final state. For a network, use the smallest level of its training.
         chunk_size : samples per model call; by default the whole batch.
         progress : show a bar over the chunks.
-
-        Returns
-        -------
-        The teacher, with a knot at every evaluation.
 
         Raises
         ------
@@ -115,25 +105,18 @@ class Teacher:
         final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
         times = [*plan.evaluation_times, plan.grid[-1]]
         knots = [math.asinh(ode.schedule.alpha(t) / ode.schedule.sigma(t)) for t in times]
-        path = Trajectory(
-            ode.schedule,
-            torch.tensor(knots, dtype=_F64, device="cpu"),
-            states.to(x.dtype),
-            slopes.to(x.dtype),
-            final,
-            spent.evaluations,
+        u = torch.tensor(knots, dtype=_F64, device="cpu")
+        path = Trajectory(ode.schedule, u, states.to(x.dtype), slopes.to(x.dtype), final, spent.evaluations)
+        record = TeacherRecord(
+            origin=Origin.of(ode, x),
+            options=TeacherOptions(_SOLVER, sigma_min, steps),
+            t_start=float(t_start),
+            t_end=float(t_end),
+            conditions=conditions_digest(ode),
+            evaluations=spent.evaluations,
+            sample_evaluations=spent.samples,
         )
-        about = to_json(Origin.of(ode, x)) | {
-            "solver": _SOLVER,
-            "steps": steps,
-            "t_start": float(t_start),
-            "t_end": float(t_end),
-            "sigma_min": sigma_min,
-            "conditions": conditions_digest(ode),
-            "evaluations": spent.evaluations,
-            "sample_evaluations": spent.samples,
-        }
-        return cls(x.detach().cpu().clone(), path, about)
+        return cls(x.detach().cpu().clone(), path, record)
 
     @classmethod
     def for_grid(
@@ -146,43 +129,18 @@ class Teacher:
         chunk_size: int | None = None,
         progress: bool = False,
     ) -> Teacher:
-        """Integrate a batch from the first to the last time of a grid; :func:`data_level` is the level of the data.
-
-        Parameters
-        ----------
-        ode, x, steps, chunk_size, progress : as for :meth:`solve`; x is the batch at the first time.
-        grid : float64 [N + 1] times.
-
-        Returns
-        -------
-        The teacher of all solvers on this grid.
-
-        Raises
-        ------
-        InputError, GridError, NonFiniteError : as for :meth:`solve`.
-        """
+        """Integrate a batch over the float64 [N + 1] times of a grid; other arguments and errors as for :meth:`solve`."""
         times = check_grid(ode.schedule, grid)
         level = data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else _SIGMA_MIN
         return cls.solve(
             ode, x, times[0], times[-1], steps=steps, sigma_min=level, chunk_size=chunk_size, progress=progress
         )
 
-    # ---- reading it ------------------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.initial)
 
     def at(self, t: float, index: slice | Tensor | None = None) -> Tensor:
-        """The states at time t, on the host, in the dtype of the initial states.
-
-        Parameters
-        ----------
-        t : a time on the trajectories.
-        index : samples to return; by default all.
-
-        Returns
-        -------
-        States [B, ...].
+        """States [B, ...] at time t of the samples in `index` (by default all), on the host, in the dtype of `initial`.
 
         Raises
         ------
@@ -198,56 +156,44 @@ class Teacher:
     @property
     def t_start(self) -> float:
         """Time of the initial states."""
-        return float(self.about["t_start"])
+        return self.record.t_start
 
     @property
     def t_end(self) -> float:
         """Time of the final states."""
-        return float(self.about["t_end"])
+        return self.record.t_end
 
     @property
     def sigma_min(self) -> float:
         """Level sigma/alpha at which the data estimate becomes the final state, where `t_end` is the data."""
-        return float(self.about["sigma_min"])
+        return self.record.options.sigma_min
 
     @property
     def evaluations(self) -> int:
         """Number of model calls of the integration."""
-        return int(self.about["evaluations"])
+        return self.record.evaluations
 
     @property
     def sample_evaluations(self) -> int:
         """Number of model calls of the integration, weighted by batch size."""
-        return int(self.about["sample_evaluations"])
-
-    @property
-    def way(self) -> dict[str, Any]:
-        """Solver, number of steps and level of the data; JSON-ready."""
-        return {k: self.about[k] for k in ("solver", "steps", "sigma_min") if k in self.about}
+        return self.record.sample_evaluations
 
     def subset(self, index: slice | Tensor) -> Teacher:
         """The teacher of some of the samples."""
-        return Teacher(self.initial[index], _part(self.path, index), self.about | {"conditions": None})
+        return Teacher(self.initial[index], _part(self.path, index), replace(self.record, conditions=None))
 
     def restarted(self, t: float, x: Tensor) -> Teacher:
-        """The same trajectories as the truth for solvers from other states x [B, ...] at a later time t.
-
-        The states x need not lie on the trajectories.
+        """The same trajectories, for solvers from other states x [B, ...] at a later time t, on or off the trajectories.
 
         Raises
         ------
         GridError : t lies outside the trajectory.
         """
         self.at(t, slice(0, 1))  # raises before any work is done
-        return Teacher(x.detach().cpu(), self.path, self.about | {"t_start": float(t), "conditions": None})
+        return Teacher(x.detach().cpu(), self.path, replace(self.record, t_start=float(t), conditions=None))
 
-    def check(self, ode: ProbabilityFlowODE, x: Tensor, *, stacklevel: int = 3) -> None:
+    def check(self, ode: ProbabilityFlowODE, x: Tensor) -> None:
         """Raise unless the teacher belongs to this ODE and these initial states; warn of other model weights.
-
-        Parameters
-        ----------
-        ode, x : the ODE with its conditions, and states [B, ...].
-        stacklevel : frame named by the warning; by default the caller's.
 
         Raises
         ------
@@ -257,16 +203,13 @@ class Teacher:
         -----
         FingerprintWarning : the model's weights differ.
         """
-        origin = from_json(Origin, self.about, "the teacher")
-        origin.check(ode, x, name="the teacher", made="made", strict_guidance=True, stacklevel=stacklevel)
+        self.record.origin.check(ode, x, name="the teacher", made="made", strict_guidance=True)
         if self.initial.shape != x.shape or not torch.equal(self.initial, x.detach().cpu().to(self.initial.dtype)):
             raise MismatchError(
                 f"the teacher starts from other states than these {list(x.shape)}: make it with Teacher.solve(ode, x, ...)."
             )
-        if self.about["conditions"] not in (None, conditions_digest(ode)):
+        if self.record.conditions not in (None, conditions_digest(ode)):
             raise MismatchError("the teacher was made under other conditions: make it with this ODE.")
-
-    # ---- files -----------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file and return its path."""
@@ -274,32 +217,28 @@ class Teacher:
         tensors["slopes"] = self.path.slopes
         if self.path.data is not None:
             tensors["data"] = self.path.data
-        return write_tensors(path, _KIND, tensors | schedule_tensors(self.path.schedule), {"about": self.about})
+        tensors |= schedule_tensors(self.path.schedule)
+        return write_tensors(path, _KIND, tensors, {"record": to_json(self.record)})
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Teacher:
-        """Read a file of :meth:`save`.
 
-        Parameters
-        ----------
-        path : the file.
-        schedule : needed only where the file cannot hold the schedule, as for a schedule made of functions.
+def read_teacher(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Teacher:
+    """Read a file of :meth:`Teacher.save`; `schedule` is needed only where a file cannot hold its schedule.
 
-        Raises
-        ------
-        FileFormatError : missing, damaged or foreign file, or a file without its schedule.
-        MismatchError : `schedule` differs from the schedule in the file.
-        """
-        tensors, header = read_tensors(path, _KIND, _SCHEMA)
-        about = header["about"]
-        found = stored_schedule(path, about["schedule"], tensors, schedule)
-        try:
-            knots, states, slopes, data = (tensors.get(k) for k in ("knots", "states", "slopes", "data"))
-            if knots is None or states is None or slopes is None or states.shape != slopes.shape:
-                raise ValueError("its tensors are not those of a trajectory.")
-            return cls(tensors["initial"], Trajectory(found, knots, states, slopes, data, about["evaluations"]), about)
-        except (LookupError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
+    Raises
+    ------
+    FileFormatError : missing, damaged or foreign file, or a file without its schedule.
+    MismatchError : `schedule` differs from the schedule in the file.
+    """
+    tensors, header = read_tensors(path, _KIND)
+    record = from_json(TeacherRecord, header.get("record", {}), repr(str(path)))
+    found = stored_schedule(path, record.origin.schedule, tensors, schedule)
+    try:
+        knots, states, slopes, data = (tensors.get(k) for k in ("knots", "states", "slopes", "data"))
+        if knots is None or states is None or slopes is None or states.shape != slopes.shape:
+            raise ValueError("its tensors are not those of a trajectory.")
+        return Teacher(tensors["initial"], Trajectory(found, knots, states, slopes, data, record.evaluations), record)
+    except (LookupError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
 
 
 def data_level(schedule: Schedule, last: float) -> float:
@@ -341,24 +280,18 @@ def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor,
     slopes: list[Tensor] = []
 
     def note(x: Tensor, t: float, data: Tensor) -> None:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        size = math.hypot(alpha, sigma)
+        alpha, size = schedule.alpha(t), schedule.size(t)
         states.append((x / size).cpu())
-        slopes.append(
-            torch.sub(data, x, alpha=alpha / size / size).cpu()
-        )  # the slope of asinh time, tanh(u) = alpha / size
+        # The slope in u = asinh(alpha / sigma), for which tanh(u) = alpha / size.
+        slopes.append(torch.sub(data, x, alpha=alpha / size / size).cpu())
 
-    def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-        evaluation = ode.evaluate(x, t)
-        note(x, t, evaluation.data)
-        return evaluation.as_form(form)
-
-    values = {0: x}
-    for _ in run_code(plan.code, values, evaluate, last_use=plan.last_use):
-        pass
-    end = values[len(plan.code)]
-    data = ode.data(end, plan.grid[-1])
-    note(end, plan.grid[-1], data)
+    run = plan.start(x, ode.prediction, conditioning=ode.conditioning)
+    while not run.done:
+        state, t = run.state, run.t
+        run.give(ode.output(state, t))
+        note(state, t, run.data)
+    data = ode.data(run.state, run.t)
+    note(run.state, run.t, data)
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             "the teacher ended in NaN or infinity: check the model over the whole range of noise levels."

@@ -1,6 +1,6 @@
-"""Warm starts: the first interval, from pure noise to a little less of it, in closed form and without an evaluation.
+"""Warm starts: an affine map x_1 = L x_T + c over the first interval, in closed form and without an evaluation.
 
-At high noise the flow is nearly that of the Gaussian with the mean and covariance of the data, x_1 = L x_T + c.
+At high noise the flow is nearly the flow of the Gaussian with the mean and covariance of the data, which is affine.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PRIORS = (0.0, 1.0, 10.0, 100.0, 1000.0, math.inf)
 
 @dataclass(frozen=True, eq=False)
 class WarmStart:
-    """The affine map x_1 = weight x_T + constant from the states at `t_start` to those at `t_1`.
+    """The affine map x_1 = weight x_T + constant from states at `t_start` to states at `t_1`.
 
     Parameters
     ----------
-    schedule : of the ODE.
+    schedule : noise schedule of the ODE.
     t_start, t_1 : times, decreasing in noise; equal times are the identity.
-    weight : a number, a tensor that broadcasts against one sample or a linear map of one sample.
-    constant : a tensor that broadcasts against one sample, one for each value of a condition, or None.
-    about : how it was made, JSON-ready.
+    weight : a number, a tensor that broadcasts against a sample, or a linear map of a sample.
+    constant : a tensor that broadcasts against a sample, a tensor for each value of a condition, or None.
+    about : how the map was made, JSON-ready.
 
     Raises
     ------
@@ -56,9 +56,7 @@ class WarmStart:
             t, s = check_grid(self.schedule, [self.t_start, self.t_1])
             if not _angle(self.schedule, s) < _angle(self.schedule, t):
                 raise GridError(f"a warm start goes from noise to less noise, and not from t = {t:g} to {s:g}.")
-            Plan(self.schedule, (t, s), (self._instruction,))  # which checks the weights
-
-    # ---- making one --------------------------------------------------------------------------------------------------
+            Plan(self.schedule, (t, s), (self._instruction,))  # checks the weights
 
     @classmethod
     def gaussian(
@@ -75,16 +73,21 @@ class WarmStart:
         rank: int | None = None,
         shrink: float | str = "auto",
     ) -> WarmStart:
-        """The exact flow of the Gaussian with the given moments, or with those estimated from samples of the data.
+        """The exact flow of a Gaussian, from given moments or from samples of the data.
 
         Parameters
         ----------
         schedule, t_start, t_1 : the interval.
-        mean, covariance : [*shape], and [d, d], variances [*shape] or one number; or else
-        samples : [n, *shape] of the data, such as the endpoints of a teacher, with
-        labels, per : their integer conditions [n] and the name of that condition, for a mean per value and one covariance.
-        rank : principal directions to keep; the rest is isotropic.
-        shrink : how the covariance is estimated; see :func:`~iia_ode.iia.moments.estimate_moments`.
+        mean, covariance : moments: a mean [*shape], and a covariance [d, d], variances [*shape] or a number.
+        samples : in place of moments, samples [n, *shape] of the data, such as the endpoints of a teacher.
+        labels, per : integer conditions [n] of the samples, and the name of the condition. There is a mean for each value,
+            and a common covariance.
+        rank : principal directions to keep; the remainder is isotropic.
+        shrink : estimator of the covariance; see :func:`~iia_ode.iia.estimate_moments`.
+
+        Returns
+        -------
+        The warm start.
 
         Raises
         ------
@@ -106,6 +109,11 @@ class WarmStart:
         """The exact flow of a Gaussian, x_1 = alpha_1 m + L (x_T - alpha_T m).
 
         The gain for an eigenvalue v is sqrt((alpha_1^2 v + sigma_1^2) / (alpha_T^2 v + sigma_T^2)).
+
+        Parameters
+        ----------
+        moments : mean [*shape] or a mean per condition, and variances of the data.
+        schedule, t_start, t_1 : the interval.
         """
         gains = _gaussian_gains(moments.variances, schedule, t_start, t_1)
         weight = LinearMap(moments.projections, gains)
@@ -126,20 +134,25 @@ class WarmStart:
         over: Projections | Moments | None = None,
         prior: float | str = "auto",
     ) -> WarmStart:
-        """Least squares from pairs of states: a gain, or one for each group of a decomposition, and a constant.
+        """Least squares on pairs of states: a gain, or a gain per group of a decomposition, and a constant.
 
         Parameters
         ----------
         schedule, t_start, t_1 : the interval.
-        x_start, x_1 : the states of a teacher there, [n, *shape].
-        labels, per : their integer conditions [n] and the name of that condition, for a constant per value.
-        over : None for one gain; projections for one gain per group, shrunk to that one; moments for one gain per
-            eigenvalue, shrunk to the Gaussian's.
-        prior : how many values the gain that is shrunk to counts as; ``"auto"`` chooses by 4-fold cross-validation.
+        x_start, x_1 : states of a teacher at both times, [n, *shape].
+        labels, per : integer conditions [n], and the name of the condition, for a constant per value.
+        over : None for a single gain; projections for a gain per group, shrunk towards the single gain; moments for a gain
+            per eigenvalue, shrunk towards the gain of the Gaussian.
+        prior : weight of the shrinkage target, as a number of observed values; ``"auto"`` chooses by 4-fold
+            cross-validation.
+
+        Returns
+        -------
+        The warm start.
 
         Raises
         ------
-        InputError : the states do not fit together.
+        InputError : the states do not fit together, or `prior` is not usable.
         """
         if x_start.shape != x_1.shape or x_1.ndim < 2 or len(x_1) < 2:
             raise InputError(
@@ -160,8 +173,6 @@ class WarmStart:
         constant = after + -1.0 * _scaled(before, weight)
         return cls(schedule, t_start, t_1, weight, constant, about)
 
-    # ---- using it ----------------------------------------------------------------------------------------------------
-
     @property
     def level(self) -> float:
         """sigma / alpha at `t_1`."""
@@ -172,25 +183,42 @@ class WarmStart:
         return Combine(((0, self.weight),), self.constant, step=1)
 
     def apply(self, x: Tensor, ode: ProbabilityFlowODE | None = None) -> Tensor:
-        """The states at `t_1` of states x [B, *shape] at `t_start`, in the dtype and on the device of x.
+        """Map states to `t_1`.
+
+        Parameters
+        ----------
+        x : states [B, *shape] at `t_start`.
+        ode : the ODE with the conditions of x; needed where there is a constant per condition.
+
+        Returns
+        -------
+        States [B, *shape] at `t_1`, in the dtype and on the device of x.
 
         Raises
         ------
-        MismatchError : the constants are per condition, and `ode` is not given or lacks that.
+        MismatchError : there is a constant per condition, and `ode` is not given or lacks the condition.
         """
         if self.t_1 == self.t_start:
             return x.clone()
         terms, constant = self._instruction.on(x)
         if isinstance(constant, PerCondition):
-            constant = constant.rows(ode, x)
+            constant = constant.rows({} if ode is None else ode.conditioning, x)
         return combine(terms, constant, lambda _: x, x)
 
     def then(self, plan: Plan) -> Plan:
-        """The plan that starts at `t_start` with this map and goes on as `plan`, whose grid starts at `t_1`; no dearer.
+        """The plan of the map followed by `plan`, with the same number of evaluations.
+
+        Parameters
+        ----------
+        plan : a plan whose grid starts at `t_1`.
+
+        Returns
+        -------
+        A plan whose grid starts at `t_start`.
 
         Raises
         ------
-        MismatchError : the plan is for another schedule, or starts elsewhere.
+        MismatchError : the plan has another schedule, or starts at another time.
         """
         if plan.schedule.config() != self.schedule.config():
             raise MismatchError(f"this warm start is for {self.schedule}, and {plan.name} for {plan.schedule}.")
@@ -208,21 +236,6 @@ class WarmStart:
                 step = None if ins.step is None else ins.step + 1
                 code.append(Combine(tuple((j + 1, w) for j, w in ins.terms), ins.constant, step))
         return Plan(self.schedule, (self.t_start, *plan.grid), tuple(code), f"{plan.name}, warm start")
-
-    def compose(self, later: WarmStart) -> WarmStart:
-        """The one map that is this and then `later`, which starts at `t_1`; their weights must go together (PlanError).
-
-        Raises
-        ------
-        MismatchError : another schedule, or `later` starts elsewhere.
-        """
-        same = later.schedule.config() == self.schedule.config()
-        if not same or not math.isclose(later.t_start, self.t_1, rel_tol=1e-9, abs_tol=1e-12):
-            raise MismatchError("the second map must start where this one ends, on the same schedule.")
-        total = Vector({0: self.weight}, self.constant) * later.weight
-        total = total if later.constant is None else total + later.constant
-        about = {"map": "composition", "parts": [self.about, later.about]}
-        return replace(self, t_1=later.t_1, weight=total.weights.get(0, 0.0), constant=total.constant, about=about)
 
     def __str__(self) -> str:
         return f"{self.about.get('map', 'affine map')} to sigma/alpha = {self.level:.4g}"
@@ -245,7 +258,7 @@ def _scaled(constant: Constant, weight: Weight) -> Any:
 def _shrunk_gains(
     projections: Projections, x: Tensor, y: Tensor, prior: Tensor, strength: float | str
 ) -> tuple[Tensor, float]:
-    """A gain per group by least squares of y on x, shrunk to the prior's, and how far."""
+    """A gain per group by least squares of y on x, shrunk towards `prior`, and the strength of the shrinkage."""
     folds = min(4, len(x))
     parts = [
         (projections.inner(u, u), projections.inner(u, v))

@@ -3,9 +3,13 @@
 from .analysis import CanonicalForm, GaussianResponse
 from .bands import Bands
 from .checks import check_grid, check_ode, check_start
+from .instructions import Combine, Evaluate, Instruction, run_code
+from .loop import evaluator
 from .maps import LinearMap, PerCondition, projections_from
-from .plan import Combine, Evaluate, Plan
-from .projections import Matrices, Principal, Projections
+from .plan import Plan
+from .projections import Principal, Projections
+from .reading import read_plan, read_run
+from .run import Run
 from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
 
@@ -15,19 +19,24 @@ __all__ = [
     "Combine",
     "Evaluate",
     "GaussianResponse",
+    "Instruction",
     "LinearMap",
-    "Matrices",
     "Past",
     "PerCondition",
     "Plan",
     "Principal",
     "Projections",
+    "Run",
     "Tracer",
     "Vector",
     "check_grid",
     "check_ode",
     "check_start",
+    "evaluator",
     "projections_from",
+    "read_plan",
+    "read_run",
+    "run_code",
     "trace",
     "traced",
 ]

@@ -1,4 +1,4 @@
-"""What can be known of a plan without a network: its canonical form, its consistency, its answer on Gaussian data."""
+"""Analysis of a plan without a network: canonical form, consistency, and the exact answer on Gaussian data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CanonicalForm:
     Attributes
     ----------
     levels : (alpha, sigma) of the initial state and of each evaluation.
-    states : for each evaluation, the state it is made at.
+    states : the evaluated state of each evaluation.
     final : the final state.
     """
 
@@ -55,7 +55,7 @@ class CanonicalForm:
         return out
 
     def difference(self, other: CanonicalForm) -> float:
-        """Largest difference of weights, each times the size of what it multiplies (data and noise of unit size)."""
+        """Largest difference of weights, each times the size of the multiplied vector (data and noise of unit size)."""
         if len(self.levels) != len(other.levels):
             return math.inf
         angles = (torch.tensor(f.levels, dtype=_F64, device="cpu") for f in (self, other))
@@ -74,7 +74,7 @@ class CanonicalForm:
 
 
 def canonical_form(plan: Program) -> CanonicalForm:
-    """Eliminate every vector but the initial state and the evaluations, and write those as data estimates."""
+    """Eliminate every vector but the initial state and the evaluations, and write evaluations as data estimates."""
     expressions = [Vector({0: 1.0})]
     states = []
     for ins in plan.code:
@@ -93,11 +93,11 @@ def canonical_form(plan: Program) -> CanonicalForm:
 
 
 def consistency_error(plan: Program) -> float:
-    """How far a plan is from keeping the better of two solutions that a consistent solver keeps exactly.
+    """Relative error of a plan on the better of two exact solutions kept by consistent solvers.
 
-    Where the model always answers data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators keep
-    it. Where it always answers velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t keep that. Where
-    weights are linear maps, "1" is a sample with some of everything in it.
+    For a model with constant data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators are exact.
+    For a model with constant velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t are exact. For
+    weights with linear maps, "1" is a sample with components in every group.
     """
     schedule, start = plan.schedule, plan.grid[0]
     maps = _maps(plan.code)
@@ -169,12 +169,12 @@ class GaussianResponse:
 
 
 def gaussian_response(plan: Program, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
-    """The response of a plan to data N(mean, diag variance), read off by running it on two states.
+    """The response of a plan to data N(mean, diag variance), from runs on two states.
 
     Raises
     ------
-    PlanError : the response is not a number per component: a weight is a linear map that mixes components, or a constant
-        depends on a condition.
+    PlanError : the response is not a number per component, because a linear map mixes components or a constant depends
+        on a condition.
     """
     m, v = as_moments(mean, variance)
     if any(isinstance(i, Combine) and isinstance(i.constant, PerCondition) for i in plan.code):

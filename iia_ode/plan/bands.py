@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import InputError, unknown_name
 from .projections import Part, Projections, is_orthonormal
 
@@ -23,17 +24,17 @@ _F64 = torch.float64
 class Bands(Projections):
     """Radial frequency bands, times projections of the channels.
 
-    Frequencies are those of the orthonormal DCT-II [Ahmed et al. 1974], one small matrix per axis, so that d components
-    cost O(d (H + W)). Bands hold equal shares of the octaves between the lowest and the highest frequency, and the mean is
-    in the lowest. Channels come first in the order of groups, then bands from the lowest.
+    Frequencies are the frequencies of the orthonormal DCT-II [Ahmed et al. 1974], applied as a small matrix per axis: d
+    components cost O(d (H + W)). Bands hold equal shares of the octaves between the lowest and the highest frequency; the
+    mean is in the lowest band. Groups are ordered by channel, then by band from the lowest.
 
     Parameters
     ----------
-    shape : of one sample, [C, H, W], [C, L] or [L].
-    bands : how many, or ``"all"`` for every frequency by itself.
+    shape : shape of one sample, [C, H, W], [C, L] or [L].
+    bands : number of bands, or ``"all"`` for a band per frequency.
     channels : None (all alike), ``"luma-chroma"`` ((1, 1, 1)/sqrt(3) and its complement; None where there are not three) or an
-        orthogonal matrix [C, C], each row of which is a direction with groups of its own.
-    axes : trailing axes that are transformed, 2 where the shape has 3 axes and 1 otherwise.
+        orthogonal matrix [C, C] with a direction, and so a set of groups, per row.
+    axes : number of transformed trailing axes; by default 2 for a shape with 3 axes, else 1.
 
     Raises
     ------
@@ -51,8 +52,8 @@ class Bands(Projections):
             object.__setattr__(self, "axes", 2 if len(self.shape) > 2 else 1)
         if self.axes not in (1, 2) or not self.axes <= len(self.shape) <= self.axes + 1 or min(self.shape) < 1:
             raise InputError(f"bands need samples [C, H, W], [C, L] or [L], got {list(self.shape)}, axes={self.axes}.")
-        if self.bands != "all" and (not isinstance(self.bands, int) or isinstance(self.bands, bool) or self.bands < 1):
-            raise InputError(f"bands is a positive whole number or 'all', got {self.bands!r}.")
+        if self.bands != "all":
+            check_whole("bands, where it is not 'all',", self.bands, least=1)
         count = self.shape[0] if len(self.shape) > self.axes else 1
         if isinstance(self.channels, Tensor):
             q = self.channels.detach().to("cpu", _F64, copy=True).contiguous()
@@ -130,12 +131,12 @@ class Bands(Projections):
 
     @cached_property
     def _transform(self) -> tuple[Tensor, ...]:
-        """The rotation of channels if there is one, then a DCT matrix per axis if there are several bands."""
+        """The rotation of channels if any, then a DCT matrix per axis if there are several bands."""
         spatial = self.shape[len(self.shape) - (self.axes or 1) :] if self._band_count > 1 else ()
         return (*(() if self._rotation is None else (self._rotation,)), *(_dct(n) for n in spatial))
 
     def _coordinates(self, x: Tensor, tables: tuple[Tensor, ...], back: bool = False) -> Tensor:
-        """x [B, *shape] in the basis of channels and frequencies, or back from it."""
+        """x [B, *shape] in the basis of channels and frequencies, or back from the basis."""
         turned = self._rotation is not None
         if turned:
             x = torch.einsum("ji,bj...->bi..." if back else "ij,bj...->bi...", tables[0], x)
@@ -166,7 +167,7 @@ class Bands(Projections):
         return {"kind": "bands", "shape": list(self.shape), **rest}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The matrix of channels, if it was given."""
+        """The given matrix of channels, if any."""
         return {"channels": self.channels} if isinstance(self.channels, Tensor) else {}
 
 

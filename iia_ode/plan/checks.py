@@ -1,19 +1,26 @@
-"""What a time grid and a state must be."""
+"""Checks of grids, states and instructions."""
 
 from __future__ import annotations
+
+import math
+import numbers
 
 import torch
 from torch import Tensor
 
-from ..errors import GridError, InputError
+from ..errors import GridError, InputError, PlanError
+from ..forms import PREDICTIONS
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
+from .instructions import Combine, Evaluate, Instruction, Program
+from .maps import LinearMap, PerCondition
+from .vectors import format_terms
 
-__all__ = ["check_grid", "check_ode", "check_start", "check_state"]
+__all__ = ["check_code", "check_grid", "check_ode", "check_start", "check_state", "check_weights"]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
-    """The times of a grid, once it is known to be usable.
+    """The times of a grid, checked.
 
     Raises
     ------
@@ -61,7 +68,7 @@ def _brief(values: Tensor) -> str:
 
 
 def check_state(x: object) -> Tensor:
-    """x, once it is known that it can be a state: float32 or float64, with a batch dimension; else InputError."""
+    """x, checked to be a state: float32 or float64, non-empty, with a batch dimension; raises InputError otherwise."""
     if not isinstance(x, Tensor):
         raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
     if x.dtype not in (torch.float32, torch.float64):
@@ -77,19 +84,76 @@ def check_state(x: object) -> Tensor:
 
 
 def check_start(ode: object, x: object) -> None:
-    """Raise InputError unless x can be a state of the ODE: what every integration asks of its arguments first."""
+    """Raise InputError unless `ode` is a ProbabilityFlowODE and x a state for its shape and conditions."""
     found = check_ode(ode)
     state = check_state(x)
     found.check_state_shape(state)
-    # Of the whole batch: a chunk of it may happen to have as many samples as a condition has entries.
+    # Of the whole batch: a chunk may happen to have as many samples as a condition has entries.
     found.check_conditions(len(state))
 
 
 def check_ode(ode: object) -> ProbabilityFlowODE:
-    """`ode`, if it is a ProbabilityFlowODE; else InputError."""
+    """`ode`, if it is a ProbabilityFlowODE; otherwise raise InputError."""
     if not isinstance(ode, ProbabilityFlowODE):
         raise InputError(
             f"expected a ProbabilityFlowODE, got {type(ode).__name__}: wrap the model as "
             "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
         )
     return ode
+
+
+def check_code(plan: Program) -> None:
+    """Raise PlanError unless the instructions can run on the schedule and land on each grid point in order."""
+    name, steps = plan.name, []
+    for k, ins in enumerate(plan.code, start=1):
+        _check_instruction(name, k, ins)
+        if isinstance(ins, Combine) and ins.step is not None:
+            steps.append(ins.step)
+    times = torch.tensor(plan.evaluation_times, dtype=torch.float64, device="cpu")
+    if len(times) and (not plan.schedule.covers(times) or bool((plan.schedule.sigma(times) == 0).any())):
+        raise PlanError(f"{name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}.")
+    last, count = plan.code[-1] if plan.code else None, len(plan.grid) - 1
+    if steps != list(range(1, count + 1)) or not isinstance(last, Combine) or last.step != count:
+        raise PlanError(f"{name} does not write the state at each of its {count} later grid points in order.")
+
+
+def _check_instruction(name: str, k: int, ins: Instruction) -> None:
+    if not isinstance(ins, Evaluate | Combine) or not all(isinstance(j, int) for j in ins.reads):
+        raise PlanError(f"instruction {k} of {name} is neither Evaluate nor Combine over vectors: {ins!r}.")
+    if any(not 0 <= j < k for j in ins.reads):
+        raise PlanError(f"instruction {k} of {name} reads a vector that does not exist yet: {ins}.")
+    if isinstance(ins, Evaluate):
+        if not math.isfinite(ins.t) or ins.form not in PREDICTIONS:
+            raise PlanError(f"instruction {k} of {name} is no valid evaluation: {ins}.")
+    elif not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
+        raise PlanError(
+            f"instruction {k} of {name} has a weight that is not finite: {format_terms(ins.terms, None)}. "
+            "A step to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
+        )
+
+
+def _finite(weight: object) -> bool:
+    if isinstance(weight, LinearMap | PerCondition):  # both check their numbers when made
+        return True
+    if isinstance(weight, Tensor):
+        return weight.is_floating_point() and bool(torch.isfinite(weight).all())
+    return isinstance(weight, numbers.Real) and math.isfinite(weight)
+
+
+def check_weights(plan: Program, sample: tuple[int, ...]) -> None:
+    """Raise InputError unless the tensor weights and linear maps fit samples of shape `sample`."""
+    for ins in plan.code:
+        if isinstance(ins, Combine):
+            for value in (*(w for _, w in ins.terms), ins.constant):
+                if isinstance(value, LinearMap) and value.shape != sample:
+                    raise InputError(
+                        f"{plan.name} has a linear map of samples {list(value.shape)}, and these are {list(sample)}."
+                    )
+                if isinstance(value, Tensor | PerCondition) and not _broadcasts(tuple(value.shape), sample):
+                    raise InputError(
+                        f"{plan.name} has a weight of shape {list(value.shape)} for samples of {list(sample)}."
+                    )
+
+
+def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
+    return len(shape) <= len(sample) and all(a in (1, b) for a, b in zip(shape[::-1], sample[::-1], strict=False))

@@ -1,16 +1,14 @@
-"""Memory for results: a bounded thread-safe table, and keys that hold the exact content of a solver or a schedule."""
+"""Keys with the exact content of solvers, schedules and grids."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import is_dataclass
 from fractions import Fraction
 from functools import cached_property
-from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any
 from weakref import ref
 
 import torch
@@ -19,70 +17,16 @@ from torch import Tensor
 from ..files import bytes_of
 from ..schedules import Schedule
 
-__all__ = ["Bounded", "exact_key"]
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-
-class Bounded(Generic[K, V]):
-    """A table of at most `size` entries, safe under threads; the entry used longest ago is dropped first.
-
-    A copy or a pickle of a table is an empty table.
-
-    Parameters
-    ----------
-    size : the largest number of entries.
-    weigh, weight : the weight of one value, and the largest sum of weights; a heavier value is not kept. No bound by default.
-    """
-
-    def __init__(self, size: int, weigh: Callable[[V], int] | None = None, weight: int = 0) -> None:
-        self.size, self.weigh, self.weight = size, weigh, weight
-        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
-        self._total = 0
-        self._lock = Lock()
-
-    def get(self, key: K) -> V | None:
-        """The value of `key`, or None."""
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-
-    def put(self, key: K, value: V) -> V:
-        """Keep `value` under `key` unless the key has a value by now; returns the value that is kept."""
-        weight = 0 if self.weigh is None else self.weigh(value)
-        with self._lock:
-            if key in self._entries:
-                return self._entries[key][0]
-            if self.weigh is None or weight <= self.weight:
-                self._entries[key] = value, weight
-                self._total += weight
-            while len(self._entries) > self.size or self._total > self.weight:
-                self._total -= self._entries.popitem(last=False)[1][1]
-            return value
-
-    def clear(self) -> None:
-        """Drop every entry."""
-        with self._lock:
-            self._entries.clear()
-            self._total = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.size, self.weigh, self.weight)
+__all__ = ["exact_key"]
 
 
 def exact_key(*values: Any) -> Hashable | None:
-    """A key that two lists of values share only if their contents are equal bit for bit; None where no such key exists.
+    """A key of the values, equal for two lists of values only if their contents are equal bit for bit; None without a key.
 
     Numbers, texts, tensors (by dtype, shape and bytes), tuples, lists and dicts have a key. Instances of dataclasses, solvers
-    and schedules have a key by their class and attributes; the class is compared by identity and not kept alive, and a method
-    that is replaced in place leaves the key as before. Functions, modules, arrays of other libraries, tensors that require
-    a gradient, and everything that holds one of these, have no key.
+    and schedules have a key by class and attributes; the class is compared by identity and not kept alive, and replacing a
+    method of the class leaves the key as before. Functions, modules, arrays of other libraries, tensors with a gradient, and
+    objects with any of these inside, have no key.
     """
     try:
         return tuple(_key(v) for v in values)
@@ -120,7 +64,7 @@ def _tensor_key(value: Tensor) -> Hashable:
 
 
 def _state(value: Any) -> Any:
-    """The attributes of an instance, without the properties that were computed from other attributes and kept."""
+    """The attributes of an instance, without cached properties."""
     state = value.__getstate__() or {}
     if not isinstance(state, dict):
         return state

@@ -1,8 +1,8 @@
-"""The two instructions of a plan, and the loop that runs them."""
+"""Evaluate and Combine, the two instructions of a plan, and the loops over instructions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -10,15 +10,23 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from ..schedules import Schedule
-from .projections import Cache, place
-from .vectors import Constant, Weight, combine
+from .bounded import Bounded
+from .projections import PLACES, Cache, place
+from .vectors import Constant, Sum, Weight
 
-__all__ = ["Combine", "Evaluate", "Instruction", "Program", "run_code"]
+__all__ = ["Combine", "Evaluate", "Instruction", "Program", "release", "run_code", "run_sums"]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """One model output, in the form the solver chose, at the state that is vector `state` and at time `t`."""
+    """One evaluation of the model.
+
+    Attributes
+    ----------
+    state : index of the evaluated vector.
+    t : the time.
+    form : form of the stored output, such as ``"data"``.
+    """
 
     state: int
     t: float
@@ -26,16 +34,19 @@ class Evaluate:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Indices of the vectors it needs."""
+        """Indices of the vectors read."""
         return (self.state,)
 
 
 @dataclass(frozen=True, eq=False)
 class Combine:
-    """One new state vector, ``sum_j w_j v_j + constant``; `step` is k where it is the state at grid point k.
+    """One new vector, ``sum_j w_j v_j + constant``.
 
-    A weight is a number, a tensor that broadcasts against one sample or a `LinearMap`; a constant is such a tensor or a
-    `PerCondition`.
+    Attributes
+    ----------
+    terms : pairs (j, w_j); a weight is a number, a tensor broadcast over the batch, or a `LinearMap`.
+    constant : a tensor broadcast over the batch, a `PerCondition`, or None.
+    step : k if the vector is the state at grid point k, else None.
     """
 
     terms: tuple[tuple[int, Any], ...]  # of Weight
@@ -44,8 +55,14 @@ class Combine:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Indices of the vectors it needs."""
+        """Indices of the vectors read."""
         return tuple(index for index, _ in self.terms)
+
+    @property
+    def copies(self) -> int | None:
+        """The index of the copied vector if the instruction copies a vector, else None."""
+        plain = self.constant is None and len(self.terms) == 1 and isinstance(self.terms[0][1], float | int)
+        return self.terms[0][0] if plain and self.terms[0][1] == 1.0 else None
 
     def on(self, like: Tensor) -> tuple[tuple[tuple[int, Weight], ...], Constant | None]:
         """Terms and constant with their tensors in the dtype and on the device of `like`, copied there once."""
@@ -55,20 +72,24 @@ class Combine:
         terms = tuple((j, next(copies) if isinstance(w, Tensor) else w) for j, w in self.terms)
         return terms, next(copies) if isinstance(self.constant, Tensor) else self.constant
 
+    def ready(self, like: Tensor) -> Sum:
+        """The instruction for vectors with the dtype and on the device of `like`."""
+        return Sum.of(*self.on(like), like)
+
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(v for v in (*(w for _, w in self.terms), self.constant) if isinstance(v, Tensor))
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
 
 Instruction: TypeAlias = Evaluate | Combine
 
 
 class Program(Protocol):
-    """The part of a :class:`~iia_ode.Plan` that analysis, files and runs read."""
+    """The part of a :class:`~iia_ode.Plan` read by analysis and files."""
 
     @property
     def name(self) -> str:
@@ -91,27 +112,70 @@ class Program(Protocol):
         """The times of the evaluations, in order."""
 
 
+def run_sums(
+    code: Sequence[Instruction],
+    values: dict[int, Tensor],
+    k: int,
+    like: Tensor,
+    last_use: Sequence[int] | None,
+    sums: Mapping[int, Sum] | None = None,
+) -> Iterator[int]:
+    """Run the sums after instruction k, up to the next evaluation or the end; yields the index of each new vector.
+
+    Parameters
+    ----------
+    code, values, last_use : as in :func:`run_code`.
+    like : [B, ...], gives shape, dtype and device.
+    sums : each sum by the index of its vector, with its tensors in place; made from the code by default.
+    """
+    while k < len(code):
+        ins = code[k]
+        if isinstance(ins, Evaluate):
+            return
+        k += 1
+        values[k] = (ins.ready(like) if sums is None else sums[k])(values.__getitem__, like)
+        yield k
+        release(values, k, code, last_use)
+
+
+def release(values: dict[int, Tensor], k: int, code: Sequence[Instruction], last_use: Sequence[int] | None) -> None:
+    """Drop the vectors not read after instruction k."""
+    if last_use is not None and k < len(code):
+        for j in {*code[k - 1].reads, k}:
+            if last_use[j] == k:
+                del values[j]
+
+
 def run_code(
-    code: tuple[Instruction, ...] | list[Instruction],
+    code: Sequence[Instruction],
     values: dict[int, Tensor],
     evaluate: Callable[[Tensor, float, str], Tensor],
     *,
     start: int = 0,
-    last_use: tuple[int, ...] | None = None,
+    last_use: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Instruction]]:
-    """The one loop of the library: run ``code[start:]`` on `values` in place, yielding after each instruction.
+    """Run ``code[start:]`` on `values` in place, yielding (k, instruction k) after each instruction.
 
-    `values` maps vector indices to tensors. With `last_use`, a vector is dropped after the instruction that reads it last.
-    Nothing here reads a value back from the device.
+    A :class:`~iia_ode.plan.Run` is the same loop inside out, for callers with their own call of the model.
+
+    Parameters
+    ----------
+    code : instructions; may be the growing list of a :class:`~iia_ode.plan.Tracer`.
+    values : tensors by the index of their vector; every vector read but not written by the instructions must be there.
+    evaluate : function from (state, t, form) to the model output in the named form.
+    start : number of instructions run before.
+    last_use : for each vector, the index of the last instruction to read the vector, which is dropped afterwards. By
+        default nothing is dropped.
     """
-    like = values[min(values)]
-    for k, ins in enumerate(code[start:], start=start + 1):
+    like, k = values[min(values)], start
+    while k < len(code):
+        ins = code[k]
         if isinstance(ins, Evaluate):
+            k += 1
             values[k] = evaluate(values[ins.state], ins.t, ins.form)
+            yield k, ins
+            release(values, k, code, last_use)
         else:
-            values[k] = combine(*ins.on(like), values.__getitem__, like)
-        yield k, ins
-        if last_use is not None:
-            for j in {*ins.reads, k}:
-                if last_use[j] == k and k < len(code):
-                    del values[j]
+            for done in run_sums(code, values, k, like, last_use):
+                k = done
+                yield k, code[k - 1]

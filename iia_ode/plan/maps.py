@@ -1,4 +1,4 @@
-"""Weights that are linear maps of a sample, and constants that depend on a condition."""
+"""Linear maps of a sample as weights, and constants for each value of a condition."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, MismatchError, PlanError, unknown_name
 from .bands import Bands
-from .projections import Cache, Matrices, Principal, Projections, place
-
-if TYPE_CHECKING:
-    from ..ode import ProbabilityFlowODE
+from .bounded import Bounded
+from .projections import PLACES, Cache, Principal, Projections, place
 
 __all__ = ["LinearMap", "PerCondition", "projections_from"]
 
@@ -27,17 +25,17 @@ _F64 = torch.float64
 class LinearMap:
     """A linear operator on one sample, ``sum_g coefficients[g] * P_g`` over orthogonal projections P_g; a weight of a plan.
 
-    Maps over equal projections may be added, subtracted and multiplied (they commute); a number k stands for k times the
-    identity in sums. Calling it applies it.
+    Maps over equal projections may be added, subtracted and multiplied, and commute. In sums, a number k stands for k times
+    the identity. Calling a map applies the map.
 
     Parameters
     ----------
     projections : the decomposition.
-    coefficients : one for each of its groups, [G]; kept in float64 on the host.
+    coefficients : a number for each group, [G]; kept in float64 on the host.
 
     Raises
     ------
-    PlanError : not one finite number for each group.
+    PlanError : the coefficients are not G finite numbers.
     """
 
     projections: Projections
@@ -58,7 +56,7 @@ class LinearMap:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the samples that it maps."""
+        """Shape of one sample."""
         return self.projections.shape
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,37 +64,40 @@ class LinearMap:
         return self.projections.combine([(x, self.ready(x))])
 
     def of_constant(self, constant: Tensor) -> Tensor:
-        """The image of one sample, or of what broadcasts against one; float64 [*shape] on the host."""
+        """The image of a constant, a tensor broadcast to the shape of a sample; float64 [*shape] on the host."""
         whole = constant.to("cpu", _F64).expand(self.shape)
         return self(whole[None])[0]
 
     def ready(self, like: Tensor) -> tuple[Tensor, ...]:
-        """What applying it to `like` needs, in its dtype and on its device; copied there once."""
+        """The prepared coefficients in the dtype and on the device of `like`, copied there once."""
+        if self.coefficients.requires_grad:  # each backward pass needs a graph of its own
+            return tuple(v.to(like) for v in self.projections.prepare(self.coefficients))
         return place(self._placed, self._prepared, like.device, like.dtype)
 
     @cached_property
     def _prepared(self) -> tuple[Tensor, ...]:
-        return self.projections.prepare(self.coefficients)
+        with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
+            return self.projections.prepare(self.coefficients)
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
     # ---- its size ----------------------------------------------------------------------------------------------------
 
     @property
     def size(self) -> float:
-        """Its norm: the largest magnitude of a coefficient."""
+        """Operator norm: the largest magnitude of a coefficient."""
         return float(self.coefficients.detach().abs().max())
 
     @property
     def mean(self) -> float:
-        """Its trace per component: what a number in its place would be."""
+        """Trace per component; for a multiple of the identity, the factor."""
         return self._average(self.coefficients)
 
     @property
     def mean_square(self) -> float:
-        """Mean square of its image of white noise of unit variance."""
+        """Mean square of the image of white noise with unit variance."""
         return self._average(self.coefficients.square())
 
     def _average(self, values: Tensor) -> float:
@@ -171,19 +172,19 @@ class LinearMap:
 
 @dataclass(frozen=True, eq=False)
 class PerCondition:
-    """A constant that depends on an integer condition of the ODE, such as a class label: a row of a table for each value.
+    """A constant for each value of an integer condition of the ODE, such as a class label: the rows of a table.
 
-    A run looks its rows up once, before its first instruction.
+    A run looks up the rows of a batch once, before the first instruction.
 
     Parameters
     ----------
     key : the condition's name in ``ode.conditioning``: a whole number, or an integer tensor [B], [1] or [].
-    values : the n labels it may have.
-    table : [n, *sample], the constants, where sample broadcasts against one sample; float64 on the host.
+    values : the n possible labels.
+    table : constants [n, *sample], each broadcast to the shape of a sample; kept in float64 on the host.
 
     Raises
     ------
-    PlanError : the values are not different whole numbers, or the table has not one finite row for each.
+    PlanError : the values are not different whole numbers, or the table has not n finite rows.
     """
 
     key: str
@@ -194,7 +195,7 @@ class PerCondition:
         table = torch.as_tensor(self.table).to("cpu", _F64)
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "values", tuple(self.values))
-        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in self.values)
+        whole = all(type(v) is int for v in self.values)
         if not whole or len(set(self.values)) != len(self.values) or not self.values:
             raise PlanError(f"the values of condition {self.key!r} must be different whole numbers: {self.values}.")
         if not table.ndim or len(table) != len(self.values) or not bool(torch.isfinite(table).all()):
@@ -205,22 +206,27 @@ class PerCondition:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one constant."""
+        """Shape of one constant."""
         return tuple(self.table.shape[1:])
 
-    def rows(self, ode: ProbabilityFlowODE | None, like: Tensor) -> Tensor:
-        """The constants of a batch `like` under the conditions of `ode`: [B, *shape], or [1, *shape] for one condition.
+    def rows(self, conditioning: Mapping[str, Any], like: Tensor) -> Tensor:
+        """The constants of a batch `like` [B, ...]: [B, *shape], or [1, *shape] for one condition.
+
+        Parameters
+        ----------
+        conditioning : the conditions of the batch by name, such as ``ode.conditioning``.
+        like : a state; gives dtype and device of the constants.
 
         Raises
         ------
-        MismatchError : the ODE lacks the condition, has no integers there, or has a value that the table has not.
+        MismatchError : the condition is missing, has no integer labels, or has a label without a row.
         """
-        labels = None if ode is None else ode.conditioning.get(self.key)
+        labels = conditioning.get(self.key)
         if isinstance(labels, numbers.Integral) and not isinstance(labels, bool):
             labels = torch.tensor(int(labels), device="cpu")
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         if not isinstance(labels, Tensor) or labels.dtype not in kinds or labels.ndim > 1:
-            known = [] if ode is None else sorted(ode.conditioning)
+            known = sorted(conditioning)
             raise MismatchError(
                 f"this plan has constants for each value of the integer condition {self.key!r}, one number per sample; the "
                 f"ODE's conditions are {known}{'' if labels is None else ', and that one is of another kind'}."
@@ -241,7 +247,7 @@ class PerCondition:
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
     def _with(self, table: Tensor) -> PerCondition:
         return PerCondition(self.key, self.values, table)
@@ -279,11 +285,11 @@ def _rows(table: Tensor, ndim: int) -> Tensor:
 
 
 def projections_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Projections:
-    """The projections whose :meth:`~Projections.config` and :meth:`~Projections.tensors` these are.
+    """The projections described by :meth:`~Projections.config` and :meth:`~Projections.tensors`.
 
     Raises
     ------
-    InputError, UnknownNameError : they are of none.
+    InputError, UnknownNameError : configuration and tensors describe no projections.
     """
     try:
         shape, kind = tuple(config["shape"]), config["kind"]
@@ -293,8 +299,6 @@ def projections_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
                 return Bands(shape, config["bands"], channels, config["axes"])
             case "principal":
                 return Principal(tensors["directions"], shape)
-            case "matrices":
-                return Matrices(tensors["matrices"], shape)
     except (KeyError, TypeError) as error:
         raise InputError(f"these are not the configuration and tensors of projections: {error!r}.") from error
-    raise unknown_name("kind of projections", kind, ["bands", "principal", "matrices"])
+    raise unknown_name("kind of projections", kind, ["bands", "principal"])

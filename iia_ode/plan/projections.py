@@ -1,4 +1,4 @@
-"""Orthogonal decompositions of the space of one sample: what they share, principal directions, and a user's own."""
+"""Orthogonal decompositions of the space of one sample: the base class, and principal directions."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .bounded import Bounded
 
-__all__ = ["Cache", "Matrices", "Part", "Principal", "Projections", "is_orthonormal", "place"]
+__all__ = ["PLACES", "Cache", "Part", "Principal", "Projections", "is_orthonormal", "place"]
 
 _F64 = torch.float64
 _TOLERANCE = 1e-8
 
 Part: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
-"""A batch x [B, *shape], and what :meth:`Projections.prepare` made of its coefficients, in the dtype and device of x."""
+"""A batch x [B, *shape], and the prepared coefficients (:meth:`Projections.prepare`) in the dtype and on the device of x."""
 
-Cache: TypeAlias = dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
+Cache: TypeAlias = Bounded[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
+
+PLACES = 8
+"""Largest number of copies of a weight on other devices and in other dtypes; a usual host has at most 8 devices."""
 
 
 def place(cache: Cache, tensors: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors in another place, copied there once; what a gradient flows to is copied each time."""
-    key = (device, dtype)
-    if key in cache:
-        return cache[key]
-    with torch.inference_mode(False):  # a copy of the first run must serve one with gradients too
+    """The tensors on another device and in another dtype, copied there once; a tensor with a gradient is copied each time."""
+    known = cache.get((device, dtype))
+    if known is not None:
+        return known
+    with torch.inference_mode(False):  # a copy made in the first run must serve a run with gradients
         copies = tuple(v.to(device, dtype) for v in tensors)
-    if not any(v.requires_grad for v in tensors):
-        cache[key] = copies
-    return copies
+    return copies if any(v.requires_grad for v in tensors) else cache.put((device, dtype), copies)
 
 
 class Projections(ABC):
     """Orthogonal projections P_1 .. P_G of a sample [*shape]: their sum is the identity, and P_g P_h = 0 for g != h.
 
-    Immutable; two are equal, and have one hash, if their configuration and tensors are.
+    Immutable. Projections with equal configuration and tensors are equal and have equal hashes.
 
     Attributes
     ----------
-    shape : of one sample.
+    shape : shape of one sample.
     """
 
     shape: tuple[int, ...]
@@ -55,23 +57,23 @@ class Projections(ABC):
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """What each group is called."""
+        """Name of each group."""
 
     @cached_property
     @abstractmethod
     def sizes(self) -> Tensor:
-        """Dimension of each group, float64 [G]; they add up to that of a sample."""
+        """Dimension of each group, float64 [G]; the sum is the dimension of a sample."""
 
     @abstractmethod
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """What applying sum_g c_g P_g needs of the coefficients [G], or [B, G] for samples with their own; where those are."""
+        """The tensors for applying sum_g c_g P_g, from coefficients [G], or [B, G] for a map per sample; on their device."""
 
     @abstractmethod
     def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor: ...
 
     @abstractmethod
     def _tables(self) -> tuple[Tensor, ...]:
-        """The tensors, float64 on the host, that applying needs whatever the coefficients."""
+        """The tensors for applying any map, float64 on the host."""
 
     @abstractmethod
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
@@ -79,10 +81,10 @@ class Projections(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The kind and its options, JSON-ready; with :meth:`tensors` it is what :func:`projections_from` needs."""
+        """The kind and the options, JSON-ready; input of :func:`projections_from`, together with :meth:`tensors`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The float64 tensors that the configuration does not hold, by name."""
+        """The float64 tensors not held by the configuration, by name."""
         return {}
 
     @property
@@ -100,7 +102,7 @@ class Projections(ABC):
         return self.combine([(x, tuple(v.to(x) for v in self.prepare(coefficients.double().cpu())))])
 
     def combine(self, parts: Sequence[Part]) -> Tensor:
-        """sum_j (sum_g c_jg P_g) x_j in one go, in the dtype and on the device of the x_j; a tensor of its own.
+        """sum_j (sum_g c_jg P_g) x_j with one transform back, in the dtype and on the device of the x_j; a new tensor.
 
         Raises
         ------
@@ -117,7 +119,7 @@ class Projections(ABC):
 
     @cached_property
     def _placed(self) -> Cache:
-        return {}
+        return Bounded(PLACES)
 
     @cached_property
     def digest(self) -> str:
@@ -152,12 +154,12 @@ def _exactly(x: Tensor) -> Iterator[torch.dtype]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Principal(Projections):
-    """One group for each of K orthonormal directions, and the remainder as the last.
+    """A group for each of K orthonormal directions, and the remainder as the last group.
 
     Parameters
     ----------
     directions : [K, d], orthonormal rows; K from 0 to d.
-    shape : of one sample, d components.
+    shape : shape of one sample, d components.
 
     Raises
     ------
@@ -184,12 +186,12 @@ class Principal(Projections):
 
     @cached_property
     def sizes(self) -> Tensor:
-        """Ones, and what is left."""
+        """Ones, and d - K."""
         k, d = self.directions.shape
         return torch.tensor([1.0] * k + [float(d - k)], dtype=_F64, device="cpu")
 
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """The difference of each coefficient from the last one, [..., K], and that one, [..., 1]."""
+        """The difference of each coefficient from the last coefficient, [..., K], and the last coefficient, [..., 1]."""
         return coefficients[..., :-1] - coefficients[..., -1:], coefficients[..., -1:]
 
     def _tables(self) -> tuple[Tensor, ...]:
@@ -221,76 +223,8 @@ class Principal(Projections):
         return {"directions": self.directions}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Matrices(Projections):
-    """A user's own orthogonal projections, as matrices; for small samples, since they are dense.
-
-    Parameters
-    ----------
-    matrices : [G, d, d]: symmetric, idempotent, adding up to the identity.
-    shape : of one sample, d components.
-
-    Raises
-    ------
-    InputError : they are not that.
-    """
-
-    matrices: Tensor
-    shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        p = self.matrices.detach().to("cpu", _F64, copy=True).contiguous()
-        object.__setattr__(self, "matrices", p)
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        d = math.prod(self.shape)
-        if p.ndim != 3 or len(p) < 1 or p.shape[1:] != (d, d):
-            raise InputError(
-                f"projections of samples {list(self.shape)} are matrices [G, {d}, {d}], got {list(p.shape)}."
-            )
-        gaps = (p - p.mT, p @ p - p, p.sum(0) - torch.eye(d, dtype=_F64, device="cpu"))
-        if not max(float(gap.abs().max()) for gap in gaps) <= _TOLERANCE:
-            raise InputError(
-                "these matrices are no orthogonal decomposition: each must be symmetric and its own square, and they must add "
-                "up to the identity."
-            )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """``part 1``, ``part 2``, ..."""
-        return tuple(f"part {g + 1}" for g in range(len(self.matrices)))
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """Ranks."""
-        return torch.diagonal(self.matrices, dim1=1, dim2=2).sum(1).round()
-
-    def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """The matrix [..., d, d] of the whole."""
-        return (torch.tensordot(coefficients, self.matrices.to(coefficients.device), dims=1),)
-
-    def _tables(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor:
-        total = torch.stack([x.reshape(len(x), 1, -1) @ matrix for x, (matrix,) in parts]).sum(0)
-        return total.reshape(parts[0][0].shape)
-
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        """sum_b <P_g x_b, P_g y_b>, float64 [G]."""
-        a, b = (w.detach().double().cpu().reshape(len(w), -1) for w in (x, y))
-        return torch.stack([((a @ p) * b).sum() for p in self.matrices])
-
-    def config(self) -> dict[str, Any]:
-        """The shape."""
-        return {"kind": "matrices", "shape": list(self.shape)}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The matrices."""
-        return {"matrices": self.matrices}
-
-
 def is_orthonormal(rows: Tensor) -> bool:
-    """Whether the rows of a float64 matrix are."""
+    """Whether the rows of a float64 matrix are orthonormal."""
     if not bool(torch.isfinite(rows).all()):
         return False
     gap = rows @ rows.T - torch.eye(len(rows), dtype=_F64, device="cpu")

@@ -18,12 +18,12 @@ from .vectors import is_number
 __all__ = ["SHARED", "pack", "restore", "store", "tensors_misfit", "unpack"]
 
 SHARED = "projections."
-"""What the names of tensors begin with that several weights may share."""
+"""Beginning of the names of tensors shared by several weights."""
 _F64 = torch.float64
 
 
 def tensors_misfit(tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the tensors of a plan, in words, as far as can be told without its instructions."""
+    """A description of the defect in the tensors of a plan, or None; the instructions are not looked at."""
     for name in ("grid", "times", "weights"):
         if name not in tensors or tensors[name].ndim != 1:
             return f"its tensor {name!r} is missing or not 1-dimensional"
@@ -48,18 +48,18 @@ def pack(plan: Program) -> tuple[list[list[Any]], dict[str, Tensor]]:
         stored = {key: store(value, key) for key, value in values.items()}
         tensors |= {name: v for _, parts in stored.values() for name, v in parts.items()}
         if odd := {key: about for key, (about, _) in stored.items() if about is not None}:
-            code[-1].append(odd)  # what is neither a number nor a tensor
+            code[-1].append(odd)  # maps and constants per condition
     for name, numbers in (("grid", plan.grid), ("times", times), ("weights", weights)):
         tensors[name] = torch.tensor(numbers, dtype=_F64, device="cpu")
     return code, tensors | schedule_tensors(plan.schedule)
 
 
 def unpack(code: list[list[Any]], tensors: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[Instruction, ...]]:
-    """The grid and the instructions that :func:`pack` took apart; every number and tensor has to find its place.
+    """The grid and the instructions that :func:`pack` took apart.
 
     Raises
     ------
-    ValueError, LookupError, TypeError : one does not.
+    ValueError, LookupError, TypeError : a number or tensor is missing, left over, or of the wrong kind.
     """
     rest = {key: v for key, v in tensors.items() if not key.startswith(SHARED) and key != TABLE}
     known: dict[str, Projections] = {}
@@ -94,18 +94,18 @@ def _fits(indices: list[Any], odd: list[Any]) -> bool:
 
 
 def _keys(k: int, indices: list[int]) -> list[str]:
-    """The names of the tensors that instruction k may have of its own."""
+    """Possible names of the tensors of instruction k."""
     return [*(f"weight.{k}.{j}" for j in indices), f"constant.{k}"]
 
 
-# ---- weights and constants that are more than one number ----------------------------------------------------------------
+# ---- weights and constants with several numbers ----------------------------------------------------------------
 
 
 def store(value: Tensor | LinearMap | PerCondition, key: str) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What is to be said of a value in JSON (None for a tensor), and its float64 tensors.
+    """A value as a description in JSON (None for a tensor) and float64 tensors.
 
-    Its own tensor is called `key`; those of projections have names by their digest, so that maps over equal projections
-    store them once.
+    The value's own tensor is called `key`. Tensors of projections are named by digest: maps over equal projections share
+    stored tensors.
     """
     if isinstance(value, LinearMap):
         p = value.projections
@@ -119,13 +119,13 @@ def store(value: Tensor | LinearMap | PerCondition, key: str) -> tuple[dict[str,
 def restore(
     about: Mapping[str, Any] | None, key: str, tensors: Mapping[str, Tensor], known: dict[str, Projections]
 ) -> Any:
-    """The tensor, map or `PerCondition` that :func:`store` took apart.
+    """The tensor, map or `PerCondition` taken apart by :func:`store`.
 
     `known` collects projections by digest, for the maps of one file to share.
 
     Raises
     ------
-    InputError : something is missing, or is not what it was.
+    InputError : a part is missing or was changed.
     """
     try:
         if about is None:

@@ -13,9 +13,11 @@ from ..errors import PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
+from .bounded import Bounded
 from .checks import check_grid
-from .exact import Bounded, exact_key
-from .plan import Combine, Evaluate, Instruction, Plan
+from .exact import exact_key
+from .instructions import Combine, Evaluate, Instruction
+from .plan import Plan
 from .vectors import Vector, is_number, vector_indices
 
 __all__ = ["Past", "Steppable", "Tracer", "take_step", "trace", "traced"]
@@ -23,13 +25,13 @@ __all__ = ["Past", "Steppable", "Tracer", "take_step", "trace", "traced"]
 
 @dataclass(frozen=True)
 class Past:
-    """What a step knows beyond its own interval; immutable.
+    """Knowledge of a step beyond the interval; immutable.
 
     Attributes
     ----------
-    memory : what the previous step returned beside its state; ``()`` on the first step.
-    index : how many steps came before this one.
-    remaining : how many come after it.
+    memory : tuple returned by the previous step beside the state; ``()`` on the first step.
+    index : number of steps before.
+    remaining : number of steps after.
     """
 
     memory: Any = ()
@@ -38,21 +40,21 @@ class Past:
 
 
 class Steppable(Protocol):
-    """What can be traced: a label and a step."""
+    """A solver as the tracer sees it: a label and a step."""
 
     @property
     def label(self) -> str:
-        """What the solver is called."""
+        """The solver's name."""
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The state at time s, or (state, memory)."""
 
 
 class Tracer(Forms[Vector]):
-    """What ``step`` sees as the ODE while a plan is made: evaluations return symbolic vectors and become instructions.
+    """The ODE of a ``step`` while a plan is made: evaluations return symbolic vectors and become instructions.
 
-    Has the same face as :class:`~iia_ode.ProbabilityFlowODE` as far as a step may use it. The same state at the same time
-    is evaluated once, however often and in whichever forms it is asked for.
+    A tracer has the methods of :class:`~iia_ode.ProbabilityFlowODE` available to a step. A state is evaluated once at each
+    time, however often and in whichever forms a step asks.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -64,16 +66,16 @@ class Tracer(Forms[Vector]):
         self._same: dict[int, int] = {}  # a state at a grid point may equal a vector that was held before
 
     def fork(self) -> Tracer:
-        """A copy that knows all vectors and evaluations so far, and whose further code stays its own."""
+        """An independent copy with all vectors and evaluations so far."""
         twin = Tracer(self.schedule)
         twin.code, twin.evaluations, twin._cache = list(self.code), list(self.evaluations), dict(self._cache)
         twin._held, twin._same = dict(self._held), dict(self._same)
         return twin
 
     def retain(self, live: set[int]) -> set[int]:
-        """All vectors that can still be read if those in `live` can; evaluations of and sums of these included.
+        """The vectors reachable from `live`: `live` itself, and known evaluations and sums of reachable vectors.
 
-        Everything else is forgotten: asked for again, it would be made again.
+        Other vectors are forgotten, and made again when asked for.
         """
         live, size = set(live), -1
         while size != len(live):
@@ -90,7 +92,7 @@ class Tracer(Forms[Vector]):
         return Vector({len(self.code): 1.0})
 
     def hold(self, x: Vector, step: int | None = None) -> Vector:
-        """x as one stored vector: an evaluation needs that, and a long combination used twice is cheaper so."""
+        """x as a stored vector: required by an evaluation, and cheaper for a long combination used twice."""
         if not isinstance(x, Vector):
             raise PlanError(f"expected a state made of the step's own vectors, got {type(x).__name__}.")
         if step is None and x.index is not None:
@@ -109,7 +111,7 @@ class Tracer(Forms[Vector]):
         return y
 
     def evaluate(self, x: Vector, t: float, form: str = "data") -> Evaluation[Vector]:
-        """One evaluation of the model; `form` is how a run stores it."""
+        """An evaluation of the model at state x and time t; a run stores the output in `form`."""
         t = float(t)
         state = self.hold(x)
         (index,) = state.weights
@@ -130,7 +132,7 @@ class Tracer(Forms[Vector]):
         return self._cache[index, t]
 
     def known(self, x: Vector, t: float) -> Evaluation[Vector] | None:
-        """The evaluation at state x and time t, if it was made."""
+        """The evaluation at state x and time t if there was an evaluation, else None."""
         index = x.index
         return None if index is None else self._cache.get((self._same.get(index, index), float(t)))
 
@@ -140,14 +142,14 @@ class Tracer(Forms[Vector]):
 
 
 def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Past) -> tuple[Any, Any]:
-    """One step as (state, memory), whether or not the solver returns a memory."""
+    """A step as (state, memory), with the memory ``()`` where the solver returns none."""
     try:
         result = solver.step(ode, x, t, s, past)
     except (TypeError, AttributeError) as error:
         if not isinstance(x, Vector):
             raise
         raise PlanError(
-            f"{solver.label}.step cannot be traced: {str(error).rstrip('.')}. What it is given are symbolic vectors."
+            f"{solver.label}.step cannot be traced: {str(error).rstrip('.')}. Its arguments are symbolic vectors."
         ) from error
     if isinstance(result, tuple):
         if len(result) != 2:
@@ -162,13 +164,21 @@ def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Pas
 
 
 def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float], *, consistent: bool = True) -> Plan:
-    """The plan of a solver on a schedule and a grid (float64 times [N + 1], from the initial state to the final one).
+    """The plan of a solver on a schedule and a grid.
+
+    Parameters
+    ----------
+    solver : the solver, with a ``step`` and a ``label``.
+    schedule : the noise schedule.
+    grid : float64 times [N + 1], from the initial state to the final one.
+    consistent : whether the plan is checked for consistency; a solver's attribute ``consistent = False`` switches the check
+        off too.
 
     Raises
     ------
     GridError : the grid is not usable; see :func:`check_grid`.
-    PlanError : the step is not linear in its vectors, or (unless `consistent` is False) inconsistent: it keeps neither
-        the solution with constant data and noise nor that with constant velocity, one of which every solver is exact on.
+    PlanError : the step is not linear in the vectors, or is inconsistent: the plan keeps neither the solution with
+        constant data and noise nor the solution with constant velocity. Every solver is exact on at least one of them.
     """
     times = check_grid(schedule, grid)
     tracer, x, memory = Tracer(schedule), Vector({0: 1.0}), ()
@@ -190,11 +200,10 @@ _PLANS: Bounded[Hashable, Plan] = Bounded(128, lambda plan: plan.weight_bytes, 2
 
 
 def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]) -> Plan:
-    """The plan of :func:`trace`, found again where the same solver was traced on the same schedule and grid before.
+    """The plan of :func:`trace`, found again if the same solver was traced on the same schedule and grid before.
 
-    Plans are equal to new plans. At most 128 plans are kept, with at most 64 MiB of tensor weights; threads may share them. A
-    solver or a schedule without an exact key (a schedule from functions) is traced anew; see
-    :func:`~iia_ode.plan.exact.exact_key`.
+    At most 128 plans are kept, with at most 64 MiB of tensor weights; threads may share plans. A solver or a schedule without
+    an exact key, such as a schedule from functions, is traced at each call; see :func:`~iia_ode.plan.exact.exact_key`.
 
     Raises
     ------
@@ -219,7 +228,7 @@ def _converges(solver: Steppable, plan: Plan) -> bool:
     """Whether the consistency error falls as the grid is refined.
 
     A solver in another time variable is exact on neither solution, but an inconsistent solver stays wrong on any grid. The
-    verdict costs more than the plan, and is remembered for solvers and schedules that have an exact key.
+    verdict costs more than the plan, and is memoized for solvers and schedules with an exact key.
     """
     key = exact_key(solver, plan.schedule, plan.grid)
     known = None if key is None else _VERDICTS.get(key)

@@ -1,4 +1,4 @@
-"""Symbolic vectors: what a solver's ``step`` computes with while a plan is traced."""
+"""Symbolic vectors, the states of a solver's ``step`` while a plan is traced, and weighted sums of tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .projections import Projections
 
 __all__ = [
     "Constant",
+    "Sum",
     "Vector",
     "Weight",
+    "combine",
+    "format_terms",
     "is_number",
     "vector_indices",
     "weight_mean",
@@ -26,18 +29,18 @@ __all__ = [
 ]
 
 Weight: TypeAlias = float | Tensor | LinearMap
-"""A number, a tensor that broadcasts against one sample, or a linear map of one sample."""
+"""A number, a tensor broadcast over the batch, or a linear map of one sample."""
 
 Constant: TypeAlias = Tensor | PerCondition
-"""A tensor that broadcasts against one sample, or one for each value of a condition."""
+"""A tensor broadcast over the batch, or a tensor for each value of a condition."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
     """A linear combination of a plan's vectors, plus an optional constant: ``sum_j weights[j] * v_j + constant``.
 
-    Supports ``+``, ``-`` and multiplication and division by a number (or by a tensor that broadcasts against one sample),
-    and multiplication by a linear map: all that a solver with fixed coefficients needs. Immutable.
+    Supports ``+``, ``-``, multiplication and division by a number or by a tensor broadcast over the batch, and multiplication
+    by a linear map: the arithmetic of solvers with fixed coefficients. Immutable.
     """
 
     weights: dict[int, Any]  # Weight
@@ -117,7 +120,7 @@ class Vector:
 
     @property
     def index(self) -> int | None:
-        """The vector that this is, if it is just one with weight 1; else None."""
+        """The index j of a combination ``1 * v_j`` without constant, else None."""
         if self.constant is not None or len(self.weights) != 1:
             return None
         ((index, weight),) = self.weights.items()
@@ -165,12 +168,12 @@ def _not_linear(verb: str, other: object) -> PlanError:
 
 
 def is_number(weight: Weight) -> bool:
-    """Whether a weight is one number, and neither a tensor nor a linear map."""
+    """Whether a weight is a number, and neither a tensor nor a linear map."""
     return not isinstance(weight, Tensor | LinearMap)
 
 
 def weight_size(weight: Weight | Constant) -> float:
-    """Magnitude of a weight or constant, the largest where it is more than one number."""
+    """Magnitude of a weight or constant; the largest magnitude among several numbers."""
     if isinstance(weight, LinearMap):
         return weight.size
     weight = weight.table if isinstance(weight, PerCondition) else weight
@@ -178,14 +181,14 @@ def weight_size(weight: Weight | Constant) -> float:
 
 
 def weight_mean(weight: Weight) -> float:
-    """A weight as one number: its mean over components, for a linear map its trace per component."""
+    """A weight as a number: the mean over components of a tensor, the trace per component of a linear map."""
     if isinstance(weight, LinearMap):
         return weight.mean
     return float(weight.mean()) if isinstance(weight, Tensor) else weight
 
 
 def weight_mean_square(weight: Weight) -> float:
-    """Mean square of what a weight makes of white noise of unit variance."""
+    """Mean square of white noise of unit variance after multiplication by a weight."""
     if isinstance(weight, LinearMap):
         return weight.mean_square
     return float(weight.square().mean()) if isinstance(weight, Tensor) else weight * weight
@@ -209,11 +212,11 @@ def format_terms(terms: tuple[tuple[int, Weight], ...], constant: Constant | Non
 
 
 def vector_indices(value: Any) -> set[int]:
-    """Indices of all vectors that `value` refers to: a vector, an evaluation, or tuples and mappings of such.
+    """Indices of all vectors in `value`: a vector, an evaluation, or tuples and frozen dataclasses of vectors.
 
     Raises
     ------
-    PlanError : anything else with state in it, such as a list: what a step remembers must be immutable.
+    PlanError : a list, dict or set is in `value`: the memory of a step must be immutable.
     """
     found: set[int] = set()
 
@@ -236,32 +239,61 @@ def vector_indices(value: Any) -> set[int]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A linear combination of a plan's vectors, with its tensors in the dtype and on the device of a run.
+
+    Attributes
+    ----------
+    terms : pairs (index, weight) with numbers or tensors as weights, in order.
+    mapped : for each decomposition, pairs (index, prepared coefficients) of the linear maps over the decomposition.
+    constant : a tensor, a `PerCondition` before the look-up of rows, or None.
+    """
+
+    terms: tuple[tuple[int, float | Tensor], ...]
+    mapped: tuple[tuple[Projections, tuple[tuple[int, tuple[Tensor, ...]], ...]], ...]
+    constant: Constant | None
+
+    @classmethod
+    def of(cls, terms: tuple[tuple[int, Weight], ...], constant: Constant | None, like: Tensor) -> Sum:
+        """The sum of `terms` and `constant` for vectors with the dtype and on the device of `like`."""
+        plain: list[tuple[int, float | Tensor]] = []
+        mapped: dict[Projections, list[tuple[int, tuple[Tensor, ...]]]] = {}
+        for index, weight in terms:
+            if isinstance(weight, LinearMap):
+                mapped.setdefault(weight.projections, []).append((index, weight.ready(like)))
+            else:
+                plain.append((index, weight.to(like) if isinstance(weight, Tensor) else weight))
+        placed = constant.to(like) if isinstance(constant, Tensor) else constant
+        return cls(tuple(plain), tuple((p, tuple(parts)) for p, parts in mapped.items()), placed)
+
+    def __call__(self, read: Callable[[int], Tensor], like: Tensor) -> Tensor:
+        """The value of the sum; no vector is changed. `like` [B, ...] gives shape, dtype and device."""
+        if isinstance(self.constant, PerCondition):
+            raise PlanError(
+                f"this plan has a constant per {self.constant.key!r}: run it as plan.run(ode, x), which looks it up."
+            )
+        total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
+        for index, weight in self.terms:
+            if isinstance(weight, Tensor):
+                product = weight * read(index)
+                total, fresh = product if total is None else total + product, True
+            elif total is None:
+                total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
+            elif fresh:
+                total = total.add_(read(index), alpha=weight)
+            else:
+                total, fresh = torch.add(total, read(index), alpha=weight), True
+        for projections, parts in self.mapped:  # the maps of one decomposition together: one transform back
+            image = projections.combine([(read(index), prepared) for index, prepared in parts])
+            total = image if total is None else total + image
+        if total is None:
+            return torch.zeros_like(like) if self.constant is None else self.constant.expand_as(like).clone()
+        return total if self.constant is None else total + self.constant
+
+
 def combine(
     terms: tuple[tuple[int, Weight], ...], constant: Constant | None, read: Callable[[int], Tensor], like: Tensor
 ) -> Tensor:
     """The tensor of a linear combination, in the dtype and on the device of `like`; no vector is changed."""
-    if isinstance(constant, PerCondition):
-        raise PlanError(
-            f"this plan has a constant per {constant.key!r}: run it as plan.run(ode, x), which looks it up."
-        )
-    total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
-    mapped: dict[Projections, list[tuple[Tensor, tuple[Tensor, ...]]]] = {}
-    for index, weight in terms:
-        if isinstance(weight, LinearMap):
-            mapped.setdefault(weight.projections, []).append((read(index), weight.ready(like)))
-            continue
-        if isinstance(weight, Tensor):
-            product = weight.to(like) * read(index)
-            total, fresh = product if total is None else total + product, True
-        elif total is None:
-            total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
-        elif fresh:
-            total = total.add_(read(index), alpha=weight)
-        else:
-            total, fresh = torch.add(total, read(index), alpha=weight), True
-    for projections, parts in mapped.items():  # the maps of one decomposition together: one transform back
-        image = projections.combine(parts)
-        total = image if total is None else total + image
-    if total is None:
-        return torch.zeros_like(like) if constant is None else constant.to(like).expand_as(like).clone()
-    return total if constant is None else total + constant.to(like)
+    return Sum.of(terms, constant, like)(read, like)

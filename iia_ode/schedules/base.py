@@ -16,26 +16,26 @@ from ..errors import ScheduleError
 __all__ = ["FromFunctions", "Schedule", "derivative_of"]
 
 _F64 = torch.float64
-_NUMBERS = 2**14  # that a schedule remembers at most
+_NUMBERS = 2**14  # memoized by a schedule at most
 T = TypeVar("T", float, Tensor)
 
 
 class Schedule(ABC):
     """A noise schedule.
 
-    A subclass gives ``_alpha`` and ``_sigma`` on float64 tensors and ``_t_of_lam``; ``_lam`` and the derivatives have
-    defaults, by autograd, and the schedules here their own, which are faster. Public methods take a number and return a
-    float, or take a tensor and return a float64 tensor of its shape on its device.
+    A subclass has ``_alpha`` and ``_sigma`` on float64 tensors, and ``_t_of_lam``. ``_lam`` and the derivatives have defaults
+    by autograd; the schedules of this library have closed forms, which are faster. Public methods map a number to a float,
+    and a tensor to a float64 tensor of its shape on its device.
 
     Attributes
     ----------
-    t_data, t_noise : times at which the data (sigma = 0) and the noisiest state stand.
+    t_data, t_noise : times of the data (sigma = 0) and of the noisiest state.
     """
 
     t_data: float = 0.0
     t_noise: float = 1.0
-    _ends_at_noise: ClassVar[bool] = False  # whether nothing is known beyond t_noise
-    _fixed: ClassVar[bool] = False  # whether this very class's functions can never change: their numbers are remembered
+    _ends_at_noise: ClassVar[bool] = False  # whether the schedule is undefined beyond t_noise
+    _fixed: ClassVar[bool] = False  # whether the functions of this very class never change: their values are memoized
 
     @staticmethod
     def from_functions(
@@ -137,12 +137,12 @@ class Schedule(ABC):
         return math.hypot(a, s)
 
     def _on(self, name: str, function: Callable[[Tensor], Tensor], t: T) -> T:
-        """Apply a function of float64 tensors, known by its name, to a number or a tensor, and answer in kind."""
+        """Apply a named function of float64 tensors to a number or a tensor; the result has the type of t."""
         if isinstance(t, Tensor):
             return function(t.to(_F64))
         at = float(t)
-        # A step asks for the same few numbers again and again, and each would be several operations on tensors. A subclass
-        # may have parameters that change, whatever its parent says. The two zeros are one key, though not always one answer.
+        # Steps evaluate the same few numbers again and again, and each costs several operations on tensors. A subclass may
+        # have parameters that change, whatever `_fixed` of its parent. 0.0 and -0.0 are one key, but can have two values.
         fixed = vars(type(self)).get("_fixed", False) and at != 0
         known: dict[tuple[str, float], float] = vars(self).setdefault("_numbers", {}) if fixed else {}
         if (value := known.get((name, at))) is None:
@@ -162,7 +162,7 @@ class Schedule(ABC):
         return self.t_of_lam(-math.log(ratio))
 
     def covers(self, t: float | Tensor) -> bool:
-        """Whether the schedule is defined at time t, or at all of them: not beyond the data, nor where it is no number."""
+        """Whether the schedule is defined at t, or at all times of a tensor: not beyond the data, alpha and sigma finite."""
         towards_noise = math.copysign(1.0, self.t_noise - self.t_data)
         if not isinstance(t, Tensor):
             inside = (t - self.t_data) * towards_noise >= 0 and all(
@@ -174,14 +174,15 @@ class Schedule(ABC):
         return bool(within) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
 
     def __getstate__(self) -> Any:
-        """What a copy or a pickle holds: not what was remembered."""
+        """The state of a copy or a pickle: without memoized values."""
         state = super().__getstate__()
         return {k: v for k, v in state.items() if k != "_numbers"} if isinstance(state, dict) else state
 
     def config(self) -> dict[str, Any]:
-        """The schedule as JSON-ready values: what a fitted solver's file compares with the schedule it is used on.
+        """The schedule as JSON-ready values; a file of a fitted solver compares them with the schedule of the ODE.
 
-        These are the type and its parameters, and, where a parameter is no number and no text, what the schedule does.
+        The values are the type and its parameters. A schedule with a parameter that is neither a number nor text adds its
+        ends and values of lambda.
         """
         kind = type(self)
         known = "__dataclass_fields__" in vars(kind)  # of its own: a subclass may hold more than its parent's fields
@@ -191,7 +192,7 @@ class Schedule(ABC):
         return {"type": kind.__name__, **plain, **behaviour}
 
     def _behaviour(self) -> dict[str, Any]:
-        """The ends, with values of lambda at five interior times, since functions themselves cannot be compared."""
+        """The ends, and lambda at five interior times, because functions cannot be compared."""
         times = torch.linspace(self.t_data, self.t_noise, 7, dtype=_F64, device="cpu")[1:-1]
         samples = [float(f"{v:.9g}") for v in self._lam(times).tolist()]
         return {"t_data": self.t_data, "t_noise": self.t_noise, "lam": samples}
@@ -199,7 +200,7 @@ class Schedule(ABC):
 
 def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """The derivative of an elementwise function by autograd, in every grad mode."""
-    # An adaptive integrator's time may depend on the state: a gradient that reaches t must pass through here.
+    # The time of an adaptive integrator may depend on the state: a gradient that reaches t passes through this function.
     through = t.requires_grad and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         u = t if through else t.detach().clone().requires_grad_(True)
@@ -254,8 +255,8 @@ class FromFunctions(Schedule):
         return self.sigma_function(t)
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
-        # Monotone by the check above. Of 64 parts of the bracket the one that holds the level is kept: 17 times
-        # are 102 halvings, which reach the last bit of any bracket, for a sixth of the calls.
+        # Lambda is monotone by the check above. Each pass keeps the part with the level, out of 64 parts of the bracket: 17
+        # passes are 102 halvings, which reach the last bit of any bracket, at a sixth of the calls.
         fractions = torch.arange(1, 64, dtype=_F64, device=lam.device) / 64
         data, noise = torch.full_like(lam, self.t_data)[..., None], torch.full_like(lam, self.t_noise)[..., None]
         for _ in range(17):
@@ -264,7 +265,7 @@ class FromFunctions(Schedule):
             points = torch.cat([data, inside, noise], dim=-1)
             data, noise = points.gather(-1, cleaner), points.gather(-1, cleaner + 1)
         data, noise = data[..., 0], noise[..., 0]
-        # An end is returned as itself, not as the last midpoint before it.
+        # An end is returned exactly, not as the last midpoint before it.
         t = (data + noise) / 2
         t = torch.where(lam >= self._lam(torch.full_like(lam, self.t_data)), torch.full_like(lam, self.t_data), t)
         t = torch.where(lam <= self._lam(torch.full_like(lam, self.t_noise)), torch.full_like(lam, self.t_noise), t)

@@ -48,12 +48,12 @@ class EDM(Schedule):
         return (-lam).exp()
 
     def _t_of_ratio(self, ratio: float) -> float:
-        return ratio  # without the detour through a logarithm, so that a level asked for is the level one gets
+        return ratio  # without a logarithm, so that the level is exact
 
 
 @dataclass(frozen=True)
 class VE(Schedule):
-    """alpha = 1, sigma = sqrt(t) [Song et al. 2021, as parameterised by Karras et al. 2022]: time is the variance."""
+    """alpha = 1, sigma = sqrt(t) [Song et al. 2021, as parameterized by Karras et al. 2022]: time is the variance."""
 
     _fixed: ClassVar[bool] = True
 
@@ -210,8 +210,8 @@ class Discrete(_VariancePreserving):
     ----------
     alphas_cumprod : alpha_bar of timesteps 0 .. T-1, a 1-d tensor or sequence, decreasing within (0, 1).
 
-    Time is the timestep index in [0, T-1], which is what such models are conditioned on. The line is continued one unit
-    past timestep 0, to alpha = 1 at t = -1: the data.
+    Time is the timestep index in [0, T-1], on which discrete models are conditioned. The line continues one unit past timestep
+    0, to alpha = 1 at t = -1: the data.
     """
 
     _fixed: ClassVar[bool] = True
@@ -272,12 +272,12 @@ class Discrete(_VariancePreserving):
 
 
 def schedule_from_config(config: Mapping[str, Any], alphas_cumprod: Tensor | None = None) -> Schedule:
-    """The schedule that :meth:`Schedule.config` described; a discrete one needs its table.
+    """The schedule of a :meth:`Schedule.config`; a discrete schedule needs its table.
 
     Raises
     ------
-    ScheduleError : an unknown type, or one made of functions, which only its owner can supply; parameters of another type
-        of schedule; a table other than the one described.
+    ScheduleError : the type is unknown, or is made of functions, which no configuration holds; the parameters belong to
+        another type; or the table differs from the described table.
     """
     kinds: dict[str, type[Schedule]] = {"EDM": EDM, "VE": VE, "VP": VP, "Cosine": Cosine, "FlowMatching": FlowMatching}
     kind = config.get("type")
@@ -291,7 +291,9 @@ def schedule_from_config(config: Mapping[str, Any], alphas_cumprod: Tensor | Non
     else:
         raise ScheduleError(f"a schedule of type {kind!r} cannot be rebuilt from its description: pass schedule=.")
     if schedule.config() != dict(config):
-        raise ScheduleError(f"the schedule was described as {dict(config)}, and what was made is {schedule.config()}.")
+        raise ScheduleError(
+            f"the schedule was described as {dict(config)}, and the rebuilt schedule is {schedule.config()}."
+        )
     return schedule
 
 

@@ -1,4 +1,4 @@
-"""A schedule in a file: its configuration as JSON, and the table of a discrete one as a tensor."""
+"""A schedule in a file: its configuration as JSON, and the table of a discrete schedule as a tensor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .standard import Discrete, schedule_from_config
 __all__ = ["TABLE", "brief", "schedule_tensors", "stored_schedule"]
 
 TABLE = "schedule.alphas_cumprod"
-"""The name of a discrete schedule's table."""
+"""Name of the tensor with the table of a discrete schedule."""
 
 
 def schedule_tensors(schedule: Schedule) -> dict[str, Tensor]:
-    """The tensors that a file has to hold beside the configuration."""
+    """The tensors of a schedule's file, beside the configuration."""
     return {TABLE: schedule.alphas_cumprod} if isinstance(schedule, Discrete) else {}
 
 
@@ -29,13 +29,13 @@ def stored_schedule(
     tensors: Mapping[str, Tensor],
     given: Schedule | None = None,
 ) -> Schedule:
-    """The schedule of a file: the one that it holds, or the given one if it is the same.
+    """The schedule of a file, or the given schedule if both are equal.
 
     Raises
     ------
-    InputError : what is given is no schedule.
-    FileFormatError : the file does not hold its schedule, and none is given.
-    MismatchError : the file was made for another one.
+    InputError : `given` is no schedule.
+    FileFormatError : the file does not hold its schedule, and no schedule is given.
+    MismatchError : the file was made for another schedule.
     """
     if given is not None and not isinstance(given, Schedule):
         raise InputError(f"schedule must be a Schedule such as iia_ode.EDM(), got {type(given).__name__}.")
@@ -50,7 +50,7 @@ def stored_schedule(
 
 
 def brief(config: Mapping[str, Any]) -> str:
-    """``VP (beta_0=0.1, beta_1=20.0)``, whatever the order of the keys, and without the numbers of long lists."""
+    """A configuration as ``VP (beta_0=0.1, beta_1=20.0)``: keys sorted, lists abbreviated."""
     key = "type" if "type" in config else "name"
     rest = ", ".join(f"{k}={'[...]' if isinstance(v, list) else v}" for k, v in sorted(config.items()) if k != key)
     return f"{config[key]} ({rest})" if rest else str(config[key])

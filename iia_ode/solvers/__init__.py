@@ -1,6 +1,16 @@
-"""The registry and one short file per family of solvers."""
+"""Solvers by family, their registry, and the parts of exponential methods for writers of solvers."""
 
-from .base import Solver, SolverLike, as_solver, get_solver, is_registered, register, same_solver, solver_names
+from .base import (
+    Solver,
+    SolverLike,
+    as_solver,
+    get_solver,
+    is_registered,
+    register,
+    same_solver,
+    solver_names,
+    unknown_solver,
+)
 from .blocks import BlockDPMSolver
 from .dpm_solver_v3 import DPMSolverV3
 from .exponential import DDIM, SinglestepDPMSolver
@@ -22,6 +32,17 @@ from .runge_kutta import (
     RungeKutta,
     ThreeEighths,
 )
+from .transfer import (
+    ExponentialStep,
+    ddim_step,
+    exponential_moments,
+    is_singular,
+    lagrange_weights,
+    log_snr_fractions,
+    noise_step,
+    noise_weights,
+    phi_functions,
+)
 from .unipc import UniPC
 
 __all__ = [
@@ -39,6 +60,7 @@ __all__ = [
     "DenoiseToZero",
     "Euler",
     "ExponentialAdams",
+    "ExponentialStep",
     "Heun",
     "Heun3",
     "Lookahead",
@@ -59,9 +81,18 @@ __all__ = [
     "ThreeEighths",
     "UniPC",
     "as_solver",
+    "ddim_step",
+    "exponential_moments",
     "get_solver",
     "is_registered",
+    "is_singular",
+    "lagrange_weights",
+    "log_snr_fractions",
+    "noise_step",
+    "noise_weights",
+    "phi_functions",
     "register",
     "same_solver",
     "solver_names",
+    "unknown_solver",
 ]

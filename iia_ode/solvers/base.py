@@ -32,19 +32,19 @@ __all__ = [
 
 
 class Solver(ABC):
-    """A fixed-grid solver: its mathematics, and nothing else.
+    """A fixed-grid solver: the mathematics of one step.
 
-    A subclass gives the attribute ``order`` and the method :meth:`step`. It has no loop, no history on ``self`` and no
-    device code; options are fields of a frozen dataclass. `step` runs on symbolic vectors to make a plan, and would run
-    on tensors as it stands.
+    A subclass has the attribute ``order`` and the method :meth:`step`. A subclass has no loop, no history on ``self`` and no
+    device code; its options are fields of a frozen dataclass. `step` runs on symbolic vectors to make a plan, and also runs on
+    tensors.
     """
 
     order: int
-    """Global order on smooth problems, its start-up steps aside; what the conformance tests measure. A class attribute, or
-    a property where options decide."""
+    """Global order on smooth problems without start-up steps, as the conformance tests measure it. A class attribute, or a
+    property where the order depends on options."""
 
     consistent: ClassVar[bool] = True
-    """Whether a plan is checked for consistency; set False where a method is so only in variables of its own."""
+    """Whether a plan is checked for consistency; False for a method with consistency in other variables only."""
 
     aliases: ClassVar[tuple[str, ...]] = ()
     name: str = ""
@@ -55,7 +55,7 @@ class Solver(ABC):
             cls.name = cls.__name__
 
     def __eq__(self, other: object) -> bool:
-        """Solvers of one class without attributes of their own are one; a dataclass compares its options."""
+        """Solvers of one class without instance attributes are equal; a dataclass compares its options."""
         return self is other or (type(self) is type(other) and not vars(self) and not vars(other))
 
     def __hash__(self) -> int:
@@ -63,7 +63,7 @@ class Solver(ABC):
 
     @property
     def label(self) -> str:
-        """The registered name of this solver with these options, else the class's name with the options that differ."""
+        """The registered name of the solver with its options, else its class's name with the options off their defaults."""
         cls, given = type(self), self.options()
         for key, entry in _REGISTRY.items():
             if entry.kind is cls and entry.all_options() == given:
@@ -78,34 +78,34 @@ class Solver(ABC):
         Parameters
         ----------
         ode : evaluates the model: ``ode.velocity(x, t)``, ``.data``, ``.noise``, ``.score``, ``.v``, or
-            ``ode.evaluate(x, t)`` to read one evaluation in several forms; ``ode.schedule`` has alpha, sigma and lam;
-            ``ode.is_data(s)`` says whether sigma = 0 at s, where the model must not be evaluated; ``ode.hold(y)`` stores a
+            ``ode.evaluate(x, t)`` to read one evaluation in several forms. ``ode.schedule`` has alpha, sigma and lam;
+            ``ode.is_data(s)`` is True if sigma = 0 at s, where the model must not be evaluated; ``ode.hold(y)`` stores a
             combination as one vector.
-        x : the state; supports ``+``, ``-`` and multiplication by a number.
+        x : the state at t; supports ``+``, ``-`` and multiplication by a number.
         t, s : the interval.
-        past : what the previous step remembered, and this step's place in the grid.
+        past : the memory of the previous step, and the position of the step in the grid.
 
         Returns
         -------
-        The new state, or a pair (state, memory): memory is a tuple that the next step finds as ``past.memory``.
+        The state at s, or a pair (state, memory) with a tuple `memory`, which the next step reads as ``past.memory``.
         """
 
     def plan(self, schedule: Schedule, grid: Tensor) -> Plan:
-        """This solver on a schedule and a grid; see :func:`iia_ode.plan.trace`."""
+        """The plan of the solver on a schedule and a grid, float64 [N + 1]; see :func:`iia_ode.plan.trace`."""
         return trace(self, schedule, grid)
 
     def grid_for(self, nfe: int, make_grid: Callable[[int], Tensor], schedule: Schedule) -> Tensor:
-        """The grid on which this solver makes exactly `nfe` evaluations.
+        """The grid with exactly `nfe` evaluations of the solver.
 
         Parameters
         ----------
-        nfe : evaluations wanted.
-        make_grid : from a number of levels to a grid, such as ``grids.karras``.
-        schedule : on which to count.
+        nfe : number of evaluations.
+        make_grid : maps a number of levels to a grid, such as ``grids.karras``.
+        schedule : noise schedule of the count.
 
         Raises
         ------
-        GridError : no number of levels gives that count; names the nearest counts that exist.
+        GridError : no number of levels has this count; the message names the nearest counts.
         """
         nfe = check_whole("nfe, the number of evaluations,", nfe, least=1, such_as=10, error=GridError)
 
@@ -113,8 +113,8 @@ class Solver(ABC):
             grid = make_grid(n)
             return trace(self, schedule, grid, consistent=False).nfe if len(grid) > 1 else 0
 
-        # Every level costs at least an evaluation, but for one at either end (a grid that stops above the data, a first step
-        # without one), so the first count that is large enough is found by bisection.
+        # Every level costs at least one evaluation, except one level at either end (a grid that stops above the data, a first
+        # step without an evaluation), so bisection finds the first count that is large enough.
         low, high = 0, nfe + 2
         while high - low > 1:
             middle = (low + high) // 2
@@ -125,20 +125,20 @@ class Solver(ABC):
         raise GridError(f"{self.label} cannot make exactly {nfe} evaluations on this family of grids; near it: {near}.")
 
     def options(self) -> dict[str, Any]:
-        """The options of this instance, JSON-ready: ``get_solver(solver.name, **solver.options())`` is the same solver."""
+        """The options of the instance, JSON-ready; ``get_solver(solver.name, **solver.options())`` is an equal solver."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)} if is_dataclass(self) else {}
 
 
 SolverLike: TypeAlias = str | Solver | Mapping[str, Any]
-"""A registered name, a solver, or the ``{"name": ..., "options": ...}`` that :meth:`Solver.options` writes for one."""
+"""A registered name, a solver, or a mapping ``{"name": ..., "options": ...}``, as :meth:`Solver.options` nests solvers."""
 
 
 def as_solver(value: SolverLike) -> Solver:
-    """The solver that `value` stands for.
+    """The solver of a name, an instance or a mapping.
 
     Raises
     ------
-    InputError : it stands for none.
+    InputError : `value` is none of the three.
     UnknownNameError : no such solver or option.
     """
     if isinstance(value, Solver):
@@ -153,7 +153,7 @@ def as_solver(value: SolverLike) -> Solver:
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON would give it back."""
+    """An option as it comes back from JSON."""
     if isinstance(value, Solver):
         return {"name": value.name, "options": value.options()}
     if isinstance(value, Real) and not isinstance(value, bool | int | float):  # NumPy's
@@ -179,21 +179,21 @@ S = TypeVar("S", bound=type[Solver])
 
 
 def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[S], S]:
-    """Class decorator: make a :class:`Solver` available by name everywhere that takes a solver.
+    """Class decorator: make a :class:`Solver` available by name in every function with a solver as argument.
 
-    Running the same definition again (a notebook cell) replaces it; taking a name that another class has is an error.
+    The same definition, run again (a notebook cell), replaces the first; the name of another class is an error.
 
     Parameters
     ----------
     name : of the class with its default options.
-    aliases : further names of the same.
-    variants : names of other choices of options, such as ``{"lms2": {"max_order": 2}}``.
+    aliases : further names for the default options.
+    variants : names for other options, such as ``{"lms2": {"max_order": 2}}``.
 
     Raises
     ------
-    PlanError : not a Solver subclass, or without an ``order``.
+    PlanError : the class is no Solver, or has no ``order``.
     InputError : a name is taken by another class.
-    UnknownNameError : a variant sets an option that the class does not have.
+    UnknownNameError : a variant sets an unknown option.
     """
 
     def decorate(cls: S) -> S:
@@ -230,12 +230,17 @@ def _check_options(name: str, cls: type[Solver], options: Mapping[str, Any]) -> 
 
 
 def get_solver(name: str, **options: Any) -> Solver:
-    """A new instance of the registered solver of that name.
+    """A new instance of a registered solver.
+
+    Parameters
+    ----------
+    name : a registered name, an alias or a variant.
+    options : fields of the solver's class; they replace the options of a variant.
 
     Raises
     ------
-    UnknownNameError : no such solver, or no such option; lists what there is.
-    InputError : an option has a value that it cannot have.
+    UnknownNameError : no such solver or option; the message lists the known names, nearest first.
+    InputError : an option has an invalid value.
     """
     if not is_registered(name):
         raise unknown_solver(name)
@@ -245,7 +250,7 @@ def get_solver(name: str, **options: Any) -> Solver:
 
 
 def is_registered(name: object) -> bool:
-    """Whether a solver has this name, as an alias or variant too."""
+    """Whether `name` is a registered name, an alias or a variant."""
     return isinstance(name, str) and name in _REGISTRY
 
 
@@ -254,8 +259,8 @@ def solver_names(torchdiffeq: bool = False) -> list[str]:
 
     Parameters
     ----------
-    torchdiffeq : list the methods of the installed torchdiffeq instead, which :func:`iia_ode.sample` and
-        :func:`iia_ode.odeint` take by name.
+    torchdiffeq : list the methods of the installed torchdiffeq instead, names for :func:`iia_ode.sample` and
+        :func:`iia_ode.odeint`.
     """
     if torchdiffeq:
         return _torchdiffeq.method_names()
@@ -263,12 +268,12 @@ def solver_names(torchdiffeq: bool = False) -> list[str]:
 
 
 def unknown_solver(name: object, also: Iterable[str] = ()) -> UnknownNameError:
-    """The error for the name of no registered solver; explains names of torchdiffeq's methods and of stochastic samplers.
+    """The error for an unregistered name, with an explanation for methods of torchdiffeq and for stochastic samplers.
 
     Parameters
     ----------
     name : the unknown name.
-    also : names that are valid beside the registered ones.
+    also : further valid names.
     """
     return unknown_name("solver", name, [*_REGISTRY, *also], _hint(str(name)))
 
@@ -307,7 +312,7 @@ _NEAREST |= {"kdpm2": "dpm2"}
 
 
 def same_solver(name: str) -> list[str]:
-    """All names of the solver of that name, the one that it is listed under first.
+    """All names of a registered solver, its name in :func:`solver_names` first.
 
     Raises
     ------

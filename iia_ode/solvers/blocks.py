@@ -9,7 +9,7 @@ from ..checks import check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, data_step, fractions, singular
+from .transfer import ExponentialStep, ddim_step, is_singular, log_snr_fractions
 
 __all__ = ["BlockDPMSolver"]
 
@@ -71,10 +71,10 @@ class BlockDPMSolver(Solver):
         schedule = ode.schedule
         now = Output(t, ode.data(x, t))
         block = past.memory if past.memory and position > 1 else None
-        if block is None or singular(schedule, t, s) or schedule.alpha(block.first.t) == 0:
-            return data_step(schedule, x, now.value, t, s), _Block(x, now)
-        first, interval = block.first, Interval.of(schedule, "data", block.first.t, s)
-        (u,) = fractions(schedule, first.t, s, [t])
+        if block is None or is_singular(schedule, t, s) or schedule.alpha(block.first.t) == 0:
+            return ddim_step(schedule, x, now.value, t, s), _Block(x, now)
+        first, interval = block.first, ExponentialStep.of(schedule, "data", block.first.t, s)
+        (u,) = log_snr_fractions(schedule, first.t, s, [t])
         w = interval.moments(2)
         slope = (w[0] / 2 if position == 2 else w[1]) / u
         y = interval.keep * block.x + w[0] * first.value + slope * (now.value - first.value)

@@ -14,10 +14,10 @@ from ..checks import check_flag, check_whole
 from ..errors import InputError
 from ..plan import Past
 from ..schedules import Schedule
-from ..statistics import Array, ModelStatistics, StepIntegrals
+from ..statistics import Array, StatisticsTables, StepIntegrals
 from .base import Solver, register
 from .multistep import Output
-from .transfer import data_step, singular
+from .transfer import ddim_step, is_singular
 
 __all__ = ["DPMSolverV3"]
 
@@ -56,7 +56,7 @@ class DPMSolverV3(Solver):
         k + 1 nearest outputs alone. With three outputs or more the order is 2. Meant for very few steps.
     """
 
-    statistics: ModelStatistics | None = None
+    statistics: StatisticsTables | None = None
     max_order: int = 3
     corrector: bool = True
     drop_oldest: bool = False
@@ -67,11 +67,10 @@ class DPMSolverV3(Solver):
         check_whole("max_order of dpm_solver_v3", self.max_order, least=1, most=3)
         for name in ("corrector", "drop_oldest", "p_pseudo", "c_pseudo"):
             check_flag(f"{name} of dpm_solver_v3", getattr(self, name))
-        if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):
+        if self.statistics is not None and not isinstance(self.statistics, StatisticsTables):
             raise InputError(
                 f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a "
-                "solver hold a digest of its statistics only: load them, iia_ode.ModelStatistics.load(path), and pass the "
-                "object."
+                "solver only name its statistics: load them, iia_ode.load(path), and pass the object."
             )
 
     @property
@@ -97,10 +96,10 @@ class DPMSolverV3(Solver):
         schedule, statistics = ode.schedule, self.statistics or _data_prediction()
         statistics.check(schedule)
         if not past.memory and schedule.alpha(t) == 0:
-            return data_step(schedule, x, ode.data(x, t), t, s), ()
+            return ddim_step(schedule, x, ode.data(x, t), t, s), ()
         history = past.memory[: self.max_order] or (self._output(ode, x, t),)
-        if singular(schedule, t, s):
-            return data_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()
+        if is_singular(schedule, t, s):
+            return ddim_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()
         corrected = len(history) + 1 - self.drop_oldest if self.corrector and past.remaining else 0
         update = _Update.over(statistics, schedule, t, s, [*(o.t for o in history), s], max(len(history), corrected))
         y = update(x, history, self.p_pseudo)
@@ -129,7 +128,7 @@ class _Update:
 
     @classmethod
     def over(
-        cls, statistics: ModelStatistics, schedule: Schedule, t: float, s: float, times: Sequence[float], n: int
+        cls, statistics: StatisticsTables, schedule: Schedule, t: float, s: float, times: Sequence[float], n: int
     ) -> _Update:
         """The update from t to s, with outputs at any of `times`, at most n in one combination."""
         lam = [schedule.lam(time) for time in times]
@@ -174,7 +173,7 @@ def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:
     return np.asarray(np.stack(divided).T @ basis)
 
 
-def _linear(statistics: ModelStatistics, schedule: Schedule, x: Any, t: float) -> Any:
+def _linear(statistics: StatisticsTables, schedule: Schedule, x: Any, t: float) -> Any:
     """(1 - l) x / alpha = f + D: computing f from the data estimate D is accurate at every noise level."""
     l = statistics.curves[0](schedule.lam(t))  # noqa: E741
     return _weight((1.0 - l) / schedule.alpha(t)) * x
@@ -185,5 +184,5 @@ def _weight(value: Array) -> Any:
 
 
 @cache
-def _data_prediction() -> ModelStatistics:
-    return ModelStatistics.constant(1.0, 0.0, 0.0)
+def _data_prediction() -> StatisticsTables:
+    return StatisticsTables.constant(1.0, 0.0, 0.0)

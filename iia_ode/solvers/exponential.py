@@ -9,7 +9,7 @@ from ..checks import check_choice, check_number, check_whole
 from ..errors import InputError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import Interval, data_step, fractions, noise_step, singular
+from .transfer import ExponentialStep, ddim_step, is_singular, log_snr_fractions, noise_step
 
 __all__ = ["DDIM", "SinglestepDPMSolver"]
 
@@ -27,7 +27,7 @@ class DDIM(Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """DDIM's transfer from t to s."""
-        return data_step(ode.schedule, x, ode.data(x, t), t, s)
+        return ddim_step(ode.schedule, x, ode.data(x, t), t, s)
 
 
 @register(
@@ -92,24 +92,24 @@ class SinglestepDPMSolver(Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """One exponential Runge-Kutta step from t to s."""
         schedule = ode.schedule
-        if self.max_order == 1 or singular(schedule, t, s):
-            return data_step(schedule, x, ode.data(x, t), t, s)
+        if self.max_order == 1 or is_singular(schedule, t, s):
+            return ddim_step(schedule, x, ode.data(x, t), t, s)
         if self.spacing == "time":
             times = [t + r * (s - t) for r in self._fractions]
-            stages = fractions(schedule, t, s, times)
+            stages = log_snr_fractions(schedule, t, s, times)
         else:
             start, end = schedule.lam(t), schedule.lam(s)
             stages = self._fractions
             times = [schedule.t_of_lam(start + r * (end - start)) for r in stages]
         m = [ode.as_form(x, t, self.form)]
-        first = data_step if self.form == "data" else noise_step
+        first = ddim_step if self.form == "data" else noise_step
         m.append(ode.as_form(first(schedule, x, m[0], t, times[0]), times[0], self.form))
-        whole, r1 = Interval.of(schedule, self.form, t, s), stages[0]
+        whole, r1 = ExponentialStep.of(schedule, self.form, t, s), stages[0]
         w = whole.moments(2)
         if self.max_order == 2:
             slope = (w[1] if self.solver_type == "taylor" else w[0] / 2) / r1
             return whole.keep * x + w[0] * m[0] + slope * (m[1] - m[0])
-        r2, part = stages[1], Interval.of(schedule, self.form, t, times[1])
+        r2, part = stages[1], ExponentialStep.of(schedule, self.form, t, times[1])
         v = part.moments(2)
         inner = part.keep * x + v[0] * m[0] + v[1] * r2 / r1 * (m[1] - m[0])
         m.append(ode.as_form(inner, times[1], self.form))

@@ -15,7 +15,7 @@ from ..checks import check_choice, check_whole
 from ..plan import Past
 from ..schedules import Schedule
 from .base import Solver, register
-from .transfer import Interval, data_step, fractions, lagrange_integrals, noise_weights_in_time, singular
+from .transfer import ExponentialStep, ddim_step, is_singular, lagrange_weights, log_snr_fractions, noise_weights
 
 __all__ = ["LMS", "AdamsBashforth", "DEISTime", "DPMSolverMultistep", "ExponentialAdams", "Multistep"]
 
@@ -49,13 +49,13 @@ class Multistep(Solver):
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
         """Whether the step from t to s must be DDIM's."""
-        return singular(schedule, t, s)
+        return is_singular(schedule, t, s)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The combination, and the outputs for the next step."""
         if self.first_order(ode.schedule, t, s):
             # The memory is cleared: no polynomial passes through an output at infinite log-SNR.
-            return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
+            return ddim_step(ode.schedule, x, ode.data(x, t), t, s), ()
         now = Output(t, ode.as_form(x, t, self.form))
         history = (now, *past.memory)[: self.max_order]
         keep, weights = self.coefficients(ode.schedule, [output.t for output in history], s)
@@ -93,8 +93,8 @@ class ExponentialAdams(Multistep):
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The integrals of the Lagrange polynomials in log-SNR."""
-        interval = Interval.of(schedule, self.form, times[0], s)
-        return interval.keep, interval.weights(fractions(schedule, times[0], s, times))
+        interval = ExponentialStep.of(schedule, self.form, times[0], s)
+        return interval.keep, interval.weights(log_snr_fractions(schedule, times[0], s, times))
 
 
 class _OverRho(Multistep):
@@ -140,7 +140,7 @@ class LMS(_OverRho):
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
         """Integrals of the Lagrange polynomials in rho."""
         nodes = [schedule.noise_to_signal(u) for u in times]
-        return lagrange_integrals(nodes, nodes[0], schedule.noise_to_signal(s))
+        return lagrange_weights(nodes, nodes[0], schedule.noise_to_signal(s))
 
 
 @register("deis_tab3", variants={f"deis_tab{k}": {"max_order": k} for k in (1, 2)})
@@ -163,7 +163,7 @@ class DEISTime(_OverRho):
 
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
         """Integrals over rho of the Lagrange polynomials in time."""
-        return noise_weights_in_time(schedule, times, times[0], s)
+        return noise_weights(schedule, times, times[0], s)
 
 
 @register("ab4", variants={f"ab{k}": {"max_order": k} for k in (2, 3)})
@@ -191,7 +191,7 @@ class AdamsBashforth(Multistep):
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The integrals of the Lagrange polynomials in t."""
-        return 1.0, lagrange_integrals(times, times[0], s)
+        return 1.0, lagrange_weights(times, times[0], s)
 
 
 @register(
@@ -238,7 +238,10 @@ class DPMSolverMultistep(Multistep):
 
     def coefficients(self, schedule: Schedule, times: Sequence[float], s: float) -> tuple[float, list[float]]:
         """The published weights."""
-        interval, u = Interval.of(schedule, self.form, times[0], s), fractions(schedule, times[0], s, times)
+        interval, u = (
+            ExponentialStep.of(schedule, self.form, times[0], s),
+            log_snr_fractions(schedule, times[0], s, times),
+        )
         w = interval.moments(3)
         if len(u) == 1:
             return interval.keep, [w[0]]

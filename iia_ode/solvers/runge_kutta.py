@@ -1,7 +1,7 @@
 """Explicit Runge-Kutta methods [Hairer, Norsett, Wanner 1993, section II.1].
 
-In t on the velocity dx/dt; and in rho = sigma/alpha on the noise estimate, d(x/alpha) = eps d(rho), which is DEIS's rho-RK
-[Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t the two are the same.
+The methods run in t on the velocity dx/dt, or in rho = sigma/alpha on the noise estimate, d(x/alpha) = eps d(rho): the rho-RK
+of DEIS [Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t both are the same method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..checks import check_number, check_whole
 from ..errors import PlanError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import data_step, noise_step, singular
+from .transfer import ddim_step, is_singular, noise_step
 
 __all__ = [
     "DPM2",
@@ -51,7 +51,7 @@ class RungeKutta(Solver):
         zero on and above its diagonal.
     b : weights of the stages.
     c : nodes of the stages, the sums of the rows of `a`; these sums by default.
-    order : of the method, as it is claimed; :func:`iia_ode.testing.verify` measures it.
+    order : claimed order of the method; :func:`iia_ode.testing.verify` measures it.
     name : of the method in plans and tables.
 
     Raises
@@ -167,7 +167,7 @@ class Midpoint(RungeKutta):
 class Ralston(RungeKutta):
     """Ralston's method: order 2 with the smallest bound on its error, two evaluations a step [Ralston 1962].
 
-    Its second evaluation stands at two thirds of the step, also of a step to sigma = 0.
+    The second evaluation stands at two thirds of the step, also on the step to sigma = 0.
     """
 
     order = 2
@@ -197,7 +197,7 @@ class Heun3(RungeKutta):
 class RK4(RungeKutta):
     """The classic fourth-order method: order 4, four evaluations a step, Euler to sigma = 0.
 
-    torchdiffeq's fixed-grid ``rk4`` is the 3/8 rule, another method of order 4: it is here as ``torchdiffeq:rk4``.
+    torchdiffeq's fixed-grid ``rk4`` is the 3/8 rule, another method of order 4, with the name ``torchdiffeq:rk4`` here.
     """
 
     order = 4
@@ -208,7 +208,7 @@ class RK4(RungeKutta):
 class ThreeEighths(RungeKutta):
     """Kutta's 3/8 rule: order 4, four evaluations a step, Euler to sigma = 0 [Kutta 1901].
 
-    It is what torchdiffeq's fixed-grid ``rk4`` computes.
+    torchdiffeq's fixed-grid ``rk4`` computes this rule.
     """
 
     order = 4
@@ -226,7 +226,7 @@ class RhoRungeKutta(RungeKutta):
         """x/alpha + (rho_s - rho_t) sum_i b_i eps_i, times alpha_s."""
         schedule = ode.schedule
         if schedule.alpha(t) == 0 or schedule.alpha(s) == 0 or (ode.is_data(s) and 1.0 in self.c):
-            return data_step(schedule, x, ode.data(x, t), t, s)
+            return ddim_step(schedule, x, ode.data(x, t), t, s)
         start, end, scale = schedule.noise_to_signal(t), schedule.noise_to_signal(s), schedule.alpha(t)
         h = end - start
         k = [ode.noise(x, t)]
@@ -275,7 +275,7 @@ class DPM2(Solver):
 
     Parameters
     ----------
-    r : where in log-SNR the second evaluation stands, between 0 and 1.
+    r : position of the second evaluation in log-SNR, between 0 and 1.
     """
 
     order = 2
@@ -287,8 +287,8 @@ class DPM2(Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer from t to s with the weighted noise estimate."""
         schedule = ode.schedule
-        if singular(schedule, t, s):
-            return data_step(schedule, x, ode.data(x, t), t, s)
+        if is_singular(schedule, t, s):
+            return ddim_step(schedule, x, ode.data(x, t), t, s)
         m = schedule.t_of_lam((1 - self.r) * schedule.lam(t) + self.r * schedule.lam(s))
         first = ode.noise(x, t)
         second = ode.noise(noise_step(schedule, x, first, t, m), m)

@@ -13,7 +13,7 @@ from ..checks import check_choice, check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import Interval, data_step, fractions, noise_step, singular
+from .transfer import ExponentialStep, ddim_step, is_singular, log_snr_fractions, noise_step
 
 __all__ = ["UniPC"]
 
@@ -71,14 +71,14 @@ class UniPC(Solver):
         memory = past.memory
         if not memory:
             if schedule.alpha(t) == 0:
-                return data_step(schedule, x, ode.data(x, t), t, s), ()
+                return ddim_step(schedule, x, ode.data(x, t), t, s), ()
             memory = (Output(t, ode.as_form(x, t, self.form)),)
         history = memory[: self.max_order]
-        if singular(schedule, t, s):
-            first = data_step if self.form == "data" else noise_step
+        if is_singular(schedule, t, s):
+            first = ddim_step if self.form == "data" else noise_step
             return first(schedule, x, history[0].value, t, s), ()
-        interval = Interval.of(schedule, self.form, t, s)
-        u = fractions(schedule, t, s, [output.t for output in history])
+        interval = ExponentialStep.of(schedule, self.form, t, s)
+        u = log_snr_fractions(schedule, t, s, [output.t for output in history])
         y = self._combine(interval, x, u, [output.value for output in history])
         if past.remaining == 0:
             return y, ()
@@ -87,7 +87,7 @@ class UniPC(Solver):
             y = self._combine(interval, x, [*u, 1.0], [*(output.value for output in history), new.value])
         return y, (new, *history)
 
-    def _combine(self, interval: Interval, x: Any, u: Sequence[float], m: Sequence[Any]) -> Any:
+    def _combine(self, interval: ExponentialStep, x: Any, u: Sequence[float], m: Sequence[Any]) -> Any:
         """keep x plus the integral, with the B(h) weights of the differences to m_0."""
         w = interval.moments(len(u))
         if len(u) == 2:

@@ -26,7 +26,7 @@ from ..errors import ConformanceError, UnknownNameError
 from ..grids import karras, uniform
 from ..iia import IIA
 from ..iia.directions import StepRecord, Term
-from ..iia.fitted import load
+from ..iia.fitted import read_fit
 from ..integrate import odeint, sample
 from ..plan import trace
 from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
@@ -350,7 +350,7 @@ def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
     x = draw(mixture(), 4, VP(), float(grid[0]))
     fit = IIA(solver, terms=_no_terms).fit(ode, x, grid)
     with tempfile.TemporaryDirectory() as folder:
-        loaded = load(fit.save(Path(folder) / "fit.safetensors"))
+        loaded = read_fit(fit.save(Path(folder) / "fit.safetensors"))
     expected = sample(ode, x, grid, solver)
     gap = rms(sample(ode, x, solver=fit) - expected) / rms(expected)
     _require(gap <= 1e-12, solver, f"an IIA fit without terms differs from its base by {gap:.2g}")

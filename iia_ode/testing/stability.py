@@ -10,7 +10,7 @@ from torch import Tensor
 from ..forms import conversion
 from ..grids import uniform
 from ..plan import Combine, trace
-from ..plan.plan import Instruction, run_code
+from ..plan.instructions import Instruction, run_code
 from ..schedules import EDM
 from ..solvers import SolverLike, as_solver
 

@@ -8,7 +8,7 @@ import torch
 
 from ..forms import conversion
 from ..plan import Combine, Plan
-from ..plan.plan import Instruction, run_code
+from ..plan.instructions import Instruction, run_code
 from .cases import Model
 
 __all__ = ["known_states"]

@@ -1,0 +1,317 @@
+"""Runs: a plan that waits at each evaluation of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import write_tensors
+from ..forms import check_prediction, conversion, converted
+from .checks import check_state, check_weights
+from .instructions import Combine, Evaluate, Program, release, run_sums
+from .maps import PerCondition
+from .storing import pack
+from .vectors import Sum
+
+__all__ = ["KIND", "OWN", "Prepared", "Run", "Runnable", "prepare", "start"]
+
+KIND = "run"
+"""The kind of a run's file."""
+
+OWN = "run."
+"""Beginning of the names of a run's own tensors in its file."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The part of a run shared by all runs of a plan with equal prediction type, sample shape, dtype and device.
+
+    Attributes
+    ----------
+    factors : (p, q) from the model's output to the stored form, by the index of the evaluation's vector.
+    sums : the sums by the index of their vector, with tensor weights in place.
+    """
+
+    factors: Mapping[int, tuple[float, float]]
+    sums: Mapping[int, Sum]
+
+
+class Runnable(Program, Protocol):
+    """The part of a :class:`~iia_ode.Plan` read by a run."""
+
+    @property
+    def nfe(self) -> int:
+        """Model evaluations of one run."""
+
+    @property
+    def last_use(self) -> tuple[int, ...]:
+        """For each vector, the last instruction to read the vector."""
+
+    @property
+    def same(self) -> tuple[int, ...]:
+        """For each vector, the original of the copy; the vector itself where it is no copy."""
+
+    def prepared(self, prediction: str, like: Tensor) -> Prepared:
+        """Factors and weights for states like `like`."""
+
+
+def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
+    """Check a plan against the samples of `like` [B, ...] and put its weights in place.
+
+    Raises
+    ------
+    UnknownNameError : no such prediction type.
+    InputError : a weight does not fit the samples.
+    ScheduleError : the prediction does not determine a stored form at the time of its evaluation.
+    """
+    check_prediction(prediction)
+    check_weights(plan, tuple(like.shape[1:]))
+    code = dict(enumerate(plan.code, start=1))
+    with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
+        sums = {k: ins.ready(like) for k, ins in code.items() if isinstance(ins, Combine)}
+    factors = {
+        k: conversion(plan.schedule, ins.t, prediction, ins.form)
+        for k, ins in code.items()
+        if isinstance(ins, Evaluate)
+    }
+    return Prepared(factors, sums)
+
+
+@dataclass(eq=False)
+class Run:
+    """A run of a plan, waiting at each evaluation of the model; made by ``plan.start(x, prediction)``.
+
+    The caller evaluates the model::
+
+        run = plan.start(x, "noise")
+        while not run.done:
+            run.give(model(run.state, run.t))
+        x_0 = run.state
+
+    A run is plain data. ``copy.copy`` gives an independent run that shares the tensors. ``copy.deepcopy`` copies the tensors
+    and shares the plan. A pickle holds everything, and :meth:`save` writes a file. A vector is dropped after its last
+    use. No method but :meth:`save` reads a value from the device. A run never writes to the caller's
+    tensors or to returned tensors, and neither may the caller.
+
+    Attributes
+    ----------
+    plan : the plan.
+    prediction : form of the model's outputs.
+    values : the vectors still in use, [B, ...] each, by index.
+    rows : constants of the batch, by the index of the vector, for constants per condition.
+    position : number of instructions run.
+    reached : pairs (k, state at grid point k) of the grid points reached by the last :meth:`give`, or by the start.
+    seen : index of the last evaluation's vector, its state and its stored output, for :attr:`data`.
+    keeps_seen : whether `seen` is kept, at the price of at most two vectors more.
+    """
+
+    plan: Runnable
+    prediction: str
+    values: dict[int, Tensor]
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    position: int = 0
+    reached: tuple[tuple[int, Tensor], ...] = ()
+    seen: tuple[int, Tensor, Tensor] | None = None
+    keeps_seen: bool = True
+
+    def __post_init__(self) -> None:
+        self._bind()
+
+    def _bind(self) -> None:
+        x = next(iter(self.values.values())).detach()
+        self._like = x.new_empty(()).expand(x.shape)  # one number in memory
+        ready = self.plan.prepared(self.prediction, x)
+        own = {k: replace(ready.sums[k], constant=row) for k, row in self.rows.items()}
+        self._factors, self._sums = ready.factors, {**ready.sums, **own} if own else ready.sums
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether every evaluation was made; the state is then the final one."""
+        return self.position == len(self.plan.code)
+
+    @property
+    def evaluation(self) -> int:
+        """Number of evaluations made: the index of the next evaluation in ``plan.evaluation_times`` and ``plan.starts``."""
+        return sum(isinstance(ins, Evaluate) for ins in self.plan.code[: self.position])
+
+    @property
+    def state(self) -> Tensor:
+        """The state of the next evaluation, [B, ...]; the final state when the run is done. Not to be written to."""
+        return self.values[self.position if self.done else self._next.state]
+
+    @property
+    def t(self) -> float:
+        """The time of the next evaluation; the last time of the grid when the run is done."""
+        return self.plan.grid[-1] if self.done else self._next.t
+
+    @property
+    def _next(self) -> Evaluate:
+        return self._evaluation(self.position + 1)
+
+    def _evaluation(self, k: int) -> Evaluate:
+        """The evaluation whose output is vector k."""
+        ins = self.plan.code[k - 1] if k <= len(self.plan.code) else None
+        if not isinstance(ins, Evaluate):
+            raise InputError(f"this run of {self.plan.name} waits for no evaluation: it is done, read run.state.")
+        return ins
+
+    def give(self, output: Tensor) -> None:
+        """Take the model's output at :attr:`state` and :attr:`t`, and run on to the next evaluation or to the end.
+
+        Parameters
+        ----------
+        output : [B, ...] in the form of `prediction`, guidance included; any floating dtype, on the device of the state.
+            The run keeps the tensor: the model must not write to the tensor later.
+
+        Raises
+        ------
+        InputError : the run is done, or the output has another shape or device, is not real, or shares memory with a vector
+            of the run.
+        """
+        ins = self._next
+        state, k = self.values[ins.state], self.position + 1
+        stored = converted(state, self._checked(output, state), self._factors[k])
+        self.values[k] = stored
+        self.position = k
+        self.seen = (k, state, stored) if self.keeps_seen else None
+        release(self.values, k, self.plan.code, self.plan.last_use)
+        self.proceed()
+
+    def proceed(self) -> None:
+        """Run the sums before the next evaluation."""
+        code, reached = self.plan.code, []
+        for k in run_sums(code, self.values, self.position, self._like, self.plan.last_use, self._sums):
+            ins = code[k - 1]
+            if isinstance(ins, Combine) and ins.step is not None:
+                reached.append((ins.step, self.values[k]))
+            self.position = k
+        if self.done:
+            self.values = {self.position: self.values[self.position]}
+        self.reached = tuple(reached)
+
+    def _checked(self, output: Tensor, state: Tensor) -> Tensor:
+        if not isinstance(output, Tensor) or output.shape != state.shape or not output.is_floating_point():
+            got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise InputError(
+                f"a run takes the model's output as one real tensor of the state's shape {list(state.shape)}, got {got}."
+            )
+        if output.device != state.device:
+            raise InputError(f"the state is on {state.device} and the model's output on {output.device}.")
+        if any(v.data_ptr() == output.data_ptr() != 0 for v in self.values.values()):
+            raise InputError(
+                "the model returned memory that it had returned before: let it return a copy, out.clone()."
+            )
+        return output.to(state.dtype)
+
+    def edit(self, x: Tensor) -> None:
+        """Replace the state of the next evaluation, for inpainting and other constraints.
+
+        Every later instruction on the state, or on a copy of the state, reads `x`. Vectors computed before, such as earlier
+        model outputs, stay as they are. Where ``plan.starts[run.evaluation]`` is k, the state is
+        the state at grid point k. Where it is None, the state is an intermediate stage, and the state at the next grid point
+        need not depend on it.
+
+        Parameters
+        ----------
+        x : [B, ...], shape, dtype and device of :attr:`state`.
+
+        Raises
+        ------
+        InputError : the run is done, or x does not fit.
+        """
+        state, same = self.values[self._next.state], self.plan.same
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (state.shape, state.dtype, state.device):
+            got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                f"an edited state must be {state.dtype} {list(state.shape)} on {state.device} as the state is, got {got}."
+            )
+        for j in self.values:
+            if same[j] == same[self._next.state]:
+                self.values[j] = x
+
+    @property
+    def data(self) -> Tensor:
+        """Estimate of x_0 by the last evaluation, [B, ...], in the dtype of the state; for previews.
+
+        Raises
+        ------
+        InputError : no evaluation was made yet.
+        """
+        if self.seen is None:
+            raise InputError(
+                f"this run of {self.plan.name} has made no evaluation yet: run.data is the estimate of the last."
+            )
+        k, state, stored = self.seen
+        ins = self._evaluation(k)
+        return converted(state, stored, conversion(self.plan.schedule, ins.t, ins.form, "data"))
+
+    # ---- copies and files ----------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> Run:
+        """A copy of the run on another device."""
+        return self._with(lambda v: v.to(device))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Run:
+        return replace(
+            self,
+            values={j: change(v) for j, v in self.values.items()},
+            rows={k: change(v) for k, v in self.rows.items()},
+            reached=tuple((k, change(v)) for k, v in self.reached),
+            seen=None if self.seen is None else (self.seen[0], change(self.seen[1]), change(self.seen[2])),
+        )
+
+    def __copy__(self) -> Run:
+        return self._with(lambda v: v)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        return self._with(torch.clone)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_like", "_factors", "_sums")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._bind()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a safetensors file with the plan, the position and the vectors, for :func:`read_run`.
+
+        A run read from the file and finished gives the same bits as an undisturbed run.
+        """
+        code, tensors = pack(self.plan)
+        tensors |= {f"{OWN}value.{j}": v for j, v in self.values.items()}
+        tensors |= {f"{OWN}row.{k}": v for k, v in self.rows.items()}
+        seen = None if self.seen is None else self.seen[0]
+        if self.seen is not None:
+            tensors |= {f"{OWN}state": self.seen[1], f"{OWN}output": self.seen[2]}
+        header = {"name": self.plan.name, "code": code, "schedule": self.plan.schedule.config()}
+        own = {"prediction": self.prediction, "position": self.position, "seen": seen}
+        return write_tensors(path, KIND, tensors, header | own)
+
+
+def start(
+    plan: Runnable,
+    x: Tensor,
+    prediction: str,
+    conditioning: Mapping[str, Any] | None = None,
+    keeps_seen: bool = True,
+) -> Run:
+    """The run of a plan from state x, at its first evaluation; see :meth:`iia_ode.Plan.start`."""
+    check_state(x)
+    rows = {
+        k: ins.constant.rows(conditioning or {}, x)
+        for k, ins in enumerate(plan.code, start=1)
+        if isinstance(ins, Combine) and isinstance(ins.constant, PerCondition)
+    }
+    run = Run(plan, prediction, {0: x}, rows, keeps_seen=keeps_seen)
+    run.proceed()
+    return run
