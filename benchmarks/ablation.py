@@ -38,12 +38,11 @@ from common import (
 from torch import Tensor
 
 import iia_ode as iia
+from iia_ode.autofit import BUDGETS, LeapGrid, leap_grids, search_grid
 from iia_ode.iia import IIA, Teacher
-from iia_ode.autofit.budget import BUDGETS
-from iia_ode.autofit.grids import LeapGrid, leap_grids
+from iia_ode.iia.batch import Batch as Samples
 from iia_ode.iia.refinement import refine
-from iia_ode.autofit import search_grid
-from iia_ode.warm_starts.warm_start import WarmStart
+from iia_ode.warm_starts import WarmStart
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits")
@@ -168,7 +167,7 @@ def closed_form(
         intercept=recipe.intercept,
     )  # fmt: skip
     own = teacher if recipe.target == "trajectory" else None
-    return method.fit(ode, grid, x, teacher=own, chunk_size=chunk).plan
+    return method.fit(ode, x, grid, teacher=own, chunk_size=chunk).plan
 
 
 def warm_start(bench: Bench, t_1: float) -> WarmStart:
@@ -186,7 +185,7 @@ def warmed(
 ) -> tuple[Plan, Tensor]:
     """The plan of what follows a warm start, and the states that it starts from; its targets are the true trajectories."""
     x_1 = warm.apply(x, ode)
-    later = replace(teacher, initial=x_1.cpu(), about=teacher.about | {"t_start": warm.t_1})
+    later = teacher.restarted(warm.t_1, x_1)
     return closed_form(recipe, ode, grid, x_1, later, chunk), x_1
 
 
@@ -218,16 +217,16 @@ def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
             alive = sorted((karras_error(bench, recipe, grid, count), grid) for _, grid in alive)[:keep]
         return {"grid": list(alive[0][1])}
 
-    def make(ode: iia.ProbabilityFlowODE, grid: Tensor, x: Tensor, teacher: Teacher) -> Plan:
+    def make(some: Samples, grid: Tensor) -> Plan:
         if kind == "leap":
-            return closed_form(recipe, ode, grid, x, teacher, chunk)
+            return closed_form(recipe, some.ode, grid, some.x, some.taught, chunk)
         warm = warm_start(bench, float(grid[1]))
-        return warm.then(warmed(recipe, warm, ode, grid[1:], x, teacher, chunk)[0])
+        return warm.then(warmed(recipe, warm, some.ode, grid[1:], some.x, some.taught, chunk)[0])
 
     part, chunk = slice(0, samples), bench.effort["chunk"]
     scale = float(bench.teacher.final.double().square().mean().sqrt())
     found = search_grid(
-        make, own.ode.subset(part, len(own.x)), own.x[part], bench.teacher.subset(part), bench.nfe + (kind == "warm"),
+        make, Samples(own.ode, own.x, bench.teacher, CHUNK)[part], bench.nfe + (kind == "warm"),
         leap_grids(setting.sigma_max, scale), rounds=BUDGETS["closed-form"].rounds, descent=1,
     )  # fmt: skip
     return {"grid": [found.best.sigma_1, found.best.sigma_min, found.best.rho]}

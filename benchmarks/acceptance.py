@@ -41,12 +41,12 @@ from common import (
     table,
     write_page,
 )
+from torch import Tensor
 
 import iia_ode as iia
+from iia_ode.autofit import BUDGETS, FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
 from iia_ode.iia import IIA, PRESETS, Teacher
-from iia_ode.autofit.budget import BUDGETS
-from iia_ode.autofit.grids import FreeGrid, LeapGrid, leap_grids
-from iia_ode.autofit import search_grid, search_levels
+from iia_ode.iia.batch import Batch as Samples
 from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
@@ -113,20 +113,24 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: str) ->
     on_found = tried[0][0]
     simple = [s for s in dict.fromkeys([*(s for _, s, _ in tried), best]) if levels_for(s, name, nfe) == nfe]
     chosen = list(dict.fromkeys([*simple[:LEAPED], *([best] if best in simple else [])]))
-    teacher = trajectories(own)
+    samples = Samples(own.ode, own.x, trajectories(own), CHUNK)
     scale = float(own.final.double().square().mean().sqrt())
     for solver in chosen:
 
-        def unfitted(_ode: Any, grid: Any, _x: Any, _teacher: Any, solver: str = solver) -> Plan:
+        def unfitted(_samples: Samples, grid: Tensor, solver: str = solver) -> Plan:
             return plan_of(solver, setting, grid)
 
         budget = BUDGETS["closed-form"]
         with own.ode.counting() as counted:
             search = search_grid(
-                unfitted, own.ode, own.x, teacher, nfe, leap_grids(setting.sigma_max, scale),
-                rounds=budget.rounds, descent=budget.descent,
-            )  # fmt: skip
-            levels = search_levels(unfitted, own.ode, own.x, teacher, nfe, search.best, passes=1)
+                unfitted,
+                samples,
+                nfe,
+                leap_grids(setting.sigma_max, scale),
+                rounds=budget.rounds,
+                descent=budget.descent,
+            )
+            levels = search_levels(unfitted, samples, nfe, search.best, passes=1)
         spent += counted.samples
         tried.append((error_of(leap_plan(solver, name, nfe, levels.best), own), solver, levels.best))
         spent += nfe * len(own.x)
@@ -164,21 +168,20 @@ def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
     setting, begun = own.setting, time.perf_counter()
     method = IIA("ddim", terms="window", target="trajectory", history=2, ridge=1e-9, guard=False)
 
-    def closed(ode: Any, grid: Any, x: Any, teacher: Teacher) -> Plan:
-        return method.fit(ode, grid, x, teacher=teacher).plan
+    def closed(samples: Samples, grid: Tensor) -> Plan:
+        return method.fit(samples.ode, samples.x, grid, teacher=samples.teacher).plan
 
     with own.ode.counting() as counted:
         teacher = Teacher.solve(
             own.ode, own.x, own.start, setting.schedule.t_data,
             steps=TEACHER_STEPS, sigma_min=setting.sigma_min, chunk_size=CHUNK,
         )  # fmt: skip
+        samples = Samples(own.ode, own.x, teacher, CHUNK)
         candidates = leap_grids(setting.sigma_max, float(teacher.final.double().square().mean().sqrt()))
-        search = search_grid(
-            closed, own.ode, own.x, teacher, nfe, candidates, rounds=BUDGETS["closed-form"].rounds, descent=1
-        )
-        levels = search_levels(closed, own.ode, own.x, teacher, nfe, search.best, passes=1)
+        search = search_grid(closed, samples, nfe, candidates, rounds=BUDGETS["closed-form"].rounds, descent=1)
+        levels = search_levels(closed, samples, nfe, search.best, passes=1)
         grid = levels.best.times(nfe, setting.schedule, own.start)
-        plan = method.fit(own.ode, grid, own.x, teacher=teacher, chunk_size=CHUNK).plan
+        plan = method.fit(own.ode, own.x, grid, teacher=teacher, chunk_size=CHUNK).plan
     return {
         **measure(plan, test),
         "grid": [search.best.sigma_1, search.best.sigma_min, search.best.rho],
@@ -192,8 +195,8 @@ def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry
     """The one call with all its defaults."""
     begun = time.perf_counter()
     # Closed forms draw from the marginal at the noisiest level, which is not quite noise: such states are taken as they are.
-    noise = own.x if is_closed_form(own.setting) else own.x / own.setting.sigma_max
-    found = iia.fit(own.ode, nfe, noise, budget=name, seed=seed, report=None)
+    start = {"x": own.x} if is_closed_form(own.setting) else {"noise": own.x / own.setting.sigma_max}
+    found = iia.fit(own.ode, nfe, **start, budget=name, seed=seed)
     seconds, recipe = time.perf_counter() - begun, found.record.search
     if found.plan.nfe != nfe:
         raise iia.errors.PlanError(f"a fit for {nfe} evaluations makes {found.plan.nfe}.")
@@ -218,7 +221,7 @@ def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Ent
     grid = karras_family(setting, *DEFAULT)(levels)
     begun = time.perf_counter()
     try:
-        found = method.fit(own.ode, grid, own.x, chunk_size=CHUNK)
+        found = method.fit(own.ode, own.x, grid, chunk_size=CHUNK)
     except iia.errors.NonFiniteError as error:
         return {"skipped": str(error).splitlines()[0]}
     base = measure(plan_of(solver, setting, grid), test)

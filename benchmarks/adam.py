@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from iia_ode import ProbabilityFlowODE
-from iia_ode.iia import Parameters
-from iia_ode.iia.endpoint import Ends
-from iia_ode.iia.refine import EndpointError, Iteration, Refinement, Status
+from iia_ode.iia.batch import Batch
+from iia_ode.iia.plan_parameters import Parameters
+from iia_ode.iia.refinement import EndpointError, Iteration, Refinement, Status
 from iia_ode.plan import Plan
 
 _RATES = (5e-3, 2e-2)  # for weights, and for log sigma/alpha
@@ -27,13 +27,11 @@ _STALLED = 12  # a stretch ends after this many iterations without a lower train
 def refine_by_adam(
     ode: ProbabilityFlowODE, x: Tensor, plan: Plan, target: Tensor, *, iterations: int, chunk_size: int
 ) -> Refinement:
-    """As :func:`iia_ode.iia.refine.refine`, with a quarter of the samples [B, ...] held out to choose the iteration by."""
+    """As :func:`iia_ode.iia.refine`, with a quarter of the samples [B, ...] held out to choose the iteration by."""
     parameters, n = Parameters(plan), len(x)
     cut = n - max(1, round(0.25 * n))
-    train, judge = (
-        EndpointError(parameters, Ends(ode.subset(part, n), x[part], target[part], chunk_size), probes=0)
-        for part in (slice(0, cut), slice(cut, n))
-    )
+    batch = Batch(ode, x, chunk_size=chunk_size, final=target)
+    train, judge = (EndpointError(parameters, part, probes=0) for part in (batch[:cut], batch[cut:]))
     with ode.counting() as spent:
         train.scale = judge.scale = 4 * float(train.errors(parameters.initial).median())
         found, best, kept = [], 0, parameters.initial
@@ -49,7 +47,7 @@ def refine_by_adam(
 
 def _adam(objective: EndpointError) -> Iterator[tuple[Tensor, float]]:
     """The start, then each iteration: parameters and training error."""
-    parameters, size = objective.parameters, objective.ends.x.numel()
+    parameters, size = objective.parameters, objective.batch.x.numel()
     first = parameters.weights
     best, lowest = parameters.initial, objective.loss(parameters.initial)
     yield best, lowest

@@ -17,7 +17,7 @@ from common import KARRAS, Batch, grid_of, levels_for, plan_of, setting_of, squa
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia.remembered import RememberedODE
+from iia_ode.ode import cached
 from iia_ode.plan import Plan
 
 BLOCKS = 16
@@ -68,7 +68,7 @@ def lowest(plans: Mapping[Pair, Plan], batch: Batch) -> Best:
     makes on them, the largest first: the sooner a sum grows, the sooner a pair is out. The order decides how many evaluations
     it takes, not what is found, up to rounding: a network in single precision gives another last bit in another batch.
     """
-    own, n = Batch(batch.setting, RememberedODE(batch.ode), batch.x, batch.final, batch.about), len(batch.x)
+    own, n = Batch(batch.setting, cached(batch.ode), batch.x, batch.final, batch.about), len(batch.x)
     before = own.ode.ledger.samples
     first, *others = torch.arange(n).chunk(BLOCKS)
     sums = {pair: float(_losses(plan, own, first).sum()) for pair, plan in plans.items()}

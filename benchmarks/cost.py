@@ -72,7 +72,7 @@ def main() -> None:
         timed = Timed(ode.model)
         ode = iia.ProbabilityFlowODE(timed, ode.schedule, ode.prediction, conditioning=dict(ode.conditioning))
         begun = time.perf_counter()
-        fit = iia.fit(ode, nfe, x / setting.sigma_max, budget="closed-form", report=None)
+        fit = iia.fit(ode, nfe, noise=x / setting.sigma_max, budget="closed-form")
         seconds = time.perf_counter() - begun
         spent = fit.record.sample_evaluations
         each, rest = 1e3 * timed.seconds / spent, 100 * (1 - timed.seconds / seconds)

@@ -1,7 +1,7 @@
 """The one call on denoisers that took no part in making it: python benchmarks/further.py [--nfe 5].
 
 Three small networks are trained here, in half a minute each, on data, schedules and kinds of prediction that no default was
-chosen by. Each then goes through ``iia_ode.fit(ode, nfe, noise)`` with 256 draws, at every budget. Results are stored one by
+chosen by. Each network then goes through ``iia_ode.fit`` with 256 draws, at every budget. Results are stored one by
 one under --out, and a rerun does only what is missing; --table writes docs/results/further.md.
 """
 
@@ -17,8 +17,8 @@ from common import CHOICE, KARRAS, Entry, Store, conditions, number, parser, say
 from torch import Tensor, nn
 
 import iia_ode as iia
+from iia_ode.autofit import BUDGETS
 from iia_ode.forms import Prediction
-from iia_ode.iia import BUDGETS
 from iia_ode.metrics import rmse_with_error
 from iia_ode.plan import Plan
 
@@ -33,7 +33,7 @@ HOW = f"""## How these denoisers were measured
 
 `python benchmarks/further.py` trains the networks and measures whatever the stored results lack, and `python
 benchmarks/further.py --table` writes this page. No default of the library was chosen by these data, schedules or kinds of
-prediction. States are float64. `iia_ode.fit(ode, nfe, noise, budget=...)` gets {FITTING} draws and no other option
+prediction. States are float64. `iia_ode.fit(ode, nfe, noise=..., budget=...)` gets {FITTING} draws and no other option
 (`thorough` adds as many, and four times as many for its final choice). Errors are measured on {UNSEEN} other draws against
 dopri8 at tolerance 1e-6.
 
@@ -221,7 +221,7 @@ def classic(name: str, nfe: int, start: float) -> Entry:
 
 def fitted(name: str, nfe: int, budget: str) -> Entry:
     """The one call at a budget."""
-    found = iia.fit(ode_of(name), nfe, draws(name, unseen=False), budget=budget, report=None)
+    found = iia.fit(ode_of(name), nfe, noise=draws(name, unseen=False), budget=budget)
     value, error = error_of(found.plan, name, unseen=True)
     recipe = found.record.search
     return {

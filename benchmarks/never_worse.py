@@ -141,7 +141,7 @@ def guarded(solver: str, draws: Draws, nfe: int, terms: str) -> iia.FittedSolver
     name, method = draws.name, IIA(solver, **TERMS[terms], guard=True)  # type: ignore[arg-type]
     ode, x = setting_of(name).draw(draws.own, 2 * draws.seed)
     teacher = teacher_of(name, draws.own, draws.seed) if method.target == "trajectory" else None
-    return method.fit(ode, grid_of(solver, name, nfe), x, teacher=teacher, chunk_size=chunk_of(setting_of(name)))
+    return method.fit(ode, x, grid_of(solver, name, nfe), teacher=teacher, chunk_size=chunk_of(setting_of(name)))
 
 
 def elsewhere(solver: str, draws: Draws, nfe: int, terms: str, stage: str) -> Entry:

@@ -110,7 +110,7 @@ def draws(name: str) -> tuple[Batch, Batch]:
 def fitted(method: IIA, own: Batch, grid: Tensor) -> Plan:
     """The fit to these draws."""
     teacher = teacher_of(own.setting.name, len(own.x), 0) if method.target == "trajectory" else None
-    return method.fit(own.ode, grid, own.x, teacher=teacher, chunk_size=CHUNK).plan
+    return method.fit(own.ode, own.x, grid, teacher=teacher, chunk_size=CHUNK).plan
 
 
 def ratios(name: str, preset: str, nfe: int) -> Entry:

@@ -1,6 +1,6 @@
 """Write measured figures into the README and the documentation: python benchmarks/update_figures.py [DIR].
 
-Replaces the README's block of fitted solvers by the results that benchmarks/acceptance.py and benchmarks/further.py stored. With
+Replaces the README's block of fitted solvers by the stored results of benchmarks/acceptance.py and benchmarks/further.py. With
 DIR, the output of `iia-ode compare`, also copies compare.png, samples.png and table.md into the documentation. `make figures`
 runs the comparison first.
 """
@@ -59,16 +59,18 @@ def fitted() -> str:
         worst[setting] = max(ratio(one, "thorough") for one in measured)
         costs += [one["thorough"]["sample_evaluations"] / one["standard"]["sample_evaluations"] for one in measured]
     further = max(ratio(one) for nfe in (5, 8) for one in stored("further", f"*-nfe{nfe:02}.json"))
+    ratios = f"{worst['digits']:.2f} on the digits, {worst['patches']:.2f} on the patches and {worst['mixture64']:.2f}"
     return f"""{columns(rows)}
 
-NFE is the number of network evaluations. Each classic solver had its grid tuned. `python benchmarks/acceptance.py` makes the table;
-`--seed 1` makes the rows with other noise, and also fits on other noise. No default was chosen by those rows. All errors and costs are in
-[the full results](docs/results/acceptance.md), with the gain of the grid alone on the mixture.
+NFE is the number of network evaluations. Each classic solver had its grid tuned. `python benchmarks/acceptance.py` makes the
+table; `--seed 1` makes the rows with other noise, and also fits on other noise. No default was chosen by those rows. All
+errors and costs are in [the full results](docs/results/acceptance.md), with the gain of the grid alone on the mixture.
 
-- Three small denoisers of other data, schedules and predictions took no part in choosing any default. On them the ratio is at most
-  {further:.2f} at 5 and 8 evaluations (`python benchmarks/further.py`; [results](docs/results/further.md)).
-- `budget="thorough"` costs up to {max(costs):.0f} times as much as `"standard"`, the default. At these numbers of evaluations its ratio is at most
-  {worst["digits"]:.2f} on the digits, {worst["patches"]:.2f} on the patches and {worst["mixture64"]:.2f} on the mixture, over all noise that was measured (`python benchmarks/acceptance.py`)."""
+- Three small denoisers of other data, schedules and predictions took no part in choosing any default. On them the ratio is at
+  most {further:.2f} at 5 and 8 evaluations (`python benchmarks/further.py`; [results](docs/results/further.md)).
+- `budget="thorough"` costs up to {max(costs):.0f} times as much as `"standard"`, the default. At these numbers of evaluations
+  its ratio is at most {ratios} on the mixture, over all noise that was
+  measured (`python benchmarks/acceptance.py`)."""
 
 
 def replaced(text: str, marks: tuple[str, str], block: str) -> str:

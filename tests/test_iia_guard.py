@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from iia_ode.iia.chunks import Chunk
+from iia_ode.iia.fitting import RIDGES
 from support import mixture, normal
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -13,8 +15,6 @@ import iia_ode as iia
 from iia_ode.errors import GuardWarning
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, Target, Teacher
-from iia_ode.iia.chunks import Chunk
-from iia_ode.iia.fitting import RIDGES
 from iia_ode.iia.provenance import Endpoint
 
 F64 = torch.float64

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from iia_ode.iia.gather import Ranks
+from iia_ode.iia.remembered import RememberedODE
+from iia_ode.iia.shared import SharedODE
 from support import mixture
 
 import iia_ode as iia
+from iia_ode.autofit import fit
 from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.errors import RankError
 from iia_ode.iia import IIA, Budget, Teacher
-from iia_ode.iia.gather import Ranks
-from iia_ode.autofit import fit
-from iia_ode.iia.remembered import RememberedODE
-from iia_ode.iia.shared import SharedODE
 
 GRID = iia.grids.karras(5)
 BATCH = 80

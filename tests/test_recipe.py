@@ -9,22 +9,21 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from iia_ode.iia.endpoint import Ends, by_robust_error, known_ratio
+from iia_ode.iia.initial import fresh_states, more_states
+from iia_ode.iia.routes import Route, Start, worth_refining
+from iia_ode.iia.variants import SCALARS, variants_of
 from support import every_schedule, mixture
 from torch import nn
 
 import iia_ode as iia
+from iia_ode.autofit import Bench, fit, fold_of, search_grid, search_levels
+from iia_ode.autofit.budget import BUDGETS, Budget
+from iia_ode.autofit.grids import FreeGrid, LeapGrid, leap_grids
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, FittedSolver, Teacher, Window
-from iia_ode.autofit.budget import BUDGETS, Budget
-from iia_ode.iia.endpoint import Ends, by_robust_error, known_ratio
-from iia_ode.autofit.grids import FreeGrid, LeapGrid, leap_grids
-from iia_ode.iia.initial import fresh_states, more_states
 from iia_ode.iia.provenance import Split
-from iia_ode.autofit import fit
 from iia_ode.iia.report import table_of_weights
-from iia_ode.iia.routes import Route, Start, worth_refining
-from iia_ode.autofit import Bench, fold_of, search_grid, search_levels
-from iia_ode.iia.variants import SCALARS, variants_of
 from iia_ode.plan import Bands
 
 F64 = torch.float64

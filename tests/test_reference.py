@@ -6,13 +6,10 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 from support import (
-    ALL_SCHEDULES,
     EPS,
     F64,
-    SCHEDULE_IDS,
     Recorder,
     close,
-    every_prediction,
     every_schedule,
     gaussian,
     generator,
@@ -25,6 +22,7 @@ from support import (
 import iia_ode as iia
 from iia_ode import ProbabilityFlowODE, reference
 from iia_ode._torchdiffeq import integrate
+from iia_ode.forms import PREDICTIONS
 
 G = gaussian()
 CLEAN = 4.0  # a half-log-SNR close to the data: sigma/alpha = 0.018
@@ -41,7 +39,7 @@ def times(schedule: iia.Schedule, first: float, last: float, n: int) -> list[flo
 
 def finals(ode: ProbabilityFlowODE, x: torch.Tensor, t: float, s: float, **options: object) -> list[torch.Tensor]:
     """The end point by both functions."""
-    return [reference.solve(ode, x, t, s, **options), reference.trajectory(ode, x, t, s, points=20, **options).final]
+    return [reference.solve(ode, x, t, s, **options), reference.trajectory(ode, x, t, s, points=6, **options).final]
 
 
 both = pytest.mark.parametrize("run", [reference.solve, reference.trajectory], ids=["solve", "trajectory"])
@@ -77,16 +75,18 @@ def test_the_data_is_encoded_to_noise_in_the_reversed_direction(schedule):
 def test_encoding_and_decoding_returns_to_the_start(schedule):
     t, s = schedule.t_of_lam(CLEAN), schedule.t_noise
     ode, x = mixture().ode(schedule), mixture().noisy(2, schedule, t, generator(0))
-    there = reference.solve(ode, x, t, s, rtol=1e-10, atol=1e-10)
-    close(reference.solve(ode, there, s, t, rtol=1e-10, atol=1e-10), x, atol=2e-9)
+    there = reference.solve(ode, x, t, s)
+    close(reference.solve(ode, there, s, t), x, atol=2e-7)
 
 
-@every_prediction
-def test_the_prediction_type_of_the_model_makes_no_difference(prediction):
+def test_the_prediction_type_of_the_model_makes_no_difference():
     schedule = iia.VP()
     x = mixture().noisy(2, schedule, 1.0, generator(0))
-    expected = reference.solve(mixture().ode(schedule, "data"), x, 1.0, 0.0)
-    close(reference.solve(mixture().ode(schedule, prediction), x, 1.0, 0.0), expected, atol=1e-8)
+    expected, *others = (
+        reference.solve(mixture().ode(schedule, prediction), x, 1.0, 0.0) for prediction in PREDICTIONS
+    )
+    for other in others:
+        close(other, expected, atol=1e-8)
 
 
 @in_turn("schedule, reverse", [iia.EDM(), iia.VP(), iia.Cosine(), iia.FlowMatching()], [False, True])
@@ -139,8 +139,8 @@ def test_other_adaptive_methods_of_torchdiffeq_serve_too(method):
 
 @pytest.mark.parametrize(
     ("schedule", "reverse"),
-    [*((s, False) for s in ALL_SCHEDULES), (iia.FlowMatching(), True)],
-    ids=[*SCHEDULE_IDS, "reversed"],
+    [(iia.EDM(), False), (iia.Cosine(), False), (iia.FlowMatching(), True)],
+    ids=["EDM", "Cosine", "FlowMatching reversed"],
 )
 def test_the_error_of_the_dense_output_falls_with_the_fourth_power_of_the_number_of_points(schedule, reverse):
     ends = times(schedule, -3.5, CLEAN, 2)
@@ -155,8 +155,7 @@ def test_the_error_of_the_dense_output_falls_with_the_fourth_power_of_the_number
     assert errors[-1] < 2e-6
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("points", [3, 20, 80])
+@pytest.mark.parametrize(("points", "reverse"), [(3, False), (20, True), (80, False)])
 def test_the_tolerance_holds_at_every_knot_however_many_there_are(points, reverse):
     schedule, ode = iia.FlowMatching(), mixture().ode(iia.FlowMatching())
     ends = times(schedule, -3.0, CLEAN, 2)
@@ -174,7 +173,7 @@ def test_the_dense_output_holds_all_the_way_to_the_data(schedule):
     t, s = schedule.t_noise, schedule.t_data
     x = G.noisy(4, schedule, t, generator(0))
     dense = reference.trajectory(G.ode(schedule), x, t, s)
-    for u in times(schedule, -3.9, 16.0, 60):  # sigma_min is at 13.8
+    for u in times(schedule, -3.9, 16.0, 30):  # sigma_min is at 13.8
         close(dense(u), G.flow(x, schedule, t, u), atol=5e-6 * size(schedule, u))
     assert torch.equal(dense(s), dense.final)
     close(dense(t), x, rtol=4 * EPS, atol=1e-12)
@@ -227,7 +226,8 @@ def test_the_model_is_called_only_between_the_start_and_the_end(schedule, run, r
     t, s = reversed(ends) if reverse else ends
     ode = G.ode(schedule)
     seen = spied(ode)
-    run(ode, G.noisy(2, schedule, t, generator(0)), t, s, **({"points": 10} if run is reference.trajectory else {}))
+    options = {"points": 5} if run is reference.trajectory else {}
+    run(ode, G.noisy(2, schedule, t, generator(0)), t, s, rtol=1e-4, atol=1e-4, **options)
     slack = 1e-9 * max(map(abs, ends))
     assert all(min(ends) - slack <= float(u) <= max(ends) + slack for u in torch.cat(seen))
 
@@ -361,7 +361,11 @@ def test_an_adaptive_method_ends_a_step_at_every_time_asked_for(method, size):
 @both
 def test_inference_mode_and_the_default_device_change_no_bit(run):
     ode, x = G.ode(iia.VP()), normal(2, 3)
-    final = (lambda found: found) if run is reference.solve else (lambda found: found.final)
-    expected = final(run(ode, x, 1.0, 0.0))
+
+    def final():
+        found = run(ode, x, 1.0, 0.0, rtol=1e-4, atol=1e-4, **({"points": 3} if run is reference.trajectory else {}))
+        return found if run is reference.solve else found.final
+
+    expected = final()
     with torch.inference_mode(), torch.device("meta"):
-        assert torch.equal(final(run(ode, x, 1.0, 0.0)), expected)
+        assert torch.equal(final(), expected)

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from iia_ode.iia.remembered import Memory, RememberedODE
 from support import generator, mixture
 
 import iia_ode as iia
 from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.iia import remembered
-from iia_ode.iia.remembered import Memory, RememberedODE
 
 EDM = iia.EDM()
 

@@ -219,7 +219,7 @@ def torchdiffeq_error(method, n, **options) -> float:
     x = draw(problem, 8, EDM, float(grid[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that its iteration did not converge
-        final = iia.odeint(problem.ode(EDM), x, grid, f"torchdiffeq:{method}", options=options)[-1]
+        final = iia.odeint(problem.ode(EDM), x, grid, method=f"torchdiffeq:{method}", options=options)[-1]
     exact = problem.flow(x, EDM, float(grid[0]), float(grid[-1]))
     return rms(final - exact) / rms(exact)
 

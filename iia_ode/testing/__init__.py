@@ -1,7 +1,7 @@
-"""The conformance suite that every registered solver passes, for solvers of one's own.
+"""The conformance suite of solvers, for registered solvers and for your own.
 
-:func:`verify` prints a certificate, :func:`check` raises with everything that is wrong, and ``CHECKS`` are the parts, one test
-case each. Nothing here needs pytest.
+:func:`verify` prints a certificate, :func:`check` raises one error that lists every broken promise, and ``CHECKS`` holds the
+checks, each a test case. The suite does not need pytest.
 """
 
 from .certificate import Certificate, verify

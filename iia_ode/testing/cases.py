@@ -1,4 +1,4 @@
-"""What solvers are tested on: problems with known solutions, schedules, and nested grids between two noise levels."""
+"""Test cases for solvers: problems with known solutions, schedules, and nested grids between two noise levels."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ __all__ = [
 _F64 = torch.float64
 
 Model: TypeAlias = Callable[[Tensor, float, str], Tensor]
-"""From a state, a time and a form to the model's output, as a plan's code is run with."""
+"""Function from a state [B, ...], a time and a form to the model's output, as :meth:`iia_ode.Plan.run` calls it."""
 
 SCHEDULES: tuple[Schedule, ...] = (EDM(), VP(), FlowMatching())
-"""Where orders are measured: alpha and sigma linear in t with and without alpha = 1, and neither."""
+"""Schedules on which orders are measured: alpha and sigma linear in t with alpha = 1 (EDM), without (flow matching), and
+not linear in t (VP)."""
 
 
 @cache
 def every_schedule() -> tuple[Schedule, ...]:
-    """One schedule of each kind, a discrete one included."""
+    """One schedule of each kind, including a discrete schedule."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=_F64, device="cpu")
     return EDM(), VE(), VP(), Cosine(), FlowMatching(), Discrete((1 - betas).cumprod(0))
 
@@ -53,7 +54,7 @@ _MEANS = [[1.0, -0.5, 0.3, 0.8], [-0.9, 0.7, -0.2, -1.1], [0.1, 0.4, 1.2, 0.0]]
 
 @cache
 def gaussian() -> Gaussian:
-    """Three dimensions with variances below, at and above 1: a linear flow that is not autonomous, known exactly."""
+    """Gaussian data in three dimensions with different variances: a linear, non-autonomous flow with a known solution."""
     return Gaussian(_tensor([0.3, -0.6, 0.1]), _tensor([0.5, 0.2, 1.3]))
 
 
@@ -61,8 +62,8 @@ def gaussian() -> Gaussian:
 def mixture() -> Mixture:
     """Three components in four dimensions, each with its own widths: a nonlinear flow.
 
-    The widths are such that 24 steps between the noise levels of a track resolve it: with sharper components the same orders
-    show only on grids that bring high orders to rounding.
+    24 steps between the noise levels of a track resolve the widths. With sharper components, orders show only on grids so fine
+    that high-order methods reach rounding.
     """
     stds = [[0.57, 0.64, 0.5, 0.72], [0.5, 0.45, 0.81, 0.57], [0.64, 0.64, 0.45, 0.5]]
     return Mixture(_tensor([0.5, 0.3, 0.2]), _tensor(_MEANS), _tensor(stds))
@@ -70,7 +71,7 @@ def mixture() -> Mixture:
 
 @cache
 def points() -> Empirical:
-    """Three points: data without any width of their own, so that what is left of the noise is seen."""
+    """Three data points without width: any remaining noise is visible."""
     return Empirical(_tensor(_MEANS))
 
 
@@ -79,13 +80,14 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {"gaussian": gaussian, "mixture": m
 
 @dataclass(frozen=True)
 class Track:
-    """A family of nested grids between two noise levels sigma/alpha, neither of them near an end of the schedule.
+    """A family of nested grids between two noise levels sigma/alpha, both far from the ends of the schedule.
 
     Attributes
     ----------
-    spacing : what is uniform, ``"t"`` or ``"log-SNR"``.
-    high, low : the noise levels. Steps uniform in t are few where log-SNR moves fast, so that their range is smaller.
-    encoding : from low to high noise.
+    spacing : the variable in which the grid is uniform, ``"t"`` or ``"log-SNR"``.
+    high, low : the noise levels sigma/alpha. Grids uniform in t have few points where log-SNR changes fast, and a smaller
+    range.
+    encoding : whether the grid runs from low to high noise.
     """
 
     spacing: str
@@ -99,7 +101,7 @@ class Track:
         return self.spacing + (", encoding" if self.encoding else "")
 
     def grid(self, schedule: Schedule, n: int) -> Tensor:
-        """n intervals."""
+        """The grid of n intervals on a schedule, float64 [n + 1]."""
         if self.spacing == "t":
             grid = uniform(n, *(schedule.t_of_noise_to_signal(level) for level in (self.high, self.low)))
         else:
@@ -112,36 +114,42 @@ TRACKS = (Track("t", 2.0, 0.5), Track("log-SNR", 5.0, 0.3), Track("log-SNR", 5.0
 _EXACT: dict[Any, Tensor] = {}
 
 
-def exact_states(problem: str, schedule: Schedule, track: Track, n: int) -> Tensor:
-    """The exact solution at the first n/4 + 1 points of a track's grid of n intervals and at its end, [n/4 + 2, B, ...].
+def exact_states(problem: str, schedule: Schedule, track: Track, n: int, steps: int) -> Tensor:
+    """The exact solution on a track's grid of n intervals, at points n/4 - `steps` to n/4 and at the end, [steps + 2, B, ...].
 
-    It starts at eight draws of the noisy data; the same ones on every grid of a track.
+    With ``steps=0`` at the start of the grid and at the end, [2, B, ...]. The initial states are eight draws of the noisy
+    data, equal on every grid of a track.
     """
-    finest = max(n, 96)  # the grids are nested: one solution serves several
-    grid = track.grid(schedule, finest)
-    times = torch.cat([grid[: finest // 4 + 1], grid[-1:]])
-    # The flow of x / alpha depends on sigma / alpha alone: a solution on EDM, where that is time, serves every schedule.
+    finest = max(n, 96)  # the grids are nested: coarser grids share one solution
+    grid, stride = track.grid(schedule, finest), finest // n
+    last = finest // 4
+    first = last - steps * stride if steps else 0
+    kept = range(last + 1) if n <= 96 else [0, *range(max(first, 1), last + 1)] if steps else [0]
+    times = torch.cat([grid[list(kept)], grid[-1:]])
+    # The flow of x / alpha depends on sigma / alpha alone. On EDM sigma / alpha is time: its solution serves every schedule.
     levels = schedule.noise_to_signal(times)
-    key = problem, track, finest, tuple(float(f"{level:.12g}") for level in levels.tolist())
+    key = problem, tuple(float(f"{level:.12g}") for level in levels.tolist())
     if key not in _EXACT:
-        what, start = PROBLEMS[problem](), float(levels[0])
-        x = draw(what, 8, EDM(), start)
-        if isinstance(what, Gaussian):
-            _EXACT[key] = torch.stack([what.flow(x, EDM(), start, level) for level in levels.tolist()])
+        data, start = PROBLEMS[problem](), float(levels[0])
+        x = draw(data, 8, EDM(), start)
+        if isinstance(data, Gaussian):
+            _EXACT[key] = torch.stack([data.flow(x, EDM(), start, level) for level in levels.tolist()])
         else:
-            # Tolerances below rounding: what the last bits allow, 1e-13 of the state.
-            _EXACT[key] = odeint(what.ode(EDM()), x, levels, method="torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
+            # Tolerances below rounding: the error is that of the last bits, 1e-13 of the state.
+            _EXACT[key] = odeint(data.ode(EDM()), x, levels, method="torchdiffeq:dopri8", rtol=1e-14, atol=1e-14)
     states = _EXACT[key] * schedule.alpha(times).reshape(-1, 1, 1)
-    return torch.cat([states[: -1 : finest // n], states[-1:]])
+    wanted = range(first, last + 1, stride) if steps else [0]
+    place = {point: k for k, point in enumerate(kept)}
+    return states[[*(place[point] for point in wanted), len(states) - 1]]
 
 
 def draw(problem: Problem, n: int, schedule: Schedule, t: float, seed: int = 1) -> Tensor:
-    """n noisy draws at time t, the same at every call."""
+    """n noisy draws of the data at time t, float64 [n, ...]; equal at every call with one seed."""
     return problem.noisy(n, schedule, t, torch.Generator(device="cpu").manual_seed(seed))
 
 
 def model_of(problem: Problem, schedule: Schedule) -> Model:
-    """The problem's denoiser, in any form."""
+    """The problem's closed-form denoiser as a model that answers in any form."""
 
     @cache
     def levels(t: float, form: str) -> tuple[float, float, float, float]:

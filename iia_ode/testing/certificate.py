@@ -1,4 +1,4 @@
-"""A certificate for a solver: what the conformance suite measures, as a table and as data."""
+"""Certificates of solvers: the measurements of the conformance suite, as a table and as data."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ STEPS = 12  # of the grid to the data that evaluations and vectors are counted o
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured of a solver. ``str()`` is a table, :meth:`as_dict` is JSON-ready.
+    """Measured properties of a solver. ``str()`` is a table, :meth:`as_dict` is JSON-ready.
 
     Attributes
     ----------
     solver, options : label and options.
-    claimed_order : its attribute ``order``.
-    orders : measured with the start-up steps left out, which is what the claim is about.
-    cold_orders : from a cold start, in the same sequence: what a whole integration shows.
-    evaluations : of the first, a middle and the last step of a grid of 12 steps to the data; () if it cannot go there.
-    nfe : of all 12.
-    peak_vectors : the most vectors that are alive at once there.
-    final_step : what the step to sigma = 0 is, by name of schedule.
-    stability : the largest z for which it is bounded wherever h mu is in [-z, 0], on dx/dt = mu x; None beyond 60.
-    checks : how each check of the suite went.
-    only_on : the schedules of one's own, if `orders` and `final_step` are about those; then the certificate covers no others.
+    claimed_order : the attribute ``order`` of the solver.
+    orders : measured orders with the start-up steps left out. The claim is about these orders.
+    cold_orders : orders of whole integrations from a cold start, in the same sequence.
+    evaluations : model evaluations of the first, a middle and the last step of a grid of 12 steps to the data; () for a solver
+        that fails on the step to the data.
+    nfe : model evaluations of all 12 steps; None for a solver that fails there.
+    peak_vectors : the largest number of vectors alive at once on this grid.
+    final_step : description of the step to sigma = 0, by name of the schedule.
+    stability : the largest z with bounded solutions of dx/dt = mu x for all h mu in [-z, 0]; None beyond 60.
+    checks : the result of each check of the suite.
+    only_on : user-given schedules, where `orders` and `final_step` cover only these; else empty.
 
     Orders are measured on EDM, VP and FlowMatching, over sigma/alpha from 2 to 0.5 on grids uniform in t, and from 5 to 0.3
-    and back on grids uniform in log-SNR, the first quarter of which is not in the error. Beyond that range, and on other
-    schedules, they are not measured: there the checks only ask that the error falls with the number of steps.
+    and back on grids uniform in log-SNR. The error excludes the first quarter of each grid. Orders are not measured outside
+    this range or on other schedules: there the checks only require that the error falls with the number of steps.
     """
 
     solver: str
@@ -62,11 +63,11 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether the solver keeps every promise."""
+        """Whether the solver passes every check."""
         return all(one.problem is None for one in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in JSON's own types; a number that is not finite is None."""
+        """The certificate in JSON's own types; None stands for numbers that are not finite."""
         plain: dict[str, Any] = _jsonable(asdict(self) | {"passed": self.passed})
         return plain
 
@@ -100,7 +101,9 @@ class Certificate:
                 f"{self.nfe} over {STEPS} steps to the data"
             )
             yield f"Vectors at once    {self.peak_vectors}"
-        bounded = "[-60, 0], which is as far as was looked" if self.stability is None else f"[-{self.stability:.3f}, 0]"
+        bounded = (
+            "[-60, 0], the whole range that was tested" if self.stability is None else f"[-{self.stability:.3f}, 0]"
+        )
         yield f"Stability          bounded on dx/dt = mu x for h mu in {bounded}"
         for k, (schedule, what) in enumerate(self.final_step.items()):
             yield f"{'' if k else 'Step to sigma = 0':<19}{schedule}: {what}"
@@ -113,24 +116,24 @@ def verify(
     file: TextIO | None = None,
     quiet: bool = False,
 ) -> Certificate:
-    """Measure a solver, run the conformance suite on it, and print the certificate; takes some ten seconds.
+    """Measure a solver, run the conformance suite on it, and print the certificate. Takes a few seconds.
 
     Parameters
     ----------
-    solver : a registered name, or a solver of one's own, registered or not.
-    schedules : to measure the order on, one or more; smooth ones that reach sigma/alpha from 0.3 to 5. The certificate then
-        says that it covers only those.
-    file : where to print; standard output by default.
+    solver : a registered name, or a solver, registered or not.
+    schedules : one or more schedules on which the order is measured; smooth, with sigma/alpha from 0.3 to 5 in their range.
+        With schedules other than the default, the certificate states that it covers only the given schedules.
+    file : output stream; standard output by default.
     quiet : print nothing.
 
     Returns
     -------
-    The certificate. A solver that fails is no error here; :func:`iia_ode.testing.check` raises.
+    The certificate. A failed check raises nothing here; :func:`iia_ode.testing.check` raises.
 
     Raises
     ------
-    UnknownNameError, InputError : `solver` is no solver, or claims no order; or `schedules` are none.
-    PlanError : its step cannot be traced.
+    UnknownNameError, InputError : `solver` is no solver or has no valid ``order``, or `schedules` holds no schedule.
+    PlanError : the solver's step cannot be traced.
     """
     found, asked = as_solver(solver), as_schedules(schedules)
     claimed = claimed_order(found)
@@ -157,19 +160,20 @@ def verify(
 
 
 def _counts(solver: Solver) -> tuple[tuple[int, ...], int | None, int | None]:
-    """Evaluations of the first, a middle and the last step, of all steps, and the peak of vectors."""
+    """Evaluations of the first, a middle and the last step, evaluations of all steps, and peak number of vectors."""
     try:
         plan = trace(solver, SCHEDULES[0], karras(STEPS, schedule=SCHEDULES[0]), consistent=False)
-    except IIAError:  # the checks say why
+    except IIAError:  # the checks report the reason
         return (), None, None
     counts = plan.evaluations_per_step
     return (counts[0], counts[STEPS // 2], counts[STEPS - 1]), plan.nfe, plan.peak_vectors
 
 
 def final_step(solver: Solver, schedule: Schedule) -> str:
-    """What the step to sigma = 0 is: the model's data estimate, an Euler step, or a formula of its own.
+    """Describe the step to sigma = 0: the model's data estimate, an Euler step, or a formula of its own.
 
-    Decided by algebra: the plan's last instruction is replaced by the formula in question, and the two plans are compared.
+    The decision is algebraic: the plan's last instruction is replaced by the candidate formula, and the two plans are
+    compared.
     """
     try:
         plan = trace(solver, schedule, karras(STEPS, schedule=schedule), consistent=False)

@@ -1,6 +1,6 @@
-"""What every solver promises, as functions that raise where a promise is not kept.
+"""Checks of solvers: functions that raise :class:`~iia_ode.errors.ConformanceError` for a broken promise.
 
-``check(solver)`` runs all of them. In a test suite of one's own each is a case::
+``check(solver)`` runs all checks. In your own test suite, each check is a test case::
 
     @pytest.mark.parametrize("check", iia_ode.testing.CHECKS)
     def test_my_solver(check):
@@ -48,14 +48,14 @@ __all__ = ["CHECKS", "Check", "CheckResult", "check", "order_result", "run_check
 
 Check: TypeAlias = Callable[[SolverLike], None]
 
-ENOUGH = 2e-3  # a relative error that is no larger than the last noise level of the grids, 0.002
-REVERSIBLE = 1e-10  # what rounding leaves of a round trip that is exact by construction
+ENOUGH = 2e-3  # relative error at the last noise level of the grids, 0.002
+REVERSIBLE = 1e-10  # rounding error of a round trip that is exact by construction
 
 _CHECKS: list[Check] = []
 
 
 def _promise(function: Callable[[Solver], None]) -> Check:
-    """Add a check to the suite; let it take a name as well as a solver."""
+    """Add a check to the suite, and let the check take a registered name as well as a solver."""
 
     @wraps(function)
     def named(solver: SolverLike) -> None:
@@ -67,13 +67,13 @@ def _promise(function: Callable[[Solver], None]) -> Check:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """How one check went.
+    """Result of one check.
 
     Attributes
     ----------
-    name : of the check.
-    promise : what it is about, in a sentence.
-    problem : what was measured and what was expected; None if the promise is kept.
+    name : name of the check.
+    promise : the promise in one sentence.
+    problem : the measured and the expected value; None for a passed check.
     """
 
     name: str
@@ -82,7 +82,21 @@ class CheckResult:
 
 
 def run_checks(solver: SolverLike, checks: Iterable[Check] | None = None) -> tuple[CheckResult, ...]:
-    """Run the suite, or some of its checks, and say how each went, whatever the solver does."""
+    """Run checks on a solver and return their results; errors of the solver become failed checks.
+
+    Parameters
+    ----------
+    solver : a registered name, or a solver.
+    checks : members of ``CHECKS``; the whole suite by default.
+
+    Returns
+    -------
+    One result for each check, in order.
+
+    Raises
+    ------
+    UnknownNameError, InputError : `solver` is no solver.
+    """
     found, results = as_solver(solver), []
     for one in CHECKS if checks is None else checks:
         problem = None
@@ -97,7 +111,7 @@ def run_checks(solver: SolverLike, checks: Iterable[Check] | None = None) -> tup
 
 
 def order_result(solver: Solver, measurements: Sequence[OrderMeasurement]) -> CheckResult:
-    """The result of the order check, by measurements that were made already."""
+    """The result of the order check from given measurements."""
     misses = order_misses(measurements, claimed_order(solver))
     return _result(check_order_is_the_claimed_one, f"{solver.label}: {'; '.join(misses)}." if misses else None)
 
@@ -110,10 +124,14 @@ def _result(one: Check, problem: str | None) -> CheckResult:
 def check(solver: SolverLike) -> None:
     """Run the whole suite on a solver.
 
+    Parameters
+    ----------
+    solver : a registered name, or a solver.
+
     Raises
     ------
-    ConformanceError : promises are not kept; says which, with what was measured and what was expected.
-    InputError : its order is no whole number from 1 on.
+    ConformanceError : the solver fails some checks; the message lists each with the measured and the expected value.
+    UnknownNameError, InputError : `solver` is no solver, or its order is no whole number of at least 1.
     """
     claimed_order(as_solver(solver))
     broken = [result for result in run_checks(solver) if result.problem is not None]
@@ -127,7 +145,7 @@ def check(solver: SolverLike) -> None:
 
 @_promise
 def check_order_is_the_claimed_one(solver: Solver) -> None:
-    """The measured order is the claimed one, its start-up steps aside.
+    """The measured order is the claimed order, start-up steps excluded.
 
     On Gaussian data and on a mixture, on EDM, VP and flow matching, on grids uniform in t and in log-SNR, in both directions;
     see :mod:`iia_ode.testing.orders`.
@@ -140,8 +158,8 @@ def check_order_is_the_claimed_one(solver: Solver) -> None:
 
 @_promise
 def check_encoding_and_decoding_return(solver: Solver) -> None:
-    """Data are encoded to their noise, and decoded again the state returns, the better the finer the grid."""
-    # An Euler step as start-up costs h^2 once; a first step that is not even consistent costs h.
+    """Encoding data to noise and decoding again returns the state, with an error that falls as the grid is refined."""
+    # An Euler step at the start costs h^2 once; an inconsistent first step costs h.
     least = min(solver.order, 2) if solver.consistent else 1
     for schedule in SCHEDULES:
         _require_convergence(solver, schedule, partial(_encoding_grid, schedule=schedule), (12, 48))
@@ -165,7 +183,7 @@ def check_encoding_and_decoding_return(solver: Solver) -> None:
 
 @_promise
 def check_pure_noise_is_a_valid_start(solver: Solver) -> None:
-    """It starts from pure noise where alpha = 0."""
+    """Integration starts from pure noise, where alpha = 0."""
     for schedule in (FlowMatching(), Cosine()):
         _require_convergence(
             solver, schedule, partial(uniform, t_start=schedule.t_noise, t_end=schedule.t_data), (16, 64)
@@ -174,14 +192,14 @@ def check_pure_noise_is_a_valid_start(solver: Solver) -> None:
 
 @_promise
 def check_partly_noised_state_is_a_valid_start(solver: Solver) -> None:
-    """It starts from a state that is noised in part, and ends on the data that belong to it."""
+    """Integration starts from a partly noised state and ends on its data."""
     for schedule in SCHEDULES:
         _require_convergence(solver, schedule, partial(karras, sigma_max=1.5, schedule=schedule), (8, 24))
 
 
 @_promise
 def check_any_number_of_intervals_works(solver: Solver) -> None:
-    """Grids of one, two and many intervals work, to the data and between two noise levels."""
+    """Grids of one, two and more intervals work, to the data and between two noise levels."""
     schedule = VP()
     ode = gaussian().ode(schedule)
     for n in (1, 2, 3, 4, 5, 6, 25):
@@ -199,10 +217,10 @@ def check_any_number_of_intervals_works(solver: Solver) -> None:
 
 @_promise
 def check_last_step_lands_on_the_data(solver: Solver) -> None:
-    """The step to sigma = 0 lands on the data, without an evaluation there, on every kind of schedule."""
+    """The step to sigma = 0 lands on the data without an evaluation at sigma = 0, on every kind of schedule."""
     for schedule in every_schedule():
         _require_convergence(solver, schedule, partial(karras, schedule=schedule), (12, 36))
-        # Close to one of a few points the flow is straight: a step that does anything leaves less noise than it found.
+        # Close to one of a few data points the flow is straight: a valid step reduces the noise.
         ode, grid = points().ode(schedule), karras(6, 0.01, 0.1, schedule=schedule)
         states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, method=solver)
         estimate = ode.data(states[-2], float(grid[-2]))
@@ -220,7 +238,7 @@ def check_last_step_lands_on_the_data(solver: Solver) -> None:
 
 @_promise
 def check_state_keeps_its_dtype(solver: Solver) -> None:
-    """float32 and float64 states keep their dtype and their accuracy, whatever torch's default dtype is."""
+    """float32 and float64 states keep dtype and accuracy under every default dtype of torch."""
     ode, grid = mixture().ode(VP()), karras(12, schedule=VP())
     x = draw(mixture(), 4, VP(), float(grid[0]))
     exact = odeint(ode, x, grid, method=solver)
@@ -237,7 +255,7 @@ def check_state_keeps_its_dtype(solver: Solver) -> None:
 
 @_promise
 def check_batch_order_does_not_matter(solver: Solver) -> None:
-    """A permuted batch gives permuted results, and a sample alone gives what it gives in a batch."""
+    """A permuted batch gives permuted results, and a single sample gives the same result as in a batch."""
     ode, grid = mixture().ode(EDM()), karras(6)
     x, order = draw(mixture(), 6, EDM(), float(grid[0])), [3, 0, 5, 1, 4, 2]
     together = sample(ode, x, grid, solver)
@@ -254,7 +272,7 @@ def check_batch_order_does_not_matter(solver: Solver) -> None:
 
 @_promise
 def check_plan_equals_eager_run(solver: Solver) -> None:
-    """The plan does what `step` does when it is called on tensors."""
+    """The plan gives the same states as calls of `step` on tensors."""
     for schedule in SCHEDULES:
         ode, grid = mixture().ode(schedule), karras(7, 0.02, 20.0, schedule=schedule)
         x = draw(mixture(), 4, schedule, float(grid[0]))
@@ -264,7 +282,7 @@ def check_plan_equals_eager_run(solver: Solver) -> None:
             eager = eager_run(solver, ode, x, grid)
         gap = rms(eager - planned) / rms(planned)
         _require(gap <= 1e-11, solver, f"on {_name(schedule)}, eager and planned states differ by {gap:.2g}")
-        # More is no fault: a plan evaluates the same state at the same time once, however often a step asks.
+        # An eager run may make more: a plan evaluates a state at a time once, however often the step asks.
         _require(
             spent.evaluations >= plan.nfe,
             solver,
@@ -274,7 +292,7 @@ def check_plan_equals_eager_run(solver: Solver) -> None:
 
 @_promise
 def check_runs_do_not_share_state(solver: Solver) -> None:
-    """Nothing is kept on the solver: two integrations with one instance, step by step in turn, do not touch each other."""
+    """The solver keeps no state: two interleaved integrations with one instance are independent."""
     schedule = EDM()
     grids = (karras(6), uniform(8, 20.0, 0.5))
     alone = [trace(copy.deepcopy(solver), schedule, grid, consistent=False) for grid in grids]
@@ -283,26 +301,26 @@ def check_runs_do_not_share_state(solver: Solver) -> None:
         _require(
             gap <= 1e-14,
             solver,
-            "two integrations in turn with one instance differ from two with an instance each: keep what a step remembers in "
-            "the memory that it returns, not on self",
+            "two interleaved integrations with one instance differ from two with an instance each: keep earlier values in the "
+            "memory that the step returns, not on self",
         )
 
 
 @_promise
 def check_memory_does_not_grow(solver: Solver) -> None:
-    """A longer grid needs no more vectors at once: what a step remembers is a window, not the whole history."""
+    """A longer grid needs no more vectors at once: a step keeps a window of earlier vectors, not the whole history."""
     peaks = [trace(solver, EDM(), karras(n), consistent=False).peak_vectors for n in (24, 48)]
     _require(
         peaks[0] == peaks[1],
         solver,
-        f"24 steps hold {peaks[0]} vectors at once and 48 steps {peaks[1]}: drop from memory what no later step reads, and "
-        "ode.hold a combination that is carried along",
+        f"24 steps hold {peaks[0]} vectors at once and 48 steps {peaks[1]}: drop vectors from memory that no later step "
+        "reads, and ode.hold a combination that is carried along",
     )
 
 
 @_promise
 def check_options_survive_json(solver: Solver) -> None:
-    """The same solver can be made again from its options, after a trip through JSON."""
+    """The options of a solver survive JSON and make an equal solver."""
     options = solver.options()
     try:
         read = json.loads(json.dumps(options))
@@ -314,36 +332,38 @@ def check_options_survive_json(solver: Solver) -> None:
     except UnknownNameError:
         registered = False
     if not registered and not is_dataclass(solver):
-        return  # a class of its own kind, without options
+        return  # a class without options
     again = get_solver(solver.name, **read) if registered else kind(**read)
     plans = [trace(s, EDM(), karras(5), consistent=False) for s in (solver, again)]
     _require(
         again.label == solver.label and plans[0].difference(plans[1]) == 0.0,
         solver,
-        f"made again from its options {options}, it is {again.label}, with a plan that differs by "
+        f"made again from its options {options}, the solver is {again.label}, with a plan that differs by "
         f"{plans[0].difference(plans[1]):.2g}",
     )
 
 
 @_promise
 def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
-    """As the base of a fitted solver it is saved and loaded without a change of the samples."""
+    """A fitted solver over this base gives equal samples after saving and loading."""
     ode, grid = mixture().ode(VP()), karras(5, schedule=VP())
     x = draw(mixture(), 4, VP(), float(grid[0]))
-    fit = IIA(solver, terms=_no_terms).fit(ode, grid, x)
+    fit = IIA(solver, terms=_no_terms).fit(ode, x, grid)
     with tempfile.TemporaryDirectory() as folder:
         loaded = read_fit(fit.save(Path(folder) / "fit.safetensors"))
     expected = sample(ode, x, grid, solver)
     gap = rms(sample(ode, x, solver=fit) - expected) / rms(expected)
     _require(gap <= 1e-12, solver, f"an IIA fit without terms differs from its base by {gap:.2g}")
     _require(
-        torch.equal(sample(ode, x, solver=loaded), sample(ode, x, solver=fit)), solver, "loaded, it gives other samples"
+        torch.equal(sample(ode, x, solver=loaded), sample(ode, x, solver=fit)),
+        solver,
+        "the loaded solver gives other samples",
     )
-    _require(loaded.record == fit.record, solver, f"saved with {fit.record}, it was loaded with {loaded.record}")
+    _require(loaded.record == fit.record, solver, f"saved with {fit.record}, but loaded with {loaded.record}")
 
 
 CHECKS: tuple[Check, ...] = tuple(_CHECKS)
-"""The suite: functions of a solver or its name that raise :class:`~iia_ode.errors.ConformanceError`."""
+"""The suite: functions that take a solver or a registered name and raise :class:`~iia_ode.errors.ConformanceError`."""
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
@@ -365,7 +385,7 @@ def _name(schedule: Schedule) -> str:
 def _require_convergence(
     solver: Solver, schedule: Schedule, make_grid: Callable[[int], Tensor], counts: tuple[int, int]
 ) -> None:
-    """On Gaussian data, the final error must be small, or halved from the first count to the second."""
+    """Require a final error on Gaussian data that is small, or at most half as large at the second count as at the first."""
     errors = []
     for n in counts:
         grid = make_grid(n)

@@ -1,6 +1,6 @@
-"""Theorems of the form "these two solvers are one", as equality of the weights of their plans.
+"""Identities between solvers: pairs of methods whose plans have equal weights.
 
-Each holds on every model, because no model enters: what is compared are numbers that the schedule and the grid determine.
+Schedule and grid determine the weights, so an identity holds for every model.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def _log_snr(schedule: Schedule) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """Two solvers that are one.
+    """Two solvers with equal plans.
 
     Attributes
     ----------
-    statement : what is equal, in one line.
-    theorem : why.
-    left, right : the solvers; names or instances.
-    schedules : on which it holds (and is checked).
-    grid : on which grid, from a schedule; most hold on any.
-    stride : how many intervals of that grid are one of the right-hand solver's.
+    statement : the identity in one line.
+    theorem : the reason.
+    left, right : the solvers, as names or instances.
+    schedules : schedules on which the identity holds and is checked.
+    grid : function from a schedule to the grid of the check; most identities hold on any grid.
+    stride : number of intervals of the left-hand grid in one interval of the right-hand grid.
     """
 
     statement: str
@@ -59,7 +59,7 @@ class Identity:
 IDENTITIES: tuple[Identity, ...] = (
     Identity(
         "DDIM is DPM-Solver-1, whether on the data or on the noise estimate",
-        "For given x one of the two estimates fixes the other, and either is constant over the step.",
+        "For given x, each estimate determines the other, and both are constant over the step.",
         "ddim",
         "deis_lab1",
     ),
@@ -147,4 +147,4 @@ IDENTITIES: tuple[Identity, ...] = (
         stride=2,
     ),
 )
-"""All that the tests check and the documentation lists."""
+"""The identities that the tests check and the documentation lists."""

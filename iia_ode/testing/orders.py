@@ -1,14 +1,14 @@
-"""The measured order of a solver, its start-up steps aside.
+"""Measure the order of a solver with the start-up steps excluded.
 
-A multistep method starts with fewer outputs than it combines later, and one step of Euler's limits the order of everything
-after it to 2. So the first twelve steps are made exact, without any co-operation of the solver: the states there are
-overwritten by the exact solution while the plan runs (:mod:`.startup`). The evaluations that later steps look back on are then
-those that the solver makes along the exact solution, and what remains at the end is the error of the other steps.
+A multistep method starts with fewer outputs than it combines later, and a single Euler step limits the order of the whole
+integration to 2. The measurement therefore makes the first twelve steps exact: while the plan runs, the exact solution
+overwrites the states there (:mod:`.startup`). Later steps then look back on evaluations along the exact solution, and the
+final error is the error of the later steps.
 
-Those fill the last three quarters of a track's range on every grid: a run begins twelve steps before them, wherever in the
-first quarter that is (with the whole quarter, six steps, on a grid of 24). So the measured stretch of time is fixed, and
-leaving out the start-up does not bend the slope; and a start-up that lengthens with the grid shows, because no more than
-twelve of its steps are exact. Both counts are whole blocks of two or three.
+The later steps fill the last three quarters of a track's range on every grid. A run begins twelve steps before them, inside
+the first quarter (a grid of 24 has the whole quarter, six steps). The measured stretch of time is fixed, so excluding the
+start-up does not bend the slope. A start-up that lengthens with the grid still shows, because at most twelve of its steps are
+exact. Twelve and six are whole blocks of two or three.
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ TOLERANCE = 0.15
 """How far a measured order may lie from a whole number."""
 
 COUNTS = (24, 48, 96, 192, 384)
-"""Intervals of the grids, as many of them as it takes."""
+"""Numbers of intervals of the grids, coarsest first; the measurement stops when the slopes settle."""
 
-FINER = (768, 1536)  # where no whole order shows by then
-COARSER = 12  # where two of the grids or fewer are above rounding
-EXACT_STEPS = 12  # a corrector of order 5 needs eight: outputs at states predicted with lower order stay in memory
-LONG = 192  # intervals that one track refines to at least: 156 steps, exact ones included
+FINER = (768, 1536)  # used where no whole order shows by then
+COARSER = 12  # used where at most two of the grids are above rounding
+EXACT_STEPS = 12  # a corrector of order 5 needs eight: its memory holds outputs at states predicted with lower order
+LONG = 192  # smallest number of intervals of the finest grid on one track: 156 steps, exact steps included
 
 SETTLED = 0.03  # a local slope p + c h moves by c h / 2 when h is halved, and c h / 2 is also its remaining error
-NEAR = 0.1  # distance from a whole number, of a slope and of its extrapolation, at which no finer grid can change the verdict
-FLOOR = 1e-12  # relative error at which the rounding of references and sums, a few 1e-14, still moves no slope by 0.1
+NEAR = (
+    0.1  # largest distance of a slope and of its extrapolation to h = 0 from the whole number that the slopes approach
+)
+FLOOR = 1e-12  # smallest relative error in a slope: rounding, a few 1e-14, moves no slope by 0.1 above it
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class OrderMeasurement:
 
     Attributes
     ----------
-    problem, schedule, grid : what was integrated, on which schedule, and what the grid is uniform in.
-    from_exact_start : whether the start-up steps were left out.
-    counts, errors : intervals, and the root mean square error of the state at the end.
-    slopes : local orders, between successive counts.
-    ended : why no finer grid was tried: the slopes have ``"settled"``, errors reached ``"rounding"``, or the grid was the
+    problem, schedule, grid : the test problem, the schedule, and the variable in which the grid is uniform.
+    from_exact_start : whether the start-up steps were excluded.
+    counts, errors : numbers of intervals, and the root mean square error of the final state relative to its size.
+    slopes : local orders between successive counts.
+    ended : the reason to stop refining: the slopes have ``"settled"``, the errors reached ``"rounding"``, or the grid was the
         ``"finest"``.
     """
 
@@ -79,13 +81,13 @@ class OrderMeasurement:
 
     @property
     def order(self) -> float:
-        """The last slope; infinite where the errors are rounding from the coarsest grid on."""
+        """The last slope; infinite where the errors are rounding on every grid."""
         return self.slopes[-1] if self.slopes else math.inf
 
     def agrees_with(self, claimed: int) -> bool:
-        """Whether this is the claimed order, or a higher whole one that this problem happens to allow.
+        """Whether the measured order is the claimed order, or a higher whole order that this problem allows.
 
-        Where rounding ended the refinement a slope above the claim need not be whole: it may still be on its way down.
+        Where rounding ended the refinement, a slope above the claim need not be whole: the slope may still be falling.
         """
         if not math.isfinite(self.order):
             return self.order > 0
@@ -102,9 +104,25 @@ class OrderMeasurement:
 def measure_orders(
     solver: SolverLike, schedules: Schedule | Iterable[Schedule] = SCHEDULES, *, from_exact_start: bool = True
 ) -> tuple[OrderMeasurement, ...]:
-    """The order on both problems, for every schedule and track; arguments as for :func:`measure_order`.
+    """Measure the order on both problems, for every schedule and track.
 
-    The first of them is refined to 192 intervals at least, so that a start-up of a small part of the run cannot hide.
+    The first schedule and track are refined to at least 192 intervals: a start-up that takes a small part of the run cannot
+    hide there.
+
+    Parameters
+    ----------
+    solver : a registered name, or a solver.
+    schedules : one or more schedules.
+    from_exact_start : exclude the start-up steps. False measures whole integrations from a cold start.
+
+    Returns
+    -------
+    Two measurements, Gaussian data and mixture, for each schedule and track.
+
+    Raises
+    ------
+    UnknownNameError, InputError : `solver` is no solver, or `schedules` holds no schedule.
+    PlanError : the solver's step cannot be traced.
     """
     found, asked = as_solver(solver), as_schedules(schedules)
     return tuple(
@@ -122,19 +140,19 @@ def measure_orders(
 
 
 def as_schedules(value: object) -> tuple[Schedule, ...]:
-    """The schedules that are asked for: one, or some.
+    """The given schedules as a tuple.
 
     Raises
     ------
-    InputError : none, or something else.
+    InputError : `value` is neither a schedule nor a non-empty sequence of schedules.
     """
     if isinstance(value, Schedule):
         return (value,)
     found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
     if not found or not all(isinstance(one, Schedule) for one in found):
         raise InputError(
-            f"schedules must be one schedule or more, such as [iia_ode.VP(), iia_ode.EDM()], got {value!r}; leave it out for "
-            "those of the suite."
+            f"schedules must be one schedule or more, such as [iia_ode.VP(), iia_ode.EDM()], got {value!r}; omit the "
+            "argument for the schedules of the suite."
         )
     return found
 
@@ -144,7 +162,7 @@ def claimed_order(solver: Solver) -> int:
 
     Raises
     ------
-    InputError : it is missing, or not a whole number from 1 on.
+    InputError : the attribute is missing, or is no whole number of at least 1.
     """
     return check_whole(f"attribute `order` of {solver.label}", getattr(solver, "order", None), least=1)
 
@@ -157,18 +175,28 @@ def measure_order(
     from_exact_start: bool = True,
     finest_at_least: int = 0,
 ) -> tuple[OrderMeasurement, ...]:
-    """The order on each problem along one track.
+    """Measure the order on each problem along one track.
 
-    The grid is refined until the slopes settle, or until the error is near rounding: from 24 intervals to 384, and on to 1536
-    where the last slope is not near a whole number. Where only two grids or fewer are above rounding, one of 12 intervals is
-    measured as well.
+    The grid is refined from 24 intervals to 384 until the slopes settle or the error is near rounding, and on to 1536 where
+    the last slope is not near a whole number. Slopes have settled once the last two differ by at most 0.03, or once they
+    approach a whole number and the last slope and its extrapolation to h = 0 are within 0.1 of it. Where at most two grids
+    are above rounding, a grid of 12 intervals is measured as well.
 
     Parameters
     ----------
-    solver : a registered name or a solver.
-    schedule, track : where.
-    from_exact_start : leave out the start-up steps; False measures what a user sees who starts from x_T.
-    finest_at_least : intervals of the finest grid, even where slopes settle before.
+    solver : a registered name, or a solver.
+    schedule, track : the schedule, and the family of grids.
+    from_exact_start : exclude the start-up steps. False measures whole integrations from a cold start.
+    finest_at_least : smallest number of intervals of the finest grid, even where slopes settle on coarser grids.
+
+    Returns
+    -------
+    The measurements on Gaussian data and on the mixture.
+
+    Raises
+    ------
+    UnknownNameError, InputError : `solver` is no solver.
+    PlanError : the solver's step cannot be traced.
     """
     found = as_solver(solver)
     errors: dict[str, dict[int, float]] = {problem: {} for problem in PROBLEMS}
@@ -195,11 +223,21 @@ def measure_order(
 
 
 def order_misses(measurements: Sequence[OrderMeasurement], claimed: int) -> list[str]:
-    """What is wrong with a claimed order, in words; nothing if it is right.
+    """Describe how measured orders contradict a claimed order; empty for a correct claim.
 
-    The order of a method is the least that it shows. On one problem or grid an error term may vanish (the midpoint rule has
-    order 3 on Gaussian data where alpha and sigma are linear in t; weights made for a uniform grid have their full order on
-    one), and then it must show a higher whole order. On every schedule, though, it must somewhere show the order it claims.
+    The order of a method is its least measured order. On some problems and grids an error term vanishes, and the measured
+    order must be a higher whole number: the midpoint rule has order 3 on Gaussian data where alpha and sigma are linear in
+    t, and weights of a uniform grid have their full order on a uniform grid. On every schedule, at least one measurement
+    must show the claimed order.
+
+    Parameters
+    ----------
+    measurements : from :func:`measure_orders` or :func:`measure_order`.
+    claimed : the claimed order, a whole number of at least 1.
+
+    Returns
+    -------
+    One message for each contradiction.
     """
     misses = [_miss(m, claimed) for m in measurements if not m.agrees_with(claimed)]
     for schedule in dict.fromkeys(m.schedule for m in measurements):
@@ -214,11 +252,11 @@ def _miss(measurement: OrderMeasurement, claimed: int) -> str:
     if measurement.ended != "finest":
         return shown
     slopes = ", ".join(f"{slope:.2f}" for slope in measurement.slopes)
-    return f"not asymptotic, the local orders {slopes} have not settled and do not decide the claim: {shown}"
+    return f"not asymptotic, the local orders {slopes} have not settled and decide nothing about the claim: {shown}"
 
 
 def local_slopes(counts: Sequence[int], errors: Sequence[float]) -> tuple[float, ...]:
-    """Orders between successive counts; minus infinity where an error is not finite."""
+    """Local orders between successive counts; minus infinity where an error is not finite."""
     slopes = []
     for (n, coarse), (m, fine) in zip(
         zip(counts, errors, strict=True), zip(counts[1:], errors[1:], strict=True), strict=False
@@ -229,11 +267,10 @@ def local_slopes(counts: Sequence[int], errors: Sequence[float]) -> tuple[float,
 
 
 def _relative_error(plan: Plan, model: Model, problem: str, track: Track, n: int, from_exact_start: bool) -> float:
-    """RMS error of the final state over its size."""
-    exact, given = exact_states(problem, plan.schedule, track, n), {}
-    if from_exact_start:
-        steps = _exact_steps(n)
-        exact, given = exact[-steps - 2 :], known_states(plan, steps)
+    """RMS error of the final state, relative to its size."""
+    steps = _exact_steps(n) if from_exact_start else 0
+    exact = exact_states(problem, plan.schedule, track, n, steps)
+    given = known_states(plan, steps) if steps else {}
     values = {0: exact[0]}
     for k, _ in run_code(plan.code, values, model, last_use=plan.last_use):
         if k in given:
@@ -259,13 +296,13 @@ def _is_enough(errors: Mapping[int, float], finest_at_least: int) -> bool:
 
 
 def _settled(slopes: Sequence[float]) -> bool:
-    """Whether the last slope is final: it has stopped moving, or it and its extrapolation are near one whole number."""
+    """Whether the last slope is final: the slopes stand still, or approach a whole number and are near it."""
     if len(slopes) < 2:
         return False
     before, last = slopes[-2:]
-    limit = 2 * last - before  # of p + c h
-    whole = round(last)
-    return abs(last - before) <= SETTLED or max(abs(last - whole), abs(limit - whole)) <= NEAR
+    whole, limit = round(last), 2 * last - before  # the limit of p + c h
+    approaches = abs(last - whole) <= abs(before - whole)
+    return abs(last - before) <= SETTLED or (approaches and max(abs(last - whole), abs(limit - whole)) <= NEAR)
 
 
 def _is_whole(errors: Mapping[int, float]) -> bool:

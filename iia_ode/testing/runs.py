@@ -1,4 +1,4 @@
-"""Runs of a solver that the conformance suite compares: on tensors, two in turn, and under another default dtype."""
+"""Runs of a solver for comparison: eager runs on tensors, interleaved traces, and runs under another default dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["default_dtype", "eager_run", "traced_in_turn"]
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default dtype, for a while."""
+    """Set torch's default dtype inside the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -38,7 +38,7 @@ def eager_run(solver: Solver, ode: ProbabilityFlowODE, x: Tensor, grid: Tensor) 
 
 
 def traced_in_turn(solver: Solver, schedule: Schedule, grids: tuple[Tensor, ...]) -> list[Plan]:
-    """One plan a grid, traced with one instance, one step of each in turn."""
+    """One plan for each grid, traced with one solver instance, alternating between the grids step by step."""
     times = [grid.tolist() for grid in grids]
     tracers = [Tracer(schedule) for _ in grids]
     states, memories = [Vector({0: 1.0}) for _ in grids], [() for _ in grids]

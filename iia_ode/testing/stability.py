@@ -23,17 +23,29 @@ _F64 = torch.float64
 # estimate x - t dx/dt is FAR / STEP times larger than what the step keeps of it.
 FAR, STEP, STEPS = 4000.0, 1.0, 256
 SCANS = ((6.0, 0.005), (60.0, 0.05))  # how far on the negative real axis, and how finely
-KICKS = (
-    8  # the first states are disturbed: a start-up that hits the decaying solution exactly would hide the growing ones
-)
-STILL = 1e-6  # growth a step in the logarithm that is rounding and not growth
+# The first states are disturbed: a start-up that hits the decaying solution exactly would hide the growing solutions.
+KICKS = 8
+STILL = 1e-6  # logarithm of the growth per step at and below which growth counts as rounding
 
 
 def stability_limit(solver: SolverLike) -> float | None:
-    """The largest z for which the solver stays bounded wherever h mu lies in [-z, 0], to about three digits.
+    """The largest z with bounded solutions of dx/dt = mu x for all h mu in [-z, 0], to about three digits.
 
     Classical values: 2 for Euler, Heun and the midpoint rule, 2.785 for RK4; 1, 6/11 and 0.3 for Adams-Bashforth of orders
-    2, 3 and 4. None if it is bounded as far as was looked, to -60.
+    2, 3 and 4.
+
+    Parameters
+    ----------
+    solver : a registered name, or a solver.
+
+    Returns
+    -------
+    The limit z; None for a solver that stays bounded on the whole tested interval [-60, 0].
+
+    Raises
+    ------
+    UnknownNameError, InputError : `solver` is no solver.
+    PlanError : the solver's step cannot be traced.
     """
     found = as_solver(solver)
     schedule = EDM()
@@ -52,7 +64,7 @@ def stability_limit(solver: SolverLike) -> float | None:
 
 
 def _growth(code: tuple[Instruction, ...], schedule: EDM, z: Tensor) -> Tensor:
-    """The logarithm of the growth of x a step over the second half of the run, for every z = h mu."""
+    """The logarithm of the growth of x per step over the second half of the run, for every z = h mu."""
     mu = z / -STEP  # time runs backwards
 
     def model(x: Tensor, t: float, form: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which vectors of a plan are states at grid points: what to overwrite so that its first steps are exact."""
+"""Find the vectors of a plan that are states at grid points: overwriting them makes the first steps exact."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .cases import Model
 __all__ = ["known_states"]
 
 _F64 = torch.float64
-OFFSET = 7.3  # of the line that constant velocity makes: no weight or sum of weights is likely to be on it by chance
+OFFSET = 7.3  # offset of the solution with constant velocity; a sum of weights is unlikely to match it by chance
 
 
 def known_states(plan: Plan, points: int) -> dict[int, tuple[int, float]]:
-    """Vectors that are, up to a factor, the state at one of the grid points 1 .. `points`: index to (grid point, factor).
+    """Vectors that equal the state at one of the grid points 1 .. `points` up to a factor: index to (grid point, factor).
 
-    Those are the grid states themselves; and what a step hands on to later steps beside them, such as a corrected state of
-    which the grid has the prediction, or the state in another scale. The latter are found by what they are on two solutions
-    that solvers keep exactly: constant data and noise (the state is alpha_t data + sigma_t noise), and constant velocity.
+    The first kind are the grid states themselves. The second kind are other vectors that a step hands to later steps, such as
+    a corrected state beside the predicted state on the grid, or the state in another scale. Vectors of the second kind are
+    identified by their values on two solutions that solvers reproduce exactly: constant data and noise (the state is
+    alpha_t data + sigma_t noise), and constant velocity.
     """
     ends = [k for k, ins in enumerate(plan.code, start=1) if isinstance(ins, Combine) and ins.step is not None]
     known = {k: (point, 1.0) for point, k in enumerate(ends[:points], start=1)}
@@ -44,7 +45,7 @@ def known_states(plan: Plan, points: int) -> dict[int, tuple[int, float]]:
 
 
 def _factor(plan: Plan, point: int, parts: tuple[float, float], line: float) -> float | None:
-    """What a vector is times the state at a grid point, judged by its values on the two solutions; None if it is not."""
+    """The ratio of a vector to the state at a grid point, from its values on the two solutions; None without a fixed ratio."""
     t = plan.grid[point]
     alpha, sigma = plan.schedule.alpha(t), plan.schedule.sigma(t)
     size = math.hypot(*parts)
@@ -54,7 +55,7 @@ def _factor(plan: Plan, point: int, parts: tuple[float, float], line: float) -> 
 
 
 def _on_constant_data(plan: Plan, code: tuple[Instruction, ...]) -> dict[int, tuple[float, float]]:
-    """The parts of data and noise in every vector."""
+    """The coefficients of data and noise in every vector."""
     schedule, t = plan.schedule, plan.grid[0]
 
     def model(x: torch.Tensor, t: float, form: str) -> torch.Tensor:
