@@ -70,8 +70,7 @@ class DPMSolverV3(Solver):
         if self.statistics is not None and not isinstance(self.statistics, ModelStatistics):
             raise InputError(
                 f"statistics of dpm_solver_v3 must be ModelStatistics or None, got {self.statistics!r}. The options of a "
-                "solver hold a digest of its statistics only: load them, iia_ode.ModelStatistics.load(path), and pass the "
-                "object."
+                "solver only name its statistics: load them, iia_ode.ModelStatistics.load(path), and pass the object."
             )
 
     @property
@@ -175,7 +174,7 @@ def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:
 
 
 def _linear(statistics: ModelStatistics, schedule: Schedule, x: Any, t: float) -> Any:
-    """(1 - l) x / alpha = f + D: computing f from the data estimate D is accurate at every noise level."""
+    """(1 - l) x / alpha, which is f + D: the data form of f keeps its accuracy at every noise level."""
     l = statistics.curves[0](schedule.lam(t))  # noqa: E741
     return _weight((1.0 - l) / schedule.alpha(t)) * x
 

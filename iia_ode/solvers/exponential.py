@@ -25,7 +25,7 @@ class DDIM(Solver):
     order = 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """DDIM's transfer from t to s."""
+        """The transfer from t to s."""
         return data_step(ode.schedule, x, ode.data(x, t), t, s)
 
 

@@ -150,7 +150,7 @@ class AnalyticFirstStep(MetaSolver):
             return self.solver.step(ode, x, t, s, past)
         alpha, sigma = ode.schedule.alpha(t), ode.schedule.sigma(t)
         size = math.hypot(alpha, sigma)
-        # The same estimate as data, alpha x / (size (size + sigma)): finite at alpha = 0.
+        # As data, alpha x / (size (size + sigma)): the same, but finite at alpha = 0.
         analytic = Evaluation(ode.schedule, t, x, alpha / (size * (size + sigma)) * x, "data")
 
         def evaluate(y: Any, u: float, form: str) -> Any:

@@ -56,13 +56,13 @@ class Multistep(Solver):
         """The factor of x and the weights of the outputs at `times`, newest first; the step starts at ``times[0]``."""
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
-        """Whether the step from t to s must be DDIM's."""
+        """Whether only DDIM's step is possible from t to s."""
         return singular(schedule, t, s)
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The combination, and the outputs for the next step."""
         if self.first_order(ode.schedule, t, s):
-            # The memory is cleared: no polynomial passes through an output at infinite log-SNR.
+            # Nothing is remembered: no polynomial goes through an output made at infinite log-SNR.
             return data_step(ode.schedule, x, ode.data(x, t), t, s), ()
         now = Output(t, ode.as_form(x, t, self.form))
         history = (now, *past.memory)[: self.max_order]
@@ -170,7 +170,7 @@ class DEISTime(_OverRho):
         check_order("deis_tab3", self.max_order, 4)
 
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
-        """Integrals over rho of the Lagrange polynomials in time."""
+        """Of the Lagrange polynomials in time."""
         return noise_weights_in_time(schedule, times, times[0], s)
 
 

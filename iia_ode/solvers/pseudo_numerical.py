@@ -64,7 +64,7 @@ class PNDM(Solver):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer with the combined noise, and the outputs for later steps."""
         schedule = ode.schedule
-        if schedule.alpha(t) == 0:  # x is pure noise here, and only the data estimate determines the step
+        if schedule.alpha(t) == 0:  # there x is all noise: only the data estimate says where to go
             return data_step(schedule, x, ode.data(x, t), t, s), ()
         history = (ode.noise(x, t), *past.memory)[: self.max_order]
         weights = ADAMS_BASHFORTH[len(history)]

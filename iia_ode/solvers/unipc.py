@@ -88,7 +88,7 @@ class UniPC(Solver):
         return y, (new, *history)
 
     def _combine(self, interval: Interval, x: Any, u: Sequence[float], m: Sequence[Any]) -> Any:
-        """keep x plus the integral, with the B(h) weights of the differences to m_0."""
+        """keep x + the integral with the B(h) weights of the differences to m_0."""
         w = interval.moments(len(u))
         if len(u) == 2:
             B = interval.H if self.variant == "bh1" else -math.expm1(-interval.H)
