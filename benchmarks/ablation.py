@@ -1,9 +1,9 @@
-"""What each ingredient of a fit is worth: python benchmarks/ablation.py [--settings mixture64] [--nfe 6 10].
+"""The effect of each ingredient of a fit on its error: python benchmarks/ablation.py [--settings mixture64] [--nfe 6 10].
 
-A star, not the full product: from the full recipe (DDIM, trajectory targets, window terms, two earlier steps, a searched grid
-that leaps, Gauss-Newton refinement) one ingredient is changed at a time, and to the plain base on the default grid one is
-added at a time. Five seeds, of the noise that fits see and of that which is measured. Results are stored one by one under
---out, and a rerun does only what is missing; --table writes the page docs/results/ablation.md.
+The design is a star, not the full product. The full recipe (DDIM, trajectory targets, window terms, two earlier steps, a
+searched leap grid, Gauss-Newton refinement) changes in one ingredient at a time; the plain base on the default grid gains
+one ingredient at a time. Each of five seeds has its own noise for fits and for measuring. Each result is stored under --out
+as soon as it is measured, and a rerun measures missing results only. --table writes docs/results/ablation.md.
 """
 
 import argparse
@@ -64,11 +64,11 @@ rows per sample. A mixture needs more draws, because a few samples in a thousand
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ingredients.
+    """Ingredients of a fit.
 
     Attributes
     ----------
-    target, terms, history, intercept : of the closed-form fit; no terms is DDIM itself.
+    target, terms, history, intercept : options of the closed-form fit; without terms the recipe is DDIM itself.
     grid : ``"default"``, ``"tuned"`` (Karras), ``"leap"``, or ``"warm"``: the first interval by a Gaussian warm start.
     refinement : ``"gauss-newton"``, ``"adam"`` or None.
     """
@@ -119,15 +119,15 @@ ADDED: dict[str, Recipe] = {
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What a recipe is made and measured with.
+    """Data, teacher and store of one cell, with which recipes are made and measured.
 
     Attributes
     ----------
-    name, nfe, seed : of the cell.
-    own, test : the fitting noise, and the noise that is measured.
-    teacher : of the fitting noise.
-    effort : what a variant is given; results are stored under it.
-    store : for the grids, which recipes share.
+    name, nfe, seed : setting, number of evaluations and seed of the cell.
+    own, test : the fitting noise, and the unseen noise.
+    teacher : trajectories of the fitting noise.
+    effort : numbers of draws and iterations of a variant; results are stored under them.
+    store : storage of the grids shared by recipes.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Bench:
 
 
 def effort_of(name: str, samples: int | None, fit_samples: int | None) -> dict[str, int]:
-    """What a variant is given on a setting, with these numbers of draws where they are asked for."""
+    """The effort of a variant on a setting, with the requested numbers of draws if given."""
     found = EFFORT[kind_of(name)]
     draws = fit_samples or found["fit_samples"]
     fewer = {"searched": min(found["searched"], draws // 2), "refined": min(found["refined"], draws)}
@@ -171,7 +171,7 @@ def closed_form(
 
 
 def warm_start(bench: Bench, t_1: float) -> WarmStart:
-    """The Gaussian one, from endpoints of the fitting noise that no grid is chosen on."""
+    """The Gaussian warm start, from endpoints of fitting noise not used to choose grids."""
     return WarmStart.gaussian(
         bench.own.setting.schedule,
         bench.own.start,
@@ -183,16 +183,16 @@ def warm_start(bench: Bench, t_1: float) -> WarmStart:
 def warmed(
     recipe: Recipe, warm: WarmStart, ode: Any, grid: Tensor, x: Tensor, teacher: Teacher, chunk: int
 ) -> tuple[Plan, Tensor]:
-    """The plan of what follows a warm start, and the states that it starts from; its targets are the true trajectories."""
+    """The plan after a warm start and its initial states; the targets are the true trajectories."""
     x_1 = warm.apply(x, ode)
     later = teacher.restarted(warm.t_1, x_1)
     return closed_form(recipe, ode, grid, x_1, later, chunk), x_1
 
 
 def grid_of(bench: Bench, kind: str, fitted: bool) -> tuple[Tensor, WarmStart | None]:
-    """The grid, searched for the closed-form fit of the full recipe or for DDIM itself, and the warm start if it has one.
+    """The grid, searched for the closed-form fit of the full recipe or for DDIM itself, and the warm start if any.
 
-    With a warm start the grid begins where that ends.
+    With a warm start the grid begins at the end of the warm start.
     """
     setting, nfe = bench.own.setting, bench.nfe
     if kind == "default":
@@ -207,7 +207,7 @@ def grid_of(bench: Bench, kind: str, fitted: bool) -> tuple[Tensor, WarmStart | 
 
 
 def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
-    """A search on the first samples: half of them fitted to, half judged by."""
+    """A search on the first samples: one half for fitting, the other for judging."""
     own, setting = bench.own, bench.own.setting
     recipe = replace(FULL if fitted else BASE, refinement=None)
     samples = bench.effort["searched"]
@@ -233,7 +233,7 @@ def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
 
 
 def karras_error(bench: Bench, recipe: Recipe, grid: tuple[float, float], samples: int) -> float:
-    """Of a recipe on a Karras grid: fitted to half of the samples, measured on the others."""
+    """The error of a recipe on a Karras grid, fitted to half of the samples and measured on the other half."""
     own, n, half = bench.own, len(bench.own.x), samples // 2
     first, other = slice(0, half), slice(half, samples)
     try:
@@ -248,7 +248,7 @@ def karras_error(bench: Bench, recipe: Recipe, grid: tuple[float, float], sample
 
 
 def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
-    """The plan of a recipe, and what is to be known of its making."""
+    """The plan of a recipe, and an account of its making."""
     grid, warm = grid_of(bench, recipe.grid, recipe.terms is not None or recipe.refinement is not None)
     own, about, chunk = bench.own, {}, bench.effort["chunk"]
     if warm is None:
@@ -279,7 +279,7 @@ def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
 
 
 def variant(bench: Bench, recipe: Recipe) -> Entry:
-    """One cell."""
+    """The measured entry of one cell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", iia.errors.FingerprintWarning)
         try:

@@ -1,10 +1,11 @@
-"""Endpoint error of fitted solvers against the best that is not fitted: python benchmarks/acceptance.py [--settings digits].
+"""Endpoint error of fitted solvers against the best classic solver: python benchmarks/acceptance.py [--settings digits].
 
-Everything is fitted and chosen on some draws of noise, and measured on others, against a converged reference. Results are
-stored one by one under --out, and a rerun does only what is missing; --table writes the page docs/results/acceptance.md.
+Fits and choices use one set of noise draws; errors are measured on unseen draws, against a converged reference. Each result is
+stored under --out as soon as it is measured, and a rerun measures missing results only. --table writes
+docs/results/acceptance.md.
 
-Classic solvers: every registered one that can make exactly that number of evaluations, each with its Karras grid tuned over
-rho and sigma_min; the best of all these pairs is found exactly (classic.py).
+Classic solvers are all registered solvers with exactly the given number of evaluations, each with its Karras grid tuned over
+rho and sigma_min. The search for the best pair of solver and grid is exact (classic.py).
 """
 
 import argparse
@@ -51,11 +52,11 @@ from iia_ode.plan import Plan
 
 SETTINGS = ("mixture64", "digits", "patches")
 NFES = (4, 5, 6, 8, 10, 15)
-FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws that fits and choices see: more where they cost nothing
-SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws that are measured
-TEACHER_STEPS = 60  # of what scalar weights are fitted to
-LEAPED = 3  # classic solvers whose leap grid is searched for
-CHOSEN = ("classic-leap", "scalar", *BUDGETS)  # the rows that a new rule of choice concerns
+FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws of fits and choices: more where draws are free
+SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws, for measuring
+TEACHER_STEPS = 60  # of the teacher of scalar weights
+LEAPED = 3  # classic solvers with a searched leap grid
+CHOSEN = ("classic-leap", "scalar", *BUDGETS)  # the rows that depend on the rule of choice
 ROWS = {
     "classic": "best classic, Karras grid tuned",
     "classic-leap": "best classic, leap grid searched",
@@ -68,7 +69,7 @@ ROWS = {
 
 
 def classic(name: str, nfe: int, own: Batch) -> Entry:
-    """The best of all classic solvers, each with its grid tuned."""
+    """The best of all classic solvers with tuned grids."""
     begun = time.perf_counter()
     best = classic_search(name, nfe, own)
     solver, (rho, level) = best.pair
@@ -86,7 +87,7 @@ def classic(name: str, nfe: int, own: Batch) -> Entry:
 
 
 def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid | FreeGrid) -> Plan:
-    """A registered solver on a grid that leaps."""
+    """The plan of a registered solver on a leap grid."""
     setting = setting_of(name)
     levels = levels_for(solver, name, nfe)
     if levels is None:
@@ -95,10 +96,10 @@ def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid | FreeGrid) -> Pl
 
 
 def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: str) -> Entry:
-    """The best of all classic solvers on grids that leap: on the one found for the fit, and on their own.
+    """The best of all classic solvers on leap grids: on the grid found for the fit, and on their own.
 
-    All solvers run on the grid that the search for a fit found. The best three there, and the best on Karras grids, of
-    those that take one evaluation per step, then get the very search that the fit had, with their own fixed weights.
+    All solvers run on the leap grid found for the fit. The best three there and the best solver on Karras grids, among solvers
+    with one evaluation per step, then get the grid search of the fit, with fixed weights.
     """
     setting, begun, spent = own.setting, time.perf_counter(), 0
     tried: list[tuple[float, str, FreeGrid]] = []
@@ -153,7 +154,7 @@ _TEACHERS: dict[int, Teacher] = {}
 
 
 def trajectories(own: Batch) -> Teacher:
-    """The teacher of the fitting noise for what needs one beside a fit's own; made once."""
+    """The teacher of the fitting noise, memoized; for searches outside a fit."""
     if id(own) not in _TEACHERS:
         setting = own.setting
         _TEACHERS[id(own)] = Teacher.solve(
@@ -164,7 +165,7 @@ def trajectories(own: Batch) -> Teacher:
 
 
 def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
-    """One number per direction, in closed form on trajectory targets; no intercept, no warm start; the grid searched."""
+    """A closed-form fit of scalar weights to trajectory targets on a searched grid; no intercept, no warm start."""
     setting, begun = own.setting, time.perf_counter()
     method = IIA("ddim", terms="window", target="trajectory", history=2, ridge=1e-9, guard=False)
 
@@ -192,7 +193,7 @@ def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
 
 
 def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry:
-    """The one call with all its defaults."""
+    """`iia_ode.fit` with all defaults."""
     begun = time.perf_counter()
     # Closed forms draw from the marginal at the noisiest level, which is not quite noise: such states are taken as they are.
     start = {"x": own.x} if is_closed_form(own.setting) else {"noise": own.x / own.setting.sigma_max}
@@ -212,7 +213,7 @@ def budget_row(name: str, nfe: int, own: Batch, test: Batch, seed: int) -> Entry
 
 
 def preset_row(preset: str, name: str, nfe: int, own: Batch, test: Batch) -> Entry:
-    """One of the paper's methods and its base on the default grid."""
+    """A preset of the paper and its base on the default grid."""
     method, setting = PRESETS[preset], own.setting
     solver = method.base_solver.label
     levels = levels_for(solver, name, nfe)
@@ -259,7 +260,7 @@ def cells(store: Store, name: str, nfe: int, options: argparse.Namespace) -> Non
         return store.cell(file, row, conditions_of(row, **more), lambda: make() | {"reference": test().about})
 
     def search(row: str, make: Callable[[], Entry], plan: Callable[[Entry], Plan]) -> Entry:
-        """A cell whose choice, which no unseen sample enters, is kept where only the unseen samples are others."""
+        """A cell that keeps its stored choice where only the unseen samples have changed; no choice depends on them."""
         more = conditions_of(row)
         known = store.read(file).get(row)
         same = known is not None and known["under"] | {"samples": samples} == more
@@ -328,7 +329,7 @@ Found = dict[int, dict[str, Entry]]
 
 
 def thresholds(name: str) -> list[tuple[str, str, dict[int, float]]]:
-    """(what it says, the row, the highest ratio to the best classic by number of evaluations) of a setting."""
+    """Thresholds of a setting: (text, row, highest ratio to the best classic by number of evaluations)."""
     out = [("scalar closed form", "scalar", {5: 0.85, 6: 0.72, 8: 0.72, 10: 0.72})]
     for budget in ("standard", "thorough"):
         if name == "digits":
@@ -340,7 +341,7 @@ def thresholds(name: str) -> list[tuple[str, str, dict[int, float]]]:
 
 
 def ratio(found: Found, row: str, nfe: int) -> float | None:
-    """Error over that of the best classic solver."""
+    """Error divided by the error of the best classic solver; None where either is missing."""
     entry, best = found[nfe].get(row), found[nfe].get("classic")
     if not entry or not best or entry.get("rmse") is None or not best.get("rmse"):
         return None
@@ -348,7 +349,7 @@ def ratio(found: Found, row: str, nfe: int) -> float | None:
 
 
 def doubt(found: Found, row: str, nfe: int) -> float | None:
-    """Standard error of that ratio, as if the two errors were independent: too large, if anything."""
+    """Standard error of the ratio with both errors taken as independent: an upper bound."""
     value = ratio(found, row, nfe)
     parts = [found[nfe].get(k, {}) for k in (row, "classic")] if nfe in found else []
     if value is None or not all("error" in e for e in parts):
@@ -357,7 +358,7 @@ def doubt(found: Found, row: str, nfe: int) -> float | None:
 
 
 def section(name: str, seed: int, found: Found) -> str:
-    """The page's part on one setting, with the noise of one seed."""
+    """The section of the page on one setting and seed."""
     nfes = sorted(n for n, rows in found.items() if set(rows) & set(ROWS))
     entries = [entry for rows in found.values() for entry in rows.values()]
     out = [f"## {name}{f', noise of seed {seed}' if seed else ''}\n"]
@@ -389,17 +390,17 @@ def section(name: str, seed: int, found: Found) -> str:
 
 
 def there(found: Found) -> dict[str, str]:
-    """The rows that were run at some number of evaluations."""
+    """The rows measured at some number of evaluations."""
     return {row: text for row, text in ROWS.items() if any(row in rows for rows in found.values())}
 
 
 def outdated(found: Found, row: str) -> list[str]:
-    """At which numbers of evaluations a row is there that the present rule of choice did not make."""
+    """Numbers of evaluations at which a row was made by an earlier rule of choice."""
     return [str(n) for n in sorted(found) if row in found[n] and found[n][row]["under"].get("choice") != CHOICE]
 
 
 def spread(found: Found, nfes: list[int]) -> str:
-    """Medians, and shares of samples that went wrong."""
+    """Medians, and shares of bad samples."""
 
     def cell(entry: Entry | None) -> str:
         return "-" if not entry or "rmse" not in entry else f"{number(entry['median'])}, {100 * entry['bad']:.1f}%"
@@ -409,7 +410,7 @@ def spread(found: Found, nfes: list[int]) -> str:
 
 
 def judged(name: str, found: Found) -> str:
-    """Thresholds beside what was measured."""
+    """Thresholds beside measured ratios."""
     lines = []
     for text, row, limits in thresholds(name):
         for nfe, limit in limits.items():
@@ -423,7 +424,7 @@ def judged(name: str, found: Found) -> str:
 
 
 def costs(found: Found, nfes: list[int]) -> str:
-    """What fits took."""
+    """Sample evaluations of fits and searches."""
 
     def cell(entry: Entry | None) -> str:
         if not entry or "sample_evaluations" not in entry:
@@ -435,7 +436,7 @@ def costs(found: Found, nfes: list[int]) -> str:
 
 
 def winners(found: Found, nfes: list[int]) -> str:
-    """What was found and chosen."""
+    """The best classic solvers, and the choices of the fits."""
     lines = []
     for n in nfes:
         best, leap = found[n].get("classic"), found[n].get("classic-leap")

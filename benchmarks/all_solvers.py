@@ -1,8 +1,8 @@
 """Error against evaluations for every registered solver: python benchmarks/all_solvers.py [setting ...].
 
-Writes docs/results/all_solvers_SETTING.json and .md, and docs/images/all_solvers_SETTING.png, for the digits denoiser and for
-the mixture. Every solver runs on the Karras grid (rho 7) from sigma 80 to 0.03, then the data; errors are RMSE per component
-against a converged reference from the same noise. The digits take about ten minutes on one core.
+The script writes docs/results/all_solvers_SETTING.json and .md, and docs/images/all_solvers_SETTING.png, for the digits
+denoiser and for the mixture. Every solver runs on the Karras grid (rho 7) from sigma 80 to 0.03, then the data; errors are
+RMSE per component against a converged reference from the same noise. The digits take about ten minutes on one core.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def make_grid(n: int) -> torch.Tensor:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """A line for each solver; a star on the lowest of a column."""
+    """A row for each solver; a star marks the lowest error of a column."""
     lowest = {n: min(row[str(n)] for row in rows.values() if str(n) in row) for n in SHOWN}
 
     def cell(row: dict[str, float], n: int) -> str:
@@ -94,7 +94,7 @@ def page(name: str, rows: dict[str, dict[str, float]]) -> str:
 
 
 def plot(name: str, rows: dict[str, dict[str, float]], path: Path) -> None:
-    """A panel per family; the grey lines are all other solvers."""
+    """A panel per family; the gray lines are all other solvers."""
     figure = Figure(figsize=(13, 13), layout="constrained")
     axes = figure.subplots(3, 3, sharex=True, sharey=True).flatten()
     for ax, (title, solvers) in zip(axes, PANELS.items(), strict=False):

@@ -1,9 +1,8 @@
-"""The lowest error of all registered solvers, each on all grids of the Karras family: exact, though few pairs run to the end.
+"""Exact search for the best pair of registered solver and Karras grid, by branch and bound over blocks of draws.
 
-A pair of solver and grid is run on one block of draws after another, always the pair whose sum of square errors is lowest so
-far. A sum only grows, so the first pair that has been through all draws is the best of all: what running every pair on every
-draw would find, at a fraction of the evaluations. Nor does the model make an evaluation twice: on one grid many solvers begin
-with the same step.
+Pairs run on one block of draws after another. The next block always goes to the pair with the lowest sum of squared errors
+so far. Sums only grow: the first pair with all draws done is the best of all, as if every pair had run on every draw, at a
+fraction of the evaluations. Evaluations are memoized, since many solvers begin with the same step on a grid.
 """
 
 import heapq
@@ -26,7 +25,7 @@ Pair = tuple[str, tuple[float, float]]
 
 
 def able(name: str, nfe: int) -> list[str]:
-    """Registered solvers that make exactly this many evaluations."""
+    """Registered solvers with exactly `nfe` evaluations."""
     return [solver for solver in iia.solver_names() if levels_for(solver, name, nfe) is not None]
 
 
@@ -37,7 +36,7 @@ def classic_plan(solver: str, name: str, nfe: int, rho: float, level: float) -> 
 
 @torch.no_grad()
 def _losses(plan: Plan, batch: Batch, index: Tensor) -> Tensor:
-    """Mean square error of each of these samples; infinite where the run is not finite."""
+    """Mean squared error of each sample in `index`; infinite where the run is not finite."""
     final = plan.run(batch.ode.subset(index, len(batch.x)), batch.x[index], check_finite=False)
     own = squares(final, batch.final[index])
     return torch.where(own.isfinite(), own, torch.inf)
@@ -45,13 +44,13 @@ def _losses(plan: Plan, batch: Batch, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Best:
-    """What the search found.
+    """Result of the search.
 
     Attributes
     ----------
     pair, rmse : the best pair, and its error on all draws.
-    pairs, finished : how many pairs there were, and how many had to be run to the end.
-    sample_evaluations : what it took.
+    pairs, finished : number of pairs, and number of pairs run on all draws.
+    sample_evaluations : sample evaluations of the search.
     """
 
     pair: Pair
@@ -64,9 +63,9 @@ class Best:
 def lowest(plans: Mapping[Pair, Plan], batch: Batch) -> Best:
     """The pair with the lowest error on a batch, exactly.
 
-    All pairs run on the first block. The other draws are taken in the order of the errors that the best pair of that block
-    makes on them, the largest first: the sooner a sum grows, the sooner a pair is out. The order decides how many evaluations
-    it takes, not what is found, up to rounding: a network in single precision gives another last bit in another batch.
+    All pairs run on the first block. The best pair of the first block ranks the other draws, largest error first: the faster a
+    sum grows, the sooner a pair is out. The order of the draws affects the number of evaluations, and the result only by
+    rounding: a network in single precision gives other last bits in another batch.
     """
     own, n = Batch(batch.setting, cached(batch.ode), batch.x, batch.final, batch.about), len(batch.x)
     before = own.ode.ledger.samples
@@ -93,10 +92,10 @@ def lowest(plans: Mapping[Pair, Plan], batch: Batch) -> Best:
 def classic_search(name: str, nfe: int, own: Batch) -> Best:
     """The best of all registered solvers on all grids of the family, on these draws."""
     plans: dict[Pair, Plan] = {}
-    # Grid by grid: solvers share their first steps on a grid, and what is remembered longest ago is forgotten first.
+    # Grid by grid: solvers share their first steps on a grid, and the oldest memoized evaluations are dropped first.
     for grid, solver in product(KARRAS, able(name, nfe)):
         try:
             plans[solver, grid] = classic_plan(solver, name, nfe, *grid)
-        except iia.IIAError:  # this pair makes no plan
+        except iia.IIAError:  # the solver has no plan on this grid
             continue
     return lowest(plans, own)

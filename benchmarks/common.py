@@ -1,4 +1,4 @@
-"""What the benchmarks of fitted solvers share: stored results, references, measurements, and tables."""
+"""Shared parts of the benchmarks of fitted solvers: stored results, references, measurements, and tables."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "results"
 CACHE = ROOT / "build" / "benchmarks"
-"""Converged trajectories, which are too large to keep and can be made again."""
+"""Folder of converged trajectories, too large for the repository and reproducible."""
 
-BAD = 0.1  # a sample whose own RMSE is above this counts as bad
+BAD = 0.1  # RMSE above which a sample counts as bad
 CHUNK = 64
-CHECKED = 64  # samples of a network's reference that are made again with fewer steps
+CHECKED = 64  # samples of a network's reference checked with fewer steps
 RHOS = (3.0, 5.0, 7.0, 9.0)
 LEVELS = (0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3)
 KARRAS = [(rho, level) for rho in RHOS for level in LEVELS]
 DEFAULT = (7.0, 0.002)
-CHOICE = 2  # to be raised whenever `iia_ode.fit` would choose otherwise: what is stored with a lower one is made again
+CHOICE = 2  # raise whenever the choices of `iia_ode.fit` change: entries with a lower number are made again
 
 Entry = dict[str, Any]
 
@@ -49,11 +49,11 @@ def _code() -> str:
 
 
 CODE = _code()
-"""Which state of the library is running, between two versions."""
+"""Hash of the library's sources, to tell states between two versions."""
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
@@ -62,17 +62,17 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of JSON files, each with entries by name; an entry is written as soon as it is there, in one move.
+    """A folder of JSON files with entries by name. Each entry is written at once, in one atomic move.
 
     Attributes
     ----------
-    folder : where the files are.
+    folder : folder of the files.
     """
 
     folder: Path
 
     def read(self, file: str) -> dict[str, Entry]:
-        """All entries of a file; none where there is no such file."""
+        """All entries of a file; an empty dictionary for a missing file."""
         path = self.folder / f"{file}.json"
         found: dict[str, Entry] = json.loads(path.read_text()) if path.exists() else {}
         return found
@@ -82,17 +82,17 @@ class Store:
         return {path.stem: self.read(path.stem) for path in sorted(self.folder.glob("*.json"))}
 
     def put(self, file: str, name: str, entry: Entry) -> None:
-        """Write an entry, the others of its file unchanged."""
+        """Write an entry; other entries of the file are unchanged."""
         entries = self.read(file) | {name: entry}
-        # A line an entry, so that a changed figure is a changed line.
+        # One line per entry: a changed figure is a changed line.
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(_plain(v), allow_nan=False)}" for k, v in entries.items())
         write_bytes(self.folder / f"{file}.json", f"{{\n{lines}\n}}\n".encode())
 
     def cell(self, file: str, name: str, under: Entry, make: Callable[[], Entry]) -> Entry:
-        """The entry made under these conditions, from the file or made now.
+        """The entry under the given conditions, from the file or made now.
 
-        An entry that was made under other conditions, such as another number of samples, is made again; a newer library
-        alone is no reason to.
+        An entry with other conditions, such as another number of samples, is made again. A newer version of the library alone
+        does not invalidate an entry.
         """
         known = self.read(file).get(name)
         if known is not None and known["under"] == _plain(under):
@@ -106,7 +106,7 @@ class Store:
 
 
 def brief(entry: Entry) -> str:
-    """What an entry found, in a few words."""
+    """A short summary of an entry."""
     if entry.get("skipped"):
         return f"skipped, {entry['skipped']}"
     kept = {
@@ -118,7 +118,7 @@ def brief(entry: Entry) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready: six digits of numbers, None for what is not finite, lists for tuples."""
+    """JSON-ready values: six digits of numbers, None for non-finite numbers, lists for tuples."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -139,7 +139,7 @@ class Batch:
     ----------
     setting, ode, x : the problem and the states.
     final : converged final states [B, ...].
-    about : how they were made and how far they are known to be from the truth; JSON-ready.
+    about : method and accuracy of the final states; JSON-ready.
     """
 
     setting: Setting
@@ -161,7 +161,7 @@ class Batch:
 
 @cache
 def setting_of(name: str) -> Setting:
-    """The setting, made once."""
+    """The setting, memoized."""
     return get_setting(name)
 
 
@@ -171,12 +171,12 @@ def is_closed_form(setting: Setting) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """What a setting is, as far as the number of draws is concerned: what costs nothing gets more."""
+    """The kind of a setting, ``"closed form"`` or ``"network"``; closed forms get more draws."""
     return "closed form" if is_closed_form(setting_of(name)) else "network"
 
 
 def start_of(setting: Setting) -> float:
-    """The time that runs start at."""
+    """The start time of runs."""
     return setting.schedule.t_of_noise_to_signal(setting.sigma_max)
 
 
@@ -184,8 +184,8 @@ def start_of(setting: Setting) -> float:
 def batch(name: str, samples: int, seed: int, unseen: bool, steps: int = 150) -> Batch:
     """Noise for fits or, with `unseen`, for measuring, with a reference.
 
-    Problems in closed form: dopri8 in float64 at the setting's tolerance. Networks: `steps` steps of the teacher's method,
-    and on the first 64 samples the same with two thirds of the steps, whose distance is recorded.
+    The reference of closed forms is dopri8 in float64 at the setting's tolerance. The reference of networks is `steps` steps
+    of the teacher's method; on the first 64 samples, the distance to two thirds of the steps is recorded.
     """
     setting = setting_of(name)
     ode, x = setting.draw(samples, batch_seed(seed, unseen=unseen))
@@ -234,13 +234,13 @@ def teacher_of(name: str, samples: int, seed: int, steps: int = 60) -> Teacher:
 
 
 def chunk_of(setting: Setting) -> int:
-    """Samples at a time that a setting's model is fastest with: a mixture's components times 256 samples stay in the cache."""
+    """The fastest chunk size for a setting's model: a mixture's components times 256 samples fit in the CPU cache."""
     return 256 if is_closed_form(setting) else CHUNK
 
 
 @torch.no_grad()
 def run(plan: Plan, batch: Batch) -> Tensor:
-    """Final states, by parts of the batch; what is not finite stays so."""
+    """Final states, computed in chunks of the batch; non-finite values are kept."""
     n = len(batch.x)
     size = chunk_of(batch.setting)
     parts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
@@ -261,13 +261,13 @@ def measure(plan: Plan, batch: Batch) -> Entry:
 
 
 def error_of(plan: Plan, batch: Batch) -> float:
-    """RMSE, infinite where the run is not finite."""
+    """RMSE; infinite where the run is not finite."""
     value, _ = rmse_with_error(run(plan, batch), batch.final)
     return value if math.isfinite(value) else math.inf
 
 
 def karras_family(setting: Setting, rho: float, level: float) -> Callable[[int], Tensor]:
-    """From a number of levels to the Karras grid from the setting's noisiest level."""
+    """A function from a number of levels to the Karras grid below the setting's noisiest level."""
     start = start_of(setting)
 
     def make(n: int) -> Tensor:
@@ -278,11 +278,11 @@ def karras_family(setting: Setting, rho: float, level: float) -> Callable[[int],
     return make
 
 
-_LEVELS: dict[tuple[object, ...], int | None] = {}  # settings of one schedule and start have the same numbers
+_LEVELS: dict[tuple[object, ...], int | None] = {}  # shared by settings with the same schedule and start
 
 
 def levels_for(solver: str, name: str, nfe: int) -> int | None:
-    """How many levels a solver needs for this many evaluations; None where it cannot make them."""
+    """The number of levels for `nfe` evaluations of a solver; None where no number gives `nfe`."""
     setting = setting_of(name)
     key = solver, setting.schedule, setting.sigma_max, nfe
     if key not in _LEVELS:
@@ -295,7 +295,7 @@ def levels_for(solver: str, name: str, nfe: int) -> int | None:
 
 
 def grid_of(solver: str, name: str, nfe: int, grid: tuple[float, float] = DEFAULT) -> Tensor:
-    """The Karras grid, of this rho and smallest level, on which a solver makes that many evaluations."""
+    """The Karras grid with `nfe` evaluations of a solver; `grid` is (rho, smallest level)."""
     levels = levels_for(solver, name, nfe)
     if levels is None:
         raise iia.errors.GridError(f"{solver} cannot make {nfe} evaluations.")
@@ -303,7 +303,7 @@ def grid_of(solver: str, name: str, nfe: int, grid: tuple[float, float] = DEFAUL
 
 
 def plan_of(solver: str, setting: Setting, grid: Tensor) -> Plan:
-    """A registered solver on a grid."""
+    """The plan of a registered solver on a grid."""
     return iia.plan.trace(iia.get_solver(solver), setting.schedule, grid, consistent=False)
 
 
@@ -311,7 +311,7 @@ def plan_of(solver: str, setting: Setting, grid: Tensor) -> Plan:
 
 
 def parser(text: str, name: str, settings: Sequence[str], nfes: Sequence[int]) -> argparse.ArgumentParser:
-    """The options that all of these scripts have."""
+    """The common options of the scripts."""
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--settings", nargs="+", default=list(settings), help="default: %(default)s")
     found.add_argument("--nfe", nargs="+", type=int, default=list(nfes), help="default: %(default)s")
@@ -329,12 +329,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure of a table; a dash for what is not there."""
+    """A figure of a table; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
 def conditions(entries: Iterable[Entry], *keys: str) -> str:
-    """Which values of these conditions stand behind the entries: one each where all were made alike."""
+    """The values of the given conditions over all entries, and the versions of the code."""
     found = []
     entries = list(entries)
     for key in keys:

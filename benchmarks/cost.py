@@ -1,7 +1,7 @@
-"""What a fit in closed form costs: python benchmarks/cost.py, which writes docs/results/cost.md; with no other work running.
+"""Cost of a closed-form fit: python benchmarks/cost.py writes docs/results/cost.md. Run it on an idle machine.
 
-On the digits denoiser with 256 draws and all defaults: seconds, sample evaluations, and the share of the time that is not
-spent in the model: searches, least squares, targets, and keeping the batch.
+The fit is on the digits denoiser, with 256 draws and all defaults. The page has wall-clock time, sample evaluations, and the
+share of the time outside the model: searches, least squares, targets, and storing the batch.
 """
 
 import argparse
@@ -30,14 +30,14 @@ of the time outside model evaluations: searches, least squares, targets, and sto
 
 
 class Timed(nn.Module):
-    """A model, and the seconds that were spent in it."""
+    """A model that adds up the seconds spent in its calls."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.seconds = model, 0.0
 
     def forward(self, *args: Tensor, **conditions: Tensor) -> Tensor:
-        """The model's answer, timed."""
+        """The output of the model, timed."""
         begun = time.perf_counter()
         out: Tensor = self.model(*args, **conditions)
         self.seconds += time.perf_counter() - begun
@@ -45,7 +45,7 @@ class Timed(nn.Module):
 
 
 def speed() -> float:
-    """How fast this machine multiplies matrices, in GFLOP/s, so that seconds of other days and machines can be compared."""
+    """Speed of float32 matrix multiplication in GFLOP/s, to compare seconds across days and machines."""
     size, seconds = 2048, []
     a = torch.ones(size, size)
     for _ in range(10):

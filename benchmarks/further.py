@@ -1,8 +1,8 @@
-"""The one call on denoisers that took no part in making it: python benchmarks/further.py [--nfe 5].
+"""`iia_ode.fit` on denoisers without influence on any default: python benchmarks/further.py [--nfe 5].
 
-Three small networks are trained here, in half a minute each, on data, schedules and kinds of prediction that no default was
-chosen by. Each network then goes through ``iia_ode.fit`` with 256 draws, at every budget. Results are stored one by
-one under --out, and a rerun does only what is missing; --table writes docs/results/further.md.
+The script trains three small networks, half a minute each. No default was chosen by their data, schedules or kinds of
+prediction. ``iia_ode.fit(ode, nfe, noise=noise)`` fits each network with 256 draws, at every budget. Each result is stored
+under --out as soon as it is measured, and a rerun measures missing results only. --table writes docs/results/further.md.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from iia_ode.plan import Plan
 
 NFES = (5, 8)
 FITTING, UNSEEN = 256, 2048
-STEPS, BATCH = 3000, 256  # of the training
-TOP = 80.0  # where the Karras grids of the classic solvers go on, where the noisiest level is infinite; tried where it is not
+STEPS, BATCH = 3000, 256  # training steps and batch size
+# Start of the Karras grids where the noisiest level is infinite, tried too where it is above; the first level is then moved.
+TOP = 80.0
 
 TITLE = "# Denoisers without influence on any default\n"
 
@@ -38,8 +39,8 @@ prediction. States are float64. `iia_ode.fit(ode, nfe, noise=..., budget=...)` g
 dopri8 at tolerance 1e-6.
 
 *Best classic* is the best pair of solver and grid on the fitting noise, among all registered solvers with exactly the given
-number of evaluations and the 28 Karras grids of the acceptance page. Where the schedule starts above level 80, grids
-continued from level 80 were tried too.
+number of evaluations and the 28 Karras grids of the acceptance page. Where the schedule starts above level 80, Karras grids
+made from level 80 were tried too, with their first level moved to the start.
 """
 
 
@@ -49,11 +50,11 @@ class Case:
 
     Attributes
     ----------
-    what : the data, the network and what it predicts, in words.
+    what : data, network and kind of prediction, in words.
     data : draws of the data [n, d] float32.
-    dimension : d.
-    schedule, prediction : of the ODE.
-    activation : of the network.
+    dimension : number of components d.
+    schedule, prediction : schedule and prediction of the ODE.
+    activation : activation of the network.
     """
 
     what: str
@@ -104,9 +105,9 @@ CASES = {
 
 
 class Network(nn.Module):
-    """A residual network over vectors that is told the logarithm of the noise level, and gives what the case predicts.
+    """A residual network on vectors, conditioned on the logarithm of the noise level, with the prediction of its case.
 
-    As a function it is preconditioned like Karras et al.'s (2022, table 1), whatever it predicts, so that all are accurate.
+    Every kind of prediction is preconditioned as in Karras et al. (2022, table 1), for equal accuracy.
     """
 
     def __init__(self, case: Case, spread: float, width: int = 128) -> None:
@@ -118,7 +119,7 @@ class Network(nn.Module):
         self.register_buffer("frequencies", 0.3 + 0.5 * torch.arange(8))
 
     def data(self, y: Tensor, level: Tensor) -> Tensor:
-        """The data from data plus noise of this level; both [n, ...]."""
+        """The data estimate [n, d] from `y`, data plus noise of the given level [n, 1]."""
         size = (level**2 + self.spread**2).sqrt()
         angle = level.log() / 4 * self.frequencies.to(y)
         h = self.activation(self.first(torch.cat([y / size, angle.sin(), angle.cos()], dim=1)))
@@ -127,10 +128,10 @@ class Network(nn.Module):
         return self.spread**2 / size**2 * y + level * self.spread / size * self.last(h)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the case predicts, at a time of its schedule."""
-        time = torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1)  # one for all, or one for each
+        """The prediction of the case at a time of its schedule."""
+        time = torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1)  # one time for all samples, or one per sample
         alpha, sigma = self.case.schedule.alpha(time), self.case.schedule.sigma(time)
-        # With no data left in the state, what is best said of it is said at a level that dwarfs them.
+        # A state without data is estimated at a level far above the data.
         level = sigma / torch.maximum(alpha, sigma / 1e3)
         estimate = self.data(x / sigma * level, level.expand(len(x), 1))
         if self.case.prediction == "data":
@@ -172,7 +173,7 @@ def draws(name: str, unseen: bool) -> Tensor:
 
 @cache
 def batch_of(name: str, start: float, unseen: bool) -> tuple[Tensor, Tensor]:
-    """Initial states at a time, and where they truly end."""
+    """Initial states at a time, and their exact final states."""
     ode = ode_of(name)
     x = ode.schedule.sigma(start) * draws(name, unseen)
     return x, iia.reference.solve(ode, x, start, ode.schedule.t_data, rtol=1e-6, atol=1e-6, sigma_min=0.002)
@@ -186,7 +187,7 @@ def error_of(plan: Plan, name: str, unseen: bool) -> tuple[float, float]:
 
 
 def classic(name: str, nfe: int, start: float) -> Entry:
-    """The best of all solvers and Karras grids on the fitting noise, measured on the other."""
+    """The best of all solvers and Karras grids on the fitting noise, measured on the unseen noise."""
     schedule, tried = CASES[name].schedule, []
     noisiest = schedule.noise_to_signal(start) if schedule.alpha(start) > 0 else math.inf
     tops = sorted({min(noisiest, TOP), noisiest} - {math.inf})
@@ -204,7 +205,7 @@ def classic(name: str, nfe: int, start: float) -> Entry:
         grid = (*karras, top)
         try:
             tried.append((error_of(plan_of(solver, *grid), name, unseen=False)[0], solver, grid))
-        except iia.IIAError:  # it cannot make so many evaluations, or not there
+        except iia.IIAError:  # the solver cannot make this number of evaluations on this grid
             continue
     _, solver, grid = min(tried)
     value, error = error_of(plan_of(solver, *grid), name, unseen=True)
@@ -220,7 +221,7 @@ def classic(name: str, nfe: int, start: float) -> Entry:
 
 
 def fitted(name: str, nfe: int, budget: str) -> Entry:
-    """The one call at a budget."""
+    """`iia_ode.fit` at a budget."""
     found = iia.fit(ode_of(name), nfe, noise=draws(name, unseen=False), budget=budget)
     value, error = error_of(found.plan, name, unseen=True)
     recipe = found.record.search
@@ -235,7 +236,7 @@ def fitted(name: str, nfe: int, budget: str) -> Entry:
 
 
 def cells(store: Store, name: str, nfe: int) -> None:
-    """All rows of a case at a number of evaluations; classic solvers start where the fits do."""
+    """All rows of a case at a number of evaluations; classic solvers start at the time of the fits."""
     under = {"samples": UNSEEN, "fit_samples": FITTING, "network": ode_of(name).fingerprint()}
     file, rows = f"{name}-nfe{nfe:02}", []
     for budget in BUDGETS:
@@ -255,7 +256,7 @@ def page(files: dict[str, dict[str, Entry]]) -> str:
         out.append(f"## {name}\n\n{case.what[0].upper() + case.what[1:]}. {conditions(entries)}.\n")
         lines = []
         for nfe, own in sorted(rows.items()):
-            if not own.keys() >= {"classic", *BUDGETS}:  # not all of it was run yet
+            if not own.keys() >= {"classic", *BUDGETS}:  # some rows are still missing
                 continue
             best = own["classic"]
             ratios = [
@@ -283,7 +284,7 @@ def answer(files: dict[str, dict[str, Entry]]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command line."""
     store = Store(options.out)
     if options.table:
         write_page(options.page, page(store.files()))

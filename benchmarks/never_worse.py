@@ -1,13 +1,16 @@
 """Whether a guarded fit ever ends worse than its base: python benchmarks/never_worse.py [--settings mixture].
 
-Over all registered solvers as bases and many numbers of evaluations, on Karras grids (rho 7) from sigma 80 to 0.002 and the
-data: IIA(base, terms="window", target="trajectory") and, where the paper has terms for the base, IIA(base), both with the
-guard. Each is compared with its base on noise that the fit did not see; a ratio of errors above 1.01 is a violation. Results
-are stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/never_worse.md. On the
-networks, where an evaluation costs something, one base of each kind is run with 256 draws; --all-bases: every one with 64.
---spread N: and at every other number of evaluations from 4 to 40, N bases in turn. --again: what is stored and in doubt is
-measured on four more seeds, as is what is above the limit; --confirm: and then on eight others alone. --compile: networks
-through torch.compile, a fifth faster and other in the last bits; needs a C++ compiler, and a minute at every start.
+The bases are all registered solvers, at many numbers of evaluations, on Karras grids (rho 7) from sigma 80 to 0.002 and the
+data. The guarded fits are IIA(base, terms="window", target="trajectory") and, where the paper has terms for the base,
+IIA(base). Each fit is compared with its base on unseen noise; a ratio of errors above 1.01 is a violation. Each result is
+stored under --out as soon as it is measured, and a rerun measures missing results only. --table writes
+docs/results/never_worse.md.
+
+On the networks, where evaluations are expensive, one base of each kind runs with 256 draws; --all-bases runs every base
+with 64. --spread N adds N bases in turn at every other number of evaluations from 4 to 40. Fits above the limit are
+measured again on four more seeds; --again adds stored fits in doubt, and --confirm measures both on eight further seeds
+alone. --compile runs networks through torch.compile: a fifth faster, different in the last bits, with a C++ compiler and a
+minute at every start.
 """
 
 import argparse
@@ -52,12 +55,12 @@ EVERY = range(4, 41)
 NFES = (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40)
 LIMIT = 1.01
 TERMS = {"window": {"terms": "window", "target": "trajectory"}, "paper": {"terms": "paper", "target": "substeps"}}
-SUBSET = (  # of the networks, where an evaluation costs something: one of each kind
+SUBSET = (  # bases for networks, where evaluations are expensive: one of each kind
     "ddim", "heun", "rk4", "dpm2", "dpm_solver_3m", "dpmpp_2s", "dpmpp_2m", "deis_tab3", "ipndm", "ipndm3", "spndm",
     "plms", "unipc", "expab3",
 )  # fmt: skip
 SUBSET_NFES = (5, 6, 10, 15, 25)
-ALL_NFES = (4, 5, 6, 10, 15, 25, 40)  # of the networks with every base
+ALL_NFES = (4, 5, 6, 10, 15, 25, 40)  # for networks with every base
 SAMPLES = {
     "mixture": (2048, 16384),
     "mixture64": (2048, 8192),
@@ -68,24 +71,24 @@ OTHERS = (256, 256)
 """Draws that fits see, and draws that are measured. Of a mixture a few in a thousand make nearly the whole error."""
 MORE = {"mixture64": 4096}
 """Draws of each of the seeds that a fit is measured on again, where not as many as before."""
-AGAIN, CONFIRMED = " again", " confirmed"  # end the names of what other draws gave
+AGAIN, CONFIRMED = " again", " confirmed"  # suffixes of entries from other draws
 SEEDS = {AGAIN: range(1, 5), CONFIRMED: range(5, 13)}
 """Of these draws, counted from the seed of the first."""
-ALL = "_all"  # ends the name under which results of every base on a network are kept
-FAR, NEAR = 64, 16  # evaluations between which the error of a base that converges falls by half
-GUARD = 2  # to be raised whenever the guard would judge otherwise: a run makes again what has a lower one
-MANY = 4  # more evaluations than asked for, until a base can make them
+ALL = "_all"  # suffix of the setting name for results of every base on a network
+FAR, NEAR = 64, 16  # a converging base at least halves its error between these numbers of evaluations
+GUARD = 2  # raise whenever the verdict of the guard changes: entries with a lower number are made again
+MANY = 4  # tries, each with one more evaluation, to find a number that a base can make
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How many draws of a setting fits see, and how many are measured.
+    """Numbers of fitting draws and of unseen draws of a setting.
 
     Attributes
     ----------
-    name : of the setting.
-    own, unseen : the two numbers.
-    seed : of the noise.
+    name : name of the setting.
+    own, unseen : numbers of fitting draws and of unseen draws.
+    seed : seed of the noise.
     """
 
     name: str
@@ -95,13 +98,13 @@ class Draws:
 
     @property
     def test(self) -> Batch:
-        """What is measured."""
+        """The unseen draws, with their reference."""
         return batch(self.name, self.unseen, self.seed, True, 90)
 
 
 @cache
 def failing(solver: str, draws: Draws) -> str | None:
-    """Why a base is left out: it makes no plan, or its error does not fall; None where it takes part."""
+    """The reason to leave a base out (no plan, or an error that does not fall); None for a base that takes part."""
     errors = []
     name = draws.name
     for wanted in (NEAR, FAR):
@@ -123,12 +126,12 @@ def failing(solver: str, draws: Draws) -> str | None:
 
 @lru_cache(maxsize=2)
 def base_final(solver: str, draws: Draws, nfe: int) -> Tensor:
-    """Where a base ends on the draws that are measured; both sets of terms are compared with it."""
+    """Final states of a base on the unseen draws, shared by both sets of terms."""
     return run(plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe)), draws.test)
 
 
 def exists(solver: str, name: str, nfe: int, terms: str) -> bool:
-    """Whether there is such a fit: the base can make that many evaluations, and the paper has terms for it."""
+    """Whether the fit exists: the base can make `nfe` evaluations, and has the terms."""
     try:
         IIA(solver, **TERMS[terms])  # type: ignore[arg-type]
     except iia.errors.InputError:
@@ -137,7 +140,7 @@ def exists(solver: str, name: str, nfe: int, terms: str) -> bool:
 
 
 def guarded(solver: str, draws: Draws, nfe: int, terms: str) -> iia.FittedSolver:
-    """The fit; as users make it, the paper's have no teacher, and their guard sees the draws that are held out."""
+    """The fit as users make it: fits of the paper have no teacher, and their guard judges the held-out draws."""
     name, method = draws.name, IIA(solver, **TERMS[terms], guard=True)  # type: ignore[arg-type]
     ode, x = setting_of(name).draw(draws.own, 2 * draws.seed)
     teacher = teacher_of(name, draws.own, draws.seed) if method.target == "trajectory" else None
@@ -145,7 +148,7 @@ def guarded(solver: str, draws: Draws, nfe: int, terms: str) -> iia.FittedSolver
 
 
 def elsewhere(solver: str, draws: Draws, nfe: int, terms: str, stage: str) -> Entry:
-    """The same fit against its base on draws of other seeds: alone, and where they follow on the first with these."""
+    """The same fit against its base on draws of other seeds; after the first of the two stages also with the first draws."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = guarded(solver, draws, nfe, terms)
@@ -162,7 +165,7 @@ def elsewhere(solver: str, draws: Draws, nfe: int, terms: str, stage: str) -> En
 
 
 def compared(fit: Tensor, base: Tensor) -> Entry:
-    """From squared errors of the same draws: the ratio of the errors, how sure the difference is, and of how many draws."""
+    """Ratio of the errors, significance of the difference and number of draws, from squared errors of the same draws."""
     ratio = ratio_of(float(fit.mean().sqrt()), float(base.mean().sqrt()), 0.0)
     return {"ratio": ratio, "sure": sure_of(fit - base), "draws": len(fit)}
 
@@ -179,7 +182,7 @@ def measured(solver: str, draws: Draws, nfe: int, terms: str) -> Entry:
             fit = guarded(solver, draws, nfe, terms)
         except iia.errors.NonFiniteError as problem:
             return {"skipped": f"not finite: {str(problem).splitlines()[0]}"}
-    # What the guard returned may be the base, weight for weight: where that ends is known.
+    # The guard may have returned the base, weight for weight; its final states are known.
     same = repr(fit.plan.code) == repr(plan_of(solver, setting_of(draws.name), grid_of(solver, draws.name, nfe)).code)
     by_fit = by_base if same else run(fit.plan, test)
     value, error = rmse_with_error(by_fit, test.final)
@@ -211,12 +214,12 @@ def highest(entry: Entry, prefix: str = "") -> float:
 
 
 def doubtful(entry: Entry) -> bool:
-    """Whether a fit that was kept is not above the limit on these draws, and may be for all that they say."""
+    """Whether a kept fit is within the limit on these draws, and its interval reaches above the limit."""
     return entry.get("ratio", math.inf) <= LIMIT < highest(entry) and not entry["fell_back"]
 
 
 def ratio_of(fit: float, base: float, rounding: float) -> float:
-    """Error of the fit over that of its base, 1 where both are rounding."""
+    """Error of the fit divided by the error of its base; 1 where both are rounding."""
     if not math.isfinite(fit):
         return 1e300
     if not math.isfinite(base):
@@ -225,9 +228,9 @@ def ratio_of(fit: float, base: float, rounding: float) -> float:
 
 
 def by_sample(fit: Tensor, base: Tensor, reference: Tensor) -> Entry:
-    """Medians; how much of the fit's squared error the worst hundredth of the samples makes; and how sure the difference is.
+    """Medians, the share of the worst hundredth of the samples in the fit's squared error, and `sure`.
 
-    `sure` is the mean difference of squared errors, fit less base, over its standard error: paired, sample by sample.
+    `sure` is the mean paired difference of squared errors, fit minus base, over its standard error.
     """
     squares = [squares_of(final, reference) for final in (fit, base)]
     count = max(1, len(reference) // 100)
@@ -244,9 +247,9 @@ def sure_of(gap: Tensor) -> float:
 
 
 def spread(bases: Sequence[str], name: str, nfes: Sequence[int], count: int) -> dict[str, list[int]]:
-    """For each base the other numbers of evaluations between 4 and 40 that it is run at, so that each has `count` bases.
+    """For each base, further numbers of evaluations from 4 to 40: every number not in `nfes` gets `count` bases.
 
-    Of those that can make so many, the ones that have been chosen least often so far, in order.
+    Among the bases that can make a number of evaluations, those chosen least often so far come first, in order.
     """
     chosen: dict[str, list[int]] = {solver: [] for solver in bases}
     for nfe in (n for n in EVERY if n not in nfes):
@@ -257,12 +260,12 @@ def spread(bases: Sequence[str], name: str, nfes: Sequence[int], count: int) -> 
 
 
 def compile_network(name: str) -> None:
-    """Let the setting's network be compiled when it is called first, its weights as constants, for each size of batch."""
+    """Compile the setting's network at its first call, for each batch size, with constant weights."""
     setting_of(name).draw(1, 0)[0].model.compile(dynamic=False, options={"freezing": True})
 
 
 def cells(store: Store, name: str, options: argparse.Namespace) -> None:
-    """The bases at the numbers of evaluations that are asked for, on a setting."""
+    """All cells of a setting at the requested numbers of evaluations."""
     network = not is_closed_form(setting_of(name))
     if network and options.compile:
         compile_network(name)
@@ -288,7 +291,7 @@ def cells(store: Store, name: str, options: argparse.Namespace) -> None:
 
 
 def more_draws(store: Store, file: str, solver: str, draws: Draws, under: Entry, options: argparse.Namespace) -> None:
-    """Measure on other seeds what is stored of a base: every fit above the limit and, where asked for, in doubt."""
+    """Measure stored fits of a base on other seeds: all fits above the limit and, on request, all in doubt."""
     stages, doubts = (AGAIN, CONFIRMED) if options.confirm else (AGAIN,), options.again or options.confirm
     for cell, entry in store.read(file).items():
         terms, _, nfe = cell.partition(" ")
@@ -301,12 +304,12 @@ def more_draws(store: Store, file: str, solver: str, draws: Draws, under: Entry,
 
 
 def judged_as(terms: str) -> Entry:
-    """What an entry of the present guard has among its conditions."""
+    """The conditions of an entry made by the present guard."""
     return {"guard": GUARD} | ({"teacher": False} if terms == "paper" else {})
 
 
 def verdict(reason: str | None) -> Entry:
-    """As an entry."""
+    """The reason as an entry."""
     return {"converges": True} if reason is None else {"skipped": reason}
 
 
@@ -356,7 +359,7 @@ Row = tuple[str, str, str, int, Entry]
 
 
 def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[str, str, str]]]:
-    """What was measured, and the bases that were left out with the reason."""
+    """The measured rows, and the bases left out with their reasons."""
     rows: list[Row] = []
     out: list[tuple[str, str, str]] = []
     for file, entries in files.items():
@@ -368,7 +371,7 @@ def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[s
                 if entry.get("skipped"):
                     out.append((name, solver, entry["skipped"]))
             elif cell.endswith((AGAIN, CONFIRMED)):
-                continue  # beside the fit that it measures
+                continue  # shown in the row of its fit
             elif entry.get("ratio") is not None:
                 terms, nfe = cell.split()
                 rows.append((name, solver, terms, int(nfe), entry | _elsewhere(cell, entries)))
@@ -378,7 +381,7 @@ def rows_of(files: dict[str, dict[str, Entry]]) -> tuple[list[Row], list[tuple[s
 
 
 def _elsewhere(cell: str, entries: dict[str, Entry]) -> Entry:
-    """What was found on other draws, beside what was found first."""
+    """Figures of the other draws, for the row of the first draws."""
     keys = ("ratio", "sure", "all_ratio", "all_sure")
     found = {stage.strip(): entries.get(cell + stage, {}) for stage in SEEDS}
     return {f"{stage}_{key}": entry[key] for stage, entry in found.items() for key in keys if key in entry}
@@ -428,13 +431,13 @@ def summary(rows: list[Row]) -> str:
 
 
 def above(rows: list[Row], key: str) -> str:
-    """How many of those that have this ratio are above the limit by it."""
+    """The count of ratios under `key` above the limit, and of all ratios under `key`."""
     found = [row[4][key] for row in rows if key in row[4]]
     return f"{sum(ratio > LIMIT for ratio in found)} of {len(found)}" if found else "-"
 
 
 def violations(rows: list[Row]) -> str:
-    """Every fit that ended worse than its base."""
+    """Table of all fits above the limit."""
     bad = sorted((row for row in rows if row[4]["ratio"] > LIMIT), key=lambda row: -row[4]["ratio"])
     return "None.\n" if not bad else listed(bad)
 

@@ -1,7 +1,7 @@
-"""What the plan costs beside the model: a run of Heun's plan against the same steps written out by hand.
+"""Overhead of a plan: a run of Heun's plan against the same steps written by hand.
 
-The model is a single multiplication, so nearly all of the time is the solver's own. Prints ratios; both sides are timed
-alternately in one process.
+The model is a single multiplication, and nearly all of the time belongs to the solver. The script prints ratios; both sides
+are timed alternately in one process.
 """
 
 import statistics
@@ -13,7 +13,7 @@ import iia_ode as iia
 
 
 def by_hand(model, x, grid):
-    """Karras et al. 2022, algorithm 1."""
+    """Heun's method [Karras et al. 2022, algorithm 1]."""
     for t, s in zip(grid[:-1], grid[1:], strict=True):
         d = (x - model(x, torch.full((len(x),), t))) / t
         y = x + (s - t) * d

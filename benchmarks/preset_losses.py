@@ -1,9 +1,10 @@
 """Why a preset of the paper loses to its base: python benchmarks/preset_losses.py, after benchmarks/acceptance.py.
 
-For every preset that the stored results of acceptance.py have losing on the default grid, on the same draws: its ratio with a
-paired standard error, what more sub-steps and another target make of it; on the mixture in 64 dimensions, how many samples end
-in another component and how far the rest end from the truth; and for a few, how the errors of single steps add up. Results are
-stored one by one under --out, and a rerun does only what is missing; --table writes docs/results/preset_losses.md.
+The script takes every preset with a loss on the default grid in the stored results of acceptance.py, on the same draws. It
+measures the ratio with a paired standard error, and the ratios with more sub-steps and with the trajectory target. On the
+mixture in 64 dimensions, it counts samples in another component and measures the error of the rest. For a few fits, it
+measures how the errors of single steps add up. Each result is stored under --out as soon as it is measured, and a rerun
+measures missing results only. --table writes docs/results/preset_losses.md.
 """
 
 import argparse
@@ -44,12 +45,12 @@ NFES = tuple(range(1, 16))
 ADDED_UP = (("mixture64", "iia-ipndm", 10), ("mixture64", "iia-ipndm", 15), ("digits", "iia-ipndm", 10),
             ("patches", "iia-spndm", 6))  # fmt: skip
 """Fits whose steps are looked at one by one: the preset on which most is lost, and one of another kind."""
-CARRIED = {"closed form": 512, "network": 64}  # draws of which that is done
-CARRY_STEPS = 60  # of the teacher's method, on networks, from each state to the end
-FINER = 12  # sub-steps, for the paper's three
-APART = 0.3  # a sample whose own RMSE is above this has ended in another component
+CARRIED = {"closed form": 512, "network": 64}  # draws with step errors
+CARRY_STEPS = 60  # steps of the teacher's method from each state to the end, on networks
+FINER = 12  # sub-steps, in place of the paper's three
+APART = 0.3  # RMSE above which a sample counts as in another component
 TARGETS = {"as the paper": {}, f"{FINER} sub-steps": {"substeps": FINER}, "trajectory": {"target": "trajectory"}}
-KEY = " by step"  # ends the name of an entry about single steps
+KEY = " by step"  # suffix of entries on single steps
 
 LEAD = """# Where a preset loses to its base, and why
 
@@ -102,7 +103,7 @@ step (to the data) is never fitted, and there is no other step.
 
 
 def draws(name: str) -> tuple[Batch, Batch]:
-    """Those of the acceptance page: for fits, and unseen."""
+    """The fitting draws and the unseen draws of the acceptance page."""
     kind = kind_of(name)
     return batch(name, FIT_SAMPLES[kind], 0, False, 90), batch(name, SAMPLES[kind], 0, True, 150)
 
@@ -144,7 +145,7 @@ def carried(plan: Plan, test: Batch) -> Tensor:
             x = Teacher.solve(test.ode, x, t, 0.0, steps=CARRY_STEPS, sigma_min=low, chunk_size=CHUNK).final
         elif network and level > 0:
             x = test.ode.data(x, t)
-        elif level > 0:  # else these are the data already
+        elif level > 0:  # at level 0 the states are the data
             x = iia.reference.solve(test.ode, x, t, 0.0, rtol=1e-6, atol=1e-6, sigma_min=min(level, 2e-3) / 2)
         ends.append(x.double())
     found = torch.stack(ends).flatten(2)
@@ -152,7 +153,7 @@ def carried(plan: Plan, test: Batch) -> Tensor:
 
 
 def by_step(name: str, preset: str, nfe: int) -> Entry:
-    """How the errors of the steps of a base, a preset and the same with the trajectory's target add up."""
+    """Sums of step errors of a base, a preset, and the preset with the trajectory target."""
     own, test = draws(name)
     method = PRESETS[preset]
     base, test = method.base_solver.label, test.first(CARRIED[kind_of(name)])
@@ -176,7 +177,7 @@ def by_step(name: str, preset: str, nfe: int) -> Entry:
 
 
 def losing(name: str, nfes: list[int]) -> list[tuple[str, int]]:
-    """The presets that the stored results of the acceptance page have losing, and at how many evaluations."""
+    """Presets with a loss in the stored results of the acceptance page, and their numbers of evaluations."""
     found, store = [], Store(RESULTS / "acceptance")
     for nfe in sorted(nfes):
         rows = store.read(f"{name}-nfe{nfe:02}-seed0")
@@ -188,7 +189,7 @@ def losing(name: str, nfes: list[int]) -> list[tuple[str, int]]:
 
 
 def fill(store: Store, options: argparse.Namespace) -> None:
-    """Whatever is missing."""
+    """Measure missing entries."""
     for name in options.settings:
         kind = kind_of(name)
         under = {"samples": SAMPLES[kind], "fit_samples": FIT_SAMPLES[kind], "seed": 0}

@@ -1,6 +1,6 @@
-"""How converged the reference of `iia-ode compare` is: its change, in RMSE per pixel, as the tolerance shrinks.
+"""Convergence of the reference of `iia-ode compare`: its change, in RMSE per pixel, as the tolerance shrinks.
 
-The digits network computes in float32, so there is a floor; the errors that the comparison reports must stay far above it.
+The digits network computes in float32, with a floor in accuracy. The errors reported by the comparison must stay far above it.
 """
 
 import torch
