@@ -240,9 +240,7 @@ def test_an_edited_state_is_the_state_for_every_later_instruction() -> None:
     def constrained(x: Tensor, t: float) -> Tensor:
         return torch.where(known, data + t * normal(*SHAPE, seed=6), x)
 
-    for name in ("ddim", "dpmpp_2m", "heun", "ab3", "ipndm"):
-        if name not in PLANS:
-            continue
+    for name in ("ddim", "dpmpp_2m", "heun", "ab2", "ipndm"):
         plan = PLANS[name]
         run = begun(plan)
         while not run.done:
