@@ -15,7 +15,8 @@ from . import _torchdiffeq
 from .errors import GridError, InputError, MismatchError, NonFiniteError, unknown_name
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
-from .plan import Plan, check_grid, check_ode, check_start, trace
+from .ode.distributed import agree
+from .plan import Plan, check_grid, check_ode, check_start, traced
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 
 __all__ = ["odeint", "sample"]
@@ -171,6 +172,7 @@ def odeint(
         )
         return answer
     plan = _as_plan(func, y0, t, found)
+    agree(func, "odeint", plan.code, y0)
     _refuse(plan, rtol=rtol, atol=atol, options=options, event_fn=event_fn)
     return plan.run(func, y0, trajectory=True)
 
@@ -208,7 +210,7 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fi
     if isinstance(method, Solver):
         if grid is None:
             raise GridError(f"solver {method.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
-        return trace(method, ode.schedule, grid)
+        return traced(method, ode.schedule, grid)
     if isinstance(method, FittedSolver):
         check_start(ode, x)  # the check of the fit reads the shape of x
         method.check(ode, x)

@@ -274,7 +274,9 @@ def test_one_load_reads_every_kind_of_file(tmp_path):
 
 
 def test_a_file_of_an_unknown_kind_or_a_newer_format_is_refused(tmp_path):
-    with pytest.raises(iia.errors.FileFormatError, match=r"holds a 'soup'; iia_ode\.load reads 'fitted solver', 'plan'"):
+    with pytest.raises(
+        iia.errors.FileFormatError, match=r"holds a 'soup'; iia_ode\.load reads 'fitted solver', 'plan'"
+    ):
         iia.load(write_tensors(tmp_path / "soup.safetensors", "soup", {}, {}))
     with pytest.raises(iia.errors.FileFormatError, match="holds a 'denoiser', expected a 'plan'"):
         read_tensors(DIGITS_WEIGHTS, "plan")
