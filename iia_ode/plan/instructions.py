@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from ..schedules import Schedule
-from .bounded import Bounded
+from ..bounded import Bounded
 from .projections import PLACES, Cache, place
 from .vectors import Constant, Sum, Weight
 

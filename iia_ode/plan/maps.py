@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError, MismatchError, PlanError, unknown_name
 from .bands import Bands
-from .bounded import Bounded
+from ..bounded import Bounded
 from .projections import PLACES, Cache, Principal, Projections, place
 
 __all__ = ["LinearMap", "PerCondition", "projections_from"]

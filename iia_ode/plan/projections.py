@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .bounded import Bounded
+from ..bounded import Bounded
 
 __all__ = ["PLACES", "Cache", "Part", "Principal", "Projections", "is_orthonormal", "place"]
 

@@ -13,7 +13,7 @@ from ..errors import PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
-from .bounded import Bounded
+from ..bounded import Bounded
 from .checks import check_grid
 from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction
