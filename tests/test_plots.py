@@ -23,9 +23,7 @@ def stepwise():
 def found():
     """One fit in closed form and one that was refined."""
     ode, x = get_setting("mixture").draw(32, 0)
-    return {
-        budget: iia.fit(ode, 4, x, budget=budget, sigma_max=80.0, report=None) for budget in ("closed-form", "standard")
-    }
+    return {budget: iia.fit(ode, 4, x=x, budget=budget, sigma_max=80.0) for budget in ("closed-form", "standard")}
 
 
 def lines_of(axes):
