@@ -13,9 +13,9 @@ from torch import Tensor
 from ..checks import check_seed, check_whole
 from ..errors import GridError, InputError
 from ..iia.batch import Batch, held_out_of
-from ..iia.fitted import FittedSolver, later
+from ..iia.fitted import FittedSolver
 from ..iia.method import record_of
-from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, to_json
+from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later, to_json
 from ..iia.refinement import Refinement
 from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached

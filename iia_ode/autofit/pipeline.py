@@ -151,16 +151,20 @@ class Pipeline:
 
     def plan(self, batch: Batch, grid: Tensor) -> Plan:
         """The plan of a quick closed-form fit on a grid, with a fixed small ridge."""
-        return self._fitted(batch, grid, RIDGE, 0.0).plan
+        warm, batch, grid = self._started(batch, grid)
+        return joined(warm, self._method(RIDGE).fit(batch, grid.tolist(), 0.0).plan)
 
     def fit(self, batch: Batch, *, ridge: float | str = "auto") -> Parts:
         """A closed-form fit on the pipeline's grid. With ``ridge="auto"`` a fifth of the batch chooses each step's ridge."""
-        return self._fitted(batch, self.times(batch.ode.schedule), ridge, _HELD_OUT if ridge == "auto" else 0.0)
+        warm, batch, grid = self._started(batch, self.times(batch.ode.schedule))
+        share = _HELD_OUT if ridge == "auto" else 0.0
+        return Parts(warm, self._method(ridge).fit(batch, grid.tolist(), share))
 
-    def _fitted(self, batch: Batch, grid: Tensor, ridge: float | str, held_out: float) -> Parts:
-        warm, batch, grid = (None, batch, grid) if self.start is None else self.start.take(batch, grid)
-        method = replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
-        return Parts(warm, method.fit(batch, grid.tolist(), held_out))
+    def _started(self, batch: Batch, grid: Tensor) -> tuple[WarmStart | None, Batch, Tensor]:
+        return (None, batch, grid) if self.start is None else self.start.take(batch, grid)
+
+    def _method(self, ridge: float | str) -> Stepwise:
+        return replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
 
 
 @dataclass

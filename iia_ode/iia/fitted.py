@@ -19,10 +19,10 @@ from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from ..warm_starts import WarmStart
-from .provenance import Record, StepReport, from_json, to_json
+from .provenance import Record, StepReport, from_json, later, to_json
 from .report import describe_fit, explain_fit, table_of, table_of_weights
 
-__all__ = ["FittedSolver", "describe", "later", "read_fit"]
+__all__ = ["FittedSolver", "describe", "read_fit"]
 
 _KIND = "fitted solver"
 _PAPERS = {
@@ -132,11 +132,6 @@ class FittedSolver:
         header = to_json(_Header(self.name, code, self.record, self.reports))
         from_json(_Header, header, f"the account of {self.name}")
         return write_tensors(path, _KIND, tensors, header)
-
-
-def later(reports: tuple[StepReport, ...], steps: int) -> tuple[StepReport, ...]:
-    """The reports of a fit behind `steps` further steps."""
-    return tuple(replace(r, index=r.index + steps) for r in reports)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -34,6 +34,7 @@ __all__ = [
     "TeacherRecord",
     "finite",
     "from_json",
+    "later",
     "to_json",
 ]
 
@@ -168,6 +169,11 @@ class StepReport:
         if self.held_before is not None and self.held_after is not None:
             before, after = self.held_before, self.held_after
         return 1 - after / before if before else 0.0
+
+
+def later(reports: tuple[StepReport, ...], steps: int) -> tuple[StepReport, ...]:
+    """The reports of a fit behind `steps` further steps."""
+    return tuple(replace(r, index=r.index + steps) for r in reports)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .directions import StepRecord, Term, Terms
 from .least_squares import LeastSquares, Solution
 from .provenance import UNJUDGED, Endpoint, Split, StepReport, finite
 from .ranking import too_few, verdict
-from .targets import Numeric, Target
+from .targets import Target
 from .teacher import DEFAULT, Teacher
 
 __all__ = ["RIDGES", "Stepwise", "StepwiseFit"]
@@ -108,7 +108,7 @@ class Stepwise:
                     f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
                 )
             if candidates:
-                choice = self._choose(tracer, record, candidates, chunks, len(batch) - held)
+                choice = self._choose(*self._systems(tracer, record, candidates, chunks, len(batch) - held))
                 reports.append(_report(record, candidates, choice))
                 if choice.accepted:
                     y, record = _corrected(record, candidates, reports[-1].corrections, choice.solution.constant)
@@ -124,25 +124,44 @@ class Stepwise:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _choose(
+    def _systems(
         self, tracer: Tracer, record: StepRecord, candidates: tuple[Term, ...], chunks: list[Chunk], train: int
-    ) -> _Choice:
-        """The least squares of one step on the training samples, and its loss on the others."""
+    ) -> tuple[LeastSquares, LeastSquares, Tensor]:
+        """The least-squares problems of one step, on the first `train` samples and on the others.
+
+        The third value has, for the first `train` samples, the norm of the rounding error of each direction and the norm of
+        the base's result, float64 [k + 1] on the host.
+        """
         fork = tracer.fork()
-        system = StepSystem(fork, record, candidates, self.target.aim(fork, self.base, record))
+        aim = self.target.aim(fork, self.base, record)
+        start, result = fork.hold(record.x), fork.hold(record.base)
+        columns = [fork.hold(term.direction) for term in candidates]
+        end, numeric = (fork.hold(aim), None) if isinstance(aim, Vector) else (start, aim)
         own, held = (LeastSquares(len(candidates), intercept=self.intercept) for _ in range(2))
         sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
         for chunk in chunks:
             values = chunk.explore(tracer, fork)
-            sizes += system.add(values, chunk.batch, own, held, min(max(train - chunk.first, 0), len(chunk.batch)))
-        *_, size = sizes = sizes.sqrt()
+            wanted = _read(values, end)
+            wanted = wanted if numeric is None else numeric(chunk.batch, wanted)
+            # In float64 before the difference: a residual is small against the states at high noise.
+            base = _read(values, result).double()
+            residual, directions = wanted.double() - base, [_read(values, c) for c in columns]
+            cut = min(max(train - chunk.first, 0), len(base))
+            own.add([d[:cut] for d in directions], residual[:cut])
+            held.add([d[cut:] for d in directions], residual[cut:])
+            sizes[:-1] += _rounding(values, candidates, cut)
+            sizes[-1] += base[:cut].square().sum().cpu()
+        return own, held, sizes.sqrt()
+
+    def _choose(self, own: LeastSquares, held: LeastSquares, sizes: Tensor) -> _Choice:
+        """The solution of one step with a sound ridge, and the decision of the held-out samples."""
         auto = self.ridge == "auto"
         ridges: tuple[float, ...] = RIDGES if auto else (float(self.ridge),)
         if self.guard and not auto:
             ridges += tuple(r for r in RIDGES if r > ridges[0])
         found = [own.solve(ridge=ridge, noise=sizes[:-1]) for ridge in ridges]
         # Huge terms that cancel on these samples need not cancel on the next one.
-        sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(size)] or [len(found) - 1]
+        sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(sizes[-1])] or [len(found) - 1]
         best = sound[0] if self.guard or auto else 0
         if not held.samples:
             return _Choice(found[best], ridges[best], None, None, True)
@@ -247,45 +266,17 @@ class Chunk:
         self._done = len(tracer.code)
 
 
-class StepSystem:
-    """The least squares of one step: its target and its columns, on a fork of the trace that is run and dropped."""
-
-    def __init__(self, fork: Tracer, record: StepRecord, candidates: tuple[Term, ...], aim: Vector | Numeric) -> None:
-        self.aim, self.candidates = aim, candidates
-        self.columns = [fork.hold(term.direction) for term in candidates]
-        self.start, self.result = fork.hold(record.x), fork.hold(record.base)
-        self.end = fork.hold(aim) if isinstance(aim, Vector) else None
-        self._sources = sorted({j for term in candidates for j in term.direction.weights})
-
-    def add(self, values: dict[int, Tensor], batch: Batch, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
-        """Add the first `cut` samples of a chunk to one system and the others to the other; `values` are its vectors.
-
-        Returns, for the first `cut` samples, the squared rounding error of each column and the squared size of the base's
-        result, float64 [k + 1] on the host. Each vector of a direction is exact to the precision of its dtype only.
-        """
-        if self.end is not None:
-            wanted = _read(values, self.end)
-        elif not isinstance(self.aim, Vector):
-            wanted = self.aim(batch, _read(values, self.start))
-        # In float64 before the difference: a residual is small against the states at high noise.
-        result = _read(values, self.result).double()
-        residual = wanted.double() - result
-        columns = [_read(values, c) for c in self.columns]
-        train.add([c[:cut] for c in columns], residual[:cut])
-        held.add([c[cut:] for c in columns], residual[cut:])
-        size = result[:cut].square().sum().cpu().reshape(1)
-        return torch.cat([self._rounding(values, cut), size])
-
-    def _rounding(self, values: dict[int, Tensor], cut: int) -> Tensor:
-        plain = {j: values[j][:cut] for j in self._sources}
-        if not plain:
-            return torch.zeros(len(self.candidates), dtype=_F64, device="cpu")
-        # One transfer, of a number for each vector. Sums over samples would depend on the cut of the batch in the last bit.
-        sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
-        size = dict(zip(plain, sizes.square().tolist(), strict=True))
-        weights = [term.direction.weights for term in self.candidates]
-        noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]
-        return torch.tensor(noise, dtype=_F64, device="cpu")
+def _rounding(values: dict[int, Tensor], candidates: tuple[Term, ...], cut: int) -> Tensor:
+    """Squared rounding error of each direction on the first `cut` samples, float64 [k]: stored vectors are rounded."""
+    plain = {j: values[j][:cut] for term in candidates for j in term.direction.weights}
+    if not plain:
+        return torch.zeros(len(candidates), dtype=_F64, device="cpu")
+    # One transfer, of a number for each vector. Sums over samples would depend on the cut of the batch in the last bit.
+    sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
+    size = dict(zip(plain, sizes.square().tolist(), strict=True))
+    weights = [term.direction.weights for term in candidates]
+    noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]
+    return torch.tensor(noise, dtype=_F64, device="cpu")
 
 
 def _chunks(batch: Batch) -> list[Chunk]:
