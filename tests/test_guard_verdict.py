@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from iia_ode.iia.guard import verdict
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
 from support import normal
-
-from iia_ode.iia.guard import verdict
 
 F64 = torch.float64
 EPS = 1e-12

@@ -30,9 +30,9 @@ from support import (
 from torch import Tensor
 
 import iia_ode as iia
+from iia_ode.bounded import Bounded
 from iia_ode.forms import conversion
 from iia_ode.plan import Combine, Evaluate, Past, Plan, Tracer, Vector, trace, traced
-from iia_ode.plan.bounded import Bounded
 from iia_ode.plan.exact import exact_key
 from iia_ode.plan.instructions import run_code
 from iia_ode.plan.tracer import take_step

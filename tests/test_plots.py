@@ -16,16 +16,14 @@ from iia_ode.experiments import compare, get_setting
 @pytest.fixture(scope="module")
 def stepwise():
     ode, x = get_setting("mixture").draw(40, 0)
-    return iia.IIA("ddim", "window", "trajectory").fit(ode, iia.grids.karras(5), x)
+    return iia.IIA("ddim", "window", "trajectory").fit(ode, x, iia.grids.karras(5))
 
 
 @pytest.fixture(scope="module")
 def found():
     """One fit in closed form and one that was refined."""
     ode, x = get_setting("mixture").draw(32, 0)
-    return {
-        budget: iia.fit(ode, 4, x, budget=budget, sigma_max=80.0, report=None) for budget in ("closed-form", "standard")
-    }
+    return {budget: iia.fit(ode, 4, x=x, budget=budget, sigma_max=80.0) for budget in ("closed-form", "standard")}
 
 
 def lines_of(axes):
@@ -68,7 +66,7 @@ def test_residuals_are_drawn_for_both_halves_of_the_batch(stepwise):
 
 def test_residuals_of_a_fit_to_the_whole_batch_have_no_held_out_half():
     ode, x = get_setting("mixture").draw(8, 0)
-    fit = iia.preset("iia-ddim").fit(ode, iia.grids.karras(4), x)
+    fit = iia.preset("iia-ddim").fit(ode, x, iia.grids.karras(4))
     assert set(lines_of(plots.plot_residuals(fit).axes[0])) == {"base", "fitted"}
 
 
@@ -103,7 +101,7 @@ def test_only_what_one_call_found_has_ingredients(stepwise):
 def test_no_text_of_a_figure_overlaps_another(stepwise, found, tmp_path):
     grid = iia.grids.karras(25)
     ode, x = get_setting("mixture").draw(40, 0)
-    long = iia.IIA("heun", terms="window", history=2, guard=False).fit(ode, grid, x)
+    long = iia.IIA("heun", terms="window", history=2, guard=False).fit(ode, x, grid)
     figures = [plots.plot_coefficients(f) for f in (stepwise, long, *found.values())]
     figures += [plots.plot_residuals(f) for f in (stepwise, long)]
     figures += [plots.plot_ingredients(f) for f in found.values()]

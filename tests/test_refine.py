@@ -6,15 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from iia_ode.iia.endpoint import Ends, robust_mean
+from iia_ode.iia.refine import EndpointError, GaussNewton, Status, refine
 from support import every_prediction, every_schedule, gaussian, mixture, normal
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher, Window
-from iia_ode.iia.endpoint import Ends, robust_mean
 from iia_ode.iia.plan_parameters import Parameters
-from iia_ode.iia.refine import EndpointError, GaussNewton, Status, refine
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Plan, Principal
 
 F64 = torch.float64

@@ -206,7 +206,7 @@ def test_the_model_is_registered_once_and_follows_the_ode(threshold):
     twin = copy.deepcopy(ode)
     twin.float()
     assert twin.model.factor.dtype == torch.float32 and ode.model.factor.dtype == F64
-    assert "_ThresholdedODE" in repr(ode)
+    assert "Thresholded" in repr(ode)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -236,7 +236,7 @@ def test_fingerprints_name_the_threshold_and_stay_the_same():
 def test_a_fit_knows_the_threshold_it_was_made_with(tmp_path):
     plain = mixture().ode(iia.EDM())
     ode, x = dynamic_thresholding(plain, 0.9), 5 * normal(32, 4)
-    fit = iia.preset("iia-ddim").fit(ode, iia.grids.karras(5, 0.05, 5.0), x)
+    fit = iia.preset("iia-ddim").fit(ode, x, iia.grids.karras(5, 0.05, 5.0))
     fit = iia.load(fit.save(tmp_path / "fit.safetensors"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -270,7 +270,7 @@ def test_arguments_out_of_range_are_an_input_error_that_names_them(arguments, wo
 
 @both_kinds
 def test_what_is_no_plain_ode_is_an_input_error(threshold):
-    with pytest.raises(iia.errors.InputError, match="needs a ProbabilityFlowODE, got Scale"):
+    with pytest.raises(iia.errors.InputError, match="wraps a ProbabilityFlowODE, got Scale"):
         threshold(Scale())
     for first in (static_thresholding, dynamic_thresholding):
         with pytest.raises(iia.errors.InputError, match="one threshold"):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.denoisers import digits
+from iia_ode.plan import Bands, LinearMap, PerCondition, Principal
 from iia_ode.warm_starts.moments import Moments, estimate_moments, exact_moments
 from iia_ode.warm_starts.warm_start import WarmStart
-from iia_ode.plan import Bands, LinearMap, PerCondition, Principal
 
 D = 6
 RATIOS = st.floats(0.05, 60.0)

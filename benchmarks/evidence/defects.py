@@ -15,8 +15,7 @@ import torch
 
 import iia_ode as iia
 from iia_ode.forms import conversion
-from iia_ode.plan import Combine
-from iia_ode.plan.plan import run_code
+from iia_ode.plan import Combine, run_code
 from iia_ode.solvers import Solver, UniPC, as_solver
 from iia_ode.testing.cases import SCHEDULES, TRACKS, Track, draw, gaussian, model_of, rms
 from iia_ode.testing.orders import local_slopes

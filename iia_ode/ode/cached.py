@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
+from ..bounded import Bounded
 from ..files import bytes_of
 from .base import ProbabilityFlowODE
 from .distributed import Distributed
@@ -18,6 +18,7 @@ from .wrapped import Wrapped, layers_of
 __all__ = ["Cached", "cached"]
 
 _LIMIT = 2**30  # bytes of outputs, on the host
+_MOST = 2**20  # outputs
 
 
 def cached(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
@@ -68,7 +69,7 @@ class Cached(Wrapped):
         if known is not None:
             return known.to(x.device, copy=True)
         made = self.inner.output(x, t)
-        self.memory.put(key, made)
+        self.memory.outputs.put(key, made.detach().to("cpu", copy=True))
         return made
 
     @cached_property
@@ -93,7 +94,8 @@ class Memory:
     """Outputs by key on the host, up to `limit` bytes, and the fingerprint of their model."""
 
     def __init__(self, limit: int = _LIMIT) -> None:
-        self.outputs: LRUCache[bytes, Tensor] = LRUCache(limit, getsizeof=lambda v: v.numel() * v.element_size())
+        self.limit = limit
+        self.outputs: Bounded[bytes, Tensor] = Bounded(_MOST, _size, limit)
         self.fingerprint: str | None = None
         self._objects: dict[int, Any] = {}
 
@@ -102,14 +104,14 @@ class Memory:
         self._objects[id(value)] = value
         return id(value)
 
-    def put(self, key: bytes, value: Tensor) -> None:
-        """Keep a copy, unless the value alone exceeds the limit."""
-        if value.numel() * value.element_size() <= self.outputs.maxsize:
-            self.outputs[key] = value.detach().to("cpu", copy=True)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         """An empty one: identities of objects do not survive a copy."""
-        return Memory(int(self.outputs.maxsize))
+        return Memory(self.limit)
+
+
+def _size(value: Tensor) -> int:
+    """Bytes of a tensor's numbers."""
+    return value.numel() * value.element_size()
 
 
 def _digest(*parts: Any) -> bytes:

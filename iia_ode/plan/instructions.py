@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
+from ..bounded import Bounded
 from ..schedules import Schedule
-from .bounded import Bounded
 from .projections import PLACES, Cache, place
 from .vectors import Constant, Sum, Weight
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bounded import Bounded
 from ..errors import InputError, MismatchError, PlanError, unknown_name
 from .bands import Bands
-from .bounded import Bounded
 from .projections import PLACES, Cache, Principal, Projections, place
 
 __all__ = ["LinearMap", "PerCondition", "projections_from"]

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..bounded import Bounded
 from ..errors import PlanError
 from ..files import write_tensors
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_response
-from .bounded import Bounded
 from .checks import check_code, check_grid
 from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..bounded import Bounded
 from ..errors import InputError
-from .bounded import Bounded
 
 __all__ = ["PLACES", "Cache", "Part", "Principal", "Projections", "is_orthonormal", "place"]
 

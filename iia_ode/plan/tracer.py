@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..bounded import Bounded
 from ..errors import PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
-from .bounded import Bounded
 from .checks import check_grid
 from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction

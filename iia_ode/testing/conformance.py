@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -162,7 +162,8 @@ def check_encoding_and_decoding_return(solver: Solver) -> None:
     # An Euler step at the start costs h^2 once; an inconsistent first step costs h.
     least = min(solver.order, 2) if solver.consistent else 1
     for schedule in SCHEDULES:
-        _require_convergence(solver, schedule, partial(_encoding_grid, schedule=schedule), (12, 48))
+        grids = partial(karras, schedule=schedule, to_data=False)
+        _require_convergence(solver, schedule, lambda n, grids=grids: grids(n + 1).flip(0), (12, 48))
         ode, gaps, slope = mixture().ode(schedule), [], -math.inf
         counts = (COARSER, *COUNTS)
         for n in counts:
@@ -366,16 +367,9 @@ CHECKS: tuple[Check, ...] = tuple(_CHECKS)
 """The suite: functions that take a solver or a registered name and raise :class:`~iia_ode.errors.ConformanceError`."""
 
 
-# ---- shared ----------------------------------------------------------------------------------------------------------
-
-
 def _require(kept: bool, solver: Solver, what: str) -> None:
     if not kept:
-        _fail(solver, what)
-
-
-def _fail(solver: Solver, what: str) -> NoReturn:
-    raise ConformanceError(f"{solver.label}: {what}.")
+        raise ConformanceError(f"{solver.label}: {what}.")
 
 
 def _name(schedule: Schedule) -> str:
@@ -399,10 +393,6 @@ def _require_convergence(
         f"on {_name(schedule)} from t = {start:.3g} to {end:.3g}, {counts[0]} steps leave a relative error of "
         f"{errors[0]:.2g} and {counts[1]} steps {errors[1]:.2g}; expected half of it",
     )
-
-
-def _encoding_grid(n: int, schedule: Schedule) -> Tensor:
-    return karras(n + 1, schedule=schedule, to_data=False).flip(0)
 
 
 def _no_terms(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from ..checks import check_whole
 from ..errors import InputError
-from ..plan import Plan, trace
-from ..plan.instructions import run_code
+from ..plan import Plan, run_code, trace
 from ..schedules import Schedule
 from ..solvers import Solver, SolverLike, as_solver
 from .cases import PROBLEMS, SCHEDULES, TRACKS, Model, Track, exact_states, model_of, rms

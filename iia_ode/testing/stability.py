@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..forms import conversion
 from ..grids import uniform
-from ..plan import Combine, trace
-from ..plan.instructions import Instruction, run_code
+from ..plan import Combine, Instruction, run_code, trace
 from ..schedules import EDM
 from ..solvers import SolverLike, as_solver
 

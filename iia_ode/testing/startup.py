@@ -7,8 +7,7 @@ import math
 import torch
 
 from ..forms import conversion
-from ..plan import Combine, Plan
-from ..plan.instructions import Instruction, run_code
+from ..plan import Combine, Instruction, Plan, run_code
 from .cases import Model
 
 __all__ = ["known_states"]
