@@ -11,30 +11,20 @@ import torch
 from torch import Tensor
 
 from ..checks import check_seed, check_whole
-from ..errors import GridError, InputError, MismatchError
+from ..errors import GridError, InputError
 from ..iia.batch import Batch, held_out_of
-from ..iia.fitted import FittedSolver
-from ..iia.provenance import (
-    UNJUDGED,
-    Ingredient,
-    Named,
-    RefinementRecord,
-    SearchRecord,
-    Split,
-    StageCost,
-    finite,
-    to_json,
-)
+from ..iia.fitted import FittedSolver, later
+from ..iia.method import record_of
+from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, to_json
 from ..iia.refinement import Refinement
-from ..iia.teacher import Teacher
+from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
-from ..solvers import get_solver
 from .budget import Budget, budget_of
 from .grids import leap_grids
-from .pipeline import Contender, Cost
+from .pipeline import SCALARS, Contender, Cost
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
 from .thorough import fresh_states, judged, more_states, warm_started, with_ends
 
@@ -117,16 +107,16 @@ def fit(
     start = start_time(ode, sigma_max)
     states = _initial_states(ode, noise, x, shape, samples, start, seed)
     level = smallest_level(ode.schedule) if sigma_min is None else sigma_min
-    known = None if teacher is None else teacher.record
-    agree(ode, "fit", nfe, start, level, chosen, seed, known, states)
-    states = states.detach().to(ode.device or states.device)
-    batch = Batch(ode, states, _checked(teacher, ode, states, start), chosen.chunk_size)
+    agree(ode, "fit", nfe, start, level, chosen, seed, getattr(teacher, "record", teacher), states)
+    if teacher is not None:
+        check_teacher(teacher, ode, states, start)
+    batch = Batch(ode, states.detach().to(ode.device or states.device), teacher, chosen.chunk_size)
     batch = batch if shape is not None else batch.without_copies()
     if len(batch) < _FEWEST:
         raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
     begun, given = time.perf_counter(), len(batch)
     with ode.counting() as spent:
-        if teacher is None:
+        if teacher is None and chosen.draws > given:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
         context, costs, fresh = _prepared(batch, given, nfe, chosen, start, level, seed, progress)
         made: list[Contender | Ingredient] = [*rival(context)]
@@ -213,16 +203,6 @@ def _initial_states(
     return states
 
 
-def _checked(teacher: Teacher | None, ode: ProbabilityFlowODE, x: Tensor, start: float) -> Teacher | None:
-    """The given teacher, known to be of this ODE and of these states."""
-    if teacher is None:
-        return None
-    teacher.check(ode, x)
-    if teacher.t_start != start:
-        raise MismatchError(f"the teacher starts at t = {teacher.t_start:g}, the fit at {start:g}.")
-    return teacher
-
-
 def _prepared(
     batch: Batch, given: int, nfe: int, budget: Budget, start: float, level: float, seed: int, progress: bool
 ) -> tuple[Context, dict[str, Cost], Batch | None]:
@@ -304,14 +284,14 @@ class _Result:
     def solver(self, spent: Ledger) -> FittedSolver:
         """The chosen solver with its record."""
         context, best, last = self.context, self.best, self.last
-        closed = last.fitted if best.refinement is None else None
-        backward = last.backward + sum(c.refinement.backward for c in self.contenders if c.refinement)
+        reports = later(last.fit.reports, last.plan.steps - last.fit.plan.steps) if last.fit else ()
+        spent.samples += last.backward + sum(c.refinement.backward for c in self.contenders if c.refinement)
         search = SearchRecord(
             rival=RIVAL,
             budget=to_json(context.budget),
             ingredients=(*(c.ingredient(chosen=c is best) for c in self.contenders), *self.failed),
             refinement=None if best.refinement is None else _account(best.refinement),
-            steps=Split(closed.record.batch, closed.record.held_out) if closed and closed.reports else None,
+            steps=last.fit.split if last.fit and reports else None,
             costs={k: StageCost(c.samples, c.seconds) for k, c in self.costs.items()},
             fitted_to_all=last.plan is not best.plan,
             given=self.given,
@@ -319,22 +299,13 @@ class _Result:
             checkpointed=context.budget.checkpointed,
             seconds=self.seconds,
         )
-        # A solver without a fit has the record of a fit over it with zero corrections.
-        options = {"held_out": context.held_out, "evaluations": spent.evaluations}
-        own = context.method.record(context.batch, endpoint=UNJUDGED, sample_evaluations=spent.samples, **options)
+        # A solver without a fit has the record of a fit with zero corrections.
+        weights, base = (SCALARS, RIVAL) if best.pipeline is None else (best.pipeline.weights, context.method.base)
+        method = replace(context.method, base=base, terms=weights.terms, intercept=weights.intercept)
         rival_error = next((c.error for c in self.contenders if c.pipeline is None), None)
-        record = replace(
-            own,
-            base=Named(RIVAL, get_solver(RIVAL).options()) if last.fitted is None else own.base,
-            terms=own.terms if last.fitted is None else last.fitted.record.terms,
-            intercept=last.fitted is not None and last.fitted.record.intercept,
-            endpoint=replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None),
-            sample_evaluations=spent.samples + backward,
-            seed=context.seed,
-            search=search,
-        )
-        plan = replace(last.plan, name=context.method.name or last.plan.name)
-        return FittedSolver(plan, closed.reports if closed else (), record)
+        endpoint = replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None)
+        record = record_of(method, context.batch, context.held_out, endpoint, spent, seed=context.seed, search=search)
+        return FittedSolver(replace(last.plan, name=context.method.name or last.plan.name), reports, record)
 
 
 def _account(refinement: Refinement) -> RefinementRecord:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ..iia.batch import Batch
-from ..iia.directions import Terms, Window
-from ..iia.fitted import FittedSolver
-from ..iia.method import IIA
+from ..iia.directions import Window
 from ..iia.provenance import Ingredient
 from ..iia.ranking import cauchy_mean
 from ..iia.refinement import Refinement
+from ..iia.stepwise import Stepwise, StepwiseFit
 from ..plan import Plan
 from ..schedules import Schedule
 from ..warm_starts import Moments, WarmStart
@@ -38,17 +37,17 @@ class Weights:
     """
 
     name: str
-    terms: str | Terms = "window"
+    terms: Window
     intercept: bool = False
 
     @property
     def groups(self) -> int:
         """Numbers per weight."""
-        projections = self.terms.projections if isinstance(self.terms, Window) else None
+        projections = self.terms.projections
         return 1 if projections is None else projections.count
 
 
-SCALARS = Weights("scalars")
+SCALARS = Weights("scalars", Window())
 
 
 def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
@@ -100,12 +99,12 @@ class Parts:
     """A warm start, if there is one, and the fit from its end."""
 
     warm: WarmStart | None
-    rest: FittedSolver
+    fit: StepwiseFit
 
     @property
-    def whole(self) -> FittedSolver:
-        """The fit from the start of the grid."""
-        return self.rest if self.warm is None else self.rest.after(self.warm)
+    def plan(self) -> Plan:
+        """The plan from the start of the grid."""
+        return joined(self.warm, self.fit.plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +113,7 @@ class Pipeline:
 
     Attributes
     ----------
-    method : IIA, whose terms and intercept are set by `weights`.
+    method : the sequential fit, with other terms, intercept and ridge than those in use.
     nfe : number of evaluations of the solver.
     t_start : time of the initial states.
     start : the warm start; None for a cold start.
@@ -123,7 +122,7 @@ class Pipeline:
     weights : the kind of weights.
     """
 
-    method: IIA
+    method: Stepwise
     nfe: int
     t_start: float
     start: Start | None = None
@@ -152,20 +151,16 @@ class Pipeline:
 
     def plan(self, batch: Batch, grid: Tensor) -> Plan:
         """The plan of a quick closed-form fit on a grid, with a fixed small ridge."""
-        warm, batch, grid = self._started(batch, grid)
-        return joined(warm, self._method(RIDGE).fit_batch(batch, grid.tolist(), 0.0).plan)
+        return self._fitted(batch, grid, RIDGE, 0.0).plan
 
     def fit(self, batch: Batch, *, ridge: float | str = "auto") -> Parts:
         """A closed-form fit on the pipeline's grid. With ``ridge="auto"`` a fifth of the batch chooses each step's ridge."""
-        warm, batch, grid = self._started(batch, self.times(batch.ode.schedule))
-        share = _HELD_OUT if ridge == "auto" else 0.0
-        return Parts(warm, self._method(ridge).fit_batch(batch, grid.tolist(), share))
+        return self._fitted(batch, self.times(batch.ode.schedule), ridge, _HELD_OUT if ridge == "auto" else 0.0)
 
-    def _started(self, batch: Batch, grid: Tensor) -> tuple[WarmStart | None, Batch, Tensor]:
-        return (None, batch, grid) if self.start is None else self.start.take(batch, grid)
-
-    def _method(self, ridge: float | str) -> IIA:
-        return replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
+    def _fitted(self, batch: Batch, grid: Tensor, ridge: float | str, held_out: float) -> Parts:
+        warm, batch, grid = (None, batch, grid) if self.start is None else self.start.take(batch, grid)
+        method = replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
+        return Parts(warm, method.fit(batch, grid.tolist(), held_out))
 
 
 @dataclass
@@ -197,8 +192,9 @@ class Contender:
     errors : endpoint errors per sample, float64 [n], on the samples that judge.
     cost : cost of making it.
     pipeline : how it was made; None for a solver without a fit.
-    fitted : the closed-form fit; for a refined solver, the closed-form fit of the same pipeline.
-    refinement, warm : the refinement of the weights, and the warm start before them, if any.
+    fit : the closed-form fit; None for a refined solver.
+    refinement : the refinement; None for a closed-form fit.
+    warm : the warm start; None for a cold start.
     """
 
     name: str
@@ -206,7 +202,7 @@ class Contender:
     errors: Tensor
     cost: Cost
     pipeline: Pipeline | None = None
-    fitted: FittedSolver | None = None
+    fit: StepwiseFit | None = None
     refinement: Refinement | None = None
     warm: WarmStart | None = None
 

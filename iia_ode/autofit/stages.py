@@ -14,11 +14,11 @@ import torch
 from ..errors import IIAError, InputError, RankError, first_line
 from ..grids import karras
 from ..iia.batch import Batch
-from ..iia.fitted import FittedSolver
 from ..iia.method import IIA
 from ..iia.provenance import Ingredient
 from ..iia.ranking import ranked
 from ..iia.refinement import Refinement, refine
+from ..iia.stepwise import StepwiseFit
 from ..ode.distributed import ranks_of
 from ..plan import Plan, trace
 from ..solvers import get_solver
@@ -130,7 +130,8 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
     candidates : leap grids; none for a single evaluation.
     """
     budget, train = context.budget, context.train
-    pipeline = Pipeline(context.method, context.nfe, context.batch.taught.t_start, start)
+    method = context.method.stepwise(train.x.shape[1:])
+    pipeline = Pipeline(method, context.nfe, context.batch.taught.t_start, start)
     with context.stage() as spent:
         if candidates:
             found = search_grid(
@@ -147,11 +148,11 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
     made: list[Contender] = []
     for own in [pipeline] if pipeline.weights is SCALARS else [replace(pipeline, weights=SCALARS), pipeline]:
         with context.stage() as cost:
-            fitted = own.fit(train).whole
-            errors = context.held.errors(fitted.plan)
+            parts = own.fit(train)
+            errors = context.held.errors(parts.plan)
         if not made:  # the first solver on a grid bears the cost of finding it
             cost.moved(spent)
-        made.append(_said(context, Contender(own.name, fitted.plan, errors, cost, own, fitted)))
+        made.append(_said(context, Contender(own.name, parts.plan, errors, cost, own, parts.fit, warm=parts.warm)))
     return made
 
 
@@ -187,7 +188,7 @@ def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender
                 context.say(f"{name}: not possible ({first_line(error)})")
             else:
                 share = context.held_out / len(context.batch)
-                found = _refined(context, name, parts.warm, parts.rest.plan, share, context.budget.iterations)
+                found = _refined(context, name, parts.warm, parts.fit.plan, share, context.budget.iterations)
             if found is not None:
                 plan = joined(parts.warm, found.plan)
                 errors = context.held.errors(plan)
@@ -195,8 +196,7 @@ def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender
             made.append(Ingredient(name, None, cost.samples, cost.seconds))
             continue
         cost.samples += found.backward
-        contender = Contender(name, plan, errors, cost, fit.pipeline, fit.fitted, found, parts.warm)
-        made.append(_said(context, contender))
+        made.append(_said(context, Contender(name, plan, errors, cost, fit.pipeline, None, found, parts.warm)))
     return made
 
 
@@ -265,12 +265,12 @@ class Last:
     Attributes
     ----------
     plan : the solver.
-    fitted : the closed-form fit behind it; None for a solver without a fit.
+    fit : the closed-form fit of the weights; None for a refined solver, and for a solver without a fit.
     backward : sample evaluations of backward passes.
     """
 
     plan: Plan
-    fitted: FittedSolver | None
+    fit: StepwiseFit | None
     backward: int = 0
 
 
@@ -285,22 +285,22 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
         return Last(best.plan, None)
     weights = context.nfe * (context.nfe + 3) // 2 * pipeline.weights.groups
     if len(train) < _SAMPLES or len(train) * train.x[0].numel() < _ENOUGH * weights:
-        return Last(best.plan, best.fitted)
-    fitted, backward = best.fitted, 0
+        return Last(best.plan, best.fit)
+    fit, backward = None, 0
     if best.refinement is None:
-        whole = pipeline.fit(context.batch).whole
-        fitted, plan = whole, whole.plan
+        parts = pipeline.fit(context.batch)
+        fit, plan = parts.fit, parts.plan
     else:
         again = _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
         if again is None or again.best == 0:
-            return Last(best.plan, best.fitted, 0 if again is None else again.backward)
+            return Last(best.plan, None, 0 if again is None else again.backward)
         backward, plan = again.backward, joined(best.warm, again.plan)
     if fresh is None:
         errors = [context.batch.errors(plan), context.batch.errors(best.plan)]
     else:
         errors = [fresh.errors(plan), best.errors[-len(fresh) :]]
     kept = ranked([plan, best.plan], errors, outliers_too=True)[0]
-    return Last(kept, fitted if kept is plan else best.fitted, backward)
+    return Last(kept, fit if kept is plan else best.fit, backward)
 
 
 def _said(context: Context, made: Contender) -> Contender:

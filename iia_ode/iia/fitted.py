@@ -19,13 +19,21 @@ from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from ..warm_starts import WarmStart
-from .citations import citation_of
 from .provenance import Record, StepReport, from_json, to_json
 from .report import describe_fit, explain_fit, table_of, table_of_weights
 
-__all__ = ["FittedSolver", "describe", "read_fit"]
+__all__ = ["FittedSolver", "describe", "later", "read_fit"]
 
 _KIND = "fitted solver"
+_PAPERS = {
+    "heun": "karras2022edm",
+    "ddim": "song2021ddim",
+    "spndm": "liu2022pndm",
+    "ipndm": "zhang2023deis",
+    "dpmpp_2m": "lu2022dpmsolverpp",
+}
+"""The paper of a base solver, by its key in references.bib."""
+_REFERENCES = Path(__file__).with_name("references.bib")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +113,13 @@ class FittedSolver:
         MismatchError : the warm start is for another schedule, or does not end where this solver starts.
         """
         plan = warm.then(self.plan)
-        more = plan.steps - self.plan.steps
-        return replace(self, plan=plan, reports=tuple(replace(r, index=r.index + more) for r in self.reports))
+        return replace(self, plan=plan, reports=later(self.reports, plan.steps - self.plan.steps))
 
     def citation(self) -> str:
-        """BibTeX entries of the papers behind this solver and its base."""
-        return citation_of(self.record.base.name)
+        """BibTeX entries of the papers behind IIA and the base; of IIA alone where the base has no paper of its own."""
+        keys = ("zhang2024iia", _PAPERS.get(self.record.base.name))
+        entries = _REFERENCES.read_text("utf-8").strip().split("\n\n")
+        return "\n\n".join(e for e in entries if e.partition("{")[2].partition(",")[0] in keys)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: grid, times and weights as tensors, everything else as JSON in its header.
@@ -123,6 +132,11 @@ class FittedSolver:
         header = to_json(_Header(self.name, code, self.record, self.reports))
         from_json(_Header, header, f"the account of {self.name}")
         return write_tensors(path, _KIND, tensors, header)
+
+
+def later(reports: tuple[StepReport, ...], steps: int) -> tuple[StepReport, ...]:
+    """The reports of a fit behind `steps` further steps."""
+    return tuple(replace(r, index=r.index + steps) for r in reports)
 
 
 @dataclass(frozen=True)

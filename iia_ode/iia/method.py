@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..__about__ import __version__
-from ..checks import check_flag, check_whole
-from ..errors import InputError, MismatchError, unknown_name
-from ..ode import ProbabilityFlowODE
+from ..checks import check_flag, check_number, check_whole
+from ..errors import unknown_name
+from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
@@ -20,12 +20,12 @@ from .batch import Batch
 from .directions import Terms, Window, resolve_terms
 from .fitted import FittedSolver
 from .origin import Origin
-from .provenance import Endpoint, Named, Record
+from .provenance import Endpoint, Named, Record, SearchRecord
 from .stepwise import Stepwise
 from .targets import Target, TeacherTrajectory, resolve_target
-from .teacher import Teacher
+from .teacher import Teacher, check_teacher
 
-__all__ = ["IIA", "PRESETS", "preset"]
+__all__ = ["IIA", "PRESETS", "preset", "record_of"]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ class IIA:
         check_whole("substeps", self.substeps, least=1)
         check_flag("guard", self.guard)
         check_flag("intercept", self.intercept)
-        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool) and 0 <= self.ridge < math.inf
-        if not number and self.ridge != "auto":
-            raise InputError(f"ridge must be a number from 0, or 'auto', got {self.ridge!r}.")
+        if self.ridge != "auto":
+            check_number("ridge, if not 'auto',", self.ridge, least=0)
         resolve_terms(self.terms, self.base_solver.label)
         resolve_target(self.target, self.substeps)
 
@@ -137,82 +136,77 @@ class IIA:
         check_start(ode, x)
         times = check_grid(ode.schedule, grid)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise InputError(f"held_out must be a share of the batch, from 0 to below 1, got {held_out!r}.")
+        check_number("held_out, the share of the samples that no coefficient is fitted to,", share, least=0, below=1)
         batch = Batch(ode, x, teacher, chunk_size)
-        agree(ode, "IIA", self._options(), x, times, share, chunk_size, teacher is not None)
+        agree(ode, "IIA", self.options(), x, times, share, chunk_size, teacher is not None)
         if teacher is not None:
-            _check_teacher(batch, times)
-        return self.fit_batch(batch.without_copies() if share else batch, times, share, progress=progress)
+            check_teacher(teacher, ode, x, times[0])
+            teacher.at(times[-1], slice(0, 1))  # a GridError before the work
+        batch = batch.without_copies() if share else batch
+        method = self.stepwise(x.shape[1:])
+        with ode.counting() as spent:
+            if batch.teacher is None and method.target.needs_teacher:
+                steps = method.target.steps if isinstance(method.target, TeacherTrajectory) else None
+                made = Teacher.for_grid(
+                    batch.ode, batch.x, times, steps=steps, chunk_size=chunk_size, progress=progress
+                )
+                batch = replace(batch, teacher=made)
+            fit = method.fit(batch, times, share, progress=progress)
+        return FittedSolver(fit.plan, fit.reports, record_of(self, batch, fit.split.held_out, fit.endpoint, spent))
 
-    def fit_batch(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> FittedSolver:
-        """The fit to a batch without copies; `times` is the grid, and `held_out` a share. See :meth:`fit`."""
-        terms = self.terms.for_shape(batch.x.shape[1:]) if isinstance(self.terms, Window) else self.terms
-        base, target = self.base_solver, resolve_target(self.target, self.substeps)
-        count = len(batch)
-        held = min(max(1, int(held_out * count)), count - 1) if held_out and count >= 4 else 0
-        fit = Stepwise(
+    def stepwise(self, shape: Sequence[int]) -> Stepwise:
+        """The sequential fit with every option resolved, for samples of this shape."""
+        terms = self.terms.for_shape(shape) if isinstance(self.terms, Window) else self.terms
+        base = self.base_solver
+        return Stepwise(
             base,
             resolve_terms(terms, base.label)[1],
-            target,
+            resolve_target(self.target, self.substeps),
             self.history,
             self.ridge,
             self.guard,
             self.intercept,
             self.name or f"iia({base.label})",
         )
-        with batch.ode.counting() as spent:
-            if batch.teacher is None and target.needs_teacher:
-                batch = _taught(batch, times, target, progress)
-            plan, reports, endpoint = fit.fit(batch, times, held, judged=self.guard and held_out > 0, progress=progress)
-        account = {"evaluations": spent.evaluations, "sample_evaluations": spent.samples}
-        record = self.record(batch, endpoint=endpoint, held_out=held, **account)
-        return FittedSolver(plan, reports, record)
 
-    def record(self, batch: Batch, *, endpoint: Endpoint, **account: Any) -> Record:
-        """The account of a fit by this method to a batch; `account` has the remaining fields of the record."""
-        return Record(
-            library=__version__,
-            **self._options(),
-            origin=Origin.of(batch.ode, batch.x),
-            batch=len(batch),
-            endpoint=endpoint,
-            teacher=None if batch.teacher is None else batch.teacher.record.options,
-            **account,
-        )
-
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """The options as fields of a :class:`~iia_ode.iia.Record`."""
         base, target = self.base_solver, resolve_target(self.target, self.substeps)
         return {
             "base": Named(base.label.partition("(")[0], base.options()),
             "terms": resolve_terms(self.terms, base.label)[0],
             "target": Named(target.name, {k: v for k, v in target.options().items() if k != "name"}),
             "history": self.history,
-            "ridge": self.ridge,
+            "ridge": self.ridge if isinstance(self.ridge, str) else float(self.ridge),
             "guard": self.guard,
             "intercept": self.intercept,
         }
 
 
-def _check_teacher(batch: Batch, times: list[float]) -> None:
-    """Raise unless the given teacher is of this batch and grid."""
-    teacher = batch.teacher
-    if not isinstance(teacher, Teacher):
-        raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {teacher!r}.")
-    teacher.check(batch.ode, batch.x)
-    if teacher.t_start != times[0]:
-        raise MismatchError(
-            f"the teacher starts at t = {teacher.t_start:g} and the grid at {times[0]:g}, from the same states."
-        )
-    teacher.at(times[-1], slice(0, 1))  # a GridError before the work
-
-
-def _taught(batch: Batch, times: list[float], target: Target, progress: bool) -> Batch:
-    """The batch with a teacher."""
-    steps = target.steps if isinstance(target, TeacherTrajectory) else None
-    size = batch.chunk_size
-    teacher = Teacher.for_grid(batch.ode, batch.x, times, steps=steps, chunk_size=size, progress=progress)
-    return Batch(batch.ode, batch.x, teacher, size)
+def record_of(
+    method: IIA,
+    batch: Batch,
+    held_out: int,
+    endpoint: Endpoint,
+    spent: Ledger,
+    *,
+    seed: int | None = None,
+    search: SearchRecord | None = None,
+) -> Record:
+    """Provenance of a fit of `method` to `batch`, of which the last `held_out` samples were held out."""
+    return Record(
+        library=__version__,
+        **method.options(),
+        origin=Origin.of(batch.ode, batch.x),
+        batch=len(batch),
+        held_out=held_out,
+        endpoint=endpoint,
+        teacher=None if batch.teacher is None else batch.teacher.record.options,
+        evaluations=spent.evaluations,
+        sample_evaluations=spent.samples,
+        seed=seed,
+        search=search,
+    )
 
 
 def _of_paper(name: str, base: str, terms: str) -> IIA:

@@ -17,12 +17,12 @@ from ..solvers import Solver
 from .batch import Batch
 from .directions import StepRecord, Term, Terms
 from .least_squares import LeastSquares, Solution
-from .provenance import UNJUDGED, Endpoint, StepReport, finite
+from .provenance import UNJUDGED, Endpoint, Split, StepReport, finite
 from .ranking import too_few, verdict
 from .targets import Numeric, Target
 from .teacher import DEFAULT, Teacher
 
-__all__ = ["RIDGES", "Stepwise"]
+__all__ = ["RIDGES", "Stepwise", "StepwiseFit"]
 
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Candidates of ``ridge="auto"``."""
@@ -45,8 +45,26 @@ class _Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class StepwiseFit:
+    """Result of a sequential fit.
+
+    Attributes
+    ----------
+    plan : the fitted solver; the base where the guard refused the fit.
+    reports : a report of each fitted step.
+    endpoint : errors of the final states.
+    split : number of samples, and of held-out samples among them.
+    """
+
+    plan: Plan
+    reports: tuple[StepReport, ...]
+    endpoint: Endpoint
+    split: Split
+
+
+@dataclass(frozen=True, eq=False)
 class Stepwise:
-    """A sequential fit with every option resolved; see :class:`~iia_ode.IIA` for their meaning.
+    """A sequential fit with every option resolved; see :class:`~iia_ode.IIA` for the options.
 
     Attributes
     ----------
@@ -63,23 +81,17 @@ class Stepwise:
     intercept: bool
     name: str
 
-    def fit(
-        self, batch: Batch, times: list[float], held_out: int, *, judged: bool, progress: bool = False
-    ) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
+    def fit(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> StepwiseFit:
         """Fit each step on states that the fitted steps before it produce.
 
         Parameters
         ----------
-        batch : the samples; the last `held_out` are not fitted to.
+        batch : samples without copies, with a teacher if the target needs a teacher.
         times : the grid.
-        judged : whether the guard judges the final states.
+        held_out : share of the samples, the last ones, that no coefficient is fitted to. With a share of 0 there is no guard.
         progress : show a bar over the steps.
-
-        Returns
-        -------
-        The plan, a report of each fitted step, and the errors of the final states.
         """
-        train = len(batch) - held_out
+        held = min(max(1, int(held_out * len(batch))), len(batch) - 1) if held_out and len(batch) >= 4 else 0
         tracer, x, memory = Tracer(batch.ode.schedule), Vector({0: 1.0}), ()
         records: tuple[StepRecord, ...] = ()
         reports: list[StepReport] = []
@@ -96,7 +108,7 @@ class Stepwise:
                     f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
                 )
             if candidates:
-                choice = self._choose(tracer, record, candidates, chunks, train)
+                choice = self._choose(tracer, record, candidates, chunks, len(batch) - held)
                 reports.append(_report(record, candidates, choice))
                 if choice.accepted:
                     y, record = _corrected(record, candidates, reports[-1].corrections, choice.solution.constant)
@@ -106,9 +118,9 @@ class Stepwise:
             for chunk in chunks:
                 chunk.advance(tracer, live)
         plan = Plan(batch.ode.schedule, tuple(times), tuple(tracer.code), self.name)
-        if not (judged and any(r.accepted for r in reports)):
-            return plan, tuple(reports), UNJUDGED
-        return self._guarded(plan, tuple(reports), batch, chunks, held_out)
+        fit = StepwiseFit(plan, tuple(reports), UNJUDGED, Split(len(batch), held))
+        judged = self.guard and held_out > 0 and any(r.accepted for r in reports)
+        return self._guarded(fit, batch, chunks) if judged else fit
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
@@ -145,10 +157,9 @@ class Stepwise:
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
-    def _guarded(
-        self, plan: Plan, reports: tuple[StepReport, ...], batch: Batch, chunks: list[Chunk], held_out: int
-    ) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
+    def _guarded(self, fit: StepwiseFit, batch: Batch, chunks: list[Chunk]) -> StepwiseFit:
         """The fit if its final states are clearly nearer the truth than the base's; otherwise the base, and a warning."""
+        plan, held_out = fit.plan, fit.split.held_out
         grid = torch.tensor(plan.grid, dtype=_F64, device="cpu")
         base = trace(self.base, plan.schedule, grid, consistent=False)
         if held_out:
@@ -163,14 +174,15 @@ class Stepwise:
         why = "" if found.kept else found.why
         endpoint = Endpoint(finite(found.base), finite(found.fit), not found.kept, reference, why)
         if found.kept:
-            return plan, reports, endpoint
+            return replace(fit, endpoint=endpoint)
         other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
         warn(
             f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}. Fit on more samples, with "
             f"other terms{other}, with a ridge, or pass guard=False to have the fit anyway.",
             GuardWarning,
         )
-        return replace(base, name=plan.name), tuple(_refused(r) for r in reports), endpoint
+        reports = tuple(_refused(r) for r in fit.reports)
+        return replace(fit, plan=replace(base, name=plan.name), reports=reports, endpoint=endpoint)
 
 
 class Chunk:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_whole
-from ..errors import FileFormatError, GridError, MismatchError, NonFiniteError
+from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid, check_start, trace
@@ -27,7 +27,7 @@ from ..solvers import get_solver
 from .origin import Origin, conditions_digest
 from .provenance import TeacherOptions, TeacherRecord, from_json, to_json
 
-__all__ = ["DEFAULT", "Teacher", "data_level", "read_teacher"]
+__all__ = ["DEFAULT", "Teacher", "check_teacher", "read_teacher"]
 
 _F64 = torch.float64
 _KIND = "teacher"
@@ -131,7 +131,7 @@ class Teacher:
     ) -> Teacher:
         """Integrate a batch over the float64 [N + 1] times of a grid; other arguments and errors as for :meth:`solve`."""
         times = check_grid(ode.schedule, grid)
-        level = data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else _SIGMA_MIN
+        level = _data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else _SIGMA_MIN
         return cls.solve(
             ode, x, times[0], times[-1], steps=steps, sigma_min=level, chunk_size=chunk_size, progress=progress
         )
@@ -241,7 +241,16 @@ def read_teacher(path: str | os.PathLike[str], *, schedule: Schedule | None = No
         raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
 
 
-def data_level(schedule: Schedule, last: float) -> float:
+def check_teacher(teacher: object, ode: ProbabilityFlowODE, x: Tensor, t_start: float) -> None:
+    """Raise unless `teacher` is a teacher of this ODE from the states x at time `t_start`; see :meth:`Teacher.check`."""
+    if not isinstance(teacher, Teacher):
+        raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {teacher!r}.")
+    teacher.check(ode, x)
+    if teacher.t_start != t_start:
+        raise MismatchError(f"the teacher starts at t = {teacher.t_start:g} and the grid at {t_start:g}.")
+
+
+def _data_level(schedule: Schedule, last: float) -> float:
     """The level sigma/alpha of the data on a grid whose last time above the data is `last`.
 
     The level is 0.002, or the level of `last` where `last` is cleaner or where the schedule does not reach 0.002.
@@ -278,20 +287,18 @@ def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor,
     schedule = ode.schedule
     states: list[Tensor] = []
     slopes: list[Tensor] = []
-
-    def note(x: Tensor, t: float, data: Tensor) -> None:
-        alpha, size = schedule.alpha(t), schedule.size(t)
-        states.append((x / size).cpu())
-        # The slope in u = asinh(alpha / sigma), for which tanh(u) = alpha / size.
-        slopes.append(torch.sub(data, x, alpha=alpha / size / size).cpu())
-
     run = plan.start(x, ode.prediction, conditioning=ode.conditioning)
-    while not run.done:
+    while len(states) <= plan.nfe:
         state, t = run.state, run.t
-        run.give(ode.output(state, t))
-        note(state, t, run.data)
-    data = ode.data(run.state, run.t)
-    note(run.state, run.t, data)
+        if run.done:
+            data = ode.data(state, t)
+        else:
+            run.give(ode.output(state, t))
+            data = run.data
+        alpha, size = schedule.alpha(t), schedule.size(t)
+        states.append((state / size).cpu())
+        # The slope in u = asinh(alpha / sigma), for which tanh(u) = alpha / size.
+        slopes.append(torch.sub(data, state, alpha=alpha / size / size).cpu())
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             "the teacher ended in NaN or infinity: check the model over the whole range of noise levels."
