@@ -313,5 +313,5 @@ def _account(refinement: Refinement) -> RefinementRecord:
         train=tuple(finite(i.train) for i in refinement.iterations),
         held_out=tuple(finite(i.held_out) for i in refinement.iterations),
         best=refinement.best,
-        reason=refinement.reason,
+        reason=refinement.status.value,
     )
