@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import check_seed, check_whole
+from ..checks import check_number, check_seed, check_whole
 from ..errors import GridError, InputError
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
@@ -24,7 +24,7 @@ from ..plan import check_start
 from ..schedules import Discrete, Schedule
 from .budget import Budget, budget_of
 from .grids import leap_grids
-from .pipeline import SCALARS, Contender, Cost
+from .pipeline import SCALARS, Contender
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
 from .thorough import fresh_states, judged, more_states, warm_started, with_ends
 
@@ -135,7 +135,7 @@ def fit(
         best = choose(contenders)
         with context.stage() as costs["last"]:
             last = last_fit(context, best, fresh)
-        costs["last"].samples += last.backward
+        costs["last"].sample_evaluations += last.backward
     result = _Result(
         context, best, last, contenders, [m for m in made if isinstance(m, Ingredient)], costs, given,
         0 if fresh is None else len(fresh), time.perf_counter() - begun,
@@ -160,9 +160,8 @@ def start_time(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
     """The time to start from: that of the level `sigma_max`, or the schedule's noisiest usable time."""
     schedule = ode.schedule
     if sigma_max is not None:
-        if not (isinstance(sigma_max, int | float) and 0 < sigma_max < math.inf):
-            raise GridError(f"sigma_max must be a positive level sigma/alpha, got {sigma_max!r}.")
-        return schedule.t_of_noise_to_signal(float(sigma_max))
+        level = check_number("sigma_max, the level to start from,", sigma_max, above=0, error=GridError)
+        return schedule.t_of_noise_to_signal(level)
     if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
         return schedule.t_of_noise_to_signal(_NOISIEST)
     return schedule.t_noise
@@ -205,7 +204,7 @@ def _initial_states(
 
 def _prepared(
     batch: Batch, given: int, nfe: int, budget: Budget, start: float, level: float, seed: int, progress: bool
-) -> tuple[Context, dict[str, Cost], Batch | None]:
+) -> tuple[Context, dict[str, StageCost], Batch | None]:
     """The context with its teacher, the costs of the stages so far, and fresh samples with their final states."""
     held, finals = held_out_of(len(batch), budget.held_out), budget.finals_of(len(batch))
     ranks = ranks_of(batch.ode)
@@ -230,7 +229,7 @@ def _prepared(
             drawn = fresh_states(batch, start, finals, len(batch) - held, seed)
             ended = with_ends(drawn, start, budget.steps(nfe), level, progress)
             fresh = replace(ended, ode=cached(ended.ode))
-    context.say(f"teacher: {cost.samples} sample evaluations, {cost.seconds:.1f} s")
+    context.say(f"teacher: {cost.sample_evaluations} sample evaluations, {cost.seconds:.1f} s")
     return context, {"teacher": cost}, fresh
 
 
@@ -276,7 +275,7 @@ class _Result:
     last: Last
     contenders: list[Contender]
     failed: list[Ingredient]
-    costs: dict[str, Cost]
+    costs: dict[str, StageCost]
     given: int
     final_draws: int
     seconds: float
@@ -292,7 +291,7 @@ class _Result:
             ingredients=(*(c.ingredient(chosen=c is best) for c in self.contenders), *self.failed),
             refinement=None if best.refinement is None else _account(best.refinement),
             steps=last.fit.split if last.fit and reports else None,
-            costs={k: StageCost(c.samples, c.seconds) for k, c in self.costs.items()},
+            costs=self.costs,
             fitted_to_all=last.plan is not best.plan,
             given=self.given,
             final_draws=self.final_draws,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..iia.batch import Batch
 from ..iia.directions import Window
-from ..iia.provenance import Ingredient
+from ..iia.provenance import Ingredient, StageCost
 from ..iia.ranking import cauchy_mean
 from ..iia.refinement import Refinement
 from ..iia.stepwise import Stepwise, StepwiseFit
@@ -20,7 +20,7 @@ from ..schedules import Schedule
 from ..warm_starts import Moments, WarmStart
 from .grids import FreeGrid, LeapGrid
 
-__all__ = ["RIDGE", "SCALARS", "Contender", "Cost", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]
+__all__ = ["RIDGE", "SCALARS", "Contender", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]
 
 RIDGE = 1e-7  # where no ridge is chosen: enough to keep weights of nearly parallel directions small
 _HELD_OUT = 0.2  # share of the samples that chooses the ridge
@@ -167,24 +167,6 @@ class Pipeline:
         return replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
 
 
-@dataclass
-class Cost:
-    """Cost of a stage.
-
-    Attributes
-    ----------
-    samples : sample evaluations.
-    seconds : wall-clock time.
-    """
-
-    samples: int = 0
-    seconds: float = 0.0
-
-    def moved(self, other: Cost) -> None:
-        """Take over the cost of another stage, which is left with none of it."""
-        self.samples, self.seconds = self.samples + other.samples, self.seconds + other.seconds
-
-
 @dataclass(frozen=True, eq=False)
 class Contender:
     """A solver that was made, and may become the result.
@@ -204,7 +186,7 @@ class Contender:
     name: str
     plan: Plan
     errors: Tensor
-    cost: Cost
+    cost: StageCost
     pipeline: Pipeline | None = None
     fit: StepwiseFit | None = None
     refinement: Refinement | None = None
@@ -227,7 +209,7 @@ class Contender:
 
     def ingredient(self, *, chosen: bool) -> Ingredient:
         """The entry in the record of the search."""
-        return Ingredient(self.name, self.error, self.cost.samples, self.cost.seconds, chosen)
+        return Ingredient(self.name, self.error, self.cost.sample_evaluations, self.cost.seconds, chosen)
 
 
 def joined(warm: WarmStart | None, rest: Plan) -> Plan:

@@ -15,7 +15,7 @@ from ..errors import IIAError, InputError, RankError, first_line
 from ..grids import karras
 from ..iia.batch import Batch
 from ..iia.method import IIA
-from ..iia.provenance import Ingredient
+from ..iia.provenance import Ingredient, StageCost
 from ..iia.ranking import ranked
 from ..iia.refinement import Refinement, refine
 from ..iia.stepwise import StepwiseFit
@@ -25,7 +25,7 @@ from ..solvers import get_solver
 from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
 from .grids import LeapGrid, Levels, search_grid, search_levels, two_fold
-from .pipeline import RIDGE, SCALARS, Contender, Cost, Pipeline, Start, Weights, joined, weights_of
+from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joined, weights_of
 
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
 
@@ -92,12 +92,12 @@ class Context:
             _log.info(text)
 
     @contextmanager
-    def stage(self) -> Iterator[Cost]:
+    def stage(self) -> Iterator[StageCost]:
         """The cost of a ``with`` block, filled in at its end."""
-        cost, begun = Cost(), time.perf_counter()
+        cost, begun = StageCost(), time.perf_counter()
         with self.batch.ode.counting() as spent:
             yield cost
-        cost.seconds, cost.samples = time.perf_counter() - begun, spent.samples
+        cost.seconds, cost.sample_evaluations = time.perf_counter() - begun, spent.samples
 
 
 def rival(context: Context) -> list[Contender]:
@@ -151,7 +151,8 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
             parts = own.fit(train)
             errors = context.held.errors(parts.plan)
         if not made:  # the first solver on a grid bears the cost of finding it
-            cost.moved(spent)
+            cost.sample_evaluations += spent.sample_evaluations
+            cost.seconds += spent.seconds
         made.append(_said(context, Contender(own.name, parts.plan, errors, cost, own, parts.fit, warm=parts.warm)))
     return made
 
@@ -193,9 +194,9 @@ def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender
                 plan = joined(parts.warm, found.plan)
                 errors = context.held.errors(plan)
         if found is None:
-            made.append(Ingredient(name, None, cost.samples, cost.seconds))
+            made.append(Ingredient(name, None, cost.sample_evaluations, cost.seconds))
             continue
-        cost.samples += found.backward
+        cost.sample_evaluations += found.backward
         made.append(_said(context, Contender(name, plan, errors, cost, fit.pipeline, None, found, parts.warm)))
     return made
 
@@ -304,5 +305,7 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
 
 
 def _said(context: Context, made: Contender) -> Contender:
-    context.say(f"{made}, on held-out samples ({made.cost.samples} sample evaluations, {made.cost.seconds:.1f} s)")
+    context.say(
+        f"{made}, on held-out samples ({made.cost.sample_evaluations} sample evaluations, {made.cost.seconds:.1f} s)"
+    )
     return made

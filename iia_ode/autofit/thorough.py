@@ -134,7 +134,7 @@ def warm_started(context: Context, cold: LeapGrid | None) -> list[Contender | In
                 raise
             except IIAError as error:
                 context.say(f"warm start {start.name}: not possible here ({first_line(error)})")
-        made.append(Ingredient(f"warm start {start.name}", None, cost.samples, cost.seconds))
+        made.append(Ingredient(f"warm start {start.name}", None, cost.sample_evaluations, cost.seconds))
     return made
 
 

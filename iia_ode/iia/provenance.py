@@ -196,12 +196,12 @@ class Ingredient:
     chosen: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageCost:
-    """Cost of one stage of a search, in sample evaluations and in wall-clock seconds."""
+    """Cost of one stage of a search, in sample evaluations and in seconds of wall-clock time."""
 
-    sample_evaluations: int
-    seconds: float
+    sample_evaluations: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

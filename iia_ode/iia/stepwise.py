@@ -95,7 +95,9 @@ class Stepwise:
         tracer, x, memory = Tracer(batch.ode.schedule), Vector({0: 1.0}), ()
         records: tuple[StepRecord, ...] = ()
         reports: list[StepReport] = []
-        chunks = _chunks(batch)
+        chunks: list[Chunk] = []
+        for part in batch.chunks():
+            chunks.append(Chunk(part, sum(len(c.batch) for c in chunks), batch.device))
         intervals = list(zip(times[:-1], times[1:], strict=True))
         for i, (t, s) in enumerate(tqdm(intervals, desc=f"fit {self.name}", disable=not progress)):
             seen = len(tracer.evaluations)
@@ -277,13 +279,6 @@ def _rounding(values: dict[int, Tensor], candidates: tuple[Term, ...], cut: int)
     weights = [term.direction.weights for term in candidates]
     noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]
     return torch.tensor(noise, dtype=_F64, device="cpu")
-
-
-def _chunks(batch: Batch) -> list[Chunk]:
-    found: list[Chunk] = []
-    for part in batch.chunks():
-        found.append(Chunk(part, sum(len(c.batch) for c in found), batch.device))
-    return found
 
 
 def _read(values: dict[int, Tensor], held: Vector) -> Tensor:

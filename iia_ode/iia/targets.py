@@ -97,11 +97,7 @@ class Local(Target):
 
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that integrates from t to s."""
-
-        def flow(batch: Batch, x: Tensor) -> Tensor:
-            return solve(batch.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
-
-        return flow
+        return lambda batch, x: solve(batch.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
 
     def options(self) -> dict[str, Any]:
         """Name and tolerance."""
@@ -125,11 +121,7 @@ class TeacherTrajectory(Target):
 
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that looks the states up."""
-
-        def look_up(batch: Batch, x: Tensor) -> Tensor:
-            return batch.taught.at(step.s).to(x.device)
-
-        return look_up
+        return lambda batch, x: batch.taught.path(step.s).to(x.device)
 
     def options(self) -> dict[str, Any]:
         """Name and steps."""
