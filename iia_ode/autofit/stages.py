@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ..errors import IIAError, InputError, RankError, first_line
 from ..grids import karras
@@ -165,10 +166,10 @@ def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
     kinds = weights_of(train.x.shape[1:], intercepts=pipeline.start is None)
     if len(kinds) < 2 or len(train) < 4:
         return SCALARS
-    errors = [
-        two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)(pipeline.grid, len(train))
-        for kind in kinds
-    ]
+    errors: list[Tensor] = []
+    for kind in kinds:
+        objective = two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)
+        errors.append(objective(pipeline.grid, len(train)))
     return ranked(kinds, errors, outliers_too=True)[0] if bool(torch.isfinite(torch.cat(errors)).any()) else SCALARS
 
 
