@@ -1,4 +1,4 @@
-"""The stages of a search, each a function of the context: rival, closed-form fits, refinements, choice, last fit."""
+"""The stages of a search, as functions of a context: rival, closed-form fits, refinements, choice, last fit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ..errors import IIAError, InputError, RankError, first_line
 from ..grids import karras
@@ -30,25 +31,25 @@ from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joine
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
 
 RIVAL = "ipndm3"
-"""The solver without a fit that a search competes with."""
+"""The unfitted solver among the candidates of a search."""
 
-_ENOUGH = 10  # components of training samples for each weight, or nothing is fitted to all samples
-_SAMPLES = 10  # training samples, for the mean that an intercept is
+_ENOUGH = 10  # training components per weight, below which there is no last fit
+_SAMPLES = 10  # training samples, below which there is no last fit: an intercept is a mean over samples
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Everything that the stages of one search share.
+    """Shared data of the stages of a search.
 
     Attributes
     ----------
-    batch : all samples with their teacher. Its ODE memoizes evaluations.
-    held_out : number of the samples, the last ones, that decide.
+    batch : all samples with their teacher. The ODE of the batch memoizes evaluations.
+    held_out : number of held-out samples, the last of the batch.
     nfe : evaluations of the solver.
     budget, seed, progress : as for :func:`iia_ode.fit`.
-    leads : whether this process reports; with several processes, the first one.
+    leads : whether this process logs; in a group, only the first process does.
     """
 
     batch: Batch
@@ -71,7 +72,7 @@ class Context:
 
     @property
     def method(self) -> IIA:
-        """The closed-form fit of every pipeline, apart from the kind of weights."""
+        """The method of all closed-form fits; pipelines change terms and intercept."""
         return IIA(
             "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{self.nfe}"
         )
@@ -83,17 +84,17 @@ class Context:
 
     @property
     def scale(self) -> float:
-        """Root mean square of the data, by all true final states."""
+        """Root mean square of all true final states."""
         return float(self.batch.target.double().square().mean().sqrt()) or 1.0
 
     def say(self, text: str) -> None:
-        """Report progress."""
+        """Log a finding at level INFO."""
         if self.leads:
             _log.info(text)
 
     @contextmanager
     def stage(self) -> Iterator[StageCost]:
-        """The cost of a ``with`` block, filled in at its end."""
+        """The cost of a ``with`` block, filled in at the end of the block."""
         cost, begun = StageCost(), time.perf_counter()
         with self.batch.ode.counting() as spent:
             yield cost
@@ -101,7 +102,7 @@ class Context:
 
 
 def rival(context: Context) -> list[Contender]:
-    """The solver that the model would have without a fit, on a Karras grid."""
+    """The unfitted solver on a Karras grid; an empty list where the solver has no grid with `nfe` evaluations."""
     schedule, levels = context.batch.ode.schedule, context.levels
     solver = get_solver(RIVAL)
     with context.stage() as cost:
@@ -118,16 +119,16 @@ def rival(context: Context) -> list[Contender]:
 
 
 def closed_form(context: Context, start: Start | None, candidates: Sequence[LeapGrid]) -> list[Contender]:
-    """Closed-form fits for one kind of start: on the best grid, with scalar weights and with the best kind of weights.
+    """Closed-form fits after a warm start or a cold start: with scalar weights, and with the best kind of weights.
 
-    The grid is searched for with scalar weights, and the kind of weights is chosen on that grid; both by two-fold
-    cross-validation of the training samples. What is made then is judged by the held-out samples.
+    Two-fold cross-validation on the training samples chooses the grid, with scalar weights, and then the kind of weights on
+    this grid. The held-out samples judge the resulting solvers.
 
     Parameters
     ----------
     context : the search.
     start : the warm start; None for a cold start.
-    candidates : leap grids; none for a single evaluation.
+    candidates : leap grids; empty for a single evaluation.
     """
     budget, train = context.budget, context.train
     method = context.method.stepwise(train.x.shape[1:])
@@ -160,20 +161,20 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
 def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
     """The kind of weights with the lowest cross-validated error on the pipeline's grid."""
     if pipeline.start is not None and pipeline.start.moments is not None:
-        return SCALARS  # a map over directions of the data does not go with bands
+        return SCALARS  # a plan cannot mix maps over directions of the data with maps over bands
     train = context.train
     kinds = weights_of(train.x.shape[1:], intercepts=pipeline.start is None)
     if len(kinds) < 2 or len(train) < 4:
         return SCALARS
-    errors = [
-        two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)(pipeline.grid, len(train))
-        for kind in kinds
-    ]
+    errors: list[Tensor] = []
+    for kind in kinds:
+        objective = two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)
+        errors.append(objective(pipeline.grid, len(train)))
     return ranked(kinds, errors, outliers_too=True)[0] if bool(torch.isfinite(torch.cat(errors)).any()) else SCALARS
 
 
 def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender | Ingredient]:
-    """Gauss-Newton refinements of the best closed-form fits; an ingredient without an error for each that failed."""
+    """Gauss-Newton refinements of the best closed-form fits. A failed refinement becomes an ingredient without an error."""
     fits = [c for c in contenders if c.pipeline is not None]
     order = ranked(fits, [c.errors for c in fits], outliers_too=True)
     usable = [c for c in order if bool(torch.isfinite(c.errors).all())] or order
@@ -202,11 +203,15 @@ def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender
 
 
 def worth_refining(contenders: Sequence[Contender], count: int) -> list[Contender]:
-    """So many of the closed-form fits, given best first: the best of each kind, then the others in order.
+    """The first `count` fits: the best with and the best without a warm start, the best with a warm start per class, the rest.
 
-    The best with and the best without a warm start come first, then the best with a warm start per class. A few samples that
-    end in another mode may put all fits of one kind behind, and refinement gains different amounts on each. So where there is
-    room all kinds are refined, and the choice among them comes after that.
+    Refinement gains different amounts on the kinds of start, and a few samples that end in another mode may rank all fits of a
+    kind last. Therefore each kind is refined before the choice.
+
+    Parameters
+    ----------
+    contenders : closed-form fits, best first.
+    count : number of fits to return.
     """
     kinds = [c.pipeline.kind for c in contenders if c.pipeline is not None]
     by_start = {kind[:1]: c for kind, c in zip(reversed(kinds), reversed(contenders), strict=True)}
@@ -218,7 +223,7 @@ def worth_refining(contenders: Sequence[Contender], count: int) -> list[Contende
 def _refined(
     context: Context, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
 ) -> Refinement | None:
-    """The refinement of a plan from the end of its warm start, if it has one; None where it failed."""
+    """The refinement of a plan from the end of its warm start, if any; None where the refinement failed."""
     batch, budget = context.batch, context.budget
     try:
         return refine(
@@ -247,12 +252,7 @@ def _refined(
 
 
 def choose(contenders: Sequence[Contender]) -> Contender:
-    """The best contender.
-
-    Raises
-    ------
-    InputError : no contender has finite errors.
-    """
+    """The best contender, by :func:`~iia_ode.iia.ranking.ranked`; an InputError if no contender has finite errors."""
     usable = [c for c in contenders if c.error is not None]
     if not usable:
         raise InputError("nothing could be fitted: the model is not finite on this noise.")
@@ -276,10 +276,10 @@ class Last:
 
 
 def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
-    """The chosen solver, fitted once more to all samples.
+    """The chosen solver, fitted once more to all samples instead of the training samples alone.
 
-    The chosen solver was fitted to the training samples alone, which have less to learn from. The new fit replaces it
-    where there are enough samples for its weights, and where it is better on all samples, or on the fresh ones if there are.
+    There is no new fit where the samples are too few for the number of weights. The new fit replaces the chosen solver if the
+    new fit is better on all samples, or on the fresh samples if there are any.
     """
     pipeline, train = best.pipeline, context.train
     if pipeline is None:

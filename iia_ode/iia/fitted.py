@@ -45,6 +45,10 @@ class FittedSolver:
     plan : the solver as a plan.
     reports : a report for each fitted step.
     record : provenance of the fit: method, ODE, states, errors and costs.
+
+    Raises
+    ------
+    MismatchError : in :func:`iia_ode.sample`, for an ODE or states other than those of the fit; see :meth:`check`.
     """
 
     plan: Plan
@@ -72,7 +76,7 @@ class FittedSolver:
         Parameters
         ----------
         ode : the ODE to be solved.
-        x : states [B, ...]; by default only the ODE is compared.
+        x : states [B, ...] of any dtype; by default only the ODE is compared.
 
         Raises
         ------
@@ -102,11 +106,15 @@ class FittedSolver:
         return explain_fit(self.plan, self.record, self.reports)
 
     def after(self, warm: WarmStart) -> FittedSolver:
-        """The same solver behind a warm start, from the initial states of :meth:`WarmStart.apply`.
+        """The solver behind a warm start, which takes the first interval without an evaluation.
 
         Parameters
         ----------
         warm : map of the first interval, up to the start of this solver.
+
+        Returns
+        -------
+        A solver that starts at ``warm.t_start``.
 
         Raises
         ------
@@ -126,7 +134,7 @@ class FittedSolver:
 
         Raises
         ------
-        FileFormatError : a value in the record or in a report would be refused by :func:`load`.
+        FileFormatError : a value in the record or in a report is not valid in a file.
         """
         code, tensors = pack(self.plan)
         header = to_json(_Header(self.name, code, self.record, self.reports))
@@ -145,22 +153,7 @@ class _Header:
 
 
 def read_fit(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
-    """Read a fitted solver. Samples are bit-equal before and after.
-
-    Parameters
-    ----------
-    path : a file of :meth:`FittedSolver.save`.
-    schedule : schedule of the fit; needed only if a file cannot hold the schedule, as for a schedule made from functions.
-
-    Returns
-    -------
-    The fitted solver.
-
-    Raises
-    ------
-    FileFormatError : missing, damaged or foreign file, or a file without its schedule.
-    MismatchError : the file was made for another schedule than `schedule`.
-    """
+    """Read a file of :meth:`FittedSolver.save`; arguments and errors as for :func:`iia_ode.load`."""
     return _built(path, *_read(path), schedule)
 
 

@@ -32,25 +32,25 @@ __all__ = ["IIA", "PRESETS", "preset", "record_of"]
 class IIA:
     """A meta-solver: the base solver's step plus a few directions, weighted by least squares [Zhang et al. 2024].
 
-    Fitting is sequential: step i is fitted on states that the fitted steps before it produce. The fitted solver makes as many
-    evaluations as its base.
+    The fit is sequential: the states of step i come from the fitted steps before. The fitted solver makes as many evaluations
+    as its base.
 
     Parameters
     ----------
     base : registered name, or a :class:`~iia_ode.Solver`.
-    terms : directions that a step may add. ``"paper"``: the paper's for this base (``"iia-edm"`` or ``"iia-ddim"``); one of
-        these or ``"biia-edm"`` by name; ``"window"``: all states and data estimates at hand, for any base; a
-        :class:`~iia_ode.iia.Window` with options; or a function, see :mod:`iia_ode.iia.directions`.
-    target : states that a step should have reached. ``"substeps"``: sub-steps of the base (the paper's); ``"local"``:
-        high-accuracy integration of each step; ``"trajectory"``: the accurate trajectory from the same initial state, which
-        repairs earlier error; or a :class:`~iia_ode.iia.Target`.
-    history : r, number of earlier steps that the terms may use.
+    terms : directions of a step. ``"paper"`` is the paper's set for the base, ``"iia-edm"`` or ``"iia-ddim"``. These sets and
+        ``"biia-edm"`` also have names of their own. ``"window"`` has all states and data estimates at hand, for any base.
+        A :class:`~iia_ode.iia.Window` has options; a function gives other directions, see :mod:`iia_ode.iia.directions`.
+    target : the accurate state of a step. ``"substeps"``, the paper's target: sub-steps of the base. ``"local"``: accurate
+        integration of the step. ``"trajectory"``: the accurate trajectory from the same initial state; a step then also
+        repairs errors of earlier steps. Other targets are instances of :class:`~iia_ode.iia.Target`.
+    history : r, the number of earlier steps behind the directions.
     substeps : M, number of sub-steps of the ``"substeps"`` target.
-    ridge : relative ridge towards the base. 0 is the paper's plain least squares; ``"auto"`` chooses the ridge of each step by
-        the loss on held-out samples. With ``"auto"`` or a guard, a step's ridge is raised where terms larger than 30 times the
-        state would cancel each other. A step's report has the ridge in use.
-    guard : keep the base where held-out samples do not favor the fit. A step whose correction does not lower their loss keeps
-        the base's weights. A fit whose final states are not clearly nearer the truth is replaced by the base, with a
+    ridge : relative ridge towards the base. 0 is plain least squares, as in the paper. ``"auto"`` chooses the ridge of each
+        step by the loss on held-out samples. With ``"auto"`` or a guard, the ridge of a step rises until no term exceeds 30
+        times the state. The report of a step has the ridge in use.
+    guard : keep the base where held-out samples do not favor the fit. A step without a lower held-out loss keeps the weights
+        of the base. If the final states of the fit are not clearly nearer the truth, the base replaces the whole fit, with a
         `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate 1/n is missed by n samples
         with probability 1/e.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
@@ -103,18 +103,18 @@ class IIA:
 
         Parameters
         ----------
-        ode : the model with its schedule. Conditions have one entry per sample of x, or one for all samples. For several
-            processes pass :func:`iia_ode.distributed` of it, and the same x, grid and options in each.
-        x : initial states [B, ...] at ``grid[0]``, float32 or float64, on the host or on the model's device. The paper's
-            expectation is the mean over these samples. Between steps they rest on the host.
+        ode : the ODE with the conditions of x, an entry per sample or a single entry for all. For several processes pass
+            :func:`iia_ode.distributed` of the ODE, and the same x, grid and options in each process.
+        x : initial states [B, ...] at ``grid[0]``, float32 or float64, on the host or on the model's device. The mean over
+            the samples stands for the paper's expectation. Between steps the states rest on the host.
         grid : times, float64 [N + 1].
         teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
-        held_out : share of the batch, its last samples, that no coefficient is fitted to, from 0 to below 1. The guard and
-            ``ridge="auto"`` judge by these samples. A quarter by default if one of them is on, else 0. Samples that repeat
-            earlier ones are left out where the share is above 0. A batch below 4 samples holds none out, and a guard then
-            keeps the base. With ``held_out=0`` there is no guard.
-        chunk_size : number of samples that go through the model at once; by default all. The least squares does not depend
-            on it; a network whose rounding depends on the batch size still may.
+        held_out : share of held-out samples, from 0 to below 1: the last samples of the batch, for the guard and for
+            ``ridge="auto"``. By default 0.25 with a guard or with ``ridge="auto"``, else 0. Where the share is above 0, copies
+            among the samples are left out. A batch of fewer than 4 samples holds none out, and a guard then keeps the base.
+            With ``held_out=0`` there is no guard.
+        chunk_size : number of samples per model call; by default all. Chunks have no influence on the least squares, but the
+            rounding of a network may depend on the batch size.
         progress : show a bar over the steps.
 
         Returns
@@ -126,12 +126,12 @@ class IIA:
         GridError, InputError : the grid, the states or an option are not usable.
         MismatchError : the teacher is of another ODE or of other states.
         NonFiniteError : the model is not finite on this batch.
-        RankError : of a distributed ODE: another process failed, or was asked for another fit.
+        RankError : for a distributed ODE: another process failed, or has other arguments.
 
         Warns
         -----
-        GuardWarning : the fit is not clearly better than the base, which is returned.
-        DuplicateWarning : some samples repeat others, and are left out.
+        GuardWarning : the fit is not clearly better than the base, and the result is the base.
+        DuplicateWarning : copies among the samples are left out.
         """
         check_start(ode, x)
         times = check_grid(ode.schedule, grid)
@@ -218,11 +218,11 @@ PRESETS: dict[str, IIA] = {
     "iia-edm": _of_paper("iia-edm", "heun", "iia-edm"),
     **{f"iia-{base}": _of_paper(f"iia-{base}", base, "iia-ddim") for base in ("ddim", "spndm", "ipndm", "dpmpp_2m")},
 }
-"""The paper's methods with its defaults (M, r) = (3, 1), fitted to the whole batch, without a guard."""
+"""The methods of the paper with the paper's defaults (M, r) = (3, 1), fitted to the whole batch, without a guard."""
 
 
 def preset(name: str, **changes: Any) -> IIA:
-    """One of the paper's methods by name, with some options changed: ``preset("iia-edm", history=0)``.
+    """A method of the paper by name, with some options changed: ``preset("iia-edm", history=0)``.
 
     Parameters
     ----------
@@ -236,6 +236,7 @@ def preset(name: str, **changes: Any) -> IIA:
     Raises
     ------
     UnknownNameError : no such preset or option.
+    InputError : the value of an option is not usable.
     """
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)

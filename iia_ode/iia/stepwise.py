@@ -35,7 +35,7 @@ _F64 = torch.float64
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """Solution of one step's least squares, and whether the step uses it."""
+    """The least-squares solution of a step, and the decision to use the solution or to keep the base."""
 
     solution: Solution
     ridge: float
@@ -82,13 +82,13 @@ class Stepwise:
     name: str
 
     def fit(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> StepwiseFit:
-        """Fit each step on states that the fitted steps before it produce.
+        """Fit the steps in order, each on the states after the fitted steps before.
 
         Parameters
         ----------
         batch : samples without copies, with a teacher if the target needs a teacher.
         times : the grid.
-        held_out : share of the samples, the last ones, that no coefficient is fitted to. With a share of 0 there is no guard.
+        held_out : share of held-out samples, the last of the batch. With a share of 0 there is no guard.
         progress : show a bar over the steps.
         """
         held = min(max(1, int(held_out * len(batch))), len(batch) - 1) if held_out and len(batch) >= 4 else 0
@@ -198,8 +198,8 @@ class Stepwise:
             return replace(fit, endpoint=endpoint)
         other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
         warn(
-            f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}. Fit on more samples, with "
-            f"other terms{other}, with a ridge, or pass guard=False to have the fit anyway.",
+            f"{plan.name} is not clearly better than its base, and the base is kept: {seen}{found.why}. Fit on more samples, "
+            f"with other terms{other}, or with a ridge; guard=False keeps the fit anyway.",
             GuardWarning,
         )
         reports = tuple(_refused(r) for r in fit.reports)
@@ -207,15 +207,15 @@ class Stepwise:
 
 
 class Chunk:
-    """Part of a batch on its way through the growing plan.
+    """The vectors of a part of a batch, while the plan grows.
 
-    Between steps its live vectors rest on the host, so the model's device holds the vectors of one chunk at a time.
+    Between steps the vectors rest on the host, so the model's device holds the vectors of a single chunk at a time.
 
     Parameters
     ----------
     batch : the samples.
-    first : place of the first of them in the whole batch.
-    device : where the model runs.
+    first : index of the first sample in the whole batch.
+    device : device of the model.
     """
 
     def __init__(self, batch: Batch, first: int, device: torch.device) -> None:
@@ -224,7 +224,7 @@ class Chunk:
         self._evaluate, self._done = evaluator(batch.ode), 0
 
     def advance(self, tracer: Tracer, live: set[int]) -> None:
-        """Run the instructions written since the last call, and drop every vector that is not in `live`."""
+        """Run the new instructions of the trace, and drop the vectors outside `live`."""
         needed = {j for instruction in tracer.code[self._done :] for j in instruction.reads}
         if needed:
             values = self._loaded(needed & self.values.keys())
@@ -234,7 +234,7 @@ class Chunk:
         self.values = {j: v for j, v in self.values.items() if j in live}
 
     def explore(self, tracer: Tracer, fork: Tracer) -> dict[int, Tensor]:
-        """Run to the end of the trace, keep that, and go on along a fork: all vectors, on the device, not kept."""
+        """All vectors at the end of a fork, on the device. The vectors of the trace itself are stored, the others are not."""
         values = self._loaded(self.values.keys())
         for code in (tracer.code, fork.code):
             for _ in run_code(code, values, self._evaluate, start=self._done):
@@ -246,7 +246,7 @@ class Chunk:
     def squares(self, base: Plan, final: int, first: int) -> Tensor | None:
         """Mean squares of base error, fit error and true final state of the samples from `first` on, [n, 3] on the host.
 
-        None if no sample is left. `final` is the fit's last vector.
+        The index of the fit's last vector is `final`. Without samples from `first` on, the result is None.
         """
         if first >= len(self.batch):
             return None
@@ -269,11 +269,11 @@ class Chunk:
 
 
 def _rounding(values: dict[int, Tensor], candidates: tuple[Term, ...], cut: int) -> Tensor:
-    """Squared rounding error of each direction on the first `cut` samples, float64 [k]: stored vectors are rounded."""
+    """Squared rounding error of each direction on the first `cut` samples, float64 [k], by the dtype of the vectors."""
     plain = {j: values[j][:cut] for term in candidates for j in term.direction.weights}
     if not plain:
         return torch.zeros(len(candidates), dtype=_F64, device="cpu")
-    # One transfer, of a number for each vector. Sums over samples would depend on the cut of the batch in the last bit.
+    # A single transfer, with a number for each vector.
     sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
     size = dict(zip(plain, sizes.square().tolist(), strict=True))
     weights = [term.direction.weights for term in candidates]
@@ -289,7 +289,7 @@ def _read(values: dict[int, Tensor], held: Vector) -> Tensor:
 def _corrected(
     record: StepRecord, candidates: tuple[Term, ...], corrections: tuple[float, ...], constant: Tensor | None
 ) -> tuple[Vector, StepRecord]:
-    """The corrected result of a step, and its record with the part of the correction that is not from history."""
+    """The corrected result of a step, and the record of the step with the result without history terms."""
     pairs = list(zip(corrections, candidates, strict=True))
     own = sum((c * term.direction for c, term in pairs if not term.history), start=record.base)
     y = sum((c * term.direction for c, term in pairs if term.history), start=own)

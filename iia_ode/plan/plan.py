@@ -157,11 +157,34 @@ class Plan:
         return self.canonical().difference(other.canonical())
 
     def equivalent(self, other: Plan, tolerance: float = 1e-12) -> bool:
-        """Whether the two plans are the same algorithm up to rounding ("DDIM is Euler where alpha = 1")."""
+        """Whether the two plans are the same algorithm up to rounding ("DDIM is Euler where alpha = 1").
+
+        Parameters
+        ----------
+        other : the plan to compare with.
+        tolerance : largest :meth:`difference` of plans that count as equal.
+
+        Returns
+        -------
+        True if the difference is within the tolerance.
+        """
         return self.difference(other) <= tolerance
 
     def on_gaussian(self, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
-        """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling."""
+        """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling.
+
+        Parameters
+        ----------
+        mean, variance : moments of the data, numbers or float64 tensors [*shape] of one sample; variances are not negative.
+
+        Returns
+        -------
+        Gains and offsets per component, of the plan and of the exact flow.
+
+        Raises
+        ------
+        PlanError : a linear map of the plan mixes components, or a constant depends on a condition.
+        """
         return gaussian_response(self, mean, variance)
 
     def __str__(self) -> str:
@@ -234,6 +257,10 @@ class Plan:
         prediction : form of the model's outputs: ``"data"``, ``"noise"``, ``"score"``, ``"v"`` or ``"velocity"``.
         conditioning : conditions of the batch by name; needed only for plans with constants per condition.
 
+        Returns
+        -------
+        The run, at its first evaluation.
+
         Raises
         ------
         InputError : x is not a float32 or float64 tensor with a batch dimension, or does not fit the weights.
@@ -243,7 +270,17 @@ class Plan:
         return start(self, x, prediction, conditioning)
 
     def prepared(self, prediction: str, like: Tensor) -> Prepared:
-        """Conversion factors and weights for states like `like` [B, ...], made once per prediction, shape and dtype."""
+        """Conversion factors and weights of a run, made once per prediction type, sample shape, dtype and device.
+
+        Parameters
+        ----------
+        prediction : form of the model's outputs.
+        like : a state [B, ...], float32 or float64.
+
+        Returns
+        -------
+        Factors and weights in the dtype and on the device of `like`.
+        """
         if self._has_gradients:
             return prepare(self, prediction, like)
         key = (prediction, like.device, like.dtype, tuple(like.shape[1:]))
