@@ -199,7 +199,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
             batch.
         """
         batch = x.shape[0]
-        dtype = self._dtype(x)
+        dtype = self.model_dtype or _own_dtype(self.model) or x.dtype
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
             times = t.to(device=x.device, dtype=time_dtype).expand(batch)
@@ -218,15 +218,6 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         cond, uncond = _checked(doubled, (2 * batch, *x.shape[1:])).chunk(2)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        if self.model_dtype is not None:
-            return self.model_dtype
-        if isinstance(self.model, nn.Module):
-            for p in self.model.parameters():
-                if p.is_floating_point():
-                    return p.dtype
-        return x.dtype
 
     # ---- views and bookkeeping ---------------------------------------------------------------------------------------
 
@@ -298,21 +289,36 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         The fingerprint of a model without parameters is its qualified name.
         """
-        tensors = {}
-        if isinstance(self.model, nn.Module):
-            named = (*self.model.named_parameters(), *self.model.named_buffers())
-            tensors = {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
+        tensors = _tensors(self.model)
         if not tensors:
             kind = self.model if hasattr(self.model, "__qualname__") else type(self.model)
             return f"{kind.__module__}.{getattr(kind, '__qualname__', '?')}"
         key = tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors.values())
         if self._fingerprint is None or self._fingerprint[0] != key:
-            # One transfer from the device: all samples together.
-            samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
-            shapes = {name: list(v.shape) for name, v in tensors.items()}
-            body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
-            self._fingerprint = key, hashlib.sha256(body).hexdigest()[:16]
+            self._fingerprint = key, _hash(tensors)
         return self._fingerprint[1]
+
+
+def _own_dtype(model: object) -> torch.dtype | None:
+    """Dtype of a model's first floating-point parameter, if there is one."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+
+
+def _tensors(model: object) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in the order of their names; compiled models have the names of their originals."""
+    if not isinstance(model, nn.Module):
+        return {}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    # One transfer from the device: the sampled values of all tensors together.
+    samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
+    shapes = {name: list(v.shape) for name, v in tensors.items()}
+    body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def _checked(out: Any, shape: Sequence[int]) -> Tensor:

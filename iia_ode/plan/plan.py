@@ -192,15 +192,7 @@ class Plan:
             f"{self.name} on {type(self.schedule).__name__}: {self.steps} steps from t = {self.grid[0]:.6g} to "
             f"{self.grid[-1]:.6g}, {self.nfe} evaluations, at most {self.peak_vectors} vectors at once"
         )
-        return "\n".join([head, *self._lines()])
-
-    def _lines(self) -> Iterator[str]:
-        for k, ins in enumerate(self.code, start=1):
-            if isinstance(ins, Evaluate):
-                yield f"  v{k} = {ins.form}(v{ins.state}, t = {ins.t:.6g})"
-            else:
-                note = "" if ins.step is None else f"        # state {ins.step}, t = {self.grid[ins.step]:.6g}"
-                yield f"  v{k} = {format_terms(ins.terms, ins.constant)}{note}"
+        return "\n".join([head, *_lines(self)])
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -304,3 +296,13 @@ def _numbers(value: LinearMap | PerCondition | Tensor) -> Tensor:
         if isinstance(value, PerCondition)
         else value
     )
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    """One line for each instruction."""
+    for k, ins in enumerate(plan.code, start=1):
+        if isinstance(ins, Evaluate):
+            yield f"  v{k} = {ins.form}(v{ins.state}, t = {ins.t:.6g})"
+        else:
+            note = "" if ins.step is None else f"        # state {ins.step}, t = {plan.grid[ins.step]:.6g}"
+            yield f"  v{k} = {format_terms(ins.terms, ins.constant)}{note}"
