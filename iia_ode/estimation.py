@@ -199,7 +199,7 @@ def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | No
 
 def _eps(ode: ProbabilityFlowODE, x: Tensor) -> float:
     """Relative rounding of the model."""
-    return float(torch.finfo(ode._dtype(x.to(_F64))).eps)
+    return float(torch.finfo(ode.compute_dtype(x.to(_F64))).eps)
 
 
 # ---- one node --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,16 @@ __all__ = ["Ledger", "ProbabilityFlowODE"]
 
 V = TypeVar("V")
 
+_SETTINGS = (
+    "schedule",
+    "prediction",
+    "conditioning",
+    "unconditional",
+    "guidance_scale",
+    "model_dtype",
+    "state_shape",
+)
+
 
 @dataclass
 class Ledger:
@@ -110,16 +120,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     @property
     def settings(self) -> dict[str, Any]:
         """All arguments but the model: ``ProbabilityFlowODE(other, **ode.settings)`` is the ODE of another model."""
-        names = (
-            "schedule",
-            "prediction",
-            "conditioning",
-            "unconditional",
-            "guidance_scale",
-            "model_dtype",
-            "state_shape",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     # ---- the ODE -----------------------------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
             batch.
         """
         batch = x.shape[0]
-        dtype = self.model_dtype or _own_dtype(self.model) or x.dtype
+        dtype = self.compute_dtype(x)
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
             times = t.to(device=x.device, dtype=time_dtype).expand(batch)
@@ -218,6 +219,10 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         cond, uncond = _checked(doubled, (2 * batch, *x.shape[1:])).chunk(2)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype in which the model computes for states x [B, ...]."""
+        return self.model_dtype or _own_dtype(self.model) or x.dtype
 
     # ---- views and bookkeeping ---------------------------------------------------------------------------------------
 
@@ -273,16 +278,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     def counting(self) -> AbstractContextManager[Ledger]:
         """A ledger of the evaluations of a ``with`` block, filled in at the end of the block."""
-        return self._counted()
-
-    @contextmanager
-    def _counted(self) -> Iterator[Ledger]:
-        before, spent = (self.ledger.evaluations, self.ledger.samples), Ledger()
-        try:
-            yield spent
-        finally:
-            spent.evaluations = self.ledger.evaluations - before[0]
-            spent.samples = self.ledger.samples - before[1]
+        return _counted(self.ledger)
 
     def fingerprint(self) -> str:
         """A short hash of the names, shapes and some values of the model's parameters and buffers.
@@ -297,6 +293,15 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         if self._fingerprint is None or self._fingerprint[0] != key:
             self._fingerprint = key, _hash(tensors)
         return self._fingerprint[1]
+
+
+@contextmanager
+def _counted(ledger: Ledger) -> Iterator[Ledger]:
+    before, spent = (ledger.evaluations, ledger.samples), Ledger()
+    try:
+        yield spent
+    finally:
+        spent.evaluations, spent.samples = ledger.evaluations - before[0], ledger.samples - before[1]
 
 
 def _own_dtype(model: object) -> torch.dtype | None:

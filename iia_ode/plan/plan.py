@@ -125,13 +125,7 @@ class Plan:
     @cached_property
     def weight_bytes(self) -> int:
         """Memory of tensor weights, linear maps and constants, in bytes on the host."""
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in self._tensors()}.values())
-
-    def _tensors(self) -> Iterator[Tensor]:
-        for ins in self.code:
-            for value in (*(w for _, w in ins.terms), ins.constant) if isinstance(ins, Combine) else ():
-                if isinstance(value, LinearMap | PerCondition | Tensor):
-                    yield _numbers(value)
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
 
     # ---- comparison and analysis -------------------------------------------------------------------------------------
 
@@ -285,7 +279,7 @@ class Plan:
 
     @cached_property
     def _has_gradients(self) -> bool:
-        return any(t.requires_grad for t in self._tensors())
+        return any(t.requires_grad for t in _tensors(self))
 
 
 def _numbers(value: LinearMap | PerCondition | Tensor) -> Tensor:
@@ -306,3 +300,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         else:
             note = "" if ins.step is None else f"        # state {ins.step}, t = {plan.grid[ins.step]:.6g}"
             yield f"  v{k} = {format_terms(ins.terms, ins.constant)}{note}"
+
+
+def _tensors(plan: Plan) -> Iterator[Tensor]:
+    for ins in plan.code:
+        for value in (*(w for _, w in ins.terms), ins.constant) if isinstance(ins, Combine) else ():
+            if isinstance(value, LinearMap | PerCondition | Tensor):
+                yield _numbers(value)
