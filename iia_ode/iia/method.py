@@ -88,7 +88,6 @@ class IIA:
         """The base as an instance."""
         return as_solver(self.base)
 
-    @torch.no_grad()
     def fit(
         self,
         ode: ProbabilityFlowODE,
@@ -145,6 +144,7 @@ class IIA:
             _check_teacher(batch, times)
         return self.fit_batch(batch.without_copies() if share else batch, times, share, progress=progress)
 
+    @torch.no_grad()
     def fit_batch(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> FittedSolver:
         """The fit to a batch without copies; `times` is the grid, and `held_out` a share. See :meth:`fit`."""
         terms = self.terms.for_shape(batch.x.shape[1:]) if isinstance(self.terms, Window) else self.terms
