@@ -87,7 +87,6 @@ class IIA:
         """The base as an instance."""
         return as_solver(self.base)
 
-    @torch.no_grad()
     def fit(
         self,
         ode: ProbabilityFlowODE,

@@ -81,6 +81,7 @@ class Stepwise:
     intercept: bool
     name: str
 
+    @torch.no_grad()
     def fit(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> StepwiseFit:
         """Fit the steps in order, each on the states after the fitted steps before.
 
