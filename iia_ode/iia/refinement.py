@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..checks import check_whole
 from ..errors import InputError
 from ..ode import ProbabilityFlowODE
+from ..ode.distributed import agree
 from ..plan import Plan, check_start
 from .batch import Batch, per_sample
 from .plan_parameters import Parameters
@@ -278,6 +279,7 @@ def refine(
     Raises
     ------
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
+    RankError : of a distributed ODE: another process failed, or was asked for another refinement.
     """
     check_start(ode, x)
     for name, value in {
@@ -291,6 +293,7 @@ def refine(
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     if not 0 <= held_out < 1:
         raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
+    agree(ode, "refine", x, plan, target, held_out, learn_grid, sigma_min, iterations, probes, outliers, chunk_size, seed)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
