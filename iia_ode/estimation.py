@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .checks import check_seed, check_whole
-from .errors import FileFormatError, GridError, InputError, NonFiniteError, unknown_name
+from .errors import FileFormatError, GridError, InputError, NonFiniteError, RankError, unknown_name
 from .files import read_tensors
 from .forms import conversion
 from .integrate import sample
@@ -239,7 +239,7 @@ class _Collector:
                 found = _columns(ode, x, t, signs, _Forward())
                 self.mode = "forward"
                 return found
-            except torch.OutOfMemoryError:
+            except (RankError, torch.OutOfMemoryError):
                 raise
             except RuntimeError as error:  # NotImplementedError is one
                 _log.info("no forward differentiation of this model (%s); reverse it is", error)

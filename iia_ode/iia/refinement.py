@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..checks import check_number, check_whole
 from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
+from ..ode.distributed import agree
 from ..plan import Plan, check_start
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
@@ -194,6 +195,7 @@ def refine(
     Raises
     ------
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
+    RankError : of a distributed ODE: another process failed, or was asked for another refinement.
     """
     check_start(ode, x)
     if method not in _METHODS:
@@ -205,6 +207,22 @@ def refine(
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     check_number("held_out", held_out, least=0, below=1)
+    agree(
+        ode,
+        "refine",
+        method,
+        x,
+        plan,
+        target,
+        held_out,
+        learn_grid,
+        sigma_min,
+        most,
+        probes,
+        outliers,
+        chunk_size,
+        seed,
+    )
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)

@@ -19,6 +19,7 @@ from ..checks import check_whole
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
+from ..ode.distributed import agree
 from ..plan import Plan, check_grid, check_start, trace
 from ..reference import Trajectory
 from ..schedules import Schedule
@@ -98,6 +99,7 @@ class Teacher:
         InputError : `steps`, `chunk_size`, the ODE or the states are not usable.
         GridError : the times or `sigma_min` are not usable.
         NonFiniteError : the integration ended in NaN or infinity.
+        RankError : of a distributed ODE: another process failed, or was asked for another teacher.
         """
         check_start(ode, x)
         if chunk_size is not None:
@@ -105,6 +107,7 @@ class Teacher:
         steps = _STEPS if steps is None else steps
         check_whole("steps", steps, least=2)
         plan = _plan(ode.schedule, t_start, t_end, sigma_min, steps)
+        agree(ode, "teacher", x, plan.grid, chunk_size)
         size, parts = chunk_size or len(x), []
         with ode.counting() as spent:
             for i in tqdm(range(0, len(x), size), desc="teacher", disable=not progress):
