@@ -10,8 +10,8 @@ import sys
 import warnings
 from dataclasses import replace
 from datetime import timedelta
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,15 +139,16 @@ def fit(
         with context.stage() as costs["last"]:
             last = last_fit(context, best, fresh)
         costs["last"].sample_evaluations += last.backward
-    result = _Result(
-        context, best, last, contenders, [m for m in made if isinstance(m, Ingredient)], costs, given,
-        0 if fresh is None else len(fresh), time.perf_counter() - begun,
-    )  # fmt: skip
-    context.say(f"chosen: {best.name}, error {best.error:.4g}; {result.seconds:.0f} s in all")
+    seconds = time.perf_counter() - begun
+    context.say(f"chosen: {best.name}, error {best.error:.4g}; {seconds:.0f} s in all")
     if (ranks := ranks_of(ode)) is not None:
         errors = [c.error or math.nan for c in contenders]
         ranks.check_same(torch.tensor([*last.plan.grid, *errors], dtype=torch.float64, device="cpu"))
-    return result.solver(spent)
+    spent.samples += last.backward + sum(c.refinement.backward for c in contenders if c.refinement)
+    failed = [m for m in made if isinstance(m, Ingredient)]
+    draws = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
+    search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **draws)
+    return _solver(context, contenders, best, last, search, spent)
 
 
 # ---- before the search -----------------------------------------------------------------------------------------------
@@ -267,45 +269,34 @@ def _contenders(made: list[Contender | Ingredient]) -> list[Contender]:
 # ---- after the search ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """The findings of a search, as material of its record."""
+def _search(
+    context: Context, contenders: list[Contender], failed: list[Ingredient], best: Contender, last: Last, **rest: Any
+) -> SearchRecord:
+    """The account of a search; `rest` has the remaining fields of the record."""
+    return SearchRecord(
+        rival=RIVAL,
+        budget=to_json(context.budget),
+        ingredients=(*(c.ingredient(chosen=c is best) for c in contenders), *failed),
+        refinement=None if best.refinement is None else _account(best.refinement),
+        steps=last.fit.split if last.fit and last.fit.reports else None,
+        fitted_to_all=last.plan is not best.plan,
+        checkpointed=context.budget.checkpointed,
+        **rest,
+    )
 
-    context: Context
-    best: Contender
-    last: Last
-    contenders: list[Contender]
-    failed: list[Ingredient]
-    costs: dict[str, StageCost]
-    given: int
-    final_draws: int
-    seconds: float
 
-    def solver(self, spent: Ledger) -> FittedSolver:
-        """The chosen solver with its record."""
-        context, best, last = self.context, self.best, self.last
-        reports = later(last.fit.reports, last.plan.steps - last.fit.plan.steps) if last.fit else ()
-        spent.samples += last.backward + sum(c.refinement.backward for c in self.contenders if c.refinement)
-        search = SearchRecord(
-            rival=RIVAL,
-            budget=to_json(context.budget),
-            ingredients=(*(c.ingredient(chosen=c is best) for c in self.contenders), *self.failed),
-            refinement=None if best.refinement is None else _account(best.refinement),
-            steps=last.fit.split if last.fit and reports else None,
-            costs=self.costs,
-            fitted_to_all=last.plan is not best.plan,
-            given=self.given,
-            final_draws=self.final_draws,
-            checkpointed=context.budget.checkpointed,
-            seconds=self.seconds,
-        )
-        # A solver without a fit has the record of a fit with zero corrections.
-        weights, base = (SCALARS, RIVAL) if best.pipeline is None else (best.pipeline.weights, context.method.base)
-        method = replace(context.method, base=base, terms=weights.terms, intercept=weights.intercept)
-        rival_error = next((c.error for c in self.contenders if c.pipeline is None), None)
-        endpoint = replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None)
-        record = record_of(method, context.batch, context.held_out, endpoint, spent, seed=context.seed, search=search)
-        return FittedSolver(replace(last.plan, name=context.method.name or last.plan.name), reports, record)
+def _solver(
+    context: Context, contenders: list[Contender], best: Contender, last: Last, search: SearchRecord, spent: Ledger
+) -> FittedSolver:
+    """The chosen solver with its record."""
+    # A solver without a fit has the record of a fit with zero corrections.
+    weights, base = (SCALARS, RIVAL) if best.pipeline is None else (best.pipeline.weights, context.method.base)
+    method = replace(context.method, base=base, terms=weights.terms, intercept=weights.intercept)
+    rival_error = next((c.error for c in contenders if c.pipeline is None), None)
+    endpoint = replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None)
+    record = record_of(method, context.batch, context.held_out, endpoint, spent, seed=context.seed, search=search)
+    reports = later(last.fit.reports, last.plan.steps - last.fit.plan.steps) if last.fit else ()
+    return FittedSolver(replace(last.plan, name=context.method.name or last.plan.name), reports, record)
 
 
 def _account(refinement: Refinement) -> RefinementRecord:

@@ -38,12 +38,10 @@ def more_states(batch: Batch, t: float, draws: int, held_out: float, seed: int) 
     ----------
     batch : the given samples, at time t.
     t, seed : time and seed of the new noise.
-    draws : number of samples of the result, unless the batch has more.
+    draws : number of samples of the result, at least the size of the batch.
     held_out : share of held-out samples.
     """
     ode, x = batch.ode, batch.x
-    if draws <= len(x):
-        return batch
     held, own = held_out_of(draws, held_out), held_out_of(len(x), held_out)
     index = torch.cat([_in_turn(draws - held, len(x) - own), len(x) - own + _in_turn(held, own)])
     new = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), index[1:] == index[:-1]])

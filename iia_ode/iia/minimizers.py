@@ -127,10 +127,13 @@ class Adam(Minimizer):
     """
 
     rates: Tensor | float = 5e-3
+    _best: tuple[float, Tensor] = field(init=False)
+    _stretches: int = field(init=False, default=0)
+    _since: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._best, self._stretches = (self.loss, self.theta), 0
+        self._best = self.loss, self.theta
         self._begin()
 
     def step(self) -> bool:
@@ -138,17 +141,18 @@ class Adam(Minimizer):
         if self._since == _STALLED or self.loss > _WORSE * self._first:
             self._begin()
         while self.status is None:
-            gradient, k = self.objective.derivatives(self.theta)[0], self._steps + 1
-            if k == 1 and not bool(torch.isfinite(gradient).all()):
+            gradient = self.rates * self.objective.derivatives(self.theta)[0]
+            if not bool(torch.isfinite(gradient).all()):
                 self.status = Status.NOT_FINITE
                 break
-            self._mean = 0.9 * self._mean + 0.1 * gradient
-            self._square = 0.999 * self._square + 0.001 * gradient.square()
-            mean, root = self._mean / (1 - 0.9**k), (self._square / (1 - 0.999**k)).sqrt() + 1e-300
-            # Epsilon is relative to the largest derivative, so that the scale of the loss does not matter.
-            tried = self.limit(self.theta, self.theta - self._rate * mean / (root + 1e-8 * root.max()))
+            # In units of the first derivative, so that the scale of the loss does not matter beside Adam's epsilon.
+            self._unit = self._unit or float(gradient.abs().max()) or 1.0
+            self._moves.grad = gradient / self._unit
+            self._optimizer.step()
+            tried = self.limit(self.theta, self._start + self.rates * self._moves.detach())
+            self._moves.data = (tried - self._start) / self.rates
             if math.isfinite(loss := self.objective.loss(tried)):
-                self.theta, self.loss, self._steps, self._since = tried, loss, k, self._since + 1
+                self.theta, self.loss, self._since = tried, loss, self._since + 1
                 if loss < self._best[0]:
                     self._best, self._since = (loss, tried), 0
                 return True
@@ -160,6 +164,7 @@ class Adam(Minimizer):
         self.loss, self.theta = self._best
         if self._stretches == _STRETCHES:
             self.status = Status.STALLED
-        self._rate, self._first, self._steps, self._since = self.rates / 2**self._stretches, self.loss, 0, 0
-        self._mean, self._square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self._start, self._first, self._unit, self._since = self.theta, self.loss, 0.0, 0
+        self._moves = torch.zeros_like(self.theta, requires_grad=True)  # in units of the rates
+        self._optimizer = torch.optim.Adam([self._moves], lr=0.5**self._stretches)
         self._stretches += 1

@@ -116,8 +116,8 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     - the sum of squares of the fit is lower by more than three times the largest square of one sample, of fit or base. With
       this margin the fit stays better even if a share 3/n of new samples is as bad as the worst sample seen.
 
-    There are two exceptions. A fit with an error of the size of rounding over all samples is kept. Where the base is not
-    finite on every sample, a finite fit is kept if the fit ends nearer on at least half of all samples; samples without a finite base
+    There are two exceptions. A fit with errors of the size of rounding over all samples is kept. Where the base is not finite
+    on every sample, a finite fit is kept if the fit ends nearer on at least half of all samples; samples without a finite base
     count for the fit.
 
     All samples include the training samples, which favor the fit a little.
