@@ -130,6 +130,11 @@ class Adam(Minimizer):
     _best: tuple[float, Tensor] = field(init=False)
     _stretches: int = field(init=False, default=0)
     _since: int = field(init=False, default=0)
+    _first: float = field(init=False, default=math.inf)
+    _unit: float = field(init=False, default=0.0)
+    _start: Tensor = field(init=False)
+    _moves: Tensor = field(init=False)
+    _optimizer: torch.optim.Adam = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
