@@ -36,7 +36,7 @@ def fitted(schedule=None, name="iia-edm", dtype=F64, n=4, **options):
     schedule = schedule or iia.EDM()
     grid = iia.grids.karras(n, schedule=schedule, sigma_max=40.0)
     x = states(schedule).to(dtype)
-    return iia.preset(name).fit(ode_on(schedule, **options), grid, x, seed=7)
+    return iia.preset(name).fit(ode_on(schedule, **options), x, grid, seed=7)
 
 
 def states(schedule, seed=0):
@@ -113,7 +113,7 @@ def test_a_citation_names_the_papers_of_the_method_and_of_its_base_as_the_refere
         for line in (line for e in entries for line in e.splitlines()[1:-1]):
             assert line.split("= ")[1] in references
     method = iia.IIA("midpoint", terms="biia-edm", guard=False)
-    midpoint = method.fit(ode_on(iia.EDM()), iia.grids.karras(3), states(iia.EDM()))
+    midpoint = method.fit(ode_on(iia.EDM()), states(iia.EDM()), iia.grids.karras(3))
     assert midpoint.citation().count("@") == 1
 
 
@@ -190,7 +190,7 @@ def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_gu
             model, iia.EDM(), conditioning=conditioning, unconditional=null, guidance_scale=scale
         )
 
-    own = iia.preset("iia-ddim").fit(guided(2.0, y=torch.ones(6)), iia.grids.karras(3), x)
+    own = iia.preset("iia-ddim").fit(guided(2.0, y=torch.ones(6)), x, iia.grids.karras(3))
     with pytest.warns(MismatchWarning, match=r"guidance_scale 2.0, and this ODE has 3.0") as caught:
         iia.sample(guided(3.0, y=torch.ones(6)), x, solver=own)
     assert len(caught) == 1
@@ -225,7 +225,7 @@ def test_other_weights_of_the_model_give_a_warning_and_the_same_weights_none():
         return iia.ProbabilityFlowODE(Model(), iia.EDM())
 
     x = states(iia.EDM()).float()
-    fit = iia.preset("iia-edm").fit(ode(first), iia.grids.karras(3), x)
+    fit = iia.preset("iia-edm").fit(ode(first), x, iia.grids.karras(3))
     with pytest.warns(iia.errors.FingerprintWarning, match="the weights were not made for it"):
         iia.sample(ode(second), x, solver=fit)
     with warnings.catch_warnings():
