@@ -293,7 +293,9 @@ def refine(
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     if not 0 <= held_out < 1:
         raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
-    agree(ode, "refine", x, plan, target, held_out, learn_grid, sigma_min, iterations, probes, outliers, chunk_size, seed)
+    agree(
+        ode, "refine", x, plan, target, held_out, learn_grid, sigma_min, iterations, probes, outliers, chunk_size, seed
+    )
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)

@@ -28,7 +28,8 @@ def cached(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
     The candidates of a search start from the same states, and agree up to the first level in which their grids differ.
     Each such evaluation is made once. Results are unchanged: the cache holds the model's own outputs, and a hit needs the same
     states, times and conditions to the last bit. The key covers a whole batch, so another chunking misses the cache. With
-    gradients enabled, or with tangents of forward differentiation, the model is always called. The ledger counts what the model evaluates.
+    gradients enabled, and under forward differentiation, the model is always called. The ledger counts the model's own
+    evaluations.
 
     The cache lies below any distribution: each process memoizes its own share of the samples.
 
