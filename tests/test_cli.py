@@ -170,7 +170,7 @@ def test_a_given_smallest_level_is_used(tmp_path, capsys):
 def test_show_needs_no_schedule_and_its_plan_does(tmp_path, capsys):
     mine = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
     grid = iia.grids.karras(3, schedule=mine)
-    fit = iia.preset("iia-ddim").fit(mixture().ode(mine), grid, torch.randn(4, 4, dtype=torch.float64))
+    fit = iia.preset("iia-ddim").fit(mixture().ode(mine), torch.randn(4, 4, dtype=torch.float64), grid)
     file = str(fit.save(tmp_path / "fit.safetensors"))
     status, printed, error = run(capsys, "show", file)
     assert (status, error) == (0, "")
@@ -197,11 +197,11 @@ def test_solvers_lists_every_name_that_can_be_used(capsys):
 
 def test_train_writes_a_loadable_denoiser(tmp_path, capsys, monkeypatch):
     images, labels = iia.denoisers.digits_data()
-    monkeypatch.setattr("iia_ode.denoisers.pretrained.digits_data", lambda: (images[:40], labels[:40]))
+    monkeypatch.setattr("iia_ode.denoisers.pretrained.digits_data", lambda: (images[:12], labels[:12]))
     file = tmp_path / "net.safetensors"
     assert run(capsys, "train", "digits", "--steps", "2", "--batch", "4", "--out", str(file))[0] == 0
     assert iia.denoisers.load_denoiser(file).state_shape == (1, 8, 8)
-    images, held_out = torch.rand(40, 3, 16, 16), torch.arange(40) < 10
+    images, held_out = torch.rand(12, 3, 16, 16), torch.arange(12) < 4
     monkeypatch.setattr("iia_ode.denoisers.pretrained.patches_data", lambda: (images, held_out))
     assert run(capsys, "train", "patches", "--steps", "2", "--batch", "4", "--out", str(file))[0] == 0
     assert iia.denoisers.load_denoiser(file).state_shape == (3, 16, 16)

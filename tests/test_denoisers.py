@@ -1,9 +1,9 @@
 """The denoisers that ship with the package, and their training."""
 
 import re
-import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,17 +53,16 @@ def noisy(images, sigma, seed=0):
     return images + sigma * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_weights_load_without_scikit_learn_and_without_a_network_connection():
-    code = (
-        "import sys, socket; sys.modules['sklearn'] = None\n"
-        "def refuse(*a, **k): raise OSError('no network')\n"
-        "socket.socket.connect = refuse\n"
-        "import torch, iia_ode\n"
-        "print(iia_ode.denoisers.digits()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape)\n"
-        "print(iia_ode.denoisers.patches()(torch.zeros(2, 3, 16, 16), torch.ones(2)).shape)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["torch.Size([2, 1, 8, 8])", "torch.Size([2, 3, 16, 16])"]
+def test_the_weights_load_without_scikit_learn_and_without_a_network_connection(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert iia.denoisers.digits()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
+    assert iia.denoisers.patches()(torch.zeros(2, 3, 16, 16), torch.ones(2)).shape == (2, 3, 16, 16)
+    sources = Path(iia.__file__).parent.rglob("*.py")
+    assert not any(re.search(r"^(import|from) sklearn", source.read_text(), re.M) for source in sources)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -92,9 +91,9 @@ def test_the_model_card_states_the_figures_of_the_weights_file(name):
 
 @pytest.mark.parametrize("sigma", LEVELS)
 def test_it_denoises(model, data, sigma):
-    images, labels = data[0][:200], data[1][:200]
+    images, labels = data[0][:100], data[1][:100]
     x = noisy(images, sigma)
-    error = (model(x, torch.full((200,), sigma), labels) - images).square().mean().sqrt()
+    error = (model(x, torch.full((100,), sigma), labels) - images).square().mean().sqrt()
     # Linear shrinkage to the mean image is the best that needs no network.
     mean, variance = images.mean(0), images.var(0)
     linear = mean + variance / (variance + sigma**2) * (x - mean)
@@ -102,20 +101,20 @@ def test_it_denoises(model, data, sigma):
 
 
 def test_labels_carry_information_and_no_label_is_the_null_label(model, data):
-    images, labels = data[0][:200], data[1][:200]
-    x, sigma = noisy(images, 2.0), torch.full((200,), 2.0)
+    images, labels = data[0][:100], data[1][:100]
+    x, sigma = noisy(images, 2.0), torch.full((100,), 2.0)
     right = (model(x, sigma, labels) - images).square().mean()
     null = (model(x, sigma) - images).square().mean()
     wrong = (model(x, sigma, (labels + 1) % 10) - images).square().mean()
     assert right < null < wrong
-    assert torch.equal(model(x, sigma), model(x, sigma, torch.full((200,), 10)))
+    assert torch.equal(model(x[:9], sigma[:9]), model(x[:9], sigma[:9], torch.full((9,), 10)))
 
 
 def test_guidance_moves_samples_towards_their_class(model, data):
     """A nearest-centroid reader agrees with the label at least as often under guidance as without."""
     centroids = torch.stack([data[0][data[1] == k].mean(0) for k in range(10)]).flatten(1)
-    labels = torch.arange(40) % 10
-    x = 80 * torch.randn((40, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(20) % 10
+    x = 80 * torch.randn((20, 1, 8, 8), generator=torch.Generator().manual_seed(3))
     agree = {}
     for scale in (0.0, 1.0, 2.0):
         ode = iia.ProbabilityFlowODE(
@@ -125,7 +124,7 @@ def test_guidance_moves_samples_towards_their_class(model, data):
             unconditional={"class_labels": torch.tensor([10])},
             guidance_scale=scale,
         )
-        samples = iia.sample(ode, x, iia.grids.karras(10), "heun").flatten(1)
+        samples = iia.sample(ode, x, iia.grids.karras(9), "dpmpp_2m").flatten(1)
         agree[scale] = float((torch.cdist(samples, centroids).argmin(1) == labels).float().mean())
     assert agree[0.0] < 0.3 < 0.7 < agree[1.0] <= agree[2.0]
 
@@ -133,7 +132,7 @@ def test_guidance_moves_samples_towards_their_class(model, data):
 def test_a_half_precision_copy_agrees_with_the_full_one(model):
     ode = iia.ProbabilityFlowODE(model, iia.EDM())
     half = iia.ProbabilityFlowODE(load_denoiser(DIGITS_WEIGHTS).bfloat16(), iia.EDM())
-    x = 80 * torch.randn((8, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    x = 80 * torch.randn((3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     full, rough = (iia.sample(o, x, iia.grids.karras(6), "heun") for o in (ode, half))
     assert rough.dtype == torch.float32
     assert float((full - rough).square().mean().sqrt()) < 0.1
@@ -170,7 +169,7 @@ def test_patches_held_out_share_no_pixel_with_those_trained_on(monkeypatch):
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 3.0])
 def test_it_denoises_patches_of_places_it_has_not_seen(patch_model, patch_data, sigma):
     images, held_out = patch_data
-    seen, unseen = images[~held_out][::10], images[held_out][::8]
+    seen, unseen = images[~held_out][::10], images[held_out][::16]
     x = noisy(unseen, sigma)
     error = (patch_model(x, torch.full((len(x),), sigma)) - unseen).square().mean().sqrt()
     # Shrinkage of each pixel to the mean patch: what is optimal for Gaussian pixels of the same variance.
@@ -181,7 +180,7 @@ def test_it_denoises_patches_of_places_it_has_not_seen(patch_model, patch_data, 
 
 def test_evaluating_the_patches_denoiser_gives_the_held_out_loss_of_its_card(patch_model, patch_data):
     about = read_tensors(PATCHES_WEIGHTS, "denoiser")[1]["about"]
-    images = patch_data[0][patch_data[1]]
+    images = patch_data[0][patch_data[1]][::2]
     generator = torch.Generator().manual_seed(7)
     options = PATCHES_OPTIONS
     sigma = torch.exp(options.log_sigma_mean + options.log_sigma_std * torch.randn(len(images), generator=generator))
@@ -210,7 +209,7 @@ def train(data, **options):
 
 
 def test_training_is_seeded_and_lowers_the_loss(tmp_path, data):
-    some, again, first = (train(data, steps=steps) for steps in (5, 5, 150))
+    some, again, first = (train(data, steps=steps) for steps in (3, 3, 60))
     for a, b in zip(some.denoiser.parameters(), again.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
     untrained, other = train(data, steps=1), train(data, steps=1, seed=1)
@@ -231,7 +230,7 @@ def test_training_leaves_the_global_random_state_alone(data):
 
 def test_training_for_no_steps_or_on_no_images_is_refused():
     for options in ({"steps": 0}, {"batch": 0}, {"steps": -1}):
-        with pytest.raises(iia.errors.InputError, match="at least one step and one image a step"):
+        with pytest.raises(iia.errors.InputError, match="of the training must be a whole number, at least 1, got"):
             TrainingOptions(**options)
 
 

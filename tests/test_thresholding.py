@@ -91,7 +91,7 @@ def test_samples_of_more_than_16_million_elements_have_a_quantile():
     data = torch.linspace(0.0, 4.0, size).expand(1, size)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(data, 0.995)
-    close(thresholded(data, 0.75)[0, [0, size // 2, -1]], torch.tensor([0.0, 2 / 3, 1.0]), rtol=1e-6)
+    close(thresholded(data, 0.995)[0, [0, size // 2, -1]], torch.tensor([0.0, 2 / 3.98, 1.0]), rtol=1e-6)
 
 
 def test_an_estimate_that_is_no_number_stays_one():
@@ -143,7 +143,7 @@ def test_a_solver_takes_thresholded_estimates():
 
 
 def test_thresholding_keeps_strong_guidance_of_the_digits_within_their_range():
-    labels = torch.arange(10) % 10
+    labels = torch.arange(3)
     plain = iia.ProbabilityFlowODE(
         digits(),
         iia.EDM(),
@@ -151,7 +151,7 @@ def test_thresholding_keeps_strong_guidance_of_the_digits_within_their_range():
         unconditional={"class_labels": torch.tensor([10])},
         guidance_scale=15.0,
     )
-    x, grid = 80 * normal(10, 1, 8, 8, dtype=torch.float32), iia.grids.karras(8)
+    x, grid = 80 * normal(3, 1, 8, 8, dtype=torch.float32), iia.grids.karras(5)
     assert float(iia.sample(plain, x, grid, solver="ddim").abs().max()) > 1.1
     for ode in (dynamic_thresholding(plain), static_thresholding(plain)):
         assert float(iia.sample(ode, x, grid, solver="ddim").abs().max()) <= 1.0

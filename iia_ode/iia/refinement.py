@@ -207,22 +207,8 @@ def refine(
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     check_number("held_out", held_out, least=0, below=1)
-    agree(
-        ode,
-        "refine",
-        method,
-        x,
-        plan,
-        target,
-        held_out,
-        learn_grid,
-        sigma_min,
-        most,
-        probes,
-        outliers,
-        chunk_size,
-        seed,
-    )
+    search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
+    agree(ode, "refine", x, plan, target, search)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
@@ -239,7 +225,7 @@ def refine(
             judge.scale = objective.scale
         start, limit = parameters.initial, parameters.clipped
         rates = torch.tensor([_RATES[k >= parameters.weights] for k in range(len(start))], dtype=_F64, device="cpu")
-        search: Minimizer = (
+        minimizer: Minimizer = (
             GaussNewton(objective, start, tolerance=tolerance, limit=limit)
             if newton
             else Adam(objective, start, rates=rates, limit=limit)
