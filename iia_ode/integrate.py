@@ -92,7 +92,7 @@ def sample(
             return final
         plan = _as_plan(ode, x, grid, method)
         _refuse(plan, rtol=rtol, atol=atol, options=options)
-        agree(ode, "sample", plan.name, plan.grid, plan.evaluation_times, x)
+        agree(ode, "sample", plan, x)
         return plan.run(ode, x, callback=callback, progress=progress, check_finite=check_finite)
 
 
@@ -173,7 +173,7 @@ def odeint(
         )
         return answer
     plan = _as_plan(func, y0, t, found)
-    agree(func, "odeint", plan.name, plan.grid, plan.evaluation_times, y0)
+    agree(func, "odeint", plan, y0)
     _refuse(plan, rtol=rtol, atol=atol, options=options, event_fn=event_fn)
     return plan.run(func, y0, trajectory=True)
 
@@ -267,7 +267,7 @@ def _by_torchdiffeq(
             f"the grid ends at the data (t = {times[-1]:g}), where dx/dt is 0/0 and torchdiffeq may evaluate it: end at a "
             "small sigma (grids take to_data=False), or use a solver of this library."
         )
-    agree(ode, method.name, times, rtol, atol, x)
+    agree(ode, method.name, times, rtol, atol, options, x)
     tolerances = _RTOL if rtol is None else rtol, _ATOL if atol is None else atol
     t = torch.tensor(times, dtype=torch.float64, device="cpu")
     with _counted(ode, method.name, progress) as flow:

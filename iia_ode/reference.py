@@ -21,6 +21,7 @@ from ._torchdiffeq import integrate, is_adaptive, method_names
 from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
+from .ode.distributed import agree
 from .plan import check_grid, check_start
 from .schedules import Schedule
 
@@ -191,6 +192,7 @@ def _span(
         )
     schedule = ode.schedule
     times = check_grid(schedule, [t_start, t_end])
+    agree(ode, "reference", x, times, sigma_min, method)
     if not ode.is_data(times[1]):
         return schedule, times, None
     if not 0 < sigma_min < schedule.noise_to_signal(times[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -28,13 +29,15 @@ _APART = (
 def distributed(ode: ProbabilityFlowODE, group: Any = None) -> ProbabilityFlowODE:
     """The ODE with every evaluation shared out among the processes of ``torch.distributed``.
 
-    Whatever takes an ODE then runs in parallel: :func:`~iia_ode.sample`, :meth:`IIA.fit <iia_ode.IIA.fit>`,
-    :func:`~iia_ode.fit` and :func:`~iia_ode.iia.refine`. Every process makes the same calls with the same states
-    [B, ...], conditions and options. In each evaluation, a process runs the model on its share of the samples and receives the
-    outputs of all. All processes get the same results, to the last bit.
+    Every function that takes an ODE then runs in parallel: :func:`~iia_ode.sample`, :func:`~iia_ode.odeint`,
+    :meth:`IIA.fit <iia_ode.IIA.fit>`, :func:`~iia_ode.fit` and :func:`~iia_ode.iia.refine`. Every process makes the same
+    calls with the same states [B, ...], conditions and options. In each evaluation, a process runs the model on its share of
+    the samples and receives the outputs of all shares. All processes get the same results, to the last bit. The results equal
+    the results of one process, up to the rounding of a model whose rounding depends on the batch size.
 
-    Only outputs and their gradients are exchanged. Each process holds all states: a teacher of K knots keeps 2 K B states
-    in each process. The memory of the model's own activations is shared out.
+    Processes exchange outputs, and gradients by states and times. A gradient by a parameter of the model stays in its
+    process and counts the samples of its share alone: sum the gradients over the processes. Each process holds all states: a
+    teacher of K knots keeps 2 K B states in each process. The memory of the model's own activations is shared out.
 
     Parameters
     ----------
@@ -59,7 +62,7 @@ def distributed(ode: ProbabilityFlowODE, group: Any = None) -> ProbabilityFlowOD
         return ode
     if dist.get_rank(group) < 0:
         raise InputError("this process is not in the group: call distributed in the processes of the group alone.")
-    return Distributed(ode, Ranks(group)) if dist.get_world_size(group) > 1 else ode
+    return Distributed(ode, Ranks(group, ode.device)) if dist.get_world_size(group) > 1 else ode
 
 
 def ranks_of(ode: ProbabilityFlowODE) -> Ranks | None:
@@ -68,46 +71,66 @@ def ranks_of(ode: ProbabilityFlowODE) -> Ranks | None:
 
 
 def agree(ode: ProbabilityFlowODE, *task: object) -> None:
-    """Raise RankError unless every process of a distributed ODE has the same task: tensors by value, all else by repr."""
+    """Check that all processes of a distributed ODE were given the same task; a collective call.
+
+    The ODE itself is part of the task: schedule, prediction type, guidance scale, fingerprint and conditions.
+
+    Parameters
+    ----------
+    ode : the ODE; nothing is checked unless the ODE is distributed.
+    task : arguments of a call. Tensors are compared bit by bit, also inside tuples, lists and mappings; all other values by
+        ``repr``, without addresses in memory.
+
+    Raises
+    ------
+    RankError : the tasks differ, or another process is not heard of.
+    """
     ranks = ranks_of(ode)
     if ranks is None:
         return
-    digest = hashlib.sha256()
-    for part in (
-        ode.schedule.config(),
-        ode.prediction,
-        ode.guidance_scale,
-        ode.fingerprint(),
-        *_conditions(ode),
-        *task,
-    ):
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype}{list(part.shape)}".encode())
-            digest.update(bytes_of(part))
-        else:
-            digest.update(f"{part!r}|".encode())
-    mark = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], dtype=torch.int64, device="cpu")
-    if any(not torch.equal(other, mark) for other in ranks.gathered(mark)):
-        raise RankError(
-            "the processes were asked for different things: give all of them the same noise or states, conditions, model, "
-            "grid, options and teacher."
-        )
+    own = ode.schedule.config(), ode.prediction, ode.guidance_scale, ode.fingerprint()
+    ranks.meet(
+        ("agree", own, ode.conditioning, ode.unconditional, task),
+        "the processes were asked for different things: give all of them the same noise or states, conditions, model, grid, "
+        "options and teacher.",
+    )
 
 
-def _conditions(ode: ProbabilityFlowODE) -> Iterator[object]:
-    for values in (ode.conditioning, ode.unconditional):
-        for key, value in sorted(values.items()):
-            yield from (key, value)
+def _pieces(value: object) -> Iterator[bytes]:
+    """The content of a value, the same in every process that has an equal value."""
+    if isinstance(value, Tensor):
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield bytes_of(value)
+    elif isinstance(value, Mapping):
+        yield from _pieces(sorted(value.items(), key=repr))
+    elif isinstance(value, list | tuple):
+        yield f"{len(value)}:".encode()
+        for part in value:
+            yield from _pieces(part)
+    else:
+        yield re.sub(" at 0x[0-9a-fA-F]+", "", f"{value!r}|").encode()
 
 
 class Ranks:
-    """The processes of a group. Every message is answered within the timeout of the group, or becomes a RankError."""
+    """The processes of a group. Every message is answered within the timeout of the group, or becomes a RankError.
 
-    def __init__(self, group: Any) -> None:
+    Parameters
+    ----------
+    group : a process group of ``torch.distributed``; None for all processes.
+    device : device of the model; None for the host. Messages go from device to device where the group can send them by
+        NCCL, and else from host to host.
+    """
+
+    def __init__(self, group: Any, device: torch.device | None = None) -> None:
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.on_host = "gloo" in dist.get_backend(group) or "mpi" in dist.get_backend(group)
-        self.device = torch.device("cpu") if self.on_host else torch.device("cuda", torch.cuda.current_device())
+        backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+        on_device = device is not None and device.type == "cuda" and "cuda:nccl" in backends
+        self.on_host = "cpu:" in backends and not on_device
+        if self.on_host:
+            self.device = torch.device("cpu")
+        else:
+            self.device = device if on_device and device else torch.device("cuda", torch.cuda.current_device())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a process group cannot be copied
@@ -117,32 +140,43 @@ class Ranks:
         rank = self.rank if rank is None else rank
         return slice(rank * samples // self.size, (rank + 1) * samples // self.size)
 
-    def rows(self, own: Tensor, samples: int, mark: float = 0.0) -> Tensor:
+    def rows(self, own: Tensor, samples: int, *call: object) -> Tensor:
         """The whole batch [samples, ...] from the shares of all processes, on the device of this process's own.
 
-        Where messages are on the host, the marks of all processes must agree: a mark identifies the call.
+        `call` identifies the call. Where messages are on the host, all processes must make the same one.
         """
+        if self.on_host:  # elsewhere reading the answers would wait for the device
+            self.meet(("rows", samples, str(own.dtype), list(own.shape[1:]), call))
         most = -(-samples // self.size)
-        message = own.new_full((most + 1, *own.shape[1:]), mark)
+        message = own.new_zeros((most, *own.shape[1:]))
         message[: len(own)] = own
         parts = self._received(message)
-        if self.on_host and not all(torch.equal(part[most], parts[0][most]) for part in parts):
-            raise RankError(_APART)
         shares = (self.share(samples, rank) for rank in range(self.size))
         return torch.cat([part[: s.stop - s.start] for s, part in zip(shares, parts, strict=True)]).to(own.device)
 
-    def gathered(self, values: Tensor) -> list[Tensor]:
-        """A tensor of the same shape from every process, on the host."""
+    def gathered(self, values: Tensor, name: str) -> list[Tensor]:
+        """A tensor of the same shape and dtype from every process, on the host; `name` identifies the call."""
+        self.meet((name, list(values.shape)))
         return [v.cpu() for v in self._received(values)]
 
     def check_same(self, values: Tensor) -> None:
         """Raise RankError unless all processes have these numbers, to rounding."""
-        lengths = self.gathered(torch.tensor([len(values)], dtype=torch.int64, device="cpu"))
-        same = all(torch.equal(n, lengths[0]) for n in lengths)
-        if not same or not all(
-            torch.allclose(v, values, rtol=1e-6, atol=0.0, equal_nan=True) for v in self.gathered(values)
+        if not all(
+            torch.allclose(v, values, rtol=1e-6, atol=0.0, equal_nan=True) for v in self.gathered(values, "same")
         ):
             raise RankError(_APART)
+
+    def meet(self, call: object, otherwise: str = _APART) -> None:
+        """Raise RankError, with the message `otherwise`, unless all processes make the same call.
+
+        Processes meet before they exchange tensors: gloo ends a process that receives a tensor of another size.
+        """
+        digest = hashlib.blake2b(digest_size=7)
+        for piece in _pieces(call):
+            digest.update(piece)
+        mark = torch.tensor([int.from_bytes(digest.digest(), "big")], dtype=torch.int64, device="cpu")
+        if any(not torch.equal(other.cpu(), mark) for other in self._received(mark)):
+            raise RankError(otherwise)
 
     def _received(self, values: Tensor) -> list[Tensor]:
         mine = values.to(self.device)
@@ -188,10 +222,10 @@ class Distributed(Wrapped):
             raise RankError(
                 f"the model failed in process {ranks.rank} of {ranks.size}: {type(error).__name__}: {first_line(error)}"
             ) from error
-        mark = 0.0
-        if ranks.on_host:  # elsewhere reading a time would wait for the device
-            mark = float(t.detach().flatten()[0]) if isinstance(t, Tensor) else t
-        return _joined(out[: own.stop - own.start], samples, mark, ranks)
+        time: object = t
+        if isinstance(t, Tensor):  # read only where the message is on the host too
+            time = float(t.detach().flatten()[0]) if ranks.on_host else None
+        return _joined(out[: own.stop - own.start], samples, time, ranks)
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Distributed:
         return self.over(self.inner._view(conditioning, unconditional))
@@ -209,7 +243,7 @@ class Distributed(Wrapped):
         with self.inner.counting() as spent:
             yield spent
         own = torch.tensor([spent.evaluations, spent.samples], dtype=torch.int64, device="cpu")
-        evaluations, samples = torch.stack(self.ranks.gathered(own)).unbind(dim=1)
+        evaluations, samples = torch.stack(self.ranks.gathered(own, "counts")).unbind(dim=1)
         spent.evaluations, spent.samples = int(evaluations.max()), int(samples.sum())
 
 
@@ -228,7 +262,7 @@ class _Cut(torch.autograd.Function):
         place = ctx.ranks.share(ctx.samples)
         count = place.stop - place.start
         x, t = (
-            ctx.ranks.rows(g[:count], ctx.samples) if needed else None
+            ctx.ranks.rows(g[:count], ctx.samples, "gradient") if needed else None
             for g, needed in zip(gradients, ctx.needs_input_grad[:2], strict=True)
         )
         return x, t, None, None
@@ -238,9 +272,9 @@ class _Join(torch.autograd.Function):
     """The whole batch from the shares of all processes; backward keeps the gradient of this process's share."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, samples: int, mark: float, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, own: Tensor, samples: int, time: object, ranks: Ranks) -> Tensor:
         ctx.place = ranks.share(samples)
-        return ranks.rows(own, samples, mark)
+        return ranks.rows(own, samples, "output", time)
 
     @staticmethod
     @once_differentiable
@@ -253,6 +287,6 @@ def _cut(x: Tensor, t: Tensor | None, taken: slice, ranks: Ranks) -> tuple[Tenso
     return parts
 
 
-def _joined(own: Tensor, samples: int, mark: float, ranks: Ranks) -> Tensor:
-    whole: Tensor = _Join.apply(own, samples, mark, ranks)  # type: ignore[no-untyped-call]
+def _joined(own: Tensor, samples: int, time: object, ranks: Ranks) -> Tensor:
+    whole: Tensor = _Join.apply(own, samples, time, ranks)  # type: ignore[no-untyped-call]
     return whole

@@ -1,4 +1,4 @@
-"""Wrappers of an ODE: a subclass overrides `output`, and every path of the library hears it."""
+"""Wrappers of an ODE: a subclass overrides `output`, and every function of the library follows the new output."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ __all__ = ["Wrapped", "layers_of"]
 class Wrapped(ProbabilityFlowODE):
     """An ODE over another ODE; the base class of every change to a model's output.
 
-    A subclass overrides :meth:`output`, and calls ``self.inner.output(x, t)`` there. Conditions, guidance, views, the ledger
-    and the fingerprint are those of the inner ODE. A subclass that changes the output's prediction type sets
-    ``self.prediction``. A subclass whose output differs from the inner ODE's also overrides :meth:`fingerprint`, so that a
-    fit to one is not taken for a fit to the other.
+    A subclass overrides :meth:`output`, and calls ``self.inner.output(x, t)`` there. Conditions, guidance, the ledger and the
+    fingerprint are those of the inner ODE. Views (:meth:`condition`, :meth:`subset`) keep the subclass and its attributes. A
+    subclass that changes the prediction type of the output sets ``self.prediction``. A subclass whose output differs from the
+    inner ODE's also overrides :meth:`fingerprint`, so that a fit to one is not taken for a fit to the other.
+
+    The parameters are those of the inner ODE, and those of the subclass. The keys of ``state_dict`` begin with ``inner.``.
 
     >>> class Clamped(iia_ode.ode.Wrapped):
     ...     def output(self, x, t):
@@ -48,6 +50,8 @@ class Wrapped(ProbabilityFlowODE):
                 "and override output instead."
             )
         super().__init__(inner.model, **inner.settings)
+        self._modules.pop("model", None)  # registered once, as part of the inner ODE
+        self.__dict__["model"] = inner.model
         self.inner, self.ledger = inner, inner.ledger
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
@@ -55,7 +59,7 @@ class Wrapped(ProbabilityFlowODE):
         return self.inner.output(x, t)
 
     def over(self, inner: ProbabilityFlowODE) -> Self:
-        """The same wrapper around another ODE."""
+        """The same wrapper around another ODE of the same model."""
         twin = self._copied()
         twin.inner, twin.ledger = inner, inner.ledger
         twin.conditioning, twin.unconditional = inner.conditioning, inner.unconditional

@@ -1,0 +1,198 @@
+"""Wrappers: whatever takes an ODE follows the changed output, and views keep their class."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from support import F64, mixture, normal
+from torch import Tensor, nn
+
+import iia_ode as iia
+from iia_ode.experiments import Setting, compare
+from iia_ode.iia import refine
+from iia_ode.ode import Wrapped, cached
+
+GRID = iia.grids.karras(3)
+INNER = iia.grids.karras(3, 0.1, 80.0, to_data=False)
+BUDGET = iia.Budget(draws=16, teacher_steps=10, rounds=((0.5, 1),), descent=0, starts=1, iterations=1)
+C = torch.linspace(-0.5, 0.5, 16, dtype=F64)
+
+
+def model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """The mixture's denoiser, moved by a condition."""
+    return mixture().denoise(x, 1.0, t[:, None]) + c[:, None]
+
+
+def changed_model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """The model with the change built in."""
+    return 0.9 * model(x, t, c).tanh()
+
+
+class Changed(Wrapped):
+    """An ODE with the change."""
+
+    def __init__(self, inner: iia.ProbabilityFlowODE, factor: float) -> None:
+        super().__init__(inner)
+        self.factor = factor
+
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The changed output."""
+        return self.factor * self.inner.output(x, t).tanh()
+
+
+class Noise(Wrapped):
+    """An ODE whose output is the noise."""
+
+    def __init__(self, inner: iia.ProbabilityFlowODE) -> None:
+        super().__init__(inner)
+        self.prediction = "noise"
+
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The noise that the inner ODE's output means."""
+        return self.inner.noise(x, t)
+
+
+class Changing(iia.ProbabilityFlowODE):
+    """A subclass of the ODE itself, with an attribute of its own."""
+
+    def __init__(self, *arguments: Any, factor: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.factor = factor
+
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The changed output."""
+        return self.factor * super().output(x, t).tanh()
+
+
+def odes() -> dict[str, iia.ProbabilityFlowODE]:
+    """The ODE of the changed model, and ODEs over the plain model that must do the same."""
+    plain = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"c": C})
+    return {
+        "twin": iia.ProbabilityFlowODE(changed_model, iia.EDM(), conditioning={"c": C}),
+        "wrapped": Changed(plain, 0.9),
+        "cached below": Changed(cached(plain), 0.9),
+        "cached above": cached(Changed(plain, 0.9)),
+        "wrapped twice": Wrapped(Changed(Wrapped(plain), 0.9)),
+        "subclass": Changing(model, iia.EDM(), conditioning={"c": C}, factor=0.9),
+    }
+
+
+class OfODE(Setting):
+    """A setting of an ODE with conditions for 16 samples."""
+
+    name, reference_tolerance = "changed", 1e-3
+
+    def __init__(self, ode: iia.ProbabilityFlowODE) -> None:
+        self.ode = ode
+
+    def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        return {}, 80 * torch.randn((n, 4), generator=generator, dtype=F64)
+
+    def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> iia.ProbabilityFlowODE:
+        return self.ode
+
+
+def target(x: Tensor) -> Tensor:
+    """Some final states."""
+    return x / 80
+
+
+PATHS = {
+    "forms": lambda ode, x: torch.stack([ode.data(x, 2.0), ode.noise(x, 2.0), ode.velocity(x, 2.0), ode(2.0, x)]),
+    "sample": lambda ode, x: iia.sample(ode, x, GRID, "dpmpp_2m"),
+    "sample by torchdiffeq": lambda ode, x: iia.sample(ode, x, INNER, "dopri5", rtol=1e-3, atol=1e-3),
+    "odeint": lambda ode, x: iia.odeint(ode, x, GRID, method="heun"),
+    "torchdiffeq": lambda ode, x: torchdiffeq.odeint(ode, x, INNER, method="rk4"),
+    "teacher": lambda ode, x: iia.Teacher.solve(ode, x, 80.0, 0.0, steps=6).final,
+    "IIA": lambda ode, x: iia.IIA("ddim", "window", "local", guard=False).fit(ode, x, GRID).plan,
+    "preset": lambda ode, x: iia.preset("iia-edm", target="trajectory").fit(ode, x, GRID, chunk_size=7).plan,
+    "fit": lambda ode, x: iia.fit(ode, 2, x=x, budget=BUDGET).plan,
+    "refine": lambda ode, x: (
+        refine(ode, x, iia.get_solver("ddim").plan(ode.schedule, GRID), target(x), iterations=1).plan
+    ),
+    "reference": lambda ode, x: iia.reference.trajectory(ode, x, 80.0, 1.0, points=3, rtol=1e-3, atol=1e-3).states,
+    "statistics forwards": lambda ode, x: iia.ModelStatistics.estimate(ode, x, GRID, points=3, mode="forward").s,
+    "statistics in reverse": lambda ode, x: iia.ModelStatistics.estimate(ode, x, GRID, points=3, mode="reverse").s,
+    "compare": lambda ode, x: (
+        compare(OfODE(ode), ["ddim", "iia-ddim"], [2], iia.grids.karras, samples=16, fit_samples=16)
+        .csv()
+        .split(",")[:9]
+    ),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_changed_output_is_followed_as_if_the_model_had_it(path):
+    x = 80 * normal(16, 4)
+    expected, *others = (PATHS[path](ode, x) for ode in odes().values())
+    for found in others:
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
+
+
+def test_a_wrapper_may_change_the_prediction_type():
+    ode, x = odes()["twin"], 80 * normal(16, 4)
+    noise = Noise(ode)
+    assert noise.prediction == "noise" and ode.prediction == "data"
+    assert torch.allclose(iia.sample(noise, x, GRID), iia.sample(ode, x, GRID), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["wrapped", "cached below", "cached above", "wrapped twice", "subclass"])
+def test_views_keep_the_class_the_attributes_and_the_ledger(name):
+    ode, twin, x = odes()[name], odes()["twin"], normal(16, 4)
+    part, other = ode.subset(slice(3, 8), 16), ode.condition(c=-C)
+    for view in (part, other, copy.deepcopy(ode)):
+        assert type(view) is type(ode)
+        assert vars(view).get("factor") == vars(ode).get("factor")
+    assert part.ledger is other.ledger is ode.ledger
+    assert torch.equal(part.output(x[3:8], 1.0), twin.subset(slice(3, 8), 16).output(x[3:8], 1.0))
+    assert torch.equal(other.output(x, 1.0), twin.condition(c=-C).output(x, 1.0))
+    assert torch.equal(ode.output(x, 1.0), twin.output(x, 1.0))  # not changed by its views
+    with ode.counting() as spent:
+        ode.data(x + 1, 1.0)
+    assert (spent.evaluations, spent.samples) == (1, 16)
+
+
+def test_parameters_are_those_of_every_layer_each_once():
+    class Learned(Changed):
+        """A wrapper with a parameter."""
+
+        def __init__(self, inner: iia.ProbabilityFlowODE) -> None:
+            super().__init__(inner, 1.0)
+            self.factor = nn.Parameter(torch.ones((), dtype=F64))
+
+    network = nn.Linear(4, 4, dtype=F64)
+    ode = Wrapped(Learned(iia.ProbabilityFlowODE(lambda x, t: network(x), iia.EDM())))
+    assert [name for name, _ in ode.named_parameters()] == ["inner.factor"]  # a function has no parameters
+
+    class Net(nn.Module):
+        """The network as a model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = network
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            """The network's output."""
+            return self.linear(x)
+
+    ode = Wrapped(Learned(iia.ProbabilityFlowODE(Net(), iia.EDM())))
+    assert len(ode.state_dict()) == len(list(ode.parameters())) == 3
+    ode.output(normal(2, 4), 1.0).sum().backward()
+    assert all(p.grad is not None for p in ode.parameters())
+    assert ode.float().model.linear.weight.dtype == torch.float32
+
+
+def test_an_ode_that_a_wrapper_would_pass_over_is_refused():
+    class Own(iia.ProbabilityFlowODE):
+        """An ODE with a velocity of its own."""
+
+        def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+            """Another velocity."""
+            return 2 * super().forward(t, x)
+
+    with pytest.raises(iia.errors.InputError, match="Own overrides forward, which a wrapper passes over"):
+        Wrapped(Own(model, iia.EDM()))
+    with pytest.raises(iia.errors.InputError, match="Changed wraps a ProbabilityFlowODE, got function"):
+        Changed(model, 1.0)
