@@ -45,6 +45,7 @@ nb_execution_in_temp = True  # what a page writes does not land among the source
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+smartquotes_action = "qe"  # two hyphens stay two hyphens, as in --out
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

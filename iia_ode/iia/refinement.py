@@ -231,7 +231,7 @@ def refine(
             else Adam(objective, start, rates=rates, limit=limit)
         )
         found, best, theta, status = _best_so_far(
-            search, None if judge is None else judge.loss, most, unit * patience, progress
+            minimizer, None if judge is None else judge.loss, most, unit * patience, progress
         )
     result = plan if best == 0 else parameters.plan(theta, plan.name)
     return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
