@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ALL_SCHEDULES, every_schedule, gaussian, in_turn, mixture, normal
 from torch import nn

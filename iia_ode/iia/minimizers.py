@@ -133,6 +133,15 @@ class Adam(Minimizer):
         self._best, self._stretches = (self.loss, self.theta), 0
         self._begin()
 
+    def _begin(self) -> None:
+        """Return to the lowest loss so far and begin a stretch there; none is left after the last."""
+        self.loss, self.theta = self._best
+        if self._stretches == _STRETCHES:
+            self.status = Status.STALLED
+        self._rate, self._first, self._steps, self._since = self.rates / 2**self._stretches, self.loss, 0, 0
+        self._mean, self._square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self._stretches += 1
+
     def step(self) -> bool:
         """Take a step, which may raise the loss; False, with a status, where none is left."""
         if self._since == _STALLED or self.loss > _WORSE * self._first:
@@ -154,12 +163,3 @@ class Adam(Minimizer):
                 return True
             self._begin()
         return False
-
-    def _begin(self) -> None:
-        """Return to the lowest loss so far and begin a stretch there; none is left after the last."""
-        self.loss, self.theta = self._best
-        if self._stretches == _STRETCHES:
-            self.status = Status.STALLED
-        self._rate, self._first, self._steps, self._since = self.rates / 2**self._stretches, self.loss, 0, 0
-        self._mean, self._square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
-        self._stretches += 1

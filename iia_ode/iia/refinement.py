@@ -226,7 +226,9 @@ def refine(
             if newton
             else Adam(objective, start, rates=rates, limit=limit)
         )
-        found, best, theta, status = _best_so_far(search, judge and judge.loss, most, unit * patience, progress)
+        found, best, theta, status = _best_so_far(
+            search, judge.loss if judge else None, most, unit * patience, progress
+        )
     result = plan if best == 0 else parameters.plan(theta, plan.name)
     return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
 
