@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from adam import refine_by_adam
 from common import (
     CHUNK,
     DEFAULT,
@@ -261,19 +260,17 @@ def made(bench: Bench, recipe: Recipe) -> tuple[Plan, Entry]:
         effort, part = bench.effort, slice(0, bench.effort["refined"])
         start, exact = x[part], bench.teacher.final[part].to(x)
         model = own.ode.subset(part, len(x))
-        if recipe.refinement == "adam":
-            found = refine_by_adam(model, start, plan, exact, iterations=effort["adam"], chunk_size=chunk)
-        else:
-            found = refine(
-                model, start, plan, exact, iterations=effort["gauss_newton"], probes=effort["probes"], chunk_size=chunk,
-                seed=bench.seed,
-            )  # fmt: skip
+        iterations = effort["adam" if recipe.refinement == "adam" else "gauss_newton"]
+        found = refine(
+            model, start, plan, exact, method=recipe.refinement, iterations=iterations, probes=effort["probes"],
+            chunk_size=chunk, seed=bench.seed,
+        )  # fmt: skip
         plan = found.plan
         about |= {
             "iterations": len(found.iterations) - 1,
             "best": found.best,
             "gain": found.gain,
-            "reason": found.reason,
+            "reason": found.status.value,
         }
     return (plan if warm is None else warm.then(plan)), about
 
@@ -331,8 +328,7 @@ The design is a star around each of two centers, not the full product: one or tw
 always DDIM. A grid is searched once per seed and shared by the variants: for the closed-form fit of the full recipe or,
 where nothing is fitted, for DDIM. The full recipe is `terms="window"`, `target="trajectory"`, two earlier steps and a leap
 grid; then Gauss-Newton refines all weights and times. The warm start is Gaussian, with moments from teacher endpoints. It
-replaces the first interval, and the evaluations saved there go to the rest of the grid. The rows with Adam were measured
-before `refine` was reduced to Gauss-Newton.
+replaces the first interval, and the evaluations saved there go to the rest of the grid.
 """
 
 Found = dict[int, dict[int, dict[str, Entry]]]

@@ -41,7 +41,9 @@ iia.fit(ode, int(nfe), x, budget=budget, report=None).plan.save(path)
 def unpack(commit: str, folder: Path) -> None:
     """Write the package of a commit into a folder."""
     if not (folder / "iia_ode").exists():
-        archive = subprocess.run(["git", "archive", commit, "iia_ode"], cwd=ROOT, check=True, capture_output=True).stdout
+        archive = subprocess.run(
+            ["git", "archive", commit, "iia_ode"], cwd=ROOT, check=True, capture_output=True
+        ).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter="data")
 

@@ -63,8 +63,8 @@ def fitted() -> str:
     return f"""{columns(rows)}
 
 NFE is the number of network evaluations. Each classic solver had its grid tuned. `python benchmarks/acceptance.py` makes the
-table; `--seed 1` makes the rows with other noise, and also fits on other noise. No default was chosen by those rows. All
-errors and costs are in [the full results](docs/results/acceptance.md), with the gain of the grid alone on the mixture.
+table; `--seed 1` makes the rows with other noise, where fits and errors use other draws. Those rows influenced no default.
+[The full results](docs/results/acceptance.md) have all errors and costs.
 
 - Three small denoisers of other data, schedules and predictions took no part in choosing any default. On them the ratio is at
   most {further:.2f} at 5 and 8 evaluations (`python benchmarks/further.py`; [results](docs/results/further.md)).

@@ -45,6 +45,7 @@ nb_execution_in_temp = True  # what a page writes does not land among the source
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+smartquotes_action = "qe"  # two hyphens stay two hyphens, as in --out
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -61,7 +62,8 @@ bibtex_reference_style = "author_year"
 # What is copied is what one types: no prompts, no output.
 copybutton_exclude = ".linenos, .gp, .go"
 
-_HEADER = re.compile(r"(Parameters|Attributes|Returns|Raises)\n-+\n")
+_HEADER = re.compile(r"(Parameters|Attributes|Returns|Raises|Warns)\n-+\n")
+_EXAMPLES = re.compile(r"^Examples\n-+\n", re.MULTILINE)
 _ENTRY = re.compile(r"(\S[^:\n]*?) : (.*)")
 _MARKUP = re.compile(r"(``.*?``)|([|]|(?<=[\[ ])[*](?=\w+\]))", re.DOTALL)
 
@@ -73,7 +75,7 @@ def _numpy_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
     describes.
     """
     text, out, end = "\n".join(lines), [], 0
-    text = _MARKUP.sub(lambda m: m[1] or f"\\{m[2]}", text)
+    text = _EXAMPLES.sub(".. rubric:: Examples\n\n", _MARKUP.sub(lambda m: m[1] or f"\\{m[2]}", text))
     for header in _HEADER.finditer(text):
         out.append(text[end : header.start()])
         entries: list[str] = []

@@ -46,10 +46,10 @@ class ModelStatistics(StatisticsTables):
 
     Parameters
     ----------
-    lam : half-log-SNR, [K], increasing.
-    l, s, b : [K, *shape], where shape broadcasts against one sample: the shape of a sample for coefficients per component,
-        [C, 1, 1] for one coefficient per channel, [] for one number. Data prediction is l = 1, s = 0, b = 0; noise prediction
-        is l = 0, s = -1, b = 0.
+    lam : half-log-SNR, float64 [K], increasing.
+    l, s, b : float64 [K, *shape], where shape broadcasts against one sample: the shape of a sample for coefficients per
+        component, [C, 1, 1] for one coefficient per channel, [] for one number. Data prediction is l = 1, s = 0, b = 0; noise
+        prediction is l = 0, s = -1, b = 0.
     schedule : ``config()`` of the schedule of the tables; None fits any schedule.
     about : provenance, JSON-ready.
 
@@ -199,7 +199,7 @@ def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | No
 
 def _eps(ode: ProbabilityFlowODE, x: Tensor) -> float:
     """Relative rounding of the model."""
-    return float(torch.finfo(ode._dtype(x.to(_F64))).eps)
+    return float(torch.finfo(ode.compute_dtype(x.to(_F64))).eps)
 
 
 # ---- one node --------------------------------------------------------------------------------------------------------

@@ -151,28 +151,100 @@ class Forms(ABC, Generic[V]):
 
     @abstractmethod
     def evaluate(self, x: V, t: Any, form: str = "data") -> Evaluation[V]:
-        """One evaluation, readable in any form; a plan stores the output in `form`."""
+        """One evaluation, readable in any form.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+        form : form in which a plan stores the output.
+
+        Returns
+        -------
+        The evaluation.
+        """
 
     def as_form(self, x: V, t: Any, form: str) -> V:
-        """The model's output in the named form; one evaluation."""
+        """The model's output in the named form; one evaluation.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+        form : ``"data"``, ``"noise"``, ``"score"``, ``"v"`` or ``"velocity"``.
+
+        Returns
+        -------
+        The output, in the shape and dtype of x.
+        """
         return self.evaluate(x, t, form).as_form(form)
 
     def data(self, x: V, t: Any) -> V:
-        """Estimate of x_0; one evaluation."""
+        """Estimate of x_0; one evaluation.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+
+        Returns
+        -------
+        The estimate, in the shape and dtype of x.
+        """
         return self.as_form(x, t, "data")
 
     def noise(self, x: V, t: Any) -> V:
-        """Estimate of eps; one evaluation."""
+        """Estimate of eps; one evaluation.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+
+        Returns
+        -------
+        The estimate, in the shape and dtype of x.
+        """
         return self.as_form(x, t, "noise")
 
     def score(self, x: V, t: Any) -> V:
-        """Estimate of the score; one evaluation."""
+        """Estimate of the score; one evaluation.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+
+        Returns
+        -------
+        The estimate, -eps / sigma, in the shape and dtype of x.
+        """
         return self.as_form(x, t, "score")
 
     def v(self, x: V, t: Any) -> V:
-        """alpha eps - sigma x_0; one evaluation."""
+        """alpha eps - sigma x_0; one evaluation.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+
+        Returns
+        -------
+        The value, in the shape and dtype of x.
+        """
         return self.as_form(x, t, "v")
 
     def velocity(self, x: V, t: Any) -> V:
-        """dx/dt; one evaluation."""
+        """dx/dt; one evaluation.
+
+        Parameters
+        ----------
+        x : the state, [B, ...].
+        t : the time, a number.
+
+        Returns
+        -------
+        The velocity, in units of the state per unit of t, in the shape and dtype of x.
+        """
         return self.as_form(x, t, "velocity")

@@ -141,7 +141,16 @@ class StatisticsTables:
 
     @classmethod
     def constant(cls, l: float, s: float, b: float) -> Self:  # noqa: E741
-        """The same three numbers for every component and lambda, on any schedule."""
+        """The same three numbers for every component and lambda, on any schedule.
+
+        Parameters
+        ----------
+        l, s, b : the coefficients.
+
+        Returns
+        -------
+        Statistics of shape [], with a single entry of lambda.
+        """
         lam, *rows = (torch.tensor([float(v)], dtype=torch.float64, device="cpu") for v in (0.0, l, s, b))
         return cls(lam, rows[0], rows[1], rows[2])
 
@@ -192,7 +201,18 @@ class StatisticsTables:
         return Curve(lam, self.l.numpy()), Curve(lam, self.s.numpy()), Curve(lam, self.b.numpy())
 
     def integrals(self, start: float, end: float, nodes: Sequence[float], n: int) -> StepIntegrals:
-        """The integrals of the step from lambda = `start` to `end`, `n` moments of them, and g's factors at `nodes`."""
+        """The integrals of a step of DPM-Solver-v3.
+
+        Parameters
+        ----------
+        start, end : half-log-SNR lambda at both ends of the step.
+        nodes : values of lambda at which the step uses evaluations.
+        n : number of moments.
+
+        Returns
+        -------
+        The integrals, `n` moments of the kernel, and scale and offset of g at each node.
+        """
         L, S, _ = self.curves
         whole, S_start = L.integral(end), S.integral(start)
         moments, bias = np.zeros((n, *self.shape)), np.zeros(self.shape)

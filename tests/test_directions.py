@@ -9,10 +9,11 @@ from support import F64, normal
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia import LeastSquares, Moments, StepRecord, WarmStart, Window
+from iia_ode.iia import LeastSquares, StepRecord, Window
 from iia_ode.iia.directions import window
 from iia_ode.plan import Bands, LinearMap, Past, Plan, Tracer, Vector
 from iia_ode.plan.tracer import take_step
+from iia_ode.warm_starts import Moments, WarmStart
 
 SHAPE = (3, 8, 8)
 P = Bands(SHAPE, 3, "luma-chroma")
@@ -33,8 +34,8 @@ def test_a_fit_with_a_weight_per_band_is_exact_where_each_band_has_one_variance(
     exact = LinearMap(P, (VARIANCES / (VARIANCES + 100)).sqrt())(unseen)
     errors = {}
     for terms in ("window", Window(3, "luma-chroma", SHAPE)):
-        fit = iia.IIA("ddim", terms=terms, target="local").fit(ODE, GRID, x)
-        errors[fit.about["terms"]] = float((iia.sample(ODE, unseen, solver=fit) - exact).abs().max())
+        fit = iia.IIA("ddim", terms=terms, target="local").fit(ODE, x, GRID)
+        errors[fit.record.terms] = float((iia.sample(ODE, unseen, solver=fit) - exact).abs().max())
     assert list(errors) == ["window", "window(bands=3, channels=luma-chroma)"]
     plain, banded = errors.values()
     assert banded < 1e-2 * plain and banded < 1e-3
@@ -46,11 +47,11 @@ def test_a_fit_with_a_weight_per_band_is_exact_where_each_band_has_one_variance(
 def test_a_window_takes_its_shape_from_the_samples_and_refuses_those_of_another() -> None:
     x = 10 * normal(24, *SHAPE)
     terms = Window(bands=3, channels="luma-chroma")
-    found, known = (iia.IIA("ddim", terms=t).fit(ODE, GRID, x) for t in (terms, Window(3, "luma-chroma", SHAPE)))
+    found, known = (iia.IIA("ddim", terms=t).fit(ODE, x, GRID) for t in (terms, Window(3, "luma-chroma", SHAPE)))
     assert found.plan.difference(known.plan) == 0.0
-    assert iia.IIA("ddim", terms=terms).fit(ODE, GRID, x).about["terms"] == known.about["terms"]
+    assert iia.IIA("ddim", terms=terms).fit(ODE, x, GRID).record.terms == known.record.terms
     with pytest.raises(iia.errors.InputError, match="is for samples"):
-        iia.IIA("ddim", terms=Window(3, "luma-chroma", (3, 16, 16))).fit(ODE, GRID, x)
+        iia.IIA("ddim", terms=Window(3, "luma-chroma", (3, 16, 16))).fit(ODE, x, GRID)
     with pytest.raises(iia.errors.InputError, match=r"which IIA\.fit sees"):
         _ = terms.projections
 
@@ -62,7 +63,7 @@ def test_a_fit_behind_a_warm_start_is_saved_with_it(tmp_path: Path, per: str | N
     samples, x = normal(24, *SHAPE), 80 * normal(24, *SHAPE, seed=1)
     by = {"labels": labels, "per": per} if per else {}
     warm = WarmStart.gaussian(iia.EDM(), 80.0, 10.0, samples=samples, shrink="dct", **by)
-    fit = iia.IIA("ddim", terms="window").fit(ode, GRID, warm.apply(x, ode))
+    fit = iia.IIA("ddim", terms="window").fit(ode, warm.apply(x, ode), GRID)
     whole = fit.after(warm)
     assert [r.index for r in whole.reports] == [r.index + 1 for r in fit.reports]
     back = iia.load(whole.save(tmp_path / "warm.safetensors"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import threading
@@ -32,11 +33,12 @@ def ode_on(schedule, **options):
     return mixture().ode(schedule, **options)
 
 
-def fitted(schedule=None, name="iia-edm", dtype=F64, n=4, **options):
+@functools.cache
+def fitted(schedule=None, name="iia-edm", dtype=F64, n=4):
     schedule = schedule or iia.EDM()
     grid = iia.grids.karras(n, schedule=schedule, sigma_max=40.0)
     x = states(schedule).to(dtype)
-    return iia.preset(name).fit(ode_on(schedule, **options), grid, x, seed=7)
+    return iia.preset(name).fit(ode_on(schedule), x, grid)
 
 
 def states(schedule, seed=0):
@@ -44,7 +46,7 @@ def states(schedule, seed=0):
     return mixture().noisy(6, schedule, t, torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.sampled_from(sorted(PRESETS)), st.sampled_from(ALL_SCHEDULES), st.sampled_from([torch.float32, F64]))
 def test_samples_after_loading_are_bit_equal_to_those_before_saving(tmp_path_factory, name, schedule, dtype):
     fit = fitted(schedule, name, dtype)
@@ -72,7 +74,7 @@ def test_the_file_is_plain_safetensors_with_one_json_string(tmp_path):
     assert record["base"] == {"name": "heun", "options": {}}
     assert record["target"] == {"name": "substeps", "options": {"substeps": 3}}
     assert (record["terms"], record["history"], record["ridge"], record["batch"]) == ("iia-edm", 1, 0.0, 6)
-    assert (record["seed"], record["search"]) == (7, None)
+    assert (record["seed"], record["search"]) == (None, None)
     origin = record["origin"]
     assert (origin["schedule"], origin["prediction"]) == ({"type": "EDM"}, "data")
     assert (origin["state_shape"], origin["state_dtype"]) == ([4], "float64")
@@ -113,7 +115,7 @@ def test_a_citation_names_the_papers_of_the_method_and_of_its_base_as_the_refere
         for line in (line for e in entries for line in e.splitlines()[1:-1]):
             assert line.split("= ")[1] in references
     method = iia.IIA("midpoint", terms="biia-edm", guard=False)
-    midpoint = method.fit(ode_on(iia.EDM()), iia.grids.karras(3), states(iia.EDM()))
+    midpoint = method.fit(ode_on(iia.EDM()), states(iia.EDM()), iia.grids.karras(3))
     assert midpoint.citation().count("@") == 1
 
 
@@ -127,7 +129,7 @@ def test_weights_that_are_tensors_and_constants_come_back_too(tmp_path):
     assert torch.equal(again.plan.run(ode_on(iia.EDM()), x), plan.run(ode_on(iia.EDM()), x))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.sampled_from(iia.solver_names()), st.sampled_from(ALL_SCHEDULES))
 def test_a_plan_runs_from_its_file_as_it_did_before(tmp_path_factory, name, schedule):
     try:
@@ -190,7 +192,7 @@ def test_another_prediction_type_or_condition_or_shape_is_refused_and_another_gu
             model, iia.EDM(), conditioning=conditioning, unconditional=null, guidance_scale=scale
         )
 
-    own = iia.preset("iia-ddim").fit(guided(2.0, y=torch.ones(6)), iia.grids.karras(3), x)
+    own = iia.preset("iia-ddim").fit(guided(2.0, y=torch.ones(6)), x, iia.grids.karras(3))
     with pytest.warns(MismatchWarning, match=r"guidance_scale 2.0, and this ODE has 3.0") as caught:
         iia.sample(guided(3.0, y=torch.ones(6)), x, solver=own)
     assert len(caught) == 1
@@ -225,7 +227,7 @@ def test_other_weights_of_the_model_give_a_warning_and_the_same_weights_none():
         return iia.ProbabilityFlowODE(Model(), iia.EDM())
 
     x = states(iia.EDM()).float()
-    fit = iia.preset("iia-edm").fit(ode(first), iia.grids.karras(3), x)
+    fit = iia.preset("iia-edm").fit(ode(first), x, iia.grids.karras(3))
     with pytest.warns(iia.errors.FingerprintWarning, match="the weights were not made for it"):
         iia.sample(ode(second), x, solver=fit)
     with warnings.catch_warnings():
@@ -309,10 +311,10 @@ def places(node, path=()):
         yield from places(node[key], (*path, key))
 
 
-def mutations(header):
-    """The header with one node deleted or replaced, for every node and replacement that changes it."""
-    for path in places(header):
-        for value in REPLACEMENTS:
+def mutations(header, first):
+    """The header with one node deleted or replaced: each node with a third of the replacements in turn, from `first` on."""
+    for i, path in enumerate(places(header)):
+        for value in REPLACEMENTS[(first + i) % 3 :: 3]:
             mutant = copy.deepcopy(header)
             *above, key = path
             parent = mutant
@@ -352,12 +354,12 @@ def stored(tmp_path_factory):
 def test_every_change_of_a_header_is_refused(stored):
     header, tensors, path = stored
     count = 0
-    for mutant in mutations(header):
+    for mutant in mutations(header, 0):
         save_file(tensors, path, {"iia_ode": json.dumps(mutant)})
         with pytest.raises(iia.errors.FileFormatError, match=r"damaged|holds a|format version"):
             iia.load(path)
         count += 1
-    assert count > 1000
+    assert count > 300
 
 
 def test_every_change_of_a_tensor_is_refused(stored):
@@ -375,7 +377,10 @@ def test_a_file_of_wrong_layout_is_refused_even_if_its_checksum_is_right(stored,
     del header["sha256"]
     ode, x = ode_on(iia.EDM()), states(iia.EDM())
     refused = 0
-    for mutant, kept in [*((h, tensors) for h in mutations(header)), *((header, t) for t in tensor_mutations(tensors))]:
+    for mutant, kept in [
+        *((h, tensors) for h in mutations(header, 1)),
+        *((header, t) for t in tensor_mutations(tensors)),
+    ]:
         write_tensors(path, mutant.get("kind"), kept, {k: v for k, v in mutant.items() if k not in ("kind", "format")})
         try:
             fit = iia.load(path)
@@ -388,7 +393,7 @@ def test_a_file_of_wrong_layout_is_refused_even_if_its_checksum_is_right(stored,
             warnings.simplefilter("ignore", iia.errors.FingerprintWarning)
             warnings.simplefilter("ignore", MismatchWarning)
             iia.sample(ode, x, solver=fit)
-    assert refused > 1000
+    assert refused > 300
 
 
 def test_a_header_that_is_no_object_is_refused(stored):

@@ -6,12 +6,13 @@ from support import mixture, normal
 
 import iia_ode as iia
 from iia_ode.iia import IIA, Teacher
+from iia_ode.iia.provenance import TeacherOptions
 
 F64 = torch.float64
 TIMES = [60.0, 10.0, 2.0, 0.5, 0.1, 0.01]
 
 
-def states(n=12, seed=0, schedule=None):
+def states(n=6, seed=0, schedule=None):
     schedule = schedule or iia.EDM()
     return mixture().noisy(n, schedule, schedule.t_of_noise_to_signal(80.0), torch.Generator().manual_seed(seed))
 
@@ -22,27 +23,25 @@ def ode(schedule=None):
 
 @pytest.fixture(scope="module")
 def fine():
-    return Teacher.solve(ode(), states(), 80.0, 0.0, steps=800)
+    return Teacher.solve(ode(), states(), 80.0, 0.0, steps=600)
 
 
 def test_with_many_steps_a_teacher_is_the_reference(fine):
     exact = iia.reference.solve(ode(), states(), 80.0, 0.0, sigma_min=0.002)
     assert float((fine.final - exact).abs().max()) < 1e-7
-    for t in TIMES:
+    for t in TIMES[::2]:
         there = iia.reference.solve(ode(), states(), 80.0, t)
         assert float((fine.at(t) - there).abs().max()) < 1e-7 * float(there.abs().max())
 
 
-@pytest.mark.parametrize(
-    "schedule", [iia.EDM(), iia.VP(), iia.FlowMatching(), iia.Cosine()], ids=lambda s: type(s).__name__
-)
+@pytest.mark.parametrize("schedule", [iia.EDM(), iia.FlowMatching(), iia.Cosine()], ids=lambda s: type(s).__name__)
 def test_sixty_steps_are_far_more_accurate_than_any_solver_with_few(schedule):
     x, start = states(schedule=schedule), schedule.t_of_noise_to_signal(80.0)
     teacher = Teacher.solve(ode(schedule), x, start, schedule.t_data)
     exact = iia.reference.solve(ode(schedule), x, start, schedule.t_data, sigma_min=0.002)
     student = iia.sample(ode(schedule), x, iia.grids.karras(10, schedule=schedule), "ipndm3")
     assert float((teacher.final - exact).norm()) < 0.02 * float((student - exact).norm())
-    assert (teacher.evaluations, teacher.sample_evaluations) == (61, 61 * 12)
+    assert (teacher.evaluations, teacher.sample_evaluations) == (61, 61 * 6)
 
 
 def test_sixty_steps_are_accurate_in_between_too(fine):
@@ -69,16 +68,16 @@ def test_a_teacher_for_a_grid_covers_it_and_takes_a_low_last_level_for_the_data(
         teacher = Teacher.for_grid(ode(schedule), states(schedule=schedule), grid, steps=10)
         assert (teacher.t_start, teacher.t_end) == (float(grid[0]), float(grid[-1]))
         assert teacher.sigma_min == pytest.approx(level, rel=1e-6)
-        assert teacher.way["steps"] == 10
+        assert teacher.record.options.steps == 10
         teacher.at(float(grid[2]))
 
 
 def test_a_teacher_is_the_same_in_chunks_and_gives_some_samples_when_asked(fine):
     whole, parts = (Teacher.solve(ode(), states(), 80.0, 0.0, steps=30, chunk_size=c) for c in (None, 5))
     assert torch.equal(whole.final, parts.final)
-    assert parts.evaluations == 3 * whole.evaluations
+    assert parts.evaluations == 2 * whole.evaluations
     assert parts.sample_evaluations == whole.sample_evaluations
-    for index in (slice(3, 7), torch.tensor([5, 0, 5])):
+    for index in (slice(2, 5), torch.tensor([5, 0, 5])):
         assert torch.equal(whole.at(1.0, index), whole.at(1.0)[index])
         part = whole.subset(index)
         assert torch.equal(part.final, whole.final[index])
@@ -95,15 +94,15 @@ def test_a_teacher_rests_on_the_host_in_the_dtype_of_the_states():
 def test_one_teacher_serves_every_grid_and_costs_a_fit_nothing_more(fine):
     for n in (3, 6):
         grid = iia.grids.karras(n)
-        fit = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), grid, states(), teacher=fine)
+        fit = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), states(), grid, teacher=fine)
         assert fit.record.evaluations == n
-        assert fit.record.teacher == fine.way == {"solver": "expab4", "steps": 800, "sigma_min": 0.002}
-    own = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), iia.grids.karras(3), states())
+        assert fit.record.teacher == fine.record.options == TeacherOptions("expab4", 0.002, 600)
+    own = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), states(), iia.grids.karras(3))
     assert own.record.evaluations == 3 + 61
 
 
 def test_a_trajectory_target_aims_at_the_teachers_states(fine):
-    fit = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), iia.grids.karras(4), states(), teacher=fine)
+    fit = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), states(), iia.grids.karras(4), teacher=fine)
     path = iia.odeint(ode(), states(), method=fit)
     for r in fit.reports:
         gap = fine.at(r.s) - path[r.index + 1]
@@ -115,7 +114,7 @@ def test_a_trajectory_target_repairs_what_earlier_steps_did_wrong():
     exact = iia.reference.solve(ode(), unseen, 80.0, 0.0)
     errors = {
         target: float(
-            (iia.sample(ode(), unseen, solver=IIA("ddim", "window", target).fit(ode(), grid, x)) - exact).norm()
+            (iia.sample(ode(), unseen, solver=IIA("ddim", "window", target).fit(ode(), x, grid)) - exact).norm()
         )
         for target in ("local", "trajectory")
     }
@@ -123,30 +122,30 @@ def test_a_trajectory_target_repairs_what_earlier_steps_did_wrong():
 
 
 def test_a_saved_teacher_comes_back_bit_equal(fine, tmp_path):
-    again = Teacher.load(fine.save(tmp_path / "teacher.safetensors"))
+    again = iia.load(fine.save(tmp_path / "teacher.safetensors"))
     assert torch.equal(again.at(3.0), fine.at(3.0))
     assert torch.equal(again.final, fine.final)
-    assert again.about == fine.about
+    assert again.record == fine.record
     again.check(ode(), states())
     with pytest.raises(iia.errors.MismatchError, match="was made for schedule EDM"):
-        Teacher.load(tmp_path / "teacher.safetensors", schedule=iia.VP())
+        iia.load(tmp_path / "teacher.safetensors", schedule=iia.VP())
 
 
 def test_a_teacher_of_another_ode_or_other_states_is_refused(fine):
     method, grid = IIA("ddim", target="trajectory"), iia.grids.karras(3)
     with pytest.raises(iia.errors.MismatchError, match="starts from other states"):
-        method.fit(ode(), grid, states(seed=1), teacher=fine)
+        method.fit(ode(), states(seed=1), grid, teacher=fine)
     with pytest.raises(iia.errors.MismatchError, match="starts from other states"):
-        method.fit(ode(), grid, states(5), teacher=fine)
+        method.fit(ode(), states(5), grid, teacher=fine)
     with pytest.raises(
         iia.errors.MismatchError, match=r"schedule .*Make one for this ODE, or use the ODE it was made for"
     ):
         fine.check(ode(iia.VP()), states())
     with pytest.raises(iia.errors.MismatchError, match=r"starts at t = 80 and the grid at 40"):
-        method.fit(ode(), iia.grids.karras(3, sigma_max=40.0), states(), teacher=fine)
+        method.fit(ode(), states(), iia.grids.karras(3, sigma_max=40.0), teacher=fine)
     higher = Teacher.solve(ode(), states(), 80.0, 0.5, steps=10)
     with pytest.raises(iia.errors.GridError, match="outside the trajectory"):
-        method.fit(ode(), grid, states(), teacher=higher)
+        method.fit(ode(), states(), grid, teacher=higher)
     other = iia.problems.Mixture(torch.ones(2, dtype=F64), normal(2, 4), torch.ones(2, 4, dtype=F64))
     with pytest.warns(iia.errors.FingerprintWarning, match="the teacher was made on a model"):
         fine.check(other.ode(iia.EDM()), states())

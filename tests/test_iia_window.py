@@ -43,7 +43,7 @@ def error(problem, schedule, grid, fit, x):
     return float((iia.sample(problem.ode(schedule), x, solver=fit) - exact).norm() / exact.norm())
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.sampled_from(BASES),
     st.integers(1, 10),
@@ -60,7 +60,7 @@ def test_on_isotropic_gaussian_data_a_window_is_exact_at_any_number_of_steps(
     x = problem.noisy(12, schedule, float(grid[0]), torch.Generator().manual_seed(0))
     unseen = problem.noisy(12, schedule, float(grid[0]), torch.Generator().manual_seed(1))
     method = IIA(base, "window", ExactFlow(problem), history=history, intercept=intercept, guard=False)
-    fit = method.fit(problem.ode(schedule), grid, x)
+    fit = method.fit(problem.ode(schedule), x, grid)
     assert len(fit.reports) == n  # the step that lands on the data is fitted too
     assert error(problem, schedule, grid, fit, unseen) < 1e-9
 
@@ -68,11 +68,11 @@ def test_on_isotropic_gaussian_data_a_window_is_exact_at_any_number_of_steps(
 @pytest.mark.parametrize(("base", "target"), [("ddim", "local"), ("heun", "trajectory")])
 def test_a_window_is_exact_on_the_targets_of_the_library_as_far_as_those_are(base, target):
     problem, schedule, grid = isotropic(0.7, 0.4), iia.EDM(), iia.grids.karras(4)
-    x = problem.noisy(16, schedule, 80.0, torch.Generator().manual_seed(0))
+    x = problem.noisy(12, schedule, 80.0, torch.Generator().manual_seed(0))
     ode = problem.ode(schedule)
-    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=1500, sigma_min=1e-6)
+    teacher = Teacher.solve(ode, x, 80.0, 0.0, steps=600, sigma_min=1e-5)
     options = {"target": target} if target == "trajectory" else {"target": iia.iia.Local(rtol=1e-12)}
-    fit = IIA(base, "window", **options).fit(ode, grid, x, teacher=teacher)
+    fit = IIA(base, "window", **options).fit(ode, x, grid, teacher=teacher)
     assert error(problem, schedule, grid, fit, x) < (1e-6 if target == "trajectory" else 1e-9)
     assert not fit.record.endpoint.fell_back
 
@@ -81,7 +81,7 @@ def test_a_window_leaves_no_direction_twice():
     """Heun's second stage is no grid point, but DDIM's evaluations are seen as its own and as an earlier step's start."""
     x = mixture().noisy(24, iia.EDM(), 80.0, torch.Generator().manual_seed(0))
     symbols = {
-        base: [r.symbols for r in IIA(base, "window", guard=False).fit(mixture().ode(iia.EDM()), GRID, x).reports]
+        base: [r.symbols for r in IIA(base, "window", guard=False).fit(mixture().ode(iia.EDM()), x, GRID).reports]
         for base in ("ddim", "heun")
     }
     assert symbols["ddim"] == [("z[i]", "D[i]"), *[("z[i]", "z[i-1]", "D[i]", "D[i-1]")] * 4]
@@ -94,11 +94,11 @@ GRID = iia.grids.karras(5)
 
 @pytest.mark.parametrize("schedule", [iia.EDM(), iia.FlowMatching()], ids=lambda s: type(s).__name__)
 def test_every_registered_solver_can_be_a_base_and_costs_the_same_fitted(schedule):
-    grid = iia.grids.karras(4, schedule=schedule)
-    x = mixture().noisy(24, schedule, float(grid[0]), torch.Generator().manual_seed(0))
-    for base in iia.solver_names():
+    grid = iia.grids.karras(3, schedule=schedule)
+    x = mixture().noisy(16, schedule, float(grid[0]), torch.Generator().manual_seed(0))
+    for base in iia.solver_names()[isinstance(schedule, iia.EDM) :: 2]:
         method = IIA(base, "window", guard=False, substeps=2)
-        fit = method.fit(mixture().ode(schedule), grid, x)
+        fit = method.fit(mixture().ode(schedule), x, grid)
         assert fit.nfe == method.base_solver.plan(schedule, grid).nfe, base
         assert all(r.after <= r.before and math.isfinite(sum(r.values)) for r in fit.reports), base
         assert bool(torch.isfinite(iia.sample(mixture().ode(schedule), x, solver=fit)).all()), base
@@ -107,7 +107,7 @@ def test_every_registered_solver_can_be_a_base_and_costs_the_same_fitted(schedul
 def test_the_windows_zero_correction_is_the_base():
     x = mixture().noisy(24, iia.EDM(), 80.0, torch.Generator().manual_seed(0))
     method = IIA("unipc", "window", ridge=1e300, intercept=True, guard=False)
-    fit = method.fit(mixture().ode(iia.EDM()), GRID, x)
+    fit = method.fit(mixture().ode(iia.EDM()), x, GRID)
     assert fit.plan.difference(method.base_solver.plan(iia.EDM(), GRID)) < 1e-13
 
 
@@ -115,7 +115,7 @@ def test_the_windows_zero_correction_is_the_base():
 
 
 def intercepted(ode, x, **options):
-    return IIA("ddim", "window", intercept=True, guard=False).fit(ode, GRID, x, **options)
+    return IIA("ddim", "window", intercept=True, guard=False).fit(ode, x, GRID, **options)
 
 
 def test_an_intercept_is_the_mean_residual_per_component_and_part_of_the_plan():
@@ -150,7 +150,7 @@ def test_an_intercept_reaches_what_one_weight_for_all_components_cannot():
     errors = []
     for intercept in (False, True):
         method = IIA("ddim", "biia-edm", ExactFlow(problem), history=0, intercept=intercept, guard=False)
-        errors.append(error(problem, schedule, grid, method.fit(problem.ode(schedule), grid, x), unseen))
+        errors.append(error(problem, schedule, grid, method.fit(problem.ode(schedule), x, grid), unseen))
     assert errors[0] > 1e-3
     assert errors[1] < 1e-11
 
@@ -165,5 +165,5 @@ def test_images_get_an_intercept_of_their_shape():
 def test_float32_states_are_fitted_as_exactly_as_they_can_hold(base):
     problem, grid = isotropic(0.7, 0.4), iia.grids.karras(6)
     x = problem.noisy(32, iia.EDM(), 80.0, torch.Generator().manual_seed(0)).float()
-    fit = IIA(base, "window", ExactFlow(problem), history=2, guard=False).fit(problem.ode(iia.EDM()), grid, x)
+    fit = IIA(base, "window", ExactFlow(problem), history=2, guard=False).fit(problem.ode(iia.EDM()), x, grid)
     assert error(problem, iia.EDM(), grid, fit, x) < 1e-4

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iia_ode as iia
 from iia_ode.iia import LeastSquares
 
 F64 = torch.float64
+few = settings(max_examples=15)
 
 
 def problem(seed, rows=60, columns=3):
@@ -27,6 +28,7 @@ def fed(a, b, sizes=None):
     return system
 
 
+@few
 @given(st.integers(0, 10_000))
 def test_the_solution_is_the_least_squares_solution(seed):
     a, b = problem(seed)
@@ -38,6 +40,7 @@ def test_the_solution_is_the_least_squares_solution(seed):
     assert solution.after == pytest.approx(float((b - a @ expected).square().mean().sqrt()), rel=1e-12)
 
 
+@few
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_chunks_of_any_size_give_the_very_same_numbers(seed, sizes):
     a, b = problem(seed, rows=sum(sizes) + 5)
@@ -46,15 +49,7 @@ def test_chunks_of_any_size_give_the_very_same_numbers(seed, sizes):
     assert (whole.before, whole.after) == (parts.before, parts.after)
 
 
-@given(st.integers(0, 10_000))
-def test_two_halves_merge_into_the_whole(seed):
-    a, b = problem(seed)
-    first, second = fed(a[:20], b[:20]), fed(a[20:], b[20:])
-    first.merge(second)
-    assert torch.equal(first.solve().coefficients, fed(a, b).solve().coefficients)
-    assert first.rows == 60
-
-
+@few
 @given(st.integers(0, 10_000), st.integers(1, 9))
 def test_the_components_of_a_sample_are_so_many_rows(seed, per_sample):
     a, b = problem(seed, rows=10 * per_sample)
@@ -64,6 +59,7 @@ def test_the_components_of_a_sample_are_so_many_rows(seed, per_sample):
     assert torch.allclose(system.solve().coefficients, fed(a, b).solve().coefficients, rtol=1e-10, atol=0)
 
 
+@few
 @given(st.integers(0, 10_000), st.floats(1e-6, 1e6))
 def test_ridge_is_relative_to_the_size_of_each_column(seed, scale):
     a, b = problem(seed)
@@ -122,8 +118,6 @@ def test_misuse_is_named():
         LeastSquares(0)
     with pytest.raises(iia.errors.InputError, match="expected 2 columns, got 3"):
         LeastSquares(2).add([c[:, None] for c in problem(0)[0].T], problem(0)[1][:, None])
-    with pytest.raises(iia.errors.InputError, match="cannot merge 3 columns into 2"):
-        LeastSquares(2).merge(LeastSquares(3))
 
 
 # ---- an intercept ----------------------------------------------------------------------------------------------------
@@ -154,6 +148,7 @@ def dense(columns, target):
     return torch.linalg.lstsq(a, target.reshape(-1, 1), driver="gelsd").solution[:, 0], a
 
 
+@few
 @given(st.integers(0, 10_000), st.integers(3, 12), st.integers(2, 6))
 def test_an_intercept_is_fitted_jointly_with_the_other_columns(seed, samples, components):
     columns, target = batch(seed, samples, components)
@@ -169,6 +164,7 @@ def test_an_intercept_is_fitted_jointly_with_the_other_columns(seed, samples, co
     )
 
 
+@few
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 4), min_size=1, max_size=5))
 def test_with_an_intercept_too_chunks_of_any_size_give_the_very_same_numbers(seed, sizes):
     columns, target = batch(seed, samples=sum(sizes) + 2)
@@ -177,36 +173,7 @@ def test_with_an_intercept_too_chunks_of_any_size_give_the_very_same_numbers(see
     assert torch.equal(whole.constant, parts.constant)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 11))
-def test_with_an_intercept_two_parts_merge_into_the_whole(seed, cut):
-    columns, target = batch(seed)
-    whole = with_intercept(columns, target).solve()
-    first, second = (
-        with_intercept([c[rows] for c in columns], target[rows]) for rows in (slice(cut), slice(cut, None))
-    )
-    first.merge(second)
-    parts = first.solve()
-    assert torch.allclose(parts.coefficients, whole.coefficients, rtol=1e-10, atol=1e-12)
-    assert torch.allclose(parts.constant, whole.constant, rtol=1e-10, atol=1e-10)
-    assert parts.after == pytest.approx(whole.after, rel=1e-10)
-
-
-@pytest.mark.parametrize("intercept", [False, True])
-def test_what_was_accumulated_can_be_sent_and_rebuilt(intercept):
-    columns, target = batch(0)
-    system = LeastSquares(3, intercept=intercept)
-    system.add(columns, target)
-    factors, total = system.state()
-    again = LeastSquares.of_state(
-        factors, total, samples=system.samples, rows=system.rows, shape=system.sample_shape, intercept=intercept
-    )
-    assert torch.equal(again.solve().coefficients, system.solve().coefficients)
-    empty = LeastSquares(3, intercept=intercept)
-    empty.merge(LeastSquares.of_state(*empty.state(), samples=0, rows=0, shape=(), intercept=intercept))
-    empty.merge(system)
-    assert torch.equal(empty.solve().coefficients, system.solve().coefficients)
-
-
+@few
 @given(st.integers(0, 10_000), st.floats(1e-4, 10.0))
 def test_ridge_shrinks_an_intercept_towards_zero_as_it_does_a_column(seed, ridge):
     columns, target = batch(seed, offset=1.0)

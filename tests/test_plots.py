@@ -21,9 +21,10 @@ def stepwise():
 
 @pytest.fixture(scope="module")
 def found():
-    """One fit in closed form and one that was refined."""
-    ode, x = get_setting("mixture").draw(32, 0)
-    return {budget: iia.fit(ode, 4, x=x, budget=budget, sigma_max=80.0) for budget in ("closed-form", "standard")}
+    """The result of a search with fits in closed form and a refinement."""
+    ode, x = get_setting("mixture").draw(16, 0)
+    budget = iia.Budget(teacher_steps=20, rounds=((0.25, 1),), descent=0, starts=1, iterations=2)
+    return iia.fit(ode, 4, x=x, budget=budget, sigma_max=80.0)
 
 
 def lines_of(axes):
@@ -44,8 +45,7 @@ def test_coefficients_have_a_line_each_and_steps_that_keep_the_base_are_shaded(s
 
 
 def test_without_steps_of_its_own_a_fits_weights_are_those_of_its_states_on_data_estimates(found):
-    whole = found["closed-form"]
-    fit = iia.FittedSolver(whole.plan, (), whole.record)
+    fit = iia.FittedSolver(found.plan, (), found.record)
     (axes,) = plots.plot_coefficients(fit).axes
     lines, form = lines_of(axes), fit.plan.canonical()
     assert set(lines) == {"D[i]", "D[i-1]", "D[i-2]", "D[i-3]"}
@@ -70,24 +70,21 @@ def test_residuals_of_a_fit_to_the_whole_batch_have_no_held_out_half():
     assert set(lines_of(plots.plot_residuals(fit).axes[0])) == {"base", "fitted"}
 
 
-@pytest.mark.parametrize("budget", ["closed-form", "standard"])
-def test_ingredients_have_a_bar_each_and_the_chosen_one_is_in_colour(found, budget):
-    fit = found[budget]
-    ingredients = fit.record.search.ingredients
-    (axes,) = plots.plot_ingredients(fit).axes
+def test_ingredients_have_a_bar_each_and_the_chosen_one_is_in_color(found):
+    ingredients = found.record.search.ingredients
+    (axes,) = plots.plot_ingredients(found).axes
     assert [t.get_text() for t in axes.get_yticklabels()] == [i.name for i in ingredients]
     assert [bar.get_width() for bar in axes.patches] == [i.error for i in ingredients]
-    colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in axes.patches]
+    colors = [mpl.colors.to_hex(bar.get_facecolor()) for bar in axes.patches]
     (chosen,) = (k for k, i in enumerate(ingredients) if i.chosen)
-    assert colours.count(colours[chosen]) == 1
+    assert colors.count(colors[chosen]) == 1
 
 
 def test_an_ingredient_that_could_not_be_made_is_named_without_a_bar(found):
-    fit = found["closed-form"]
-    first, *others = fit.record.search.ingredients
+    first, *others = found.record.search.ingredients
     entries = (replace(first, error=None), *others)
-    record = replace(fit.record, search=replace(fit.record.search, ingredients=entries))
-    changed = iia.FittedSolver(fit.plan, fit.reports, record)
+    record = replace(found.record, search=replace(found.record.search, ingredients=entries))
+    changed = iia.FittedSolver(found.plan, found.reports, record)
     (axes,) = plots.plot_ingredients(changed).axes
     assert len(axes.patches) == len(entries) - 1
     assert axes.texts[0].get_text() == "not possible"
@@ -100,11 +97,11 @@ def test_only_what_one_call_found_has_ingredients(stepwise):
 
 def test_no_text_of_a_figure_overlaps_another(stepwise, found, tmp_path):
     grid = iia.grids.karras(25)
-    ode, x = get_setting("mixture").draw(40, 0)
-    long = iia.IIA("heun", terms="window", history=2, guard=False).fit(ode, x, grid)
-    figures = [plots.plot_coefficients(f) for f in (stepwise, long, *found.values())]
+    ode, x = get_setting("mixture").draw(12, 0)
+    long = iia.IIA("heun", terms="window", history=2, guard=False, substeps=2).fit(ode, x, grid)
+    figures = [plots.plot_coefficients(f) for f in (stepwise, long, found)]
     figures += [plots.plot_residuals(f) for f in (stepwise, long)]
-    figures += [plots.plot_ingredients(f) for f in found.values()]
+    figures.append(plots.plot_ingredients(found))
     for k, figure in enumerate(figures):
         assert plots.save_figure(figure, tmp_path / f"{k}.png").stat().st_size > 1000
         (axes,) = figure.axes

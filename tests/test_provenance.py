@@ -98,7 +98,7 @@ RECORDS = st.builds(
     batch=WHOLE,
     held_out=WHOLE,
     endpoint=st.builds(Endpoint, maybe(NUMBERS), maybe(NUMBERS), st.booleans(), st.text(), st.text()),
-    teacher=maybe(st.builds(TeacherOptions, st.text(), NUMBERS, maybe(WHOLE), maybe(NUMBERS))),
+    teacher=maybe(st.builds(TeacherOptions, st.text(), NUMBERS, WHOLE)),
     evaluations=WHOLE,
     sample_evaluations=WHOLE,
     seed=maybe(WHOLE),
@@ -117,7 +117,7 @@ REPORTS = st.integers(0, 3).flatmap(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=25)
 @given(RECORDS | REPORTS)
 def test_a_record_goes_through_json_unchanged(value):
     text = json.dumps(to_json(value), allow_nan=False)
@@ -141,7 +141,7 @@ def a_record():
         batch=8,
         held_out=4,
         endpoint=Endpoint(0.2, 0.1, False, "solver expab4", "why"),
-        teacher=TeacherOptions("dopri8", 0.002, 60, 1e-9),
+        teacher=TeacherOptions("expab4", 0.002, 60),
         evaluations=10,
         sample_evaluations=80,
         seed=3,
@@ -277,12 +277,12 @@ def test_every_part_of_a_record_comes_back_from_a_file_and_is_described(tmp_path
     again = iia.load(fit.save(tmp_path / "fit.safetensors"))
     assert (again.record, again.reports) == (fit.record, fit.reports)
     assert str(again) == str(fit) and again.explain() == fit.explain()
-    for part in ("dopri8", "scalars", "ipndm3", "1 of 1 iterations", "2 made for the last choice", "seed 3"):
+    for part in ("expab4", "scalars", "ipndm3", "1 of 1 iterations", "2 made for the last choice", "seed 3"):
         assert part in str(fit)
     assert "fell from 0.2 to 0.1" in fit.explain() and "6 were asked for" in fit.explain()
 
 
-@settings(max_examples=50)
+@settings(max_examples=15)
 @given(RECORDS, many(REPORTS))
 def test_any_record_can_be_described_and_explained(record, reports):
     fit = iia.FittedSolver(a_fit().plan, reports, record)

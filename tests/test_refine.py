@@ -94,7 +94,7 @@ def structured(schedule, seed=0):
     z = torch.randn((12, *shape), dtype=F64, generator=torch.Generator().manual_seed(seed))
     x = math.hypot(schedule.alpha(t), schedule.sigma(t)) * z
     method = IIA("ddim", terms=window, target="local", ridge=1e-3, guard=False, intercept=True)
-    return method.fit(ode, levels(schedule, 40.0, 4.0, 0.5), x).plan, ode, x
+    return method.fit(ode, x, levels(schedule, 40.0, 4.0, 0.5)).plan, ode, x
 
 
 @pytest.mark.parametrize("schedule", [iia.EDM(), iia.VP()], ids=["EDM", "VP"])

@@ -27,6 +27,7 @@ from iia_ode.plan import (
     Plan,
     Run,
     evaluator,
+    read_plan,
     read_run,
     run_code,
 )
@@ -55,7 +56,7 @@ save_file(ends, sys.argv[1])
 
 def fitted() -> Plan:
     method = iia.IIA("dpmpp_2m", terms="window", target="trajectory", intercept=True)
-    return method.fit(ODE, GRID, mixture().noisy(24, EDM, 20.0, generator(2))).plan
+    return method.fit(ODE, mixture().noisy(24, EDM, 20.0, generator(2)), GRID).plan
 
 
 def odd() -> Plan:
@@ -202,9 +203,9 @@ def test_a_run_on_a_schedule_of_functions_is_read_with_the_schedule(tmp_path: Pa
     plan = iia.get_solver("ddim").plan(schedule, iia.grids.karras(3, schedule=schedule))
     run = plan.start(X.float())
     path = run.save(tmp_path / "run")
-    with pytest.raises(iia.FileFormatError, match="schedule"):
+    with pytest.raises(iia.errors.FileFormatError, match="schedule"):
         read_run(path)
-    with pytest.raises(iia.MismatchError, match="schedule"):
+    with pytest.raises(iia.errors.MismatchError, match="schedule"):
         read_run(path, schedule=EDM)
     assert torch.equal(read_run(path, schedule=schedule).state, X.float())
 
@@ -225,7 +226,7 @@ def test_a_file_whose_run_cannot_go_on_is_refused(tmp_path: Path, change: dict[s
     tensors, header = read_tensors(path, "run")
     rest = {k: v for k, v in header.items() if k not in ("format", "kind")}
     write_tensors(path, "run", tensors, rest | change)
-    with pytest.raises(iia.FileFormatError, match=message):
+    with pytest.raises(iia.errors.FileFormatError, match=message):
         read_run(path)
 
 
@@ -279,7 +280,7 @@ def test_previews_are_estimates_of_the_data_whatever_the_model_predicts(predicti
     ode = mixture().ode(EDM, prediction)
     for name in ("heun", "dpmpp_3m", "unipc"):
         run = PLANS[name].start(X, prediction)
-        with pytest.raises(iia.InputError, match="no evaluation yet"):
+        with pytest.raises(iia.errors.InputError, match="no evaluation yet"):
             _ = run.data
         while not run.done:
             state, t = run.state, run.t
@@ -297,35 +298,35 @@ def test_previews_are_estimates_of_the_data_whatever_the_model_predicts(predicti
 )
 def test_an_output_or_an_edit_that_does_not_fit_is_refused(output: Any) -> None:
     run = begun(PLANS["euler"])
-    with pytest.raises(iia.InputError, match="output"):
+    with pytest.raises(iia.errors.InputError, match="output"):
         run.give(output)
-    with pytest.raises(iia.InputError, match="an edited state must be"):
+    with pytest.raises(iia.errors.InputError, match="an edited state must be"):
         run.edit(output)
 
 
 def test_a_run_that_is_done_takes_nothing_more() -> None:
     run = begun(PLANS["euler"], PLANS["euler"].nfe)
     for call in (run.give, run.edit):
-        with pytest.raises(iia.InputError, match=r"done.*run\.state"):
+        with pytest.raises(iia.errors.InputError, match=r"done.*run\.state"):
             call(X)
 
 
 def test_a_start_that_does_not_fit_is_refused() -> None:
     plan = PLANS["euler"]
-    with pytest.raises(iia.InputError, match="float32 or float64"):
+    with pytest.raises(iia.errors.InputError, match="float32 or float64"):
         plan.start(X.half())
-    with pytest.raises(iia.UnknownNameError, match="noise"):
+    with pytest.raises(iia.errors.UnknownNameError, match="noise"):
         plan.start(X, "nois")
-    with pytest.raises(iia.MismatchError, match="condition 'c'"):
+    with pytest.raises(iia.errors.MismatchError, match="condition 'c'"):
         odd().start(X)
-    with pytest.raises(iia.InputError, match=r"linear map of samples \[4\]|weight of shape \[4\]"):
+    with pytest.raises(iia.errors.InputError, match=r"linear map of samples \[4\]|weight of shape \[4\]"):
         odd().start(normal(2, 5), conditioning=LABELS)
 
 
 def test_a_model_that_writes_to_memory_it_returned_is_refused() -> None:
     run, buffer = iia.get_solver("dpmpp_2m").plan(EDM, GRID).start(X), torch.zeros_like(X)
     run.give(buffer)
-    with pytest.raises(iia.InputError, match="memory that it had returned before"):
+    with pytest.raises(iia.errors.InputError, match="memory that it had returned before"):
         run.give(buffer)
 
 
@@ -337,7 +338,7 @@ def test_a_model_that_fails_only_once_is_told_from_a_failing_model() -> None:
         return x * (float("nan") if len(calls) == 2 else 0.5)
 
     ode = iia.ProbabilityFlowODE(flaky, EDM)
-    with pytest.raises(iia.NonFiniteError, match="other outputs for the same inputs"):
+    with pytest.raises(iia.errors.NonFiniteError, match="other outputs for the same inputs"):
         PLANS["euler"].run(ode, X)
 
 
@@ -369,7 +370,7 @@ def test_gradients_reach_the_weights_of_a_plan_at_every_run() -> None:
 def test_plans_are_equal_if_their_content_is(plans: dict[str, Plan], tmp_path: Path) -> None:
     assert len(set(plans.values())) == len({p._content for p in plans.values()})
     for name, plan in plans.items():
-        again = Plan.load(plan.save(tmp_path / name))
+        again = read_plan(plan.save(tmp_path / name))
         assert again == plan and hash(again) == hash(plan) and again is not plan
         assert replace(plan, name="other") == plan
         last = plan.code[-1]

@@ -1,11 +1,11 @@
-"""Budgets: what a search may spend, and its options."""
+"""Budgets: limits and options of a search."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from ..checks import check_flag, check_whole
+from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, unknown_name
 from .search import check_rounds, samples_of
 
@@ -19,25 +19,25 @@ _WARM = 2  # kinds of warm start, where any is tried
 
 @dataclass(frozen=True)
 class Budget:
-    """What :func:`iia_ode.fit` may spend, and how it splits and runs the samples.
+    """Limits of the work of :func:`iia_ode.fit`, and options of its samples.
 
     Parameters
     ----------
-    draws : minimum number of initial states where no teacher is given. Missing ones are drawn as sigma N(0, I), reusing the
-        given conditions evenly. Each costs a trajectory of the teacher, in memory too, and the work of the fits on it.
+    draws : minimum number of initial states where no teacher is given. Missing states are drawn as sigma N(0, I), reusing the
+        given conditions evenly. Each state costs a trajectory of the teacher, in memory too, and the work of the fits.
     teacher_steps : minimum number of steps of the accurate trajectories; see :meth:`steps`.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.autofit.search_grid`.
     levels : passes of :func:`~iia_ode.autofit.search_levels` over the levels of the best grid.
     warm_starts : whether pipelines with a :class:`~iia_ode.WarmStart` are tried.
-    starts : number of closed-form fits that are refined. From 2 on, the best with and the best without a warm start are among
-        them; from 3 on also the best with a warm start per class, where there is one.
+    starts : number of closed-form fits that are refined. With 2 or more, the best fit with a warm start and the best fit
+        without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
     iterations, probes : iterations, and Rademacher probes per sample, of each refinement.
-    finals : fresh samples for the final choice, as a multiple of the number of draws; drawn under held-out conditions. Each
-        costs a trajectory, of which the end is kept.
+    finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
+        sample costs a trajectory, whose final state alone is kept.
     held_out : share of the samples, the last ones, that decide between solvers.
-    chunk_size : number of samples that go through the model at once, in all processes together.
-    checkpointed : whether refinements recompute each evaluation on the backward pass: the memory of one evaluation of a
-        chunk instead of all, for half as much work again. For models with large graphs.
+    chunk_size : number of samples per model call, in all processes together.
+    checkpointed : whether refinements recompute each evaluation in the backward pass. Memory is then that of a single
+        evaluation of a chunk, and the work of a refinement grows by half. For models with large graphs.
 
     Raises
     ------
@@ -63,17 +63,16 @@ class Budget:
         least = dict.fromkeys(("draws", "descent", "levels", "starts", "finals"), 0)
         least |= {"teacher_steps": 2, "iterations": 1, "probes": 1}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
-            raise InputError(f"this is no budget: {', '.join(wrong)}; it needs finite numbers of at least {least}.")
-        if isinstance(self.held_out, bool) or not 0 < self.held_out < 1:
-            raise InputError(f"held_out must be a share of the samples between 0 and 1, got {self.held_out!r}.")
+            raise InputError(f"this is no budget: {', '.join(wrong)}; give finite numbers of at least {least}.")
+        check_number("held_out, the share of the samples that decide between solvers,", self.held_out, above=0, below=1)
         check_whole("chunk_size", self.chunk_size, least=1)
         check_flag("warm_starts", self.warm_starts)
         check_flag("checkpointed", self.checkpointed)
 
     def steps(self, nfe: int) -> int:
-        """Steps of the teacher of fits with `nfe` evaluations, four per evaluation at least.
+        """Number of steps of the teacher of fits with `nfe` evaluations: `teacher_steps`, and at least four per evaluation.
 
-        The teacher judges the fits, so its error must stay far below theirs.
+        The teacher judges the fits, so the error of the teacher must stay far below their errors.
         """
         return max(self.teacher_steps, 4 * nfe)
 
@@ -85,6 +84,10 @@ class Budget:
         nfe : evaluations of the solver.
         candidates : leap grids of the first round.
         batch, train : number of draws, and of training samples among them.
+
+        Returns
+        -------
+        The number of sample evaluations, with a backward pass counted as two.
         """
         search, alive = 0, candidates if nfe > 1 else 0
         for share, keep in self.rounds:
@@ -121,11 +124,11 @@ BUDGETS: dict[str, Budget] = {
         finals=2.0,
     ),
 }
-"""Budgets by name: without gradients; with one refinement; and with more of everything and fresh samples to choose by."""
+"""Budgets by name. "closed-form" needs no gradients, "standard" has one refinement, "thorough" has more of everything."""
 
 
 def budget_of(budget: str | Budget) -> Budget:
-    """The budget, or the budget of that name."""
+    """The budget itself, or the budget of a name."""
     if isinstance(budget, Budget):
         return budget
     if not isinstance(budget, str):

@@ -1,48 +1,39 @@
-"""`iia_ode.fit`: search for the most accurate solver with a given number of evaluations. Every choice uses held-out noise."""
+"""`iia_ode.fit`: the search for the most accurate solver with a given number of evaluations."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_seed, check_whole
-from ..errors import GridError, InputError, MismatchError
+from ..checks import check_number, check_seed, check_whole
+from ..errors import GridError, InputError
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
-from ..iia.provenance import (
-    UNJUDGED,
-    Ingredient,
-    Named,
-    RefinementRecord,
-    SearchRecord,
-    Split,
-    StageCost,
-    finite,
-    to_json,
-)
+from ..iia.method import record_of
+from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later, to_json
 from ..iia.refinement import Refinement
-from ..iia.teacher import Teacher
+from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
-from ..solvers import get_solver
 from .budget import Budget, budget_of
 from .grids import leap_grids
-from .pipeline import Contender, Cost
+from .pipeline import SCALARS, Contender
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
 from .thorough import fresh_states, judged, more_states, warm_started, with_ends
 
 __all__ = ["fit", "smallest_level", "start_time"]
 
-_NOISIEST = 80.0  # level of the start where the model says nothing of the data at the schedule's noisiest time
-_FEW = 64  # draws below which a choice is not to be trusted far
-_FEWEST = 8
+_NOISIEST = 80.0  # level of the start where the output does not determine the data at the schedule's noisiest time
+_FEW = 64  # draws, below which the log warns that a choice is uncertain
+_FEWEST = 8  # draws, below which a search is refused
 
 _log = logging.getLogger(__name__)
 
@@ -62,17 +53,18 @@ def fit(
     seed: int = 0,
     progress: bool = False,
 ) -> FittedSolver:
-    """The most accurate solver with `nfe` evaluations that a budget finds for this model.
+    """Search for the most accurate solver with `nfe` evaluations, within a budget.
 
-    Accurate trajectories are made once, from the given noise. Grids that leap from the noisiest level are searched, each with
-    weights in closed form (:class:`~iia_ode.IIA` over DDIM with ``terms="window"`` and ``target="trajectory"``). A budget
-    above ``"closed-form"`` then refines weights and grid of the best together (:func:`~iia_ode.iia.refine`), and
-    ``"thorough"`` the best of each kind: without a warm start, with one, with one per class.
+    A :class:`~iia_ode.Teacher` integrates the samples accurately, once. The search tries grids that leap from the noisiest
+    level, each with weights in closed form (:class:`~iia_ode.IIA` over DDIM with ``terms="window"`` and
+    ``target="trajectory"``). The budget ``"standard"`` then refines weights and times of the best solver together
+    (:func:`~iia_ode.iia.refine`). ``"thorough"`` refines the best solver of each kind: without a warm start, with a warm
+    start, and with a warm start per class.
 
-    Grids and kinds of weights are chosen by two-fold cross-validation on the first part of the samples; the solvers made of
-    them are chosen by endpoint error on the rest, which is held out. A classic solver without a fit is among the candidates.
-    Last, the chosen solver is fitted to all samples, where there are enough of them and that helps; the reported errors are
-    those before. ``"thorough"`` makes the last choice on fresh samples too.
+    Two-fold cross-validation on the training samples chooses grids and kinds of weights. The endpoint error on held-out
+    samples, and with ``"thorough"`` on fresh samples too, chooses among the resulting solvers and a classic solver without a
+    fit. Last, the chosen solver is fitted to all samples where the samples are enough and the error falls; the reported errors
+    are those before this last fit.
 
     The search is silent. ``progress=True`` shows bars, and the logger ``iia_ode`` has every finding at level INFO.
 
@@ -81,34 +73,35 @@ def fit(
     ode : the model. Conditions have one entry per sample, or one for all samples; guidance is part of the model. For
         several processes pass :func:`iia_ode.distributed` of it, and the same arguments in each process.
     nfe : number of evaluations of a run, at least 1.
-    noise : draws of standard normal noise [B, ...], float32 or float64: 8 at least, 64 or more are advisable, 256 are good. A
-        draw that is there twice counts once.
-    x : instead of `noise`, initial states [B, ...] at the noisiest level, float32 or float64, taken as they are.
-    shape : instead of both, the shape of one sample: `samples` draws are made from `seed`, in float32.
+    noise : draws of standard normal noise [B, ...], float32 or float64. At least 8 draws; 64 or more are advisable, and 256
+        are good. Copies are left out.
+    x : initial states [B, ...] at the noisiest level, float32 or float64, instead of `noise`.
+    shape : shape of one sample, instead of `noise` and `x`: the search makes `samples` draws in float32.
     samples : number of draws for `shape`.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`. A budget may add draws.
-    sigma_max : level sigma/alpha to start from; by default the schedule's noisiest, or 80 where the model says nothing of the
-        data there (noise or score prediction at alpha = 0).
-    sigma_min : level sigma/alpha whose data estimate the teacher takes for the data, the smallest of the model's training;
-        by default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if that is higher.
-    teacher : accurate trajectories of these very initial states, if there are any already. No draws are added to them.
+    sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule, or 80 where the output
+        of the model does not determine the data there (noise or score prediction at alpha = 0).
+    sigma_min : level sigma/alpha at which the data estimate of the teacher becomes the final state; the smallest level of the
+        model's training. By default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if
+        that is higher.
+    teacher : accurate trajectories from these initial states, if they exist already. A budget then adds no draws.
     seed : seed of the draws for `shape`, of added draws and of the Rademacher probes of refinements.
     progress : show bars.
 
     Returns
     -------
-    A solver that starts from ``sigma * noise`` at ``fit.grid[0]`` and ends at the data. ``fit.record.search`` lists every
-    solver that was made, with its error and cost; ``fit.explain()`` puts the record into words.
+    The solver, from ``sigma * noise`` at ``fit.grid[0]`` to the data. ``fit.record.search`` lists all solvers of the search
+    with errors and costs; ``fit.explain()`` puts the record into words.
 
     Raises
     ------
     InputError, GridError, MismatchError : an argument is not usable.
     NonFiniteError : the model is not finite.
-    RankError : of a distributed ODE: another process failed, was asked for another fit, or came to other decisions.
+    RankError : for a distributed ODE: another process failed, has other arguments, or came to other decisions.
 
     Warns
     -----
-    DuplicateWarning : some draws repeat others, and are left out.
+    DuplicateWarning : copies among the draws are left out.
     """
     chosen = budget_of(budget)
     for name, value in (("nfe", nfe), ("samples", samples)):
@@ -117,16 +110,16 @@ def fit(
     start = start_time(ode, sigma_max)
     states = _initial_states(ode, noise, x, shape, samples, start, seed)
     level = smallest_level(ode.schedule) if sigma_min is None else sigma_min
-    known = None if teacher is None else teacher.record
-    agree(ode, "fit", nfe, start, level, chosen, seed, known, states)
-    states = states.detach().to(ode.device or states.device)
-    batch = Batch(ode, states, _checked(teacher, ode, states, start), chosen.chunk_size)
+    agree(ode, "fit", nfe, start, level, chosen, seed, getattr(teacher, "record", teacher), states)
+    if teacher is not None:
+        check_teacher(teacher, ode, states, start)
+    batch = Batch(ode, states.detach().to(ode.device or states.device), teacher, chosen.chunk_size)
     batch = batch if shape is not None else batch.without_copies()
     if len(batch) < _FEWEST:
         raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
     begun, given = time.perf_counter(), len(batch)
     with ode.counting() as spent:
-        if teacher is None:
+        if teacher is None and chosen.draws > given:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
         context, costs, fresh = _prepared(batch, given, nfe, chosen, start, level, seed, progress)
         made: list[Contender | Ingredient] = [*rival(context)]
@@ -145,34 +138,34 @@ def fit(
         best = choose(contenders)
         with context.stage() as costs["last"]:
             last = last_fit(context, best, fresh)
-        costs["last"].samples += last.backward
-    result = _Result(
-        context, best, last, contenders, [m for m in made if isinstance(m, Ingredient)], costs, given,
-        0 if fresh is None else len(fresh), time.perf_counter() - begun,
-    )  # fmt: skip
-    context.say(f"chosen: {best.name}, error {best.error:.4g}; {result.seconds:.0f} s in all")
+        costs["last"].sample_evaluations += last.backward
+    seconds = time.perf_counter() - begun
+    context.say(f"chosen: {best.name}, error {best.error:.4g}; {seconds:.0f} s in all")
     if (ranks := ranks_of(ode)) is not None:
         errors = [c.error or math.nan for c in contenders]
         ranks.check_same(torch.tensor([*last.plan.grid, *errors], dtype=torch.float64, device="cpu"))
-    return result.solver(spent)
+    spent.samples += last.backward + sum(c.refinement.backward for c in contenders if c.refinement)
+    failed = [m for m in made if isinstance(m, Ingredient)]
+    draws = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
+    search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **draws)
+    return _solver(context, contenders, best, last, search, spent)
 
 
 # ---- before the search -----------------------------------------------------------------------------------------------
 
 
 def smallest_level(schedule: Schedule) -> float:
-    """The smallest level sigma/alpha that a model of this schedule may be asked at."""
+    """The smallest level sigma/alpha at which a model of this schedule is evaluated."""
     first = 0.0 if isinstance(schedule, Discrete) else schedule.t_data
     return max(0.002, schedule.noise_to_signal(first))
 
 
 def start_time(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
-    """The time to start from: that of the level `sigma_max`, or the schedule's noisiest usable time."""
+    """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule."""
     schedule = ode.schedule
     if sigma_max is not None:
-        if not (isinstance(sigma_max, int | float) and 0 < sigma_max < math.inf):
-            raise GridError(f"sigma_max must be a positive level sigma/alpha, got {sigma_max!r}.")
-        return schedule.t_of_noise_to_signal(float(sigma_max))
+        level = check_number("sigma_max, the level to start from,", sigma_max, above=0, error=GridError)
+        return schedule.t_of_noise_to_signal(level)
     if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
         return schedule.t_of_noise_to_signal(_NOISIEST)
     return schedule.t_noise
@@ -190,7 +183,7 @@ def _initial_states(
     """Initial states from noise, from states, or from the shape of one sample."""
     if sum(v is not None for v in (noise, x, shape)) != 1:
         raise InputError(
-            "a fit takes one of noise= (standard normal draws), x= (initial states) or shape= (of a sample)."
+            "a fit takes exactly one of noise= (standard normal draws), x= (initial states) or shape= (of a sample)."
         )
     if x is not None:
         check_start(ode, x)
@@ -205,27 +198,16 @@ def _initial_states(
     size = float(noise.double().square().mean().sqrt())
     if not 0.5 < size < 2.0:
         raise InputError(
-            f"noise must be draws of the standard normal distribution, and its root mean square is {size:.3g}: pass initial "
-            "states as x=."
+            f"noise must be standard normal, with root mean square near 1, got {size:.3g}: pass initial states as x=."
         )
     states = ode.schedule.sigma(t) * noise
     check_start(ode, states)
     return states
 
 
-def _checked(teacher: Teacher | None, ode: ProbabilityFlowODE, x: Tensor, start: float) -> Teacher | None:
-    """The given teacher, known to be of this ODE and of these states."""
-    if teacher is None:
-        return None
-    teacher.check(ode, x)
-    if teacher.t_start != start:
-        raise MismatchError(f"the teacher starts at t = {teacher.t_start:g}, the fit at {start:g}.")
-    return teacher
-
-
 def _prepared(
     batch: Batch, given: int, nfe: int, budget: Budget, start: float, level: float, seed: int, progress: bool
-) -> tuple[Context, dict[str, Cost], Batch | None]:
+) -> tuple[Context, dict[str, StageCost], Batch | None]:
     """The context with its teacher, the costs of the stages so far, and fresh samples with their final states."""
     held, finals = held_out_of(len(batch), budget.held_out), budget.finals_of(len(batch))
     ranks = ranks_of(batch.ode)
@@ -246,11 +228,11 @@ def _prepared(
                 progress=progress,
             )
             context = replace(context, batch=replace(memoized, teacher=teacher))
-        if finals:  # now, so that a model that fails on these draws fails before the work
+        if finals:  # before the search, so that a failure on these draws comes early
             drawn = fresh_states(batch, start, finals, len(batch) - held, seed)
             ended = with_ends(drawn, start, budget.steps(nfe), level, progress)
             fresh = replace(ended, ode=cached(ended.ode))
-    context.say(f"teacher: {cost.samples} sample evaluations, {cost.seconds:.1f} s")
+    context.say(f"teacher: {cost.sample_evaluations} sample evaluations, {cost.seconds:.1f} s")
     return context, {"teacher": cost}, fresh
 
 
@@ -275,7 +257,7 @@ def _announce(context: Context, batch: Batch, given: int, finals: int, start: fl
         context.say(f"the teacher has {len(batch)} trajectories: the budget's {budget.draws} draws are not made")
     if len(batch) < _FEW:
         context.say(
-            f"only {len(batch)} draws of noise: a choice by so few may be worse on others than a solver without a fit; give "
+            f"only {len(batch)} draws of noise: on other noise the chosen solver may be worse than an unfitted solver; give "
             f"{_FEW} or more, 256 are good"
         )
 
@@ -287,54 +269,34 @@ def _contenders(made: list[Contender | Ingredient]) -> list[Contender]:
 # ---- after the search ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """Everything that a search found, for its record."""
+def _search(
+    context: Context, contenders: list[Contender], failed: list[Ingredient], best: Contender, last: Last, **rest: Any
+) -> SearchRecord:
+    """The account of a search; `rest` has the remaining fields of the record."""
+    return SearchRecord(
+        rival=RIVAL,
+        budget=to_json(context.budget),
+        ingredients=(*(c.ingredient(chosen=c is best) for c in contenders), *failed),
+        refinement=None if best.refinement is None else _account(best.refinement),
+        steps=last.fit.split if last.fit and last.fit.reports else None,
+        fitted_to_all=last.plan is not best.plan,
+        checkpointed=context.budget.checkpointed,
+        **rest,
+    )
 
-    context: Context
-    best: Contender
-    last: Last
-    contenders: list[Contender]
-    failed: list[Ingredient]
-    costs: dict[str, Cost]
-    given: int
-    final_draws: int
-    seconds: float
 
-    def solver(self, spent: Ledger) -> FittedSolver:
-        """The chosen solver with its record."""
-        context, best, last = self.context, self.best, self.last
-        closed = last.fitted if best.refinement is None else None
-        backward = last.backward + sum(c.refinement.backward for c in self.contenders if c.refinement)
-        search = SearchRecord(
-            rival=RIVAL,
-            budget=to_json(context.budget),
-            ingredients=(*(c.ingredient(chosen=c is best) for c in self.contenders), *self.failed),
-            refinement=None if best.refinement is None else _account(best.refinement),
-            steps=Split(closed.record.batch, closed.record.held_out) if closed and closed.reports else None,
-            costs={k: StageCost(c.samples, c.seconds) for k, c in self.costs.items()},
-            fitted_to_all=last.plan is not best.plan,
-            given=self.given,
-            final_draws=self.final_draws,
-            checkpointed=context.budget.checkpointed,
-            seconds=self.seconds,
-        )
-        # A solver without a fit has the record of a fit over it with zero corrections.
-        options = {"held_out": context.held_out, "evaluations": spent.evaluations}
-        own = context.method.record(context.batch, endpoint=UNJUDGED, sample_evaluations=spent.samples, **options)
-        rival_error = next((c.error for c in self.contenders if c.pipeline is None), None)
-        record = replace(
-            own,
-            base=Named(RIVAL, get_solver(RIVAL).options()) if last.fitted is None else own.base,
-            terms=own.terms if last.fitted is None else last.fitted.record.terms,
-            intercept=last.fitted is not None and last.fitted.record.intercept,
-            endpoint=replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None),
-            sample_evaluations=spent.samples + backward,
-            seed=context.seed,
-            search=search,
-        )
-        plan = replace(last.plan, name=context.method.name or last.plan.name)
-        return FittedSolver(plan, closed.reports if closed else (), record)
+def _solver(
+    context: Context, contenders: list[Contender], best: Contender, last: Last, search: SearchRecord, spent: Ledger
+) -> FittedSolver:
+    """The chosen solver with its record."""
+    # A solver without a fit has the record of a fit with zero corrections.
+    weights, base = (SCALARS, RIVAL) if best.pipeline is None else (best.pipeline.weights, context.method.base)
+    method = replace(context.method, base=base, terms=weights.terms, intercept=weights.intercept)
+    rival_error = next((c.error for c in contenders if c.pipeline is None), None)
+    endpoint = replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None)
+    record = record_of(method, context.batch, context.held_out, endpoint, spent, seed=context.seed, search=search)
+    reports = later(last.fit.reports, last.plan.steps - last.fit.plan.steps) if last.fit else ()
+    return FittedSolver(replace(last.plan, name=context.method.name or last.plan.name), reports, record)
 
 
 def _account(refinement: Refinement) -> RefinementRecord:
@@ -342,5 +304,5 @@ def _account(refinement: Refinement) -> RefinementRecord:
         train=tuple(finite(i.train) for i in refinement.iterations),
         held_out=tuple(finite(i.held_out) for i in refinement.iterations),
         best=refinement.best,
-        reason=refinement.reason,
+        reason=refinement.status.value,
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -58,9 +57,10 @@ class LeapGrid:
             rest = karras(n - 1, self.sigma_min, self.sigma_1, self.rho, schedule=schedule, to_data=False)
         return _around(rest, schedule, t_start)
 
-    def scaled(self, name: str, factor: float) -> LeapGrid:
-        """The grid with one of its numbers scaled."""
-        return replace(self, **{name: getattr(self, name) * factor})
+    def moved(self, name: str, factor: float, levels: Levels) -> LeapGrid | None:
+        """The grid with a scaled `sigma_1`, `sigma_min` or `rho`; None where that grid does not fit."""
+        grid = replace(self, **{name: getattr(self, name) * factor})
+        return grid if grid.fits(levels) else None
 
     def fits(self, levels: Levels) -> bool:
         """Whether the grid lies between two levels, with room for its evaluations."""
@@ -96,14 +96,12 @@ class FreeGrid:
         inner = times_of(list(self.levels), schedule, False) if self.levels else as_grid([])
         return _around(inner, schedule, t_start)
 
-    def scaled(self, k: int, factor: float) -> FreeGrid:
-        """The grid with level k scaled."""
-        return FreeGrid((*self.levels[:k], self.levels[k] * factor, *self.levels[k + 1 :]))
-
-    def fits(self, levels: Levels, k: int) -> bool:
-        """Whether level k lies between its neighbors, with room."""
-        near = (levels.highest, *self.levels, levels.lowest)[k : k + 3]
-        return all(a > 1.02 * b for a, b in pairwise(near))
+    def moved(self, k: int, factor: float, levels: Levels) -> FreeGrid | None:
+        """The grid with a scaled level k; None where the level comes too close to its neighbors."""
+        above, level, below = (levels.highest, *self.levels, levels.lowest)[k : k + 3]
+        level *= factor
+        room = above > 1.02 * level and level > 1.02 * below
+        return FreeGrid((*self.levels[:k], level, *self.levels[k + 1 :])) if room else None
 
 
 @dataclass(frozen=True)
@@ -205,14 +203,8 @@ def search_grid(
     if nfe == 2:  # one free level
         alive = list({g.sigma_1: g for g in alive}.values())
     found = halving(objective, alive, rounds, len(batch))
-
-    def move(name: str) -> Callable[[LeapGrid, float], LeapGrid | None]:
-        def moved(grid: LeapGrid, factor: float) -> LeapGrid | None:
-            return new if (new := grid.scaled(name, factor)).fits(levels) else None
-
-        return moved
-
-    moves = [move(name) for name in (("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",))]
+    names = ("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",)
+    moves = [lambda grid, factor, name=name: grid.moved(name, factor, levels) for name in names]
     samples = samples_of(rounds[-1][0], len(batch))
     down = coordinate_descent(objective, found.best, moves, passes=descent, step=1.4, samples=samples)
     tried = {(t.candidate, t.samples) for t in found.trials}
@@ -244,14 +236,7 @@ def search_levels(
     schedule, levels = batch.ode.schedule, Levels.of(batch)
     objective = cache(two_fold(fit, replace(batch, ode=cached(batch.ode)), nfe))
     first = FreeGrid.of(start.times(nfe, schedule, batch.taught.t_start), schedule)
-
-    def move(k: int) -> Callable[[FreeGrid, float], FreeGrid | None]:
-        def moved(grid: FreeGrid, factor: float) -> FreeGrid | None:
-            return new if (new := grid.scaled(k, factor)).fits(levels, k) else None
-
-        return moved
-
-    moves = [move(k) for k in range(len(first.levels))]
+    moves = [lambda grid, factor, k=k: grid.moved(k, factor, levels) for k in range(len(first.levels))]
     if not bool(torch.isfinite(objective(first, len(batch))).all()):
         raise InputError("the grid to start from could not be fitted: the model is not finite on it.")
     return coordinate_descent(objective, first, moves, passes=passes, step=step, samples=len(batch))

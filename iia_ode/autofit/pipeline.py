@@ -1,4 +1,4 @@
-"""Pipelines of a fit: a warm start or none, a grid, and the kind of weights; and the solvers that they make."""
+"""Pipelines of a search (start, grid and kind of weights), and the contenders that pipelines produce."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from ..iia.batch import Batch
-from ..iia.directions import Terms, Window
-from ..iia.fitted import FittedSolver
-from ..iia.method import IIA
-from ..iia.provenance import Ingredient
+from ..iia.directions import Window
+from ..iia.provenance import Ingredient, StageCost
 from ..iia.ranking import cauchy_mean
 from ..iia.refinement import Refinement
+from ..iia.stepwise import Stepwise, StepwiseFit
 from ..plan import Plan
 from ..schedules import Schedule
 from ..warm_starts import Moments, WarmStart
 from .grids import FreeGrid, LeapGrid
 
-__all__ = ["RIDGE", "SCALARS", "Contender", "Cost", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]
+__all__ = ["RIDGE", "SCALARS", "Contender", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]
 
-RIDGE = 1e-7  # where no ridge is chosen: enough to keep weights of nearly parallel directions small
-_HELD_OUT = 0.2  # share of the samples that chooses the ridge
+RIDGE = 1e-7  # of fits without a choice of the ridge; keeps weights of nearly parallel directions small
+_HELD_OUT = 0.2  # share of the samples for the choice of the ridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,24 +37,24 @@ class Weights:
     """
 
     name: str
-    terms: str | Terms = "window"
+    terms: Window
     intercept: bool = False
 
     @property
     def groups(self) -> int:
         """Numbers per weight."""
-        projections = self.terms.projections if isinstance(self.terms, Window) else None
+        projections = self.terms.projections
         return 1 if projections is None else projections.count
 
 
-SCALARS = Weights("scalars")
+SCALARS = Weights("scalars", Window())
 
 
 def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
     """The kinds of weights for samples of a shape, scalars first; bands are for images [C, H, W].
 
-    The energy of images falls steeply with frequency. At any level of noise, low frequencies are further on their way than
-    high ones, and brightness further than color, so a weight per band can gain over a single weight.
+    The energy of images falls steeply with frequency. At any noise level, low frequencies have emerged further from the noise
+    than high frequencies, and brightness further than color. A weight per band can therefore gain over a single weight.
     """
     found = [SCALARS]
     if len(shape) == 3 and min(shape[1:]) >= 4:
@@ -68,7 +67,7 @@ def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A kind of warm start, always fitted to all training samples, also where the weights are fitted to a few.
+    """A kind of warm start, fitted to all training samples even where the weights are fitted to a few.
 
     Attributes
     ----------
@@ -85,7 +84,7 @@ class Start:
     labels: Tensor | None = None
 
     def take(self, batch: Batch, grid: Tensor) -> tuple[WarmStart, Batch, Tensor]:
-        """The warm start over the first interval of a grid; the batch and the grid from its end."""
+        """The warm start over the first interval of a grid, and batch and grid from the end of the interval."""
         t, s = (float(v) for v in grid[:2])
         before, after = self.train.x.cpu(), self.train.taught.at(s)
         warm = WarmStart.affine(
@@ -97,24 +96,24 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A warm start, if there is one, and the fit from its end."""
+    """A warm start, if any, and the fit from its end."""
 
     warm: WarmStart | None
-    rest: FittedSolver
+    fit: StepwiseFit
 
     @property
-    def whole(self) -> FittedSolver:
-        """The fit from the start of the grid."""
-        return self.rest if self.warm is None else self.rest.after(self.warm)
+    def plan(self) -> Plan:
+        """The plan from the start of the grid."""
+        return joined(self.warm, self.fit.plan)
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A way to make a solver: how the first interval is taken, on which grid, with which kind of weights.
+    """A recipe of a closed-form fit: the kind of start, the grid and the kind of weights.
 
     Attributes
     ----------
-    method : IIA, whose terms and intercept are set by `weights`.
+    method : the sequential fit, with other terms, intercept and ridge than those in use.
     nfe : number of evaluations of the solver.
     t_start : time of the initial states.
     start : the warm start; None for a cold start.
@@ -123,7 +122,7 @@ class Pipeline:
     weights : the kind of weights.
     """
 
-    method: IIA
+    method: Stepwise
     nfe: int
     t_start: float
     start: Start | None = None
@@ -153,60 +152,43 @@ class Pipeline:
     def plan(self, batch: Batch, grid: Tensor) -> Plan:
         """The plan of a quick closed-form fit on a grid, with a fixed small ridge."""
         warm, batch, grid = self._started(batch, grid)
-        return joined(warm, self._method(RIDGE).fit_batch(batch, grid.tolist(), 0.0).plan)
+        return joined(warm, self._method(RIDGE).fit(batch, grid.tolist(), 0.0).plan)
 
     def fit(self, batch: Batch, *, ridge: float | str = "auto") -> Parts:
-        """A closed-form fit on the pipeline's grid. With ``ridge="auto"`` a fifth of the batch chooses each step's ridge."""
+        """A closed-form fit on the pipeline's grid. For ``ridge="auto"`` a fifth of the batch is held out."""
         warm, batch, grid = self._started(batch, self.times(batch.ode.schedule))
         share = _HELD_OUT if ridge == "auto" else 0.0
-        return Parts(warm, self._method(ridge).fit_batch(batch, grid.tolist(), share))
+        return Parts(warm, self._method(ridge).fit(batch, grid.tolist(), share))
 
     def _started(self, batch: Batch, grid: Tensor) -> tuple[WarmStart | None, Batch, Tensor]:
         return (None, batch, grid) if self.start is None else self.start.take(batch, grid)
 
-    def _method(self, ridge: float | str) -> IIA:
+    def _method(self, ridge: float | str) -> Stepwise:
         return replace(self.method, terms=self.weights.terms, intercept=self.weights.intercept, ridge=ridge)
-
-
-@dataclass
-class Cost:
-    """Cost of a stage.
-
-    Attributes
-    ----------
-    samples : sample evaluations.
-    seconds : wall-clock time.
-    """
-
-    samples: int = 0
-    seconds: float = 0.0
-
-    def moved(self, other: Cost) -> None:
-        """Take over the cost of another stage, which is left with none of it."""
-        self.samples, self.seconds = self.samples + other.samples, self.seconds + other.seconds
 
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A solver that was made, and may become the result.
+    """A solver of a search, and a candidate for the result.
 
     Attributes
     ----------
     name : name in reports.
     plan : the solver.
-    errors : endpoint errors per sample, float64 [n], on the samples that judge.
-    cost : cost of making it.
-    pipeline : how it was made; None for a solver without a fit.
-    fitted : the closed-form fit; for a refined solver, the closed-form fit of the same pipeline.
-    refinement, warm : the refinement of the weights, and the warm start before them, if any.
+    errors : endpoint errors per sample, float64 [n], on the held-out samples, then on fresh samples if there are any.
+    cost : cost of the solver.
+    pipeline : recipe of the solver; None for a solver without a fit.
+    fit : the closed-form fit; None for a refined solver.
+    refinement : the refinement; None for a closed-form fit.
+    warm : the warm start; None for a cold start.
     """
 
     name: str
     plan: Plan
     errors: Tensor
-    cost: Cost
+    cost: StageCost
     pipeline: Pipeline | None = None
-    fitted: FittedSolver | None = None
+    fit: StepwiseFit | None = None
     refinement: Refinement | None = None
     warm: WarmStart | None = None
 
@@ -222,14 +204,14 @@ class Contender:
         return error if math.isfinite(error) else None
 
     def judged(self, errors: Tensor) -> Contender:
-        """The same solver with the errors of more samples."""
+        """The contender with the errors of more samples."""
         return replace(self, errors=torch.cat([self.errors, errors]))
 
     def ingredient(self, *, chosen: bool) -> Ingredient:
         """The entry in the record of the search."""
-        return Ingredient(self.name, self.error, self.cost.samples, self.cost.seconds, chosen)
+        return Ingredient(self.name, self.error, self.cost.sample_evaluations, self.cost.seconds, chosen)
 
 
 def joined(warm: WarmStart | None, rest: Plan) -> Plan:
-    """The plan of a warm start, if there is one, and of what follows."""
+    """The plan of a warm start, if any, followed by a plan."""
     return rest if warm is None else warm.then(rest)

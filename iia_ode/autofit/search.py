@@ -66,22 +66,6 @@ class Search(Generic[G]):
         return self.ranking[0]
 
 
-class _Trials(Generic[G]):
-    """The trials of a search; each candidate is tried once on a number of samples."""
-
-    def __init__(self, objective: Objective[G]) -> None:
-        self.objective = objective
-        self.made: dict[tuple[G, int], Trial[G]] = {}
-
-    def ranked(self, candidates: Sequence[G], samples: int, *, last: bool) -> list[G]:
-        """The candidates, best first."""
-        for candidate in candidates:
-            if (candidate, samples) not in self.made:
-                self.made[candidate, samples] = Trial(candidate, self.objective(candidate, samples), samples)
-        errors = [self.made[candidate, samples].errors for candidate in candidates]
-        return ranked(candidates, errors, outliers_too=last)
-
-
 def halving(
     objective: Objective[G], candidates: Sequence[G], rounds: Sequence[tuple[float, int]], samples: int
 ) -> Search[G]:
@@ -106,13 +90,18 @@ def halving(
     InputError : the rounds are not usable, or no candidate has finite errors.
     """
     check_rounds(rounds)
-    trials, alive, seen = _Trials(objective), list(dict.fromkeys(candidates)), samples
+    made: dict[tuple[G, int], Trial[G]] = {}
+    alive, seen = list(dict.fromkeys(candidates)), samples
     for i, (share, keep) in enumerate(rounds, start=1):
         seen = samples_of(share, samples)
-        alive = trials.ranked(alive, seen, last=i == len(rounds))[:keep]
-    if not alive or not math.isfinite(trials.made[alive[0], seen].error):
+        for candidate in alive:
+            if (candidate, seen) not in made:
+                made[candidate, seen] = Trial(candidate, objective(candidate, seen), seen)
+        errors = [made[candidate, seen].errors for candidate in alive]
+        alive = ranked(alive, errors, outliers_too=i == len(rounds))[:keep]
+    if not alive or not math.isfinite(made[alive[0], seen].error):
         raise InputError("no candidate has finite errors: the model is not finite, or no candidate is usable.")
-    return Search(tuple(trials.made.values()), tuple(alive))
+    return Search(tuple(made.values()), tuple(alive))
 
 
 def coordinate_descent(
@@ -142,16 +131,20 @@ def coordinate_descent(
     check_whole("passes", passes, least=0)
     if not step > 1:
         raise InputError(f"step must be a factor above 1, got {step!r}.")
-    trials, best = _Trials(objective), start
+    made: dict[G, Trial[G]] = {}
+    best = start
     for _ in range(passes):
         before = best
         for move in moves:
-            moved = [move(best, factor) for factor in (step, 1 / step)]
-            best = trials.ranked([best, *(m for m in moved if m is not None)], samples, last=True)[0]
+            near = [best, *(m for m in (move(best, step), move(best, 1 / step)) if m is not None)]
+            for candidate in near:
+                if candidate not in made:
+                    made[candidate] = Trial(candidate, objective(candidate, samples), samples)
+            best = ranked(near, [made[candidate].errors for candidate in near], outliers_too=True)[0]
         if best == before:
             break
         step = math.sqrt(step)
-    return Search(tuple(trials.made.values()), (best,))
+    return Search(tuple(made.values()), (best,))
 
 
 def check_rounds(rounds: Sequence[tuple[float, int]]) -> None:

@@ -1,4 +1,4 @@
-"""The stages of a search, each a function of the context: rival, closed-form fits, refinements, choice, last fit."""
+"""The stages of a search, as functions of a context: rival, closed-form fits, refinements, choice, last fit."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ..errors import IIAError, InputError, RankError, first_line
 from ..grids import karras
 from ..iia.batch import Batch
-from ..iia.fitted import FittedSolver
 from ..iia.method import IIA
-from ..iia.provenance import Ingredient
+from ..iia.provenance import Ingredient, StageCost
 from ..iia.ranking import ranked
 from ..iia.refinement import Refinement, refine
+from ..iia.stepwise import StepwiseFit
 from ..ode.distributed import ranks_of
 from ..plan import Plan, trace
 from ..solvers import get_solver
 from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
 from .grids import LeapGrid, Levels, search_grid, search_levels, two_fold
-from .pipeline import RIDGE, SCALARS, Contender, Cost, Pipeline, Start, Weights, joined, weights_of
+from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joined, weights_of
 
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
 
 RIVAL = "ipndm3"
-"""The solver without a fit that a search competes with."""
+"""The unfitted solver among the candidates of a search."""
 
-_ENOUGH = 10  # components of training samples for each weight, or nothing is fitted to all samples
-_SAMPLES = 10  # training samples, for the mean that an intercept is
+_ENOUGH = 10  # training components per weight, below which there is no last fit
+_SAMPLES = 10  # training samples, below which there is no last fit: an intercept is a mean over samples
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Everything that the stages of one search share.
+    """Shared data of the stages of a search.
 
     Attributes
     ----------
-    batch : all samples with their teacher. Its ODE memoizes evaluations.
-    held_out : number of the samples, the last ones, that decide.
+    batch : all samples with their teacher. The ODE of the batch memoizes evaluations.
+    held_out : number of held-out samples, the last of the batch.
     nfe : evaluations of the solver.
     budget, seed, progress : as for :func:`iia_ode.fit`.
-    leads : whether this process reports; with several processes, the first one.
+    leads : whether this process logs; in a group, only the first process does.
     """
 
     batch: Batch
@@ -71,7 +72,7 @@ class Context:
 
     @property
     def method(self) -> IIA:
-        """The closed-form fit of every pipeline, apart from the kind of weights."""
+        """The method of all closed-form fits; pipelines change terms and intercept."""
         return IIA(
             "ddim", terms="window", target="trajectory", history=2, ridge="auto", guard=False, name=f"iia-{self.nfe}"
         )
@@ -83,25 +84,25 @@ class Context:
 
     @property
     def scale(self) -> float:
-        """Root mean square of the data, by all true final states."""
+        """Root mean square of all true final states."""
         return float(self.batch.target.double().square().mean().sqrt()) or 1.0
 
     def say(self, text: str) -> None:
-        """Report progress."""
+        """Log a finding at level INFO."""
         if self.leads:
             _log.info(text)
 
     @contextmanager
-    def stage(self) -> Iterator[Cost]:
-        """The cost of a ``with`` block, filled in at its end."""
-        cost, begun = Cost(), time.perf_counter()
+    def stage(self) -> Iterator[StageCost]:
+        """The cost of a ``with`` block, filled in at the end of the block."""
+        cost, begun = StageCost(), time.perf_counter()
         with self.batch.ode.counting() as spent:
             yield cost
-        cost.seconds, cost.samples = time.perf_counter() - begun, spent.samples
+        cost.seconds, cost.sample_evaluations = time.perf_counter() - begun, spent.samples
 
 
 def rival(context: Context) -> list[Contender]:
-    """The solver that the model would have without a fit, on a Karras grid."""
+    """The unfitted solver on a Karras grid; an empty list where the solver has no grid with `nfe` evaluations."""
     schedule, levels = context.batch.ode.schedule, context.levels
     solver = get_solver(RIVAL)
     with context.stage() as cost:
@@ -118,19 +119,20 @@ def rival(context: Context) -> list[Contender]:
 
 
 def closed_form(context: Context, start: Start | None, candidates: Sequence[LeapGrid]) -> list[Contender]:
-    """Closed-form fits for one kind of start: on the best grid, with scalar weights and with the best kind of weights.
+    """Closed-form fits after a warm start or a cold start: with scalar weights, and with the best kind of weights.
 
-    The grid is searched for with scalar weights, and the kind of weights is chosen on that grid; both by two-fold
-    cross-validation of the training samples. What is made then is judged by the held-out samples.
+    Two-fold cross-validation on the training samples chooses the grid, with scalar weights, and then the kind of weights on
+    this grid. The held-out samples judge the resulting solvers.
 
     Parameters
     ----------
     context : the search.
     start : the warm start; None for a cold start.
-    candidates : leap grids; none for a single evaluation.
+    candidates : leap grids; empty for a single evaluation.
     """
     budget, train = context.budget, context.train
-    pipeline = Pipeline(context.method, context.nfe, context.batch.taught.t_start, start)
+    method = context.method.stepwise(train.x.shape[1:])
+    pipeline = Pipeline(method, context.nfe, context.batch.taught.t_start, start)
     with context.stage() as spent:
         if candidates:
             found = search_grid(
@@ -147,31 +149,32 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
     made: list[Contender] = []
     for own in [pipeline] if pipeline.weights is SCALARS else [replace(pipeline, weights=SCALARS), pipeline]:
         with context.stage() as cost:
-            fitted = own.fit(train).whole
-            errors = context.held.errors(fitted.plan)
+            parts = own.fit(train)
+            errors = context.held.errors(parts.plan)
         if not made:  # the first solver on a grid bears the cost of finding it
-            cost.moved(spent)
-        made.append(_said(context, Contender(own.name, fitted.plan, errors, cost, own, fitted)))
+            cost.sample_evaluations += spent.sample_evaluations
+            cost.seconds += spent.seconds
+        made.append(_said(context, Contender(own.name, parts.plan, errors, cost, own, parts.fit, warm=parts.warm)))
     return made
 
 
 def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
     """The kind of weights with the lowest cross-validated error on the pipeline's grid."""
     if pipeline.start is not None and pipeline.start.moments is not None:
-        return SCALARS  # a map over directions of the data does not go with bands
+        return SCALARS  # a plan cannot mix maps over directions of the data with maps over bands
     train = context.train
     kinds = weights_of(train.x.shape[1:], intercepts=pipeline.start is None)
     if len(kinds) < 2 or len(train) < 4:
         return SCALARS
-    errors = [
-        two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)(pipeline.grid, len(train))
-        for kind in kinds
-    ]
+    errors: list[Tensor] = []
+    for kind in kinds:
+        objective = two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)
+        errors.append(objective(pipeline.grid, len(train)))
     return ranked(kinds, errors, outliers_too=True)[0] if bool(torch.isfinite(torch.cat(errors)).any()) else SCALARS
 
 
 def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender | Ingredient]:
-    """Gauss-Newton refinements of the best closed-form fits; an ingredient without an error for each that failed."""
+    """Gauss-Newton refinements of the best closed-form fits. A failed refinement becomes an ingredient without an error."""
     fits = [c for c in contenders if c.pipeline is not None]
     order = ranked(fits, [c.errors for c in fits], outliers_too=True)
     usable = [c for c in order if bool(torch.isfinite(c.errors).all())] or order
@@ -187,25 +190,28 @@ def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender
                 context.say(f"{name}: not possible ({first_line(error)})")
             else:
                 share = context.held_out / len(context.batch)
-                found = _refined(context, name, parts.warm, parts.rest.plan, share, context.budget.iterations)
+                found = _refined(context, name, parts.warm, parts.fit.plan, share, context.budget.iterations)
             if found is not None:
                 plan = joined(parts.warm, found.plan)
                 errors = context.held.errors(plan)
         if found is None:
-            made.append(Ingredient(name, None, cost.samples, cost.seconds))
+            made.append(Ingredient(name, None, cost.sample_evaluations, cost.seconds))
             continue
-        cost.samples += found.backward
-        contender = Contender(name, plan, errors, cost, fit.pipeline, fit.fitted, found, parts.warm)
-        made.append(_said(context, contender))
+        cost.sample_evaluations += found.backward
+        made.append(_said(context, Contender(name, plan, errors, cost, fit.pipeline, None, found, parts.warm)))
     return made
 
 
 def worth_refining(contenders: Sequence[Contender], count: int) -> list[Contender]:
-    """So many of the closed-form fits, given best first: the best of each kind, then the others in order.
+    """The first `count` fits: the best with and the best without a warm start, the best with a warm start per class, the rest.
 
-    The best with and the best without a warm start come first, then the best with a warm start per class. A few samples that
-    end in another mode may put all fits of one kind behind, and refinement gains different amounts on each. So where there is
-    room all kinds are refined, and the choice among them comes after that.
+    Refinement gains different amounts on the kinds of start, and a few samples that end in another mode may rank all fits of a
+    kind last. Therefore each kind is refined before the choice.
+
+    Parameters
+    ----------
+    contenders : closed-form fits, best first.
+    count : number of fits to return.
     """
     kinds = [c.pipeline.kind for c in contenders if c.pipeline is not None]
     by_start = {kind[:1]: c for kind, c in zip(reversed(kinds), reversed(contenders), strict=True)}
@@ -217,7 +223,7 @@ def worth_refining(contenders: Sequence[Contender], count: int) -> list[Contende
 def _refined(
     context: Context, name: str, warm: WarmStart | None, rest: Plan, held_out: float, iterations: int
 ) -> Refinement | None:
-    """The refinement of a plan from the end of its warm start, if it has one; None where it failed."""
+    """The refinement of a plan from the end of its warm start, if any; None where the refinement failed."""
     batch, budget = context.batch, context.budget
     try:
         return refine(
@@ -246,12 +252,7 @@ def _refined(
 
 
 def choose(contenders: Sequence[Contender]) -> Contender:
-    """The best contender.
-
-    Raises
-    ------
-    InputError : no contender has finite errors.
-    """
+    """The best contender, by :func:`~iia_ode.iia.ranking.ranked`; an InputError if no contender has finite errors."""
     usable = [c for c in contenders if c.error is not None]
     if not usable:
         raise InputError("nothing could be fitted: the model is not finite on this noise.")
@@ -265,44 +266,46 @@ class Last:
     Attributes
     ----------
     plan : the solver.
-    fitted : the closed-form fit behind it; None for a solver without a fit.
+    fit : the closed-form fit of the weights; None for a refined solver, and for a solver without a fit.
     backward : sample evaluations of backward passes.
     """
 
     plan: Plan
-    fitted: FittedSolver | None
+    fit: StepwiseFit | None
     backward: int = 0
 
 
 def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
-    """The chosen solver, fitted once more to all samples.
+    """The chosen solver, fitted once more to all samples instead of the training samples alone.
 
-    The chosen solver was fitted to the training samples alone, which have less to learn from. The new fit replaces it
-    where there are enough samples for its weights, and where it is better on all samples, or on the fresh ones if there are.
+    There is no new fit where the samples are too few for the number of weights. The new fit replaces the chosen solver if the
+    new fit is better on all samples, or on the fresh samples if there are any.
     """
     pipeline, train = best.pipeline, context.train
     if pipeline is None:
         return Last(best.plan, None)
     weights = context.nfe * (context.nfe + 3) // 2 * pipeline.weights.groups
     if len(train) < _SAMPLES or len(train) * train.x[0].numel() < _ENOUGH * weights:
-        return Last(best.plan, best.fitted)
-    fitted, backward = best.fitted, 0
+        return Last(best.plan, best.fit)
+    fit, backward = None, 0
     if best.refinement is None:
-        whole = pipeline.fit(context.batch).whole
-        fitted, plan = whole, whole.plan
+        parts = pipeline.fit(context.batch)
+        fit, plan = parts.fit, parts.plan
     else:
         again = _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
         if again is None or again.best == 0:
-            return Last(best.plan, best.fitted, 0 if again is None else again.backward)
+            return Last(best.plan, None, 0 if again is None else again.backward)
         backward, plan = again.backward, joined(best.warm, again.plan)
     if fresh is None:
         errors = [context.batch.errors(plan), context.batch.errors(best.plan)]
     else:
         errors = [fresh.errors(plan), best.errors[-len(fresh) :]]
     kept = ranked([plan, best.plan], errors, outliers_too=True)[0]
-    return Last(kept, fitted if kept is plan else best.fitted, backward)
+    return Last(kept, fit if kept is plan else best.fit, backward)
 
 
 def _said(context: Context, made: Contender) -> Contender:
-    context.say(f"{made}, on held-out samples ({made.cost.samples} sample evaluations, {made.cost.seconds:.1f} s)")
+    context.say(
+        f"{made}, on held-out samples ({made.cost.sample_evaluations} sample evaluations, {made.cost.seconds:.1f} s)"
+    )
     return made

@@ -1,4 +1,4 @@
-"""The ingredients of budget ``"thorough"`` alone: more draws, warm starts, and fresh draws for the final choice."""
+"""Parts of a search with budget ``"thorough"``: added draws, warm starts, and fresh draws for the final choice."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ from .stages import Context, closed_form
 __all__ = ["class_condition", "fresh_states", "judged", "more_states", "starts_of", "warm_started", "with_ends"]
 
 _OWN = 0x9E3779B9  # seed offset of added draws, so that it does not overlap small user seeds
-_FRESH = 0x7F4A7C15  # the same for the draws of the final choice
-_LARGEST = 4096  # components of a sample whose covariance is worth its eigenvectors
+_FRESH = 0x7F4A7C15  # seed offset of the draws for the final choice
+_LARGEST = 4096  # components of a sample, above which no covariance is estimated
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 def more_states(batch: Batch, t: float, draws: int, held_out: float, seed: int) -> Batch:
-    """The batch extended to `draws` samples: each given sample is followed by new ones under the same condition.
+    """The batch extended to `draws` samples: new samples follow each given sample, under the condition of the given sample.
 
-    Held-out samples of the given batch stay held out with their conditions, and so do the halves of the training samples.
+    Held-out samples stay held out with their conditions, and each half of the training samples keeps its conditions.
 
     Parameters
     ----------
     batch : the given samples, at time t.
     t, seed : time and seed of the new noise.
-    draws : number of samples of the result, if the batch has fewer.
+    draws : number of samples of the result, at least the size of the batch.
     held_out : share of held-out samples.
     """
     ode, x = batch.ode, batch.x
-    if draws <= len(x):
-        return batch
     held, own = held_out_of(draws, held_out), held_out_of(len(x), held_out)
     index = torch.cat([_in_turn(draws - held, len(x) - own), len(x) - own + _in_turn(held, own)])
     new = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), index[1:] == index[:-1]])
@@ -61,7 +59,7 @@ def fresh_states(batch: Batch, t: float, draws: int, first: int, seed: int) -> B
 
 
 def with_ends(batch: Batch, t: float, steps: int, sigma_min: float, progress: bool) -> Batch:
-    """The batch with its true final states: those of a teacher from time t, whose trajectories are dropped."""
+    """The batch with true final states from a teacher at time t; the trajectories of the teacher are dropped."""
     end, ends = batch.ode.schedule.t_data, []
     for part in tqdm(list(batch.chunks()), desc="ends", disable=not progress):
         ends.append(Teacher.solve(part.ode, part.x, t, end, steps=steps, sigma_min=sigma_min).final)
@@ -69,7 +67,7 @@ def with_ends(batch: Batch, t: float, steps: int, sigma_min: float, progress: bo
 
 
 def _drawn(ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int) -> Tensor:
-    """Noise of the level at t, like x, on the host."""
+    """Gaussian noise of standard deviation sigma(t), like x, on the host."""
     generator = torch.Generator("cpu").manual_seed(seed % 2**32)  # larger seeds would lose their high bits silently
     return ode.schedule.sigma(t) * torch.randn((draws, *x.shape[1:]), generator=generator, dtype=x.dtype, device="cpu")
 
@@ -83,13 +81,13 @@ def _in_turn(n: int, own: int) -> Tensor:
 
 
 def starts_of(train: Batch, all_values: ProbabilityFlowODE, say: Callable[[str], None]) -> list[Start]:
-    """The kinds of warm start: one gain; a gain per direction of the data; and that per class, where there are classes.
+    """The kinds of warm start: a single gain, a gain per direction of the data, and gains with a constant per class.
 
     Parameters
     ----------
     train : the training samples with their teacher.
-    all_values : the ODE with the conditions of all samples, held-out ones included.
-    say : is told why a kind is left out.
+    all_values : the ODE with the conditions of all samples, held-out samples included.
+    say : logs the reason for a missing kind.
     """
     key = class_condition(train, all_values)
     labels = None if key is None else train.ode.conditioning[key].cpu()
@@ -106,7 +104,7 @@ def starts_of(train: Batch, all_values: ProbabilityFlowODE, say: Callable[[str],
 
 
 def class_condition(train: Batch, all_values: ProbabilityFlowODE) -> str | None:
-    """The name of a condition with few values, each held by at least eight training samples, as a mean needs."""
+    """The name of an integer condition with at least eight training samples for each value; None without any."""
     for key, value in train.ode.conditioning.items():
         if isinstance(value, Tensor) and value.ndim == 1 and len(value) == len(train) and not value.is_floating_point():
             _, counts = torch.unique(value, return_counts=True)
@@ -117,9 +115,9 @@ def class_condition(train: Batch, all_values: ProbabilityFlowODE) -> str | None:
 
 
 def warm_started(context: Context, cold: LeapGrid | None) -> list[Contender | Ingredient]:
-    """Closed-form fits for each kind of warm start, on grids near the cold start's leap grid.
+    """Closed-form fits for each kind of warm start, on grids near the leap grid of the cold start.
 
-    An ingredient without an error stands for a warm start that failed.
+    A failed warm start becomes an ingredient without an error.
     """
     cold, scale = cold or LeapGrid(context.scale, 0.1 * context.scale), context.scale
     lasts = (cold.sigma_min, cold.sigma_min / 2)
@@ -134,12 +132,12 @@ def warm_started(context: Context, cold: LeapGrid | None) -> list[Contender | In
                 raise
             except IIAError as error:
                 context.say(f"warm start {start.name}: not possible here ({first_line(error)})")
-        made.append(Ingredient(f"warm start {start.name}", None, cost.samples, cost.seconds))
+        made.append(Ingredient(f"warm start {start.name}", None, cost.sample_evaluations, cost.seconds))
     return made
 
 
 def judged(context: Context, contenders: list[Contender], fresh: Batch) -> list[Contender] | None:
-    """The contenders, judged on the fresh samples too; None where no error is finite on these."""
+    """The contenders with errors on the fresh samples too; None where no error on the fresh samples is finite."""
     found = [c.judged(fresh.errors(c.plan)) for c in contenders]
     if all(c.error is None for c in found):
         context.say(f"nothing is finite on {len(fresh)} fresh draws: the choice is made without them")

@@ -5,15 +5,17 @@ from .directions import StepRecord, Term, Window
 from .fitted import FittedSolver, describe
 from .least_squares import LeastSquares
 from .method import IIA, PRESETS, preset
+from .minimizers import Adam, GaussNewton, Minimizer, Objective, Status
 from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
-from .refinement import EndpointError, GaussNewton, Iteration, Objective, Refinement, Status, refine
+from .refinement import EndpointError, Iteration, Refinement, refine
 from .targets import Local, Substeps, Target, TeacherTrajectory
 from .teacher import Teacher
 
 __all__ = [
     "IIA",
     "PRESETS",
+    "Adam",
     "Batch",
     "EndpointError",
     "FittedSolver",
@@ -22,6 +24,7 @@ __all__ = [
     "Iteration",
     "LeastSquares",
     "Local",
+    "Minimizer",
     "Objective",
     "Parameters",
     "Record",

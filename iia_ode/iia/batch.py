@@ -1,4 +1,4 @@
-"""The batch: samples to fit to or to measure on, with their ODE and their accurate trajectories."""
+"""The batch: samples for a fit or a measurement, with their ODE and their accurate trajectories."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import check_whole
+from ..checks import check_number, check_whole
 from ..errors import DuplicateWarning, InputError, warn
 from ..files import bytes_of
 from ..ode import ProbabilityFlowODE
@@ -22,15 +22,15 @@ __all__ = ["Batch", "held_out_of", "per_sample"]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some samples: everything that is fitted to or measured on.
+    """Samples for a fit or a measurement.
 
     Attributes
     ----------
-    ode : the model under the conditions of these samples.
+    ode : the ODE with the conditions of the samples.
     x : initial states [B, ...], float32 or float64, on any device.
-    teacher : accurate trajectories of these samples; None without any.
-    chunk_size : number of samples that go through the model at once; None for all.
-    final : true final states [B, ...] of these samples, on any device; by default those of the teacher.
+    teacher : accurate trajectories of the samples, or None.
+    chunk_size : number of samples per model call; None for all.
+    final : true final states [B, ...] in the dtype of x, on any device; by default the final states of the teacher.
 
     Raises
     ------
@@ -51,7 +51,7 @@ class Batch:
         return len(self.x)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
-        """Some of the samples, with their conditions, trajectories and final states."""
+        """A part of the batch: the samples of a slice or of an index tensor [n], integer or boolean."""
         teacher = None if self.teacher is None else self.teacher.subset(index)
         final = None if self.final is None else self.final[index]
         return replace(self, ode=self.ode.subset(index, len(self.x)), x=self.x[index], teacher=teacher, final=final)
@@ -68,7 +68,7 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs: the device of its parameters, or the device of the states."""
+        """Device of the model's parameters; device of the states for a model without parameters."""
         return self.ode.device or self.x.device
 
     @property
@@ -90,7 +90,7 @@ class Batch:
 
     @torch.no_grad()
     def errors(self, plan: Plan) -> Tensor:
-        """Root mean square error of each final state against the true one, float64 [B] on the host."""
+        """Root mean square error per component of the final state of each sample, float64 [B] on the host."""
         found = []
         for part in self.chunks():
             final = plan.run(part.ode, part.x, check_finite=False).double()
@@ -113,16 +113,16 @@ class Batch:
         return found
 
     def without_copies(self) -> Batch:
-        """The batch without samples that repeat earlier ones; a DuplicateWarning says how many were left out.
+        """The batch without copies of earlier samples; a DuplicateWarning has the number of copies.
 
-        A copy of a training sample among the held-out samples would judge a fit by what it was fitted to.
+        A held-out copy of a training sample would favor the fit.
         """
         own = self.distinct().nonzero()[:, 0]
         if len(own) == len(self.x):
             return self
         warn(
             f"{len(self.x) - len(own)} of {len(self.x)} draws of noise repeat others under the same conditions, and are left "
-            "out: a fit must not be judged by copies of its own samples. Give draws that differ.",
+            "out: copies of training samples cannot judge a fit. Give draws that differ.",
             DuplicateWarning,
         )
         return self[own]
@@ -134,7 +134,6 @@ def per_sample(difference: Tensor) -> Tensor:
 
 
 def held_out_of(draws: int, share: float) -> int:
-    """Number of held-out draws for a share: at least one, and not all."""
-    if not 0 < share < 1:
-        raise InputError(f"held_out must be a share of the draws between 0 and 1, got {share!r}.")
+    """Number of held-out draws for a share between 0 and 1: at least 1, and at most `draws` - 1."""
+    check_number("held_out, the share of the draws that decide between solvers,", share, above=0, below=1)
     return min(max(1, round(share * draws)), draws - 1)

@@ -45,7 +45,7 @@ class StepRecord:
     x : the state at t.
     evaluations : the evaluations of this step, in order; each is readable in every prediction form.
     start : the evaluation at (x, t), from this step or from an earlier step; None where there is none.
-    to_data : whether s is the data (sigma = 0). The paper's terms leave this step alone.
+    to_data : whether s is the data (sigma = 0). The paper's terms are empty for this step.
     base : the base solver's result at s.
     own : the fitted result without its history terms; equal to `base` while the step is being fitted.
     """
@@ -88,7 +88,7 @@ class Term:
 
 Terms: TypeAlias = Callable[[StepRecord, tuple[StepRecord, ...]], tuple[Term, ...]]
 """A function from the current step, and up to `history` earlier steps with the newest first, to the directions of the step.
-An empty tuple leaves the step alone."""
+A step without directions keeps the base."""
 
 
 def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:

@@ -19,13 +19,21 @@ from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from ..warm_starts import WarmStart
-from .citations import citation_of
-from .provenance import Record, StepReport, from_json, to_json
+from .provenance import Record, StepReport, from_json, later, to_json
 from .report import describe_fit, explain_fit, table_of, table_of_weights
 
 __all__ = ["FittedSolver", "describe", "read_fit"]
 
 _KIND = "fitted solver"
+_PAPERS = {
+    "heun": "karras2022edm",
+    "ddim": "song2021ddim",
+    "spndm": "liu2022pndm",
+    "ipndm": "zhang2023deis",
+    "dpmpp_2m": "lu2022dpmsolverpp",
+}
+"""The paper of a base solver, by its key in references.bib."""
+_REFERENCES = Path(__file__).with_name("references.bib")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +45,10 @@ class FittedSolver:
     plan : the solver as a plan.
     reports : a report for each fitted step.
     record : provenance of the fit: method, ODE, states, errors and costs.
+
+    Raises
+    ------
+    MismatchError : in :func:`iia_ode.sample`, for an ODE or states other than those of the fit; see :meth:`check`.
     """
 
     plan: Plan
@@ -64,7 +76,7 @@ class FittedSolver:
         Parameters
         ----------
         ode : the ODE to be solved.
-        x : states [B, ...]; by default only the ODE is compared.
+        x : states [B, ...] of any dtype; by default only the ODE is compared.
 
         Raises
         ------
@@ -94,30 +106,35 @@ class FittedSolver:
         return explain_fit(self.plan, self.record, self.reports)
 
     def after(self, warm: WarmStart) -> FittedSolver:
-        """The same solver behind a warm start, from the initial states of :meth:`WarmStart.apply`.
+        """The solver behind a warm start, which takes the first interval without an evaluation.
 
         Parameters
         ----------
         warm : map of the first interval, up to the start of this solver.
+
+        Returns
+        -------
+        A solver that starts at ``warm.t_start``.
 
         Raises
         ------
         MismatchError : the warm start is for another schedule, or does not end where this solver starts.
         """
         plan = warm.then(self.plan)
-        more = plan.steps - self.plan.steps
-        return replace(self, plan=plan, reports=tuple(replace(r, index=r.index + more) for r in self.reports))
+        return replace(self, plan=plan, reports=later(self.reports, plan.steps - self.plan.steps))
 
     def citation(self) -> str:
-        """BibTeX entries of the papers behind this solver and its base."""
-        return citation_of(self.record.base.name)
+        """BibTeX entries of the papers behind IIA and the base; of IIA alone where the base has no paper of its own."""
+        keys = ("zhang2024iia", _PAPERS.get(self.record.base.name))
+        entries = _REFERENCES.read_text("utf-8").strip().split("\n\n")
+        return "\n\n".join(e for e in entries if e.partition("{")[2].partition(",")[0] in keys)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: grid, times and weights as tensors, everything else as JSON in its header.
 
         Raises
         ------
-        FileFormatError : a value in the record or in a report would be refused by :func:`load`.
+        FileFormatError : a value in the record or in a report is not valid in a file.
         """
         code, tensors = pack(self.plan)
         header = to_json(_Header(self.name, code, self.record, self.reports))
@@ -136,22 +153,7 @@ class _Header:
 
 
 def read_fit(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> FittedSolver:
-    """Read a fitted solver. Samples are bit-equal before and after.
-
-    Parameters
-    ----------
-    path : a file of :meth:`FittedSolver.save`.
-    schedule : schedule of the fit; needed only if a file cannot hold the schedule, as for a schedule made from functions.
-
-    Returns
-    -------
-    The fitted solver.
-
-    Raises
-    ------
-    FileFormatError : missing, damaged or foreign file, or a file without its schedule.
-    MismatchError : the file was made for another schedule than `schedule`.
-    """
+    """Read a file of :meth:`FittedSolver.save`; arguments and errors as for :func:`iia_ode.load`."""
     return _built(path, *_read(path), schedule)
 
 

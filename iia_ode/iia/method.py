@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..__about__ import __version__
-from ..checks import check_flag, check_whole
-from ..errors import InputError, MismatchError, unknown_name
-from ..ode import ProbabilityFlowODE
+from ..checks import check_flag, check_number, check_whole
+from ..errors import unknown_name
+from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
@@ -20,37 +19,37 @@ from .batch import Batch
 from .directions import Terms, Window, resolve_terms
 from .fitted import FittedSolver
 from .origin import Origin
-from .provenance import Endpoint, Named, Record
+from .provenance import Endpoint, Named, Record, SearchRecord
 from .stepwise import Stepwise
 from .targets import Target, TeacherTrajectory, resolve_target
-from .teacher import Teacher
+from .teacher import Teacher, check_teacher
 
-__all__ = ["IIA", "PRESETS", "preset"]
+__all__ = ["IIA", "PRESETS", "preset", "record_of"]
 
 
 @dataclass(frozen=True)
 class IIA:
     """A meta-solver: the base solver's step plus a few directions, weighted by least squares [Zhang et al. 2024].
 
-    Fitting is sequential: step i is fitted on states that the fitted steps before it produce. The fitted solver makes as many
-    evaluations as its base.
+    The fit is sequential: the states of step i come from the fitted steps before. The fitted solver makes as many evaluations
+    as its base.
 
     Parameters
     ----------
     base : registered name, or a :class:`~iia_ode.Solver`.
-    terms : directions that a step may add. ``"paper"``: the paper's for this base (``"iia-edm"`` or ``"iia-ddim"``); one of
-        these or ``"biia-edm"`` by name; ``"window"``: all states and data estimates at hand, for any base; a
-        :class:`~iia_ode.iia.Window` with options; or a function, see :mod:`iia_ode.iia.directions`.
-    target : states that a step should have reached. ``"substeps"``: sub-steps of the base (the paper's); ``"local"``:
-        high-accuracy integration of each step; ``"trajectory"``: the accurate trajectory from the same initial state, which
-        repairs earlier error; or a :class:`~iia_ode.iia.Target`.
-    history : r, number of earlier steps that the terms may use.
+    terms : directions of a step. ``"paper"`` is the paper's set for the base, ``"iia-edm"`` or ``"iia-ddim"``. These sets and
+        ``"biia-edm"`` also have names of their own. ``"window"`` has all states and data estimates at hand, for any base.
+        A :class:`~iia_ode.iia.Window` has options; a function gives other directions, see :mod:`iia_ode.iia.directions`.
+    target : the accurate state of a step. ``"substeps"``, the paper's target: sub-steps of the base. ``"local"``: accurate
+        integration of the step. ``"trajectory"``: the accurate trajectory from the same initial state; a step then also
+        repairs errors of earlier steps. Other targets are instances of :class:`~iia_ode.iia.Target`.
+    history : r, the number of earlier steps behind the directions.
     substeps : M, number of sub-steps of the ``"substeps"`` target.
-    ridge : relative ridge towards the base. 0 is the paper's plain least squares; ``"auto"`` chooses the ridge of each step by
-        the loss on held-out samples. With ``"auto"`` or a guard, a step's ridge is raised where terms larger than 30 times the
-        state would cancel each other. A step's report has the ridge in use.
-    guard : keep the base where held-out samples do not favor the fit. A step whose correction does not lower their loss keeps
-        the base's weights. A fit whose final states are not clearly nearer the truth is replaced by the base, with a
+    ridge : relative ridge towards the base. 0 is plain least squares, as in the paper. ``"auto"`` chooses the ridge of each
+        step by the loss on held-out samples. With ``"auto"`` or a guard, the ridge of a step rises until no term exceeds 30
+        times the state. The report of a step has the ridge in use.
+    guard : keep the base where held-out samples do not favor the fit. A step without a lower held-out loss keeps the weights
+        of the base. If the final states of the fit are not clearly nearer the truth, the base replaces the whole fit, with a
         `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate 1/n is missed by n samples
         with probability 1/e.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
@@ -77,9 +76,8 @@ class IIA:
         check_whole("substeps", self.substeps, least=1)
         check_flag("guard", self.guard)
         check_flag("intercept", self.intercept)
-        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool) and 0 <= self.ridge < math.inf
-        if not number and self.ridge != "auto":
-            raise InputError(f"ridge must be a number from 0, or 'auto', got {self.ridge!r}.")
+        if self.ridge != "auto":
+            check_number("ridge, if not 'auto',", self.ridge, least=0)
         resolve_terms(self.terms, self.base_solver.label)
         resolve_target(self.target, self.substeps)
 
@@ -88,7 +86,6 @@ class IIA:
         """The base as an instance."""
         return as_solver(self.base)
 
-    @torch.no_grad()
     def fit(
         self,
         ode: ProbabilityFlowODE,
@@ -104,18 +101,18 @@ class IIA:
 
         Parameters
         ----------
-        ode : the model with its schedule. Conditions have one entry per sample of x, or one for all samples. For several
-            processes pass :func:`iia_ode.distributed` of it, and the same x, grid and options in each.
-        x : initial states [B, ...] at ``grid[0]``, float32 or float64, on the host or on the model's device. The paper's
-            expectation is the mean over these samples. Between steps they rest on the host.
+        ode : the ODE with the conditions of x, an entry per sample or a single entry for all. For several processes pass
+            :func:`iia_ode.distributed` of the ODE, and the same x, grid and options in each process.
+        x : initial states [B, ...] at ``grid[0]``, float32 or float64, on the host or on the model's device. The mean over
+            the samples stands for the paper's expectation. Between steps the states rest on the host.
         grid : times, float64 [N + 1].
         teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
-        held_out : share of the batch, its last samples, that no coefficient is fitted to, from 0 to below 1. The guard and
-            ``ridge="auto"`` judge by these samples. A quarter by default if one of them is on, else 0. Samples that repeat
-            earlier ones are left out where the share is above 0. A batch below 4 samples holds none out, and a guard then
-            keeps the base. With ``held_out=0`` there is no guard.
-        chunk_size : number of samples that go through the model at once; by default all. The least squares does not depend
-            on it; a network whose rounding depends on the batch size still may.
+        held_out : share of held-out samples, from 0 to below 1: the last samples of the batch, for the guard and for
+            ``ridge="auto"``. By default 0.25 with a guard or with ``ridge="auto"``, else 0. Where the share is above 0, copies
+            among the samples are left out. A batch of fewer than 4 samples holds none out, and a guard then keeps the base.
+            With ``held_out=0`` there is no guard.
+        chunk_size : number of samples per model call; by default all. Chunks have no influence on the least squares, but the
+            rounding of a network may depend on the batch size.
         progress : show a bar over the steps.
 
         Returns
@@ -127,92 +124,87 @@ class IIA:
         GridError, InputError : the grid, the states or an option are not usable.
         MismatchError : the teacher is of another ODE or of other states.
         NonFiniteError : the model is not finite on this batch.
-        RankError : of a distributed ODE: another process failed, or was asked for another fit.
+        RankError : for a distributed ODE: another process failed, or has other arguments.
 
         Warns
         -----
-        GuardWarning : the fit is not clearly better than the base, which is returned.
-        DuplicateWarning : some samples repeat others, and are left out.
+        GuardWarning : the fit is not clearly better than the base, and the result is the base.
+        DuplicateWarning : copies among the samples are left out.
         """
         check_start(ode, x)
         times = check_grid(ode.schedule, grid)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise InputError(f"held_out must be a share of the batch, from 0 to below 1, got {held_out!r}.")
+        check_number("held_out, the share of the samples that no coefficient is fitted to,", share, least=0, below=1)
         batch = Batch(ode, x, teacher, chunk_size)
-        agree(ode, "IIA", self._options(), x, times, share, chunk_size, teacher is not None)
+        agree(ode, "IIA", self.options(), x, times, share, chunk_size, teacher is not None)
         if teacher is not None:
-            _check_teacher(batch, times)
-        return self.fit_batch(batch.without_copies() if share else batch, times, share, progress=progress)
+            check_teacher(teacher, ode, x, times[0])
+            teacher.at(times[-1], slice(0, 1))  # a GridError before the work
+        batch = batch.without_copies() if share else batch
+        method = self.stepwise(x.shape[1:])
+        with ode.counting() as spent:
+            if batch.teacher is None and method.target.needs_teacher:
+                steps = method.target.steps if isinstance(method.target, TeacherTrajectory) else None
+                made = Teacher.for_grid(
+                    batch.ode, batch.x, times, steps=steps, chunk_size=chunk_size, progress=progress
+                )
+                batch = replace(batch, teacher=made)
+            fit = method.fit(batch, times, share, progress=progress)
+        return FittedSolver(fit.plan, fit.reports, record_of(self, batch, fit.split.held_out, fit.endpoint, spent))
 
-    def fit_batch(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> FittedSolver:
-        """The fit to a batch without copies; `times` is the grid, and `held_out` a share. See :meth:`fit`."""
-        terms = self.terms.for_shape(batch.x.shape[1:]) if isinstance(self.terms, Window) else self.terms
-        base, target = self.base_solver, resolve_target(self.target, self.substeps)
-        count = len(batch)
-        held = min(max(1, int(held_out * count)), count - 1) if held_out and count >= 4 else 0
-        fit = Stepwise(
+    def stepwise(self, shape: Sequence[int]) -> Stepwise:
+        """The sequential fit with every option resolved, for samples of this shape."""
+        terms = self.terms.for_shape(shape) if isinstance(self.terms, Window) else self.terms
+        base = self.base_solver
+        return Stepwise(
             base,
             resolve_terms(terms, base.label)[1],
-            target,
+            resolve_target(self.target, self.substeps),
             self.history,
             self.ridge,
             self.guard,
             self.intercept,
             self.name or f"iia({base.label})",
         )
-        with batch.ode.counting() as spent:
-            if batch.teacher is None and target.needs_teacher:
-                batch = _taught(batch, times, target, progress)
-            plan, reports, endpoint = fit.fit(batch, times, held, judged=self.guard and held_out > 0, progress=progress)
-        account = {"evaluations": spent.evaluations, "sample_evaluations": spent.samples}
-        record = self.record(batch, endpoint=endpoint, held_out=held, **account)
-        return FittedSolver(plan, reports, record)
 
-    def record(self, batch: Batch, *, endpoint: Endpoint, **account: Any) -> Record:
-        """The account of a fit by this method to a batch; `account` has the remaining fields of the record."""
-        return Record(
-            library=__version__,
-            **self._options(),
-            origin=Origin.of(batch.ode, batch.x),
-            batch=len(batch),
-            endpoint=endpoint,
-            teacher=None if batch.teacher is None else batch.teacher.record.options,
-            **account,
-        )
-
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """The options as fields of a :class:`~iia_ode.iia.Record`."""
         base, target = self.base_solver, resolve_target(self.target, self.substeps)
         return {
             "base": Named(base.label.partition("(")[0], base.options()),
             "terms": resolve_terms(self.terms, base.label)[0],
             "target": Named(target.name, {k: v for k, v in target.options().items() if k != "name"}),
             "history": self.history,
-            "ridge": self.ridge,
+            "ridge": self.ridge if isinstance(self.ridge, str) else float(self.ridge),
             "guard": self.guard,
             "intercept": self.intercept,
         }
 
 
-def _check_teacher(batch: Batch, times: list[float]) -> None:
-    """Raise unless the given teacher is of this batch and grid."""
-    teacher = batch.teacher
-    if not isinstance(teacher, Teacher):
-        raise InputError(f"teacher must be a Teacher, made with Teacher.solve(ode, x, ...), got {teacher!r}.")
-    teacher.check(batch.ode, batch.x)
-    if teacher.t_start != times[0]:
-        raise MismatchError(
-            f"the teacher starts at t = {teacher.t_start:g} and the grid at {times[0]:g}, from the same states."
-        )
-    teacher.at(times[-1], slice(0, 1))  # a GridError before the work
-
-
-def _taught(batch: Batch, times: list[float], target: Target, progress: bool) -> Batch:
-    """The batch with a teacher."""
-    steps = target.steps if isinstance(target, TeacherTrajectory) else None
-    size = batch.chunk_size
-    teacher = Teacher.for_grid(batch.ode, batch.x, times, steps=steps, chunk_size=size, progress=progress)
-    return Batch(batch.ode, batch.x, teacher, size)
+def record_of(
+    method: IIA,
+    batch: Batch,
+    held_out: int,
+    endpoint: Endpoint,
+    spent: Ledger,
+    *,
+    seed: int | None = None,
+    search: SearchRecord | None = None,
+) -> Record:
+    """Provenance of a fit of `method` to `batch`, of which the last `held_out` samples were held out."""
+    return Record(
+        library=__version__,
+        **method.options(),
+        origin=Origin.of(batch.ode, batch.x),
+        batch=len(batch),
+        held_out=held_out,
+        endpoint=endpoint,
+        teacher=None if batch.teacher is None else batch.teacher.record.options,
+        evaluations=spent.evaluations,
+        sample_evaluations=spent.samples,
+        seed=seed,
+        search=search,
+    )
 
 
 def _of_paper(name: str, base: str, terms: str) -> IIA:
@@ -224,11 +216,11 @@ PRESETS: dict[str, IIA] = {
     "iia-edm": _of_paper("iia-edm", "heun", "iia-edm"),
     **{f"iia-{base}": _of_paper(f"iia-{base}", base, "iia-ddim") for base in ("ddim", "spndm", "ipndm", "dpmpp_2m")},
 }
-"""The paper's methods with its defaults (M, r) = (3, 1), fitted to the whole batch, without a guard."""
+"""The methods of the paper with the paper's defaults (M, r) = (3, 1), fitted to the whole batch, without a guard."""
 
 
 def preset(name: str, **changes: Any) -> IIA:
-    """One of the paper's methods by name, with some options changed: ``preset("iia-edm", history=0)``.
+    """A method of the paper by name, with some options changed: ``preset("iia-edm", history=0)``.
 
     Parameters
     ----------
@@ -242,6 +234,7 @@ def preset(name: str, **changes: Any) -> IIA:
     Raises
     ------
     UnknownNameError : no such preset or option.
+    InputError : the value of an option is not usable.
     """
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)

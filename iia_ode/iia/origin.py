@@ -73,7 +73,7 @@ class Origin:
         ode : the ODE to compare with.
         x : states [B, ...] to compare with; none by default.
         name, made : subject and verb of the messages.
-        strict_guidance : whether another guidance scale is an error; a warning by default, for the two ODEs are close.
+        strict_guidance : whether another guidance scale is an error instead of a warning.
 
         Raises
         ------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -34,6 +34,7 @@ __all__ = [
     "TeacherRecord",
     "finite",
     "from_json",
+    "later",
     "to_json",
 ]
 
@@ -170,6 +171,11 @@ class StepReport:
         return 1 - after / before if before else 0.0
 
 
+def later(reports: tuple[StepReport, ...], steps: int) -> tuple[StepReport, ...]:
+    """The reports of a fit behind `steps` further steps."""
+    return tuple(replace(r, index=r.index + steps) for r in reports)
+
+
 @dataclass(frozen=True)
 class Ingredient:
     """One solver of a search: its error and its cost.
@@ -190,12 +196,12 @@ class Ingredient:
     chosen: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageCost:
-    """Cost of one stage of a search, in sample evaluations and in wall-clock seconds."""
+    """Cost of one stage of a search, in sample evaluations and in seconds of wall-clock time."""
 
-    sample_evaluations: int
-    seconds: float
+    sample_evaluations: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Paired comparison of solvers by the errors of their final states: rankings by Cauchy means, and the guard of a fit.
 
-Endpoint errors have heavy tails. Where one sample in a thousand ends in another mode of the data, a few samples make up nearly
-the whole mean square, and a plain comparison of means depends on them.
+Endpoint errors have heavy tails: the few samples that end in another mode of the data can make up nearly the whole mean
+square. A comparison of plain means would depend on these few samples.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def ranked(items: Sequence[T], errors: Sequence[Tensor], *, outliers_too: bool =
     items : solvers, grids or any other candidates.
     errors : errors of each item on the same samples, [B] each.
     outliers_too : multiply each Cauchy mean by the item's RMSE ratio to the item with the lowest Cauchy mean. The ratio is
-        shrunk towards 1 according to its standard error; see :func:`shrunk_ratio`. This is for a last choice, where a solver
-        that loses more samples must be much better on the others.
+        shrunk towards 1 according to its standard error; see :func:`shrunk_ratio`. For a last choice: a solver with more
+        outliers must then be much better on the other samples.
     """
     if not items:
         return []
@@ -73,10 +73,10 @@ def ranked(items: Sequence[T], errors: Sequence[Tensor], *, outliers_too: bool =
 
 
 def shrunk_ratio(errors: Tensor, to: Tensor) -> float:
-    """RMSE ratio of paired errors [B], shrunk towards 1 as far as it depends on few samples.
+    """RMSE ratio of paired errors [B], shrunk towards 1 according to its standard error.
 
-    One sample that ends in another mode may make up most of a plain mean, and says little of how rare such samples are. The
-    shrinkage is that of a normal prior on the logarithm of the ratio, with standard deviation 0.25.
+    A single sample in another mode may make up most of a plain mean, and hardly tells how rare these samples are. The
+    shrinkage corresponds to a normal prior on the logarithm of the ratio, with standard deviation 0.25.
     """
     squares, others = errors.double().square(), to.double().square()
     if not float(squares.sum()) > 0 or not float(others.sum()) > 0:
@@ -96,7 +96,7 @@ class Verdict:
     ----------
     base, fit : root mean square errors on held-out samples; NaN without any.
     kept : whether the fit is kept.
-    why : the statistics and their limits, as half a sentence.
+    why : the statistics and their limits, for the middle of a message.
     """
 
     base: float
@@ -106,28 +106,28 @@ class Verdict:
 
 
 def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
-    """Whether a fit is clearly better than its base.
+    """Decide whether a fit is clearly better than its base.
 
     A fit is kept if its mean square error on held-out samples is no larger than the base's, and if, over all samples,
 
-    - it ends nearer on more samples than chance explains: an exact sign test at 2.3%, in which ties count for the base;
-    - its mean square error is lower by three standard errors of the paired difference (for few samples, by the quantile of
-      Student's t with the same probability); and
-    - its sum of squares is lower by more than three times the largest square of one sample, of fit or base. This margin keeps
-      the fit better even if a share 3/n of new samples were as bad as the worst one seen.
+    - the fit ends nearer on more samples than chance explains: an exact sign test at 2.3%, in which ties count for the base;
+    - the mean square error of the fit is lower by three standard errors of the paired difference (for few samples, by the
+      quantile of Student's t with the same probability); and
+    - the sum of squares of the fit is lower by more than three times the largest square of one sample, of fit or base. With
+      this margin the fit stays better even if a share 3/n of new samples is as bad as the worst sample seen.
 
-    There are two exceptions. A fit whose error over all samples is rounding is kept. Where the base is not finite on every
-    sample, a finite fit is kept if it ends nearer on at least half of all samples; samples on which the base is not finite
+    There are two exceptions. A fit with errors of the size of rounding over all samples is kept. Where the base is not finite
+    on every sample, a finite fit is kept if the fit ends nearer on at least half of all samples; samples without a finite base
     count for the fit.
 
-    The training samples among them favor the fit a little.
+    All samples include the training samples, which favor the fit a little.
 
     Parameters
     ----------
     squares : per sample, the mean square over components of the base's error, of the fit's error and of the true final state,
         float64 [n, 3] on the host.
-    held_out : number of held-out samples, the last ones, at least one. Ridges and steps may have been chosen by them.
-    relative : error relative to the true final states that counts as rounding.
+    held_out : number of held-out samples, the last ones, at least 1. The same samples may have chosen ridges and steps.
+    relative : size of rounding, relative to the true final states.
     """
     n = len(squares)
     base, fit, _ = squares[n - held_out :].mean(dim=0).sqrt().tolist()
@@ -157,7 +157,7 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
 
 
 def too_few(n: int) -> Verdict:
-    """The verdict on n samples, none of which can be held out: the base is kept."""
+    """The verdict on n samples, too few to hold any out: the base is kept."""
     return Verdict(math.nan, math.nan, False, _cannot_say(n))
 
 

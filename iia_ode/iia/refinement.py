@@ -1,8 +1,8 @@
-"""Endpoint refinement: Gauss-Newton over all weights and times of a plan, through the sampler.
+"""Endpoint refinement: Gauss-Newton or Adam over all weights and times of a plan, through the sampler.
 
 A sequential fit is greedy: each step aims at the trajectory, even where an error would be harmless at the end. A refinement
 minimizes the mean of rho(|x_N(theta) - x*|) over theta, the :class:`~iia_ode.iia.Parameters` of the plan, with rho the
-Cauchy loss. :class:`GaussNewton` minimizes any :class:`Objective`; held-out samples stop it and choose the iteration.
+Cauchy loss. A :class:`~iia_ode.iia.Minimizer` lowers the loss; held-out samples stop it and choose the iteration.
 """
 
 from __future__ import annotations
@@ -10,108 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_whole
-from ..errors import InputError
+from ..checks import check_number, check_whole
+from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..plan import Plan, check_start
 from .batch import Batch, per_sample
+from .minimizers import Adam, GaussNewton, Minimizer, Status
 from .plan_parameters import Parameters
 from .ranking import cauchy_mean
 
-__all__ = ["EndpointError", "GaussNewton", "Iteration", "Objective", "Refinement", "Status", "refine"]
+__all__ = ["EndpointError", "Iteration", "Refinement", "refine"]
 
 _F64 = torch.float64
-_TRIES = 6  # dampings tried in an iteration
-
-
-class Status(Enum):
-    """Why a minimization stopped."""
-
-    ITERATIONS = "the number of iterations was reached"
-    PATIENCE = "the held-out error no longer fell"
-    TOLERANCE = "the training error fell by less than the tolerance"
-    STALLED = "no damping lowered the training error"
-    NOT_FINITE = "the derivatives are not finite"
-
-
-class Objective(Protocol):
-    """A function of a vector theta [P], for :class:`GaussNewton`."""
-
-    def loss(self, theta: Tensor, /) -> float:
-        """The loss, or infinity where theta is not admissible."""
-
-    def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
-        """The gradient [P] and the Gauss-Newton matrix [P, P], both up to the same factor; float64 on the host."""
-
-
-class GaussNewton:
-    """Minimize an objective by damped Gauss-Newton steps [Levenberg 1944; Marquardt 1963].
-
-    A step solves (H + mu diag H) delta = -g. The damping mu grows by 8 until the loss falls, at most six times, and shrinks
-    by 4 after a successful step.
-
-    Parameters
-    ----------
-    objective : the loss and its derivatives.
-    theta : starting point, float64 [P], on the host.
-    tolerance : stop after a step that lowers the loss by less than this fraction.
-    limit : maps (theta, tried) to an admissible step, such as :meth:`Parameters.clipped`; by default every step is admissible.
-
-    Attributes
-    ----------
-    theta, loss : the current point, with the lowest loss so far.
-    damping : mu of the last step; 0 before the first.
-    status : why there is no further step; None as long as there may be.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        theta: Tensor,
-        *,
-        tolerance: float = 2e-3,
-        limit: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        self.objective, self.theta, self.tolerance, self.limit = objective, theta, tolerance, limit
-        self.loss, self.damping = objective.loss(theta), 0.0
-        self.status: Status | None = None
-        self._next = 1e-3
-
-    def step(self) -> bool:
-        """Take a step; False, with a :attr:`status`, where none is left."""
-        if self.status is not None:
-            return False
-        gradient, square = self.objective.derivatives(self.theta)
-        if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
-            self.status = Status.NOT_FINITE
-            return False
-        scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
-        # In units of the diagonal the matrix is a correlation matrix, so that rounding does not depend on scales.
-        unit = scale.sqrt()
-        for k in range(_TRIES):
-            damping = self._next * 8**k
-            matrix = square / unit / unit[:, None] + damping * torch.eye(len(unit), dtype=_F64, device="cpu")
-            tried = self.theta - torch.linalg.solve(matrix, gradient / unit) / unit
-            tried = tried if self.limit is None else self.limit(self.theta, tried)
-            loss = self.objective.loss(tried)
-            if loss < self.loss:
-                break
-        else:
-            self.status = Status.STALLED
-            return False
-        if 1 - loss / self.loss < self.tolerance:
-            self.status = Status.TOLERANCE
-        self.theta, self.loss, self.damping = tried, loss, damping
-        self._next = max(damping / 4, 1e-9)
-        return True
+_METHODS = {"gauss-newton": (12, 1), "adam": (250, 25)}  # iterations, and the unit of the patience
+_RATES = (5e-3, 2e-2)  # of Adam, for weights and for log sigma/alpha
 
 
 class EndpointError:
@@ -189,7 +107,7 @@ class Iteration:
     Attributes
     ----------
     train, held_out : root mean Cauchy loss after the iteration, on training and held-out samples.
-    damping : of Levenberg and Marquardt; 0 at the start.
+    damping : of Levenberg and Marquardt; 0 at the start, and with Adam.
     """
 
     train: float
@@ -206,7 +124,7 @@ class Refinement:
     plan : the refined plan, or the given plan where no iteration lowered the held-out error.
     iterations : the start, then each iteration.
     best : index of the plan's iteration; 0 is the start.
-    status : why the refinement stopped.
+    status : why the refinement stopped; in words, ``status.value``.
     sample_evaluations : cost of the refinement; a backward pass counts as two evaluations.
     backward : cost of the backward passes alone.
     """
@@ -224,11 +142,6 @@ class Refinement:
         start = self.iterations[0].held_out
         return self.iterations[self.best].held_out / start if start else 1.0
 
-    @property
-    def reason(self) -> str:
-        """The status in words."""
-        return self.status.value
-
 
 def refine(
     ode: ProbabilityFlowODE,
@@ -236,10 +149,11 @@ def refine(
     plan: Plan,
     target: Tensor,
     *,
+    method: str = "gauss-newton",
     held_out: float = 0.25,
     learn_grid: bool = True,
     sigma_min: float = 0.0,
-    iterations: int = 12,
+    iterations: int | None = None,
     probes: int = 3,
     outliers: float = 4.0,
     tolerance: float = 2e-3,
@@ -257,16 +171,18 @@ def refine(
     x : initial states [B, ...] at the start of the plan's grid.
     plan : the starting point; weights must be numbers, or linear maps over a single decomposition.
     target : final states to reach, [B, ...].
+    method : ``"gauss-newton"`` or ``"adam"``. Adam needs more iterations, and gains more on very few samples and from plans
+        far from a minimum, such as those without a fit.
     held_out : share of the batch, its last samples, that choose the best iteration and stop the search.
     learn_grid : whether the interior times move.
     sigma_min : level sigma/alpha below which no time moves; for a network, the smallest level of its training.
-    iterations : largest number of Gauss-Newton iterations.
-    probes : Rademacher probes per sample.
+    iterations : largest number of iterations; by default 12, or 250 with Adam.
+    probes : Rademacher probes per sample; Adam needs none.
     outliers : multiple of the median error beyond which the loss of a sample grows like a logarithm; ``math.inf`` is the
         plain mean of squares. Near the border of two modes a small error becomes a large error at the end. A few samples
         there would make up most of a plain mean, and their derivatives do not predict where the samples end.
-    tolerance : stop after an iteration that lowers the training error by less than this fraction.
-    patience : stop after this many iterations without a lower held-out error.
+    tolerance : stop after an iteration of Gauss-Newton that lowers the training error by less than this fraction.
+    patience : stop after this many iterations without a lower held-out error; 25 times as many with Adam.
     chunk_size : samples per graph.
     checkpointed : recompute evaluations in the backward pass, for models with large graphs; see :meth:`Parameters.run`.
     seed : of the probes.
@@ -282,66 +198,62 @@ def refine(
     RankError : of a distributed ODE: another process failed, or was asked for another refinement.
     """
     check_start(ode, x)
-    for name, value in {
-        "iterations": iterations,
-        "probes": probes,
-        "patience": patience,
-        "chunk_size": chunk_size,
-    }.items():
+    if method not in _METHODS:
+        raise unknown_name("method of refinement", method, _METHODS)
+    newton, (default, unit) = method == "gauss-newton", _METHODS[method]
+    most = default if iterations is None else iterations
+    for name, value in {"iterations": most, "probes": probes, "patience": patience, "chunk_size": chunk_size}.items():
         check_whole(name, value, least=1)
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
-    if not 0 <= held_out < 1:
-        raise InputError(f"held_out is a share of the batch, from 0 to below 1, got {held_out!r}.")
-    agree(
-        ode, "refine", x, plan, target, held_out, learn_grid, sigma_min, iterations, probes, outliers, chunk_size, seed
-    )
+    check_number("held_out", held_out, least=0, below=1)
+    search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
+    agree(ode, "refine", x, plan, target, search)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
 
     def over(part: Batch) -> EndpointError:
-        return EndpointError(parameters, part, probes=probes, checkpointed=checkpointed, seed=seed)
+        return EndpointError(parameters, part, probes=probes if newton else 0, checkpointed=checkpointed, seed=seed)
 
     train, others = Batch(ode, x, None, chunk_size, target).split(held)
     objective, judge = over(train), over(others) if held else None
     with ode.counting() as spent:
-        objective.scale = _scale(objective.errors(parameters.initial), outliers)
+        scale = outliers * float(objective.errors(parameters.initial).median())
+        objective.scale = scale if scale > 0 else math.inf
         if judge is not None:
             judge.scale = objective.scale
-        search = GaussNewton(objective, parameters.initial, tolerance=tolerance, limit=parameters.clipped)
+        start, limit = parameters.initial, parameters.clipped
+        rates = torch.tensor([_RATES[k >= parameters.weights] for k in range(len(start))], dtype=_F64, device="cpu")
+        minimizer: Minimizer = (
+            GaussNewton(objective, start, tolerance=tolerance, limit=limit)
+            if newton
+            else Adam(objective, start, rates=rates, limit=limit)
+        )
         found, best, theta, status = _best_so_far(
-            search, None if judge is None else judge.loss, iterations, patience, progress
+            minimizer, None if judge is None else judge.loss, most, unit * patience, progress
         )
     result = plan if best == 0 else parameters.plan(theta, plan.name)
     return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
 
 
 def _best_so_far(
-    search: GaussNewton, judge: Callable[[Tensor], float] | None, most: int, patience: int, progress: bool
+    search: Minimizer, judge: Callable[[Tensor], float] | None, most: int, patience: int, progress: bool
 ) -> tuple[tuple[Iteration, ...], int, Tensor, Status]:
     """Run a minimization and keep the point that `judge` likes best; by default the judge is the loss itself."""
-    found: list[Iteration] = []
 
-    def note() -> float:
-        found.append(Iteration(search.loss, search.loss if judge is None else judge(search.theta), search.damping))
-        return found[-1].held_out
+    def iteration() -> Iteration:
+        return Iteration(search.loss, search.loss if judge is None else judge(search.theta), search.damping)
 
-    lowest, best, theta = note(), 0, search.theta
-    with tqdm(desc="refine", total=most, disable=not progress) as bar:
-        while search.step():
-            bar.update()
-            error, i = note(), len(found) - 1
-            if error < lowest:
-                lowest, best, theta = error, i, search.theta
-            elif i - best >= patience:
-                return tuple(found), best, theta, Status.PATIENCE
-            if i == most:
-                return tuple(found), best, theta, Status.ITERATIONS
-    return tuple(found), best, theta, search.status or Status.STALLED
-
-
-def _scale(errors: Tensor, outliers: float) -> float:
-    """The error beyond which a sample is an outlier: a multiple of the median; infinity where no sample is."""
-    scale = outliers * float(errors.median()) if math.isfinite(outliers) else math.inf
-    return scale if scale > 0 else math.inf
+    found, best, theta, status = [iteration()], 0, search.theta, Status.ITERATIONS
+    for i in tqdm(range(1, most + 1), desc="refine", disable=not progress):
+        if not search.step():
+            status = search.status or Status.STALLED
+            break
+        found.append(iteration())
+        if found[i].held_out < found[best].held_out:
+            best, theta = i, search.theta
+        elif i - best >= patience:
+            status = Status.PATIENCE
+            break
+    return tuple(found), best, theta, status

@@ -13,8 +13,8 @@ from .provenance import Record, SearchRecord, Split, StepReport
 
 __all__ = ["describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
-_SMALL = 1e-3  # sum of weights on earlier steps that is not worth a sentence
-_GROUPS = 12  # groups of a linear map, up to which each has a table
+_SMALL = 1e-3  # sum of weights on earlier steps, below which there is no sentence
+_GROUPS = 12  # largest number of groups of a linear map with a table each
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -38,10 +38,9 @@ def table_of(reports: tuple[StepReport, ...]) -> str:
 
 
 def table_of_weights(plan: Plan) -> str:
-    """The weights of a plan on its initial state and its data estimates: a row per evaluated state, and one for the last.
+    """The weights of a plan on its initial state and its data estimates: a row per evaluated state, and a row for the last.
 
-    Weights that are linear maps have a table for each group. Maps with more than a few groups, as in a warm start, have one
-    table of means, and a line says so.
+    Linear maps have a table for each group. Maps with many groups, as in a warm start, have a single table of means.
     """
     form = plan.canonical()
     rows = (*form.states, form.final)
@@ -96,7 +95,7 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
 
 
 def _target(record: Record) -> str:
-    """The target of the steps; for trajectories, how they were made, for a teacher may differ from the target's own."""
+    """The target of the steps; for trajectories, the options of the teacher in use."""
     if record.target.name != "trajectory" or record.teacher is None:
         return str(record.target)
     return f"trajectory ({record.teacher})"
@@ -111,7 +110,7 @@ def _beyond(search: SearchRecord | None) -> str:
 
 
 def _refined(search: SearchRecord) -> str:
-    """Iterations on the training samples; iterations on all samples come on top."""
+    """Iterations on the training samples; a last fit has further iterations on all samples."""
     if (refinement := search.refinement) is None:
         return ""
     return f": a fit in closed form, then {refinement.best} of {refinement.iterations} iterations over all weights and times"
@@ -208,10 +207,8 @@ def _explain_steps(plan: Plan, record: Record, reports: tuple[StepReport, ...]) 
 
 
 def _explain_past(plan: Plan, used: list[int]) -> Iterator[str]:
-    """The step among `used` with the largest weight on data estimates of earlier steps, if a weight is worth a sentence."""
-    weights = {
-        index: (own, older) for index, own, older in _data_weights(plan) if index in used and abs(older) > _SMALL
-    }
+    """A sentence on the step among `used` with the largest weight on data estimates of earlier steps."""
+    weights = {k: pair for k, pair in _data_weights(plan).items() if k in used and abs(pair[1]) > _SMALL}
     if not weights:
         return
     step = max(weights, key=lambda index: abs(weights[index][1]))
@@ -229,29 +226,20 @@ def _steps(indices: list[str]) -> str:
     return f"step{'s' if len(indices) > 1 else ''} {', '.join(indices)}"
 
 
-def _data_weights(plan: Plan) -> list[tuple[int, float, float]]:
-    """For each step: index, sum of weights on data estimates made in the step, and sum on those of earlier steps."""
+def _data_weights(plan: Plan) -> dict[int, tuple[float, float]]:
+    """For each step, the sum of weights on data estimates made in the step, and on data estimates of earlier steps."""
     totals: list[dict[int, float]] = [{}]  # for each vector, weights on data estimates by step
-    step, found = 0, []
+    found: dict[int, tuple[float, float]] = {}
     for ins in plan.code:
+        step, mine = len(found), dict[int, float]()
         if isinstance(ins, Evaluate):
-            _, q = conversion(plan.schedule, ins.t, "data", ins.form)
-            totals.append({step: q})
-            continue
-        mine = _combined(ins, totals)
-        if ins.step is None:
-            totals.append(mine)
+            mine[step] = conversion(plan.schedule, ins.t, "data", ins.form)[1]
         else:
-            found.append((step, mine.get(step, 0.0), sum(w for k, w in mine.items() if k != step)))
-            totals.append({})  # a state at a grid point is a vector of its own
-            step += 1
+            for j, weight in ins.terms:
+                for k, w in totals[j].items():
+                    mine[k] = mine.get(k, 0.0) + weight_mean(weight) * w
+            if ins.step is not None:
+                found[step] = mine.get(step, 0.0), sum(w for k, w in mine.items() if k != step)
+                mine = {}  # a state at a grid point is a vector of its own
+        totals.append(mine)
     return found
-
-
-def _combined(ins: Combine, totals: list[dict[int, float]]) -> dict[int, float]:
-    mine: dict[int, float] = {}
-    for j, weight in ins.terms:
-        number = weight_mean(weight)
-        for k, w in totals[j].items():
-            mine[k] = mine.get(k, 0.0) + number * w
-    return mine

@@ -17,12 +17,12 @@ from ..solvers import Solver
 from .batch import Batch
 from .directions import StepRecord, Term, Terms
 from .least_squares import LeastSquares, Solution
-from .provenance import UNJUDGED, Endpoint, StepReport, finite
+from .provenance import UNJUDGED, Endpoint, Split, StepReport, finite
 from .ranking import too_few, verdict
-from .targets import Numeric, Target
+from .targets import Target
 from .teacher import DEFAULT, Teacher
 
-__all__ = ["RIDGES", "Stepwise"]
+__all__ = ["RIDGES", "Stepwise", "StepwiseFit"]
 
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Candidates of ``ridge="auto"``."""
@@ -35,7 +35,7 @@ _F64 = torch.float64
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """Solution of one step's least squares, and whether the step uses it."""
+    """The least-squares solution of a step, and the decision to use the solution or to keep the base."""
 
     solution: Solution
     ridge: float
@@ -45,8 +45,26 @@ class _Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class StepwiseFit:
+    """Result of a sequential fit.
+
+    Attributes
+    ----------
+    plan : the fitted solver; the base where the guard refused the fit.
+    reports : a report of each fitted step.
+    endpoint : errors of the final states.
+    split : number of samples, and of held-out samples among them.
+    """
+
+    plan: Plan
+    reports: tuple[StepReport, ...]
+    endpoint: Endpoint
+    split: Split
+
+
+@dataclass(frozen=True, eq=False)
 class Stepwise:
-    """A sequential fit with every option resolved; see :class:`~iia_ode.IIA` for their meaning.
+    """A sequential fit with every option resolved; see :class:`~iia_ode.IIA` for the options.
 
     Attributes
     ----------
@@ -63,27 +81,24 @@ class Stepwise:
     intercept: bool
     name: str
 
-    def fit(
-        self, batch: Batch, times: list[float], held_out: int, *, judged: bool, progress: bool = False
-    ) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
-        """Fit each step on states that the fitted steps before it produce.
+    @torch.no_grad()
+    def fit(self, batch: Batch, times: list[float], held_out: float, *, progress: bool = False) -> StepwiseFit:
+        """Fit the steps in order, each on the states after the fitted steps before.
 
         Parameters
         ----------
-        batch : the samples; the last `held_out` are not fitted to.
+        batch : samples without copies, with a teacher if the target needs a teacher.
         times : the grid.
-        judged : whether the guard judges the final states.
+        held_out : share of held-out samples, the last of the batch. With a share of 0 there is no guard.
         progress : show a bar over the steps.
-
-        Returns
-        -------
-        The plan, a report of each fitted step, and the errors of the final states.
         """
-        train = len(batch) - held_out
+        held = min(max(1, int(held_out * len(batch))), len(batch) - 1) if held_out and len(batch) >= 4 else 0
         tracer, x, memory = Tracer(batch.ode.schedule), Vector({0: 1.0}), ()
         records: tuple[StepRecord, ...] = ()
         reports: list[StepReport] = []
-        chunks = _chunks(batch)
+        chunks: list[Chunk] = []
+        for part in batch.chunks():
+            chunks.append(Chunk(part, sum(len(c.batch) for c in chunks), batch.device))
         intervals = list(zip(times[:-1], times[1:], strict=True))
         for i, (t, s) in enumerate(tqdm(intervals, desc=f"fit {self.name}", disable=not progress)):
             seen = len(tracer.evaluations)
@@ -96,7 +111,7 @@ class Stepwise:
                     f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
                 )
             if candidates:
-                choice = self._choose(tracer, record, candidates, chunks, train)
+                choice = self._choose(*self._systems(tracer, record, candidates, chunks, len(batch) - held))
                 reports.append(_report(record, candidates, choice))
                 if choice.accepted:
                     y, record = _corrected(record, candidates, reports[-1].corrections, choice.solution.constant)
@@ -106,31 +121,50 @@ class Stepwise:
             for chunk in chunks:
                 chunk.advance(tracer, live)
         plan = Plan(batch.ode.schedule, tuple(times), tuple(tracer.code), self.name)
-        if not (judged and any(r.accepted for r in reports)):
-            return plan, tuple(reports), UNJUDGED
-        return self._guarded(plan, tuple(reports), batch, chunks, held_out)
+        fit = StepwiseFit(plan, tuple(reports), UNJUDGED, Split(len(batch), held))
+        judged = self.guard and held_out > 0 and any(r.accepted for r in reports)
+        return self._guarded(fit, batch, chunks) if judged else fit
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _choose(
+    def _systems(
         self, tracer: Tracer, record: StepRecord, candidates: tuple[Term, ...], chunks: list[Chunk], train: int
-    ) -> _Choice:
-        """The least squares of one step on the training samples, and its loss on the others."""
+    ) -> tuple[LeastSquares, LeastSquares, Tensor]:
+        """The least-squares problems of one step, on the first `train` samples and on the others.
+
+        The third value has, for the first `train` samples, the norm of the rounding error of each direction and the norm of
+        the base's result, float64 [k + 1] on the host.
+        """
         fork = tracer.fork()
-        system = StepSystem(fork, record, candidates, self.target.aim(fork, self.base, record))
+        aim = self.target.aim(fork, self.base, record)
+        start, result = fork.hold(record.x), fork.hold(record.base)
+        columns = [fork.hold(term.direction) for term in candidates]
+        end, numeric = (fork.hold(aim), None) if isinstance(aim, Vector) else (start, aim)
         own, held = (LeastSquares(len(candidates), intercept=self.intercept) for _ in range(2))
         sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
         for chunk in chunks:
             values = chunk.explore(tracer, fork)
-            sizes += system.add(values, chunk.batch, own, held, min(max(train - chunk.first, 0), len(chunk.batch)))
-        *_, size = sizes = sizes.sqrt()
+            wanted = _read(values, end)
+            wanted = wanted if numeric is None else numeric(chunk.batch, wanted)
+            # In float64 before the difference: a residual is small against the states at high noise.
+            base = _read(values, result).double()
+            residual, directions = wanted.double() - base, [_read(values, c) for c in columns]
+            cut = min(max(train - chunk.first, 0), len(base))
+            own.add([d[:cut] for d in directions], residual[:cut])
+            held.add([d[cut:] for d in directions], residual[cut:])
+            sizes[:-1] += _rounding(values, candidates, cut)
+            sizes[-1] += base[:cut].square().sum().cpu()
+        return own, held, sizes.sqrt()
+
+    def _choose(self, own: LeastSquares, held: LeastSquares, sizes: Tensor) -> _Choice:
+        """The solution of one step with a sound ridge, and the decision of the held-out samples."""
         auto = self.ridge == "auto"
         ridges: tuple[float, ...] = RIDGES if auto else (float(self.ridge),)
         if self.guard and not auto:
             ridges += tuple(r for r in RIDGES if r > ridges[0])
         found = [own.solve(ridge=ridge, noise=sizes[:-1]) for ridge in ridges]
         # Huge terms that cancel on these samples need not cancel on the next one.
-        sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(size)] or [len(found) - 1]
+        sound = [i for i, s in enumerate(found) if s.largest <= _HUGE * float(sizes[-1])] or [len(found) - 1]
         best = sound[0] if self.guard or auto else 0
         if not held.samples:
             return _Choice(found[best], ridges[best], None, None, True)
@@ -145,10 +179,9 @@ class Stepwise:
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
-    def _guarded(
-        self, plan: Plan, reports: tuple[StepReport, ...], batch: Batch, chunks: list[Chunk], held_out: int
-    ) -> tuple[Plan, tuple[StepReport, ...], Endpoint]:
+    def _guarded(self, fit: StepwiseFit, batch: Batch, chunks: list[Chunk]) -> StepwiseFit:
         """The fit if its final states are clearly nearer the truth than the base's; otherwise the base, and a warning."""
+        plan, held_out = fit.plan, fit.split.held_out
         grid = torch.tensor(plan.grid, dtype=_F64, device="cpu")
         base = trace(self.base, plan.schedule, grid, consistent=False)
         if held_out:
@@ -163,26 +196,27 @@ class Stepwise:
         why = "" if found.kept else found.why
         endpoint = Endpoint(finite(found.base), finite(found.fit), not found.kept, reference, why)
         if found.kept:
-            return plan, reports, endpoint
+            return replace(fit, endpoint=endpoint)
         other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
         warn(
-            f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}. Fit on more samples, with "
-            f"other terms{other}, with a ridge, or pass guard=False to have the fit anyway.",
+            f"{plan.name} is not clearly better than its base, and the base is kept: {seen}{found.why}. Fit on more samples, "
+            f"with other terms{other}, or with a ridge; guard=False keeps the fit anyway.",
             GuardWarning,
         )
-        return replace(base, name=plan.name), tuple(_refused(r) for r in reports), endpoint
+        reports = tuple(_refused(r) for r in fit.reports)
+        return replace(fit, plan=replace(base, name=plan.name), reports=reports, endpoint=endpoint)
 
 
 class Chunk:
-    """Part of a batch on its way through the growing plan.
+    """The vectors of a part of a batch, while the plan grows.
 
-    Between steps its live vectors rest on the host, so the model's device holds the vectors of one chunk at a time.
+    Between steps the vectors rest on the host, so the model's device holds the vectors of a single chunk at a time.
 
     Parameters
     ----------
     batch : the samples.
-    first : place of the first of them in the whole batch.
-    device : where the model runs.
+    first : index of the first sample in the whole batch.
+    device : device of the model.
     """
 
     def __init__(self, batch: Batch, first: int, device: torch.device) -> None:
@@ -191,7 +225,7 @@ class Chunk:
         self._evaluate, self._done = evaluator(batch.ode), 0
 
     def advance(self, tracer: Tracer, live: set[int]) -> None:
-        """Run the instructions written since the last call, and drop every vector that is not in `live`."""
+        """Run the new instructions of the trace, and drop the vectors outside `live`."""
         needed = {j for instruction in tracer.code[self._done :] for j in instruction.reads}
         if needed:
             values = self._loaded(needed & self.values.keys())
@@ -201,7 +235,7 @@ class Chunk:
         self.values = {j: v for j, v in self.values.items() if j in live}
 
     def explore(self, tracer: Tracer, fork: Tracer) -> dict[int, Tensor]:
-        """Run to the end of the trace, keep that, and go on along a fork: all vectors, on the device, not kept."""
+        """All vectors at the end of a fork, on the device. The vectors of the trace itself are stored, the others are not."""
         values = self._loaded(self.values.keys())
         for code in (tracer.code, fork.code):
             for _ in run_code(code, values, self._evaluate, start=self._done):
@@ -213,7 +247,7 @@ class Chunk:
     def squares(self, base: Plan, final: int, first: int) -> Tensor | None:
         """Mean squares of base error, fit error and true final state of the samples from `first` on, [n, 3] on the host.
 
-        None if no sample is left. `final` is the fit's last vector.
+        The index of the fit's last vector is `final`. Without samples from `first` on, the result is None.
         """
         if first >= len(self.batch):
             return None
@@ -235,52 +269,17 @@ class Chunk:
         self._done = len(tracer.code)
 
 
-class StepSystem:
-    """The least squares of one step: its target and its columns, on a fork of the trace that is run and dropped."""
-
-    def __init__(self, fork: Tracer, record: StepRecord, candidates: tuple[Term, ...], aim: Vector | Numeric) -> None:
-        self.aim, self.candidates = aim, candidates
-        self.columns = [fork.hold(term.direction) for term in candidates]
-        self.start, self.result = fork.hold(record.x), fork.hold(record.base)
-        self.end = fork.hold(aim) if isinstance(aim, Vector) else None
-        self._sources = sorted({j for term in candidates for j in term.direction.weights})
-
-    def add(self, values: dict[int, Tensor], batch: Batch, train: LeastSquares, held: LeastSquares, cut: int) -> Tensor:
-        """Add the first `cut` samples of a chunk to one system and the others to the other; `values` are its vectors.
-
-        Returns, for the first `cut` samples, the squared rounding error of each column and the squared size of the base's
-        result, float64 [k + 1] on the host. Each vector of a direction is exact to the precision of its dtype only.
-        """
-        if self.end is not None:
-            wanted = _read(values, self.end)
-        elif not isinstance(self.aim, Vector):
-            wanted = self.aim(batch, _read(values, self.start))
-        # In float64 before the difference: a residual is small against the states at high noise.
-        result = _read(values, self.result).double()
-        residual = wanted.double() - result
-        columns = [_read(values, c) for c in self.columns]
-        train.add([c[:cut] for c in columns], residual[:cut])
-        held.add([c[cut:] for c in columns], residual[cut:])
-        size = result[:cut].square().sum().cpu().reshape(1)
-        return torch.cat([self._rounding(values, cut), size])
-
-    def _rounding(self, values: dict[int, Tensor], cut: int) -> Tensor:
-        plain = {j: values[j][:cut] for j in self._sources}
-        if not plain:
-            return torch.zeros(len(self.candidates), dtype=_F64, device="cpu")
-        # One transfer, of a number for each vector. Sums over samples would depend on the cut of the batch in the last bit.
-        sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
-        size = dict(zip(plain, sizes.square().tolist(), strict=True))
-        weights = [term.direction.weights for term in self.candidates]
-        noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]
-        return torch.tensor(noise, dtype=_F64, device="cpu")
-
-
-def _chunks(batch: Batch) -> list[Chunk]:
-    found: list[Chunk] = []
-    for part in batch.chunks():
-        found.append(Chunk(part, sum(len(c.batch) for c in found), batch.device))
-    return found
+def _rounding(values: dict[int, Tensor], candidates: tuple[Term, ...], cut: int) -> Tensor:
+    """Squared rounding error of each direction on the first `cut` samples, float64 [k], by the dtype of the vectors."""
+    plain = {j: values[j][:cut] for term in candidates for j in term.direction.weights}
+    if not plain:
+        return torch.zeros(len(candidates), dtype=_F64, device="cpu")
+    # A single transfer, with a number for each vector.
+    sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
+    size = dict(zip(plain, sizes.square().tolist(), strict=True))
+    weights = [term.direction.weights for term in candidates]
+    noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]
+    return torch.tensor(noise, dtype=_F64, device="cpu")
 
 
 def _read(values: dict[int, Tensor], held: Vector) -> Tensor:
@@ -291,7 +290,7 @@ def _read(values: dict[int, Tensor], held: Vector) -> Tensor:
 def _corrected(
     record: StepRecord, candidates: tuple[Term, ...], corrections: tuple[float, ...], constant: Tensor | None
 ) -> tuple[Vector, StepRecord]:
-    """The corrected result of a step, and its record with the part of the correction that is not from history."""
+    """The corrected result of a step, and the record of the step with the result without history terms."""
     pairs = list(zip(corrections, candidates, strict=True))
     own = sum((c * term.direction for c, term in pairs if not term.history), start=record.base)
     y = sum((c * term.direction for c, term in pairs if term.history), start=own)

@@ -1,4 +1,4 @@
-"""Targets of a fit: the more accurate state that each step of the base is fitted to."""
+"""Targets of a fit: accurate states at the end of each step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Numeric: TypeAlias = Callable[[Batch, Tensor], Tensor]
 
 
 class Target(ABC):
-    """The state that a step should have reached.
+    """The accurate state at the end of a step, for the least squares of the step.
 
     Attributes
     ----------
@@ -48,8 +48,8 @@ class Target(ABC):
 class Substeps(Target):
     """The target of the paper: M base steps over a uniform subdivision in t, from the fitted trajectory's own state.
 
-    See Zhang et al. 2024, section 4. The paper writes a sum for DDIM and means the composition. The first sub-step shares
-    its evaluation with the fitted step.
+    See Zhang et al. 2024, section 4. The formula of the paper for DDIM is a sum, and the composition is meant. The first
+    sub-step shares an evaluation with the fitted step.
 
     Parameters
     ----------
@@ -83,9 +83,9 @@ class Substeps(Target):
 
 @dataclass(frozen=True)
 class Local(Target):
-    """The flow over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
+    """The exact flow over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
 
-    The target is not in the paper. A fit to the exact flow separates the error of the target from the error of the fit.
+    The target is not in the paper. A fit to the exact flow has no error of the target.
 
     Parameters
     ----------
@@ -97,11 +97,7 @@ class Local(Target):
 
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that integrates from t to s."""
-
-        def flow(batch: Batch, x: Tensor) -> Tensor:
-            return solve(batch.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
-
-        return flow
+        return lambda batch, x: solve(batch.ode, x, step.t, step.s, rtol=self.rtol, atol=self.rtol)
 
     def options(self) -> dict[str, Any]:
         """Name and tolerance."""
@@ -110,13 +106,13 @@ class Local(Target):
 
 @dataclass(frozen=True)
 class TeacherTrajectory(Target):
-    """The teacher's trajectory from the same initial state, so that a step also repairs the error of earlier steps.
+    """The teacher's trajectory from the same initial state: a step also repairs the errors of earlier steps.
 
-    The target is not in the paper. Targets from the fitted trajectory's own state leave earlier error as it is.
+    The target is not in the paper. Targets from the fitted trajectory's own state leave earlier errors as they are.
 
     Parameters
     ----------
-    steps : number of steps of the :class:`Teacher` that a fit makes where none is given.
+    steps : number of steps of the :class:`Teacher`, for fits without a given teacher.
     """
 
     steps: int = 60
@@ -125,11 +121,7 @@ class TeacherTrajectory(Target):
 
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that looks the states up."""
-
-        def look_up(batch: Batch, x: Tensor) -> Tensor:
-            return batch.taught.at(step.s).to(x.device)
-
-        return look_up
+        return lambda batch, x: batch.taught.path(step.s).to(x.device)
 
     def options(self) -> dict[str, Any]:
         """Name and steps."""
@@ -137,7 +129,7 @@ class TeacherTrajectory(Target):
 
 
 def resolve_target(target: str | Target, substeps: int) -> Target:
-    """The object of a `target` argument; `substeps` is the count of ``"substeps"``.
+    """The target of a name or a target itself; `substeps` is the count of ``"substeps"``.
 
     Raises
     ------

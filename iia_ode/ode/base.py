@@ -21,15 +21,25 @@ __all__ = ["Ledger", "ProbabilityFlowODE"]
 
 V = TypeVar("V")
 
+_SETTINGS = (
+    "schedule",
+    "prediction",
+    "conditioning",
+    "unconditional",
+    "guidance_scale",
+    "model_dtype",
+    "state_shape",
+)
+
 
 @dataclass
 class Ledger:
-    """Counts what an ODE spent.
+    """The evaluations that an ODE spent.
 
     Attributes
     ----------
-    evaluations : batched calls of the model; with guidance, the pair of branches is one call on a doubled batch.
-    samples : the same, weighted by batch size.
+    evaluations : batched calls of the model. With guidance, both branches together are a single call on a doubled batch.
+    samples : calls weighted by batch size, where a doubled batch counts once.
     """
 
     evaluations: int = 0
@@ -45,21 +55,25 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     Parameters
     ----------
-    model : called as ``model(x, t, **conditioning)`` with x [B, ...] and t [B]; returns the shape of x.
-    schedule : alpha_t and sigma_t.
-    prediction : what the model returns: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"`` (alpha eps - sigma x_0)
-        or ``"velocity"`` (dx/dt).
-    conditioning : keyword arguments of the model; a tensor has leading dimension B, or 1 to serve every sample.
-    unconditional : the same keywords with the null condition, for classifier-free guidance [Ho & Salimans 2022].
-    guidance_scale : w in ``D_null + w (D_cond - D_null)``; 1 is no guidance and costs nothing extra.
-    model_dtype : dtype the model computes in; by default that of its parameters, else that of the state. The state keeps
-        its own dtype (float32 or float64) whatever the model's. The model gets t in float32, or in float64 if it is one.
-    state_shape : shape of one sample, checked before a run; by default the model's own attribute of that name, if any.
+    model : called as ``model(x, t, **conditioning)`` with states x [B, ...] and times t [B]; returns a tensor of the shape
+        of x.
+    schedule : the noise schedule alpha_t, sigma_t of states x = alpha_t x_0 + sigma_t eps.
+    prediction : form of the model's output: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"``
+        (alpha eps - sigma x_0) or ``"velocity"`` (dx/dt).
+    conditioning : keyword arguments of the model. A tensor has leading dimension B, or 1 to serve every sample.
+    unconditional : the keywords of `conditioning` with the null condition, for classifier-free guidance
+        [Ho & Salimans 2022].
+    guidance_scale : w in ``D_null + w (D_cond - D_null)``. With w = 1 there is no guidance, and no extra cost.
+    model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model
+        without parameters. The state keeps its own dtype, float32 or float64. Times have dtype float64 for a float64 model,
+        else float32.
+    state_shape : shape of one sample, checked before a run; by default the model's attribute ``state_shape``, if any.
 
     Raises
     ------
     UnknownNameError : no such prediction type.
-    InputError : guidance without `unconditional`, or with other keywords than `conditioning`.
+    InputError : the model is not callable, `schedule` is no schedule, the scale is not finite, or guidance lacks
+        `unconditional` with the keywords of `conditioning`.
     """
 
     def __init__(
@@ -105,45 +119,57 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every argument besides the model: ``ProbabilityFlowODE(other, **ode.settings)`` is the ODE of another model."""
-        names = (
-            "schedule",
-            "prediction",
-            "conditioning",
-            "unconditional",
-            "guidance_scale",
-            "model_dtype",
-            "state_shape",
-        )
-        return {name: getattr(self, name) for name in names}
+        """All arguments but the model: ``ProbabilityFlowODE(other, **ode.settings)`` is the ODE of another model."""
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     # ---- the ODE -----------------------------------------------------------------------------------------------------
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """dx/dt at time t (a number, 0-dim, or [B]) and state x [B, ...]; the signature that torchdiffeq takes."""
+        """dx/dt, with the argument order of torchdiffeq.
+
+        Parameters
+        ----------
+        t : time, a number or a tensor [] or [B].
+        x : state [B, ...], float32 or float64.
+
+        Returns
+        -------
+        The velocity [B, ...], in the dtype of x.
+        """
         return self.evaluate(x, t).velocity
 
     def evaluate(self, x: Tensor, t: Tensor | float, form: str = "data") -> Evaluation[Tensor]:
-        """One call of the model, to be read in any form; `form` says how a plan would store it, and is free here."""
+        """Evaluate the model once; the evaluation can be read in every prediction form.
+
+        Parameters
+        ----------
+        x : state [B, ...], float32 or float64.
+        t : time, a number or a tensor [] or [B].
+        form : without effect here; a plan stores the output in this form.
+
+        Returns
+        -------
+        The evaluation, with tensors of the shape and dtype of x.
+        """
         return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
 
     def is_data(self, t: float) -> bool:
-        """Whether sigma = 0 at time t: a step that lands there must not evaluate the model there."""
+        """Whether sigma = 0 at time t. A step to such a time must not evaluate the model there."""
         return self.schedule.sigma(t) == 0
 
     @staticmethod
     def hold(x: V) -> V:
-        """The identity; while a plan is traced its counterpart stores x as one vector."""
+        """x itself. While a plan is traced, ``hold`` stores a combination as one vector."""
         return x
 
     def check_state_shape(self, x: Tensor) -> None:
-        """Raise InputError if the shape of one sample is known and x [B, ...] has another."""
+        """Raise InputError if the shape of one sample is known and x [B, ...] has another shape."""
         if self.state_shape is not None and tuple(x.shape[1:]) != self.state_shape:
             expected = ", ".join(map(str, ("B", *self.state_shape)))
             raise InputError(f"the state must have shape [{expected}], got {list(x.shape)}.")
 
     def check_conditions(self, batch: int) -> None:
-        """Raise InputError unless every condition has one entry for each of `batch` samples, or one for all."""
+        """Raise InputError unless every condition has an entry for each of `batch` samples, or a single entry."""
         for name, value in (*self.conditioning.items(), *self.unconditional.items()):
             if isinstance(value, Tensor) and value.ndim and len(value) not in (1, batch):
                 raise InputError(
@@ -154,17 +180,27 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     # ---- calling the model -------------------------------------------------------------------------------------------
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """What the model returns, guidance included, in the form of `prediction` and the dtype of x; one evaluation.
+        """The model's output with guidance, in the form of `prediction`; one evaluation.
 
-        The model gets a copy of x and may do with it as it likes. A subclass that has the model say something else overrides
-        this method, and none that call it.
+        The model receives a copy of x, and may write to the copy. A subclass changes the output of the model by overriding
+        this method alone; see :class:`~iia_ode.ode.Wrapped`.
+
+        Parameters
+        ----------
+        x : state [B, ...], float32 or float64.
+        t : time, a number or a tensor [] or [B].
+
+        Returns
+        -------
+        The output [B, ...], in the dtype of x.
 
         Raises
         ------
-        InputError : the model does not return one tensor of the shape of x, or the conditions do not fit the batch.
+        InputError : the model does not return a floating-point tensor of the shape of x, or the conditions do not fit the
+            batch.
         """
         batch = x.shape[0]
-        dtype = self._dtype(x)
+        dtype = self.compute_dtype(x)
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
             times = t.to(device=x.device, dtype=time_dtype).expand(batch)
@@ -184,19 +220,14 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
 
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        if self.model_dtype is not None:
-            return self.model_dtype
-        if isinstance(self.model, nn.Module):
-            for p in self.model.parameters():
-                if p.is_floating_point():
-                    return p.dtype
-        return x.dtype
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype in which the model computes for states x [B, ...]."""
+        return self.model_dtype or _own_dtype(self.model) or x.dtype
 
     # ---- views and bookkeeping ---------------------------------------------------------------------------------------
 
     def condition(self, **conditioning: Any) -> Self:
-        """The same model and ledger under other conditions; guidance stays."""
+        """The ODE under other conditions, with the same model, null condition, guidance scale and ledger."""
         return self._view(conditioning, self.unconditional)
 
     def subset(self, index: slice | Tensor, batch: int) -> Self:
@@ -205,7 +236,11 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         Parameters
         ----------
         index : the samples, a slice or an integer or boolean tensor [n].
-        batch : size of the whole batch. Conditions with so many entries are indexed along with the states.
+        batch : size of the whole batch. Conditions with `batch` entries are indexed; other conditions stay.
+
+        Returns
+        -------
+        The ODE, with the same model and ledger.
         """
 
         def pick(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,68 +251,83 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         return self._view(pick(self.conditioning), pick(self.unconditional))
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
-        """A shallow copy with other conditions: of the same class, with the same model and ledger."""
+        """A shallow copy with other conditions, and with the same class, model and ledger."""
         view = self._copied()
         view.conditioning, view.unconditional = dict(conditioning), dict(unconditional)
         view._check_guidance()
         return view
 
     def _copied(self) -> Self:
-        """A shallow copy whose submodules can be replaced without changing those of this ODE."""
+        """A shallow copy with a dictionary of submodules of its own."""
         twin = copy.copy(self)
         twin.__dict__["_modules"] = dict(self._modules)
         return twin
 
     @property
     def nfe(self) -> int:
-        """Batched model evaluations so far; ``ode.ledger.reset()`` sets the count back."""
+        """Number of batched model evaluations; ``ode.ledger.reset()`` sets the number to zero."""
         return self.ledger.evaluations
 
     @property
     def device(self) -> torch.device | None:
-        """Device of the model's parameters; None for a model without parameters, which runs where the states are."""
+        """Device of the model's parameters; None for a model without parameters, which runs on the device of the states."""
         if isinstance(self.model, nn.Module):
             for parameter in self.model.parameters():
                 return parameter.device
         return None
 
     def counting(self) -> AbstractContextManager[Ledger]:
-        """A ledger of what a ``with`` block spends; its counts are filled in when the block ends."""
-        return self._counted()
-
-    @contextmanager
-    def _counted(self) -> Iterator[Ledger]:
-        before, spent = (self.ledger.evaluations, self.ledger.samples), Ledger()
-        try:
-            yield spent
-        finally:
-            spent.evaluations = self.ledger.evaluations - before[0]
-            spent.samples = self.ledger.samples - before[1]
+        """A ledger of the evaluations of a ``with`` block, filled in at the end of the block."""
+        return _counted(self.ledger)
 
     def fingerprint(self) -> str:
-        """A short hash of the model's parameters and buffers (names, shapes, a sample of values): same weights, same hash.
+        """A short hash of the names, shapes and some values of the model's parameters and buffers.
 
-        A model without parameters is known by its qualified name only.
+        The fingerprint of a model without parameters is its qualified name.
         """
-        tensors = {}
-        if isinstance(self.model, nn.Module):
-            named = (*self.model.named_parameters(), *self.model.named_buffers())
-            tensors = {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
+        tensors = _tensors(self.model)
         if not tensors:
             kind = self.model if hasattr(self.model, "__qualname__") else type(self.model)
             return f"{kind.__module__}.{getattr(kind, '__qualname__', '?')}"
         key = tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors.values())
         if self._fingerprint is None or self._fingerprint[0] != key:
-            # One transfer from the device: all samples together.
-            samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
-            shapes = {name: list(v.shape) for name, v in tensors.items()}
-            body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
-            self._fingerprint = key, hashlib.sha256(body).hexdigest()[:16]
+            self._fingerprint = key, _hash(tensors)
         return self._fingerprint[1]
 
 
+@contextmanager
+def _counted(ledger: Ledger) -> Iterator[Ledger]:
+    before, spent = (ledger.evaluations, ledger.samples), Ledger()
+    try:
+        yield spent
+    finally:
+        spent.evaluations, spent.samples = ledger.evaluations - before[0], ledger.samples - before[1]
+
+
+def _own_dtype(model: object) -> torch.dtype | None:
+    """Dtype of a model's first floating-point parameter, if there is one."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+
+
+def _tensors(model: object) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in the order of their names; compiled models have the names of their originals."""
+    if not isinstance(model, nn.Module):
+        return {}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    # One transfer from the device: the sampled values of all tensors together.
+    samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
+    shapes = {name: list(v.shape) for name, v in tensors.items()}
+    body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
 def _checked(out: Any, shape: Sequence[int]) -> Tensor:
-    """What a model returned, once it is known to be one real tensor of the right shape."""
+    """The output of a model, checked to be a real tensor of the right shape."""
     if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
         got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(
@@ -289,7 +339,7 @@ def _checked(out: Any, shape: Sequence[int]) -> Tensor:
 
 
 def _paired(condition: Any, null: Any, name: str) -> Any:
-    """The two branches of guidance as one conditioning value for a doubled batch."""
+    """A condition and its null value as the condition of a doubled batch."""
     if isinstance(condition, Tensor) and isinstance(null, Tensor) and condition.shape[1:] == null.shape[1:]:
         return torch.cat([condition, null])
     if not isinstance(condition, Tensor) and not isinstance(null, Tensor) and condition == null:
@@ -305,7 +355,7 @@ def _kind(value: Any) -> str:
 
 
 def _batched(value: Any, batch: int, device: torch.device) -> Any:
-    """A conditioning value for `batch` samples on the state's device."""
+    """A condition with an entry per sample, on the device of the states."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device, non_blocking=True)

@@ -26,17 +26,21 @@ def cached(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
     """The ODE with memoized evaluations; the ODE itself if they are memoized already.
 
     The candidates of a search start from the same states, and agree up to the first level in which their grids differ.
-    Each such evaluation is made once. Results are unchanged: the cache holds the model's own outputs, and a hit needs the same
-    states, times and conditions to the last bit. The key covers a whole batch, so another chunking misses the cache. With
-    gradients enabled, and under forward differentiation, the model is always called. The ledger counts the model's own
-    evaluations.
+    Evaluations up to this level are made once. Results are unchanged: the cache holds outputs of the model, and a hit needs
+    the same states, times and conditions to the last bit. The key covers a whole batch, so another chunking misses the cache.
+    With gradients enabled, or with tangents of forward differentiation, the model is always called. The ledger counts the
+    evaluations of the model only.
 
     The cache lies below any distribution: each process memoizes its own share of the samples.
 
     Parameters
     ----------
-    ode : the ODE. Its model must be a function of states, times and conditions, and must not change from here on.
-        Views share the cache: outputs of up to 1 GiB, on the host; the least recently used are dropped first.
+    ode : the ODE. Its model must be a function of states, times and conditions, and must not change afterwards. Views share
+        the cache, of up to 1 GiB of outputs on the host; the least recently used outputs are dropped first.
+
+    Returns
+    -------
+    The ODE with a cache.
 
     Raises
     ------
@@ -102,12 +106,12 @@ class Memory:
         self._objects: dict[int, Any] = {}
 
     def place(self, value: Any) -> int:
-        """Identity of an object. The object is kept, so that no other object gets the same one."""
+        """Identity of an object. The object is kept alive, so that no later object has the same identity."""
         self._objects[id(value)] = value
         return id(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
-        """An empty one: identities of objects do not survive a copy."""
+        """An empty memory, because identities of objects do not survive a copy."""
         return Memory(self.limit)
 
 

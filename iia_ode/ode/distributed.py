@@ -100,7 +100,7 @@ def _pieces(value: object) -> Iterator[bytes]:
     """The content of a value, the same in every process that has an equal value."""
     if isinstance(value, Tensor):
         yield f"{value.dtype}{list(value.shape)}".encode()
-        yield bytes_of(value)
+        yield bytes(bytes_of(value))
     elif isinstance(value, Mapping):
         yield from _pieces(sorted(value.items(), key=repr))
     elif isinstance(value, list | tuple):

@@ -125,13 +125,7 @@ class Plan:
     @cached_property
     def weight_bytes(self) -> int:
         """Memory of tensor weights, linear maps and constants, in bytes on the host."""
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in self._tensors()}.values())
-
-    def _tensors(self) -> Iterator[Tensor]:
-        for ins in self.code:
-            for value in (*(w for _, w in ins.terms), ins.constant) if isinstance(ins, Combine) else ():
-                if isinstance(value, LinearMap | PerCondition | Tensor):
-                    yield _numbers(value)
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
 
     # ---- comparison and analysis -------------------------------------------------------------------------------------
 
@@ -157,11 +151,34 @@ class Plan:
         return self.canonical().difference(other.canonical())
 
     def equivalent(self, other: Plan, tolerance: float = 1e-12) -> bool:
-        """Whether the two plans are the same algorithm up to rounding ("DDIM is Euler where alpha = 1")."""
+        """Whether the two plans are the same algorithm up to rounding ("DDIM is Euler where alpha = 1").
+
+        Parameters
+        ----------
+        other : the plan to compare with.
+        tolerance : largest :meth:`difference` of plans that count as equal.
+
+        Returns
+        -------
+        True if the difference is within the tolerance.
+        """
         return self.difference(other) <= tolerance
 
     def on_gaussian(self, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
-        """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling."""
+        """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling.
+
+        Parameters
+        ----------
+        mean, variance : moments of the data, numbers or float64 tensors [*shape] of one sample; variances are not negative.
+
+        Returns
+        -------
+        Gains and offsets per component, of the plan and of the exact flow.
+
+        Raises
+        ------
+        PlanError : a linear map of the plan mixes components, or a constant depends on a condition.
+        """
         return gaussian_response(self, mean, variance)
 
     def __str__(self) -> str:
@@ -169,15 +186,7 @@ class Plan:
             f"{self.name} on {type(self.schedule).__name__}: {self.steps} steps from t = {self.grid[0]:.6g} to "
             f"{self.grid[-1]:.6g}, {self.nfe} evaluations, at most {self.peak_vectors} vectors at once"
         )
-        return "\n".join([head, *self._lines()])
-
-    def _lines(self) -> Iterator[str]:
-        for k, ins in enumerate(self.code, start=1):
-            if isinstance(ins, Evaluate):
-                yield f"  v{k} = {ins.form}(v{ins.state}, t = {ins.t:.6g})"
-            else:
-                note = "" if ins.step is None else f"        # state {ins.step}, t = {self.grid[ins.step]:.6g}"
-                yield f"  v{k} = {format_terms(ins.terms, ins.constant)}{note}"
+        return "\n".join([head, *_lines(self)])
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -234,6 +243,10 @@ class Plan:
         prediction : form of the model's outputs: ``"data"``, ``"noise"``, ``"score"``, ``"v"`` or ``"velocity"``.
         conditioning : conditions of the batch by name; needed only for plans with constants per condition.
 
+        Returns
+        -------
+        The run, at its first evaluation.
+
         Raises
         ------
         InputError : x is not a float32 or float64 tensor with a batch dimension, or does not fit the weights.
@@ -243,7 +256,17 @@ class Plan:
         return start(self, x, prediction, conditioning)
 
     def prepared(self, prediction: str, like: Tensor) -> Prepared:
-        """Conversion factors and weights for states like `like` [B, ...], made once per prediction, shape and dtype."""
+        """Conversion factors and weights of a run, made once per prediction type, sample shape, dtype and device.
+
+        Parameters
+        ----------
+        prediction : form of the model's outputs.
+        like : a state [B, ...], float32 or float64.
+
+        Returns
+        -------
+        Factors and weights in the dtype and on the device of `like`.
+        """
         if self._has_gradients:
             return prepare(self, prediction, like)
         key = (prediction, like.device, like.dtype, tuple(like.shape[1:]))
@@ -256,7 +279,7 @@ class Plan:
 
     @cached_property
     def _has_gradients(self) -> bool:
-        return any(t.requires_grad for t in self._tensors())
+        return any(t.requires_grad for t in _tensors(self))
 
 
 def _numbers(value: LinearMap | PerCondition | Tensor) -> Tensor:
@@ -267,3 +290,20 @@ def _numbers(value: LinearMap | PerCondition | Tensor) -> Tensor:
         if isinstance(value, PerCondition)
         else value
     )
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    """One line for each instruction."""
+    for k, ins in enumerate(plan.code, start=1):
+        if isinstance(ins, Evaluate):
+            yield f"  v{k} = {ins.form}(v{ins.state}, t = {ins.t:.6g})"
+        else:
+            note = "" if ins.step is None else f"        # state {ins.step}, t = {plan.grid[ins.step]:.6g}"
+            yield f"  v{k} = {format_terms(ins.terms, ins.constant)}{note}"
+
+
+def _tensors(plan: Plan) -> Iterator[Tensor]:
+    for ins in plan.code:
+        for value in (*(w for _, w in ins.terms), ins.constant) if isinstance(ins, Combine) else ():
+            if isinstance(value, LinearMap | PerCondition | Tensor):
+                yield _numbers(value)

@@ -73,14 +73,14 @@ def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
     """
     check_prediction(prediction)
     check_weights(plan, tuple(like.shape[1:]))
-    code = dict(enumerate(plan.code, start=1))
+    factors: dict[int, tuple[float, float]] = {}
+    sums: dict[int, Sum] = {}
     with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
-        sums = {k: ins.ready(like) for k, ins in code.items() if isinstance(ins, Combine)}
-    factors = {
-        k: conversion(plan.schedule, ins.t, prediction, ins.form)
-        for k, ins in code.items()
-        if isinstance(ins, Evaluate)
-    }
+        for k, ins in enumerate(plan.code, start=1):
+            if isinstance(ins, Evaluate):
+                factors[k] = conversion(plan.schedule, ins.t, prediction, ins.form)
+            else:
+                sums[k] = ins.ready(like)
     return Prepared(factors, sums)
 
 
@@ -122,9 +122,6 @@ class Run:
     keeps_seen: bool = True
 
     def __post_init__(self) -> None:
-        self._bind()
-
-    def _bind(self) -> None:
         x = next(iter(self.values.values())).detach()
         self._like = x.new_empty(()).expand(x.shape)  # one number in memory
         ready = self.plan.prepared(self.prediction, x)
@@ -280,7 +277,7 @@ class Run:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._bind()
+        self.__post_init__()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file with the plan, the position and the vectors, for :func:`read_run`.

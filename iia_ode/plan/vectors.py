@@ -124,7 +124,7 @@ class Vector:
         if self.constant is not None or len(self.weights) != 1:
             return None
         ((index, weight),) = self.weights.items()
-        return index if is_number(weight) and weight == 1.0 else None
+        return index if not isinstance(weight, Tensor | LinearMap) and weight == 1.0 else None
 
     def __repr__(self) -> str:
         return format_terms(tuple(self.weights.items()), self.constant)
@@ -265,7 +265,7 @@ class Sum:
             else:
                 plain.append((index, weight.to(like) if isinstance(weight, Tensor) else weight))
         placed = constant.to(like) if isinstance(constant, Tensor) else constant
-        return cls(tuple(plain), tuple((p, tuple(parts)) for p, parts in mapped.items()), placed)
+        return cls(tuple(plain), tuple(zip(mapped, map(tuple, mapped.values()), strict=True)), placed)
 
     def __call__(self, read: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """The value of the sum; no vector is changed. `like` [B, ...] gives shape, dtype and device."""

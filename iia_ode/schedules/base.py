@@ -49,9 +49,13 @@ class Schedule(ABC):
 
         Parameters
         ----------
-        alpha, sigma : differentiable torch functions, elementwise, of a float64 tensor.
+        alpha, sigma : differentiable torch functions of float64 times [...], elementwise, of any shape.
         t_data, t_noise : times of the data (the least sigma) and of the noisiest state, in either order.
         name : of the schedule, stored in the files of fitted solvers.
+
+        Returns
+        -------
+        The schedule.
 
         Raises
         ------

@@ -124,6 +124,14 @@ class VP(_VariancePreserving):
     """Variance preserving with beta(t) = beta_0 + (beta_1 - beta_0) t linear on [0, 1] [Song et al. 2021].
 
     log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2 and sigma^2 = 1 - alpha^2.
+
+    Parameters
+    ----------
+    beta_0, beta_1 : rates beta at the data (t = 0) and at the noise (t = 1), 0 < beta_0 < beta_1.
+
+    Raises
+    ------
+    ScheduleError : the rates are not two numbers in that order.
     """
 
     _fixed: ClassVar[bool] = True
@@ -206,12 +214,16 @@ class FlowMatching(Schedule):
 class Discrete(_VariancePreserving):
     """Variance preserving on integer timesteps, from a table of alpha_bar = alpha^2; log alpha is linear in between.
 
-    Parameters
-    ----------
-    alphas_cumprod : alpha_bar of timesteps 0 .. T-1, a 1-d tensor or sequence, decreasing within (0, 1).
-
     Time is the timestep index in [0, T-1], on which discrete models are conditioned. The line continues one unit past timestep
     0, to alpha = 1 at t = -1: the data.
+
+    Parameters
+    ----------
+    alphas_cumprod : alpha_bar of timesteps 0 .. T-1, numbers [T] of any floating-point dtype, decreasing within (0, 1), T > 1.
+
+    Raises
+    ------
+    ScheduleError : the table is not decreasing within (0, 1), or has fewer than two entries.
     """
 
     _fixed: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 from torch import Tensor
 
 from .. import _torchdiffeq
-from ..checks import check_whole
+from ..checks import check_flag, check_whole
 from ..errors import GridError, InputError, PlanError, UnknownNameError, unknown_name
 from ..plan import Past, Plan, trace
 from ..schedules import Schedule
@@ -91,7 +91,22 @@ class Solver(ABC):
         """
 
     def plan(self, schedule: Schedule, grid: Tensor) -> Plan:
-        """The plan of the solver on a schedule and a grid, float64 [N + 1]; see :func:`iia_ode.plan.trace`."""
+        """The plan of the solver on a schedule and a grid; see :func:`iia_ode.plan.trace`.
+
+        Parameters
+        ----------
+        schedule : the noise schedule.
+        grid : times from the initial state to the final state, float64 [N + 1].
+
+        Returns
+        -------
+        The plan.
+
+        Raises
+        ------
+        GridError : the grid is not usable.
+        PlanError : the step is not linear in its vectors, or is not consistent.
+        """
         return trace(self, schedule, grid)
 
     def grid_for(self, nfe: int, make_grid: Callable[[int], Tensor], schedule: Schedule) -> Tensor:
@@ -102,6 +117,10 @@ class Solver(ABC):
         nfe : number of evaluations.
         make_grid : maps a number of levels to a grid, such as ``grids.karras``.
         schedule : noise schedule of the count.
+
+        Returns
+        -------
+        The grid, float64 [N + 1].
 
         Raises
         ------
@@ -189,6 +208,10 @@ def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]]
     aliases : further names for the default options.
     variants : names for other options, such as ``{"lms2": {"max_order": 2}}``.
 
+    Returns
+    -------
+    The decorator, which returns the class.
+
     Raises
     ------
     PlanError : the class is no Solver, or has no ``order``.
@@ -237,6 +260,10 @@ def get_solver(name: str, **options: Any) -> Solver:
     name : a registered name, an alias or a variant.
     options : fields of the solver's class; they replace the options of a variant.
 
+    Returns
+    -------
+    The solver.
+
     Raises
     ------
     UnknownNameError : no such solver or option; the message lists the known names, nearest first.
@@ -261,7 +288,16 @@ def solver_names(torchdiffeq: bool = False) -> list[str]:
     ----------
     torchdiffeq : list the methods of the installed torchdiffeq instead, names for :func:`iia_ode.sample` and
         :func:`iia_ode.odeint`.
+
+    Returns
+    -------
+    The names.
+
+    Raises
+    ------
+    InputError : `torchdiffeq` is not True or False.
     """
+    check_flag("torchdiffeq", torchdiffeq)
     if torchdiffeq:
         return _torchdiffeq.method_names()
     return sorted(key for key in _REGISTRY if same_solver(key)[0] == key)

@@ -105,7 +105,16 @@ class RungeKutta(Solver):
         return hash((type(self), *sorted(vars(self).items())))
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
-        """x + h sum_i b_i k_i."""
+        """The state x + h sum_i b_i k_i, with stages k_i in the velocity dx/dt.
+
+        Parameters
+        ----------
+        ode, x, t, s, past : as for :meth:`iia_ode.Solver.step`.
+
+        Returns
+        -------
+        The state at s.
+        """
         h = s - t
         k = [ode.velocity(x, t)]
         if ode.is_data(s) and 1.0 in self.c:

@@ -163,7 +163,7 @@ def check_encoding_and_decoding_return(solver: Solver) -> None:
     least = min(solver.order, 2) if solver.consistent else 1
     for schedule in SCHEDULES:
         grids = partial(karras, schedule=schedule, to_data=False)
-        _require_convergence(solver, schedule, lambda n, grids=grids: grids(n + 1).flip(0), (12, 48))
+        _require_convergence(solver, schedule, lambda n, g=grids: g(n + 1).flip(0), (12, 48))  # type: ignore[misc]
         ode, gaps, slope = mixture().ode(schedule), [], -math.inf
         counts = (COARSER, *COUNTS)
         for n in counts:

@@ -112,8 +112,12 @@ class WarmStart:
 
         Parameters
         ----------
-        moments : mean [*shape] or a mean per condition, and variances of the data.
+        moments : mean [*shape] or a mean per condition, and variances of the data, float64.
         schedule, t_start, t_1 : the interval.
+
+        Returns
+        -------
+        The warm start.
         """
         gains = _gaussian_gains(moments.variances, schedule, t_start, t_1)
         weight = LinearMap(moments.projections, gains)

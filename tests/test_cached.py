@@ -1,15 +1,17 @@
-"""What is remembered in a search is what the model would have said, and is said for nothing else."""
+"""Memoized evaluations: equal to the model's own to the last bit, and found for nothing else."""
 
 import copy
 
 import pytest
 import torch
-from iia_ode.iia.remembered import Memory, RememberedODE
-from support import generator, mixture
+from support import generator, mixture, normal
 
 import iia_ode as iia
+from iia_ode.autofit import fit
 from iia_ode.denoisers import dynamic_thresholding
-from iia_ode.iia import remembered
+from iia_ode.errors import InputError
+from iia_ode.ode import Wrapped, cached
+from iia_ode.ode.cached import Cached, Memory
 
 EDM = iia.EDM()
 
@@ -25,9 +27,9 @@ def ode_and_states(n: int = 4):
 
 
 @torch.no_grad()
-def test_what_is_asked_again_is_the_same_to_the_last_bit_and_no_evaluation():
+def test_a_repeated_evaluation_is_equal_to_the_last_bit_and_costs_nothing():
     ode, x = ode_and_states()
-    known = RememberedODE(ode)
+    known = cached(ode)
     plan = iia.get_solver("heun").plan(EDM, iia.grids.karras(4))
     first, evaluations = plan.run(known, x), ode.nfe
     assert evaluations == plan.nfe
@@ -52,9 +54,9 @@ def test_what_is_asked_again_is_the_same_to_the_last_bit_and_no_evaluation():
         lambda ode, x: (ode, x.repeat(1, 2)[:, ::2], 2.0),
     ],
 )
-def test_nothing_is_answered_that_was_asked_of_other_states_times_or_conditions(other):
+def test_other_states_times_or_conditions_are_evaluated_anew(other):
     ode, x = ode_and_states()
-    known = RememberedODE(ode)
+    known = cached(ode)
     known.output(x, 2.0)
     asked, before = ode.nfe, other(known, x)
     again, states, t = before
@@ -66,7 +68,7 @@ def test_nothing_is_answered_that_was_asked_of_other_states_times_or_conditions(
 @torch.no_grad()
 def test_conditions_that_are_no_tensors_are_told_apart_also_in_copies():
     ode = iia.ProbabilityFlowODE(lambda x, t, by: x * by[0], EDM, conditioning={"by": [1.0]})
-    known, x = RememberedODE(ode), torch.ones(2, 3, dtype=torch.float64)
+    known, x = cached(ode), torch.ones(2, 3, dtype=torch.float64)
     others = [[float(k)] for k in range(2, 200)]
     for view in (known, copy.deepcopy(known)):
         assert torch.equal(view.output(x, 2.0), x)
@@ -78,7 +80,7 @@ def test_conditions_that_are_no_tensors_are_told_apart_also_in_copies():
 
 @torch.no_grad()
 def test_numbers_that_lie_alike_in_memory_are_told_apart_by_their_shape_and_dtype():
-    known = RememberedODE(iia.ProbabilityFlowODE(lambda x, t: 2 * x, EDM))
+    known = cached(iia.ProbabilityFlowODE(lambda x, t: 2 * x, EDM))
     x = torch.zeros(2, 6)
     for same in (x, x.reshape(2, 2, 3), x.reshape(2, 3, 2), torch.zeros(2, 3, dtype=torch.float64)):
         assert known.output(same, 2.0).shape == same.shape
@@ -86,7 +88,7 @@ def test_numbers_that_lie_alike_in_memory_are_told_apart_by_their_shape_and_dtyp
 
 
 @torch.no_grad()
-def test_guided_evaluations_are_remembered_under_both_of_their_conditions():
+def test_guided_evaluations_are_memoized_under_both_of_their_conditions():
     label = torch.ones(4, 1, dtype=torch.float64)
     x = torch.randn((4, 3), generator=generator(2), dtype=torch.float64)
     for thresholded in (lambda ode: ode, dynamic_thresholding):
@@ -95,7 +97,7 @@ def test_guided_evaluations_are_remembered_under_both_of_their_conditions():
                 labelled, EDM, conditioning={"label": label}, unconditional={"label": 0 * label}, guidance_scale=2.0
             )
         )
-        known = RememberedODE(ode)
+        known = cached(ode)
         assert known.fingerprint() == ode.fingerprint()
         for view, plain in (
             (known, ode),
@@ -108,9 +110,9 @@ def test_guided_evaluations_are_remembered_under_both_of_their_conditions():
 
 
 @torch.no_grad()
-def test_the_ledger_counts_what_the_model_made_whoever_asks():
+def test_the_ledger_counts_what_the_model_evaluates():
     ode, x = ode_and_states()
-    known = RememberedODE(ode)
+    known = cached(ode)
     with known.counting() as spent:
         for _ in range(3):
             known.output(x, 2.0)
@@ -120,24 +122,46 @@ def test_the_ledger_counts_what_the_model_made_whoever_asks():
 
 
 @torch.no_grad()
-def test_an_ode_whose_views_are_its_own_keeps_them():
+def test_views_keep_the_class_of_the_ode_and_the_cache():
     class Clamped(iia.ProbabilityFlowODE):
         def output(self, x, t):
             return super().output(x, t).clamp(-1, 1)
 
         def subset(self, index, batch):
-            view = super().subset(index, batch)
-            return Clamped(view.model, **view.settings)
+            return Clamped(self.model, **super().subset(index, batch).settings)
 
-    known = RememberedODE(Clamped(lambda x, t: 3 * x, EDM))
+    class Halved(Wrapped):
+        def output(self, x, t):
+            return 0.5 * self.inner.output(x, t)
+
     x = torch.full((4, 2), 5.0)
-    assert torch.equal(known.subset(slice(0, 2), 4).output(x[:2], 2.0), torch.ones(2, 2))
+    for ode, expected in (
+        (cached(Clamped(lambda x, t: 3 * x, EDM)), 1.0),
+        (cached(Halved(iia.ProbabilityFlowODE(lambda x, t: 3 * x, EDM))), 7.5),
+        (Halved(cached(iia.ProbabilityFlowODE(lambda x, t: 3 * x, EDM))), 7.5),
+    ):
+        with ode.counting() as spent:
+            for view in (ode.subset(slice(0, 2), 4), ode.subset(slice(2, 4), 4).condition()):
+                assert type(view) is type(ode) and torch.equal(view.output(x[:2], 2.0), torch.full((2, 2), expected))
+        assert spent.evaluations == 1
+
+
+def test_an_ode_is_memoized_once_and_only_where_its_output_is_heard():
+    class Scaled(iia.ProbabilityFlowODE):
+        def evaluate(self, x, t, form="data"):
+            return super().evaluate(0.9 * x, t, form)
+
+    ode, _ = ode_and_states()
+    known = cached(ode)
+    assert cached(known) is known and cached(known.subset(slice(0, 2), 4)).inner.ledger is ode.ledger
+    with pytest.raises(InputError, match="Scaled overrides evaluate"):
+        cached(Scaled(labelled, EDM))
 
 
 @torch.no_grad()
-def test_what_a_caller_does_to_an_answer_is_no_one_elses():
+def test_a_caller_may_change_an_output_without_changing_the_cache():
     ode, x = ode_and_states()
-    known = RememberedODE(ode)
+    known = cached(ode)
     right = ode.output(x, 2.0)
     for _ in range(3):
         answer = known.output(x, 2.0)
@@ -147,7 +171,7 @@ def test_what_a_caller_does_to_an_answer_is_no_one_elses():
 
 def test_gradients_are_those_of_the_model():
     ode, x = ode_and_states()
-    known = RememberedODE(ode)
+    known = cached(ode)
     with torch.no_grad():
         known.output(x, 2.0)
     state = x.clone().requires_grad_()
@@ -155,31 +179,39 @@ def test_gradients_are_those_of_the_model():
     assert torch.allclose(state.grad, torch.full_like(x, 1 / 5))
 
 
-def test_no_more_is_remembered_than_the_limit_and_what_was_asked_for_longest_ago_goes_first():
-    memory, one = Memory(limit=3 * 80), torch.arange(10, dtype=torch.float64)
-    for k in b"abc":
-        memory.put(bytes([k]), one + k)
-    assert torch.equal(memory.get(b"a"), one + ord("a"))
-    memory.put(b"d", one)
-    assert memory.size == 3 * 80
-    assert memory.get(b"b") is None
-    assert torch.equal(memory.get(b"a"), one + ord("a"))
-    memory.put(b"d", one + 1)
-    assert memory.size == 3 * 80
-    assert torch.equal(memory.get(b"d"), one + 1)
-    memory.put(b"large", torch.zeros(31, dtype=torch.float64))
-    assert memory.get(b"large") is None
-    assert torch.equal(memory.get(b"d"), one + 1)
+@torch.no_grad()
+def test_the_cache_stays_within_its_limit_and_drops_the_least_recently_used_output():
+    ode, x = ode_and_states()
+    known = Cached(ode)
+    known.memory = Memory(limit=3 * x.numel() * x.element_size())
+
+    def cost(*times):
+        before = ode.nfe
+        for t in times:
+            assert torch.equal(known.output(x, t), labelled(x, torch.full((4,), t, dtype=x.dtype), **ode.conditioning))
+        return ode.nfe - before
+
+    assert cost(1.0, 2.0, 3.0) == 3 and cost(1.0) == 0
+    assert cost(4.0) == 1  # drops the output at 2
+    assert cost(1.0, 3.0, 4.0) == 0 and cost(2.0) == 1
+    large = x.repeat(4, 1)
+    view = known.condition(label=ode.conditioning["label"].repeat(4, 1))
+    for _ in range(2):  # an output beyond the limit is not kept, and drops nothing
+        assert view.output(large, 2.0).shape == large.shape
+    assert cost(2.0, 4.0) == 0
+    assert known.memory.outputs.currsize <= known.memory.outputs.maxsize
 
 
-@pytest.mark.parametrize("budget", ["closed-form", "standard"])
-def test_a_fit_is_the_same_with_and_without_and_costs_a_quarter_less_to_search_for(budget, monkeypatch):
-    x = mixture().noisy(48, EDM, 80.0, generator(3))
-    found = [iia.fit(mixture().ode(EDM), 6, x, budget=budget, report=None)]
-    monkeypatch.setattr(remembered.Memory, "put", lambda *_: None)
-    found.append(iia.fit(mixture().ode(EDM), 6, x, budget=budget, report=None))
-    with_it, without = found
-    assert with_it.plan.grid == without.plan.grid
-    assert torch.equal(with_it.plan.run(mixture().ode(EDM), x), without.plan.run(mixture().ode(EDM), x))
-    costs = [next(i.sample_evaluations for i in f.record.search.ingredients if i.name == "scalars") for f in found]
+SEARCH = iia.Budget(teacher_steps=20, rounds=((0.5, 2),), descent=0, levels=1, starts=1, iterations=1)
+
+
+def test_a_fit_is_the_same_with_and_without_a_cache_and_costs_a_quarter_less_to_search_for():
+    x = 80.0 * normal(32, 4)
+    off = Cached(mixture().ode(EDM))
+    off.memory = Memory(limit=0)
+    with_it, without = (fit(ode, 2, x=x, budget=SEARCH) for ode in (mixture().ode(EDM), off))
+    assert with_it.plan.difference(without.plan) == 0
+    tried = [f.record.search.ingredients for f in (with_it, without)]
+    assert [(i.name, i.error) for i in tried[0]] == [(i.name, i.error) for i in tried[1]]
+    costs = [next(i.sample_evaluations for i in own if i.name == "scalars") for own in tried]
     assert costs[0] < 0.75 * costs[1]

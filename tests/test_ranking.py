@@ -1,28 +1,98 @@
-"""What the guard asks of a fit: from the squared errors of fit and base on the same samples."""
+"""Paired comparison of solvers: rankings that one outlier does not decide, and the verdict of the guard."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from iia_ode.iia.guard import verdict
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
-from support import normal
+from support import F64, generator, normal
 
-F64 = torch.float64
+from iia_ode.iia.ranking import cauchy_mean, ranked, shrunk_ratio, too_few, verdict
+
 EPS = 1e-12
 
 
+def alike(n, value):
+    return torch.full((n,), value, dtype=F64)
+
+
+# ---- rankings --------------------------------------------------------------------------------------------------------
+
+
+def names(errors, **options):
+    return ranked(list(errors), list(errors.values()), **options)
+
+
+def test_one_outlier_does_not_decide_between_candidates():
+    better, unlucky = alike(50, 0.05), alike(256, 0.01)
+    better[7] = 3.0
+    assert names({"steady": alike(50, 0.1), "better": better}) == ["better", "steady"]
+    unlucky[7] = 0.7  # more than all others together
+    assert names({"worse": alike(256, 0.02), "unlucky": unlucky}, outliers_too=True) == ["unlucky", "worse"]
+
+
+def test_many_outliers_do():
+    slightly_better = alike(400, 0.09)
+    slightly_better[::20] = 1.0
+    assert names({"lossy": slightly_better, "steady": alike(400, 0.1)}, outliers_too=True) == ["steady", "lossy"]
+
+
+@pytest.mark.parametrize("outliers_too", [False, True])
+def test_what_is_not_finite_comes_last_in_any_order(outliers_too):
+    errors = {"better": alike(100, 0.05), "steady": alike(100, 0.1), "broken": alike(100, math.nan)}
+    for order in (("broken", "better", "steady"), ("steady", "broken", "better"), ("better", "steady", "broken")):
+        assert names({k: errors[k] for k in order}, outliers_too=outliers_too) == ["better", "steady", "broken"]
+    assert names({"lost": alike(3, math.inf), "steady": alike(3, 0.1)})[0] == "steady"
+    assert ranked([], []) == []
+
+
+@settings(max_examples=15)
+@given(st.floats(1e-6, 1e6), st.integers(0, 99))
+def test_the_ranking_does_not_depend_on_units(unit, seed):
+    errors = {k: normal(60, seed=3 * seed + k).abs() for k in range(3)}
+    for outliers_too in (False, True):
+        found = names(errors, outliers_too=outliers_too)
+        assert names({k: unit * e for k, e in errors.items()}, outliers_too=outliers_too) == found
+
+
+@given(st.floats(0.1, 10.0), st.integers(0, 2**31 - 1))
+def test_a_ratio_on_which_all_samples_agree_is_kept_and_that_of_one_sample_is_shrunk(factor, seed):
+    errors = torch.rand(50, dtype=F64, generator=generator(seed)) + 0.01
+    assert shrunk_ratio(factor * errors, errors) == pytest.approx(factor, rel=1e-6)
+    once = errors.clone()
+    once[3] = 100.0
+    assert 1.0 < shrunk_ratio(once, errors) < 0.1 * float((once.square().mean() / errors.square().mean()).sqrt())
+
+
+def test_the_ratio_of_errors_that_are_zero_is_one_or_none():
+    zero, some = alike(5, 0.0), alike(5, 1.0)
+    assert shrunk_ratio(zero, zero) == 1.0 and shrunk_ratio(zero, some) == 0.0 and shrunk_ratio(some, zero) == math.inf
+
+
+@given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=20), st.floats(1e-3, 1e3))
+def test_the_cauchy_mean_is_below_the_root_mean_square_and_equal_to_it_for_an_infinite_scale(errors, scale):
+    values = torch.tensor(errors, dtype=F64)
+    plain = float(values.square().mean().sqrt())
+    assert cauchy_mean(values, scale) <= plain * (1 + 1e-12)
+    assert cauchy_mean(values, math.inf) == pytest.approx(plain)
+    assert cauchy_mean(values, 1e6 * (1 + plain)) == pytest.approx(plain, rel=1e-6)
+    assert cauchy_mean(torch.cat([values, alike(1, math.nan)]), scale) == math.inf
+
+
+# ---- the verdict of the guard ----------------------------------------------------------------------------------------
+
+
 def squares(base, fit):
-    """Of samples whose true ends have unit size."""
+    """Squared errors of samples whose true final states have unit size."""
     base, fit = (torch.as_tensor(v, dtype=F64) for v in (base, fit))
     return torch.stack([base, fit, torch.ones_like(base)], dim=1)
 
 
 def errors(n, seed=0):
-    """Squared errors of a base that scatter over a decade, none far from the others."""
+    """Squared errors of a base, spread over a decade without outliers."""
     return normal(n, seed=seed).mul(0.5).clamp(-1, 1).exp() * 1e-2
 
 
@@ -43,10 +113,8 @@ def test_the_verdict_depends_neither_on_units_nor_on_the_order_within_the_two_pa
     held = n // 4
     base, fit = errors(n, seed), errors(n, seed + 1) * factor
     found = kept(base, fit)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat(
-        [torch.randperm(n - held, generator=generator), n - held + torch.randperm(held, generator=generator)]
-    )
+    source = generator(seed)
+    order = torch.cat([torch.randperm(n - held, generator=source), n - held + torch.randperm(held, generator=source)])
     assert kept(base[order], fit[order]) == found
     assert verdict(unit * squares(base, fit), held, EPS).kept == found
 
@@ -59,7 +127,7 @@ def test_an_equal_fit_is_not_kept():
     "astray", [(1.0, 1.0), (1.0, 0.99), (0.99, 1.0)], ids=["both", "more the base", "more the fit"]
 )
 def test_a_fit_is_refused_where_three_lost_samples_more_would_make_it_the_worse(astray):
-    """One sample of 400 goes astray. All others gain, surely; but not three times as much as that one weighs."""
+    """One sample of 400 goes astray. The other samples gain, but by less than three times its square."""
     base = errors(400)
     fit = 0.2 * base
     assert kept(base, fit)
@@ -76,21 +144,21 @@ def test_a_fit_is_refused_where_three_lost_samples_more_would_make_it_the_worse(
 
 
 def test_a_fit_is_refused_that_gains_in_the_mean_but_on_no_more_samples_than_chance():
-    """A few samples gain much and the others lose a little: the mean says one thing and most samples another."""
+    """A few samples gain much and the others lose a little: the mean contradicts the majority."""
     n = 64
     needed = next(k for k in range(n) if binomtest(k, n, alternative="greater").pvalue <= 0.02275)
     for nearer, outcome in ((needed - 1, False), (needed, True)):
-        base = torch.full((n,), 0.01, dtype=F64)
+        base = alike(n, 0.01)
         fit = 1.01 * base
         fit[:nearer] = 0.2 * base[:nearer]
-        mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        mixed = torch.randperm(n, generator=generator())
         found = verdict(squares(base[mixed], fit[mixed]), 16, EPS)
         assert found.kept is outcome
-        assert f"of 64 samples {nearer} end nearer, at least {needed} have to" in found.why
+        assert f"of 64 samples {nearer} end nearer (at least {needed} needed)" in found.why
 
 
 def test_samples_that_end_as_far_as_before_do_not_count_as_nearer():
-    base = torch.full((100,), 0.01, dtype=F64)
+    base = alike(100, 0.01)
     fit = base.clone()
     fit[::2] *= 0.2
     assert not kept(base, fit)
@@ -100,9 +168,9 @@ def test_samples_that_end_as_far_as_before_do_not_count_as_nearer():
 
 @pytest.mark.parametrize(("n", "few", "enough"), [(100, 6, 12), (12, 6, 7)])
 def test_a_fit_is_refused_whose_gain_in_the_mean_may_be_chance_and_few_samples_ask_for_more(n, few, enough):
-    """Nearly all of the gain is that of some samples; the others gain next to nothing."""
+    """Some samples have nearly all of the gain; the others gain next to nothing."""
     for many, outcome in ((few, False), (enough, True)):
-        base = torch.full((n,), 0.01, dtype=F64)
+        base = alike(n, 0.01)
         fit = 0.9999 * base
         fit[:many] *= 1e-6
         gaps = base - fit
@@ -127,7 +195,8 @@ def test_a_fit_is_refused_that_is_worse_on_held_out_samples_by_more_than_roundin
 def test_too_few_samples_say_nothing(n):
     found = verdict(squares([1.0] * n, [1e-4] * n), 1, EPS)
     assert not found.kept
-    assert "cannot say what is chance, six are the fewest" in found.why
+    assert f"{n} sample{'s' * (n > 1)} cannot tell a gain from chance, which takes at least six" in found.why
+    assert not too_few(n).kept and too_few(n).why == found.why
 
 
 def test_six_samples_are_enough_for_a_gain_that_all_share():

@@ -1,0 +1,175 @@
+"""Minimizers of an objective with derivatives: damped Gauss-Newton, and Adam in stretches."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adam", "GaussNewton", "Minimizer", "Objective", "Status"]
+
+_F64 = torch.float64
+_TRIES = 6  # dampings tried in a step of Gauss-Newton
+_STRETCHES = 12  # of Adam
+_STALLED = 12  # a stretch ends after this many steps without a lower loss
+_WORSE = 1.5  # a stretch ends at this multiple of its first loss
+
+
+class Status(Enum):
+    """Why a minimization stopped."""
+
+    ITERATIONS = "the number of iterations was reached"
+    PATIENCE = "the held-out error no longer fell"
+    TOLERANCE = "the training error fell by less than the tolerance"
+    STALLED = "no step lowered the training error"
+    NOT_FINITE = "the derivatives are not finite"
+
+
+class Objective(Protocol):
+    """A function of a vector theta [P], for a :class:`Minimizer`."""
+
+    def loss(self, theta: Tensor, /) -> float:
+        """The loss, or infinity where theta is not admissible."""
+
+    def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The gradient [P] and the Gauss-Newton matrix [P, P], both up to the same factor; float64 on the host."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Minimizer(ABC):
+    """A point that moves toward a minimum of an objective.
+
+    Attributes
+    ----------
+    objective : the loss and its derivatives.
+    theta : the current point, float64 [P], on the host; first the starting point.
+    limit : maps (theta, tried) to an admissible step, such as :meth:`Parameters.clipped`; by default every step is admissible.
+    loss : at the current point.
+    damping : of the last step of Gauss-Newton; 0 before the first step, and for other minimizers.
+    status : why there is no further step; None as long as there may be.
+    """
+
+    objective: Objective = field(kw_only=False)
+    theta: Tensor = field(kw_only=False)
+    limit: Callable[[Tensor, Tensor], Tensor] = lambda _, tried: tried
+    loss: float = field(init=False)
+    damping: float = field(init=False, default=0.0)
+    status: Status | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.loss = self.objective.loss(self.theta)
+
+    @abstractmethod
+    def step(self) -> bool:
+        """Take a step; False, with a :attr:`status`, where none is left."""
+
+
+@dataclass(eq=False, kw_only=True)
+class GaussNewton(Minimizer):
+    """Damped Gauss-Newton steps [Levenberg 1944; Marquardt 1963], each to a lower loss.
+
+    A step solves (H + mu diag H) delta = -g. The damping mu grows by 8 until the loss falls, at most six times, and shrinks
+    by 4 after a successful step.
+
+    Attributes
+    ----------
+    tolerance : stop after a step that lowers the loss by less than this fraction.
+    """
+
+    tolerance: float = 2e-3
+    _next: float = field(init=False, default=1e-3)
+
+    def step(self) -> bool:
+        """Take a step to a lower loss; False, with a status, where there is none."""
+        if self.status is not None:
+            return False
+        gradient, square = self.objective.derivatives(self.theta)
+        if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
+            self.status = Status.NOT_FINITE
+            return False
+        scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
+        # In units of the diagonal the matrix is a correlation matrix, so that rounding does not depend on scales.
+        unit = scale.sqrt()
+        for k in range(_TRIES):
+            damping = self._next * 8**k
+            matrix = square / unit / unit[:, None] + damping * torch.eye(len(unit), dtype=_F64, device="cpu")
+            tried = self.limit(self.theta, self.theta - torch.linalg.solve(matrix, gradient / unit) / unit)
+            loss = self.objective.loss(tried)
+            if loss < self.loss:
+                break
+        else:
+            self.status = Status.STALLED
+            return False
+        if 1 - loss / self.loss < self.tolerance:
+            self.status = Status.TOLERANCE
+        self.theta, self.loss, self.damping = tried, loss, damping
+        self._next = max(damping / 4, 1e-9)
+        return True
+
+
+@dataclass(eq=False, kw_only=True)
+class Adam(Minimizer):
+    """Stretches of Adam [Kingma & Ba 2015], each from the lowest loss so far, at half the rates of the stretch before.
+
+    A stretch ends after 12 steps without a lower loss, at 1.5 times its first loss, or where theta is not admissible. The
+    rates that suit a plan depend on the model and on the number of evaluations, and rates that are too large throw a plan
+    off for good.
+
+    Attributes
+    ----------
+    rates : change of each parameter in a step of the first stretch: a number, or float64 [P].
+    """
+
+    rates: Tensor | float = 5e-3
+    _best: tuple[float, Tensor] = field(init=False)
+    _stretches: int = field(init=False, default=0)
+    _since: int = field(init=False, default=0)
+    _first: float = field(init=False, default=math.inf)
+    _unit: float = field(init=False, default=0.0)
+    _start: Tensor = field(init=False)
+    _moves: Tensor = field(init=False)
+    _optimizer: torch.optim.Adam = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._best = self.loss, self.theta
+        self._begin()
+
+    def step(self) -> bool:
+        """Take a step, which may raise the loss; False, with a status, where none is left."""
+        if self._since == _STALLED or self.loss > _WORSE * self._first:
+            self._begin()
+        while self.status is None:
+            gradient = self.rates * self.objective.derivatives(self.theta)[0]
+            if not bool(torch.isfinite(gradient).all()):
+                self.status = Status.NOT_FINITE
+                break
+            # In units of the first derivative, so that the scale of the loss does not matter beside Adam's epsilon.
+            self._unit = self._unit or float(gradient.abs().max()) or 1.0
+            self._moves.grad = gradient / self._unit
+            self._optimizer.step()
+            tried = self.limit(self.theta, self._start + self.rates * self._moves.detach())
+            self._moves.data = (tried - self._start) / self.rates
+            if math.isfinite(loss := self.objective.loss(tried)):
+                self.theta, self.loss, self._since = tried, loss, self._since + 1
+                if loss < self._best[0]:
+                    self._best, self._since = (loss, tried), 0
+                return True
+            self._begin()
+        return False
+
+    def _begin(self) -> None:
+        """Return to the lowest loss so far and begin a stretch there; none is left after the last."""
+        self.loss, self.theta = self._best
+        if self._stretches == _STRETCHES:
+            self.status = Status.STALLED
+        self._start, self._first, self._unit, self._since = self.theta, self.loss, 0.0, 0
+        self._moves = torch.zeros_like(self.theta, requires_grad=True)  # in units of the rates
+        self._optimizer = torch.optim.Adam([self._moves], lr=0.5**self._stretches)
+        self._stretches += 1

@@ -1,0 +1,249 @@
+"""Searches: halving and coordinate descent on any objective, and the search for grids by cross-validated fits."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support import ALL_SCHEDULES, F64, every_schedule, generator, mixture, normal
+
+import iia_ode as iia
+from iia_ode import IIA, Teacher
+from iia_ode.autofit import (
+    FreeGrid,
+    LeapGrid,
+    coordinate_descent,
+    halving,
+    leap_grids,
+    search_grid,
+    search_levels,
+    two_fold,
+)
+from iia_ode.errors import GridError, InputError
+from iia_ode.iia import Batch
+
+# ---- searches of any objective ---------------------------------------------------------------------------------------
+
+
+class Quadratic:
+    """Errors around the distance of a point (a, b), in logarithms, from a best one, with a little noise per sample."""
+
+    def __init__(self, a=3.0, b=0.2):
+        self.best, self.asked = (a, b), []
+        self.noise = 1 + 0.01 * torch.randn(64, dtype=F64, generator=generator())
+
+    def __call__(self, point, samples):
+        self.asked.append((point, samples))
+        distance = sum(math.log(p / q) ** 2 for p, q in zip(point, self.best, strict=True))
+        return (0.01 + distance) * self.noise[:samples]
+
+
+def scaled(k):
+    return lambda point, factor: (*point[:k], point[k] * factor, *point[k + 1 :])
+
+
+POINTS = [(a, b) for a in (0.5, 1.0, 3.1, 9.0) for b in (0.05, 0.19, 1.0)]
+
+
+def test_halving_finds_the_best_candidate_and_spends_most_samples_on_the_best():
+    objective = Quadratic()
+    found = halving(objective, POINTS, ((0.25, 4), (1.0, 2)), 64)
+    assert found.best == (3.1, 0.19) and len(found.ranking) == 2
+    assert Counter(samples for _, samples in objective.asked) == {16: 12, 64: 4}
+    near = sorted(POINTS, key=lambda p: float(Quadratic()(p, 64).mean()))
+    assert {p for p, samples in objective.asked if samples == 64} == set(near[:4]) and list(found.ranking) == near[:2]
+    for trial in found.trials:
+        assert trial.errors.shape == (trial.samples,)
+        assert trial.error == pytest.approx(float(trial.errors.square().mean().sqrt()), rel=1e-12)
+
+
+def test_a_round_has_sixteen_samples_at_least_where_there_are_so_many():
+    for samples, least in ((64, 16), (10, 10)):
+        found = halving(Quadratic(), POINTS, ((0.01, 2),), samples)
+        assert {t.samples for t in found.trials} == {least}
+
+
+def test_halving_skips_candidates_that_fail_and_says_so_where_all_do():
+    def lost(point, samples):
+        return torch.full((samples,), math.inf if point[0] > 3.0 else 1.0, dtype=F64)
+
+    assert halving(lost, POINTS, ((0.5, 8), (1.0, 1)), 64).best[0] < 3.0
+    for points in ([(9.0, 1.0)], []):
+        with pytest.raises(InputError, match="no candidate has finite errors"):
+            halving(lost, points, ((1.0, 1),), 64)
+    for rounds in ((), ((2.0, 1),), ((0.5, 0),)):
+        with pytest.raises(InputError, match="round"):
+            halving(lost, POINTS, rounds, 64)
+
+
+def test_a_lost_sample_counts_in_the_last_round_only():
+    """Too few samples are seen before to know how rare lost samples are."""
+
+    def errors(name, samples):
+        found = torch.full((50,), 0.1 if name == "steady" else 0.05, dtype=F64)
+        if name == "loses one":
+            found[7] = 3.0
+        return found[:samples]
+
+    names = ["steady", "loses one"]
+    assert halving(errors, names, ((1.0, 1), (1.0, 1)), 50).best == "loses one"
+    assert halving(errors, names, ((1.0, 2), (1.0, 1)), 50).best == "steady"
+
+
+@settings(max_examples=10)
+@given(a=st.floats(1.0, 4.0), b=st.floats(0.1, 0.4))
+def test_coordinate_descent_comes_as_near_the_minimum_of_a_quadratic_as_its_steps_allow(a, b):
+    objective = Quadratic(a, b)
+    found = coordinate_descent(objective, (2.0, 0.2), [scaled(0), scaled(1)], passes=6, step=1.5, samples=16)
+    assert all(abs(math.log(p / q)) <= 0.501 * math.log(1.5) for p, q in zip(found.best, (a, b), strict=True))
+    errors = {t.candidate: t.error for t in found.trials}
+    assert found.ranking == (found.best,) and errors[found.best] == min(errors.values())
+    assert len(objective.asked) == len(set(objective.asked))  # no candidate is tried twice
+
+
+def test_coordinate_descent_keeps_the_start_where_nothing_is_better_or_allowed():
+    moves = [scaled(0), scaled(1)]
+    for passes, allowed in ((0, moves), (3, [lambda point, factor: None]), (3, moves)):
+        found = coordinate_descent(Quadratic(), (3.0, 0.2), allowed, passes=passes, step=1.4, samples=16)
+        assert found.best == (3.0, 0.2)
+    assert len(found.trials) == 5  # it ends after a pass that changes nothing
+    for options in ({"step": 1.0, "passes": 1}, {"step": math.nan, "passes": 1}, {"step": 1.4, "passes": -1}):
+        with pytest.raises(InputError, match=r"step|passes"):
+            coordinate_descent(Quadratic(), (3.0, 0.2), moves, samples=16, **options)
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+
+
+@every_schedule
+@settings(max_examples=15)
+@given(st.integers(1, 12), st.floats(1.0, 20.0), st.floats(0.01, 0.5), st.floats(1.0, 12.0))
+def test_a_leap_grid_has_its_levels_where_it_says(schedule, n, sigma_1, sigma_min, rho):
+    start = schedule.t_of_noise_to_signal(60.0)
+    grid = LeapGrid(sigma_1, sigma_min, rho).times(n, schedule, start)
+    assert len(grid) == n + 1 and grid.dtype == F64
+    assert float(grid[0]) == start and float(grid[-1]) == schedule.t_data
+    if n > 1:
+        assert schedule.noise_to_signal(float(grid[1])) == pytest.approx(sigma_1, rel=1e-5)
+    if n > 2:
+        assert schedule.noise_to_signal(float(grid[-2])) == pytest.approx(sigma_min, rel=1e-5)
+
+
+@every_schedule
+@settings(max_examples=10)
+@given(levels=st.lists(st.floats(0.01, 70.0), min_size=1, max_size=8, unique=True))
+def test_a_free_grid_has_the_levels_it_was_given_on_every_schedule(levels, schedule):
+    levels = sorted(levels, reverse=True)
+    assume(all(a > 1.01 * b for a, b in pairwise(levels)))
+    start = schedule.t_of_noise_to_signal(80.0)
+    grid = FreeGrid(tuple(levels)).times(len(levels) + 1, schedule, start)
+    assert float(grid[0]) == start and float(grid[-1]) == schedule.t_data
+    again = FreeGrid.of(grid, schedule)
+    assert again.levels == pytest.approx(levels, rel=1e-6)
+    with pytest.raises(GridError, match="levels make a grid"):
+        again.times(len(levels), schedule, start)
+
+
+def test_a_grid_without_evaluations_is_refused():
+    with pytest.raises(GridError, match="at least one evaluation"):
+        LeapGrid(1.0, 0.1).times(0, ALL_SCHEDULES[0], 80.0)
+
+
+def test_candidates_scale_with_the_data_and_stay_below_the_start():
+    near, far = leap_grids(80.0, 0.5), leap_grids(80.0, 5.0)
+    assert max(g.sigma_1 for g in near) < 80 and max(g.sigma_1 for g in far) < 80
+    assert min(g.sigma_1 for g in far) == pytest.approx(10 * min(g.sigma_1 for g in near))
+    assert math.isfinite(max(g.sigma_1 for g in leap_grids(math.inf, 0.5)))
+
+
+# ---- searches of grids -----------------------------------------------------------------------------------------------
+
+METHOD = IIA("ddim", terms="window", target="trajectory", history=2, guard=False)
+
+
+def taught(samples, steps=30):
+    """Samples of the mixture with their teacher."""
+    ode, x = mixture().ode(iia.EDM()), 80.0 * normal(samples, 4)
+    return Batch(ode, x, Teacher.solve(ode, x, 80.0, 0.0, steps=steps))
+
+
+def closed(batch, grid):
+    """A fit in closed form."""
+    return METHOD.fit(batch.ode, batch.x, grid, teacher=batch.teacher).plan
+
+
+def plain(batch, grid):
+    """DDIM, whatever the samples."""
+    return iia.plan.trace(iia.get_solver("ddim"), batch.ode.schedule, grid, consistent=False)
+
+
+def test_the_search_finds_a_better_grid_than_it_was_given():
+    poor = LeapGrid(60.0, 0.003, 7.0)
+    candidates = [poor, *leap_grids(80.0, 1.0)[::8]]
+    found = search_grid(closed, taught(40), 4, candidates, rounds=((0.4, 3), (1.0, 2)), descent=1)
+    assert found.best != poor
+    first = next(t for t in found.trials if t.candidate == poor)
+    assert min(t.error for t in found.trials if t.candidate == found.best) < first.error
+    with pytest.raises(InputError, match="no candidate"):
+        search_grid(closed, taught(8, 10), 4, [])
+
+
+def test_levels_moved_one_by_one_end_nearer_the_truth_than_the_family_they_come_from():
+    batch, poor = taught(40), LeapGrid(40.0, 0.01, 7.0)
+    found = search_levels(closed, batch, 4, poor, passes=3)
+    assert len(found.best.levels) == 3
+    assert found.trials[0].candidate == FreeGrid.of(poor.times(4, batch.ode.schedule, 80.0), batch.ode.schedule)
+    assert all(t.samples == len(batch) == len(t.errors) for t in found.trials)
+    z = 80.0 * normal(200, 4, seed=1)
+    exact = Teacher.solve(batch.ode, z, 80.0, 0.0).final
+    errors = []
+    for grid in (poor, found.best):
+        plan = closed(batch, grid.times(4, batch.ode.schedule, 80.0))
+        errors.append(float((iia.sample(batch.ode, z, solver=plan) - exact).square().mean().sqrt()))
+    assert errors[1] < 0.8 * errors[0]
+    with pytest.raises(InputError, match="step"):
+        search_levels(closed, batch, 4, poor, step=1.0)
+
+
+def test_two_levels_close_together_do_not_hold_the_others():
+    found = search_levels(plain, taught(20), 5, FreeGrid((40.0, 39.9, 1.0, 0.02)), passes=1)
+    assert len({t.candidate.levels[3] for t in found.trials}) > 1
+
+
+def test_every_sample_is_judged_by_a_fit_that_did_not_see_it():
+    batch, seen = taught(21), []
+
+    def noted(part, grid):
+        seen.append(part.x)
+        return plain(part, grid)
+
+    grid = LeapGrid(10.0, 0.1)
+    for samples in (20, 21):
+        seen.clear()
+        errors = two_fold(noted, batch, 4)(grid, samples)
+        assert torch.equal(torch.cat(seen), batch.x[:samples]) and len(seen) == 2 == 2 + abs(len(seen[0]) - 10)
+        final = iia.sample(batch.ode, batch.x[:samples], grid.times(4, batch.ode.schedule, 80.0), "ddim")
+        own = (final - batch.target[:samples]).square().mean(dim=1).sqrt()
+        assert torch.allclose(errors, own, rtol=1e-12)
+    assert two_fold(plain, batch, 4)(grid, 1).shape == (1,)
+
+
+def test_a_grid_on_which_a_sample_is_lost_or_that_is_none_is_no_candidate():
+    batch = taught(8, 10)
+    target = batch.target.clone()
+    target[0, 0] = math.nan
+    for bad, grid in ((replace(batch, final=target), LeapGrid(10.0, 0.1)), (batch, LeapGrid(0.1, 10.0))):
+        assert torch.isinf(two_fold(plain, bad, 4)(grid, 8)).all()
+
+
+def test_a_search_keeps_no_graph_of_a_network():
+    model = torch.nn.Linear(4, 4).double()
+    ode = iia.ProbabilityFlowODE(lambda x, t: model(x) / (1 + t[:, None] ** 2), iia.EDM())
+    x = 80.0 * torch.randn((16, 4), dtype=F64, generator=generator())
+    batch = Batch(ode, x, Teacher.solve(ode, x, 80.0, 0.0, steps=10))
+    found = search_grid(closed, batch, 3, leap_grids(80.0, 1.0)[:2], rounds=((1.0, 1),), descent=0)
+    assert not any(t.errors.requires_grad for t in found.trials)
