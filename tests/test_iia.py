@@ -326,10 +326,14 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         (lambda: iia.IIA(3, "iia-edm"), iia.errors.InputError, "expected the name of a registered solver"),
         (lambda: iia.IIA("heun", history=1.5), iia.errors.InputError, "history must be a whole number"),
         (lambda: iia.IIA("heun", substeps="3"), iia.errors.InputError, "substeps must be a whole number"),
-        (lambda: iia.IIA("heun", ridge=float("nan")), iia.errors.InputError, "ridge must be a number from 0"),
-        (lambda: iia.IIA("heun", ridge="best"), iia.errors.InputError, "or 'auto', got 'best'"),
-        (lambda: iia.IIA("heun", ridge=None), iia.errors.InputError, "or 'auto', got None"),
-        (lambda: iia.IIA("heun", ridge=torch.tensor(1e-6)), iia.errors.InputError, "ridge must be a number"),
+        (lambda: iia.IIA("heun", ridge=float("nan")), iia.errors.InputError, "ridge.* must be a number.*got nan"),
+        (lambda: iia.IIA("heun", ridge="best"), iia.errors.InputError, "'auto'.*got 'best'"),
+        (lambda: iia.IIA("heun", ridge=None), iia.errors.InputError, "'auto'.*got None"),
+        (
+            lambda: iia.IIA("heun", ridge=torch.tensor(1e-6)),
+            iia.errors.InputError,
+            "ridge.* must be a number.*got tensor",
+        ),
         (lambda: iia.IIA("heun", history=True), iia.errors.InputError, "history must be a whole number"),
         (lambda: iia.IIA("heun", guard="no"), iia.errors.InputError, "guard must be True or False, got 'no'"),
         (lambda: iia.IIA("heun", intercept=1), iia.errors.InputError, "intercept must be True or False, got 1"),
@@ -341,7 +345,7 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         (
             lambda: iia.IIA("heun").fit(edm(), states(), GRID, held_out=1.0),
             iia.errors.InputError,
-            "held_out must be a share",
+            "held_out.* must be .*got 1.0",
         ),
         (
             lambda: iia.IIA("heun").fit(edm(), states(), GRID, teacher="dopri8"),

@@ -79,7 +79,7 @@ def test_a_step_that_does_not_help_held_out_samples_keeps_the_weights_of_the_bas
 
 def test_a_fit_that_ends_worse_than_its_base_on_held_out_noise_is_the_base_and_says_so(tmp_path):
     method = IIA("heun", "biia-edm", Wrong())
-    with pytest.warns(GuardWarning, match=r"not clearly better than its base, which is kept: on 10 held-out samples"):
+    with pytest.warns(GuardWarning, match=r"not clearly better than its base.*: on 10 held-out samples"):
         fit = method.fit(ode(), states(), GRID)
     assert fit.plan.difference(iia.get_solver("heun").plan(iia.EDM(), GRID)) == 0
     assert not any(r.accepted for r in fit.reports)
@@ -144,7 +144,7 @@ def test_a_given_teacher_serves_the_guard_of_any_target():
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_batch_too_small_to_hold_any_out_is_the_base_with_a_guard_and_fitted_whole_without_and_said_so(n, tmp_path):
-    with pytest.warns(GuardWarning, match=rf"its base, which is kept: {n} samples? cannot tell a gain from chance"):
+    with pytest.warns(GuardWarning, match=rf"its base.*: {n} samples? cannot tell a gain from chance"):
         guarded = IIA("ddim", ridge="auto").fit(ode(), states(n), GRID)
     assert guarded.plan.difference(iia.get_solver("ddim").plan(iia.EDM(), GRID)) == 0
     assert guarded.record.endpoint.fell_back and "cannot tell a gain from chance" in guarded.explain()
