@@ -1,4 +1,4 @@
-"""The promises of `iia_ode.fit`: its arguments, its silence, its accuracy, and what it says of itself."""
+"""The promises of `iia_ode.fit`: arguments, silence, accuracy, and the account of a fit."""
 
 import logging
 import re
@@ -35,7 +35,7 @@ def said(caplog):
 
 
 class Made:
-    """A fit, what it said, and what the ledger counted."""
+    """A fit with its log and its ledger."""
 
     def __init__(self, budget, caplog):
         self.ode = mixture().ode(EDM)
@@ -47,7 +47,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made():
-    """Fits by budget, each made once: the same arguments give the same fit."""
+    """Fits by budget, each made once."""
     return {}
 
 
@@ -246,20 +246,21 @@ def test_a_fit_survives_its_file(tmp_path, name, request):
 
 # ---- how good a fit is -----------------------------------------------------------------------------------------------
 
+# As the last of all schedules, but it ends before the data.
 ENDS_EARLY = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_data=1e-3)
 
 
-@pytest.mark.parametrize("schedule", [*ALL_SCHEDULES, ENDS_EARLY], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("schedule", [*ALL_SCHEDULES[:-1], ENDS_EARLY], ids=lambda s: type(s).__name__)
 def test_one_call_gives_a_solver_twice_as_accurate_as_the_best_classic_ones(schedule):
     ode = mixture().ode(schedule, "velocity" if schedule is ENDS_EARLY else "data")
-    found = fit(ode, 4, noise=NOISE, budget=replace(QUICK, rounds=((0.25, 1),), descent=0))
-    assert found.nfe == 4 and found.plan.grid[-1] == schedule.t_data
+    found = fit(ode, 3, noise=NOISE, budget=replace(QUICK, rounds=((0.25, 1),), descent=0))
+    assert found.nfe == 3 and found.plan.grid[-1] == schedule.t_data
     x = start_of(found, normal(80, 4, seed=1))
     top = min(schedule.noise_to_signal(found.plan.grid[0]), 80.0)
     classic = []
     for solver in ("ipndm3", "dpmpp_3m", "unipc", "deis_lab3"):
         for sigma_min in (0.03, 0.2):
-            grid = iia.grids.karras(4, sigma_min, top, schedule=schedule, to_data=False)
+            grid = iia.grids.karras(3, sigma_min, top, schedule=schedule, to_data=False)
             grid = torch.cat([found.grid[:1], grid[1:], found.grid[-1:]])
             try:
                 classic.append(median_error(ode, iia.get_solver(solver), x, grid))

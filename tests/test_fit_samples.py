@@ -1,4 +1,4 @@
-"""The samples of a fit: too few, repeated, under conditions, and with trajectories that are given."""
+"""The samples of a fit: few, repeated, under conditions, and with a given teacher."""
 
 import logging
 import warnings

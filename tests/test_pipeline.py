@@ -1,4 +1,4 @@
-"""Pipelines of a search: kinds of weights, which of the fits are refined, and weights per band of an image."""
+"""Pipelines of a search: kinds of weights, the fits that are refined, and weights per band of an image."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ def test_a_pipeline_makes_its_number_of_evaluations_from_the_start_to_the_data(n
 
 
 def test_images_whose_energy_falls_with_frequency_get_weights_per_band_and_survive_their_file(tmp_path):
-    """Gaussian images with a spectrum: a weight for each of its bands would be exact, and one for all is not."""
+    """On Gaussian images with a spectrum, weights per band are exact, and a single weight is not."""
     shape = (3, 8, 8)
     bands = Bands(shape, 4, "luma-chroma")
     spread = torch.tensor([3.0, 1.0, 0.4, 0.2, 1.0, 0.3, 0.1, 0.05], dtype=F64)

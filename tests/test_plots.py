@@ -95,15 +95,15 @@ def test_only_what_one_call_found_has_ingredients(stepwise):
         plots.plot_ingredients(stepwise)
 
 
-def test_no_text_of_a_figure_overlaps_another(stepwise, found, tmp_path):
+def test_no_text_of_a_figure_overlaps_another(stepwise, found):
     grid = iia.grids.karras(25)
     ode, x = get_setting("mixture").draw(12, 0)
     long = iia.IIA("heun", terms="window", history=2, guard=False, substeps=2).fit(ode, x, grid)
     figures = [plots.plot_coefficients(f) for f in (stepwise, long, found)]
     figures += [plots.plot_residuals(f) for f in (stepwise, long)]
     figures.append(plots.plot_ingredients(found))
-    for k, figure in enumerate(figures):
-        assert plots.save_figure(figure, tmp_path / f"{k}.png").stat().st_size > 1000
+    for figure in figures:
+        figure.draw_without_rendering()
         (axes,) = figure.axes
         for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
             boxes = [t.get_window_extent() for t in labels if t.get_text()]

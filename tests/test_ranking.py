@@ -86,13 +86,13 @@ def test_the_cauchy_mean_is_below_the_root_mean_square_and_equal_to_it_for_an_in
 
 
 def squares(base, fit):
-    """Of samples whose true ends have unit size."""
+    """Squared errors of samples whose true final states have unit size."""
     base, fit = (torch.as_tensor(v, dtype=F64) for v in (base, fit))
     return torch.stack([base, fit, torch.ones_like(base)], dim=1)
 
 
 def errors(n, seed=0):
-    """Squared errors of a base that scatter over a decade, none far from the others."""
+    """Squared errors of a base, spread over a decade without outliers."""
     return normal(n, seed=seed).mul(0.5).clamp(-1, 1).exp() * 1e-2
 
 
@@ -127,7 +127,7 @@ def test_an_equal_fit_is_not_kept():
     "astray", [(1.0, 1.0), (1.0, 0.99), (0.99, 1.0)], ids=["both", "more the base", "more the fit"]
 )
 def test_a_fit_is_refused_where_three_lost_samples_more_would_make_it_the_worse(astray):
-    """One sample of 400 goes astray. All others gain, surely; but not three times as much as that one weighs."""
+    """One sample of 400 goes astray. The other samples gain, but by less than three times its square."""
     base = errors(400)
     fit = 0.2 * base
     assert kept(base, fit)
@@ -144,7 +144,7 @@ def test_a_fit_is_refused_where_three_lost_samples_more_would_make_it_the_worse(
 
 
 def test_a_fit_is_refused_that_gains_in_the_mean_but_on_no_more_samples_than_chance():
-    """A few samples gain much and the others lose a little: the mean says one thing and most samples another."""
+    """A few samples gain much and the others lose a little: the mean contradicts the majority."""
     n = 64
     needed = next(k for k in range(n) if binomtest(k, n, alternative="greater").pvalue <= 0.02275)
     for nearer, outcome in ((needed - 1, False), (needed, True)):
@@ -168,7 +168,7 @@ def test_samples_that_end_as_far_as_before_do_not_count_as_nearer():
 
 @pytest.mark.parametrize(("n", "few", "enough"), [(100, 6, 12), (12, 6, 7)])
 def test_a_fit_is_refused_whose_gain_in_the_mean_may_be_chance_and_few_samples_ask_for_more(n, few, enough):
-    """Nearly all of the gain is that of some samples; the others gain next to nothing."""
+    """Some samples have nearly all of the gain; the others gain next to nothing."""
     for many, outcome in ((few, False), (enough, True)):
         base = alike(n, 0.01)
         fit = 0.9999 * base
