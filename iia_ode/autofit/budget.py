@@ -64,7 +64,7 @@ class Budget:
         least |= {"teacher_steps": 2, "iterations": 1, "probes": 1}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; give finite numbers of at least {least}.")
-        check_number("held_out, the share of the samples that decide between solvers,", self.held_out, above=0, below=1)
+        check_number("held_out", self.held_out, above=0, below=1)
         check_whole("chunk_size", self.chunk_size, least=1)
         check_flag("warm_starts", self.warm_starts)
         check_flag("checkpointed", self.checkpointed)

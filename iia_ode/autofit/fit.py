@@ -164,7 +164,7 @@ def start_time(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
     """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule."""
     schedule = ode.schedule
     if sigma_max is not None:
-        level = check_number("sigma_max, the level to start from,", sigma_max, above=0, error=GridError)
+        level = check_number("sigma_max, a level sigma/alpha,", sigma_max, above=0, error=GridError)
         return schedule.t_of_noise_to_signal(level)
     if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
         return schedule.t_of_noise_to_signal(_NOISIEST)
@@ -198,7 +198,7 @@ def _initial_states(
     size = float(noise.double().square().mean().sqrt())
     if not 0.5 < size < 2.0:
         raise InputError(
-            f"noise must be standard normal, with root mean square near 1, got {size:.3g}: pass initial states as x=."
+            f"noise must be standard normal, and its root mean square is {size:.3g}: pass initial states as x=."
         )
     states = ode.schedule.sigma(t) * noise
     check_start(ode, states)

@@ -135,5 +135,5 @@ def per_sample(difference: Tensor) -> Tensor:
 
 def held_out_of(draws: int, share: float) -> int:
     """Number of held-out draws for a share between 0 and 1: at least 1, and at most `draws` - 1."""
-    check_number("held_out, the share of the draws that decide between solvers,", share, above=0, below=1)
+    check_number("held_out", share, above=0, below=1)
     return min(max(1, round(share * draws)), draws - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..__about__ import __version__
-from ..checks import check_flag, check_number, check_whole
-from ..errors import unknown_name
+from ..checks import check_flag, check_whole
+from ..errors import InputError, unknown_name
 from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..plan import check_grid, check_start
@@ -76,8 +77,9 @@ class IIA:
         check_whole("substeps", self.substeps, least=1)
         check_flag("guard", self.guard)
         check_flag("intercept", self.intercept)
-        if self.ridge != "auto":
-            check_number("ridge, if not 'auto',", self.ridge, least=0)
+        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool) and 0 <= self.ridge < math.inf
+        if not number and self.ridge != "auto":
+            raise InputError(f"ridge must be a number from 0, or 'auto', got {self.ridge!r}.")
         resolve_terms(self.terms, self.base_solver.label)
         resolve_target(self.target, self.substeps)
 
@@ -134,7 +136,8 @@ class IIA:
         check_start(ode, x)
         times = check_grid(ode.schedule, grid)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
-        check_number("held_out, the share of the samples that no coefficient is fitted to,", share, least=0, below=1)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise InputError(f"held_out must be a share of the batch, from 0 to below 1, got {held_out!r}.")
         batch = Batch(ode, x, teacher, chunk_size)
         agree(ode, "IIA", self.options(), x, times, share, chunk_size, teacher is not None)
         if teacher is not None:
@@ -175,7 +178,7 @@ class IIA:
             "terms": resolve_terms(self.terms, base.label)[0],
             "target": Named(target.name, {k: v for k, v in target.options().items() if k != "name"}),
             "history": self.history,
-            "ridge": self.ridge if isinstance(self.ridge, str) else float(self.ridge),
+            "ridge": self.ridge,
             "guard": self.guard,
             "intercept": self.intercept,
         }

@@ -199,7 +199,7 @@ class Stepwise:
             return replace(fit, endpoint=endpoint)
         other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
         warn(
-            f"{plan.name} is not clearly better than its base, and the base is kept: {seen}{found.why}. Fit on more samples, "
+            f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}. Fit on more samples, "
             f"with other terms{other}, or with a ridge; guard=False keeps the fit anyway.",
             GuardWarning,
         )

@@ -306,8 +306,10 @@ def _counted(ledger: Ledger) -> Iterator[Ledger]:
 
 def _own_dtype(model: object) -> torch.dtype | None:
     """Dtype of a model's first floating-point parameter, if there is one."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
 
 
 def _tensors(model: object) -> dict[str, Tensor]:
