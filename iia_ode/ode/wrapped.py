@@ -19,8 +19,8 @@ class Wrapped(ProbabilityFlowODE):
 
     A subclass overrides :meth:`output`, and calls ``self.inner.output(x, t)`` there. Conditions, guidance, the ledger and the
     fingerprint are those of the inner ODE. Views (:meth:`condition`, :meth:`subset`) keep the subclass and its attributes. A
-    subclass that changes the prediction type of the output sets ``self.prediction``. A subclass whose output differs from the
-    inner ODE's also overrides :meth:`fingerprint`, so that a fit to one is not taken for a fit to the other.
+    subclass that changes the prediction type of the output sets ``self.prediction``. A subclass with other outputs than the
+    inner ODE also overrides :meth:`fingerprint`; otherwise a fit to the inner ODE would pass for a fit to the wrapper.
 
     The parameters are those of the inner ODE, and those of the subclass. The keys of ``state_dict`` begin with ``inner.``.
 
@@ -34,7 +34,7 @@ class Wrapped(ProbabilityFlowODE):
 
     Raises
     ------
-    InputError : `inner` is no ODE, or overrides `evaluate` or `forward`, which a wrapper would pass over.
+    InputError : `inner` is no ODE, or overrides `evaluate` or `forward`. A wrapper would pass over these methods.
     """
 
     inner: ProbabilityFlowODE
@@ -78,7 +78,7 @@ class Wrapped(ProbabilityFlowODE):
 
 
 def layers_of(ode: ProbabilityFlowODE) -> Iterator[ProbabilityFlowODE]:
-    """The ODE and every ODE that it wraps, from the outside in."""
+    """The ODE, its inner ODE, and so on, from the outside in."""
     yield ode
     while isinstance(ode, Wrapped):
         ode = ode.inner
