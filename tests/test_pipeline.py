@@ -13,12 +13,13 @@ import iia_ode as iia
 from iia_ode import IIA, Teacher, fit
 from iia_ode.autofit import Pipeline
 from iia_ode.autofit.grids import LeapGrid
-from iia_ode.autofit.pipeline import SCALARS, Contender, Cost, Start, weights_of
+from iia_ode.autofit.pipeline import SCALARS, Contender, Start, weights_of
 from iia_ode.autofit.stages import worth_refining
 from iia_ode.iia import Batch, Window
+from iia_ode.iia.provenance import StageCost
 from iia_ode.plan import Bands
 
-METHOD = IIA("ddim", "window", "trajectory", history=2, guard=False)
+METHOD = IIA("ddim", "window", "trajectory", history=2, guard=False).stepwise((4,))
 
 
 @pytest.mark.parametrize(("shape", "kinds"), [((5,), 2), ((2, 9), 2), ((1, 8, 8), 4), ((3, 16, 16), 4), ((3, 2, 2), 2)])
@@ -38,7 +39,7 @@ KINDS = st.sampled_from(["none", "affine", "diagonal", "per class"])
 def test_of_every_kind_the_best_is_refined_where_there_is_room_and_the_best_of_all_always_is(names, count):
     keys = {"none": None, "affine": None, "diagonal": None, "per class": "label"}
     starts = {name: None if name == "none" else Start(name, None, key=key) for name, key in keys.items()}
-    fits = [Contender(n, None, torch.ones(1), Cost(), Pipeline(METHOD, 2, 80.0, starts[n])) for n in names]
+    fits = [Contender(n, None, torch.ones(1), StageCost(), Pipeline(METHOD, 2, 80.0, starts[n])) for n in names]
     chosen = worth_refining(fits, count)
     assert len(chosen) == min(count, len(fits)) == len({id(c) for c in chosen})
     assert chosen[0] is fits[0]
@@ -62,10 +63,10 @@ def test_a_pipeline_makes_its_number_of_evaluations_from_the_start_to_the_data(n
     assert len(times) == pipeline.levels + 1 == (4 if start is None else 5)
     parts = pipeline.fit(batch)
     assert (parts.warm is None) == (start is None)
-    for plan in (parts.whole.plan, pipeline.plan(batch, times)):
+    for plan in (parts.plan, pipeline.plan(batch, times)):
         assert plan.nfe == 3 and plan.grid == tuple(times.tolist())
         assert float(batch.errors(plan).max()) < 0.05
-    assert parts.rest.plan.nfe == 3  # a warm start costs no evaluation
+    assert parts.fit.plan.nfe == 3  # a warm start costs no evaluation
 
 
 def test_images_whose_energy_falls_with_frequency_get_weights_per_band_and_survive_their_file(tmp_path):

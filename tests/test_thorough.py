@@ -159,7 +159,7 @@ def test_fresh_draws_can_turn_the_choice(searched, said):
 
 def test_fresh_draws_alone_judge_the_last_fit(searched):
     context, (best, *_) = searched
-    whole = best.pipeline.fit(context.batch).whole.plan
+    whole = best.pipeline.fit(context.batch).plan
     assert whole.difference(best.plan) > 0
     for plan in (whole, best.plan):
         fresh = fresh_for(context, plan)
