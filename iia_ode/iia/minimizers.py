@@ -148,14 +148,17 @@ class Adam(Minimizer):
         while self.status is None:
             gradient = self.rates * self.objective.derivatives(self.theta)[0]
             if not bool(torch.isfinite(gradient).all()):
-                self.status = Status.NOT_FINITE
-                break
+                if not self._unit:
+                    self.status = Status.NOT_FINITE
+                    break
+                self._begin()
+                continue
             # In units of the first derivative, so that the scale of the loss does not matter beside Adam's epsilon.
             self._unit = self._unit or float(gradient.abs().max()) or 1.0
             self._moves.grad = gradient / self._unit
             self._optimizer.step()
             tried = self.limit(self.theta, self._start + self.rates * self._moves.detach())
-            self._moves.data = (tried - self._start) / self.rates
+            self._moves.data = ((tried - self._start) / self.rates).nan_to_num()  # where a rate is 0
             if math.isfinite(loss := self.objective.loss(tried)):
                 self.theta, self.loss, self._since = tried, loss, self._since + 1
                 if loss < self._best[0]:
