@@ -190,7 +190,8 @@ class Stepwise:
             squares = torch.cat([p for p in parts if p is not None])
             found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
             reference = DEFAULT if batch.teacher is None else str(batch.teacher.record.options)
-            seen = f"on {held_out} held-out sample{'s' * (held_out > 1)} its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
+            samples = f"{held_out} held-out sample{'s' * (held_out > 1)}"
+            seen = f"on {samples} its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
         else:
             found, seen, reference = too_few(len(batch)), "", UNJUDGED.reference
         why = "" if found.kept else found.why
