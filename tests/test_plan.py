@@ -482,6 +482,24 @@ def test_a_plan_that_was_traced_before_is_found_again(schedule: iia.Schedule, na
     assert first.difference(iia.get_solver(name).plan(schedule, grid)) == 0.0
 
 
+def test_a_plan_is_not_found_again_under_another_default_dtype() -> None:
+    class Rounds(iia.Solver):
+        order = 1
+
+        def step(self, ode: Any, x: Any, t: float, s: float, past: Any) -> Any:
+            return x + float(torch.tensor(s - t)) * ode.velocity(x, t)
+
+    grid, default = iia.grids.karras(4, 0.1, 30.0), torch.get_default_dtype()
+    try:
+        plans = []
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            plans.append(traced(Rounds(), iia.EDM(), grid))
+    finally:
+        torch.set_default_dtype(default)
+    assert 0 < plans[0].difference(plans[1]) < 1e-5
+
+
 def test_two_threads_get_one_plan() -> None:
     barrier = threading.Barrier(2, timeout=60)
     grid = iia.grids.karras(3, 0.123, 45.6)
