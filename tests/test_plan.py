@@ -484,7 +484,7 @@ def test_a_plan_that_was_traced_before_is_found_again(schedule: iia.Schedule, na
 
 def test_a_plan_is_not_found_again_under_another_default_dtype() -> None:
     class Rounds(iia.Solver):
-        order = 1
+        order, consistent = 1, False
 
         def step(self, ode: Any, x: Any, t: float, s: float, past: Any) -> Any:
             return x + float(torch.tensor(s - t)) * ode.velocity(x, t)
