@@ -1,0 +1,144 @@
+"""The scale of classifier-free guidance: a number, a number per sample, or a function of time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..schedules import Schedule
+
+__all__ = ["Scale", "Scales", "checked_scale", "recorded", "scale_at"]
+
+Scale: TypeAlias = float | Tensor | Callable[[Any], Any]
+"""A number, a tensor [B] or [1], or a function of the time."""
+
+_PROBES = 33  # times at which a function is recorded
+_FARTHEST = 12.0  # log-SNR beyond which a function is not recorded
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The record of a guidance scale that is no single number.
+
+    Attributes
+    ----------
+    kind : ``"per sample"`` or ``"per time"``.
+    values : the smallest and the largest scale of the samples; or the scale at 33 times of the schedule, equidistant in
+        log-SNR from noise to data, None where the function failed.
+    """
+
+    kind: Literal["per sample", "per time"]
+    values: tuple[float | None, ...]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest scale."""
+        known = [v for v in self.values if v is not None] or [math.nan]
+        return min(known), max(known)
+
+    def __str__(self) -> str:
+        low, high = self.range
+        return f"{low:g} to {high:g} {self.kind}"
+
+
+def checked_scale(value: object) -> Scale:
+    """`value` as a guidance scale.
+
+    Raises
+    ------
+    InputError : neither a finite number, nor a tensor [B] of finite numbers, nor a function.
+    """
+    if isinstance(value, Tensor):
+        numeric = not (value.is_complex() or value.dtype == torch.bool) and value.ndim <= 1 and value.numel() > 0
+        if not numeric or (not value.is_meta and not bool(torch.isfinite(value).all())):
+            raise _unusable(f"a tensor {list(value.shape)} of {value.dtype}" if not numeric else f"{value}")
+        return value if value.ndim or value.requires_grad else float(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise _unusable(repr(value))
+
+
+def _unusable(found: str) -> InputError:
+    return InputError(
+        "the guidance scale must be a finite number, a tensor [B] of finite numbers (one per sample), or a function of the "
+        f"time, got {found}."
+    )
+
+
+def scale_at(scale: Scale, t: Tensor | float, x: Tensor) -> float | Tensor:
+    """The scale at time t for states x [B, ...]: a number, or a tensor like x that broadcasts against x.
+
+    Nothing on a device is read. A function receives t itself, a number or a tensor [] or [B]; a function that cannot take a
+    tensor [B] is called for each entry.
+    """
+    if isinstance(scale, Real):
+        return float(scale)
+    value = scale if isinstance(scale, Tensor) else _called(scale, t)
+    if isinstance(value, float):
+        return value
+    value = value.to(x.dtype).to(x.device, non_blocking=True)
+    return value.reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value
+
+
+def _called(scale: Callable[[Any], Any], t: Tensor | float) -> float | Tensor:
+    """A function's scale at time t: a number, or a tensor [], [1] or [B] where t is a tensor."""
+    try:
+        value = _of_each(scale, t) if isinstance(t, Tensor) and t.ndim else scale(t)
+    except Exception as error:  # of any kind: the function is the caller's
+        raise InputError(
+            f"the guidance scale {_name(scale)} failed at t = {t}: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(value, Tensor) and (value.shape in ((), (1,)) or (isinstance(t, Tensor) and value.shape == t.shape)):
+        on_host = not isinstance(t, Tensor) and value.is_cpu and not value.requires_grad
+        return _finite(scale, t, value.item()) if on_host else value
+    return _finite(scale, t, value)
+
+
+def _of_each(scale: Callable[[Any], Any], t: Tensor) -> Any:
+    try:
+        return scale(t)
+    except (TypeError, ValueError, RuntimeError):  # it branches on the time, or takes numbers
+        return torch.stack([torch.as_tensor(scale(u), dtype=t.dtype, device=t.device) for u in t])
+
+
+def _finite(scale: Callable[[Any], Any], t: object, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise _odd(scale, t, f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value))
+    return float(value)
+
+
+def _odd(scale: Callable[[Any], Any], t: object, found: str) -> InputError:
+    return InputError(f"the guidance scale {_name(scale)} must return one finite number, got {found} at t = {t}.")
+
+
+def _name(scale: Callable[[Any], Any]) -> str:
+    return str(getattr(scale, "__qualname__", type(scale).__name__))
+
+
+def recorded(scale: Scale, schedule: Schedule) -> float | Scales:
+    """The record of a scale; a function is called with a number at each recorded time."""
+    if isinstance(scale, Real):
+        return float(scale)
+    if isinstance(scale, Tensor):
+        values = scale.detach().double().cpu() if scale.is_cpu else scale.detach().cpu().double()
+        return Scales("per sample", (float(values.min()), float(values.max())))
+    ends = (max(-_FARTHEST, min(_FARTHEST, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
+    lams = torch.linspace(*ends, _PROBES, dtype=torch.float64, device="cpu")
+    return Scales("per time", tuple(_known(scale, schedule.t_of_lam(float(lam))) for lam in lams))
+
+
+def _known(scale: Callable[[Any], Any], t: float) -> float | None:
+    try:
+        value = _called(scale, t)
+    except InputError:
+        return None
+    return float(value)
