@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self, TypeVar
 
 import torch
@@ -15,9 +14,10 @@ from ..checks import check_flag
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
-from .conditions import batched, check_entries, check_tree, paired, picked
-from .fingerprint import Fingerprint, fingerprint_of, tagged
-from .guidance import Scale, checked_scale, scale_at
+from .calls import Ledger, answers, counted, own_device, own_dtype
+from .conditions import check_entries, picked
+from .fingerprint import Fingerprint, checked_tag, fingerprint_of
+from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, scale_at
 
 __all__ = ["Ledger", "ProbabilityFlowODE"]
 
@@ -33,25 +33,6 @@ _SETTINGS = (
     "model_dtype",
     "state_shape",
 )
-
-
-@dataclass
-class Ledger:
-    """The evaluations that an ODE spent.
-
-    Attributes
-    ----------
-    evaluations : batched calls of the model. With guidance, both branches together are a single call on a doubled batch, or
-        two calls.
-    samples : calls weighted by batch size, where a doubled batch counts once.
-    """
-
-    evaluations: int = 0
-    samples: int = 0
-
-    def reset(self) -> None:
-        """Back to zero."""
-        self.evaluations = self.samples = 0
 
 
 class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
@@ -120,16 +101,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
         self.state_shape = None if shape is None else tuple(shape)
         self.ledger = Ledger()
-        if tag is not None and (not isinstance(tag, str) or not tag):
-            raise InputError(f"a tag is the name of the model as text, such as 'my-model-v2', got {tag!r}.")
-        self.tag = tag
-        self._check_conditioning()
-
-    def _check_conditioning(self) -> None:
-        check_tree(self.conditioning)
-        check_tree(self.unconditional)
-        if not (isinstance(self.guidance_scale, float) and self.guidance_scale == 1.0):
-            _check_branches(self.conditioning, self.unconditional)
+        self.tag = checked_tag(tag)
+        check_guidance(self.conditioning, self.unconditional, self.guidance_scale)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -143,8 +116,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        t : time, a number or a tensor [] or [B].
-        x : state [B, ...], float32 or float64.
+        t, x : time and state, as for :meth:`output`.
 
         Returns
         -------
@@ -157,8 +129,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        x : state [B, ...], float32 or float64.
-        t : time, a number or a tensor [] or [B].
+        x, t : state and time, as for :meth:`output`.
         form : without effect here; a plan stores the output in this form.
 
         Returns
@@ -186,11 +157,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         """Raise InputError unless every condition and the guidance scale have `batch` entries, or a single entry."""
         check_entries(self.conditioning, batch)
         check_entries(self.unconditional, batch)
-        scale = self.guidance_scale
-        if isinstance(scale, Tensor) and scale.ndim and len(scale) not in (1, batch):
-            raise InputError(
-                f"the guidance scale has {len(scale)} entries for a batch of {batch}: give one per sample."
-            )
+        check_scales(self.guidance_scale, batch)
 
     # ---- calling the model -------------------------------------------------------------------------------------------
 
@@ -223,14 +190,14 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         return torch.lerp(null, condition, scale)
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The two outputs that guidance combines, for samplers that need both, such as CFG++ [Chung et al. 2024].
+        """The two outputs that guidance combines; the cost is that of a guided evaluation.
 
-        A plan stores guided outputs only. The cost is that of a guided evaluation.
+        For subclasses with another combination, and for loops by hand such as CFG++ [Chung et al. 2024]. A plan stores guided
+        outputs only.
 
         Parameters
         ----------
-        x : state [B, ...], float32 or float64.
-        t : time, a number or a tensor [] or [B].
+        x, t : state and time, as for :meth:`output`.
 
         Returns
         -------
@@ -239,40 +206,19 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Raises
         ------
-        InputError : the ODE has no null condition, or its class overrides :meth:`output`.
+        InputError : the ODE has no null condition.
         """
-        if type(self).output is not ProbabilityFlowODE.output:
-            raise InputError(f"{type(self).__name__} overrides output: only the ODE of the model itself has branches.")
-        _check_branches(self.conditioning, self.unconditional)
+        check_branches(self.conditioning, self.unconditional)
         condition, null = self._answers(x, t, self.conditioning, self.unconditional)
         return condition, null
 
     def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
-        """The model's outputs under one condition or two; two share a call if the conditions can be those of one batch."""
-        batch = x.shape[0]
-        self.check_conditions(batch)
-        if len(branches) == 2 and self.batched_guidance:
-            joint = paired(*branches, batch, x.device)
-            if joint is not None:
-                return self._called(x, t, joint, 2).chunk(2)
-        return [self._called(x, t, batched(branch, batch, x.device), 1) for branch in branches]
-
-    def _called(self, x: Tensor, t: Tensor | float, condition: Mapping[str, Any], copies: int) -> Tensor:
-        """One call of the model on `copies` copies of the batch, which the model may write to."""
-        batch, dtype = x.shape[0], self.compute_dtype(x)
-        time_dtype = torch.promote_types(dtype, torch.float32)
-        if isinstance(t, Tensor):
-            times = t.to(device=x.device, dtype=time_dtype).expand(batch).repeat(copies)
-        else:
-            times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
-        y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
-        self.ledger.evaluations += 1
-        self.ledger.samples += batch
-        return _checked(self.model(y, times, **condition), (len(y), *x.shape[1:])).to(x.dtype, copy=True)
+        self.check_conditions(x.shape[0])
+        return answers(self.model, self.ledger, x, t, branches, self.compute_dtype(x), joint=self.batched_guidance)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""
-        return self.model_dtype or _own_dtype(self.model) or x.dtype
+        return self.model_dtype or own_dtype(self.model) or x.dtype
 
     # ---- views and bookkeeping ---------------------------------------------------------------------------------------
 
@@ -284,7 +230,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         InputError : guidance lacks a keyword, or a condition cannot be split with the samples.
         """
         view = self._view(conditioning, self.unconditional)
-        view._check_conditioning()
+        check_guidance(view.conditioning, view.unconditional, view.guidance_scale)
         return view
 
     def subset(self, index: slice | Tensor, batch: int) -> Self:
@@ -299,10 +245,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         -------
         The ODE, with the same model and ledger.
         """
-        scale = self.guidance_scale
         view = self._view(picked(self.conditioning, index, batch), picked(self.unconditional, index, batch))
-        if isinstance(scale, Tensor) and scale.ndim and len(scale) == batch:
-            view.guidance_scale = scale[index]
+        view.guidance_scale = picked({"scale": self.guidance_scale}, index, batch)["scale"]
         return view
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
@@ -325,14 +269,11 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     @property
     def device(self) -> torch.device | None:
         """Device of the model's parameters; None for a model without parameters, which runs on the device of the states."""
-        if isinstance(self.model, nn.Module):
-            for parameter in self.model.parameters():
-                return parameter.device
-        return None
+        return own_device(self.model)
 
     def counting(self) -> AbstractContextManager[Ledger]:
         """A ledger of the evaluations of a ``with`` block, filled in at the end of the block."""
-        return _counted(self.ledger)
+        return counted(self.ledger)
 
     def fingerprint(self) -> Fingerprint:
         """The identity of the model: a short hash of its weights, or the `tag`.
@@ -341,17 +282,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         fingerprint of a subclass with an :meth:`output` of its own also names the class, with attributes that are numbers,
         strings or tensors. The weights are read at each call.
         """
-        found = fingerprint_of(self.model) if self.tag is None else tagged(self.tag)
+        found = fingerprint_of(self.model, self.tag)
         return found if type(self).output is ProbabilityFlowODE.output else found.changed_by(self)
-
-
-@contextmanager
-def _counted(ledger: Ledger) -> Iterator[Ledger]:
-    before, spent = (ledger.evaluations, ledger.samples), Ledger()
-    try:
-        yield spent
-    finally:
-        spent.evaluations, spent.samples = ledger.evaluations - before[0], ledger.samples - before[1]
 
 
 def _check_overrides(kind: type[ProbabilityFlowODE]) -> None:
@@ -363,31 +295,3 @@ def _check_overrides(kind: type[ProbabilityFlowODE]) -> None:
             f"{kind.__name__} overrides {' and '.join(own)}, which a solver or a wrapper passes over: override output "
             "instead, with the output in the form of `prediction`."
         )
-
-
-def _check_branches(conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> None:
-    if not unconditional or unconditional.keys() != conditioning.keys():
-        raise InputError(
-            "guidance needs conditioning= and unconditional= with the same keywords, got "
-            f"{sorted(conditioning)} and {sorted(unconditional)}."
-        )
-
-
-def _own_dtype(model: object) -> torch.dtype | None:
-    """Dtype of a model's first floating-point parameter, if there is one."""
-    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return None
-
-
-def _checked(out: Any, shape: Sequence[int]) -> Tensor:
-    """The output of a model, checked to be a real tensor of the right shape."""
-    if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
-        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise InputError(
-            f"the model returned {got} for a state of shape {list(shape)}; it must return one tensor of that shape."
-        )
-    if not out.is_floating_point():
-        raise InputError(f"the model returned {out.dtype}; it must return real floating-point numbers.")
-    return out

@@ -220,7 +220,7 @@ def _same(a: Any, b: Any) -> bool:
 # ---- hashes ----------------------------------------------------------------------------------------------------------
 
 
-def pieces(values: Mapping[str, Any], opaque: Callable[[Any], object] | None = None) -> Iterator[bytes]:
+def pieces(values: Mapping[str, Any], opaque: Callable[[Any], object] | None = None) -> Iterator[bytes | memoryview]:
     """The content of conditions as bytes, for a hash: equal for equal conditions, whatever the order of the keys.
 
     `opaque` makes a printable value of a leaf that is no tensor; by default its ``repr`` without addresses in memory.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bounded import Bounded
+from ..errors import InputError
 
-__all__ = ["Fingerprint", "Parts", "fingerprint_of", "tagged"]
+__all__ = ["Fingerprint", "Parts", "checked_tag", "fingerprint_of"]
 
 _WEIGHTS = re.compile(r"[0-9a-f]{8}(-[dfbhx][0-9a-f]{12})+")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -94,13 +95,17 @@ class Fingerprint(str):
         return Fingerprint(f"{self}+{type(layer).__qualname__}({', '.join([*found.pieces, *weights])})")
 
 
-def tagged(tag: str) -> Fingerprint:
-    """The fingerprint of a model that the user named."""
-    return Fingerprint(f"tag-{tag}")
+def checked_tag(tag: object) -> str | None:
+    """`tag`, if it is None or text; otherwise raise InputError."""
+    if tag is None or (isinstance(tag, str) and tag):
+        return tag
+    raise InputError(f"a tag is the name of the model as text, such as 'my-model-v2', got {tag!r}.")
 
 
-def fingerprint_of(model: object) -> Fingerprint:
-    """The fingerprint of a model; the values of its weights are read, with one transfer from the device."""
+def fingerprint_of(model: object, tag: str | None = None) -> Fingerprint:
+    """The fingerprint of a model: of its tag, or of its weights, which are read with one transfer from the device."""
+    if tag is not None:
+        return Fingerprint(f"tag-{tag}")
     found = Parts()
     found.add(model, "")
     if not found.tensors:
@@ -280,7 +285,7 @@ def _groups(values: list[Tensor]) -> Iterator[Tensor]:
             if held and (size + value.numel() > _GROUP or value.device != held[0].device):
                 yield torch.cat(held)
                 held, size = [], 0
-            for part in value.reshape(-1).split(_GROUP):
+            for part in torch.split(value.reshape(-1), _GROUP):
                 if part.numel() == _GROUP:
                     yield part.to(dtype)
                 else:

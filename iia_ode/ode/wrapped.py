@@ -76,14 +76,7 @@ class Wrapped(ProbabilityFlowODE):
         return self.inner.output(x, t)
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The branches of the inner ODE.
-
-        Raises
-        ------
-        InputError : the wrapper changes the output, or as for the inner ODE.
-        """
-        if self.changes:
-            raise InputError(f"{type(self).__name__} changes the output: only the inner ODE has branches.")
+        """The branches of the inner ODE, without any change by the wrapper."""
         return self.inner.branches(x, t)
 
     def over(self, inner: ProbabilityFlowODE) -> Self:
