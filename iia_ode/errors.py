@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 __all__ = [
     "ConformanceError",
@@ -27,10 +29,13 @@ __all__ = [
     "PlanError",
     "RankError",
     "ScheduleError",
+    "TrainModeWarning",
     "UnknownNameError",
     "first_line",
+    "one_run",
     "unknown_name",
     "warn",
+    "warn_once",
 ]
 
 _INSIDE = ("iia_ode", "torch", "contextlib")  # modules that stand between a warning and the user's line
@@ -100,6 +105,10 @@ class GuardWarning(UserWarning):
     """A fit was not clearly better than its base, and was replaced by the base."""
 
 
+class TrainModeWarning(UserWarning):
+    """A model is used in train mode, where its output is random or depends on the batch."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message; torch's messages go on with advice for its developers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -111,6 +120,31 @@ def warn(message: str, category: type[Warning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+_issued: ContextVar[set[str] | None] = ContextVar("issued", default=None)
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """A block, or a decorated function, in which :func:`warn_once` issues a message once; blocks inside count as one."""
+    if _issued.get() is not None:
+        yield
+        return
+    token = _issued.set(set())
+    try:
+        yield
+    finally:
+        _issued.reset(token)
+
+
+def warn_once(message: str, category: type[Warning]) -> None:
+    """:func:`warn`, unless the same message was issued in this run."""
+    issued = _issued.get()
+    if issued is None or message not in issued:
+        warn(message, category)
+    if issued is not None:
+        issued.add(message)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownNameError:

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,11 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .checks import check_seed, check_whole
-from .errors import FileFormatError, GridError, InputError, NonFiniteError, RankError, unknown_name
+from .errors import FileFormatError, GridError, InputError, NonFiniteError, RankError, one_run, unknown_name
 from .files import read_tensors
 from .forms import conversion
 from .integrate import sample
 from .ode import ProbabilityFlowODE
+from .ode.guidance import recorded
+from .ode.mode import check_mode, in_training
 from .plan import check_grid, check_start
 from .schedules import Schedule
 from .schedules.base import derivative_of
@@ -59,6 +62,7 @@ class ModelStatistics(StatisticsTables):
     """
 
     @staticmethod
+    @one_run()
     def estimate(
         ode: ProbabilityFlowODE,
         x: Tensor,
@@ -115,6 +119,7 @@ class ModelStatistics(StatisticsTables):
         NonFiniteError : the model returned NaN or infinity.
         """
         check_start(ode, x)
+        check_mode(ode)
         points, probes = check_whole("points", points, least=2), check_whole("probes", probes, least=1)
         size = len(x) if batch_size is None else check_whole("batch_size", batch_size, least=1)
         seed = check_seed(seed)
@@ -134,14 +139,16 @@ class ModelStatistics(StatisticsTables):
                 own, start = ode.subset(part, len(x)), x[part].to(_F64, copy=True)
                 collector.follow(own, start, times, signs[part].transpose(0, 1).to(start))
         bar.close()
+        scale = recorded(ode.guidance_scale, ode.schedule)
         about = {
             "samples": len(x),
             "probes": probes,
             "mode": collector.mode,
             "seed": seed,
             "prediction": ode.prediction,
-            "guidance_scale": ode.guidance_scale,
-            "fingerprint": ode.fingerprint(),
+            "guidance_scale": scale if isinstance(scale, float) else asdict(scale),
+            "fingerprint": str(ode.fingerprint()),
+            "train_mode": bool(in_training(ode)),
             "evaluations": spent.evaluations,
         }
         lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")

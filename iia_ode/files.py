@@ -179,4 +179,6 @@ def _digest(tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> str:
 
 def bytes_of(values: Tensor) -> memoryview:
     """The bytes of a tensor's numbers, for a hash."""
-    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = values.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # A single entry may have stride 0, which no view of bytes takes.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data

@@ -16,6 +16,7 @@ from .errors import GridError, InputError, MismatchError, NonFiniteError, unknow
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
+from .ode.mode import check_mode
 from .plan import Plan, check_grid, check_ode, check_start, traced
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 
@@ -259,6 +260,7 @@ def _by_torchdiffeq(
 ) -> Any:
     """The states at the times of the grid; with `event_fn`, the time of the event and the states before and at it."""
     check_start(ode, x)
+    check_mode(ode)
     if grid is None:
         raise GridError(f"method {method.name!r} needs a grid, such as grid=iia_ode.grids.karras(10, to_data=False).")
     times = check_grid(ode.schedule, grid)

@@ -22,6 +22,7 @@ from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
+from .ode.mode import check_mode
 from .plan import check_grid, check_start
 from .schedules import Schedule
 
@@ -182,6 +183,7 @@ def _span(
 ) -> tuple[Schedule, list[float], float | None]:
     """Check all arguments. Return the schedule, both times, and the time to stop at if the second is the data."""
     check_start(ode, x)
+    check_mode(ode)
     if not is_adaptive(method):
         adaptive = [name for name in method_names() if is_adaptive(name)]
         if method not in method_names():

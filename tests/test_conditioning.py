@@ -224,16 +224,6 @@ def test_the_fingerprint_does_not_depend_on_the_schedule_or_the_condition():
     assert other.fingerprint() == other.condition(c=2 * C).fingerprint() == fingerprint(model)
 
 
-def test_a_function_is_known_by_its_name():
-    def first(x, t):
-        return x
-
-    def second(x, t):
-        return x
-
-    assert fingerprint(first) == fingerprint(first) != fingerprint(second)
-
-
 def test_two_problems_have_two_fingerprints():
     ode = gaussian().ode(iia.EDM())
     other = iia.problems.Gaussian(2 * gaussian().mean, gaussian().variance).ode(iia.EDM())

@@ -183,7 +183,7 @@ def test_parameters_are_those_of_every_layer_each_once():
     assert ode.float().model.linear.weight.dtype == torch.float32
 
 
-def test_an_ode_that_a_wrapper_would_pass_over_is_refused():
+def test_an_ode_with_a_method_that_solvers_would_pass_over_is_refused():
     class Own(iia.ProbabilityFlowODE):
         """An ODE with a velocity of its own."""
 
@@ -191,7 +191,7 @@ def test_an_ode_that_a_wrapper_would_pass_over_is_refused():
             """Another velocity."""
             return 2 * super().forward(t, x)
 
-    with pytest.raises(iia.errors.InputError, match="Own overrides forward, which a wrapper passes over"):
-        Wrapped(Own(model, iia.EDM()))
+    with pytest.raises(iia.errors.InputError, match="Own overrides forward, which a solver or a wrapper passes over"):
+        Own(model, iia.EDM())
     with pytest.raises(iia.errors.InputError, match="Changed wraps a ProbabilityFlowODE, got function"):
         Changed(model, 1.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, check_seed, check_whole
-from ..errors import GridError, InputError
+from ..errors import GridError, InputError, one_run
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
 from ..iia.method import record_of
@@ -21,6 +21,7 @@ from ..iia.refinement import Refinement
 from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
+from ..ode.mode import check_mode
 from ..plan import check_start
 from ..schedules import Discrete, Schedule
 from .budget import Budget, budget_of
@@ -38,6 +39,7 @@ _FEWEST = 8  # draws, below which a search is refused
 _log = logging.getLogger(__name__)
 
 
+@one_run()
 def fit(
     ode: ProbabilityFlowODE,
     nfe: int,
@@ -110,6 +112,7 @@ def fit(
     start = start_time(ode, sigma_max)
     states = _initial_states(ode, noise, x, shape, samples, start, seed)
     level = smallest_level(ode.schedule) if sigma_min is None else sigma_min
+    check_mode(ode)
     agree(ode, "fit", nfe, start, level, chosen, seed, getattr(teacher, "record", teacher), states)
     if teacher is not None:
         check_teacher(teacher, ode, states, start)

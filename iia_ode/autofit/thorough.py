@@ -14,6 +14,7 @@ from ..iia.batch import Batch, held_out_of
 from ..iia.provenance import Ingredient
 from ..iia.teacher import Teacher
 from ..ode import ProbabilityFlowODE
+from ..ode.conditions import named
 from ..warm_starts import estimate_moments
 from .grids import LeapGrid
 from .pipeline import Contender, Start
@@ -90,7 +91,7 @@ def starts_of(train: Batch, all_values: ProbabilityFlowODE, say: Callable[[str],
     say : logs the reason for a missing kind.
     """
     key = class_condition(train, all_values)
-    labels = None if key is None else train.ode.conditioning[key].cpu()
+    labels = None if key is None else dict(named(train.ode.conditioning))[key].cpu()
     starts = [Start("affine", train)]
     if train.target[0].numel() <= _LARGEST:
         try:
@@ -105,10 +106,11 @@ def starts_of(train: Batch, all_values: ProbabilityFlowODE, say: Callable[[str],
 
 def class_condition(train: Batch, all_values: ProbabilityFlowODE) -> str | None:
     """The name of an integer condition with at least eight training samples for each value; None without any."""
-    for key, value in train.ode.conditioning.items():
+    known_values = dict(named(all_values.conditioning))
+    for key, value in named(train.ode.conditioning):
         if isinstance(value, Tensor) and value.ndim == 1 and len(value) == len(train) and not value.is_floating_point():
             _, counts = torch.unique(value, return_counts=True)
-            known = bool(torch.isin(all_values.conditioning[key], value).all())
+            known = bool(torch.isin(known_values[key], value).all())
             if len(counts) > 1 and bool((counts >= 8).all()) and known:
                 return key
     return None

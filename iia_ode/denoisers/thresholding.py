@@ -90,11 +90,6 @@ class Thresholded(Wrapped):
         bound = _bound(data, self.quantile, self.floor)
         return data.clamp(-bound, bound) / bound
 
-    def fingerprint(self) -> str:
-        """The inner ODE's fingerprint and the threshold."""
-        threshold = "static" if self.quantile is None else f"dynamic({self.quantile}, {self.floor})"
-        return f"{super().fingerprint()}+{threshold}"
-
 
 def _bound(data: Tensor, quantile: float, floor: float) -> Tensor:
     """s of every sample of data [B, ...], in a shape that broadcasts against it."""

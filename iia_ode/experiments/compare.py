@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..autofit import BUDGETS, Budget
 from ..autofit import fit as find
-from ..errors import GridError, InputError, unknown_name
+from ..errors import GridError, InputError, one_run, unknown_name
 from ..iia import IIA, PRESETS, FittedSolver, Teacher, preset
 from ..integrate import sample
 from ..metrics import rmse_with_error
@@ -132,6 +132,7 @@ class Comparison:
         return out.getvalue()
 
 
+@one_run()
 def compare(
     setting: Setting,
     solvers: Sequence[str],

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..__about__ import __version__
 from ..checks import check_flag, check_whole
-from ..errors import InputError, unknown_name
+from ..errors import InputError, one_run, unknown_name
 from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
+from ..ode.mode import check_mode
 from ..plan import check_grid, check_start
 from ..solvers import Solver, SolverLike, as_solver
 from .batch import Batch
@@ -88,6 +89,7 @@ class IIA:
         """The base as an instance."""
         return as_solver(self.base)
 
+    @one_run()
     def fit(
         self,
         ode: ProbabilityFlowODE,
@@ -134,6 +136,7 @@ class IIA:
         DuplicateWarning : copies among the samples are left out.
         """
         check_start(ode, x)
+        check_mode(ode)
         times = check_grid(ode.schedule, grid)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:

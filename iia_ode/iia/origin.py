@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
-from ..files import bytes_of
-from ..ode import ProbabilityFlowODE
+from ..ode import Fingerprint, ProbabilityFlowODE
+from ..ode.conditions import digest_of, kinds
+from ..ode.guidance import Scales, recorded
+from ..ode.mode import in_training
 from ..schedules.stored import brief
 
 __all__ = ["Origin", "conditions_digest"]
@@ -25,20 +26,24 @@ class Origin:
     ----------
     schedule : configuration of the noise schedule, with its ``"type"``.
     prediction : prediction type of the model.
-    guidance_scale : scale of the classifier-free guidance; 1 without guidance.
-    conditioning : shape of each condition for one sample; for any condition other than a tensor, the name of its type.
+    guidance_scale : scale of the classifier-free guidance; 1 without guidance. The record of a scale per sample or per time.
+    conditioning : shape of each condition for one sample, by the name of the leaf, such as ``"added.text_embeds"``. For any
+        leaf other than a tensor, the name of its type, or ``"shared"``.
     state_shape : shape of one sample.
     state_dtype : dtype of the states, such as ``"float32"``.
-    fingerprint : hash of the model's parameters; see :meth:`ProbabilityFlowODE.fingerprint`.
+    fingerprint : identity of the model, see :class:`~iia_ode.ode.Fingerprint`; begins with ``"unknown"`` for a model without
+        weights and without a tag.
+    train_mode : whether the model was in train mode, with modules that depend on the mode.
     """
 
     schedule: dict[str, Any]
     prediction: str
-    guidance_scale: float
+    guidance_scale: float | Scales
     conditioning: dict[str, tuple[int, ...] | str]
     state_shape: tuple[int, ...]
     state_dtype: str
     fingerprint: str
+    train_mode: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule.get("type"), str):
@@ -50,11 +55,12 @@ class Origin:
         return cls(
             schedule=ode.schedule.config(),
             prediction=ode.prediction,
-            guidance_scale=ode.guidance_scale,
-            conditioning=_conditioning(ode),
+            guidance_scale=recorded(ode.guidance_scale, ode.schedule),
+            conditioning=kinds(ode.conditioning),
             state_shape=tuple(x.shape[1:]),
             state_dtype=str(x.dtype).removeprefix("torch."),
             fingerprint=ode.fingerprint(),
+            train_mode=bool(in_training(ode)),
         )
 
     def check(
@@ -81,11 +87,12 @@ class Origin:
 
         Warns
         -----
-        MismatchWarning : another guidance scale.
-        FingerprintWarning : the model has other parameters.
+        MismatchWarning : another guidance scale; for a scale per sample, a scale outside of the range of the fit.
+        FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
-        schedule, conditioning, fingerprint = ode.schedule.config(), _conditioning(ode), ode.fingerprint()
+        schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
+        scale = recorded(ode.guidance_scale, ode.schedule)
 
         def against(what: str, theirs: object, ours: object) -> str:
             return f"{name} was {made} {what} {theirs}, and this ODE has {ours}."
@@ -94,8 +101,8 @@ class Origin:
             raise MismatchError(f"{against('for schedule', brief(self.schedule), brief(schedule))} {advice}")
         if self.prediction != ode.prediction:
             raise MismatchError(f"{against('for prediction', self.prediction, ode.prediction)} {advice}")
-        if self.guidance_scale != ode.guidance_scale:
-            text = against("for guidance_scale", self.guidance_scale, ode.guidance_scale)
+        if not _suits(scale, self.guidance_scale, strict_guidance):
+            text = against("for guidance_scale", self.guidance_scale, scale)
             if strict_guidance:
                 raise MismatchError(f"{text} {advice}")
             warn(f"{text} Its weights suit the former.", MismatchWarning)
@@ -105,7 +112,8 @@ class Origin:
         if x is not None and tuple(x.shape[1:]) != self.state_shape:
             shape = ", ".join(map(str, self.state_shape))
             raise MismatchError(f"{name} was {made} for states [B, {shape}], got {list(x.shape)}.")
-        if self.fingerprint != fingerprint:
+        known = fingerprint.known and Fingerprint(self.fingerprint).known
+        if known and self.fingerprint != fingerprint:
             warn(
                 f"{name} was {made} on a model with fingerprint {self.fingerprint}, and the model of this ODE has "
                 f"{fingerprint}: the weights were not made for it.",
@@ -114,22 +122,19 @@ class Origin:
 
 
 def conditions_digest(ode: ProbabilityFlowODE) -> str:
-    """A hash of the values of all conditions, with and without guidance."""
-    digest = hashlib.sha256()
-    for values in (ode.conditioning, ode.unconditional):
-        for key, value in sorted(values.items()):
-            digest.update(f"\n{key} ".encode())
-            if isinstance(value, Tensor):
-                digest.update(f"{value.dtype} {list(value.shape)} ".encode())
-                digest.update(bytes_of(value))
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]
+    """A hash of the values of all conditions, with and without guidance, and of a guidance scale per sample."""
+    trees = [ode.conditioning, ode.unconditional]
+    return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
 
 
-def _conditioning(ode: ProbabilityFlowODE) -> dict[str, tuple[int, ...] | str]:
-    """The shape of each condition for one sample, or the name of its type if it is no tensor."""
-    return {k: tuple(v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__ for k, v in ode.conditioning.items()}
+def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:
+    """Whether a guidance scale is the fitted scale; without `strict`, whether the fit has samples at such a scale."""
+    if not isinstance(fitted, Scales) or fitted.kind == "per time":
+        return scale == fitted
+    if isinstance(scale, Scales) and (scale.kind == "per time" or strict):
+        return scale.kind == fitted.kind  # the values per sample are in the digest of the conditions
+    (low, high), (least, most) = scale.range if isinstance(scale, Scales) else (scale, scale), fitted.range
+    return not strict and least <= low and high <= most
 
 
 def _shapes(conditioning: Mapping[str, tuple[int, ...] | str]) -> str:

@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_number, check_whole
-from ..errors import InputError, unknown_name
+from ..errors import InputError, one_run, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
+from ..ode.mode import check_mode
 from ..plan import Plan, check_start
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
@@ -143,6 +144,7 @@ class Refinement:
         return self.iterations[self.best].held_out / start if start else 1.0
 
 
+@one_run()
 def refine(
     ode: ProbabilityFlowODE,
     x: Tensor,
@@ -198,6 +200,7 @@ def refine(
     RankError : of a distributed ODE: another process failed, or was asked for another refinement.
     """
     check_start(ode, x)
+    check_mode(ode)
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
     newton, (default, unit) = method == "gauss-newton", _METHODS[method]

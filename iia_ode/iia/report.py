@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..forms import conversion
+from ..ode.guidance import Scales
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
 from ..plan.vectors import Weight, is_number, weight_mean
 from ..schedules.stored import brief
+from .origin import Origin
 from .provenance import Record, SearchRecord, Split, StepReport
 
 __all__ = ["describe_fit", "explain_fit", "table_of", "table_of_weights"]
@@ -78,7 +80,7 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     ridge = r.ridge if isinstance(r.ridge, str) else f"{r.ridge:g}"
     lines = [
         f"{name}: {r.base.name}{'' if end.fell_back else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
-        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {origin.guidance_scale:g}",
+        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}",
         f"terms {r.terms}{' and an intercept' if r.intercept else ''}, target {_target(r)}, "
         f"history {r.history}, ridge {ridge}",
         f"fitted on {r.batch - r.held_out} samples [{', '.join(map(str, origin.state_shape))}] {origin.state_dtype}, "
@@ -87,11 +89,17 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     ]
     if search is not None:
         lines.insert(3, f"chosen: {search.chosen.name}{_refined(search)}")
+    if origin.train_mode:
+        lines.append("the model was in train mode: its outputs were random, or depended on the batch")
     if end.base is not None:
         lines.append(_endpoint(record))
     elif end.fell_back and end.why:
         lines.append(f"the base was kept: {end.why}")
     return "\n".join([*lines, "", table_of(reports)] if reports else lines)
+
+
+def _scale(origin: Origin) -> str:
+    return str(origin.guidance_scale) if isinstance(origin.guidance_scale, Scales) else f"{origin.guidance_scale:g}"
 
 
 def _target(record: Record) -> str:

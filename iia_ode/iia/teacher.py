@@ -20,6 +20,7 @@ from ..errors import FileFormatError, GridError, InputError, MismatchError, NonF
 from ..files import read_tensors, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
+from ..ode.mode import check_mode
 from ..plan import Plan, check_grid, check_start, trace
 from ..reference import Trajectory
 from ..schedules import Schedule
@@ -102,6 +103,7 @@ class Teacher:
         RankError : of a distributed ODE: another process failed, or was asked for another teacher.
         """
         check_start(ode, x)
+        check_mode(ode)
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size, least=1)
         steps = _STEPS if steps is None else steps

@@ -2,7 +2,9 @@
 
 from .base import Ledger, ProbabilityFlowODE
 from .cached import cached
+from .conditions import Shared
 from .distributed import distributed
+from .fingerprint import Fingerprint
 from .wrapped import Wrapped
 
-__all__ = ["Ledger", "ProbabilityFlowODE", "Wrapped", "cached", "distributed"]
+__all__ = ["Fingerprint", "Ledger", "ProbabilityFlowODE", "Shared", "Wrapped", "cached", "distributed"]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flag
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
+from .calls import Ledger, answers, counted, own_device, own_dtype
+from .conditions import check_entries, picked
+from .fingerprint import Fingerprint, checked_tag, fingerprint_of
+from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, scale_at
 
 __all__ = ["Ledger", "ProbabilityFlowODE"]
 
@@ -27,27 +29,10 @@ _SETTINGS = (
     "conditioning",
     "unconditional",
     "guidance_scale",
+    "batched_guidance",
     "model_dtype",
     "state_shape",
 )
-
-
-@dataclass
-class Ledger:
-    """The evaluations that an ODE spent.
-
-    Attributes
-    ----------
-    evaluations : batched calls of the model. With guidance, both branches together are a single call on a doubled batch.
-    samples : calls weighted by batch size, where a doubled batch counts once.
-    """
-
-    evaluations: int = 0
-    samples: int = 0
-
-    def reset(self) -> None:
-        """Back to zero."""
-        self.evaluations = self.samples = 0
 
 
 class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
@@ -60,20 +45,29 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     schedule : the noise schedule alpha_t, sigma_t of states x = alpha_t x_0 + sigma_t eps.
     prediction : form of the model's output: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"``
         (alpha eps - sigma x_0) or ``"velocity"`` (dx/dt).
-    conditioning : keyword arguments of the model. A tensor has leading dimension B, or 1 to serve every sample.
+    conditioning : keyword arguments of the model, values or trees of values: dicts, lists, tuples and their like. A tensor has
+        leading dimension B, or 1 to serve every sample, and a list of B strings has a string per sample.
+        :class:`~iia_ode.ode.Shared` marks a value without batch axis. All other values go to the model as they are.
     unconditional : the keywords of `conditioning` with the null condition, for classifier-free guidance
         [Ho & Salimans 2022].
-    guidance_scale : w in ``D_null + w (D_cond - D_null)``. With w = 1 there is no guidance, and no extra cost.
+    guidance_scale : w in ``D_null + w (D_cond - D_null)``: a number, a tensor [B] with a scale per sample, or a function of
+        the time, which receives a number, or a tensor [] or [B] where the time is a tensor. With w = 1, also at one time of a
+        function, there is no guidance and no extra cost.
+    batched_guidance : whether guidance makes a single call on a doubled batch. Otherwise, and where the two conditions cannot
+        be those of one batch (other trees, lengths, dtypes or values), guidance makes two calls.
     model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model
         without parameters. The state keeps its own dtype, float32 or float64. Times have dtype float64 for a float64 model,
         else float32.
     state_shape : shape of one sample, checked before a run; by default the model's attribute ``state_shape``, if any.
+    tag : name of the model, such as ``"my-model-v2"``, for records and files in place of a hash of the weights. A model
+        without weights, such as a lambda, is unknown without a tag.
 
     Raises
     ------
     UnknownNameError : no such prediction type.
-    InputError : the model is not callable, `schedule` is no schedule, the scale is not finite, or guidance lacks
-        `unconditional` with the keywords of `conditioning`.
+    InputError : the model is not callable, `schedule` is no schedule, the scale is not usable, guidance lacks `unconditional`
+        with the keywords of `conditioning`, a condition cannot be split with the samples, or a subclass overrides a method
+        that solvers pass over.
     """
 
     def __init__(
@@ -84,11 +78,14 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         *,
         conditioning: Mapping[str, Any] | None = None,
         unconditional: Mapping[str, Any] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: Scale = 1.0,
+        batched_guidance: bool = True,
         model_dtype: torch.dtype | None = None,
         state_shape: tuple[int, ...] | None = None,
+        tag: str | None = None,
     ) -> None:
         super().__init__()
+        _check_overrides(type(self))
         if not callable(model):
             raise InputError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}.")
         if not isinstance(schedule, Schedule):
@@ -98,28 +95,18 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         self.model, self.schedule, self.prediction = model, schedule, prediction
         self.conditioning = dict(conditioning or {})
         self.unconditional = dict(unconditional or {})
-        self.guidance_scale = float(guidance_scale)
+        self.guidance_scale = checked_scale(guidance_scale)
+        self.batched_guidance = check_flag("batched_guidance", batched_guidance)
         self.model_dtype = model_dtype
         shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
         self.state_shape = None if shape is None else tuple(shape)
         self.ledger = Ledger()
-        self._fingerprint: tuple[Any, str] | None = None
-        if not math.isfinite(self.guidance_scale):
-            raise InputError(f"the guidance scale must be a finite number, got {guidance_scale}.")
-        self._check_guidance()
-
-    def _check_guidance(self) -> None:
-        if self.guidance_scale != 1.0 and (
-            not self.unconditional or self.unconditional.keys() != self.conditioning.keys()
-        ):
-            raise InputError(
-                "guidance needs conditioning= and unconditional= with the same keywords, got "
-                f"{sorted(self.conditioning)} and {sorted(self.unconditional)}."
-            )
+        self.tag = checked_tag(tag)
+        check_guidance(self.conditioning, self.unconditional, self.guidance_scale)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All arguments but the model: ``ProbabilityFlowODE(other, **ode.settings)`` is the ODE of another model."""
+        """All arguments but the model and its tag: ``ProbabilityFlowODE(other, **ode.settings)`` has another model."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     # ---- the ODE -----------------------------------------------------------------------------------------------------
@@ -129,8 +116,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        t : time, a number or a tensor [] or [B].
-        x : state [B, ...], float32 or float64.
+        t, x : time and state, as for :meth:`output`.
 
         Returns
         -------
@@ -143,8 +129,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        x : state [B, ...], float32 or float64.
-        t : time, a number or a tensor [] or [B].
+        x, t : state and time, as for :meth:`output`.
         form : without effect here; a plan stores the output in this form.
 
         Returns
@@ -169,21 +154,19 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
             raise InputError(f"the state must have shape [{expected}], got {list(x.shape)}.")
 
     def check_conditions(self, batch: int) -> None:
-        """Raise InputError unless every condition has an entry for each of `batch` samples, or a single entry."""
-        for name, value in (*self.conditioning.items(), *self.unconditional.items()):
-            if isinstance(value, Tensor) and value.ndim and len(value) not in (1, batch):
-                raise InputError(
-                    f"conditioning {name!r} has {len(value)} entries for a batch of {batch}: give one per sample, or one for "
-                    "all."
-                )
+        """Raise InputError unless every condition and the guidance scale have `batch` entries, or a single entry."""
+        check_entries(self.conditioning, batch)
+        check_entries(self.unconditional, batch)
+        check_scales(self.guidance_scale, batch)
 
     # ---- calling the model -------------------------------------------------------------------------------------------
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The model's output with guidance, in the form of `prediction`; one evaluation.
 
-        The model receives a copy of x, and may write to the copy. A subclass changes the output of the model by overriding
-        this method alone; see :class:`~iia_ode.ode.Wrapped`.
+        The model receives copies of x and t and may write to the copies. The output is a copy of the model's answer: a model
+        may answer with memory that the model writes to again, with its input, or with a view. A subclass changes the output
+        of the model by overriding this method alone; see :class:`~iia_ode.ode.Wrapped`.
 
         Parameters
         ----------
@@ -192,43 +175,63 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Returns
         -------
-        The output [B, ...], in the dtype of x.
+        The output [B, ...], in the dtype of x; memory of the caller.
 
         Raises
         ------
-        InputError : the model does not return a floating-point tensor of the shape of x, or the conditions do not fit the
-            batch.
+        InputError : the model does not return a floating-point tensor of the shape of x, the conditions do not fit the
+            batch, or the guidance scale fails at this time.
         """
-        batch = x.shape[0]
-        dtype = self.compute_dtype(x)
-        time_dtype = torch.promote_types(dtype, torch.float32)
-        if isinstance(t, Tensor):
-            times = t.to(device=x.device, dtype=time_dtype).expand(batch)
-        else:
-            times = torch.full((batch,), t, dtype=time_dtype, device=x.device)
-        y = x.to(dtype, copy=True)
-        self.check_conditions(batch)
-        condition = {k: _batched(v, batch, x.device) for k, v in self.conditioning.items()}
-        self.ledger.evaluations += 1
-        self.ledger.samples += batch
-        if self.guidance_scale == 1.0:
-            return _checked(self.model(y, times, **condition), x.shape).to(x.dtype)
-        null = {k: _batched(v, batch, x.device) for k, v in self.unconditional.items()}
-        both = {k: _paired(condition[k], null[k], k) for k in condition}
-        doubled = self.model(torch.cat([y, y]), torch.cat([times, times]), **both)
-        cond, uncond = _checked(doubled, (2 * batch, *x.shape[1:])).chunk(2)
+        scale = scale_at(self.guidance_scale, t, x)
+        if isinstance(scale, float) and scale == 1.0:
+            return self._answers(x, t, self.conditioning)[0]
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
-        return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.guidance_scale)
+        return torch.lerp(null, condition, scale)
+
+    def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The two outputs that guidance combines; the cost is that of a guided evaluation.
+
+        For subclasses with another combination, and for loops by hand such as CFG++ [Chung et al. 2024]. A plan stores guided
+        outputs only.
+
+        Parameters
+        ----------
+        x, t : state and time, as for :meth:`output`.
+
+        Returns
+        -------
+        The outputs [B, ...] under the condition and under the null condition, in the form of `prediction` and in the dtype
+        of x.
+
+        Raises
+        ------
+        InputError : the ODE has no null condition.
+        """
+        check_branches(self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional)
+        return condition, null
+
+    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
+        self.check_conditions(x.shape[0])
+        return answers(self.model, self.ledger, x, t, branches, self.compute_dtype(x), joint=self.batched_guidance)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""
-        return self.model_dtype or _own_dtype(self.model) or x.dtype
+        return self.model_dtype or own_dtype(self.model) or x.dtype
 
     # ---- views and bookkeeping ---------------------------------------------------------------------------------------
 
     def condition(self, **conditioning: Any) -> Self:
-        """The ODE under other conditions, with the same model, null condition, guidance scale and ledger."""
-        return self._view(conditioning, self.unconditional)
+        """The ODE under other conditions, with the same model, null condition, guidance scale and ledger.
+
+        Raises
+        ------
+        InputError : guidance lacks a keyword, or a condition cannot be split with the samples.
+        """
+        view = self._view(conditioning, self.unconditional)
+        check_guidance(view.conditioning, view.unconditional, view.guidance_scale)
+        return view
 
     def subset(self, index: slice | Tensor, batch: int) -> Self:
         """The ODE of some samples of a batch.
@@ -236,31 +239,26 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         Parameters
         ----------
         index : the samples, a slice or an integer or boolean tensor [n].
-        batch : size of the whole batch. Conditions with `batch` entries are indexed; other conditions stay.
+        batch : size of the whole batch. Conditions and guidance scales with `batch` entries are indexed; others stay.
 
         Returns
         -------
         The ODE, with the same model and ledger.
         """
-
-        def pick(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in values.items()
-            }
-
-        return self._view(pick(self.conditioning), pick(self.unconditional))
+        view = self._view(picked(self.conditioning, index, batch), picked(self.unconditional, index, batch))
+        view.guidance_scale = picked({"scale": self.guidance_scale}, index, batch)["scale"]
+        return view
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
         """A shallow copy with other conditions, and with the same class, model and ledger."""
         view = self._copied()
         view.conditioning, view.unconditional = dict(conditioning), dict(unconditional)
-        view._check_guidance()
         return view
 
     def _copied(self) -> Self:
-        """A shallow copy with a dictionary of submodules of its own."""
+        """A shallow copy with submodules, parameters and buffers of its own."""
         twin = copy.copy(self)
-        twin.__dict__["_modules"] = dict(self._modules)
+        twin.__dict__ |= {name: dict(self.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
         return twin
 
     @property
@@ -271,96 +269,29 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     @property
     def device(self) -> torch.device | None:
         """Device of the model's parameters; None for a model without parameters, which runs on the device of the states."""
-        if isinstance(self.model, nn.Module):
-            for parameter in self.model.parameters():
-                return parameter.device
-        return None
+        return own_device(self.model)
 
     def counting(self) -> AbstractContextManager[Ledger]:
         """A ledger of the evaluations of a ``with`` block, filled in at the end of the block."""
-        return _counted(self.ledger)
+        return counted(self.ledger)
 
-    def fingerprint(self) -> str:
-        """A short hash of the names, shapes and some values of the model's parameters and buffers.
+    def fingerprint(self) -> Fingerprint:
+        """The identity of the model: a short hash of its weights, or the `tag`.
 
-        The fingerprint of a model without parameters is its qualified name.
+        Weights are recognised through wrappers, compilation and casts; see :class:`~iia_ode.ode.fingerprint.Fingerprint`. The
+        fingerprint of a subclass with an :meth:`output` of its own also names the class, with attributes that are numbers,
+        strings or tensors. The weights are read at each call.
         """
-        tensors = _tensors(self.model)
-        if not tensors:
-            kind = self.model if hasattr(self.model, "__qualname__") else type(self.model)
-            return f"{kind.__module__}.{getattr(kind, '__qualname__', '?')}"
-        key = tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors.values())
-        if self._fingerprint is None or self._fingerprint[0] != key:
-            self._fingerprint = key, _hash(tensors)
-        return self._fingerprint[1]
+        found = fingerprint_of(self.model, self.tag)
+        return found if type(self).output is ProbabilityFlowODE.output else found.changed_by(self)
 
 
-@contextmanager
-def _counted(ledger: Ledger) -> Iterator[Ledger]:
-    before, spent = (ledger.evaluations, ledger.samples), Ledger()
-    try:
-        yield spent
-    finally:
-        spent.evaluations, spent.samples = ledger.evaluations - before[0], ledger.samples - before[1]
-
-
-def _own_dtype(model: object) -> torch.dtype | None:
-    """Dtype of a model's first floating-point parameter, if there is one."""
-    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return None
-
-
-def _tensors(model: object) -> dict[str, Tensor]:
-    """Parameters and buffers by name, in the order of their names; compiled models have the names of their originals."""
-    if not isinstance(model, nn.Module):
-        return {}
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name.replace("_orig_mod.", ""): v for name, v in sorted(named, key=lambda item: item[0])}
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    # One transfer from the device: the sampled values of all tensors together.
-    samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
-    shapes = {name: list(v.shape) for name, v in tensors.items()}
-    body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
-    return hashlib.sha256(body).hexdigest()[:16]
-
-
-def _checked(out: Any, shape: Sequence[int]) -> Tensor:
-    """The output of a model, checked to be a real tensor of the right shape."""
-    if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
-        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+def _check_overrides(kind: type[ProbabilityFlowODE]) -> None:
+    """Raise InputError if a subclass overrides a method that solvers pass over: they read `output` alone."""
+    base = ProbabilityFlowODE
+    own = [n for n in ("evaluate", "forward", "as_form", *PREDICTIONS) if getattr(kind, n) is not getattr(base, n)]
+    if own:
         raise InputError(
-            f"the model returned {got} for a state of shape {list(shape)}; it must return one tensor of that shape."
+            f"{kind.__name__} overrides {' and '.join(own)}, which a solver or a wrapper passes over: override output "
+            "instead, with the output in the form of `prediction`."
         )
-    if not out.is_floating_point():
-        raise InputError(f"the model returned {out.dtype}; it must return real floating-point numbers.")
-    return out
-
-
-def _paired(condition: Any, null: Any, name: str) -> Any:
-    """A condition and its null value as the condition of a doubled batch."""
-    if isinstance(condition, Tensor) and isinstance(null, Tensor) and condition.shape[1:] == null.shape[1:]:
-        return torch.cat([condition, null])
-    if not isinstance(condition, Tensor) and not isinstance(null, Tensor) and condition == null:
-        return condition
-    raise InputError(
-        f"guidance needs conditioning {name!r} and its null value as tensors of one shape per sample, or as equal values; "
-        f"got {_kind(condition)} and {_kind(null)}."
-    )
-
-
-def _kind(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _batched(value: Any, batch: int, device: torch.device) -> Any:
-    """A condition with an entry per sample, on the device of the states."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device, non_blocking=True)
-    if value.ndim == 0:
-        return value.expand(batch)
-    return value if len(value) == batch else value.expand(batch, *value.shape[1:])

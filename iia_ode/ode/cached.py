@@ -13,7 +13,9 @@ from torch.autograd import forward_ad
 from ..bounded import Bounded
 from ..files import bytes_of
 from .base import ProbabilityFlowODE
+from .conditions import pieces
 from .distributed import Distributed
+from .fingerprint import Fingerprint
 from .wrapped import Wrapped, layers_of
 
 __all__ = ["Cached", "cached"]
@@ -80,8 +82,12 @@ class Cached(Wrapped):
 
     @cached_property
     def _conditions(self) -> bytes:
-        parts = [(of, k, v) for of, d in enumerate((self.conditioning, self.unconditional)) for k, v in d.items()]
-        return _digest(*(v if isinstance(v, Tensor | str | int) else self.memory.place(v) for p in parts for v in p))
+        def place(leaf: Any) -> object:
+            return leaf if isinstance(leaf, str | int | float) else ("object", self.memory.place(leaf))
+
+        scale = self.guidance_scale if isinstance(self.guidance_scale, Tensor) else place(self.guidance_scale)
+        trees = self.conditioning, self.unconditional
+        return _digest(scale, *(piece for values in trees for piece in (b";", *pieces(values, place))))
 
     def over(self, inner: ProbabilityFlowODE) -> Self:
         """The same cache around another view of the model."""
@@ -89,7 +95,9 @@ class Cached(Wrapped):
         twin.__dict__.pop("_conditions", None)
         return twin
 
-    def fingerprint(self) -> str:
+    changes = False  # the results are those of the inner ODE
+
+    def fingerprint(self) -> Fingerprint:
         """Fingerprint of the inner ODE, computed once: the model does not change."""
         if self.memory.fingerprint is None:
             self.memory.fingerprint = self.inner.fingerprint()
@@ -102,7 +110,7 @@ class Memory:
     def __init__(self, limit: int = _LIMIT) -> None:
         self.limit = limit
         self.outputs: Bounded[bytes, Tensor] = Bounded(_MOST, _size, limit)
-        self.fingerprint: str | None = None
+        self.fingerprint: Fingerprint | None = None
         self._objects: dict[int, Any] = {}
 
     def place(self, value: Any) -> int:
@@ -133,6 +141,8 @@ def _digest(*parts: Any) -> bytes:
             # The strides count: a model's last bit may depend on the memory layout of its input.
             digest.update(f"{part.dtype}{list(part.shape)}{part.stride()}".encode())
             digest.update(bytes_of(part))
+        elif isinstance(part, bytes | memoryview):
+            digest.update(part)
         else:
             digest.update(f"{part!r}|".encode())
     return digest.digest()

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from ..errors import InputError, RankError, first_line
 from ..files import bytes_of
 from .base import Ledger, ProbabilityFlowODE
+from .conditions import digest_of
+from .guidance import recorded
 from .wrapped import Wrapped, layers_of
 
 __all__ = ["Distributed", "agree", "distributed", "ranks_of"]
@@ -88,9 +90,10 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
     ranks = ranks_of(ode)
     if ranks is None:
         return
-    own = ode.schedule.config(), ode.prediction, ode.guidance_scale, ode.fingerprint()
+    scale = ode.guidance_scale if isinstance(ode.guidance_scale, Tensor) else recorded(ode.guidance_scale, ode.schedule)
+    own = ode.schedule.config(), ode.prediction, scale, str(ode.fingerprint())
     ranks.meet(
-        ("agree", own, ode.conditioning, ode.unconditional, task),
+        ("agree", own, digest_of(ode.conditioning, ode.unconditional), task),
         "the processes were asked for different things: give all of them the same noise or states, conditions, model, grid, "
         "options and teacher.",
     )
@@ -102,7 +105,7 @@ def _pieces(value: object) -> Iterator[bytes]:
         yield f"{value.dtype}{list(value.shape)}".encode()
         yield bytes(bytes_of(value))
     elif isinstance(value, Mapping):
-        yield from _pieces(sorted(value.items(), key=repr))
+        yield from _pieces(sorted(value.items(), key=lambda item: repr(item[0])))
     elif isinstance(value, list | tuple):
         yield f"{len(value)}:".encode()
         for part in value:
@@ -227,8 +230,7 @@ class Distributed(Wrapped):
             time = float(t.detach().flatten()[0]) if ranks.on_host else None
         return _joined(out[: own.stop - own.start], samples, time, ranks)
 
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Distributed:
-        return self.over(self.inner._view(conditioning, unconditional))
+    changes = False  # the results are those of the inner ODE
 
     def counting(self) -> AbstractContextManager[Ledger]:
         """A ledger of what all processes spend in a ``with`` block; its end is a collective call.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .base import Ledger, ProbabilityFlowODE
+from .fingerprint import Fingerprint
 
 __all__ = ["Wrapped", "layers_of"]
+
+# Attributes that a wrapper reads from its inner ODE and writes to it, so that the two cannot differ.
+_OF_INNER = ("conditioning", "unconditional", "guidance_scale", "batched_guidance", "tag", "ledger")
 
 
 class Wrapped(ProbabilityFlowODE):
@@ -19,8 +24,9 @@ class Wrapped(ProbabilityFlowODE):
 
     A subclass overrides :meth:`output`, and calls ``self.inner.output(x, t)`` there. Conditions, guidance, the ledger and the
     fingerprint are those of the inner ODE. Views (:meth:`condition`, :meth:`subset`) keep the subclass and its attributes. A
-    subclass that changes the prediction type of the output sets ``self.prediction``. A subclass with other outputs than the
-    inner ODE also overrides :meth:`fingerprint`; otherwise a fit to the inner ODE would pass for a fit to the wrapper.
+    subclass that changes the prediction type of the output sets ``self.prediction``. The fingerprint of a subclass with an
+    output of its own also names the class and its attributes: a fit to the inner ODE does not pass for a fit to the wrapper. A
+    subclass with an attribute per sample overrides :meth:`subset`, and indexes the attribute of ``super().subset(...)``.
 
     The parameters are those of the inner ODE, and those of the subclass. The keys of ``state_dict`` begin with ``inner.``.
 
@@ -34,47 +40,78 @@ class Wrapped(ProbabilityFlowODE):
 
     Raises
     ------
-    InputError : `inner` is no ODE, or overrides `evaluate` or `forward`. A wrapper would pass over these methods.
+    InputError : `inner` is no ODE.
     """
 
     inner: ProbabilityFlowODE
+    changes = False
+    """Whether the outputs differ from those of the inner ODE: True for each subclass with an `output` of its own."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "changes" not in vars(cls) and cls.output is not Wrapped.output:
+            cls.changes = True
 
     def __init__(self, inner: ProbabilityFlowODE) -> None:
         if not isinstance(inner, ProbabilityFlowODE):
             raise InputError(f"{type(self).__name__} wraps a ProbabilityFlowODE, got {type(inner).__name__}.")
-        kind = type(inner)
-        own = [n for n in ("evaluate", "forward") if getattr(kind, n) is not getattr(ProbabilityFlowODE, n)]
-        if own:
-            raise InputError(
-                f"{kind.__name__} overrides {' and '.join(own)}, which a wrapper passes over: subclass iia_ode.ode.Wrapped "
-                "and override output instead."
-            )
         super().__init__(inner.model, **inner.settings)
         self._modules.pop("model", None)  # registered once, as part of the inner ODE
         self.__dict__["model"] = inner.model
-        self.inner, self.ledger = inner, inner.ledger
+        for name in _OF_INNER:
+            del self.__dict__[name]
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name) if name in _OF_INNER else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_INNER and "inner" in self._modules:
+            setattr(self.inner, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The output of the inner ODE for states x [B, ...] at time t, in the shape and dtype of x."""
         return self.inner.output(x, t)
 
+    def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The branches of the inner ODE, without any change by the wrapper."""
+        return self.inner.branches(x, t)
+
     def over(self, inner: ProbabilityFlowODE) -> Self:
         """The same wrapper around another ODE of the same model."""
         twin = self._copied()
-        twin.inner, twin.ledger = inner, inner.ledger
-        twin.conditioning, twin.unconditional = inner.conditioning, inner.unconditional
+        twin.inner = inner
         return twin
 
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
-        return self.over(self.inner._view(conditioning, unconditional))
+    def condition(self, **conditioning: Any) -> Self:
+        """The same wrapper around the inner ODE under other conditions."""
+        return self.over(self.inner.condition(**conditioning))
+
+    def subset(self, index: slice | Tensor, batch: int) -> Self:
+        """The same wrapper around the inner ODE of some samples of a batch."""
+        inner = self.inner.subset(index, batch)
+        for layer in layers_of(inner):
+            layer.ledger = self.ledger
+        return self.over(inner)
+
+    def check_conditions(self, batch: int) -> None:
+        """Raise InputError unless the conditions of the inner ODE fit the batch."""
+        self.inner.check_conditions(batch)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype in which the model computes for states x [B, ...]."""
+        return self.inner.compute_dtype(x)
 
     def counting(self) -> AbstractContextManager[Ledger]:
         """A ledger of what a ``with`` block spends, counted by the inner ODE."""
         return self.inner.counting()
 
-    def fingerprint(self) -> str:
-        """Fingerprint of the inner ODE."""
-        return self.inner.fingerprint()
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the inner ODE; followed by the class and its attributes if the class has an output of its own."""
+        found = self.inner.fingerprint()
+        return found.changed_by(self) if self.changes else found
 
 
 def layers_of(ode: ProbabilityFlowODE) -> Iterator[ProbabilityFlowODE]:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from ..errors import MismatchError, NonFiniteError
 from ..forms import conversion, converted
 from ..ode import ProbabilityFlowODE
+from ..ode.mode import check_mode
 from .checks import check_start
 from .run import Run, Runnable, start
 
@@ -38,6 +39,7 @@ def run_plan(
 ) -> Tensor:
     """Run a plan to its end; see :meth:`iia_ode.Plan.run`."""
     check_start(ode, x)
+    check_mode(ode)
     if ode.schedule is not plan.schedule and ode.schedule.config() != plan.schedule.config():
         raise MismatchError(f"{plan.name} was traced for {plan.schedule}, and the ODE has {ode.schedule}.")
     states = [x]

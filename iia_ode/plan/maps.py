@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..bounded import Bounded
 from ..errors import InputError, MismatchError, PlanError, unknown_name
+from ..ode.conditions import named
 from .bands import Bands
 from .projections import PLACES, Cache, Principal, Projections, place
 
@@ -178,7 +179,8 @@ class PerCondition:
 
     Parameters
     ----------
-    key : the condition's name in ``ode.conditioning``: a whole number, or an integer tensor [B], [1] or [].
+    key : name of the condition in ``ode.conditioning``, with dots where it is nested, such as ``"added.label"``: a whole
+        number, or an integer tensor [B], [1] or [].
     values : the n possible labels.
     table : constants [n, *sample], each broadcast to the shape of a sample; kept in float64 on the host.
 
@@ -221,12 +223,12 @@ class PerCondition:
         ------
         MismatchError : the condition is missing, has no integer labels, or has a label without a row.
         """
-        labels = conditioning.get(self.key)
+        labels = dict(named(conditioning)).get(self.key)
         if isinstance(labels, numbers.Integral) and not isinstance(labels, bool):
             labels = torch.tensor(int(labels), device="cpu")
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         if not isinstance(labels, Tensor) or labels.dtype not in kinds or labels.ndim > 1:
-            known = sorted(conditioning)
+            known = sorted(name for name, _ in named(conditioning))
             raise MismatchError(
                 f"this plan has constants for each value of the integer condition {self.key!r}, one number per sample; the "
                 f"ODE's conditions are {known}{'' if labels is None else ', and that one is of another kind'}."

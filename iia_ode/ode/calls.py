@@ -1,0 +1,111 @@
+"""Calls of a model: its arguments, the check of its answer, and the count of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .conditions import batched, paired
+
+__all__ = ["Ledger", "answers", "counted", "own_device", "own_dtype"]
+
+
+@dataclass
+class Ledger:
+    """The evaluations that an ODE spent.
+
+    Attributes
+    ----------
+    evaluations : batched calls of the model. With guidance, both branches together are a single call on a doubled batch, or
+        two calls.
+    samples : calls weighted by batch size, where a doubled batch counts once.
+    """
+
+    evaluations: int = 0
+    samples: int = 0
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.evaluations = self.samples = 0
+
+
+@contextmanager
+def counted(ledger: Ledger) -> Iterator[Ledger]:
+    """The evaluations of a block, filled in at its end."""
+    before, spent = (ledger.evaluations, ledger.samples), Ledger()
+    try:
+        yield spent
+    finally:
+        spent.evaluations, spent.samples = ledger.evaluations - before[0], ledger.samples - before[1]
+
+
+def answers(
+    model: Callable[..., Tensor],
+    ledger: Ledger,
+    x: Tensor,
+    t: Tensor | float,
+    branches: Sequence[Mapping[str, Any]],
+    dtype: torch.dtype,
+    *,
+    joint: bool,
+) -> Sequence[Tensor]:
+    """The model's outputs [B, ...] under one condition or two, in the dtype of x.
+
+    Parameters
+    ----------
+    model, ledger : the model, and the count of its calls.
+    x, t : state [B, ...] and time, a number or a tensor [] or [B].
+    branches : the conditions, checked for the batch.
+    dtype : dtype of the model's arithmetic.
+    joint : whether two branches share a call, if their conditions can be those of one batch.
+    """
+
+    def called(condition: Mapping[str, Any], copies: int) -> Tensor:
+        """The answer for `copies` copies of the batch, which the model may write to."""
+        time_dtype = torch.promote_types(dtype, torch.float32)
+        if isinstance(t, Tensor):
+            times = t.to(device=x.device, dtype=time_dtype).expand(batch).repeat(copies)
+        else:
+            times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
+        y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
+        ledger.evaluations += 1
+        ledger.samples += batch
+        return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=True)
+
+    batch = x.shape[0]
+    if len(branches) == 2 and joint:
+        both = paired(branches[0], branches[1], batch, x.device)
+        if both is not None:
+            return called(both, 2).chunk(2)
+    return [called(batched(branch, batch, x.device), 1) for branch in branches]
+
+
+def own_device(model: object) -> torch.device | None:
+    """Device of a model's first parameter, if there is one."""
+    return next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+
+
+def own_dtype(model: object) -> torch.dtype | None:
+    """Dtype of a model's first floating-point parameter, if there is one."""
+    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
+
+
+def _checked(out: Any, shape: Sequence[int]) -> Tensor:
+    """The output of a model, checked to be a real tensor of the right shape."""
+    if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(
+            f"the model returned {got} for a state of shape {list(shape)}; it must return one tensor of that shape."
+        )
+    if not out.is_floating_point():
+        raise InputError(f"the model returned {out.dtype}; it must return real floating-point numbers.")
+    return out

@@ -1,0 +1,325 @@
+"""The identity of a model: a hash of its weights that wrappers, compilation and casts leave alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import chain
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..bounded import Bounded
+from ..errors import InputError
+
+__all__ = ["Fingerprint", "Parts", "checked_tag", "fingerprint_of"]
+
+_WEIGHTS = re.compile(r"[0-9a-f]{8}(-[dfbhx][0-9a-f]{12})+")
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTERS = [["num_batches_tracked"], ["n_averaged"]]  # buffers that count calls, and do not change outputs
+# Attributes of every ODE and wrapper, beside those of a subclass.
+_OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
+    "batched_guidance",
+    "model_dtype",
+    "state_shape",
+    "ledger",
+    "tag",
+    "training",
+}
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+_WIDE = {torch.float32, torch.float64}
+# The dtypes from which a cast to the dtype of a part is a plain rounding.
+_CASTS = {"d": {torch.float64}, "f": set(), "b": {torch.bfloat16}, "h": {torch.float16}}
+_BLOCK = 2**16  # values under a single sum
+_GROUP = 2**22  # values in memory at a time
+
+
+class Fingerprint(str):
+    """The identity of a model as text, such as ``"0e6e1a2b-f1f0...-b77c...-h90ab..."``.
+
+    The first part is a hash of the names and shapes of the weights (parameters and buffers). Each further part is a hash of
+    all their values in one precision: d float64, f float32, b bfloat16, h float16. A model has the parts of its own precision
+    and of every cast from it. Two fingerprints are equal if they agree in the highest precision of both: a model equals its
+    own cast to half precision, and two models in float32 are equal only if all values are. A bfloat16 and a float16 cast of
+    one model have no common precision, and are not equal.
+
+    Names are read without the prefixes of wrappers (``module.``, ``_orig_mod.``) and without a prefix of all names. Running
+    statistics of normalization layers count as weights; counters of calls do not. The hash tells weights and not code: two
+    modules with other arithmetic over equal weights are equal. Functions, partials and bound methods are looked through to the
+    modules and tensors that they use, and the code of a function counts.
+
+    The fingerprint of a model without weights begins with ``"unknown"``: such a model is told by its code alone. A `tag` of
+    the ODE replaces all of this.
+    """
+
+    __slots__ = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether the model is told by its weights or by a tag."""
+        return not self.startswith("unknown")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, str):
+            return NotImplemented
+        ours, theirs = str(self), str(other)
+        (a, _, change), (b, _, others) = ours.partition("+"), theirs.partition("+")
+        if ours == theirs or change != others or not (_WEIGHTS.fullmatch(a) and _WEIGHTS.fullmatch(b)):
+            return ours == theirs
+        (a_names, *a_parts), (b_names, *b_parts) = a.split("-"), b.split("-")
+        first, second = ({p[0]: p for p in parts} for parts in (a_parts, b_parts))
+        common = next((key for key in first if key in second), None)
+        return a_names == b_names and common is not None and first[common] == second[common]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((self.partition("-")[0], self.partition("+")[2]))
+
+    def changed_by(self, layer: object) -> Fingerprint:
+        """The fingerprint under an output that the class of `layer`, a module over an ODE, changes."""
+        state: Any = layer
+        own = {k: v for k, v in vars(layer).items() if k not in _OF_ODE and not k.startswith("_")}
+        held = {**state._parameters, **state._buffers, **state._modules}
+        found = Parts()
+        for name, value in sorted({**own, **held}.items()):
+            if name not in _OF_ODE:
+                found.add(value, name, deep=False)
+        weights = [_text(found.tensors, [])] if found.tensors else []
+        return Fingerprint(f"{self}+{type(layer).__qualname__}({', '.join([*found.pieces, *weights])})")
+
+
+def checked_tag(tag: object) -> str | None:
+    """`tag`, if it is None or text; otherwise raise InputError."""
+    if tag is None or (isinstance(tag, str) and tag):
+        return tag
+    raise InputError(f"a tag is the name of the model as text, such as 'my-model-v2', got {tag!r}.")
+
+
+def fingerprint_of(model: object, tag: str | None = None) -> Fingerprint:
+    """The fingerprint of a model: of its tag, or of its weights, which are read with one transfer from the device."""
+    if tag is not None:
+        return Fingerprint(f"tag-{tag}")
+    found = Parts()
+    found.add(model, "")
+    if not found.tensors:
+        name = getattr(model, "__qualname__", type(model).__qualname__)
+        return Fingerprint(f"unknown-{name}-{_hash(repr(found.pieces).encode(), 12)}")
+    return Fingerprint(_text(found.tensors, found.pieces))
+
+
+# ---- the parts of a model --------------------------------------------------------------------------------------------
+
+
+class Parts:
+    """The modules and weights behind a callable, and the plain values and code around them.
+
+    Attributes
+    ----------
+    modules : modules that the callable uses.
+    tensors : weights with their names.
+    pieces : plain values and code, printable.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.pieces: list[str] = []
+        self._seen: dict[int, Any] = {}
+
+    def add(self, value: Any, name: str, deep: bool = True) -> None:
+        """Add a value and, with `deep`, whatever it holds or calls."""
+        if isinstance(value, _PLAIN):
+            self.pieces.append(f"{name}={value!r}" if name else repr(value))
+            return
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self.tensors.append((name, value))
+        elif isinstance(value, nn.Module):
+            self._add_module(value, name)
+        elif isinstance(value, list | tuple):
+            for k, v in enumerate(value):
+                self.add(v, f"{name}.{k}", deep)
+        elif isinstance(value, Mapping):
+            for key, v in value.items():
+                self.add(v, f"{name}.{key}", deep)
+        elif deep:
+            self._add_callable(value, name)
+
+    def _add_module(self, module: nn.Module, name: str) -> None:
+        self.modules.append(module)
+        own = list(chain(module.named_parameters(), module.named_buffers()))
+        self.tensors += [(f"{name}.{n}" if name else n, v) for n, v in own]
+        if not own:
+            self.pieces.append(type(module).__qualname__)
+            for key, v in sorted(vars(module).items()):
+                if not key.startswith("_") and key != "training":
+                    self.add(v, f"{name}.{key}", deep=False)
+
+    def _add_callable(self, value: Any, name: str) -> None:
+        value = getattr(value, "_torchdynamo_orig_callable", value)
+        if isinstance(value, partial):
+            for k, v in enumerate((value.func, *value.args)):
+                self.add(v, f"{name}.{k}" if k else name)
+            self.add(dict(sorted(value.keywords.items())), name)
+        elif isinstance(value, MethodType):
+            self.add(value.__self__, name)
+            if value.__name__ not in ("forward", "__call__"):
+                self.pieces.append(value.__name__)
+        elif isinstance(value, FunctionType):
+            self._add_function(value, name)
+        else:
+            self.pieces.append(type(value).__qualname__)
+            for key, v in sorted(getattr(value, "__dict__", {}).items()):
+                self.add(v, f"{name}.{key}", deep=callable(v))
+
+    def _add_function(self, function: FunctionType, name: str) -> None:
+        code = function.__code__
+        self.pieces.append(_hash(repr(_shown(code)).encode(), 12))
+        self.add(function.__defaults__ or (), f"{name}.defaults")
+        self.add(dict(sorted((function.__kwdefaults__ or {}).items())), f"{name}.defaults")
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                self.add(cell.cell_contents, f"{name}.{variable}")
+            except ValueError:  # not yet assigned
+                continue
+        for variable in _globals_of(code):
+            v = function.__globals__.get(variable)
+            own = isinstance(v, FunctionType) and v.__module__ == function.__module__
+            if own or isinstance(v, (*_PLAIN, Tensor, nn.Module, partial, MethodType)):
+                self.add(v, f"{name}.{variable}")
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _globals_of(const)
+
+
+def _shown(code: CodeType) -> tuple[Any, ...]:
+    """A function's code without the places of its lines."""
+    constants = [_shown(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars
+
+
+# ---- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def _text(tensors: list[tuple[str, Tensor]], pieces: list[str]) -> str:
+    """The hash of names and shapes, and a hash of the values in each precision."""
+    paths = [[p for p in name.split(".") if p and p not in _WRAPPERS] for name, _ in tensors]
+    kept = [(path, v.detach()) for path, (_, v) in zip(paths, tensors, strict=True) if path[-1:] not in _COUNTERS]
+    while kept and all(len(path) > 1 for path, _ in kept) and len({path[0] for path, _ in kept}) == 1:
+        kept = [(path[1:], v) for path, v in kept]
+    ordered = sorted(((".".join(path), v) for path, v in kept), key=lambda item: item[0])
+    layout = [(name, list(v.shape), v.is_floating_point() or v.is_complex()) for name, v in ordered]
+    values = [_dense(v) for _, v in ordered if not v.is_meta]
+    dtypes = {v.dtype for v in values if v.is_floating_point()}
+    parts = [
+        key for key, narrow in _CASTS.items() if dtypes <= _WIDE | narrow and (key != "d" or torch.float64 in dtypes)
+    ]
+    if not parts:  # a precision of its own, or several at a time
+        parts, layout = ["x"], [*layout, sorted(map(str, dtypes))]  # type: ignore[list-item]
+    sums = _sums(values, parts)
+    hashes = [f"{key}{_hash(sums[k], 12)}" for k, key in enumerate(parts)]
+    return "-".join([_hash(repr((layout, pieces)).encode(), 8), *hashes])
+
+
+def _dense(value: Tensor) -> Tensor:
+    if value.is_quantized:
+        value = value.dequantize()
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+@torch.no_grad()
+def _sums(values: list[Tensor], parts: list[str]) -> list[bytes]:
+    """The weighted sums of all values in each precision, as bytes; one transfer from the device."""
+    found: list[list[Tensor]] = [[] for _ in parts]
+    for group in _groups(values):
+        if group.is_floating_point():
+            narrow = group if group.dtype == torch.float32 else group.float()
+            for k, key in enumerate(parts):
+                found[k].append(_sum(_bits(group, narrow, key)))
+        else:
+            exact = _sum(group)
+            for own in found:
+                own.append(exact)
+    if not any(found):
+        return [b""] * len(parts)
+    device = found[0][0].device
+    rows = [torch.cat([s.to(device) for s in own]) for own in found]
+    return [row.tobytes() for row in torch.stack(rows).cpu().numpy()]
+
+
+def _bits(group: Tensor, narrow: Tensor, key: str) -> Tensor:
+    match key:
+        case "d":
+            return group.view(torch.int64)
+        case "b":
+            return narrow.bfloat16().view(torch.int16)
+        case "h":
+            return narrow.half().view(torch.int16)
+    return narrow.view(torch.int32)
+
+
+def _groups(values: list[Tensor]) -> Iterator[Tensor]:
+    """The values as vectors: floats in float32, or float64 where a weight is, then integers in int64."""
+    floats = [v for v in values if v.is_floating_point()]
+    wide = torch.float64 if any(v.dtype == torch.float64 for v in floats) else torch.float32
+    others = [v for v in values if not v.is_floating_point()]
+    for own, dtype in ((floats, wide), (others, torch.int64)):
+        held: list[Tensor] = []
+        size = 0
+        for value in own:
+            if held and (size + value.numel() > _GROUP or value.device != held[0].device):
+                yield torch.cat(held)
+                held, size = [], 0
+            for part in torch.split(value.reshape(-1), _GROUP):
+                if part.numel() == _GROUP:
+                    yield part.to(dtype)
+                else:
+                    held.append(part.to(dtype))
+                    size += part.numel()
+        if held:
+            yield torch.cat(held)
+
+
+def _sum(bits: Tensor) -> Tensor:
+    """Sums of at most 2**16 integers times odd weights, modulo 2**64: any change of a single value changes its sum."""
+    weights = _weights(bits.device)
+    whole = bits.numel() // _BLOCK * _BLOCK
+    rows = bits[:whole].view(-1, _BLOCK).to(torch.int64)
+    rest = bits[whole:].to(torch.int64)
+    return torch.cat([(rows * weights).sum(1), (rest * weights[: len(rest)]).sum().reshape(1)])
+
+
+_PLACED: Bounded[torch.device, Tensor] = Bounded(16)
+
+
+def _weights(device: torch.device) -> Tensor:
+    """Odd 64-bit weights by SplitMix64 [Steele et al. 2014], int64 [2**16]."""
+    known = _PLACED.get(device)
+    if known is None:
+        z = np.arange(1, _BLOCK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        odd = ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+        with torch.inference_mode(False):
+            known = torch.from_numpy(odd).to(device)
+        _PLACED.put(device, known)
+    return known
+
+
+def _hash(data: bytes, length: int) -> str:
+    return hashlib.sha256(data).hexdigest()[:length]

@@ -1,0 +1,181 @@
+"""The scale of classifier-free guidance: a number, a number per sample, or a function of time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..schedules import Schedule
+from .conditions import check_tree
+
+__all__ = [
+    "Scale",
+    "Scales",
+    "check_branches",
+    "check_guidance",
+    "check_scales",
+    "checked_scale",
+    "recorded",
+    "scale_at",
+]
+
+Function: TypeAlias = Callable[[Any], Any]
+Scale: TypeAlias = float | Tensor | Function
+"""A number, a tensor [B] or [1], or a function of the time."""
+
+_PROBES = 33  # times at which a function is recorded
+_FARTHEST = 12.0  # log-SNR beyond which a function is not recorded
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The record of a guidance scale that is no single number.
+
+    Attributes
+    ----------
+    kind : ``"per sample"`` or ``"per time"``.
+    values : the smallest and the largest scale of the samples; or the scale at 33 times of the schedule, equidistant in
+        log-SNR from noise to data, None where the function failed.
+    """
+
+    kind: Literal["per sample", "per time"]
+    values: tuple[float | None, ...]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest scale."""
+        known = [v for v in self.values if v is not None] or [math.nan]
+        return min(known), max(known)
+
+    def __str__(self) -> str:
+        low, high = self.range
+        return f"{low:g} to {high:g} {self.kind}"
+
+
+def checked_scale(value: object) -> Scale:
+    """`value` as a guidance scale.
+
+    Raises
+    ------
+    InputError : neither a finite number, nor a tensor [B] of finite numbers, nor a function.
+    """
+    if isinstance(value, Tensor):
+        numeric = not (value.is_complex() or value.dtype == torch.bool) and value.ndim <= 1 and value.numel() > 0
+        if not numeric or (not value.is_meta and not bool(torch.isfinite(value).all())):
+            raise _unusable(f"a tensor {list(value.shape)} of {value.dtype}" if not numeric else f"{value}")
+        if isinstance(value, nn.Parameter):  # an ODE does not own the parameter
+            with torch.enable_grad():
+                value = value.view_as(value)
+        return value if value.ndim or value.requires_grad else float(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise _unusable(repr(value))
+
+
+def check_guidance(conditioning: Mapping[str, Any], unconditional: Mapping[str, Any], scale: Scale) -> None:
+    """Raise InputError if a condition cannot be split with the samples, or if guidance lacks a null condition."""
+    check_tree(conditioning)
+    check_tree(unconditional)
+    if not isinstance(scale, Real) or scale != 1.0:
+        check_branches(conditioning, unconditional)
+
+
+def check_branches(conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> None:
+    """Raise InputError unless the null condition has the keywords of the condition."""
+    if not unconditional or unconditional.keys() != conditioning.keys():
+        raise InputError(
+            "guidance needs conditioning= and unconditional= with the same keywords, got "
+            f"{sorted(conditioning)} and {sorted(unconditional)}."
+        )
+
+
+def check_scales(scale: Scale, batch: int) -> None:
+    """Raise InputError unless a scale per sample has `batch` entries, or a single entry."""
+    if isinstance(scale, Tensor) and scale.ndim and len(scale) not in (1, batch):
+        raise InputError(f"the guidance scale has {len(scale)} entries for a batch of {batch}: give one per sample.")
+
+
+def _unusable(found: str) -> InputError:
+    return InputError(
+        "the guidance scale must be a finite number, a tensor [B] of finite numbers (one per sample), or a function of the "
+        f"time, got {found}."
+    )
+
+
+def scale_at(scale: Scale, t: Tensor | float, x: Tensor) -> float | Tensor:
+    """The scale at time t for states x [B, ...]: a number, or a tensor like x that broadcasts against x.
+
+    Nothing on a device is read. A function receives t itself, a number or a tensor [] or [B]; a function that cannot take a
+    tensor [B] is called for each entry.
+    """
+    if isinstance(scale, Real):
+        return float(scale)
+    value = scale if isinstance(scale, Tensor) else _called(cast(Function, scale), t)
+    if isinstance(value, float):
+        return value
+    value = value.to(x.dtype).to(x.device, non_blocking=True)
+    return value.reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value
+
+
+def _called(scale: Function, t: Tensor | float) -> float | Tensor:
+    """A function's scale at time t: a number, or a tensor [], [1] or [B] where t is a tensor."""
+    try:
+        value = _of_each(scale, t) if isinstance(t, Tensor) and t.ndim else scale(t)
+    except Exception as error:  # of any kind: the function is the caller's
+        raise InputError(
+            f"the guidance scale {_name(scale)} failed at t = {t}: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(value, Tensor) and (value.shape in ((), (1,)) or (isinstance(t, Tensor) and value.shape == t.shape)):
+        on_host = not isinstance(t, Tensor) and value.is_cpu and not value.requires_grad
+        return _finite(scale, t, value.item()) if on_host else value
+    return _finite(scale, t, value)
+
+
+def _of_each(scale: Function, t: Tensor) -> Any:
+    try:
+        return scale(t)
+    except (TypeError, ValueError, RuntimeError):  # it branches on the time, or takes numbers
+        return torch.stack([torch.as_tensor(scale(u), dtype=t.dtype, device=t.device) for u in t])
+
+
+def _finite(scale: Function, t: object, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise _odd(scale, t, f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value))
+    return float(value)
+
+
+def _odd(scale: Function, t: object, found: str) -> InputError:
+    return InputError(f"the guidance scale {_name(scale)} must return one finite number, got {found} at t = {t}.")
+
+
+def _name(scale: Function) -> str:
+    return str(getattr(scale, "__qualname__", type(scale).__name__))
+
+
+def recorded(scale: Scale, schedule: Schedule) -> float | Scales:
+    """The record of a scale; a function is called with a number at each recorded time."""
+    if isinstance(scale, Real):
+        return float(scale)
+    if isinstance(scale, Tensor):
+        values = scale.detach().double().cpu() if scale.is_cpu else scale.detach().cpu().double()
+        return Scales("per sample", (float(values.min()), float(values.max())))
+    noise, data = (max(-_FARTHEST, min(_FARTHEST, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
+    lams = torch.linspace(noise, data, _PROBES, dtype=torch.float64, device="cpu").tolist()
+    return Scales("per time", tuple(_known(cast(Function, scale), schedule.t_of_lam(lam)) for lam in lams))
+
+
+def _known(scale: Function, t: float) -> float | None:
+    try:
+        value = _called(scale, t)
+    except InputError:
+        return None
+    return float(value)

@@ -1,0 +1,81 @@
+"""Train mode: modules that act otherwise in training than in use, and the warning about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..errors import TrainModeWarning, warn_once
+from .base import ProbabilityFlowODE
+from .fingerprint import Parts
+
+__all__ = ["check_mode", "in_training"]
+
+_SHOWN = 3  # modules that a warning names
+_SETTERS = ("train", "eval", "__init__")
+
+
+def check_mode(ode: ProbabilityFlowODE) -> None:
+    """Warn if a module of the model acts otherwise in training than in use, and is in train mode.
+
+    Inside :func:`~iia_ode.errors.one_run`, the warning is issued once.
+
+    Warns
+    -----
+    TrainModeWarning : Dropout is on, BatchNorm uses and moves the statistics of the batch, or the like.
+    """
+    if torch.compiler.is_compiling():
+        return
+    found = in_training(ode)
+    if found:
+        shown = ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+        warn_once(
+            f"the model is in train mode: {len(found)} of its modules ({shown}) are random, or depend on the batch and change "
+            "in use. Call model.eval() first.",
+            TrainModeWarning,
+        )
+
+
+def in_training(ode: ProbabilityFlowODE) -> list[str]:
+    """The modules in train mode whose output depends on the mode, as text: kind and name."""
+    parts = Parts()
+    if not isinstance(ode.model, nn.Module):
+        parts.add(ode.model, "")
+    found: dict[int, str] = {}
+    for root in (ode, *parts.modules):
+        for name, module in root.named_modules():
+            if module.training and id(module) not in found and _depends(module):
+                found[id(module)] = (
+                    f"{type(module).__name__} {name.removeprefix('inner.').removeprefix('model.')}".strip()
+                )
+    return list(found.values())
+
+
+def _depends(module: nn.Module) -> bool:
+    """Whether a module's own output depends on its mode."""
+    match module:
+        case _DropoutNd():
+            return module.p > 0
+        case _NormBase():
+            return module.running_mean is not None
+        case nn.RReLU():
+            return bool(module.lower != module.upper)
+        case nn.MultiheadAttention() | nn.RNNBase():
+            return module.dropout > 0
+    return any(_reads_mode(f) for f in _functions(type(module)))
+
+
+def _functions(kind: type) -> Iterator[FunctionType]:
+    """The methods of a class that is not torch's or this library's, except those that set the mode."""
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] not in ("torch", "builtins", "abc", "typing", "iia_ode"):
+            yield from (f for n, f in vars(base).items() if isinstance(f, FunctionType) and n not in _SETTERS)
+
+
+def _reads_mode(function: FunctionType) -> bool:
+    return "training" in function.__code__.co_names
