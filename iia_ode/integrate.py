@@ -272,9 +272,9 @@ def _by_torchdiffeq(
     t = torch.tensor(times, dtype=torch.float64, device="cpu")
     with _counted(ode, method.name, progress) as flow:
         if event_fn is None:
-            answer: Any = _torchdiffeq.integrate(flow, x, t, method.name, *tolerances, options)
+            answer: Any = _torchdiffeq.integrate(flow, x.clone(), t, method.name, *tolerances, options)
         else:
-            answer = _torchdiffeq.find_event(flow, x, t, method.name, event_fn, *tolerances, options)
+            answer = _torchdiffeq.find_event(flow, x.clone(), t, method.name, event_fn, *tolerances, options)
     states = answer if event_fn is None else answer[1]
     if check_finite and not bool(torch.isfinite(states).all()):
         raise NonFiniteError(

@@ -182,8 +182,9 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The model's output with guidance, in the form of `prediction`; one evaluation.
 
-        The model receives a copy of x, and may write to the copy. A subclass changes the output of the model by overriding
-        this method alone; see :class:`~iia_ode.ode.Wrapped`.
+        The model receives copies of x and t and may write to the copies. The output is a copy of the model's answer: a model
+        may answer with memory that the model writes to again, with its input, or with a view. A subclass changes the output
+        of the model by overriding this method alone; see :class:`~iia_ode.ode.Wrapped`.
 
         Parameters
         ----------
@@ -192,7 +193,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Returns
         -------
-        The output [B, ...], in the dtype of x.
+        The output [B, ...], in the dtype of x; memory of the caller.
 
         Raises
         ------
@@ -203,7 +204,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         dtype = self.compute_dtype(x)
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
-            times = t.to(device=x.device, dtype=time_dtype).expand(batch)
+            times = t.to(device=x.device, dtype=time_dtype).expand(batch).clone()
         else:
             times = torch.full((batch,), t, dtype=time_dtype, device=x.device)
         y = x.to(dtype, copy=True)
@@ -212,7 +213,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         self.ledger.evaluations += 1
         self.ledger.samples += batch
         if self.guidance_scale == 1.0:
-            return _checked(self.model(y, times, **condition), x.shape).to(x.dtype)
+            return _checked(self.model(y, times, **condition), x.shape).to(x.dtype, copy=True)
         null = {k: _batched(v, batch, x.device) for k, v in self.unconditional.items()}
         both = {k: _paired(condition[k], null[k], k) for k in condition}
         doubled = self.model(torch.cat([y, y]), torch.cat([times, times]), **both)

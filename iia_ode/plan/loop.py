@@ -40,7 +40,7 @@ def run_plan(
     check_start(ode, x)
     if ode.schedule is not plan.schedule and ode.schedule.config() != plan.schedule.config():
         raise MismatchError(f"{plan.name} was traced for {plan.schedule}, and the ODE has {ode.schedule}.")
-    states = [x]
+    states = [x.clone()] if trajectory else []
 
     def visit(run: Run) -> None:
         for k, state in run.reached:
@@ -54,12 +54,12 @@ def run_plan(
     visit(run)
     with tqdm(total=plan.nfe, desc=plan.name, disable=not progress) as bar:
         while not run.done:
-            run.give(ode.output(run.state, run.t))
+            run.give(ode.output(run.current, run.t))
             bar.update()
             visit(run)
-    if check_finite and not _finite(run.state):
+    if check_finite and not _finite(run.current):
         raise _culprit(plan, ode, x)
-    return torch.stack(states) if trajectory else run.state
+    return torch.stack(states) if trajectory else run.current
 
 
 def _finite(values: Tensor) -> bool:
@@ -72,18 +72,18 @@ def _culprit(plan: Runnable, ode: ProbabilityFlowODE, x: Tensor) -> NonFiniteErr
     """The error for a run whose final state is not finite: the plan is run again, and each output is checked."""
     run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
     while not run.done:
-        output, number, count = ode.output(run.state, run.t), run.evaluation + 1, plan.nfe
+        output, number, count = ode.output(run.current, run.t), run.evaluation + 1, plan.nfe
         if not _finite(output):
             return NonFiniteError(
                 f"the model returned NaN or infinity at evaluation {number} of {count} (t = {run.t:.6g}) under {plan.name}. "
                 "Check the model at that noise level, its dtype (float16 overflows at large sigma), and the initial state."
             )
         run.give(output)
-    if _finite(run.state):
+    if _finite(run.current):
         return NonFiniteError(
             f"the result of {plan.name} was not finite, and was finite in a second run that looked for the reason: the model "
             "returns other outputs for the same inputs. Call model.eval(), or seed what it draws."
         )
     return NonFiniteError(
-        f"{plan.name} overflowed {run.state.dtype}: every model output was finite, the result is not."
+        f"{plan.name} overflowed {run.current.dtype}: every model output was finite, the result is not."
     )
