@@ -17,6 +17,7 @@ from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .plan import Plan, check_grid, check_ode, check_start, traced
+from .transforms import differentiated
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 
 __all__ = ["odeint", "sample"]
@@ -82,7 +83,8 @@ def sample(
     """
     check_ode(ode)
     method = _resolve(solver)
-    with torch.no_grad():
+    # A derivative of torch.func is asked for by the transform itself.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated()):
         if isinstance(method, _Foreign):
             states = _by_torchdiffeq(ode, x, grid, method, rtol, atol, options, progress, check_finite)
             if callback is not None:
@@ -211,10 +213,16 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fi
     if isinstance(method, Solver):
         if grid is None:
             raise GridError(f"solver {method.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            raise InputError(
+                f"torch.export reads no times of a grid: make the plan before, plan = iia_ode.get_solver({method.label!r})"
+                ".plan(schedule, grid), and pass solver=plan without a grid."
+            )
         return traced(method, ode.schedule, grid)
     if isinstance(method, FittedSolver):
         check_start(ode, x)  # the check of the fit reads the shape of x
-        method.check(ode, x)
+        if not torch.compiler.is_compiling():  # a graph knows no values of the model's parameters
+            method.check(ode, x)
     plan = method if isinstance(method, Plan) else method.plan
     if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(

@@ -34,7 +34,7 @@ _SETTINGS = (
 
 @dataclass
 class Ledger:
-    """The evaluations that an ODE spent.
+    """The evaluations that an ODE spent. Evaluations in a graph of ``torch.compile`` or ``torch.export`` do not count.
 
     Attributes
     ----------
@@ -44,6 +44,12 @@ class Ledger:
 
     evaluations: int = 0
     samples: int = 0
+
+    def add(self, samples: int) -> None:
+        """Count a call of the model with a number of samples."""
+        if not torch.compiler.is_compiling():  # a graph would be compiled again for every count
+            self.evaluations += 1
+            self.samples += samples
 
     def reset(self) -> None:
         """Back to zero."""
@@ -210,8 +216,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         y = x.to(dtype, copy=True)
         self.check_conditions(batch)
         condition = {k: _batched(v, batch, x.device) for k, v in self.conditioning.items()}
-        self.ledger.evaluations += 1
-        self.ledger.samples += batch
+        self.ledger.add(batch)
         if self.guidance_scale == 1.0:
             return _checked(self.model(y, times, **condition), x.shape).to(x.dtype, copy=True)
         null = {k: _batched(v, batch, x.device) for k, v in self.unconditional.items()}

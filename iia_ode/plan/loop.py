@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from ..errors import MismatchError, NonFiniteError
 from ..forms import conversion, converted
 from ..ode import ProbabilityFlowODE
+from ..transforms import readable
 from .checks import check_start
 from .run import Run, Runnable, start
 
@@ -52,19 +54,24 @@ def run_plan(
 
     run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
     visit(run)
-    with tqdm(total=plan.nfe, desc=plan.name, disable=not progress) as bar:
+    bar = tqdm(total=plan.nfe, desc=plan.name) if progress else None
+    try:
         while not run.done:
             run.give(ode.output(run.current, run.t))
-            bar.update()
+            if bar is not None:
+                bar.update()
             visit(run)
-    if check_finite and not _finite(run.current):
+    finally:
+        if bar is not None:
+            bar.close()
+    if check_finite and readable(run.current) and not _finite(run.current):
         raise _culprit(plan, ode, x)
     return torch.stack(states) if trajectory else run.current
 
 
 def _finite(values: Tensor) -> bool:
-    # One pass over the values; no sum of float32 overflows in float64.
-    return bool(torch.isfinite(values.detach().sum(dtype=torch.float64)))
+    # One pass over the values, in their own dtype: not every device has float64, and a sum of float32 overflows.
+    return bool(torch.isfinite(torch.linalg.vector_norm(values.detach(), math.inf)))
 
 
 @torch.no_grad()
