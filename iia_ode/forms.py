@@ -54,7 +54,7 @@ def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[An
 
 
 def converted(x: Tensor, output: Tensor, factors: tuple[float, float]) -> Tensor:
-    """A model's output at state x in another form: ``p * x + q * output``; the output itself where (p, q) = (0, 1).
+    """A model's output at state x in another form: ``p * x + q * output``, a new tensor.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def converted(x: Tensor, output: Tensor, factors: tuple[float, float]) -> Tensor
     factors : (p, q) of :func:`conversion`.
     """
     p, q = factors
-    return output if (p, q) == (0.0, 1.0) else torch.mul(x, p).add_(output, alpha=q)
+    return output.clone() if (p, q) == (0.0, 1.0) else torch.mul(x, p).add_(output, alpha=q)
 
 
 def check_prediction(prediction: object) -> None:
@@ -104,9 +104,9 @@ class Evaluation(Generic[V]):
     form: str
 
     def as_form(self, form: str) -> V:
-        """The evaluation as data, noise, score, v or velocity; shape and dtype of x."""
+        """The evaluation as data, noise, score, v or velocity; shape and dtype of x, and a new tensor."""
         if form == self.form:
-            return self.output
+            return self.output.clone() if isinstance(self.output, Tensor) else self.output
         p, q = conversion(self.schedule, self.t, self.form, form)
         x: Any = self.x
         result: V = _like(p, x) * x + _like(q, x) * self.output

@@ -19,6 +19,7 @@ from .ode.distributed import agree
 from .ode.mode import check_mode
 from .plan import Plan, check_grid, check_ode, check_start, traced
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
+from .transforms import differentiated
 
 __all__ = ["odeint", "sample"]
 
@@ -83,7 +84,8 @@ def sample(
     """
     check_ode(ode)
     method = _resolve(solver)
-    with torch.no_grad():
+    # A derivative of torch.func is asked for by the transform itself.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated()):
         if isinstance(method, _Foreign):
             states = _by_torchdiffeq(ode, x, grid, method, rtol, atol, options, progress, check_finite)
             if callback is not None:
@@ -212,10 +214,16 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fi
     if isinstance(method, Solver):
         if grid is None:
             raise GridError(f"solver {method.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            raise InputError(
+                f"torch.export reads no times of a grid: make the plan before, plan = iia_ode.get_solver({method.label!r})"
+                ".plan(schedule, grid), and pass solver=plan without a grid."
+            )
         return traced(method, ode.schedule, grid)
     if isinstance(method, FittedSolver):
         check_start(ode, x)  # the check of the fit reads the shape of x
-        method.check(ode, x)
+        if not torch.compiler.is_compiling():  # a graph knows no values of the model's parameters
+            method.check(ode, x)
     plan = method if isinstance(method, Plan) else method.plan
     if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(
@@ -274,9 +282,9 @@ def _by_torchdiffeq(
     t = torch.tensor(times, dtype=torch.float64, device="cpu")
     with _counted(ode, method.name, progress) as flow:
         if event_fn is None:
-            answer: Any = _torchdiffeq.integrate(flow, x, t, method.name, *tolerances, options)
+            answer: Any = _torchdiffeq.integrate(flow, x.clone(), t, method.name, *tolerances, options)
         else:
-            answer = _torchdiffeq.find_event(flow, x, t, method.name, event_fn, *tolerances, options)
+            answer = _torchdiffeq.find_event(flow, x.clone(), t, method.name, event_fn, *tolerances, options)
     states = answer if event_fn is None else answer[1]
     if check_finite and not bool(torch.isfinite(states).all()):
         raise NonFiniteError(

@@ -278,15 +278,6 @@ def test_a_model_may_change_its_input_without_changing_the_state(inference):
     assert torch.equal(x, normal(4, 3))
 
 
-def test_a_model_may_return_the_same_memory_again():
-    buffer = torch.empty(4, 3, dtype=torch.float64)
-    reused, plain = (
-        iia.sample(ProbabilityFlowODE(model, iia.EDM(), "velocity"), normal(4, 3), iia.grids.karras(4), "heun")
-        for model in (lambda x, t: torch.mul(x, 0.5, out=buffer), lambda x, t: 0.5 * x)
-    )
-    assert torch.equal(reused, plain)
-
-
 def test_a_state_of_another_shape_than_the_models_is_an_input_error():
     ode = gaussian().ode(iia.EDM())
     ode.check_state_shape(normal(7, 3))

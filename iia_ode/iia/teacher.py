@@ -335,7 +335,7 @@ def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor,
     slopes: list[Tensor] = []
     run = plan.start(x, ode.prediction, conditioning=ode.conditioning)
     while len(states) <= plan.nfe:
-        state, t = run.state, run.t
+        state, t = run.current, run.t
         if run.done:
             data = ode.data(state, t)
         else:

@@ -18,7 +18,7 @@ __all__ = ["Ledger", "answers", "counted", "own_device", "own_dtype"]
 
 @dataclass
 class Ledger:
-    """The evaluations that an ODE spent.
+    """The evaluations that an ODE spent. Evaluations in a graph of ``torch.compile`` or ``torch.export`` do not count.
 
     Attributes
     ----------
@@ -29,6 +29,12 @@ class Ledger:
 
     evaluations: int = 0
     samples: int = 0
+
+    def add(self, samples: int) -> None:
+        """Count a call of the model with a number of samples."""
+        if not torch.compiler.is_compiling():  # a graph would be compiled again for every count
+            self.evaluations += 1
+            self.samples += samples
 
     def reset(self) -> None:
         """Back to zero."""
@@ -74,8 +80,7 @@ def answers(
         else:
             times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
         y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
-        ledger.evaluations += 1
-        ledger.samples += batch
+        ledger.add(batch)
         return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=True)
 
     batch = x.shape[0]

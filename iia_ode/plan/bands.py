@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_whole
 from ..errors import InputError, unknown_name
+from ..transforms import kept_property
 from .projections import Part, Projections, is_orthonormal
 
 __all__ = ["Bands"]
@@ -68,11 +68,11 @@ class Bands(Projections):
         if len(torch.unique(self._band)) != self._band_count:
             raise InputError(f"{self.bands} bands of samples {list(self.shape)} leave some of them empty: use fewer.")
 
-    @cached_property
+    @kept_property
     def _band_count(self) -> int:
         return self.bands if isinstance(self.bands, int) else self._band.numel()
 
-    @cached_property
+    @kept_property
     def _band(self) -> Tensor:
         """The band of each frequency, int64 over the transformed axes."""
         spatial = self.shape[len(self.shape) - (self.axes or 1) :]
@@ -86,7 +86,7 @@ class Bands(Projections):
         octaves = (radius.clamp(min=low) / low).log() / max(math.log(high / low), 1e-300)
         return (octaves * int(self.bands) + 1e-9).floor().long().clamp(0, int(self.bands) - 1)
 
-    @cached_property
+    @kept_property
     def _rotation(self) -> Tensor | None:
         if isinstance(self.channels, str):
             rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
@@ -95,7 +95,7 @@ class Bands(Projections):
             return unit
         return self.channels  # a matrix or None
 
-    @cached_property
+    @kept_property
     def _channel(self) -> list[int]:
         """The channel group of each rotated channel."""
         count = self.shape[0] if len(self.shape) > (self.axes or 1) else 1
@@ -103,7 +103,7 @@ class Bands(Projections):
             return [0] * count
         return [0, 1, 1] if isinstance(self.channels, str) else list(range(count))
 
-    @cached_property
+    @kept_property
     def _index(self) -> Tensor:
         """The group of each coordinate, int64 [*shape]."""
         rows = [self._band + c * self._band_count for c in self._channel]
@@ -117,7 +117,7 @@ class Bands(Projections):
         kinds = ["luma", "chroma"] if isinstance(self.channels, str) else kinds if self.channels is not None else [""]
         return tuple(", ".join(filter(None, (band, kind))) or "all" for kind in kinds for band in bands)
 
-    @cached_property
+    @kept_property
     def sizes(self) -> Tensor:
         """Coefficients in each group."""
         return torch.bincount(self._index.flatten()).double()
@@ -129,7 +129,7 @@ class Bands(Projections):
     def _tables(self) -> tuple[Tensor, ...]:
         return self._transform
 
-    @cached_property
+    @kept_property
     def _transform(self) -> tuple[Tensor, ...]:
         """The rotation of channels if any, then a DCT matrix per axis if there are several bands."""
         spatial = self.shape[len(self.shape) - (self.axes or 1) :] if self._band_count > 1 else ()

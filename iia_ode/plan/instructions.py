@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
 from ..bounded import Bounded
 from ..schedules import Schedule
+from ..transforms import kept_property
 from .projections import PLACES, Cache, place
 from .vectors import Constant, Sum, Weight
 
@@ -87,11 +87,11 @@ class Combine:
         """The instruction for vectors with the dtype and on the device of `like`."""
         return Sum.of(*self.on(like), like)
 
-    @cached_property
+    @kept_property
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(v for v in (*(w for _, w in self.terms), self.constant) if isinstance(v, Tensor))
 
-    @cached_property
+    @kept_property
     def _placed(self) -> Cache:
         return Bounded(PLACES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import MismatchError, NonFiniteError
 from ..forms import conversion, converted
 from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
+from ..transforms import readable
 from .checks import check_start
 from .run import Run, Runnable, start
 
@@ -42,7 +44,7 @@ def run_plan(
     check_mode(ode)
     if ode.schedule is not plan.schedule and ode.schedule.config() != plan.schedule.config():
         raise MismatchError(f"{plan.name} was traced for {plan.schedule}, and the ODE has {ode.schedule}.")
-    states = [x]
+    states = [x.clone()] if trajectory else []
 
     def visit(run: Run) -> None:
         for k, state in run.reached:
@@ -54,19 +56,24 @@ def run_plan(
 
     run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
     visit(run)
-    with tqdm(total=plan.nfe, desc=plan.name, disable=not progress) as bar:
+    bar = tqdm(total=plan.nfe, desc=plan.name) if progress else None
+    try:
         while not run.done:
-            run.give(ode.output(run.state, run.t))
-            bar.update()
+            run.give(ode.output(run.current, run.t))
+            if bar is not None:
+                bar.update()
             visit(run)
-    if check_finite and not _finite(run.state):
+    finally:
+        if bar is not None:
+            bar.close()
+    if check_finite and readable(run.current) and not _finite(run.current):
         raise _culprit(plan, ode, x)
-    return torch.stack(states) if trajectory else run.state
+    return torch.stack(states) if trajectory else run.current
 
 
 def _finite(values: Tensor) -> bool:
-    # One pass over the values; no sum of float32 overflows in float64.
-    return bool(torch.isfinite(values.detach().sum(dtype=torch.float64)))
+    # One pass over the values, in their own dtype: not every device has float64, and a sum of float32 overflows.
+    return bool(torch.isfinite(torch.linalg.vector_norm(values.detach(), math.inf)))
 
 
 @torch.no_grad()
@@ -74,18 +81,18 @@ def _culprit(plan: Runnable, ode: ProbabilityFlowODE, x: Tensor) -> NonFiniteErr
     """The error for a run whose final state is not finite: the plan is run again, and each output is checked."""
     run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
     while not run.done:
-        output, number, count = ode.output(run.state, run.t), run.evaluation + 1, plan.nfe
+        output, number, count = ode.output(run.current, run.t), run.evaluation + 1, plan.nfe
         if not _finite(output):
             return NonFiniteError(
                 f"the model returned NaN or infinity at evaluation {number} of {count} (t = {run.t:.6g}) under {plan.name}. "
                 "Check the model at that noise level, its dtype (float16 overflows at large sigma), and the initial state."
             )
         run.give(output)
-    if _finite(run.state):
+    if _finite(run.current):
         return NonFiniteError(
             f"the result of {plan.name} was not finite, and was finite in a second run that looked for the reason: the model "
             "returns other outputs for the same inputs. Call model.eval(), or seed what it draws."
         )
     return NonFiniteError(
-        f"{plan.name} overflowed {run.state.dtype}: every model output was finite, the result is not."
+        f"{plan.name} overflowed {run.current.dtype}: every model output was finite, the result is not."
     )

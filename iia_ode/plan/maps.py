@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..bounded import Bounded
 from ..errors import InputError, MismatchError, PlanError, unknown_name
 from ..ode.conditions import named
+from ..transforms import kept_property
 from .bands import Bands
 from .projections import PLACES, Cache, Principal, Projections, place
 
@@ -75,12 +75,12 @@ class LinearMap:
             return tuple(v.to(like) for v in self.projections.prepare(self.coefficients))
         return place(self._placed, self._prepared, like.device, like.dtype)
 
-    @cached_property
+    @kept_property
     def _prepared(self) -> tuple[Tensor, ...]:
         with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
             return self.projections.prepare(self.coefficients)
 
-    @cached_property
+    @kept_property
     def _placed(self) -> Cache:
         return Bounded(PLACES)
 
@@ -247,7 +247,7 @@ class PerCondition:
         rows = table[hits.long().argmax(1).to(like.device)]
         return rows.reshape(len(rows), *[1] * (like.ndim - 1 - len(self.shape)), *self.shape)
 
-    @cached_property
+    @kept_property
     def _placed(self) -> Cache:
         return Bounded(PLACES)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..errors import PlanError
 from ..files import write_tensors
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
+from ..transforms import kept_property, transformed
 from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_response
 from .checks import check_code, check_grid
 from .exact import exact_key
@@ -77,7 +77,7 @@ class Plan:
         """Intervals of the grid."""
         return len(self.grid) - 1
 
-    @cached_property
+    @kept_property
     def nfe(self) -> int:
         """Model evaluations of one run."""
         return sum(isinstance(ins, Evaluate) for ins in self.code)
@@ -98,7 +98,7 @@ class Plan:
         """Times of the evaluations, in order."""
         return tuple(ins.t for ins in self.code if isinstance(ins, Evaluate))
 
-    @cached_property
+    @kept_property
     def starts(self) -> tuple[int | None, ...]:
         """For each evaluation, k if the evaluated state is the state at grid point k, else None (inside a step)."""
         points = {(0, self.grid[0]): 0}
@@ -107,29 +107,29 @@ class Plan:
                 points[self.same[k], self.grid[ins.step]] = ins.step
         return tuple(points.get((self.same[ins.state], ins.t)) for ins in self.code if isinstance(ins, Evaluate))
 
-    @cached_property
+    @kept_property
     def same(self) -> tuple[int, ...]:
         """For each vector, the index of the original of the copy; the vector's own index where the vector is no copy."""
         return originals(self.code)
 
-    @cached_property
+    @kept_property
     def last_use(self) -> tuple[int, ...]:
         """For each vector, the last instruction to read the vector; the vector's own index where none does."""
         return last_uses(self.code)
 
-    @cached_property
+    @kept_property
     def peak_vectors(self) -> int:
         """The most state-sized vectors alive at once during a run, the initial state included."""
         return most_alive(self.last_use)
 
-    @cached_property
+    @kept_property
     def weight_bytes(self) -> int:
         """Memory of tensor weights, linear maps and constants, in bytes on the host."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
 
     # ---- comparison and analysis -------------------------------------------------------------------------------------
 
-    @cached_property
+    @kept_property
     def _content(self) -> Hashable:
         content = exact_key(*pack(self), self.schedule.config())
         return id(self) if content is None else content
@@ -267,17 +267,17 @@ class Plan:
         -------
         Factors and weights in the dtype and on the device of `like`.
         """
-        if self._has_gradients:
+        if self._has_gradients or transformed():
             return prepare(self, prediction, like)
         key = (prediction, like.device, like.dtype, tuple(like.shape[1:]))
         known = self._prepared.get(key)
         return self._prepared.put(key, prepare(self, prediction, like)) if known is None else known
 
-    @cached_property
+    @kept_property
     def _prepared(self) -> Bounded[Hashable, Prepared]:
         return Bounded(PLACES)
 
-    @cached_property
+    @kept_property
     def _has_gradients(self) -> bool:
         return any(t.requires_grad for t in _tensors(self))
 

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..bounded import Bounded
 from ..errors import InputError
+from ..transforms import kept_property, transformed
 
 __all__ = ["PLACES", "Cache", "Part", "Principal", "Projections", "is_orthonormal", "place"]
 
@@ -34,6 +34,8 @@ PLACES = 8
 
 def place(cache: Cache, tensors: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The tensors on another device and in another dtype, copied there once; a tensor with a gradient is copied each time."""
+    if transformed():
+        return tuple(v.to(device, dtype) for v in tensors)
     known = cache.get((device, dtype))
     if known is not None:
         return known
@@ -59,7 +61,7 @@ class Projections(ABC):
     def names(self) -> tuple[str, ...]:
         """Name of each group."""
 
-    @cached_property
+    @kept_property
     @abstractmethod
     def sizes(self) -> Tensor:
         """Dimension of each group, float64 [G]; the sum is the dimension of a sample."""
@@ -117,11 +119,11 @@ class Projections(ABC):
             tables = place(self._placed, self._tables(), x.device, dtype)
             return self._combined(parts, tables).to(x.dtype)
 
-    @cached_property
+    @kept_property
     def _placed(self) -> Cache:
         return Bounded(PLACES)
 
-    @cached_property
+    @kept_property
     def digest(self) -> str:
         """A short hash of the configuration and the tensors."""
         body = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
@@ -184,7 +186,7 @@ class Principal(Projections):
         """``direction 1`` to ``direction K``, and ``rest``."""
         return (*(f"direction {k + 1}" for k in range(len(self.directions))), "rest")
 
-    @cached_property
+    @kept_property
     def sizes(self) -> Tensor:
         """Ones, and d - K."""
         k, d = self.directions.shape

@@ -97,8 +97,9 @@ class Run:
 
     A run is plain data. ``copy.copy`` gives an independent run that shares the tensors. ``copy.deepcopy`` copies the tensors
     and shares the plan. A pickle holds everything, and :meth:`save` writes a file. A vector is dropped after its last
-    use. No method but :meth:`save` reads a value from the device. A run never writes to the caller's
-    tensors or to returned tensors, and neither may the caller.
+    use. No method but :meth:`save` reads a value from the device. A run keeps copies of all tensors that it is given, and
+    hands out copies by :attr:`state` and :attr:`data`: the caller and the model may write to their own tensors at any time.
+    The tensors of `values` and `reached` belong to the run, and must not be written to.
 
     Attributes
     ----------
@@ -142,7 +143,15 @@ class Run:
 
     @property
     def state(self) -> Tensor:
-        """The state of the next evaluation, [B, ...]; the final state when the run is done. Not to be written to."""
+        """A copy of the state of the next evaluation, [B, ...]; of the final state when the run is done.
+
+        Writing to the copy does not change the run: :meth:`edit` does.
+        """
+        return self.current.clone()
+
+    @property
+    def current(self) -> Tensor:
+        """The run's own tensor behind :attr:`state`, for callers that do not write to the tensor."""
         return self.values[self.position if self.done else self._next.state]
 
     @property
@@ -167,12 +176,11 @@ class Run:
         Parameters
         ----------
         output : [B, ...] in the form of `prediction`, guidance included; any floating dtype, on the device of the state.
-            The run keeps the tensor: the model must not write to the tensor later.
+            The tensor is read and not kept.
 
         Raises
         ------
-        InputError : the run is done, or the output has another shape or device, is not real, or shares memory with a vector
-            of the run.
+        InputError : the run is done, or the output has another shape or device, or is not real.
         """
         ins = self._next
         state, k = self.values[ins.state], self.position + 1
@@ -203,11 +211,8 @@ class Run:
             )
         if output.device != state.device:
             raise InputError(f"the state is on {state.device} and the model's output on {output.device}.")
-        if any(v.data_ptr() == output.data_ptr() != 0 for v in self.values.values()):
-            raise InputError(
-                "the model returned memory that it had returned before: let it return a copy, out.clone()."
-            )
-        return output.to(state.dtype)
+        # Expanded memory is rounded in other places than memory with a number for each entry.
+        return output.to(state.dtype, copy=0 in output.stride())
 
     def edit(self, x: Tensor) -> None:
         """Replace the state of the next evaluation, for inpainting and other constraints.
@@ -219,7 +224,7 @@ class Run:
 
         Parameters
         ----------
-        x : [B, ...], shape, dtype and device of :attr:`state`.
+        x : [B, ...], shape, dtype and device of :attr:`state`; read and not kept.
 
         Raises
         ------
@@ -231,9 +236,10 @@ class Run:
             raise InputError(
                 f"an edited state must be {state.dtype} {list(state.shape)} on {state.device} as the state is, got {got}."
             )
+        own = x.clone()
         for j in self.values:
             if same[j] == same[self._next.state]:
-                self.values[j] = x
+                self.values[j] = own
 
     @property
     def data(self) -> Tensor:
@@ -309,6 +315,6 @@ def start(
         for k, ins in enumerate(plan.code, start=1)
         if isinstance(ins, Combine) and isinstance(ins.constant, PerCondition)
     }
-    run = Run(plan, prediction, {0: x}, rows, keeps_seen=keeps_seen)
+    run = Run(plan, prediction, {0: x.clone()}, rows, keeps_seen=keeps_seen)
     run.proceed()
     return run

@@ -1,0 +1,66 @@
+"""Whether torch is transforming a computation: by ``torch.func``, or into a graph of ``torch.compile`` or ``torch.export``."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # torch has no public name for the transforms at work
+from torch.autograd import forward_ad
+
+__all__ = [
+    "carries_derivative",
+    "differentiated",
+    "has_tangent",
+    "kept_property",
+    "readable",
+    "transformed",
+    "vectorized",
+]
+
+
+def transformed() -> bool:
+    """Whether new tensors may be those of a transform or of a graph, which nothing may keep beyond this computation."""
+    return torch.compiler.is_compiling() or bool(_at_work())
+
+
+def differentiated() -> bool:
+    """Whether ``grad``, ``vjp``, ``jvp`` or another derivative of ``torch.func`` is at work."""
+    return not torch.compiler.is_compiling() and any(name in ("Grad", "Jvp") for name in _at_work())
+
+
+def vectorized() -> bool:
+    """Whether ``torch.func.vmap`` is at work."""
+    return not torch.compiler.is_compiling() and "Vmap" in _at_work()
+
+
+def readable(values: Tensor) -> bool:
+    """Whether the program may read numbers of a tensor: not on device ``meta``, under ``vmap``, or in a graph."""
+    return not (values.is_meta or torch.compiler.is_compiling() or vectorized())
+
+
+def has_tangent(value: object) -> bool:
+    """Whether a value carries a derivative of forward differentiation."""
+    unpack = forward_ad.unpack_dual
+    return isinstance(value, Tensor) and unpack(value).tangent is not None
+
+
+def carries_derivative(value: object) -> bool:
+    """Whether a derivative by the value is asked for, in either mode of differentiation."""
+    return isinstance(value, Tensor) and ((value.requires_grad and torch.is_grad_enabled()) or has_tangent(value))
+
+
+def _at_work() -> list[str]:
+    """Names of the transforms of ``torch.func`` around this call."""
+    return [interpreter.key().name for interpreter in _functorch.get_interpreter_stack() or ()]
+
+
+class kept_property(cached_property):  # noqa: N801  (a decorator)
+    """A ``cached_property`` that keeps no value made inside a transform or a graph; there the value is made anew."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is not None and transformed():
+            return self.func(instance)
+        return super().__get__(instance, owner)

@@ -1,0 +1,173 @@
+"""Models that reuse memory: each gives the results of a careful twin on every path, to the last bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import F64, normal
+from torch import Tensor, nn
+
+import iia_ode as iia
+from iia_ode.denoisers import dynamic_thresholding
+from iia_ode.ode import cached
+from iia_ode.plan import Plan
+
+EDM = iia.EDM()
+GRID = iia.grids.karras(4, 0.05, 20.0)
+INNER = iia.grids.karras(4, 0.05, 20.0, to_data=False)
+X = 20 * normal(24, 4)
+
+
+def answer(x: Tensor, t: Tensor) -> Tensor:
+    """A smooth estimate of the data."""
+    s = t.reshape(-1, 1).to(x)
+    return (x + s * torch.sin(x / (1 + s))) / (1 + s * s)
+
+
+class OneBuffer(nn.Module):
+    """Writes every answer to the beginning of one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = torch.zeros(999, 4, dtype=F64)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.memory[: len(x)].copy_(answer(x, t))
+
+
+class MovingView(OneBuffer):
+    """Writes every answer to one buffer, a row further at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.memory[self.calls % 5 :][: len(x)].copy_(answer(x, t))
+
+
+class Spoiler(nn.Module):
+    """Overwrites its last answer, and everything that it was given, at the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for v in self.known:
+            v.fill_(1e9)
+        out = answer(x, t)
+        self.known = [x, t, out]
+        return out
+
+
+class InPlace(nn.Module):
+    """Changes the states in place and returns them; changes the times too."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x.copy_(answer(x, t))
+        t.fill_(-1.0)
+        return x
+
+
+class ViewOfInput(nn.Module):
+    """Changes the states in place and returns a view of them."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x.copy_(answer(x, t)).unflatten(1, (2, 2)).flatten(1)
+
+
+class Expanded(nn.Module):
+    """Returns one number per sample, expanded to all components."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return answer(x, t).mean(1, keepdim=True).expand_as(x)
+
+
+class Itself(nn.Module):
+    """Returns the states themselves."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+
+MODELS = [OneBuffer, MovingView, Spoiler, InPlace, ViewOfInput, Expanded, Itself]
+every_model = pytest.mark.parametrize("kind", MODELS, ids=lambda k: k.__name__)
+
+
+def careful(kind: type[nn.Module]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same answers, in memory of their own."""
+
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        return kind()(x.clone(), t.clone()).clone()
+
+    return forward
+
+
+def by_hand(model: Callable[[Tensor, Tensor], Tensor], prediction: str, plan: Plan, x: Tensor) -> list[Tensor]:
+    """The states and previews of a run that is fed by hand."""
+    run, seen = plan.start(x, prediction), []
+    while not run.done:
+        run.give(model(run.state, torch.full((len(x),), run.t, dtype=F64)))
+        seen.append(run.data)
+    return [*seen, run.state]
+
+
+def paths(model: Any, prediction: str) -> dict[str, Callable[[], Any]]:
+    """Results by path."""
+    ode = iia.ProbabilityFlowODE(model, EDM, prediction)
+    small = X[:6]
+    plan = iia.get_solver("unipc").plan(EDM, INNER)
+    found: dict[str, Callable[[], Any]] = {}
+    for name in ("heun", "dpmpp_2m", "unipc", "lms"):
+        found[f"sample {name}"] = lambda name=name: iia.sample(ode, small, INNER, name)
+    for name in ("expab4", "torchdiffeq:rk4", "dopri5", "explicit_adams"):
+        found[f"odeint {name}"] = lambda name=name: iia.odeint(ode, small, INNER, method=name, rtol=None)
+    found["by hand"] = lambda: torch.stack(by_hand(model, prediction, plan, small))
+    found["a value"] = lambda: torch.stack([ode(t, small) for t in (3.0, torch.tensor(2.0), 1 + normal(6).abs())])
+    found["teacher"] = lambda: iia.Teacher.solve(ode, small, 20.0, 0.05, steps=8, chunk_size=4).path.states
+    found["cached"] = lambda: torch.stack([iia.sample(cached(ode), small, INNER, "unipc") for _ in range(2)])
+    found["reference"] = lambda: iia.reference.solve(ode, small, 2.0, 0.5, rtol=1e-3, atol=1e-3)
+    found["dense reference"] = lambda: iia.reference.trajectory(ode, small, 2.0, 0.5, points=3, rtol=1e-3, atol=1e-3)(
+        1.0
+    )
+    return found
+
+
+@pytest.mark.parametrize("prediction", ["data", "velocity"])
+@every_model
+def test_a_model_that_reuses_memory_gives_the_bits_of_a_careful_one(kind: type[nn.Module], prediction: str) -> None:
+    for name, expected in paths(careful(kind), prediction).items():
+        assert torch.equal(paths(kind(), prediction)[name](), expected()), name
+
+
+@every_model
+def test_guidance_and_thresholds_read_memory_before_it_changes(kind: type[nn.Module]) -> None:
+    def finals(model: Any) -> Tensor:
+        def guided(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            return model(x.add_(c[:, None]), t)
+
+        conditions = {
+            "conditioning": {"c": torch.ones(6, dtype=F64)},
+            "unconditional": {"c": torch.zeros(1, dtype=F64)},
+        }
+        ode = iia.ProbabilityFlowODE(guided, EDM, "data", guidance_scale=3.0, **conditions)
+        return torch.stack([iia.sample(o, X[:6], INNER, "unipc") for o in (ode, dynamic_thresholding(ode))])
+
+    assert torch.equal(finals(kind()), finals(careful(kind)))
+
+
+@every_model
+def test_fits_to_a_model_that_reuses_memory_are_the_fits_to_a_careful_one(kind: type[nn.Module]) -> None:
+    def fitted(model: Any) -> list[Any]:
+        ode = iia.ProbabilityFlowODE(model, EDM, "data")
+        method = iia.IIA("ddim", terms="window", target="trajectory", guard=False)
+        fit = method.fit(ode, X, GRID, chunk_size=9)
+        local = iia.IIA("dpmpp_2m", guard=False).fit(ode, X, GRID, chunk_size=24)
+        statistics = iia.ModelStatistics.estimate(ode, X[:6], INNER, points=3, mode="forward")
+        return [fit.plan, local.plan, *(getattr(statistics, k) for k in "lsb")]
+
+    for a, b in zip(fitted(kind()), fitted(careful(kind)), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
