@@ -27,6 +27,7 @@ __all__ = [
     "PlanError",
     "RankError",
     "ScheduleError",
+    "StateSizeWarning",
     "UnknownNameError",
     "first_line",
     "unknown_name",
@@ -98,6 +99,10 @@ class MismatchWarning(UserWarning):
 
 class GuardWarning(UserWarning):
     """A fit was not clearly better than its base, and was replaced by the base."""
+
+
+class StateSizeWarning(UserWarning):
+    """Initial states have a size that no state has at the first time of the grid."""
 
 
 def first_line(error: Exception) -> str:

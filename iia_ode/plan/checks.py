@@ -119,8 +119,11 @@ def check_code(plan: Program) -> None:
     if len(times) and (not plan.schedule.covers(times) or bool((plan.schedule.sigma(times) == 0).any())):
         raise PlanError(f"{name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}.")
     if not plan.schedule.knows(times):
+        outside = next(t for t in plan.evaluation_times if not plan.schedule.knows(t))
         raise PlanError(
-            f"{name} evaluates the model outside of the levels that the model knows: at times {times.tolist()}."
+            f"{name} evaluates the model at t = {outside:g}, level sigma/alpha {plan.schedule.noise_to_signal(outside):.4g}, "
+            "outside of the levels that the model knows. In a step to the data, a solver can test ode.schedule.knows(t), or "
+            "stand inside iia_ode.get_solver('denoise_to_zero', base=...)."
         )
     last, count = plan.code[-1] if plan.code else None, len(plan.grid) - 1
     if steps != list(range(1, count + 1)) or not isinstance(last, Combine) or last.step != count:

@@ -13,6 +13,7 @@ from ..forms import conversion, converted
 from ..ode import ProbabilityFlowODE
 from .checks import check_start
 from .run import Run, Runnable, start
+from .sizes import root_mean_square, warn_of_size
 
 __all__ = ["evaluator", "run_plan"]
 
@@ -57,14 +58,22 @@ def run_plan(
             run.give(ode.output(run.state, run.t))
             bar.update()
             visit(run)
-    if check_finite and not _finite(run.state):
-        raise _culprit(plan, ode, x)
+    if check_finite:
+        own = root_mean_square(x)
+        finite, size = torch.stack([_are_finite(run.state).to(own), own]).tolist()  # one read
+        warn_of_size(plan.schedule, plan.grid[0], size, x.numel())
+        if not finite:
+            raise _culprit(plan, ode, x)
     return torch.stack(states) if trajectory else run.state
 
 
 def _finite(values: Tensor) -> bool:
+    return bool(_are_finite(values))
+
+
+def _are_finite(values: Tensor) -> Tensor:
     # One pass over the values; no sum of float32 overflows in float64.
-    return bool(torch.isfinite(values.detach().sum(dtype=torch.float64)))
+    return torch.isfinite(values.detach().sum(dtype=torch.float64))
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -194,6 +195,12 @@ class Schedule(ABC):
             levels = self.noise_to_signal(t)
             return bool(((levels >= low) & (levels <= high)).all())
         return low <= self.noise_to_signal(t) <= high
+
+    def everywhere(self) -> Self:
+        """A copy without known levels, for analyses that evaluate no model."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "known_levels", None)
+        return twin
 
     def __getstate__(self) -> Any:
         """The state of a copy or a pickle: without memoized values."""
