@@ -29,6 +29,7 @@ __all__ = [
     "PlanError",
     "RankError",
     "ScheduleError",
+    "StateSizeWarning",
     "TrainModeWarning",
     "UnknownNameError",
     "first_line",
@@ -107,6 +108,10 @@ class GuardWarning(UserWarning):
 
 class TrainModeWarning(UserWarning):
     """A model is used in train mode, where its output is random or depends on the batch."""
+
+
+class StateSizeWarning(UserWarning):
+    """Initial states have a size that no state has at the first time of the grid."""
 
 
 def first_line(error: Exception) -> str:

@@ -296,7 +296,8 @@ class _Reverse:
 
     def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
         step = _eps(ode, x) ** (1 / 3)  # balances truncation and rounding
-        ahead, behind = (h if ode.schedule.covers(t + h * dt) else 0.0 for h in (step, -step))
+        schedule = ode.schedule
+        ahead, behind = (h if schedule.covers(u := t + h * dt) and schedule.knows(u) else 0.0 for h in (step, -step))
         return (ode.output(x + ahead * dx, t + ahead * dt) - ode.output(x + behind * dx, t + behind * dt)) / (
             ahead - behind
         )

@@ -25,10 +25,12 @@ from .ode.distributed import agree
 from .ode.mode import check_mode
 from .plan import check_grid, check_start
 from .schedules import Schedule
+from .schedules.levels import known_level, lowest_level
 
 __all__ = ["Trajectory", "solve", "trajectory"]
 
 _F64 = torch.float64
+_SIGMA_MIN = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ def trajectory(
     points: int = 120,
     rtol: float = 1e-9,
     atol: float = 1e-9,
-    sigma_min: float = 1e-6,
+    sigma_min: float | None = None,
     method: str = "dopri8",
 ) -> Trajectory:
     """Integrate the ODE from `t_start` to `t_end` to high accuracy, with dense output. Gradients are switched off.
@@ -119,7 +121,8 @@ def trajectory(
     rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1. The rounding
         of a float32 model exceeds tolerances below about 1e-6.
     sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data. The final state is then the
-        model's data estimate, with an error of O(sigma_min^2). For a network, give the smallest level of its training.
+        model's data estimate, with an error of O(sigma_min^2). By default 1e-6, or the lowest level that the model knows if
+        that is higher. For a network without ``known_levels``, give the smallest level of its training.
     method : any adaptive method of torchdiffeq.
 
     Returns
@@ -154,7 +157,7 @@ def solve(
     *,
     rtol: float = 1e-9,
     atol: float = 1e-9,
-    sigma_min: float = 1e-6,
+    sigma_min: float | None = None,
     method: str = "dopri8",
 ) -> Tensor:
     """Integrate the ODE from `t_start` to `t_end` to high accuracy, without dense output. Gradients are switched off.
@@ -179,7 +182,7 @@ def solve(
 
 
 def _span(
-    ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float, method: str
+    ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float | None, method: str
 ) -> tuple[Schedule, list[float], float | None]:
     """Check all arguments. Return the schedule, both times, and the time to stop at if the second is the data."""
     check_start(ode, x)
@@ -194,9 +197,11 @@ def _span(
         )
     schedule = ode.schedule
     times = check_grid(schedule, [t_start, t_end])
+    sigma_min = lowest_level(schedule, _SIGMA_MIN) if sigma_min is None else sigma_min
     agree(ode, "reference", x, times, sigma_min, method)
     if not ode.is_data(times[1]):
         return schedule, times, None
+    sigma_min = known_level(schedule, sigma_min, "sigma_min")
     if not 0 < sigma_min < schedule.noise_to_signal(times[0]):
         raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
     return schedule, times, _time(schedule, math.asinh(1 / sigma_min))

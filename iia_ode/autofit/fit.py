@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_seed, check_whole
-from ..errors import GridError, InputError, one_run
+from ..checks import check_seed, check_whole
+from ..errors import InputError, one_run
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
 from ..iia.method import record_of
@@ -23,7 +23,8 @@ from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..ode.mode import check_mode
 from ..plan import check_start
-from ..schedules import Discrete, Schedule
+from ..schedules import Schedule
+from ..schedules.levels import default_levels, known_level, lowest_level
 from .budget import Budget, budget_of
 from .grids import leap_grids
 from .pipeline import SCALARS, Contender
@@ -84,8 +85,7 @@ def fit(
     sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule, or 80 where the output
         of the model does not determine the data there (noise or score prediction at alpha = 0).
     sigma_min : level sigma/alpha at which the data estimate of the teacher becomes the final state; the smallest level of the
-        model's training. By default 0.002, or the level of the first timestep of a :class:`~iia_ode.Discrete` schedule if
-        that is higher.
+        model's training. By default 0.002, or the lowest of the schedule's ``known_levels`` if that is higher.
     teacher : accurate trajectories from these initial states, if they exist already. A budget then adds no draws.
     seed : seed of the draws for `shape`, of added draws and of the Rademacher probes of refinements.
     progress : show bars.
@@ -159,16 +159,16 @@ def fit(
 
 def smallest_level(schedule: Schedule) -> float:
     """The smallest level sigma/alpha at which a model of this schedule is evaluated."""
-    first = 0.0 if isinstance(schedule, Discrete) else schedule.t_data
-    return max(0.002, schedule.noise_to_signal(first))
+    return max(lowest_level(schedule), schedule.noise_to_signal(schedule.t_data))
 
 
 def start_time(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
     """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule."""
     schedule = ode.schedule
     if sigma_max is not None:
-        level = check_number("sigma_max, a level sigma/alpha,", sigma_max, above=0, error=GridError)
-        return schedule.t_of_noise_to_signal(level)
+        return schedule.t_of_noise_to_signal(known_level(schedule, sigma_max, "sigma_max"))
+    if not schedule.knows(schedule.t_noise):
+        return schedule.t_of_noise_to_signal(default_levels(schedule)[1])
     if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
         return schedule.t_of_noise_to_signal(_NOISIEST)
     return schedule.t_noise

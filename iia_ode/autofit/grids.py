@@ -18,6 +18,7 @@ from ..iia.batch import Batch
 from ..ode import cached
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
+from ..schedules.levels import lowest_level
 from .search import Objective, Search, coordinate_descent, halving, samples_of
 
 __all__ = ["Fit", "FreeGrid", "LeapGrid", "Levels", "leap_grids", "search_grid", "search_levels", "two_fold"]
@@ -120,7 +121,7 @@ class Levels:
     def of(cls, batch: Batch) -> Levels:
         """The range that a batch's teacher covers."""
         schedule, teacher = batch.ode.schedule, batch.taught
-        lowest = max(teacher.sigma_min, schedule.noise_to_signal(schedule.t_data))
+        lowest = max(lowest_level(schedule, teacher.sigma_min), schedule.noise_to_signal(schedule.t_data))
         return cls(schedule.noise_to_signal(teacher.t_start), lowest)
 
 

@@ -13,8 +13,20 @@ from torch import Tensor
 from ..checks import check_number, check_whole
 from ..errors import GridError
 from ..schedules import EDM, Schedule
+from ..schedules.levels import default_levels, known_level
+from .origin import made_for
 
-__all__ = ["as_count", "as_grid", "as_positive", "as_range", "as_time", "data_time", "spaced", "times_of"]
+__all__ = [
+    "as_count",
+    "as_grid",
+    "as_positive",
+    "as_range",
+    "as_schedule",
+    "as_time",
+    "data_time",
+    "spaced",
+    "times_of",
+]
 
 
 def as_count(n: Any, what: str) -> int:
@@ -32,12 +44,23 @@ def as_time(value: Any, name: str) -> float:
     return check_number(name, value, error=GridError)
 
 
-def as_range(sigma_min: Any, sigma_max: Any) -> tuple[float, float]:
-    """The two ends of a range of noise levels as floats, if 0 < sigma_min < sigma_max."""
-    low, high = as_positive(sigma_min, "sigma_min"), as_positive(sigma_max, "sigma_max")
+def as_range(sigma_min: Any, sigma_max: Any, schedule: Schedule | None) -> tuple[float, float]:
+    """The two ends of a range of noise levels as floats, if 0 < sigma_min < sigma_max; None is the schedule's own level."""
+    schedule = as_schedule(schedule)
+    lowest, highest = default_levels(schedule)
+    low = lowest if sigma_min is None else known_level(schedule, sigma_min, "sigma_min")
+    high = highest if sigma_max is None else known_level(schedule, sigma_max, "sigma_max")
     if not low < high:
         raise GridError(f"a grid needs 0 < sigma_min < sigma_max, got {low} and {high}.")
     return low, high
+
+
+def as_schedule(schedule: Schedule | None) -> Schedule:
+    """The schedule of a grid; EDM, where time is the level, by default."""
+    schedule = EDM() if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise GridError(f"schedule must be a Schedule, such as iia_ode.VP(), got {schedule!r}.")
+    return schedule
 
 
 def as_grid(times: Iterable[float]) -> Tensor:
@@ -52,9 +75,7 @@ def spaced(n: int, low: float, high: float, level: Callable[[float], float]) -> 
 
 def times_of(levels: list[float], schedule: Schedule | None, to_data: bool) -> Tensor:
     """Times of the given levels of sigma/alpha, and the time of the data if `to_data`."""
-    schedule = EDM() if schedule is None else schedule
-    if not isinstance(schedule, Schedule):
-        raise GridError(f"schedule must be a Schedule, such as iia_ode.VP(), got {schedule!r}.")
+    schedule = as_schedule(schedule)
     beyond = math.copysign(math.inf, schedule.t_noise - schedule.t_data)
     ends = sorted((schedule.t_data, schedule.t_noise if schedule._ends_at_noise else beyond))
     times = [_time_of(level, schedule, *ends) for level in levels]
@@ -66,7 +87,7 @@ def times_of(levels: list[float], schedule: Schedule | None, to_data: bool) -> T
                 f"points {i} and {i + 1} of the grid coincide in floating point (time {t:g}): take a smaller n, or a "
                 "family of grids that spreads its levels more evenly."
             )
-    return as_grid(times)
+    return made_for(as_grid(times), schedule)
 
 
 def _time_of(level: float, schedule: Schedule, low: float, high: float) -> float:

@@ -16,8 +16,8 @@ __all__ = ["beta", "beta_quantile", "karras", "linear_log", "log_snr", "polyexpo
 
 def karras(
     n: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     rho: float = 7.0,
     *,
     schedule: Schedule | None = None,
@@ -28,7 +28,9 @@ def karras(
     Parameters
     ----------
     n : noise levels; a solver with one evaluation a step makes n evaluations.
-    sigma_min, sigma_max : last and first level of sigma/alpha, the noise level in EDM's sense for every schedule.
+    sigma_min, sigma_max : last and first level of sigma/alpha, the noise level in EDM's sense for every schedule. By default
+        the ``known_levels`` of the schedule, if a user stated them; else 0.002 and 80, within the reach of the schedule and
+        within the timesteps of a ``Discrete`` schedule. A level less than 1% beyond a known level is the known level.
     rho : 7 in EDM; larger puts more levels near the data. 1 is equidistant in sigma.
     schedule : whose times to return; EDM, where time is the level itself, by default.
     to_data : append the data (sigma = 0).
@@ -39,9 +41,9 @@ def karras(
 
     Raises
     ------
-    GridError : n < 1, levels out of order or out of the schedule's reach, or rho not positive.
+    GridError : n < 1, levels out of order, out of the schedule's reach or outside of its known levels, or rho not positive.
     """
-    n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max), as_positive(rho, "rho")
+    n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule), as_positive(rho, "rho")
     try:
         a, b = high ** (1 / rho), low ** (1 / rho)
         levels = spaced(n, low, high, lambda u: (a + u * (b - a)) ** rho)
@@ -52,8 +54,8 @@ def karras(
 
 def log_snr(
     n: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     *,
     schedule: Schedule | None = None,
     to_data: bool = True,
@@ -62,15 +64,15 @@ def log_snr(
 
     A geometric sequence of sigma/alpha. Elsewhere it is called exponential (k-diffusion, diffusers) or log-linear.
     """
-    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
+    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     a, b = math.log(high), math.log(low)
     return times_of(spaced(n, low, high, lambda u: math.exp(a + u * (b - a))), schedule, to_data)
 
 
 def polyexponential(
     n: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     rho: float = 1.0,
     *,
     schedule: Schedule | None = None,
@@ -84,15 +86,15 @@ def polyexponential(
     ----------
     rho : 1 is :func:`log_snr`; larger puts more levels near `sigma_min`, smaller near `sigma_max`.
     """
-    n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max), as_positive(rho, "rho")
+    n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule), as_positive(rho, "rho")
     a, b = math.log(low), math.log(high)
     return times_of(spaced(n, low, high, lambda u: math.exp(a + (1 - u) ** rho * (b - a))), schedule, to_data)
 
 
 def linear_log(
     n: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     crossover: float | None = None,
     *,
     schedule: Schedule | None = None,
@@ -109,7 +111,7 @@ def linear_log(
     crossover : c, a level of sigma/alpha; by default each part has half of the intervals. From `sigma_max`
         on the grid is :func:`log_snr`; up to `sigma_min` it is linear in sigma, :func:`karras` with rho = 1.
     """
-    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
+    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     if crossover is None:
         # Equal parts: high/c - 1 = log(c/low). With y = high/c that is y + log y = 1 + log(high/low), Wright's omega.
         c = high / float(wrightomega(1 + math.log(high) - math.log(low)))
@@ -126,8 +128,8 @@ def linear_log(
 
 def beta(
     n: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     a: float = 0.6,
     b: float = 0.6,
     *,
@@ -144,7 +146,7 @@ def beta(
     ----------
     a, b : shape of the distribution. Below 1 the levels crowd at both ends; (1, 1) is linear in sigma.
     """
-    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max)
+    n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     a, b = as_positive(a, "a"), as_positive(b, "b")
     return times_of(spaced(n, low, high, lambda u: low + beta_quantile(1 - u, a, b) * (high - low)), schedule, to_data)
 

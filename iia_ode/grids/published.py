@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import GridError, UnknownNameError, unknown_name
 from ..schedules import Discrete, Schedule
-from .base import as_count, as_grid, times_of
+from .base import as_count, as_grid, as_schedule, times_of
+from .origin import made_for
 
 __all__ = ["ALIGN_YOUR_STEPS", "PublishedGrid", "align_your_steps"]
 
@@ -77,7 +78,7 @@ def align_your_steps(
     for i, (k, r) in enumerate(places):
         if timesteps and r == 0:  # without the rounding of the way through the levels
             times[i] = float(timesteps[k])
-    return as_grid(times)
+    return made_for(as_grid(times), as_schedule(schedule))
 
 
 def _of_model(model: str) -> PublishedGrid:

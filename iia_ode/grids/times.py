@@ -13,6 +13,7 @@ from ..errors import GridError
 from ..schedules import Discrete
 from .base import as_count, as_grid, as_time
 from .levels import beta_quantile
+from .origin import made_for, origin_of
 
 __all__ = ["cut", "discrete", "quadratic", "uniform"]
 
@@ -68,7 +69,7 @@ def discrete(n: int, schedule: Discrete, spacing: str = "trailing", *, to_data: 
             times = _distinct([round((total - 1) * beta_quantile(1 - i / n)) for i in range(n)])
         case _:
             raise GridError(f"unknown spacing {spacing!r}: use 'leading', 'trailing', 'linspace' or 'beta'.")
-    return as_grid([*times, schedule.t_data] if to_data else times)
+    return made_for(as_grid([*times, schedule.t_data] if to_data else times), schedule)
 
 
 def _distinct(times: list[int]) -> list[int]:
@@ -102,7 +103,8 @@ def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> T
         )
     # A start equal to a grid point up to rounding must not leave an interval of 1e-16.
     inner = [t for t in times if down * first > down * t > down * last and not _near(t, first) and not _near(t, last)]
-    return as_grid([first, *inner, last])
+    part, made = as_grid([first, *inner, last]), origin_of(grid)
+    return part if made is None else made_for(part, made)
 
 
 def _near(t: float, end: float) -> bool:

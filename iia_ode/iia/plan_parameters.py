@@ -16,6 +16,7 @@ from ..forms import conversion
 from ..ode import ProbabilityFlowODE
 from ..plan import Combine, Evaluate, Instruction, LinearMap, PerCondition, Plan, Projections, Vector
 from ..schedules import Schedule
+from ..schedules.levels import lowest_level
 
 __all__ = ["Parameters"]
 
@@ -40,7 +41,7 @@ class Parameters:
     ----------
     plan : a plan whose weights are numbers, or linear maps over a single decomposition; constants stay fixed.
     learn_grid : whether the times are parameters.
-    sigma_min : level sigma/alpha below which :meth:`clipped` moves no time.
+    sigma_min : level sigma/alpha below which :meth:`clipped` moves no time; no lower than the model knows.
 
     Attributes
     ----------
@@ -57,7 +58,7 @@ class Parameters:
         rows = [*form.states, form.final]
         self.projections = _decomposition(plan.name, rows)
         self.schedule, self.name, self.grid_end = plan.schedule, plan.name, plan.grid[-1]
-        self.start, self.sigma_min = plan.grid[0], sigma_min
+        self.start, self.sigma_min = plan.grid[0], lowest_level(plan.schedule, sigma_min)
         self.constants = [row.constant for row in rows]
         times = plan.evaluation_times
         self._times = list(times)
@@ -100,9 +101,14 @@ class Parameters:
         sign = math.copysign(1.0, self.grid_end - self.start)
         old = [*self._times, self.grid_end]
         covered = self.schedule.covers(torch.tensor(times, dtype=_F64, device="cpu"))
-        return covered and all(
-            sign * (b - a) > 0 if q != p else b == a
-            for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
+        known = self.schedule.knows(torch.tensor(times[:-1], dtype=_F64, device="cpu"))
+        return (
+            covered
+            and known
+            and all(
+                sign * (b - a) > 0 if q != p else b == a
+                for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
+            )
         )
 
     def clipped(self, theta: Tensor, tried: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..ode.mode import check_mode
 from ..plan import Plan, check_grid, check_start, trace
 from ..reference import Trajectory
 from ..schedules import Schedule
+from ..schedules.levels import known_level, lowest_level
 from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
 from .origin import Origin, conditions_digest
@@ -36,7 +37,6 @@ _KIND = "teacher"
 # The most accurate registered solver at 40 to 60 evaluations, among the solvers that evaluate only at grid points.
 _SOLVER = "expab4"
 _STEPS = 60
-_SIGMA_MIN = 0.002
 _RHO = 10.0  # spacing of the levels, between 7 (Karras et al.) and equidistant log-SNR
 _NOISIEST = 200.0  # a start with a higher sigma/alpha, alpha = 0 included, gets one extra step down to this level
 DEFAULT = f"solver {_SOLVER}, steps {_STEPS}"
@@ -72,7 +72,7 @@ class Teacher:
         t_end: float,
         *,
         steps: int | None = None,
-        sigma_min: float = _SIGMA_MIN,
+        sigma_min: float | None = None,
         chunk_size: int | None = None,
         progress: bool = False,
     ) -> Teacher:
@@ -87,7 +87,7 @@ class Teacher:
         t_start, t_end : times, in either direction; `t_end` may be the data.
         steps : number of steps, at least 2; 60 by default.
         sigma_min : where `t_end` is the data, the level sigma/alpha at which the integration stops and the data estimate
-            becomes the final state. For a network, use the smallest level of its training.
+            becomes the final state. By default 0.002, or the lowest level that the model knows if that is higher.
         chunk_size : samples per model call; by default the whole batch.
         progress : show a bar over the chunks.
 
@@ -108,6 +108,9 @@ class Teacher:
             check_whole("chunk_size", chunk_size, least=1)
         steps = _STEPS if steps is None else steps
         check_whole("steps", steps, least=2)
+        sigma_min = lowest_level(ode.schedule) if sigma_min is None else sigma_min
+        if ode.is_data(t_end):
+            sigma_min = known_level(ode.schedule, sigma_min, "sigma_min")
         plan = _plan(ode.schedule, t_start, t_end, sigma_min, steps)
         agree(ode, "teacher", x, plan.grid, chunk_size)
         size, parts = chunk_size or len(x), []
@@ -146,7 +149,8 @@ class Teacher:
 
         Parameters
         ----------
-        grid : times, float64 [N + 1]. At the data, `sigma_min` is 0.002, or the last level of the grid if that is lower.
+        grid : times, float64 [N + 1]. At the data, `sigma_min` is 0.002, or the last level of the grid if that is lower; and no
+            lower than the model knows.
         ode, x, steps, chunk_size, progress : as for :meth:`solve`, also in the errors.
 
         Returns
@@ -154,7 +158,7 @@ class Teacher:
         The teacher.
         """
         times = check_grid(ode.schedule, grid)
-        level = _data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else _SIGMA_MIN
+        level = _data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else None
         return cls.solve(
             ode, x, times[0], times[-1], steps=steps, sigma_min=level, chunk_size=chunk_size, progress=progress
         )
@@ -299,10 +303,12 @@ def check_teacher(teacher: object, ode: ProbabilityFlowODE, x: Tensor, t_start: 
 def _data_level(schedule: Schedule, last: float) -> float:
     """The level sigma/alpha of the data on a grid whose last time above the data is `last`.
 
-    The level is 0.002, or the level of `last` where `last` is cleaner or where the schedule does not reach 0.002.
+    The level is 0.002 or the lowest level that the model knows, or the level of `last` where `last` is cleaner or where the
+    schedule does not reach 0.002.
     """
     level = schedule.noise_to_signal(last)
-    return min(level, _SIGMA_MIN) if schedule.covers(schedule.t_of_noise_to_signal(min(level, _SIGMA_MIN))) else level
+    usual = min(level, lowest_level(schedule))
+    return usual if schedule.covers(schedule.t_of_noise_to_signal(usual)) else level
 
 
 def _part(path: Trajectory, index: slice | Tensor | None) -> Trajectory:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import GridError, InputError, PlanError
 from ..forms import PREDICTIONS
+from ..grids.origin import check_levels, check_origin
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 from .instructions import Combine, Evaluate, Instruction, Program
@@ -24,8 +25,8 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
 
     Raises
     ------
-    GridError : not 1-dimensional, fewer than two times, not finite, outside the schedule, not strictly monotone in
-        sigma/alpha, or starting at the data.
+    GridError : not 1-dimensional, fewer than two times, not finite, made for another schedule, outside the schedule or the
+        levels that the model knows, not strictly monotone in sigma/alpha, or starting at the data.
     """
     try:
         values = (
@@ -43,9 +44,14 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
             f"a grid is a 1-d float64 tensor of at least two times, such as iia.grids.karras(10); got {what}."
         )
     values = values.detach()
+    check_origin(schedule, grid, values)
     level = schedule.sigma(values), schedule.alpha(values)
     if not bool(torch.isfinite(values).all()) or not schedule.covers(values):
-        raise GridError(f"the grid leaves the {type(schedule).__name__} schedule: {_brief(values)}.")
+        raise GridError(
+            f"the grid leaves the {type(schedule).__name__} schedule: {_brief(values)}. Levels sigma/alpha become times by "
+            "iia_ode.grids.karras(n, schedule=ode.schedule)."
+        )
+    check_levels(schedule, values)
     angle = torch.atan2(*level)  # monotone in sigma/alpha, and finite where alpha = 0
     decreasing = angle.diff() < 0
     if not bool(decreasing.all()) and bool(decreasing.any() or (angle.diff() == 0).any()):
@@ -112,6 +118,13 @@ def check_code(plan: Program) -> None:
     times = torch.tensor(plan.evaluation_times, dtype=torch.float64, device="cpu")
     if len(times) and (not plan.schedule.covers(times) or bool((plan.schedule.sigma(times) == 0).any())):
         raise PlanError(f"{name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}.")
+    if not plan.schedule.knows(times):
+        outside = next(t for t in plan.evaluation_times if not plan.schedule.knows(t))
+        raise PlanError(
+            f"{name} evaluates the model at t = {outside:g}, level sigma/alpha {plan.schedule.noise_to_signal(outside):.4g}, "
+            "outside of the levels that the model knows. In a step to the data, a solver can test ode.schedule.knows(t), or "
+            "stand inside iia_ode.get_solver('denoise_to_zero', base=...)."
+        )
     last, count = plan.code[-1] if plan.code else None, len(plan.grid) - 1
     if steps != list(range(1, count + 1)) or not isinstance(last, Combine) or last.step != count:
         raise PlanError(f"{name} does not write the state at each of its {count} later grid points in order.")

@@ -16,6 +16,7 @@ from ..ode.mode import check_mode
 from ..transforms import readable
 from .checks import check_start
 from .run import Run, Runnable, start
+from .sizes import root_mean_square, warn_of_size
 
 __all__ = ["evaluator", "run_plan"]
 
@@ -66,14 +67,22 @@ def run_plan(
     finally:
         if bar is not None:
             bar.close()
-    if check_finite and readable(run.current) and not _finite(run.current):
-        raise _culprit(plan, ode, x)
+    if check_finite and readable(run.current):
+        own = root_mean_square(x)
+        finite, size = torch.stack([_are_finite(run.current).to(own), own]).tolist()  # one read
+        warn_of_size(plan.schedule, plan.grid[0], size, x.numel())
+        if not finite:
+            raise _culprit(plan, ode, x)
     return torch.stack(states) if trajectory else run.current
 
 
 def _finite(values: Tensor) -> bool:
+    return bool(_are_finite(values))
+
+
+def _are_finite(values: Tensor) -> Tensor:
     # One pass over the values, in their own dtype: not every device has float64, and a sum of float32 overflows.
-    return bool(torch.isfinite(torch.linalg.vector_norm(values.detach(), math.inf)))
+    return torch.isfinite(torch.linalg.vector_norm(values.detach(), math.inf))
 
 
 @torch.no_grad()

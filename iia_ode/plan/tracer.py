@@ -238,11 +238,11 @@ def _converges(solver: Steppable, plan: Plan) -> bool:
         return known
     stride = -(-plan.steps // 4)
     coarse = [*plan.grid[:-1:stride], plan.grid[-1]]
-    errors = []
+    schedule, errors = plan.schedule.everywhere(), []
     for parts in (8, 64):
         pairs = zip(coarse[:-1], coarse[1:], strict=True)
         fine = [a + i / parts * (b - a) for a, b in pairs for i in range(parts)]
         refined = torch.tensor([*fine, coarse[-1]], dtype=torch.float64, device="cpu")
-        errors.append(consistency_error(trace(solver, plan.schedule, refined, consistent=False)))
+        errors.append(consistency_error(trace(solver, schedule, refined, consistent=False)))
     verdict = errors[1] < errors[0] / 2  # eightfold: order 1/2, near a sigma like sqrt(t), is enough
     return verdict if key is None else _VERDICTS.put(key, verdict)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ScheduleError
 
-__all__ = ["FromFunctions", "Schedule", "derivative_of"]
+__all__ = ["FromFunctions", "Schedule", "as_levels", "derivative_of"]
 
 _F64 = torch.float64
 _NUMBERS = 2**14  # memoized by a schedule at most
+_SLACK = 1e-9  # relative rounding of a level on the way through a time and back
 T = TypeVar("T", float, Tensor)
 
 
@@ -30,10 +32,13 @@ class Schedule(ABC):
     Attributes
     ----------
     t_data, t_noise : times of the data (sigma = 0) and of the noisiest state.
+    known_levels : lowest and highest level sigma/alpha of the model's training; None where they are not stated. No function
+        of this library evaluates the model outside of these levels.
     """
 
     t_data: float = 0.0
     t_noise: float = 1.0
+    known_levels: tuple[float, float] | None = None
     _ends_at_noise: ClassVar[bool] = False  # whether the schedule is undefined beyond t_noise
     _fixed: ClassVar[bool] = False  # whether the functions of this very class never change: their values are memoized
 
@@ -44,6 +49,8 @@ class Schedule(ABC):
         t_data: float = 0.0,
         t_noise: float = 1.0,
         name: str = "custom",
+        *,
+        known_levels: tuple[float, float] | None = None,
     ) -> FromFunctions:
         """A schedule from functions alpha(t) and sigma(t); derivatives come from autograd.
 
@@ -52,6 +59,7 @@ class Schedule(ABC):
         alpha, sigma : differentiable torch functions of float64 times [...], elementwise, of any shape.
         t_data, t_noise : times of the data (the least sigma) and of the noisiest state, in either order.
         name : of the schedule, stored in the files of fitted solvers.
+        known_levels : lowest and highest level sigma/alpha of the model's training, if known.
 
         Returns
         -------
@@ -59,13 +67,14 @@ class Schedule(ABC):
 
         Raises
         ------
-        ScheduleError : the values are not finite and non-negative, or sigma/alpha does not increase towards the noise.
+        ScheduleError : the values are not finite and non-negative, sigma/alpha does not increase towards the noise, or the
+            levels are not in order.
 
         Examples
         --------
         >>> flow = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t)
         """
-        return FromFunctions(alpha, sigma, t_data, t_noise, name)
+        return FromFunctions(alpha, sigma, t_data, t_noise, name, known_levels=known_levels)
 
     @abstractmethod
     def _alpha(self, t: Tensor) -> Tensor: ...
@@ -177,6 +186,22 @@ class Schedule(ABC):
         within = ((t - self.t_data) * towards_noise >= 0).all() and (torch.isfinite(levels) & (levels >= 0)).all()
         return bool(within) and (not self._ends_at_noise or bool(((self.t_noise - t) * towards_noise >= 0).all()))
 
+    def knows(self, t: float | Tensor) -> bool:
+        """Whether the level at t, or at all times of a tensor, is within :attr:`known_levels`; True where none are stated."""
+        if self.known_levels is None:
+            return True
+        low, high = self.known_levels[0] * (1 - _SLACK), self.known_levels[1] * (1 + _SLACK)
+        if isinstance(t, Tensor):
+            levels = self.noise_to_signal(t)
+            return bool(((levels >= low) & (levels <= high)).all())
+        return low <= self.noise_to_signal(t) <= high
+
+    def everywhere(self) -> Self:
+        """A copy without known levels, for analyses that evaluate no model."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "known_levels", None)
+        return twin
+
     def __getstate__(self) -> Any:
         """The state of a copy or a pickle: without memoized values."""
         state = super().__getstate__()
@@ -191,15 +216,35 @@ class Schedule(ABC):
         kind = type(self)
         known = "__dataclass_fields__" in vars(kind)  # of its own: a subclass may hold more than its parent's fields
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init} if known else {}  # type: ignore[arg-type]
+        values.pop("known_levels", None)
         plain = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
         behaviour = {} if known and len(plain) == len(values) else self._behaviour()
-        return {"type": kind.__name__, **plain, **behaviour}
+        return {"type": kind.__name__, **plain, **behaviour, **self._stated()}
+
+    def _stated(self) -> dict[str, Any]:
+        """The entry of the known levels; empty where they are not stated."""
+        return {} if self.known_levels is None else {"known_levels": list(self.known_levels)}
 
     def _behaviour(self) -> dict[str, Any]:
         """The ends, and lambda at five interior times, because functions cannot be compared."""
         times = torch.linspace(self.t_data, self.t_noise, 7, dtype=_F64, device="cpu")[1:-1]
         samples = [float(f"{v:.9g}") for v in self._lam(times).tolist()]
         return {"t_data": self.t_data, "t_noise": self.t_noise, "lam": samples}
+
+
+def as_levels(value: Any) -> tuple[float, float] | None:
+    """Known levels as two floats, 0 <= lowest < highest, or None; ScheduleError for anything else."""
+    if value is None:
+        return None
+    try:
+        low, high = (float(v) for v in value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ScheduleError(
+            f"known_levels must be two levels sigma/alpha, such as (0.002, 80.0), got {value!r}."
+        ) from error
+    if not 0 <= low < high:
+        raise ScheduleError(f"known_levels must be two levels sigma/alpha, 0 <= lowest < highest, got {value!r}.")
+    return low, high
 
 
 def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -224,9 +269,11 @@ class FromFunctions(Schedule):
     t_data: float = 0.0
     t_noise: float = 1.0
     name: str = "custom"
+    known_levels: tuple[float, float] | None = field(default=None, kw_only=True)
     _ends_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "known_levels", as_levels(self.known_levels))
         alpha, sigma = self.alpha_function, self.sigma_function
         if not callable(alpha) or not callable(sigma):
             raise ScheduleError(f"alpha and sigma must be functions of a float64 tensor, got {alpha!r} and {sigma!r}.")
@@ -276,5 +323,5 @@ class FromFunctions(Schedule):
         return torch.where(lam.isnan(), lam, t)
 
     def config(self) -> dict[str, Any]:
-        """Name, ends, and values of lambda in between."""
-        return {"type": "FromFunctions", "name": self.name, **self._behaviour()}
+        """Name, ends, values of lambda in between, and the known levels if they are stated."""
+        return {"type": "FromFunctions", "name": self.name, **self._behaviour(), **self._stated()}

@@ -14,16 +14,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ScheduleError
-from .base import Schedule
+from .base import Schedule, as_levels
 
 __all__ = ["EDM", "VE", "VP", "Cosine", "Discrete", "FlowMatching", "schedule_from_config"]
 
 _F64 = torch.float64
+_SNAP = 1e-9  # distance of a timestep from the first or the last one that is rounding
 
 
 @dataclass(frozen=True)
-class EDM(Schedule):
-    """alpha = 1, sigma = t [Karras et al. 2022]: time is the noise level."""
+class _Standard(Schedule):
+    """A schedule in closed form, on which a user can state the levels that a model knows.
+
+    Parameters
+    ----------
+    known_levels : lowest and highest level sigma/alpha of the model's training, such as ``(0.002, 80.0)``, if known. Grids
+        then run between these levels by default, and a time outside of them is an error.
+
+    Raises
+    ------
+    ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
+    """
+
+    known_levels: tuple[float, float] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "known_levels", as_levels(self.known_levels))
+
+
+@dataclass(frozen=True)
+class EDM(_Standard):
+    """alpha = 1, sigma = t [Karras et al. 2022]: time is the noise level.
+
+    Parameters
+    ----------
+    known_levels : lowest and highest noise level of the model's training, if known; see :attr:`Schedule.known_levels`.
+    """
 
     _fixed: ClassVar[bool] = True
 
@@ -52,8 +78,13 @@ class EDM(Schedule):
 
 
 @dataclass(frozen=True)
-class VE(Schedule):
-    """alpha = 1, sigma = sqrt(t) [Song et al. 2021, as parameterized by Karras et al. 2022]: time is the variance."""
+class VE(_Standard):
+    """alpha = 1, sigma = sqrt(t) [Song et al. 2021, as parameterized by Karras et al. 2022]: time is the variance.
+
+    Parameters
+    ----------
+    known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
+    """
 
     _fixed: ClassVar[bool] = True
 
@@ -120,18 +151,20 @@ class _VariancePreserving(Schedule):
 
 
 @dataclass(frozen=True)
-class VP(_VariancePreserving):
+class VP(_Standard, _VariancePreserving):
     """Variance preserving with beta(t) = beta_0 + (beta_1 - beta_0) t linear on [0, 1] [Song et al. 2021].
 
     log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2 and sigma^2 = 1 - alpha^2.
 
     Parameters
     ----------
-    beta_0, beta_1 : rates beta at the data (t = 0) and at the noise (t = 1), 0 < beta_0 < beta_1.
+    beta_0, beta_1 : rates beta at the data (t = 0) and at the noise (t = 1), 0 < beta_0 <= beta_1. Equal rates are a constant
+        beta.
+    known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
 
     Raises
     ------
-    ScheduleError : the rates are not two numbers in that order.
+    ScheduleError : the rates, or the levels, are not two numbers in that order.
     """
 
     _fixed: ClassVar[bool] = True
@@ -140,13 +173,14 @@ class VP(_VariancePreserving):
     beta_1: float = 20.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             for name in ("beta_0", "beta_1"):
                 object.__setattr__(self, name, float(getattr(self, name)))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ScheduleError(f"VP needs two numbers 0 < beta_0 < beta_1: {error}.") from error
-        if not 0 < self.beta_0 < self.beta_1 < math.inf:
-            raise ScheduleError(f"VP needs 0 < beta_0 < beta_1, got beta_0={self.beta_0}, beta_1={self.beta_1}.")
+            raise ScheduleError(f"VP needs two numbers 0 < beta_0 <= beta_1: {error}.") from error
+        if not 0 < self.beta_0 <= self.beta_1 < math.inf:
+            raise ScheduleError(f"VP needs 0 < beta_0 <= beta_1, got beta_0={self.beta_0}, beta_1={self.beta_1}.")
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * (self.beta_1 - self.beta_0) * t * t - 0.5 * self.beta_0 * t
@@ -155,14 +189,21 @@ class VP(_VariancePreserving):
         return -0.5 * (self.beta_1 - self.beta_0) * t - 0.5 * self.beta_0
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
+        if self.beta_0 == self.beta_1:
+            return _softplus(-2 * lam) / self.beta_0
         # The positive root of the quadratic log alpha(t) = -softplus(-2 lam) / 2, in the form that cancels nothing.
         c = 2 * (self.beta_1 - self.beta_0) * _softplus(-2 * lam)
         return c / ((self.beta_0 + (self.beta_0**2 + c).sqrt()) * (self.beta_1 - self.beta_0))
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) on [0, 1] [Nichol & Dhariwal 2021, without offset]."""
+class Cosine(_Standard):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) on [0, 1] [Nichol & Dhariwal 2021, without offset].
+
+    Parameters
+    ----------
+    known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
+    """
 
     _fixed: ClassVar[bool] = True
 
@@ -183,8 +224,13 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class FlowMatching(Schedule):
-    """alpha = 1 - t, sigma = t on [0, 1]: rectified flow [Liu et al. 2023], optimal-transport paths [Lipman et al. 2023]."""
+class FlowMatching(_Standard):
+    """alpha = 1 - t, sigma = t on [0, 1]: rectified flow [Liu et al. 2023], optimal-transport paths [Lipman et al. 2023].
+
+    Parameters
+    ----------
+    known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
+    """
 
     _fixed: ClassVar[bool] = True
 
@@ -215,7 +261,8 @@ class Discrete(_VariancePreserving):
     """Variance preserving on integer timesteps, from a table of alpha_bar = alpha^2; log alpha is linear in between.
 
     Time is the timestep index in [0, T-1], on which discrete models are conditioned. The line continues one unit past timestep
-    0, to alpha = 1 at t = -1: the data.
+    0, to alpha = 1 at t = -1: the data. Between timestep 0 and the data there is no model: :attr:`known_levels` are the levels
+    of timesteps 0 and T-1.
 
     Parameters
     ----------
@@ -231,6 +278,7 @@ class Discrete(_VariancePreserving):
     alphas_cumprod: Tensor = field(repr=False)
     t_data: float = field(default=-1.0, init=False)
     t_noise: float = field(default=math.nan, init=False)
+    known_levels: tuple[float, float] | None = field(default=None, init=False, repr=False)
     _ends_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -245,11 +293,13 @@ class Discrete(_VariancePreserving):
         if not decreasing or not bool(((table > 0) & (table < 1)).all()):
             raise ScheduleError(
                 "Discrete needs alphas_cumprod: at least two numbers within (0, 1), decreasing with the timestep. "
-                "A table that ends in 0 (zero terminal SNR) needs its last entry dropped or replaced by a small number."
+                "In a table that ends in 0 (zero terminal SNR), replace the last entry by a tiny number: "
+                "alphas_cumprod[-1] = 1e-16. Dropping the entry instead would shift the level of the first evaluation."
             )
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "t_noise", float(len(table) - 1))
         object.__setattr__(self, "_knots", log_alpha)
+        object.__setattr__(self, "known_levels", (self.noise_to_signal(0.0), self.noise_to_signal(self.t_noise)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Discrete) and torch.equal(self.alphas_cumprod, other.alphas_cumprod)
@@ -275,7 +325,12 @@ class Discrete(_VariancePreserving):
         knots: Tensor = self._knots.to(lam.device)  # type: ignore[attr-defined]
         log_alpha = -0.5 * _softplus(-2 * lam)
         i = (torch.searchsorted(-knots, -log_alpha.detach(), right=True) - 1).clamp(0, len(knots) - 2)
-        return (i - 1) + (log_alpha - knots[i]) / (knots[i + 1] - knots[i])
+        t = (i - 1) + (log_alpha - knots[i]) / (knots[i + 1] - knots[i])
+        # Beyond the first and the last timestep there is no model: their levels give these timesteps exactly.
+        at = t.detach()
+        for end in (0.0, self.t_noise):
+            t = t - torch.where((at - end).abs() < _SNAP, at - end, 0.0)
+        return t
 
     def config(self) -> dict[str, Any]:
         """Type, length and SHA-256 of the table."""

@@ -13,6 +13,7 @@ from typing import Any
 from ..checks import check_number, check_whole
 from ..errors import PlanError
 from ..plan import Past
+from ..schedules import Schedule
 from .base import Solver, register
 from .transfer import ddim_step, is_singular, noise_step
 
@@ -39,8 +40,8 @@ class RungeKutta(Solver):
     """An explicit Runge-Kutta method, given by its Butcher tableau.
 
     Stage i is the velocity at time t + c_i h and state x + h sum_j a_ij k_j; the step is x + h sum_i b_i k_i.
-    Where a stage would be evaluated at sigma = 0 the step is Euler's (where alpha = 1 and sigma = t, this step lands on the
-    model's data estimate).
+    A step to the data is Euler's where a stage would be evaluated at sigma = 0, or below the levels that the model knows
+    (where alpha = 1 and sigma = t, Euler's step lands on the model's data estimate).
 
     ``RungeKutta(a, b, c, order=2, name="mine")`` makes a solver from numbers. A subclass has the class attributes ``a``,
     ``b``, ``c`` and ``order``, takes no arguments, and can be registered under a name.
@@ -117,12 +118,18 @@ class RungeKutta(Solver):
         """
         h = s - t
         k = [ode.velocity(x, t)]
-        if ode.is_data(s) and 1.0 in self.c:
+        times = [t + node * h if node != 1.0 else s for node in self.c[1:]]
+        if ode.is_data(s) and not _are_known(ode.schedule, times, s):
             return x + h * k[0]
-        for row, node in zip(self.a, self.c[1:], strict=True):
+        for row, u in zip(self.a, times, strict=True):
             y = x + sum(h * a * slope for a, slope in zip(row, k, strict=True) if a)
-            k.append(ode.velocity(y, t + node * h if node != 1.0 else s))
+            k.append(ode.velocity(y, u))
         return x + sum(h * b * slope for b, slope in zip(self.b, k, strict=True) if b)
+
+
+def _are_known(schedule: Schedule, times: Sequence[float], data: float) -> bool:
+    """Whether a model can be evaluated at the times of the stages of a step to the data."""
+    return all(u != data and schedule.knows(u) for u in times)
 
 
 def _tableau(name: str, a: Any, b: Any, c: Any) -> tuple[Any, Any, Any]:
@@ -228,19 +235,22 @@ class ThreeEighths(RungeKutta):
 class RhoRungeKutta(RungeKutta):
     """A tableau in rho = sigma/alpha on the noise estimate: d(x/alpha) = eps d(rho) [Zhang & Chen 2023, section 3.2].
 
-    Where a stage would be evaluated at sigma = 0, or the step starts at alpha = 0 (rho infinite), the step is DDIM's.
+    Where a stage would be evaluated at sigma = 0, or below the levels that the model knows, or the step starts at alpha = 0
+    (rho infinite), the step is DDIM's.
     """
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """x/alpha + (rho_s - rho_t) sum_i b_i eps_i, times alpha_s."""
         schedule = ode.schedule
-        if schedule.alpha(t) == 0 or schedule.alpha(s) == 0 or (ode.is_data(s) and 1.0 in self.c):
+        if schedule.alpha(t) == 0 or schedule.alpha(s) == 0:
             return ddim_step(schedule, x, ode.data(x, t), t, s)
         start, end, scale = schedule.noise_to_signal(t), schedule.noise_to_signal(s), schedule.alpha(t)
         h = end - start
+        times = [s if node == 1.0 else schedule.t_of_noise_to_signal(start + node * h) for node in self.c[1:]]
+        if ode.is_data(s) and not _are_known(schedule, times, s):
+            return ddim_step(schedule, x, ode.data(x, t), t, s)
         k = [ode.noise(x, t)]
-        for row, node in zip(self.a, self.c[1:], strict=True):
-            u = s if node == 1.0 else schedule.t_of_noise_to_signal(start + node * h)
+        for row, u in zip(self.a, times, strict=True):
             y = x / scale + sum(h * a * slope for a, slope in zip(row, k, strict=True) if a)
             k.append(ode.noise(schedule.alpha(u) * y, u))
         y = x / scale + sum(h * b * slope for b, slope in zip(self.b, k, strict=True) if b)
