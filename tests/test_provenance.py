@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import iia_ode as iia
 from iia_ode.errors import FileFormatError, FingerprintWarning, MismatchError, MismatchWarning
-from iia_ode.files import read_tensors, write_tensors
+from iia_ode.files import from_json, read_tensors, to_json, write_tensors
 from iia_ode.iia.origin import Origin
 from iia_ode.iia.provenance import (
     UNJUDGED,
@@ -27,8 +27,6 @@ from iia_ode.iia.provenance import (
     StageCost,
     StepReport,
     TeacherOptions,
-    from_json,
-    to_json,
 )
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..checks import check_number, check_seed, check_whole
 from ..errors import GridError, InputError
+from ..files import to_json
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
 from ..iia.method import record_of
-from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later, to_json
+from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later
 from ..iia.refinement import Refinement
 from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached

@@ -1,21 +1,16 @@
 """Provenance of a fitted solver: typed accounts of the fit, its steps, its model and its search, and their JSON form.
 
-The type annotations of the dataclasses are the schema of a file: `msgspec` checks a header against them. JSON has no number
-for NaN and infinity: a field stores None instead. Reading ignores unknown fields and fills in defaults, so a file stays
-readable when a later version adds a field with a default.
+The type annotations of the dataclasses are the schema of a file; :mod:`iia_ode.files` has the rules of a schema. JSON has no
+number for NaN and infinity: a field stores None instead.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import msgspec
-
-from ..errors import FileFormatError, InputError
+from ..errors import InputError
 from ..schedules.stored import brief
 from .origin import Origin
 
@@ -33,12 +28,8 @@ __all__ = [
     "TeacherOptions",
     "TeacherRecord",
     "finite",
-    "from_json",
     "later",
-    "to_json",
 ]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -315,37 +306,6 @@ class Record:
     sample_evaluations: int
     seed: int | None = None
     search: SearchRecord | None = None
-
-
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-
-
-def to_json(value: Any) -> dict[str, Any]:
-    """The JSON object of one of these dataclasses.
-
-    Raises
-    ------
-    FileFormatError : a field holds NaN, infinity or an object that JSON cannot hold.
-    """
-    try:
-        found: dict[str, Any] = json.loads(json.dumps(asdict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise FileFormatError(f"this {type(value).__name__} is not plain JSON: {error}.") from error
-    return found
-
-
-def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
-    """The dataclass `kind` from a JSON object of :func:`to_json`; `source` is the subject of error messages.
-
-    Raises
-    ------
-    FileFormatError : a field is missing or has another type; the message names the field.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        problem = str(error).replace("`$", "`header")
-        raise FileFormatError(f"{source} is damaged, or from another version of iia_ode: {problem}.") from error
 
 
 def finite(value: float) -> float | None:
