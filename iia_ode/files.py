@@ -150,7 +150,8 @@ def write_tensors(
 
     Raises
     ------
-    FileFormatError : the header is not plain JSON: it holds a tensor, NaN or an object of another library.
+    FileFormatError : the header is not plain JSON: it holds a tensor, NaN or an object of another library. Or a tensor has
+        a dtype that safetensors does not know.
     OSError : the file cannot be written.
     """
     # Copies: safetensors refuses tensors that share memory, and two weights of a plan may share it.
@@ -161,7 +162,11 @@ def write_tensors(
         body = json.loads(_dump(about | dict(header)))
     except (TypeError, ValueError, RecursionError) as error:
         raise FileFormatError(f"the header of {path} is not plain JSON: {error}.") from error
-    return write_bytes(path, save(stored, {_KEY: _dump({**body, "sha256": _digest(stored, body)})}))
+    try:
+        data = save(stored, {_KEY: _dump({**body, "sha256": _digest(stored, body)})})
+    except (SafetensorError, LookupError, TypeError) as error:
+        raise FileFormatError(f"a tensor of {path} is of a kind that no file holds: {error}.") from error
+    return write_bytes(path, data)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -332,6 +337,6 @@ def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
     """
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, OverflowError) as error:
+    except (msgspec.ValidationError, OverflowError, UnicodeError) as error:
         problem = str(error).replace("`$", "`header")
         raise FileFormatError(f"{source} is damaged, or from another version of iia_ode: {problem}.") from error

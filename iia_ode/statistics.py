@@ -134,7 +134,8 @@ class StatisticsTables:
 
     def __post_init__(self) -> None:
         for name in _TABLES:
-            value = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float64, copy=True).contiguous()
+            given = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach()
+            value = given.clone(memory_format=torch.contiguous_format)  # nobody else can change it
             object.__setattr__(self, name, value)
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"the table {name} of model statistics must be finite.")

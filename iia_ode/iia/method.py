@@ -54,6 +54,8 @@ class IIA:
         `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate 1/n is missed by n samples
         with probability 1/e.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
+    last_step : whether a step to the data (sigma = 0) is fitted where the terms have directions for this step; False leaves
+        the step to the base. ``"iia-edm"`` and ``"biia-edm"`` have none: algorithm 1 of the paper leaves this step to EDM.
     name : name of the fitted solver; ``iia(<base>)`` by default.
 
     Raises
@@ -70,6 +72,7 @@ class IIA:
     ridge: float | str = 0.0
     guard: bool = True
     intercept: bool = False
+    last_step: bool = True
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class IIA:
         check_whole("substeps", self.substeps, least=1)
         check_flag("guard", self.guard)
         check_flag("intercept", self.intercept)
+        check_flag("last_step", self.last_step)
         number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool) and 0 <= self.ridge < math.inf
         if not number and self.ridge != "auto":
             raise InputError(f"ridge must be a number from 0, or 'auto', got {self.ridge!r}.")
@@ -167,6 +171,7 @@ class IIA:
             self.ridge,
             self.guard,
             self.intercept,
+            self.last_step,
             self.name or f"iia({base.label})",
         )
 
@@ -181,6 +186,7 @@ class IIA:
             "ridge": self.ridge,
             "guard": self.guard,
             "intercept": self.intercept,
+            "last_step": self.last_step,
         }
 
 

@@ -278,7 +278,7 @@ class Record:
     Attributes
     ----------
     library : version of iia_ode.
-    base, terms, target, history, ridge, guard, intercept : options of the method; see :class:`~iia_ode.IIA`.
+    base, terms, target, history, ridge, guard, intercept, last_step : options of the method; see :class:`~iia_ode.IIA`.
     origin : the ODE and the states.
     batch, held_out : number of samples, and how many of them were held out.
     endpoint : errors of the final states.
@@ -306,6 +306,7 @@ class Record:
     sample_evaluations: int
     seed: int | None = None
     search: SearchRecord | None = None
+    last_step: bool = True
 
 
 def finite(value: float) -> float | None:

@@ -68,7 +68,7 @@ class Stepwise:
 
     Attributes
     ----------
-    base, terms, target, history, ridge, guard, intercept : the method.
+    base, terms, target, history, ridge, guard, intercept, last_step : the method.
     name : name of the resulting plan.
     """
 
@@ -79,6 +79,7 @@ class Stepwise:
     ridge: float | str
     guard: bool
     intercept: bool
+    last_step: bool
     name: str
 
     @torch.no_grad()
@@ -105,7 +106,8 @@ class Stepwise:
             y, memory = take_step(self.base, tracer, x, t, s, Past(memory, i, len(intervals) - 1 - i))
             made = tuple(tracer.evaluations[seen:])
             record = StepRecord(i, t, s, x, made, tracer.known(x, t), batch.ode.is_data(s), y, y)
-            candidates = self.terms(record, records)
+            left = record.to_data and not self.last_step
+            candidates = () if left else self.terms(record, records)
             if not isinstance(candidates, tuple) or not all(isinstance(term, Term) for term in candidates):
                 raise InputError(
                     f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."

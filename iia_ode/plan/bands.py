@@ -184,11 +184,11 @@ class Bands(Projections):
         return x
 
     def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor:
-        total = None
-        for x, (factor,) in parts:
-            term = self._coordinates(x, tables) * factor
-            total = term if total is None else total + term
-        return self._coordinates(torch.as_tensor(total), tables, back=True).contiguous()
+        (x, (factor,)), *others = parts
+        total = self._coordinates(x, tables) * factor
+        for x, (factor,) in others:
+            total = total + self._coordinates(x, tables) * factor
+        return self._coordinates(total, tables, back=True).contiguous()
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """sum_b <P_g x_b, P_g y_b>, float64 [G]."""

@@ -48,7 +48,7 @@ class LinearMap:
     def __post_init__(self) -> None:
         if not isinstance(self.projections, Projections):
             raise PlanError(f"a linear map is over Projections such as Bands, got {type(self.projections).__name__}.")
-        c = torch.as_tensor(self.coefficients).to("cpu", _F64)
+        c = torch.as_tensor(self.coefficients, dtype=_F64, device="cpu")
         object.__setattr__(self, "coefficients", c)
         if c.shape != (self.projections.count,) or not bool(torch.isfinite(c).all()):
             raise PlanError(
@@ -194,7 +194,7 @@ class PerCondition:
     table: Tensor
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.table).to("cpu", _F64)
+        table = torch.as_tensor(self.table, dtype=_F64, device="cpu")
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "values", tuple(self.values))
         whole = all(type(v) is int and abs(v) < 2**63 for v in self.values)
