@@ -94,8 +94,8 @@ A step without directions keeps the base."""
 def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
     """BIIA: z + sum_k gamma_k h Delta_{i-k} [Zhang et al. 2024, eq. 11-14, alg. 1].
 
-    The step to the data has no directions, as in algorithm 1. Delta is the mean slope of a base step; for Heun, Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is
-    gamma = (1, 0, ...).
+    The step to the data has no directions, as in algorithm 1. Delta is the mean slope of a base step; for Heun,
+    Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is gamma = (1, 0, ...).
     """
     if step.to_data:
         return ()

@@ -101,6 +101,10 @@ class Endpoint:
     fell_back : whether the base is in use instead of the fit.
     reference : how the true final states were computed; ``"none"`` without a guard.
     why : finding of the guard, where the base is in use.
+    judged : number of samples behind the decision; 0 without a guard.
+    needed : a number of samples. Where the fit is in use: enough to show, with a probability of at least 95%, any failure
+        frequent enough to undo the gain. Where the base is in use: enough for a clear gain, if further samples are like those
+        seen. None where there is no such number.
     """
 
     base: float | None
@@ -108,6 +112,23 @@ class Endpoint:
     fell_back: bool
     reference: str
     why: str
+    judged: int = 0
+    needed: int | None = None
+
+    @property
+    def limits(self) -> str:
+        """The failures that the judged samples cannot show, as a sentence without a full stop; empty without a guard."""
+        if not self.judged:
+            return ""
+        share = "of any share" if self.judged <= 3 else f"with a share below {3 / self.judged:.2g}"
+        told = f"judged on {self.judged} sample{'s' * (self.judged > 1)}, which may miss modes of the data {share}"
+        if self.fell_back:
+            number = "no number of" if self.needed is None else f"about {self.needed}"
+            return f"{told}; {number} samples like these would show a clear gain"
+        if self.needed is None:
+            return told
+        enough = "enough samples" if self.needed <= self.judged else f"{self.needed} samples would be needed"
+        return f"{told}; {enough} to rule out failures that undo the gain"
 
 
 UNJUDGED = Endpoint(None, None, False, "none", "")
