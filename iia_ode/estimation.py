@@ -28,7 +28,7 @@ from .ode.mode import check_mode, in_training
 from .plan import check_grid, check_start
 from .schedules import Schedule
 from .schedules.base import derivative_of
-from .statistics import KIND, Curve, StatisticsTables
+from .statistics import KIND, Curve, Header, StatisticsTables
 
 __all__ = ["ModelStatistics", "read_statistics"]
 
@@ -163,10 +163,10 @@ def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = No
     FileFormatError : missing, damaged or foreign file.
     MismatchError : `schedule` is not the schedule of the statistics.
     """
-    tensors, header = read_tensors(path, KIND)
+    tensors, header = read_tensors(path, KIND, Header)
     try:
-        found = ModelStatistics(**tensors, schedule=header["schedule"], about=header["about"])
-    except (TypeError, KeyError, InputError) as error:
+        found = ModelStatistics.of_file(tensors, header)
+    except InputError as error:
         raise FileFormatError(f"{str(path)!r} does not hold model statistics: {error}.") from error
     if schedule is not None:
         found.check(schedule)

@@ -1,4 +1,10 @@
-"""Read and write the library's files: safetensors with a JSON string in the header, written atomically, never unpickled."""
+"""Read and write the library's files: safetensors with a JSON string in the header, written atomically, never unpickled.
+
+A kind of file has a format version and a schema, the annotations of a dataclass. :func:`read_tensors` is the only reader:
+checks of version, checksum and schema come before the first object is built. Reading ignores unknown fields of a header and
+fills in defaults. A field with a default may therefore be added to a schema without a new version; every other change of a
+schema needs a new version in `FORMATS`.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +13,131 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import FileFormatError
+from .__about__ import __version__
+from .errors import FileFormatError, IIAError, InputError
 
-__all__ = ["FORMAT_VERSION", "bytes_of", "check_writable", "read_kind", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = [
+    "FORMATS",
+    "bytes_of",
+    "check_writable",
+    "from_json",
+    "read_kind",
+    "read_tensors",
+    "to_json",
+    "write_bytes",
+    "write_tensors",
+]
 
-FORMAT_VERSION = 1
+FORMATS: dict[str, int] = {"fitted solver": 2, "teacher": 2}
+"""Format version of each kind of file; 1 for any other kind."""
+
 _KEY = "iia_ode"
+_DEEPEST = 50  # levels of lists and objects in a header; the library's own headers have fewer than ten
+
+_T = TypeVar("_T")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` atomically: a reader sees the old file or the whole new file, never a part."""
-    target = Path(path)
-    temporary = _temporary_beside(target)
-    try:
-        with temporary.open("xb") as file:  # a new file with the default permissions
+    """Write `data` to `path` atomically: a reader sees the old file or the whole new file, never a part.
+
+    Missing folders are made. A link is followed: the file behind the link is replaced, and the link stays. An existing file
+    keeps its mode; other hard links to the file keep the old content. A new file has the default mode (umask).
+
+    Raises
+    ------
+    InputError : `path` is no path.
+    OSError : the file cannot be written; the message names the file. As for ``open(path, "wb")``, an existing file must be
+        writable. A device or pipe is refused.
+    """
+    target = _target(path)
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    with _temporary_beside(target) as temporary:
+        # Nobody else may read the new content of a private file, not even for a moment.
+        permissions = 0o666 if mode is None else 0o600
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, permissions), "wb") as file:
             file.write(data)
             file.flush()
+            if mode is not None:
+                os.chmod(temporary, mode)
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return target
+    return as_path(path)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise OSError unless a file can be made at `path`. Call it before long work with a result for this path."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = _temporary_beside(Path(path))
-    temporary.touch(exist_ok=False)
-    temporary.unlink()
+    with _temporary_beside(_target(path)) as temporary:
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
 
 
-def _temporary_beside(target: Path) -> Path:
-    """An unused name in the folder of `target`; makes the folder."""
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
+
+
+def as_path(path: object) -> Path:
+    """The path of a file.
+
+    Raises
+    ------
+    InputError : not a path.
+    """
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]  # anything else is a TypeError
+    except TypeError as error:
+        raise InputError(f"expected the path of a file, got {type(path).__name__} {path!r}.") from error
+    if "\0" in text:
+        raise InputError(f"a path has no zero byte, got {text!r}.")
+    return Path(text)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file behind all links of `path`, which need not exist."""
+    target = Path(os.path.realpath(as_path(path)))
+    if target.is_dir():
+        raise _os_error(errno.EISDIR, path)
+    if target.is_symlink():
+        raise _os_error(errno.ELOOP, path)
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+    if target.exists() and not os.access(target, os.W_OK):
+        raise _os_error(errno.EACCES, path)
+    return target
+
+
+def _os_error(number: int, path: str | os.PathLike[str]) -> OSError:
+    return OSError(number, os.strerror(number), os.fspath(path))
+
+
+@contextmanager
+def _temporary_beside(target: Path) -> Iterator[Path]:
+    """An unused name in the folder of `target`; makes the folder, removes the file in the end, names `target` in errors."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        yield temporary
+    except OSError as error:
+        if str(error.filename) != str(temporary) or error.errno is None:
+            raise
+        raise _os_error(error.errno, target) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_tensors(
@@ -61,53 +145,75 @@ def write_tensors(
 ) -> Path:
     """Write `tensors` and a JSON-ready `header` as one safetensors file of the given `kind`, atomically.
 
+    Format version, kind and version of the library are added to the header. :func:`write_bytes` has the rules for links,
+    modes and folders.
+
     Raises
     ------
-    FileFormatError : the header is not plain JSON: it holds a tensor, NaN or an object of another library.
+    FileFormatError : the header is not plain JSON: it holds a tensor, NaN or an object of another library. Or a tensor has
+        a dtype that safetensors does not know.
+    OSError : the file cannot be written.
     """
     # Copies: safetensors refuses tensors that share memory, and two weights of a plan may share it.
     stored = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    about = {"format": FORMATS.get(kind, 1), "kind": kind, "library": __version__}
     try:
         # Through JSON and back, because the digest is taken of the reader's values (lists for tuples, text for keys).
-        body = json.loads(_dump({"format": FORMAT_VERSION, "kind": kind, **header}))
-    except (TypeError, ValueError) as error:
+        body = json.loads(_dump(about | dict(header)))
+    except (TypeError, ValueError, RecursionError) as error:
         raise FileFormatError(f"the header of {path} is not plain JSON: {error}.") from error
-    return write_bytes(path, save(stored, {_KEY: _dump({**body, "sha256": _digest(stored, body)})}))
+    try:
+        data = save(stored, {_KEY: _dump({**body, "sha256": _digest(stored, body)})})
+    except (SafetensorError, LookupError, TypeError) as error:
+        raise FileFormatError(f"a tensor of {path} is of a kind that no file holds: {error}.") from error
+    return write_bytes(path, data)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@overload
+def read_tensors(
+    path: str | os.PathLike[str], kind: str, schema: None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+
+@overload
+def read_tensors(path: str | os.PathLike[str], kind: str, schema: type[_T]) -> tuple[dict[str, Tensor], _T]: ...
 
 
 def read_tensors(
-    path: str | os.PathLike[str], kind: str, pattern: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path: str | os.PathLike[str], kind: str, schema: type[Any] | None = None
+) -> tuple[dict[str, Tensor], Any]:
     """The tensors and the header of a file of :func:`write_tensors` with the same `kind`.
 
     Parameters
     ----------
     path : the file.
     kind : the expected kind.
-    pattern : layout of the header. A dict holds the required keys with their patterns, a list holds one pattern for all
-        entries, and anything else is a type.
+    schema : a dataclass with the fields of the header; by default the header is a dict.
+
+    Returns
+    -------
+    Tensors on the CPU, in memory of their own, and the header. Memory and time are in proportion to the file.
 
     Raises
     ------
-    FileFormatError : the file is missing, not safetensors, not of this library, damaged or edited, of another kind, of a
-        newer format version, or its header does not fit the pattern.
+    FileFormatError : the file is missing, not safetensors, not of this library, damaged or edited, of another kind, of
+        another format version, or its header does not fit the schema.
+    InputError : `path` is no path.
     """
     with _opened(path) as (file, header):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        # Copies: memory of the file changes when another process writes into the file, and lies at any address.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     digest = header.pop("sha256", None)
-    try:
-        intact = digest == _digest(tensors, header)
-    except ValueError:  # NaN in the header: never written
-        intact = False
-    if not intact:
+    if digest != _digest(tensors, header):
         raise FileFormatError(
             f"{str(path)!r} is damaged or edited: its checksum does not match. Take an unharmed copy, or make it again."
         )
     if header["kind"] != kind:
         raise FileFormatError(f"{str(path)!r} holds a {header['kind']!r}, expected a {kind!r}.")
-    if problem := _misfit(header, {} if pattern is None else dict(pattern), "its header"):
-        raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
-    return tensors, header
+    return tensors, header if schema is None else from_json(schema, header, repr(str(path)))
 
 
 def read_kind(path: str | os.PathLike[str]) -> str:
@@ -115,7 +221,8 @@ def read_kind(path: str | os.PathLike[str]) -> str:
 
     Raises
     ------
-    FileFormatError : the file is missing, not safetensors, not of this library, of a newer format version, or has no kind.
+    FileFormatError : the file is missing, not safetensors, not of this library, of another format version, or has no kind.
+    InputError : `path` is no path.
     """
     with _opened(path) as (_, header):
         return str(header["kind"])
@@ -124,53 +231,75 @@ def read_kind(path: str | os.PathLike[str]) -> str:
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """An open file of this library, and its header with the checksum."""
-    if not Path(path).is_file():
-        raise FileFormatError(f"no file {str(path)!r}.")
+    own = as_path(path)
+    if not own.is_file():
+        raise FileFormatError(f"{str(own)!r} is a folder." if own.is_dir() else f"no file {str(own)!r}.")
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file, _header(path, file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
+        with safe_open(own, framework="pt", device="cpu") as file:
+            yield file, _header(own, file.metadata() or {})
+    except IIAError:
+        raise
+    except (SafetensorError, OSError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{str(own)!r} is not a readable safetensors file: {error}.") from error
 
 
-def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The header, with a known format version."""
     if _KEY not in metadata:
         raise FileFormatError(f"{str(path)!r} was not written by iia_ode: its header has no {_KEY!r} entry.")
     try:
-        header: dict[str, Any] = json.loads(metadata[_KEY])
-        version, _ = header["format"], header["kind"]
-        newer = version > FORMAT_VERSION
+        header = json.loads(metadata[_KEY], parse_constant=_no_number)
+        version, kind = header["format"], header["kind"]
+        if type(version) is not int or not isinstance(kind, str):
+            raise ValueError(f"got format {version!r} and kind {kind!r}")
+        if _depth(header) > _DEEPEST:
+            raise ValueError(f"more than {_DEEPEST} levels")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FileFormatError(f"{str(path)!r} is damaged: its header has no format and kind ({error}).") from error
-    if newer:
+        raise FileFormatError(f"{str(path)!r} is damaged: its header is not valid ({error!r}).") from error
+    known = FORMATS.get(kind, 1)
+    if version > known:
         raise FileFormatError(
-            f"{str(path)!r} has format version {version}; this iia_ode reads up to {FORMAT_VERSION}. Upgrade iia_ode."
+            f"{str(path)!r} has format version {version}; this iia_ode reads up to {known}. Upgrade iia_ode."
         )
-    return header
+    if version < known:
+        raise FileFormatError(
+            f"{str(path)!r} has format version {version} of a {kind!r}; this iia_ode {__version__} reads {known}. Make the "
+            f"file again, or read it with the iia_ode that wrote it."
+        )
+    return dict(header)
 
 
-def _misfit(value: Any, pattern: Any, where: str) -> str | None:
-    """The first place where a JSON value departs from its pattern, in words; None if the value fits."""
-    kind: Any = type(pattern) if isinstance(pattern, dict | list) else pattern
-    if not isinstance(value, kind):
-        return f"{where} is {value!r}"
-    parts: list[str | None] = []
-    if isinstance(pattern, dict):
-        if missing := sorted(pattern.keys() - value.keys()):
-            return f"{where} lacks {', '.join(missing)}"
-        parts = [_misfit(value[k], p, f"{where}.{k}") for k, p in pattern.items()]
-    elif isinstance(pattern, list):
-        parts = [_misfit(v, pattern[0], f"{where}[{k}]") for k, v in enumerate(value)]
-    return next(filter(None, parts), None)
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects in a JSON value, up to one more than the limit."""
+    depth, level = 0, [value]
+    while level and depth <= _DEEPEST:
+        depth += 1
+        level = [
+            v
+            for node in level
+            if isinstance(node, dict | list)
+            for v in (node.values() if isinstance(node, dict) else node)
+        ]
+    return depth
 
 
 def _dump(body: Mapping[str, Any]) -> str:
     return json.dumps(body, allow_nan=False, sort_keys=True)
 
 
-def _digest(tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> str:
-    """SHA-256 of the header and of every tensor's name, dtype, shape and bytes; independent of the layout of the file."""
-    digest = hashlib.sha256(_dump(body).encode())
+def _digest(tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> str | None:
+    """SHA-256 of the header and of every tensor's name, dtype, shape and bytes; independent of the layout of the file.
+
+    A header with a number beyond float64, which is never written, has no digest.
+    """
+    try:
+        digest = hashlib.sha256(_dump(body).encode())
+    except ValueError:
+        return "none"
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{json.dumps(name)} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(bytes_of(value))
@@ -182,3 +311,34 @@ def bytes_of(values: Tensor) -> memoryview:
     flat = values.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     # A single entry may have stride 0, which no view of bytes takes.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
+
+
+# ---- dataclasses as JSON ---------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """The JSON object of a dataclass.
+
+    Raises
+    ------
+    FileFormatError : a field holds NaN, infinity or an object that JSON cannot hold.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(asdict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"this {type(value).__name__} is not plain JSON: {error}.") from error
+    return found
+
+
+def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
+    """The dataclass `kind` from a JSON object of :func:`to_json`; `source` is the subject of error messages.
+
+    Raises
+    ------
+    FileFormatError : a field is missing or has another type; the message names the field.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, OverflowError, UnicodeError) as error:
+        problem = str(error).replace("`$", "`header")
+        raise FileFormatError(f"{source} is damaged, or from another version of iia_ode: {problem}.") from error

@@ -31,7 +31,7 @@ from .files import write_tensors
 from .schedules import Schedule
 from .schedules.stored import brief
 
-__all__ = ["KIND", "Curve", "StatisticsTables", "StepIntegrals"]
+__all__ = ["KIND", "Curve", "Header", "StatisticsTables", "StepIntegrals"]
 
 Array = npt.NDArray[np.float64]
 KIND = "model statistics"
@@ -75,6 +75,14 @@ class Curve:
     def _inside(self, polynomial: PPoly, lam: Array | float) -> Array:
         out: Array = polynomial(np.clip(lam, *self.ends))
         return out
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a file of statistics."""
+
+    schedule: dict[str, Any] | None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ class StatisticsTables:
 
     def __post_init__(self) -> None:
         for name in _TABLES:
-            value = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float64, copy=True).contiguous()
+            given = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach()
+            value = given.clone(memory_format=torch.contiguous_format)  # nobody else can change it
             object.__setattr__(self, name, value)
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"the table {name} of model statistics must be finite.")
@@ -186,6 +195,19 @@ class StatisticsTables:
             )
 
     # ---- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], header: Header) -> Self:
+        """The statistics of a file's tensors and header.
+
+        Raises
+        ------
+        InputError : the tensors are not the tables of statistics.
+        """
+        kinds = {name: value.dtype for name, value in tensors.items()}
+        if kinds != dict.fromkeys(_TABLES, torch.float64):
+            raise InputError(f"expected float64 tables {', '.join(_TABLES)}, got {kinds}.")
+        return cls(**tensors, schedule=header.schedule, about=header.about)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the tables as tensors, schedule and `about` as JSON in its header."""

@@ -69,7 +69,7 @@ def test_the_file_is_plain_safetensors_with_one_json_string(tmp_path):
     assert dtypes == {"grid": F64, "times": F64, "weights": F64}
     record = header["record"]
     assert header["kind"] == "fitted solver"
-    assert header["format"] == 1
+    assert header["format"] == 2
     assert record["library"] == iia.__version__
     assert record["base"] == {"name": "heun", "options": {}}
     assert record["target"] == {"name": "substeps", "options": {"substeps": 3}}
@@ -284,7 +284,7 @@ def test_a_file_of_an_unknown_kind_or_a_newer_format_is_refused(tmp_path):
         read_tensors(DIGITS_WEIGHTS, "plan")
     path = fitted().save(tmp_path / "fit.safetensors")
     rewrite(path, lambda header, tensors: header.update(format=99))
-    with pytest.raises(iia.errors.FileFormatError, match=r"format version 99; this iia_ode reads up to 1. Upgrade"):
+    with pytest.raises(iia.errors.FileFormatError, match=r"format version 99; this iia_ode reads up to 2. Upgrade"):
         iia.load(path)
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from support import in_turn, mixture
 
 import iia_ode as iia
+from iia_ode.experiments import get_setting
 from iia_ode.iia import PRESETS
+from iia_ode.metrics import rmse
 from iia_ode.plan import Past
 from iia_ode.plan.tracer import take_step
 
@@ -193,12 +195,54 @@ def test_the_local_target_is_the_flow_itself():
         assert r.after == pytest.approx(float((target - path[r.index + 1]).square().mean().sqrt()), rel=1e-5)
 
 
-def test_the_step_to_the_data_is_not_fitted_and_every_other_is():
-    to_data = iia.preset("iia-edm").fit(edm(), states(), iia.grids.karras(5))
-    above = iia.preset("iia-edm").fit(edm(), states(), iia.grids.karras(5, to_data=False))
+@pytest.mark.parametrize("name", ["biia-edm", "iia-edm"])
+def test_the_step_to_the_data_is_not_fitted_over_heun_as_in_algorithm_1_and_every_other_is(name):
+    to_data = iia.preset(name).fit(edm(), states(), iia.grids.karras(5))
+    above = iia.preset(name).fit(edm(), states(), iia.grids.karras(5, to_data=False))
     assert [r.index for r in to_data.reports] == [0, 1, 2, 3]
     assert [r.index for r in above.reports] == [0, 1, 2, 3]
     assert above.grid.tolist()[-1] == 0.002
+
+
+@pytest.mark.parametrize("name", ["iia-ddim", "iia-spndm", "iia-ipndm", "iia-dpmpp_2m"])
+def test_the_differences_fit_the_step_to_the_data_too_unless_told_to_leave_it(name, tmp_path):
+    fit, left = (iia.preset(name, last_step=v).fit(edm(), states(), GRID) for v in (True, False))
+    assert [r.index for r in fit.reports] == [1, 2, 3, 4, 5]
+    assert left.reports == fit.reports[:-1]
+    assert (fit.record.last_step, left.record.last_step) == (True, False)
+    assert "step to the data left" in str(iia.load(left.save(tmp_path / "left.safetensors")))
+    assert "left" not in str(fit)
+
+
+def test_other_terms_may_leave_the_step_to_the_data_too():
+    fits = [iia.IIA("ddim", "window", guard=False, last_step=v).fit(edm(), states(), GRID) for v in (True, False)]
+    assert [len(f.reports) for f in fits] == [6, 5]
+
+
+def test_a_fitted_last_step_lowers_the_error_on_vp_and_changes_nothing_on_edm():
+    setting, vp = get_setting("mixture"), iia.VP()
+    ode = setting.problem.ode(vp)
+    x, y = (setting.problem.noisy(n, vp, 1.0, torch.Generator().manual_seed(n)) for n in (200, 500))
+    exact = iia.Teacher.solve(ode, y, 1.0, 0.0).final
+    grid = torch.linspace(1, 0, 5, dtype=F64)
+    left, fitted = (
+        rmse(iia.sample(ode, y, solver=iia.preset("iia-ddim", last_step=v).fit(ode, x, grid)), exact)
+        for v in (False, True)
+    )
+    assert fitted < 0.95 * left
+    own, z = setting.draw(200, 0)
+    both = [iia.preset("iia-ddim", last_step=v).fit(own, z, iia.grids.karras(8)) for v in (False, True)]
+    a, b = (iia.sample(own, z, solver=fit) for fit in both)
+    assert rmse(a, b) < 1e-4 * rmse(a, 0 * a)
+
+
+def test_the_settings_of_table_1_go_by_name():
+    assert iia.preset("biia-edm", settings="ffhq") == iia.preset("biia-edm", history=0)
+    assert iia.preset("iia-edm", settings="ffhq") == iia.preset("iia-edm")
+    for name in PRESETS:
+        assert iia.preset(name, settings="usual") == iia.preset(name) == PRESETS[name]
+        assert (iia.preset(name).substeps, iia.preset(name).history) == (3, 1)
+    assert iia.preset("biia-edm", settings="ffhq", history=2).history == 2
 
 
 def test_history_is_cut_short_where_the_run_starts():
@@ -209,14 +253,14 @@ def test_history_is_cut_short_where_the_run_starts():
         ("gamma_0", "gamma_1", "gamma_2"),
         ("gamma_0", "gamma_1", "gamma_2"),
     ]
-    assert [r.index for r in iia.preset("iia-ddim").fit(edm(), states(), GRID).reports] == [1, 2, 3, 4]
+    assert [r.index for r in iia.preset("iia-ddim").fit(edm(), states(), GRID).reports] == [1, 2, 3, 4, 5]
     assert iia.preset("iia-ddim", history=0).fit(edm(), states(), GRID).reports == ()
 
 
 def test_after_an_unfitted_ddim_step_the_two_directions_are_one():
     """D_1 - D_0 = -sigma_1 (eps_1 - eps_0): the system has rank one, and the correction is the smallest that fits."""
     reports = iia.preset("iia-ddim").fit(edm(), states(), GRID).reports
-    assert [r.rank for r in reports] == [1, 2, 2, 2]
+    assert [r.rank for r in reports] == [1, 2, 2, 2, 2]
     in_float32 = iia.preset("iia-ddim").fit(edm(), states().float(), GRID).reports
     assert in_float32[0].rank == 1
     assert in_float32[0].values == pytest.approx(reports[0].values, rel=1e-3)
@@ -311,6 +355,9 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         (lambda: iia.preset("iia-edn"), iia.errors.UnknownNameError, "Did you mean 'iia-edm'"),
         (lambda: iia.preset("iia-edm", histroy=2), iia.errors.UnknownNameError, "Did you mean 'history'"),
         (lambda: iia.IIA("huen", "iia-edm"), iia.errors.UnknownNameError, "Did you mean 'heun'"),
+        (lambda: iia.preset("iia-ddim", settings="ffhq"), iia.errors.UnknownNameError, "settings of iia-ddim 'ffhq'"),
+        (lambda: iia.preset("iia-edm", settings="fhq"), iia.errors.UnknownNameError, "Did you mean 'ffhq'"),
+        (lambda: iia.IIA("ddim", last_step=0), iia.errors.InputError, "last_step must be True or False, got 0"),
         (lambda: iia.IIA("heun", "edm"), iia.errors.UnknownNameError, "set of terms 'edm'"),
         (lambda: iia.IIA("heun", "iia-edm", target="lokal"), iia.errors.UnknownNameError, "Did you mean 'local'"),
         (

@@ -14,7 +14,9 @@ from iia_ode.errors import GuardWarning
 from iia_ode.experiments import get_setting
 from iia_ode.iia import IIA, Target, Teacher
 from iia_ode.iia.provenance import Endpoint
+from iia_ode.iia.ranking import verdict
 from iia_ode.iia.stepwise import RIDGES
+from iia_ode.metrics import rmse
 
 F64 = torch.float64
 GRID = iia.grids.karras(6)
@@ -88,6 +90,9 @@ def test_a_fit_that_ends_worse_than_its_base_on_held_out_noise_is_the_base_and_s
     assert "the base was kept" in str(fit)
     assert f"not clearly better at the end ({fit.record.endpoint.why})." in fit.explain()
     assert fit.record.endpoint.why.startswith("of 10 samples 0 end nearer (at least 9 needed)")
+    assert (
+        "Judged on 10 samples, which may miss modes of the data with a share below 0.3; no number of" in fit.explain()
+    )
     assert iia.load(fit.save(tmp_path / "fit.safetensors")).record == fit.record
 
 
@@ -359,3 +364,78 @@ def test_the_guard_of_one_held_out_sample_says_that_it_can_tell_nothing():
     ode, x = get_setting("mixture").draw(4, 0)
     with pytest.warns(GuardWarning, match="1 sample cannot tell a gain from chance, which takes at least six"):
         IIA("ddim", terms="window").fit(ode, x, iia.grids.karras(5))
+
+
+# ---- what the samples do not hold ------------------------------------------------------------------------------------
+
+
+def rare_mode():
+    """Data with a mode of 3%, far from the other mode."""
+    means = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    ode = iia.problems.Mixture(torch.tensor([0.97, 0.03]), means, 0.1).ode(iia.EDM())
+    return ode, iia.get_solver("heun").grid_for(17, iia.grids.karras, iia.EDM())
+
+
+def noise(n, seed):
+    return 80 * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def test_a_fit_that_a_rare_mode_makes_worse_says_how_few_samples_judged_and_how_many_are_needed(tmp_path):
+    ode, grid = rare_mode()
+    y = noise(1000, 99)
+    exact = Teacher.solve(ode, y, 80.0, 0.0).final
+    base, worse = rmse(iia.sample(ode, y, grid, "heun"), exact), 0
+    for seed in (0, 1, 3, 6, 11):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit = IIA("heun", terms="biia-edm", ridge="auto").fit(ode, noise(200, seed), grid)
+        end, said = fit.record.endpoint, " ".join(str(w.message) for w in caught)
+        assert end.judged == 50 and "judged on 50 samples" in str(fit)
+        if end.fell_back:
+            assert "judged on 50 samples, which may miss modes of the data with a share below 0.06" in said
+            number = "no number of" if end.needed is None else f"about {end.needed}"
+            assert f"{number} samples like these would show a clear gain" in said
+        elif rmse(iia.sample(ode, y, solver=fit), exact) > 1.2 * base:
+            worse += 1
+            assert end.needed > 10_000
+            assert f"{end.needed} samples would be needed to rule out failures that undo the gain" in fit.explain()
+            if seed != 11:  # of the held-out samples of seed 11, one is of the rare mode
+                assert "is kept, but" in said and "end where no judged sample does" in said
+        assert iia.load(fit.save(tmp_path / "fit.safetensors")).explain() == fit.explain()
+    assert worse == 3
+
+
+def test_the_samples_that_are_said_to_be_needed_refuse_the_fit():
+    ode, grid = rare_mode()
+    with pytest.warns(GuardWarning, match=r"is kept, but 3 of 200 samples end where no judged sample does"):
+        fit = IIA("heun", terms="biia-edm", ridge="auto").fit(ode, noise(200, 0), grid)
+    y = noise(fit.record.endpoint.needed, 7)
+    exact = Teacher.solve(ode, y, 80.0, 0.0, steps=40).final
+    by_base, by_fit = (iia.sample(ode, y, grid, s) - exact for s in ("heun", fit))
+    squares = torch.stack([e.square().mean(1) for e in (by_base, by_fit, exact)], dim=1)
+    assert not verdict(squares, len(y), 1e-14).kept
+
+
+def test_with_a_teacher_all_samples_judge_and_none_ends_apart_from_them():
+    ode, grid = rare_mode()
+    x = noise(200, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = IIA("heun", terms="biia-edm", ridge="auto").fit(ode, x, grid, teacher=Teacher.solve(ode, x, 80.0, 0.0))
+    assert fit.record.endpoint.judged == 200 < fit.record.endpoint.needed
+    assert "Judged on 200 samples, which may miss modes of the data with a share below 0.015" in fit.explain()
+
+
+def test_a_fit_without_held_out_samples_records_no_guard():
+    fit = IIA("ddim", guard=True).fit(ode(), states(), GRID, held_out=0)
+    assert not fit.record.guard and fit.record.endpoint.judged == 0
+    assert "no guard judged the fit" in fit.explain()
+
+
+def test_the_one_call_says_how_many_samples_chose():
+    own, x = get_setting("mixture").draw(64, 0)
+    fit = iia.fit(own, 3, x=x, budget="closed-form")
+    end = fit.record.endpoint
+    assert end.judged == 32 and end.needed > 0
+    for text in (str(fit), fit.explain()):
+        assert "udged on 32 samples, which may miss modes of the data with a share below 0.094" in text

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import iia_ode as iia
 from iia_ode.errors import FileFormatError, FingerprintWarning, MismatchError, MismatchWarning
-from iia_ode.files import read_tensors, write_tensors
+from iia_ode.files import from_json, read_tensors, to_json, write_tensors
 from iia_ode.iia.origin import Origin
 from iia_ode.iia.provenance import (
     UNJUDGED,
@@ -27,8 +27,6 @@ from iia_ode.iia.provenance import (
     StageCost,
     StepReport,
     TeacherOptions,
-    from_json,
-    to_json,
 )
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
@@ -97,7 +95,9 @@ RECORDS = st.builds(
     origin=ORIGINS,
     batch=WHOLE,
     held_out=WHOLE,
-    endpoint=st.builds(Endpoint, maybe(NUMBERS), maybe(NUMBERS), st.booleans(), st.text(), st.text()),
+    endpoint=st.builds(
+        Endpoint, maybe(NUMBERS), maybe(NUMBERS), st.booleans(), st.text(), st.text(), WHOLE, maybe(WHOLE)
+    ),
     teacher=maybe(st.builds(TeacherOptions, st.text(), NUMBERS, WHOLE)),
     evaluations=WHOLE,
     sample_evaluations=WHOLE,
@@ -140,7 +140,7 @@ def a_record():
         origin=Origin({"type": "EDM"}, "data", 2.0, {"y": (3,), "text": "str"}, (4,), "float64", "Model.0123"),
         batch=8,
         held_out=4,
-        endpoint=Endpoint(0.2, 0.1, False, "solver expab4", "why"),
+        endpoint=Endpoint(0.2, 0.1, False, "solver expab4", "why", 4, 50),
         teacher=TeacherOptions("expab4", 0.002, 60),
         evaluations=10,
         sample_evaluations=80,
@@ -339,7 +339,8 @@ def test_a_search_that_no_fit_wins_returns_its_rival_with_an_account_of_its_own(
     record, search = found.record, found.record.search
     assert record.base.name == "ipndm3"
     assert search.chosen is search.ingredients[0] and search.rival == "ipndm3"
-    assert record.endpoint == Endpoint(search.chosen.error, search.chosen.error, True, "none", "")
+    assert record.endpoint == Endpoint(search.chosen.error, search.chosen.error, True, "none", "", judged=6)
+    assert "Judged on 6 samples" in found.explain()
     assert (record.batch, record.held_out, search.steps, found.reports) == (8, 6, None, ())
     assert record.origin == Origin.of(ode, z)
     assert str(found).splitlines()[0] == "iia-2: ipndm3, 2 steps, 2 evaluations"

@@ -10,7 +10,7 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
 from support import F64, generator, normal
 
-from iia_ode.iia.ranking import cauchy_mean, ranked, shrunk_ratio, too_few, verdict
+from iia_ode.iia.ranking import Range, cauchy_mean, ranked, samples_against, shrunk_ratio, too_few, verdict
 
 EPS = 1e-12
 
@@ -216,3 +216,49 @@ def test_a_base_that_is_not_finite_is_left_for_a_fit_that_is_and_is_nearer_on_ha
     assert not kept([broken] * 4, [broken] * 4, 1)
     found = verdict(squares([1.0] * 20, [1e-3] * 19 + [broken]), 1, EPS)
     assert not found.kept and found.why == "not all errors are finite"
+
+
+# ---- what the samples do not hold ------------------------------------------------------------------------------------
+
+
+@given(st.floats(1e-8, 1e8), st.floats(1.0, 1e6), st.floats(1.0, 100.0))
+def test_so_many_samples_show_any_failure_that_would_undo_the_gain(gain, ratio, more):
+    needed = samples_against(gain, gain * ratio)
+    rate = min(1.0, more / ratio)  # the lowest rate that undoes the gain, or a higher one
+    assert (1 - rate) ** needed <= 0.05
+    if ratio >= 10:  # and far fewer samples do not
+        assert (1 - 1 / ratio) ** (needed // 3) > 0.3
+
+
+def test_no_number_of_samples_is_named_where_there_is_no_gain():
+    assert samples_against(0.0, 1.0) is samples_against(-1.0, 1.0) is samples_against(math.nan, 1.0) is None
+    assert samples_against(1.0, math.inf) is samples_against(math.inf, 1.0) is None
+
+
+@pytest.mark.parametrize("spread", [1.5, 2.0, 3.0])
+def test_a_gain_that_is_not_clear_is_clear_on_so_many_samples_of_the_same_kind(spread):
+    generator = torch.Generator().manual_seed(0)
+    base = (spread * torch.randn(20, generator=generator, dtype=torch.float64)).exp()
+    table = squares(base.tolist(), (base * 0.6 ** (1 + torch.arange(20) % 3)).tolist())
+    found = verdict(table, 20, EPS)
+    assert not found.kept and found.needed > 20
+    assert verdict(table.repeat(math.ceil(1.2 * found.needed / 20), 1), 20, EPS).kept
+    assert not verdict(table.repeat(max(1, found.needed // 40), 1), 20, EPS).kept
+
+
+def test_no_number_of_samples_makes_a_worse_fit_clear():
+    assert verdict(squares([1.0] * 20, [1.0] * 15 + [50.0] * 5), 20, EPS).needed is None
+    assert verdict(squares([1.0] * 20, [2.0] * 20), 20, EPS).needed is None
+    assert verdict(squares([1.0] * 20, [0.1] * 20), 20, EPS).needed is None  # it is clear already
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.floats(1e-4, 1e4), st.sampled_from([(), (3,), (2, 2)]))
+def test_the_range_of_final_states_scales_with_them_and_counts_those_far_from_the_judged_ones(seed, unit, shape):
+    ends = torch.randn(40, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ends[:3] += 50
+    found = Range.of(unit * ends, 10)
+    assert 3 <= found.strays == Range.of(ends, 10).strays <= 6
+    pairs = (ends[:, None] - ends).reshape(40, 40, -1).square().mean(2)
+    assert pairs.max() / 4 <= found.reach / unit**2 <= pairs.max() * (1 + 1e-12)
+    assert Range.of(ends, 40).strays == 0  # every sample judged

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..checks import check_seed, check_whole
 from ..errors import InputError, one_run
+from ..files import to_json
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
 from ..iia.method import record_of
-from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later, to_json
+from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later
+from ..iia.ranking import Range, samples_against
 from ..iia.refinement import Refinement
 from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached
@@ -296,7 +298,16 @@ def _solver(
     weights, base = (SCALARS, RIVAL) if best.pipeline is None else (best.pipeline.weights, context.method.base)
     method = replace(context.method, base=base, terms=weights.terms, intercept=weights.intercept)
     rival_error = next((c.error for c in contenders if c.pipeline is None), None)
-    endpoint = replace(UNJUDGED, base=rival_error, fit=best.error, fell_back=best.pipeline is None)
+    reach = Range.of(context.batch.target, context.held_out).reach
+    against = samples_against((rival_error or math.inf) ** 2 - (best.error or math.inf) ** 2, reach)
+    endpoint = replace(
+        UNJUDGED,
+        base=rival_error,
+        fit=best.error,
+        fell_back=best.pipeline is None,
+        judged=len(best.errors),
+        needed=against,
+    )
     record = record_of(method, context.batch, context.held_out, endpoint, spent, seed=context.seed, search=search)
     reports = later(last.fit.reports, last.plan.steps - last.fit.plan.steps) if last.fit else ()
     return FittedSolver(replace(last.plan, name=context.method.name or last.plan.name), reports, record)
@@ -305,7 +316,7 @@ def _solver(
 def _account(refinement: Refinement) -> RefinementRecord:
     return RefinementRecord(
         train=tuple(finite(i.train) for i in refinement.iterations),
-        held_out=tuple(finite(i.held_out) for i in refinement.iterations),
+        held_out=tuple(finite(i.error) for i in refinement.iterations),
         best=refinement.best,
         reason=refinement.status.value,
     )

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..errors import MissingDependencyError
 from ..experiments.compare import RECIPE
-from ..files import check_writable, write_tensors
+from ..files import check_writable, to_json, write_tensors
 from ..iia import PRESETS, FittedSolver
 from ..iia.fitted import read_fit
-from ..iia.provenance import to_json
 from ..integrate import sample
 from ..ode import distributed
 from ..plots import image_grid, save_figure

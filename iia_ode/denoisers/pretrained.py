@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,35 @@ def _train(
     return train_edm(build, images, labels, options, **how)
 
 
+@dataclass(frozen=True)
+class _Network:
+    """The options of a :class:`~iia_ode.denoisers.UNet`."""
+
+    image_channels: int
+    channels: tuple[int, ...]
+    blocks: int
+    classes: int
+    embedding: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The configuration of an :class:`EDMDenoiser`."""
+
+    network: _Network
+    sigma_data: float
+    state_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of a denoiser's file."""
+
+    config: _Config
+    about: dict[str, Any] = field(default_factory=dict)
+
+
 def save_denoiser(path: str | os.PathLike[str], denoiser: EDMDenoiser, about: dict[str, Any]) -> Path:
     """Write a denoiser as one safetensors file, atomically.
 
@@ -237,13 +267,16 @@ def load_denoiser(path: str | os.PathLike[str]) -> EDMDenoiser:
     FileFormatError : the file is missing, was not written by :func:`save_denoiser`, or does not fit the network described
         in its header.
     """
-    tensors, header = read_tensors(path, "denoiser")
+    tensors, header = read_tensors(path, "denoiser", _Header)
+    config, network = header.config, header.config.network
     try:
-        config = header["config"]
-        with torch.device("cpu"):  # whatever the default device is
-            network = UNet(**{**config["network"], "channels": tuple(config["network"]["channels"])})
-            denoiser = EDMDenoiser(network, config["sigma_data"], tuple(config["state_shape"]))
-        denoiser.load_state_dict(tensors)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if network.blocks * len(network.channels) > len(tensors):
+            raise ValueError(f"more blocks than the {len(tensors)} tensors")
+        with torch.device("meta"):  # no memory for weights: the file has them
+            denoiser = EDMDenoiser(UNet(**vars(network)), config.sigma_data, config.state_shape)
+        denoiser.load_state_dict(tensors, assign=True)
+        if len({v.dtype for v in tensors.values()}) != 1 or not denoiser.network.head.weight.is_floating_point():
+            raise ValueError("the weights have several dtypes, or are not floating-point numbers")
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error
     return denoiser.frozen()

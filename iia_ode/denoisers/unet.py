@@ -89,7 +89,8 @@ class UNet(nn.Module):
             "dropout": dropout,
         }
         # Fixed, low frequencies: high-order ODE solvers gain only if the network is a smooth function of the noise level.
-        self.register_buffer("frequencies", math.pi / 4 * torch.arange(1, 17), persistent=False)
+        frequencies = math.pi / 4 * torch.arange(1, 17, dtype=torch.float32, device="cpu")
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise_embedding = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.class_embedding = nn.Embedding(classes + 1, embedding)
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)

@@ -4,7 +4,7 @@ from .batch import Batch
 from .directions import StepRecord, Term, Window
 from .fitted import FittedSolver, describe
 from .least_squares import LeastSquares
-from .method import IIA, PRESETS, preset
+from .method import IIA, PRESETS, SETTINGS, preset
 from .minimizers import Adam, GaussNewton, Minimizer, Objective, Status
 from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
@@ -15,6 +15,7 @@ from .teacher import Teacher
 __all__ = [
     "IIA",
     "PRESETS",
+    "SETTINGS",
     "Adam",
     "Batch",
     "EndpointError",

@@ -45,7 +45,7 @@ class StepRecord:
     x : the state at t.
     evaluations : the evaluations of this step, in order; each is readable in every prediction form.
     start : the evaluation at (x, t), from this step or from an earlier step; None where there is none.
-    to_data : whether s is the data (sigma = 0). The paper's terms are empty for this step.
+    to_data : whether s is the data (sigma = 0). The paper's terms for EDM are empty for this step.
     base : the base solver's result at s.
     own : the fitted result without its history terms; equal to `base` while the step is being fitted.
     """
@@ -94,8 +94,8 @@ A step without directions keeps the base."""
 def bi_iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
     """BIIA: z + sum_k gamma_k h Delta_{i-k} [Zhang et al. 2024, eq. 11-14, alg. 1].
 
-    Delta is the mean slope of a base step; for Heun, Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is
-    gamma = (1, 0, ...).
+    The step to the data has no directions, as in algorithm 1. Delta is the mean slope of a base step; for Heun,
+    Delta_{i-k} = (d_{i-k} + d'_{i-k+1|i-k}) / 2. The base is gamma = (1, 0, ...).
     """
     if step.to_data:
         return ()
@@ -141,14 +141,15 @@ def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ..
 def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
     """IIA-DDIM: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1}), from i = 1 [Zhang et al. 2024, eq. 20-23].
 
-    With a longer history, the differences further back follow as phi_2, phi_3, ... The base is phi = 0.
+    The step to the data is fitted like the others: the equations have no exception. With a longer history, the differences
+    further back follow as phi_2, phi_3, ... The base is phi = 0.
 
     Raises
     ------
     InputError : the base does not evaluate the model at the start of each step.
     """
     terms: list[Term] = []
-    chain = [] if step.to_data else [record.start for record in (step, *earlier)]
+    chain = [record.start for record in (step, *earlier)]
     for a, b in zip(chain, chain[1:], strict=False):
         if a is None or b is None:
             raise InputError("the terms of iia-ddim need a base that evaluates the model at the start of each step.")

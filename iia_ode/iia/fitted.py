@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FileFormatError
-from ..files import read_tensors, write_tensors
+from ..errors import FileFormatError, InputError
+from ..files import from_json, read_tensors, to_json, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
+from ..plan.checks import check_weights
 from ..plan.reading import unpacked
 from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from ..warm_starts import WarmStart
-from .provenance import Record, StepReport, from_json, later, to_json
+from .provenance import Record, StepReport, later
 from .report import describe_fit, explain_fit, table_of, table_of_weights
 
 __all__ = ["FittedSolver", "describe", "read_fit"]
@@ -177,10 +178,10 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], _Header]:
     """Tensors and header of a file, after the checks of checksum and layout."""
-    tensors, header = read_tensors(path, _KIND)
+    tensors, header = read_tensors(path, _KIND, _Header)
     if problem := tensors_misfit(tensors):
         raise FileFormatError(f"{str(path)!r} is damaged: {problem}.")
-    return tensors, from_json(_Header, header, repr(str(path)))
+    return tensors, header
 
 
 def _built(
@@ -189,4 +190,8 @@ def _built(
     """The fitted solver of a file, on the given schedule or on the stored one."""
     found = stored_schedule(path, header.record.origin.schedule, tensors, schedule)
     plan = unpacked(path, found, header.name, header.code, tensors)
+    try:
+        check_weights(plan, header.record.origin.state_shape)
+    except InputError as error:
+        raise FileFormatError(f"{str(path)!r} is damaged: {error}") from error
     return FittedSolver(plan, header.reports, header.record)

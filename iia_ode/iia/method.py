@@ -26,7 +26,7 @@ from .stepwise import Stepwise
 from .targets import Target, TeacherTrajectory, resolve_target
 from .teacher import Teacher, check_teacher
 
-__all__ = ["IIA", "PRESETS", "preset", "record_of"]
+__all__ = ["IIA", "PRESETS", "SETTINGS", "preset", "record_of"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,11 @@ class IIA:
         times the state. The report of a step has the ridge in use.
     guard : keep the base where held-out samples do not favor the fit. A step without a lower held-out loss keeps the weights
         of the base. If the final states of the fit are not clearly nearer the truth, the base replaces the whole fit, with a
-        `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate 1/n is missed by n samples
-        with probability 1/e.
+        `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate p is missed by n samples
+        with probability (1 - p)^n: the report has the number of samples that judged, and the number needed.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
+    last_step : whether a step to the data (sigma = 0) is fitted where the terms have directions for this step; False leaves
+        the step to the base. ``"iia-edm"`` and ``"biia-edm"`` have none: algorithm 1 of the paper leaves this step to EDM.
     name : name of the fitted solver; ``iia(<base>)`` by default.
 
     Raises
@@ -71,6 +73,7 @@ class IIA:
     ridge: float | str = 0.0
     guard: bool = True
     intercept: bool = False
+    last_step: bool = True
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class IIA:
         check_whole("substeps", self.substeps, least=1)
         check_flag("guard", self.guard)
         check_flag("intercept", self.intercept)
+        check_flag("last_step", self.last_step)
         number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool) and 0 <= self.ridge < math.inf
         if not number and self.ridge != "auto":
             raise InputError(f"ridge must be a number from 0, or 'auto', got {self.ridge!r}.")
@@ -114,7 +118,7 @@ class IIA:
         held_out : share of held-out samples, from 0 to below 1: the last samples of the batch, for the guard and for
             ``ridge="auto"``. By default 0.25 with a guard or with ``ridge="auto"``, else 0. Where the share is above 0, copies
             among the samples are left out. A batch of fewer than 4 samples holds none out, and a guard then keeps the base.
-            With ``held_out=0`` there is no guard.
+            With ``held_out=0`` no guard judges: ``record.guard`` is False.
         chunk_size : number of samples per model call; by default all. Chunks have no influence on the least squares, but the
             rounding of a network may depend on the batch size.
         progress : show a bar over the steps.
@@ -132,7 +136,8 @@ class IIA:
 
         Warns
         -----
-        GuardWarning : the fit is not clearly better than the base, and the result is the base.
+        GuardWarning : the fit is not clearly better than the base, and the result is the base. Or the fit is kept, and some
+            samples end where no judged sample does.
         DuplicateWarning : copies among the samples are left out.
         """
         check_start(ode, x)
@@ -147,16 +152,17 @@ class IIA:
             check_teacher(teacher, ode, x, times[0])
             teacher.at(times[-1], slice(0, 1))  # a GridError before the work
         batch = batch.without_copies() if share else batch
-        method = self.stepwise(x.shape[1:])
+        stepwise = self.stepwise(x.shape[1:])
         with ode.counting() as spent:
-            if batch.teacher is None and method.target.needs_teacher:
-                steps = method.target.steps if isinstance(method.target, TeacherTrajectory) else None
+            if batch.teacher is None and stepwise.target.needs_teacher:
+                steps = stepwise.target.steps if isinstance(stepwise.target, TeacherTrajectory) else None
                 made = Teacher.for_grid(
                     batch.ode, batch.x, times, steps=steps, chunk_size=chunk_size, progress=progress
                 )
                 batch = replace(batch, teacher=made)
-            fit = method.fit(batch, times, share, progress=progress)
-        return FittedSolver(fit.plan, fit.reports, record_of(self, batch, fit.split.held_out, fit.endpoint, spent))
+            fit = stepwise.fit(batch, times, share, progress=progress)
+        method = self if share else replace(self, guard=False)  # nothing judged
+        return FittedSolver(fit.plan, fit.reports, record_of(method, batch, fit.split.held_out, fit.endpoint, spent))
 
     def stepwise(self, shape: Sequence[int]) -> Stepwise:
         """The sequential fit with every option resolved, for samples of this shape."""
@@ -170,6 +176,7 @@ class IIA:
             self.ridge,
             self.guard,
             self.intercept,
+            self.last_step,
             self.name or f"iia({base.label})",
         )
 
@@ -184,6 +191,7 @@ class IIA:
             "ridge": self.ridge,
             "guard": self.guard,
             "intercept": self.intercept,
+            "last_step": self.last_step,
         }
 
 
@@ -224,13 +232,21 @@ PRESETS: dict[str, IIA] = {
 }
 """The methods of the paper with the paper's defaults (M, r) = (3, 1), fitted to the whole batch, without a guard."""
 
+SETTINGS: dict[str, dict[str, dict[str, int]]] = {
+    "usual": {name: {"substeps": 3, "history": 1} for name in PRESETS},
+    "ffhq": {"biia-edm": {"substeps": 3, "history": 0}, "iia-edm": {"substeps": 3, "history": 1}},
+}
+"""Settings (M, r) of the paper by name, for each preset [Zhang et al. 2024, table 1]: ``"ffhq"`` has r = 0 for BIIA-EDM."""
 
-def preset(name: str, **changes: Any) -> IIA:
+
+def preset(name: str, *, settings: str = "usual", **changes: Any) -> IIA:
     """A method of the paper by name, with some options changed: ``preset("iia-edm", history=0)``.
 
     Parameters
     ----------
     name : ``"biia-edm"``, ``"iia-edm"``, ``"iia-ddim"``, ``"iia-spndm"``, ``"iia-ipndm"`` or ``"iia-dpmpp_2m"``.
+    settings : of the paper's table 1: ``"ffhq"``, (M, r) = (3, 0) for ``"biia-edm"`` and (3, 1) for ``"iia-edm"``; or
+        ``"usual"``, (M, r) = (3, 1).
     changes : options of :class:`IIA`.
 
     Returns
@@ -239,12 +255,14 @@ def preset(name: str, **changes: Any) -> IIA:
 
     Raises
     ------
-    UnknownNameError : no such preset or option.
+    UnknownNameError : no such preset or option, or no such settings of this preset.
     InputError : the value of an option is not usable.
     """
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
-    known = PRESETS[name].__dict__
+    if settings not in (of_name := [s for s, rows in SETTINGS.items() if name in rows]):
+        raise unknown_name(f"settings of {name}", settings, of_name)
+    known = {**PRESETS[name].__dict__, **SETTINGS[settings][name]}
     for key in changes:
         if key not in known:
             raise unknown_name("option of IIA", key, known)

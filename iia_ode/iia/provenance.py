@@ -1,21 +1,16 @@
 """Provenance of a fitted solver: typed accounts of the fit, its steps, its model and its search, and their JSON form.
 
-The type annotations of the dataclasses are the schema of a file: `msgspec` checks a header against them. JSON has no number
-for NaN and infinity: a field stores None instead. Reading ignores unknown fields and fills in defaults, so a file stays
-readable when a later version adds a field with a default.
+The type annotations of the dataclasses are the schema of a file; :mod:`iia_ode.files` has the rules of a schema. JSON has no
+number for NaN and infinity: a field stores None instead.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import msgspec
-
-from ..errors import FileFormatError, InputError
+from ..errors import InputError
 from ..schedules.stored import brief
 from .origin import Origin
 
@@ -33,12 +28,8 @@ __all__ = [
     "TeacherOptions",
     "TeacherRecord",
     "finite",
-    "from_json",
     "later",
-    "to_json",
 ]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -110,6 +101,10 @@ class Endpoint:
     fell_back : whether the base is in use instead of the fit.
     reference : how the true final states were computed; ``"none"`` without a guard.
     why : finding of the guard, where the base is in use.
+    judged : number of samples behind the decision; 0 without a guard.
+    needed : a number of samples. Where the fit is in use: enough to show, with a probability of at least 95%, any failure
+        frequent enough to undo the gain. Where the base is in use: enough for a clear gain, if further samples are like those
+        seen. None where there is no such number.
     """
 
     base: float | None
@@ -117,6 +112,23 @@ class Endpoint:
     fell_back: bool
     reference: str
     why: str
+    judged: int = 0
+    needed: int | None = None
+
+    @property
+    def limits(self) -> str:
+        """The failures that the judged samples cannot show, as a sentence without a full stop; empty without a guard."""
+        if not self.judged:
+            return ""
+        share = "of any share" if self.judged <= 3 else f"with a share below {3 / self.judged:.2g}"
+        told = f"judged on {self.judged} sample{'s' * (self.judged > 1)}, which may miss modes of the data {share}"
+        if self.fell_back:
+            number = "no number of" if self.needed is None else f"about {self.needed}"
+            return f"{told}; {number} samples like these would show a clear gain"
+        if self.needed is None:
+            return told
+        enough = "enough samples" if self.needed <= self.judged else f"{self.needed} samples would be needed"
+        return f"{told}; {enough} to rule out failures that undo the gain"
 
 
 UNJUDGED = Endpoint(None, None, False, "none", "")
@@ -287,7 +299,7 @@ class Record:
     Attributes
     ----------
     library : version of iia_ode.
-    base, terms, target, history, ridge, guard, intercept : options of the method; see :class:`~iia_ode.IIA`.
+    base, terms, target, history, ridge, guard, intercept, last_step : options of the method; see :class:`~iia_ode.IIA`.
     origin : the ODE and the states.
     batch, held_out : number of samples, and how many of them were held out.
     endpoint : errors of the final states.
@@ -315,37 +327,7 @@ class Record:
     sample_evaluations: int
     seed: int | None = None
     search: SearchRecord | None = None
-
-
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-
-
-def to_json(value: Any) -> dict[str, Any]:
-    """The JSON object of one of these dataclasses.
-
-    Raises
-    ------
-    FileFormatError : a field holds NaN, infinity or an object that JSON cannot hold.
-    """
-    try:
-        found: dict[str, Any] = json.loads(json.dumps(asdict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise FileFormatError(f"this {type(value).__name__} is not plain JSON: {error}.") from error
-    return found
-
-
-def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
-    """The dataclass `kind` from a JSON object of :func:`to_json`; `source` is the subject of error messages.
-
-    Raises
-    ------
-    FileFormatError : a field is missing or has another type; the message names the field.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        problem = str(error).replace("`$", "`header")
-        raise FileFormatError(f"{source} is damaged, or from another version of iia_ode: {problem}.") from error
+    last_step: bool = True
 
 
 def finite(value: float) -> float | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..metrics import paired_ratio
 
-__all__ = ["Verdict", "cauchy_mean", "ranked", "shrunk_ratio", "too_few", "verdict"]
+__all__ = ["Range", "Verdict", "cauchy_mean", "ranked", "samples_against", "shrunk_ratio", "too_few", "verdict"]
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ _SPREAD = 0.25  # prior standard deviation of the logarithm of a ratio of plain 
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square must be lower; heavy tails want more than the usual two
 _SIGN_CHANCE = float(ndtr(-2.0))  # level of the sign test; counts have no tails
 _UNSEEN = 3.0  # rule of three: a failure of rate 3/n is missed by n samples with probability 5%
+_FAR = 4.0  # squared distance from the judged final states, relative to their largest, beyond which a final state is a stray
 
 
 # ---- rankings --------------------------------------------------------------------------------------------------------
@@ -97,12 +98,15 @@ class Verdict:
     base, fit : root mean square errors on held-out samples; NaN without any.
     kept : whether the fit is kept.
     why : the statistics and their limits, for the middle of a message.
+    needed : number of samples with the statistics of these for which the gain would be clear; None for a clear gain, and
+        where no number is enough.
     """
 
     base: float
     fit: float
     kept: bool
     why: str
+    needed: int | None = None
 
 
 def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
@@ -153,12 +157,65 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
             f"changes by {_ratio(-gain, error)} standard errors (limit {-doubt:.3g}), and by {_ratio(-gain, largest)} times "
             f"the largest square (limit {-_UNSEEN:g})"
         )
-    return Verdict(base, fit, kept, why)
+    told = None if kept or fit > base + rounding else _to_tell(n, nearer, gain, error, largest)
+    return Verdict(base, fit, kept, why, told)
 
 
 def too_few(n: int) -> Verdict:
     """The verdict on n samples, too few to hold any out: the base is kept."""
     return Verdict(math.nan, math.nan, False, _cannot_say(n))
+
+
+def _to_tell(n: int, nearer: int, gain: float, error: float, largest: float) -> int | None:
+    """Samples for which the three tests would pass at the share and the means of n samples; None if none are enough."""
+    if not (gain > 0 and 2 * nearer > n and math.isfinite(error + largest)):
+        return None
+    sign = (2 / (2 * nearer / n - 1)) ** 2
+    return max(n + 1, math.ceil(max(sign, n * (_MEAN_ERRORS * error / gain) ** 2, n * _UNSEEN * largest / gain)))
+
+
+def samples_against(gain: float, reach: float) -> int | None:
+    """Samples that show every kind of failure that would undo a gain, each with a probability of at least 95%.
+
+    A failure at rate p with squared errors up to `reach` raises the mean square error by at most p reach. So only a rate of
+    at least gain / reach undoes the gain, and by the rule of three 3 / rate samples hold such a failure.
+
+    Parameters
+    ----------
+    gain : decrease of the mean square error.
+    reach : largest squared error of a failure.
+
+    Returns
+    -------
+    The number; None without a gain, or where a value is not finite.
+    """
+    return math.ceil(_UNSEEN * max(reach / gain, 1.0)) if 0 < gain < math.inf and reach < math.inf else None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Extent of the final states of a batch.
+
+    Attributes
+    ----------
+    reach : largest mean square per component between a final state and the one farthest from the judged mean.
+    strays : number of final states farther from the judged mean than any judged final state, by a factor of two.
+    """
+
+    reach: float
+    strays: int
+
+    @classmethod
+    def of(cls, ends: Tensor, judged: int) -> Range:
+        """The range of final states [B, ...], of which the last `judged` were judged."""
+        flat = ends.reshape(len(ends), -1)
+
+        def gaps(centre: Tensor) -> Tensor:
+            return torch.cat([(part.double() - centre).square().mean(1) for part in flat.split(256)])
+
+        own = gaps(flat[len(flat) - judged :].double().mean(0))
+        reach = float(gaps(flat[int(own.argmax())].double()).max())
+        return cls(reach, int((own > _FAR * own[len(own) - judged :].max()).sum()))
 
 
 def _cannot_say(n: int) -> str:

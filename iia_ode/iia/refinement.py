@@ -107,13 +107,18 @@ class Iteration:
 
     Attributes
     ----------
-    train, held_out : root mean Cauchy loss after the iteration, on training and held-out samples.
+    train, held_out : root mean Cauchy loss after the iteration, on training and on held-out samples; None without any.
     damping : of Levenberg and Marquardt; 0 at the start, and with Adam.
     """
 
     train: float
-    held_out: float
+    held_out: float | None
     damping: float
+
+    @property
+    def error(self) -> float:
+        """The loss that chooses the best iteration: of the held-out samples, or of the training samples without any."""
+        return self.train if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +127,7 @@ class Refinement:
 
     Attributes
     ----------
-    plan : the refined plan, or the given plan where no iteration lowered the held-out error.
+    plan : the refined plan, or the given plan where no iteration lowered the error.
     iterations : the start, then each iteration.
     best : index of the plan's iteration; 0 is the start.
     status : why the refinement stopped; in words, ``status.value``.
@@ -139,9 +144,9 @@ class Refinement:
 
     @property
     def gain(self) -> float:
-        """Held-out error of the result over the held-out error of the start, at most 1."""
-        start = self.iterations[0].held_out
-        return self.iterations[self.best].held_out / start if start else 1.0
+        """Error of the result over the error of the start, at most 1; on held-out samples if there are any."""
+        start = self.iterations[0].error
+        return self.iterations[self.best].error / start if start else 1.0
 
 
 @one_run()
@@ -246,7 +251,7 @@ def _best_so_far(
     """Run a minimization and keep the point that `judge` likes best; by default the judge is the loss itself."""
 
     def iteration() -> Iteration:
-        return Iteration(search.loss, search.loss if judge is None else judge(search.theta), search.damping)
+        return Iteration(search.loss, None if judge is None else judge(search.theta), search.damping)
 
     found, best, theta, status = [iteration()], 0, search.theta, Status.ITERATIONS
     for i in tqdm(range(1, most + 1), desc="refine", disable=not progress):
@@ -254,7 +259,7 @@ def _best_so_far(
             status = search.status or Status.STALLED
             break
         found.append(iteration())
-        if found[i].held_out < found[best].held_out:
+        if found[i].error < found[best].error:
             best, theta = i, search.theta
         elif i - best >= patience:
             status = Status.PATIENCE

@@ -81,7 +81,8 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     lines = [
         f"{name}: {r.base.name}{'' if end.fell_back else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
         f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}",
-        f"terms {r.terms}{' and an intercept' if r.intercept else ''}, target {_target(r)}, "
+        f"terms {r.terms}{' and an intercept' if r.intercept else ''}{'' if r.last_step else ', step to the data left'}, "
+        f"target {_target(r)}, "
         f"history {r.history}, ridge {ridge}",
         f"fitted on {r.batch - r.held_out} samples [{', '.join(map(str, origin.state_shape))}] {origin.state_dtype}, "
         f"{r.held_out} more held out{_beyond(search)}, seed {r.seed}",
@@ -93,6 +94,7 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
         lines.append("the model was in train mode: its outputs were random, or depended on the batch")
     if end.base is not None:
         lines.append(_endpoint(record))
+        lines += [end.limits] if end.limits else []
     elif end.fell_back and end.why:
         lines.append(f"the base was kept: {end.why}")
     return "\n".join([*lines, "", table_of(reports)] if reports else lines)
@@ -141,7 +143,10 @@ def explain_fit(plan: Plan, record: Record, reports: tuple[StepReport, ...]) -> 
     if record.search is None and not reports:
         return f"{plan.name} is its base, {record.base.name}: these terms leave every step of this grid alone."
     lines = [] if record.search is None else _explain_search(plan, record, record.search)
-    return "\n".join([*lines, *(_explain_steps(plan, record, reports) if reports else [])])
+    lines += _explain_steps(plan, record, reports) if reports else []
+    if limits := record.endpoint.limits:
+        lines.append(f"{limits[0].upper()}{limits[1:]}.")
+    return "\n".join(lines)
 
 
 def _explain_search(plan: Plan, record: Record, search: SearchRecord) -> list[str]:
@@ -191,7 +196,9 @@ def _explain_steps(plan: Plan, record: Record, reports: tuple[StepReport, ...]) 
         f"{split.batch - split.held_out} samples in {len(reports)} of {plan.steps} steps."
     ]
     if not split.held_out:
-        lines.append("No samples were held out: these numbers say nothing about other noise.")
+        lines.append(
+            "No samples were held out: no guard judged the fit, and these numbers say nothing about other noise."
+        )
     used = [r for r in reports if r.accepted]
     for r in sorted(used, key=lambda r: r.gain, reverse=True)[:3]:
         lines.append(

@@ -18,7 +18,7 @@ from .batch import Batch
 from .directions import StepRecord, Term, Terms
 from .least_squares import LeastSquares, Solution
 from .provenance import UNJUDGED, Endpoint, Split, StepReport, finite
-from .ranking import too_few, verdict
+from .ranking import Range, samples_against, too_few, verdict
 from .targets import Target
 from .teacher import DEFAULT, Teacher
 
@@ -68,7 +68,7 @@ class Stepwise:
 
     Attributes
     ----------
-    base, terms, target, history, ridge, guard, intercept : the method.
+    base, terms, target, history, ridge, guard, intercept, last_step : the method.
     name : name of the resulting plan.
     """
 
@@ -79,6 +79,7 @@ class Stepwise:
     ridge: float | str
     guard: bool
     intercept: bool
+    last_step: bool
     name: str
 
     @torch.no_grad()
@@ -105,7 +106,8 @@ class Stepwise:
             y, memory = take_step(self.base, tracer, x, t, s, Past(memory, i, len(intervals) - 1 - i))
             made = tuple(tracer.evaluations[seen:])
             record = StepRecord(i, t, s, x, made, tracer.known(x, t), batch.ode.is_data(s), y, y)
-            candidates = self.terms(record, records)
+            left = record.to_data and not self.last_step
+            candidates = () if left else self.terms(record, records)
             if not isinstance(candidates, tuple) or not all(isinstance(term, Term) for term in candidates):
                 raise InputError(
                     f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
@@ -189,18 +191,29 @@ class Stepwise:
             parts = (chunk.squares(base, len(plan.code), max(first - chunk.first, 0)) for chunk in chunks)
             squares = torch.cat([p for p in parts if p is not None])
             found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
+            ends = Range.of(torch.cat([chunk.values[len(plan.code)] for chunk in chunks]), len(squares))
+            against = samples_against(float((squares[:, 0] - squares[:, 1]).mean()), ends.reach)
+            judged, needed = len(squares), against if found.kept else found.needed
             reference = DEFAULT if batch.teacher is None else str(batch.teacher.record.options)
             samples = f"{held_out} held-out sample{'s' * (held_out > 1)}"
             seen = f"on {samples} its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
         else:
             found, seen, reference = too_few(len(batch)), "", UNJUDGED.reference
+            judged, needed, ends = 0, None, Range(0.0, 0)
         why = "" if found.kept else found.why
-        endpoint = Endpoint(finite(found.base), finite(found.fit), not found.kept, reference, why)
+        endpoint = Endpoint(finite(found.base), finite(found.fit), not found.kept, reference, why, judged, needed)
         if found.kept:
+            if ends.strays:
+                warn(
+                    f"{plan.name} is kept, but {ends.strays} of {len(batch)} samples end where no judged sample does: "
+                    f"{endpoint.limits}. Give more samples, a larger held_out, or a teacher, with which all samples judge.",
+                    GuardWarning,
+                )
             return replace(fit, endpoint=endpoint)
+        limits = f"; {endpoint.limits}" if endpoint.limits else ""
         other = "" if self.target.needs_teacher else " or another target (target='trajectory' repairs earlier error)"
         warn(
-            f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}. Fit on more samples, "
+            f"{plan.name} is not clearly better than its base, which is kept: {seen}{found.why}{limits}. Fit on more samples, "
             f"with other terms{other}, or with a ridge; guard=False keeps the fit anyway.",
             GuardWarning,
         )
@@ -260,7 +273,7 @@ class Chunk:
         by_base = base.run(part.ode, x, check_finite=False).cpu().double()
         by_fit = self.values[final][first:].double()
         errors = (by_base - exact, by_fit - exact, exact)
-        return torch.stack([e.flatten(1).square().mean(dim=1) for e in errors], dim=1)
+        return torch.stack([e.reshape(len(e), -1).square().mean(dim=1) for e in errors], dim=1)
 
     def _loaded(self, indices: Iterable[int]) -> dict[int, Tensor]:
         return {j: self.values[j].to(self.device) for j in indices}

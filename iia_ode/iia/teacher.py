@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_whole
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
-from ..files import read_tensors, write_tensors
+from ..files import read_tensors, to_json, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
@@ -28,7 +28,7 @@ from ..schedules.levels import known_level, lowest_level
 from ..schedules.stored import schedule_tensors, stored_schedule
 from ..solvers import get_solver
 from .origin import Origin, conditions_digest
-from .provenance import TeacherOptions, TeacherRecord, from_json, to_json
+from .provenance import TeacherOptions, TeacherRecord
 
 __all__ = ["DEFAULT", "Teacher", "check_teacher", "read_teacher"]
 
@@ -271,6 +271,16 @@ class Teacher:
         return write_tensors(path, _KIND, tensors, {"record": to_json(self.record)})
 
 
+_TENSORS = ("initial", "knots", "states", "slopes")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of a file."""
+
+    record: TeacherRecord
+
+
 def read_teacher(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Teacher:
     """Read a file of :meth:`Teacher.save`; `schedule` is needed only where a file cannot hold its schedule.
 
@@ -279,16 +289,36 @@ def read_teacher(path: str | os.PathLike[str], *, schedule: Schedule | None = No
     FileFormatError : missing, damaged or foreign file, or a file without its schedule.
     MismatchError : `schedule` differs from the schedule in the file.
     """
-    tensors, header = read_tensors(path, _KIND)
-    record = from_json(TeacherRecord, header.get("record", {}), repr(str(path)))
+    tensors, header = read_tensors(path, _KIND, _Header)
+    record = header.record
     found = stored_schedule(path, record.origin.schedule, tensors, schedule)
-    try:
-        knots, states, slopes, data = (tensors.get(k) for k in ("knots", "states", "slopes", "data"))
-        if knots is None or states is None or slopes is None or states.shape != slopes.shape:
-            raise ValueError("its tensors are not those of a trajectory.")
-        return Teacher(tensors["initial"], Trajectory(found, knots, states, slopes, data, record.evaluations), record)
-    except (LookupError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
+    if problem := _misfit(tensors, record.origin.state_shape):
+        raise FileFormatError(f"{str(path)!r} holds no valid teacher: {problem}.")
+    initial, knots, states, slopes = (tensors[k] for k in _TENSORS)
+    trajectory = Trajectory(found, knots, states, slopes, tensors.get("data"), record.evaluations)
+    return Teacher(initial, trajectory, record)
+
+
+def _misfit(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
+    """A description of the defect in the tensors of a teacher, or None."""
+    if missing := [name for name in _TENSORS if name not in tensors]:
+        return f"no tensor {', '.join(missing)}"
+    initial, knots = tensors["initial"], tensors["knots"]
+    if not initial.ndim or tuple(initial.shape[1:]) != shape:
+        return f"initial states {list(initial.shape)} for samples {list(shape)}"
+    if knots.ndim != 1 or len(knots) < 2 or knots.dtype != _F64 or not _monotone(knots):
+        return f"knots {knots.dtype} {list(knots.shape)} are not two or more float64 numbers in order"
+    shapes = {"states": (len(knots), *initial.shape), "slopes": (len(knots), *initial.shape), "data": initial.shape}
+    for name, expected in shapes.items():
+        if name in tensors and tensors[name].shape != expected:
+            return f"{name} {list(tensors[name].shape)} instead of {list(expected)}"
+    vectors = [tensors[name] for name in ("initial", *shapes) if name in tensors]
+    return "states are not float32 or float64" if any(v.dtype not in (torch.float32, _F64) for v in vectors) else None
+
+
+def _monotone(knots: Tensor) -> bool:
+    steps = knots.diff()
+    return bool(knots.isfinite().all() and ((steps > 0).all() or (steps < 0).all()))
 
 
 def check_teacher(teacher: object, ode: ProbabilityFlowODE, x: Tensor, t_start: float) -> None:

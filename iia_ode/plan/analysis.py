@@ -192,7 +192,7 @@ def gaussian_response(plan: Program, mean: Tensor | float, variance: Tensor | fl
             centre = m if with_mean else torch.zeros_like(m)
             data = centre + a * v / (a * a * v + s * s) * (x - a * centre)
             p, q = conversion(schedule, t, "data", form)
-            return torch.as_tensor(p * x + q * data)
+            return torch.as_tensor(p * x + q * data, device="cpu")
 
         return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from .projections import Part, Projections, is_orthonormal
 __all__ = ["Bands"]
 
 _F64 = torch.float64
+_BLOCK = 2**16  # frequencies worked on at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,26 +66,53 @@ class Bands(Projections):
                 raise unknown_name("split of channels", self.channels, ["luma-chroma"])
             if count != 3:
                 object.__setattr__(self, "channels", None)
-        if len(torch.unique(self._band)) != self._band_count:
+        if self._has_empty_band():
             raise InputError(f"{self.bands} bands of samples {list(self.shape)} leave some of them empty: use fewer.")
 
-    @kept_property
+    @property
+    def _spatial(self) -> tuple[int, ...]:
+        return self.shape[len(self.shape) - (self.axes or 1) :]
+
+    @property
     def _band_count(self) -> int:
-        return self.bands if isinstance(self.bands, int) else self._band.numel()
+        return self.bands if isinstance(self.bands, int) else math.prod(self._spatial)
 
     @kept_property
     def _band(self) -> Tensor:
         """The band of each frequency, int64 over the transformed axes."""
-        spatial = self.shape[len(self.shape) - (self.axes or 1) :]
+        return self._rows(0, self._spatial[0])
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        """The band of each frequency in the rows `first` to `last` of the first transformed axis, int64."""
+        spatial = self._spatial
         if self.bands == "all":
-            return torch.arange(math.prod(spatial), device="cpu").reshape(spatial)
+            width = math.prod(spatial[1:])
+            return torch.arange(first * width, last * width, device="cpu").reshape(-1, *spatial[1:])
         steps = [torch.arange(n, dtype=_F64, device="cpu") / n for n in spatial]
+        steps[0] = steps[0][first:last]
         radius = torch.stack(torch.meshgrid(*steps, indexing="ij")).square().sum(0).sqrt()
-        if int(self.bands) == 1 or radius.numel() == 1:
+        if int(self.bands) == 1 or math.prod(spatial) == 1:
             return torch.zeros(radius.shape, dtype=torch.int64, device="cpu")
-        low, high = float(radius[radius > 0].min()), float(radius.max())
+        low = min(math.sqrt((1 / n) ** 2) for n in spatial if n > 1)
+        high = math.sqrt(sum(((n - 1) / n) ** 2 for n in spatial))
         octaves = (radius.clamp(min=low) / low).log() / max(math.log(high / low), 1e-300)
         return (octaves * int(self.bands) + 1e-9).floor().long().clamp(0, int(self.bands) - 1)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """All rows in blocks of bounded memory, the last block first: the last rows hold the highest frequencies."""
+        rows, step = self._spatial[0], max(1, _BLOCK // math.prod(self._spatial[1:]))
+        starts = [(i, min(i + step, rows)) for i in range(0, rows, step)]
+        return (self._rows(i, j) for i, j in (starts[-1], *starts[:-1]))
+
+    def _has_empty_band(self) -> bool:
+        if self.bands == "all":
+            return False
+        seen: set[int] = set()
+        for block in self._blocks():
+            seen.update(torch.unique(block).tolist())
+            if len(seen) == self._band_count:
+                return False
+        return True
 
     @kept_property
     def _rotation(self) -> Tensor | None:
@@ -95,32 +123,40 @@ class Bands(Projections):
             return unit
         return self.channels  # a matrix or None
 
-    @kept_property
-    def _channel(self) -> list[int]:
-        """The channel group of each rotated channel."""
+    @property
+    def _channel_sizes(self) -> tuple[int, ...]:
+        """Number of rotated channels in each group of channels, in order."""
         count = self.shape[0] if len(self.shape) > (self.axes or 1) else 1
         if self.channels is None:
-            return [0] * count
-        return [0, 1, 1] if isinstance(self.channels, str) else list(range(count))
+            return (count,)
+        return (1, 2) if isinstance(self.channels, str) else (1,) * count
 
     @kept_property
     def _index(self) -> Tensor:
         """The group of each coordinate, int64 [*shape]."""
-        rows = [self._band + c * self._band_count for c in self._channel]
+        rows = [self._band + g * self._band_count for g, n in enumerate(self._channel_sizes) for _ in range(n)]
         return torch.stack(rows).reshape(self.shape)
 
     @property
     def names(self) -> tuple[str, ...]:
         """``band 2, luma``, counted from 1, the lowest frequencies."""
         bands = [f"band {b + 1}" for b in range(self._band_count)] if self._band_count > 1 else [""]
-        kinds = [f"channel {c + 1}" for c in range(max(self._channel) + 1)]
+        kinds = [f"channel {c + 1}" for c in range(len(self._channel_sizes))]
         kinds = ["luma", "chroma"] if isinstance(self.channels, str) else kinds if self.channels is not None else [""]
         return tuple(", ".join(filter(None, (band, kind))) or "all" for kind in kinds for band in bands)
 
     @kept_property
     def sizes(self) -> Tensor:
         """Coefficients in each group."""
-        return torch.bincount(self._index.flatten()).double()
+        bands = torch.zeros(self._band_count, dtype=torch.int64, device="cpu")
+        for block in self._blocks():
+            bands += torch.bincount(block.flatten(), minlength=self._band_count)
+        return torch.cat([bands * n for n in self._channel_sizes]).double()
+
+    @property
+    def count(self) -> int:
+        """Bands times groups of channels."""
+        return self._band_count * len(self._channel_sizes)
 
     def prepare(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """The factor of each coordinate, [..., *shape]."""
@@ -132,7 +168,7 @@ class Bands(Projections):
     @kept_property
     def _transform(self) -> tuple[Tensor, ...]:
         """The rotation of channels if any, then a DCT matrix per axis if there are several bands."""
-        spatial = self.shape[len(self.shape) - (self.axes or 1) :] if self._band_count > 1 else ()
+        spatial = self._spatial if self._band_count > 1 else ()
         return (*(() if self._rotation is None else (self._rotation,)), *(_dct(n) for n in spatial))
 
     def _coordinates(self, x: Tensor, tables: tuple[Tensor, ...], back: bool = False) -> Tensor:
@@ -148,11 +184,11 @@ class Bands(Projections):
         return x
 
     def _combined(self, parts: Sequence[Part], tables: tuple[Tensor, ...]) -> Tensor:
-        total = None
-        for x, (factor,) in parts:
-            term = self._coordinates(x, tables) * factor
-            total = term if total is None else total + term
-        return self._coordinates(torch.as_tensor(total), tables, back=True).contiguous()
+        (x, (factor,)), *others = parts
+        total = self._coordinates(x, tables) * factor
+        for x, (factor,) in others:
+            total = total + self._coordinates(x, tables) * factor
+        return self._coordinates(total, tables, back=True).contiguous()
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """sum_b <P_g x_b, P_g y_b>, float64 [G]."""

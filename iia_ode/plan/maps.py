@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .projections import PLACES, Cache, Principal, Projections, place
 __all__ = ["LinearMap", "PerCondition", "projections_from"]
 
 _F64 = torch.float64
+_LARGEST = 2**26  # components of a sample that a file may name, four images of 3 x 2048 x 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class LinearMap:
     def __post_init__(self) -> None:
         if not isinstance(self.projections, Projections):
             raise PlanError(f"a linear map is over Projections such as Bands, got {type(self.projections).__name__}.")
-        c = torch.as_tensor(self.coefficients).to("cpu", _F64)
+        c = torch.as_tensor(self.coefficients, dtype=_F64, device="cpu")
         object.__setattr__(self, "coefficients", c)
         if c.shape != (self.projections.count,) or not bool(torch.isfinite(c).all()):
             raise PlanError(
@@ -194,11 +196,11 @@ class PerCondition:
     table: Tensor
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.table).to("cpu", _F64)
+        table = torch.as_tensor(self.table, dtype=_F64, device="cpu")
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "values", tuple(self.values))
-        whole = all(type(v) is int for v in self.values)
-        if not whole or len(set(self.values)) != len(self.values) or not self.values:
+        whole = all(type(v) is int and abs(v) < 2**63 for v in self.values)
+        if not isinstance(self.key, str) or not whole or len(set(self.values)) != len(self.values) or not self.values:
             raise PlanError(f"the values of condition {self.key!r} must be different whole numbers: {self.values}.")
         if not table.ndim or len(table) != len(self.values) or not bool(torch.isfinite(table).all()):
             raise PlanError(
@@ -295,6 +297,8 @@ def projections_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     """
     try:
         shape, kind = tuple(config["shape"]), config["kind"]
+        if math.prod(shape) > _LARGEST:
+            raise InputError(f"maps of samples {list(shape)} have more than {_LARGEST} components.")
         match kind:
             case "bands":
                 channels = tensors["channels"] if config["channels"] == "matrix" else config["channels"]

@@ -130,6 +130,8 @@ def restore(
     try:
         if about is None:
             return tensors[key]
+        if ("per" in about) != key.startswith("constant."):
+            raise InputError(f"{key} is neither a map nor a constant per condition.")
         if "per" in about:
             return PerCondition(about["per"], tuple(about["values"]), tensors[key])
         digest = about["digest"]

@@ -41,7 +41,7 @@ def stored_schedule(
         raise InputError(f"schedule must be a Schedule such as iia_ode.EDM(), got {type(given).__name__}.")
     try:
         found = schedule_from_config(config, tensors.get(TABLE)) if given is None else given
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the schedule it was made for: {error}") from error
     if found.config() != config:
         error_type = FileFormatError if given is None else MismatchError
@@ -53,4 +53,4 @@ def brief(config: Mapping[str, Any]) -> str:
     """A configuration as ``VP (beta_0=0.1, beta_1=20.0)``: keys sorted, lists abbreviated."""
     key = "type" if "type" in config else "name"
     rest = ", ".join(f"{k}={'[...]' if isinstance(v, list) else v}" for k, v in sorted(config.items()) if k != key)
-    return f"{config[key]} ({rest})" if rest else str(config[key])
+    return f"{config.get(key)} ({rest})" if rest else str(config.get(key))

@@ -151,7 +151,7 @@ class _Update:
         for k, w, output in zip(nodes, weights, outputs, strict=True):
             y = y + _weight(-alpha_s * w * own.scales[k]) * output.value
             constant = constant + w * own.offsets[k]
-        return y + torch.as_tensor(alpha_s * constant) if constant.any() else y
+        return y + torch.as_tensor(alpha_s * constant, device="cpu") if constant.any() else y
 
 
 def polynomial_coefficients(u: Sequence[float], pseudo: bool) -> Array:

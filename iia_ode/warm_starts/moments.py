@@ -41,10 +41,10 @@ class Moments:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        v = torch.as_tensor(self.variances).detach().to("cpu", _F64)
+        v = torch.as_tensor(self.variances, dtype=_F64, device="cpu").detach()
         object.__setattr__(self, "variances", v)
         if not isinstance(self.mean, PerCondition):
-            object.__setattr__(self, "mean", torch.as_tensor(self.mean).detach().to("cpu", _F64))
+            object.__setattr__(self, "mean", torch.as_tensor(self.mean, dtype=_F64, device="cpu").detach())
         if tuple(self.mean.shape) != self.projections.shape or v.shape != (self.projections.count,):
             raise InputError(
                 f"moments over {self.projections!r} need a mean {list(self.projections.shape)} and "
@@ -85,8 +85,8 @@ def exact_moments(mean: Tensor, covariance: Tensor, rank: int | None = None) -> 
     ------
     InputError : the covariance is not symmetric and positive, or has another size.
     """
-    m = torch.as_tensor(mean).detach().to("cpu", _F64)
-    c = torch.as_tensor(covariance).detach().to("cpu", _F64)
+    m = torch.as_tensor(mean, dtype=_F64, device="cpu").detach()
+    c = torch.as_tensor(covariance, dtype=_F64, device="cpu").detach()
     shape, d = tuple(m.shape), m.numel()
     about: dict[str, Any] = {"moments": "given"}
     if c.shape == (d, d) and not (d == 1 and c.shape == shape):
@@ -182,7 +182,7 @@ def _named(shrink: float | str) -> str:
 
 
 def _checked(samples: Tensor) -> Tensor:
-    x = torch.as_tensor(samples).detach().to("cpu", _F64)
+    x = torch.as_tensor(samples, dtype=_F64, device="cpu").detach()
     if x.ndim < 2 or len(x) < 2 or not bool(torch.isfinite(x).all()):
         raise InputError(f"moments need at least 2 finite samples [n, *shape], got {list(x.shape)}.")
     return x
@@ -194,7 +194,7 @@ def centred(x: Tensor, labels: Tensor | None, key: str | None) -> tuple[Tensor |
     if labels is None:
         mean = x.mean(0)
         return mean, x - mean, 1
-    marks = torch.as_tensor(labels).detach().cpu().long()
+    marks = torch.as_tensor(labels, device="cpu").detach().long()
     if marks.shape != (len(x),) or not key:
         raise InputError(f"labels are an integer for each of {len(x)} samples, with the condition's name as key.")
     values, place = torch.unique(marks, return_inverse=True)

@@ -100,7 +100,7 @@ class WarmStart:
             return cls.of_moments(exact_moments(mean, covariance, rank), schedule, t_start, t_1)
         level = schedule.noise_to_signal(t_1)
         moments = estimate_moments(
-            torch.as_tensor(samples), labels=labels, key=per, rank=rank, shrink=shrink, level=level
+            torch.as_tensor(samples, device="cpu"), labels=labels, key=per, rank=rank, shrink=shrink, level=level
         )
         return cls.of_moments(moments, schedule, t_start, t_1)
 
