@@ -9,13 +9,13 @@ from functools import partial
 from itertools import chain
 from types import CodeType, FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bounded import Bounded
 from ..errors import InputError
+from .checksums import dense, marks, sums
 
 __all__ = ["Fingerprint", "Parts", "checked_tag", "fingerprint_of"]
 
@@ -35,8 +35,6 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.
 _WIDE = {torch.float32, torch.float64}
 # The dtypes from which a cast to the dtype of a part is a plain rounding.
 _CASTS = {"d": {torch.float64}, "f": set(), "b": {torch.bfloat16}, "h": {torch.float16}}
-_BLOCK = 2**16  # values under a single sum
-_GROUP = 2**22  # values in memory at a time
 
 
 class Fingerprint(str):
@@ -111,7 +109,18 @@ def fingerprint_of(model: object, tag: str | None = None) -> Fingerprint:
     if not found.tensors:
         name = getattr(model, "__qualname__", type(model).__qualname__)
         return Fingerprint(f"unknown-{name}-{_hash(repr(found.pieces).encode(), 12)}")
-    return Fingerprint(_text(found.tensors, found.pieces))
+    mark = _mark(found)
+    try:
+        last = _LAST.get(model)
+    except TypeError:  # a model that is not hashable, or takes no weak reference
+        return Fingerprint(_text(found.tensors, found.pieces))
+    if last is None or last[0] != mark:
+        last = _LAST[model] = mark, Fingerprint(_text(found.tensors, found.pieces))
+    return last[1]
+
+
+_LAST: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Fingerprint]] = WeakKeyDictionary()
+"""The last fingerprint of each model, with the mark of the weights behind it."""
 
 
 # ---- the parts of a model --------------------------------------------------------------------------------------------
@@ -222,104 +231,33 @@ def _text(tensors: list[tuple[str, Tensor]], pieces: list[str]) -> str:
         kept = [(path[1:], v) for path, v in kept]
     ordered = sorted(((".".join(path), v) for path, v in kept), key=lambda item: item[0])
     layout = [(name, list(v.shape), v.is_floating_point() or v.is_complex()) for name, v in ordered]
-    values = [_dense(v) for _, v in ordered if not v.is_meta]
+    values = [dense(v) for _, v in ordered if not v.is_meta]
     dtypes = {v.dtype for v in values if v.is_floating_point()}
     parts = [
         key for key, narrow in _CASTS.items() if dtypes <= _WIDE | narrow and (key != "d" or torch.float64 in dtypes)
     ]
     if not parts:  # a precision of its own, or several at a time
         parts, layout = ["x"], [*layout, sorted(map(str, dtypes))]  # type: ignore[list-item]
-    sums = _sums(values, parts)
-    hashes = [f"{key}{_hash(sums[k], 12)}" for k, key in enumerate(parts)]
+    found = sums(values, parts)
+    hashes = [f"{key}{_hash(found[k], 12)}" for k, key in enumerate(parts)]
     return "-".join([_hash(repr((layout, pieces)).encode(), 8), *hashes])
-
-
-def _dense(value: Tensor) -> Tensor:
-    if value.is_quantized:
-        value = value.dequantize()
-    if value.layout != torch.strided:
-        value = value.to_dense()
-    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-
-
-@torch.no_grad()
-def _sums(values: list[Tensor], parts: list[str]) -> list[bytes]:
-    """The weighted sums of all values in each precision, as bytes; one transfer from the device."""
-    found: list[list[Tensor]] = [[] for _ in parts]
-    for group in _groups(values):
-        if group.is_floating_point():
-            narrow = group if group.dtype == torch.float32 else group.float()
-            for k, key in enumerate(parts):
-                found[k].append(_sum(_bits(group, narrow, key)))
-        else:
-            exact = _sum(group)
-            for own in found:
-                own.append(exact)
-    if not any(found):
-        return [b""] * len(parts)
-    device = found[0][0].device
-    rows = [torch.cat([s.to(device) for s in own]) for own in found]
-    return [row.tobytes() for row in torch.stack(rows).cpu().numpy()]
-
-
-def _bits(group: Tensor, narrow: Tensor, key: str) -> Tensor:
-    match key:
-        case "d":
-            return group.view(torch.int64)
-        case "b":
-            return narrow.bfloat16().view(torch.int16)
-        case "h":
-            return narrow.half().view(torch.int16)
-    return narrow.view(torch.int32)
-
-
-def _groups(values: list[Tensor]) -> Iterator[Tensor]:
-    """The values as vectors: floats in float32, or float64 where a weight is, then integers in int64."""
-    floats = [v for v in values if v.is_floating_point()]
-    wide = torch.float64 if any(v.dtype == torch.float64 for v in floats) else torch.float32
-    others = [v for v in values if not v.is_floating_point()]
-    for own, dtype in ((floats, wide), (others, torch.int64)):
-        held: list[Tensor] = []
-        size = 0
-        for value in own:
-            if held and (size + value.numel() > _GROUP or value.device != held[0].device):
-                yield torch.cat(held)
-                held, size = [], 0
-            for part in torch.split(value.reshape(-1), _GROUP):
-                if part.numel() == _GROUP:
-                    yield part.to(dtype)
-                else:
-                    held.append(part.to(dtype))
-                    size += part.numel()
-        if held:
-            yield torch.cat(held)
-
-
-def _sum(bits: Tensor) -> Tensor:
-    """Sums of at most 2**16 integers times odd weights, modulo 2**64: any change of a single value changes its sum."""
-    weights = _weights(bits.device)
-    whole = bits.numel() // _BLOCK * _BLOCK
-    rows = bits[:whole].view(-1, _BLOCK).to(torch.int64)
-    rest = bits[whole:].to(torch.int64)
-    return torch.cat([(rows * weights).sum(1), (rest * weights[: len(rest)]).sum().reshape(1)])
-
-
-_PLACED: Bounded[torch.device, Tensor] = Bounded(16)
-
-
-def _weights(device: torch.device) -> Tensor:
-    """Odd 64-bit weights by SplitMix64 [Steele et al. 2014], int64 [2**16]."""
-    known = _PLACED.get(device)
-    if known is None:
-        z = np.arange(1, _BLOCK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        odd = ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
-        with torch.inference_mode(False):
-            known = torch.from_numpy(odd).to(device)
-        _PLACED.put(device, known)
-    return known
 
 
 def _hash(data: bytes, length: int) -> str:
     return hashlib.sha256(data).hexdigest()[:length]
+
+
+@torch.no_grad()
+def _mark(parts: Parts) -> tuple[Any, ...]:
+    """A mark of the weights as they are in memory, equal only if they are unchanged; cheaper than the fingerprint.
+
+    The version of a tensor alone does not tell of writes through ``.data``.
+    """
+    places = [
+        (name, v.dtype, tuple(v.shape), v.data_ptr(), 0 if v.is_inference() else v._version)
+        for name, v in parts.tensors
+        if not v.is_meta
+    ]
+    own = [marks(dense(v.detach()).reshape(-1)) for _, v in parts.tensors if not v.is_meta]
+    totals = torch.cat([v.to(own[0].device) for v in own]).cpu().tolist() if own else []
+    return tuple(places), tuple(parts.pieces), tuple(totals)

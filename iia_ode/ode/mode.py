@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
+from functools import lru_cache
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from .fingerprint import Parts
 __all__ = ["check_mode", "in_training"]
 
 _SHOWN = 3  # modules that a warning names
+_KNOWN = ("torch", "builtins", "abc", "typing", "iia_ode")  # packages whose modules are told by their kind
 _SETTERS = ("train", "eval", "__init__")
 
 
@@ -67,15 +70,17 @@ def _depends(module: nn.Module) -> bool:
             return bool(module.lower != module.upper)
         case nn.MultiheadAttention() | nn.RNNBase():
             return module.dropout > 0
-    return any(_reads_mode(f) for f in _functions(type(module)))
+    kind: Hashable = type(module)
+    return _reads_mode(kind)
 
 
-def _functions(kind: type) -> Iterator[FunctionType]:
-    """The methods of a class that is not torch's or this library's, except those that set the mode."""
-    for base in kind.__mro__:
-        if base.__module__.split(".")[0] not in ("torch", "builtins", "abc", "typing", "iia_ode"):
-            yield from (f for n, f in vars(base).items() if isinstance(f, FunctionType) and n not in _SETTERS)
-
-
-def _reads_mode(function: FunctionType) -> bool:
-    return "training" in function.__code__.co_names
+@lru_cache(maxsize=1024)
+def _reads_mode(kind: Any) -> bool:
+    """Whether a method of a class outside of torch and of this library reads the mode, other than to set it."""
+    foreign = (base for base in kind.__mro__ if base.__module__.split(".")[0] not in _KNOWN)
+    return any(
+        "training" in value.__code__.co_names
+        for base in foreign
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType) and name not in _SETTERS
+    )
