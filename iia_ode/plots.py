@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,9 @@ _STYLE: dict[str, dict[str, Any]] = {
     "iia": {"color": "#009E73", "marker": "D"},
 }
 _BASE, _FITTED, _QUIET = "#0072B2", "#D55E00", "#999999"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_DASHES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (3, 3)))
 
 
 def _axes(ax: Axes | None, **size: Any) -> Axes:
@@ -65,11 +68,12 @@ def _figure(**size: Any) -> Figure:
 def error_against_nfe(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """Plot the endpoint error of solvers against their number of evaluations, on logarithmic axes.
 
-    Lines of fitted solvers are solid. Error bars are one standard error.
+    Lines of fitted solvers are solid; all other lines are dashed or dotted. Two lines differ in color or marker, and for up to
+    seven lines in both. The legend says which lines are solid where a plot has both kinds. Error bars are one standard error.
 
     Parameters
     ----------
-    comparison : result of :func:`iia_ode.experiments.compare`.
+    comparison : result of :func:`iia_ode.experiments.compare`, or ``Comparison(rows)`` of measurements of your own.
     ax : axes to draw on; by default those of a new figure.
 
     Returns
@@ -80,23 +84,54 @@ def error_against_nfe(comparison: Comparison, ax: Axes | None = None) -> Axes:
     ------
     MissingDependencyError : matplotlib is not installed.
     """
-    ax = _axes(ax, figsize=(6.4, 4.4))
-    for solver in comparison.solvers:
-        rows = sorted((r for r in comparison.rows if r.solver == solver), key=lambda r: r.nfe)
-        if rows:
-            x, y, e = [r.nfe for r in rows], [r.rmse for r in rows], [r.standard_error for r in rows]
-            ax.errorbar(x, y, yerr=e, label=solver, markersize=5, capsize=2, **_STYLE.get(solver, {"marker": "x"}))
+    lines = {s: sorted((r for r in comparison.rows if r.solver == s), key=lambda r: r.nfe) for s in comparison.solvers}
+    fitted = {solver: any(r.fitted for r in rows) for solver, rows in lines.items() if rows}
+    beside = len(fitted) > 6  # so many entries would hide the lines
+    ax = _axes(ax, figsize=(8.8 if beside else 6.4, max(4.4, 0.22 * len(fitted))))
+    for solver, style in _line_styles(fitted).items():
+        rows = lines[solver]
+        x, y, e = [r.nfe for r in rows], [r.rmse for r in rows], [r.standard_error for r in rows]
+        ax.errorbar(x, y, yerr=e, label=solver, markersize=5, capsize=2, **style)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(comparison.nfes, [str(n) for n in comparison.nfes])
-    ax.minorticks_off()
+    ax.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
+    if ax.get_ylim()[1] > 10 * ax.get_ylim()[0]:  # else minor ticks have the only labels
+        ax.yaxis.set_tick_params(which="minor", left=False)
     ax.set_xlabel("model evaluations (NFE)")
     ax.set_ylabel("endpoint error (RMSE per component)")
     ax.grid(alpha=0.3)
-    ax.legend()
-    s = comparison.settings
-    ax.set_title(f"{s['setting']}: {s['samples']} unseen samples, fits on {s['fit_samples']}", fontsize="medium")
+    title = "solid: fitted" if len(set(fitted.values())) > 1 else None
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": "small"} if beside else {}
+    ax.legend(title=title, title_fontsize="small", handlelength=3.5, **place)
+    if (protocol := comparison.protocol) is not None:
+        fits = f", fits on {protocol.fit_samples}" if protocol.fit_samples else ""
+        ax.set_title(f"{protocol.setting}: {protocol.samples} unseen samples{fits}", fontsize="medium")
     return ax
+
+
+def _line_styles(fitted: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    """Choose a style for each line, solid for the fitted ones; no two lines have the same color and marker."""
+    styles = {
+        name: _STYLE[name] for name, solid in fitted.items() if name in _STYLE and solid == _is_solid(_STYLE[name])
+    }
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, solid in fitted.items():
+        taken = [*styles.values(), *(style for key, style in chosen.items() if key not in styles)]
+
+        def least(key: str, values: Sequence[Any], taken: list[dict[str, Any]] = taken) -> list[Any]:
+            return sorted(values, key=lambda v: sum(style.get(key) == v for style in taken))
+
+        pairs = {(style["color"], style["marker"]) for style in taken}
+        free = [(c, m) for c in least("color", _COLORS) for m in least("marker", _MARKERS) if (c, m) not in pairs]
+        color, marker = free[0] if free else (_COLORS[len(taken) % 7], _MARKERS[len(taken) % 10])
+        dash = "-" if solid else least("linestyle", _DASHES)[0]
+        chosen[name] = styles.get(name, {"color": color, "marker": marker, "linestyle": dash})
+    return chosen
+
+
+def _is_solid(style: Mapping[str, Any]) -> bool:
+    return style.get("linestyle", "-") == "-"
 
 
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
-from support import run
+from support import mixture, run
 
 import iia_ode as iia
-from iia_ode.experiments import compare, get_setting, setting_names
+from iia_ode.experiments import Comparison, Row, compare, get_setting, setting_names
 from iia_ode.metrics import paired_ratio, rmse, rmse_with_error
 
 SMALL = ["--setting", "mixture", "--samples", "16", "--fit-samples", "16"]
@@ -119,6 +121,137 @@ def test_a_setting_draws_the_same_whatever_the_default_device(name):
     assert all(v.device.type == "cpu" for v in ode.model.state_dict().values())
 
 
+# ---- a model of one's own, solvers of every kind, several families of grids ------------------------------------------
+
+
+def own_model(n=12, seed=5):
+    """The ODE of a mixture as a user gives a model, with unseen states and their accurate final states."""
+    ode = mixture().ode(iia.EDM())
+    x = mixture().noisy(n, iia.EDM(), 80.0, torch.Generator().manual_seed(seed))
+    return ode, x, iia.reference.solve(ode, x, 80.0, 0.0, rtol=1e-6, atol=1e-6, sigma_min=0.002)
+
+
+def test_a_model_of_ones_own_is_compared_on_its_own_states():
+    ode, x, reference = own_model()
+    result = compare(ode, ["ddim", "heun"], 5, x=x, name="mine", tolerance=1e-6)
+    assert result.error("ddim", 5) == rmse(iia.sample(ode, x, iia.grids.karras(5), "ddim"), reference)
+    again = compare(ode, ["ddim"], [5], iia.grids.karras, x=x, reference=reference)
+    assert again.error("ddim", 5) == result.error("ddim", 5)
+    assert result.protocol.setting == "mine" and result.protocol.samples == 12
+    assert "mine" in json.dumps(result.settings)
+
+
+def test_every_kind_of_solver_has_a_line_of_its_own():
+    ode, x, reference = own_model()
+    window = iia.IIA("ddim", "window", "trajectory", guard=False)
+    fit = window.fit(ode, x.roll(1, 1), iia.grids.karras(4))
+    solvers = {
+        "name": "ddim",
+        "instance": iia.get_solver("dpmpp_2m", max_order=3),
+        "mapping": {"name": "dpmpp_2m", "options": {"max_order": 3}},
+        "preset by name": "iia-ddim",
+        "preset": iia.preset("iia-ddim"),
+        "IIA": window,
+        "fit": fit,
+        "plan": fit.plan,
+    }
+    result = compare(ode, solvers, [4, 5], x=x, reference=reference, fit_samples=8)
+    rows = {(r.solver, r.nfe): r for r in result.rows}
+    assert result.solvers == tuple(solvers) and len(rows) == 14  # the fit and the plan have four evaluations only
+    assert rows["instance", 4].rmse == rows["mapping", 4].rmse
+    assert rows["preset", 5].rmse == rows["preset by name", 5].rmse
+    assert rows["fit", 4].rmse == rows["plan", 4].rmse == rmse(iia.sample(ode, x, solver=fit), reference)
+    assert {name for name, _ in result.fits} == {"preset by name", "preset", "IIA"}
+    assert [r.solver for r in result.rows if r.nfe == 4 and r.fitted] == ["preset by name", "preset", "IIA", "fit"]
+    assert rows["IIA", 5].fit_samples == result.protocol.fit_samples == 8
+    unnamed = compare(ode, [solvers["mapping"], solvers["preset"], fit], 4, x=x, reference=reference, fit_samples=8)
+    assert unnamed.solvers == ("dpmpp_3m", "iia-ddim", "iia(ddim)")
+
+
+def test_each_solver_is_measured_on_each_family_of_grids():
+    ode, x, reference = own_model()
+    families = {"karras": "karras", "steep": partial(iia.grids.karras, rho=3)}
+    result = compare(ode, ["ddim", "heun"], [5], families, x=x, reference=reference)
+    assert result.solvers == ("ddim on karras", "ddim on steep", "heun on karras", "heun on steep")
+    assert [r.grid for r in result.rows] == ["karras", "steep"] * 2
+    expected = iia.sample(ode, x, iia.grids.karras(5, rho=3), "ddim")
+    assert torch.equal(result.samples["ddim on steep", 5], expected)
+    assert torch.equal(result.grids["ddim on steep", 5], iia.grids.karras(5, rho=3))
+    named = compare(ode, "ddim", 5, ["log_snr", partial(iia.grids.karras, rho=3)], x=x, reference=reference)
+    assert named.solvers == ("ddim on log_snr", "ddim on karras(rho=3)")
+
+
+def test_fits_of_ones_own_model_are_made_on_other_noise_under_the_same_conditions():
+    labels = torch.arange(12)
+    seen = []
+
+    def model(x, t, label):
+        seen.append((x.clone(), label.clone()))
+        return x / (1 + t[:, None] ** 2) + label[:, None] / 100
+
+    ode = iia.ProbabilityFlowODE(model, iia.EDM(), "data", conditioning={"label": labels})
+    x = 80 * torch.randn((12, 3), generator=torch.Generator().manual_seed(0))
+    result = compare(ode, ["iia-ddim"], 3, x=x, reference=x / 80, fit_samples=24)
+    first, label = next(call for call in seen if len(call[0]) == 24)
+    assert not any(torch.equal(a, b) for a in x for b in first)
+    assert label.tolist() == sorted([*range(12)] * 2)
+    assert float(first.std()) == pytest.approx(80, rel=0.3)
+    fit_x = 80 * torch.randn((6, 3), generator=torch.Generator().manual_seed(1))
+    given = compare(ode, ["iia-ddim"], 3, x=x, fit_x=fit_x, reference=x / 80)
+    assert given.fits["iia-ddim", 3].record.batch == 6
+    assert result.fits["iia-ddim", 3].record.batch == 24
+    with pytest.raises(iia.errors.InputError, match="share samples"):
+        compare(ode, ["iia-ddim"], 3, x=x, fit_x=x.flip(0), reference=x / 80)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"x": None}, "needs the unseen initial states"),
+        ({"samples": 4}, "omit samples"),
+        ({"guidance_scale": 2.0}, "omit guidance_scale"),
+        ({"reference": torch.zeros(3)}, "reference must have the shape of x"),
+        ({"solvers": []}, "at least one solver"),
+        ({"solvers": ["dpmpp_2m", iia.get_solver("dpmpp_2m")]}, "two solvers are called 'dpmpp_2m'"),
+        ({"solvers": [3]}, "expected the name of a registered solver"),
+        ({"solvers": ["dopri5"]}, "method of torchdiffeq"),
+        ({"solvers": "hun"}, "unknown solver 'hun'"),
+        ({"nfes": []}, "at least one number of evaluations"),
+        ({"nfes": [2.5]}, "number of evaluations"),
+        ({"grids": iia.grids.karras(5)}, "name of a family"),
+        ({"grids": "karas"}, "unknown family of grids 'karas'"),
+        ({"grids": [iia.grids.karras, iia.grids.karras]}, "two families of grids have one name"),
+        ({"grids": ["karras", partial(iia.grids.karras, sigma_max=40.0)]}, "have one name"),
+        ({"grids": {"a": "karras", "b": partial(iia.grids.karras, sigma_max=40.0)}}, "goes from level 40"),
+        ({"grids": {"a": "karras", "b": partial(iia.grids.karras, to_data=False)}}, "to 0.002"),
+        ({"model": iia.EDM()}, "compare takes a Setting"),
+        ({"model": "digits"}, "omit x"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_misuse_of_a_comparison_is_one_clear_error(changes, match):
+    ode = mixture().ode(iia.EDM())
+    arguments = {"model": ode, "solvers": ["ddim"], "nfes": [3], "x": 80 * torch.randn(4, 4, dtype=torch.float64)}
+    with pytest.raises(iia.IIAError, match=match):
+        compare(**(arguments | changes))
+
+
+def test_a_setting_that_draws_at_another_level_than_the_grids_is_refused():
+    with pytest.raises(iia.errors.GridError, match="start at level 40, and mixture draws states of level 80"):
+        compare("mixture", ["ddim"], [3], partial(iia.grids.karras, sigma_max=40.0), samples=4)
+
+
+def test_a_comparison_is_made_from_measurements_of_ones_own():
+    rows = [Row("mine", n, 1e-5 / n, 1e-6) for n in (4, 8)] + [Row("theirs", 8, 2e-6, 1e-7, fitted=True)]
+    result = Comparison(rows)
+    assert (result.solvers, result.nfes) == (("mine", "theirs"), (4, 8))
+    assert result.error("theirs", 4) is None
+    assert result.table().splitlines()[1].split() == ["mine", "2.500e-06*", "1.250e-06*"]
+    assert result.settings == {"grids": {}}
+    with pytest.raises(iia.errors.InputError, match="Row"):
+        Comparison([])
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +293,7 @@ def test_what_one_call_finds_can_be_compared_finds_its_own_grid_and_is_said(capl
     assert rows["iia", 3].fit_evaluations == by_hand.record.evaluations  # trajectories included
     assert rows["iia", 3].rmse < rows["heun", 3].rmse
     assert sum("iia at" in line and "RMSE" in line for line in said) == 2
-    assert caplog.text.count("sample evaluations, 0 s at") == 4 and caplog.text.count("chosen: ") == 4
+    assert len(re.findall(r"sample evaluations, \d+ s at", caplog.text)) == caplog.text.count("chosen: ") == 4
     with pytest.raises(iia.errors.UnknownNameError, match="unknown budget 'huge'"):
         compare(setting, ["iia"], [4], iia.grids.karras, budget="huge")
 
@@ -194,3 +327,25 @@ def test_compare_writes_a_picture_of_samples_where_they_are_images(tmp_path, cap
     small = ["--samples", "2", "--fit-samples", "2", "--nfe", "5", "--solvers", "ddim,heun"]
     assert run(capsys, "compare", *small, "--out", str(tmp_path))[0] == 0
     assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_compares_files_and_several_families(tmp_path, capsys):
+    ode, x = get_setting("mixture").draw(16, 0)
+    iia.preset("iia-ddim").fit(ode, x, iia.grids.karras(5)).save(tmp_path / "mine.safetensors")
+    arguments = [
+        "--nfe",
+        "5",
+        "--solvers",
+        f"ddim,iia-ddim,{tmp_path / 'mine.safetensors'}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    status, _, _ = run(capsys, "compare", *SMALL, *arguments, "--grids", "karras,log_snr")
+    assert status == 0
+    rows = [r["solver"] for r in csv.DictReader(io.StringIO((tmp_path / "out" / "compare.csv").read_text()))]
+    assert rows == [f"{s} on {g}" for s in ("ddim", "iia-ddim") for g in ("karras", "log_snr")] + ["mine"]
+    assert (tmp_path / "out" / "fits" / "iia-ddim-on-log_snr-5.safetensors").exists()
+    status, _, said = run(capsys, "compare", *SMALL, "--grids", "karras,beta", "--grid", "karras")
+    assert status == 2 and "leave out --grid" in said
+    status, _, said = run(capsys, "compare", *SMALL, "--grids", "karas")
+    assert status == 2 and "karas" in said

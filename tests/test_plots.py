@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import iia_ode as iia
 from iia_ode import plots
-from iia_ode.experiments import compare, get_setting
+from iia_ode.experiments import Comparison, Row, compare, get_setting
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,45 @@ def test_plots_draw_on_the_axes_they_are_given(comparison, tmp_path):
     grid = plots.image_grid(torch.rand(32, 1, 8, 8), columns=8)
     assert grid.images[0].get_array().shape == (4 * 9 - 1, 8 * 9 - 1)
     assert plots.save_figure(ax, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def measured(count, fitted=()):
+    """A comparison of `count` lines made by hand, with the lines `fitted` among them fitted."""
+    rows = [Row(f"line {k}", n, (k + 1) / n, 0.01, fitted=k in fitted) for k in range(count) for n in (4, 8)]
+    return Comparison(rows)
+
+
+def styles(axes):
+    return [(c[0].get_color(), c[0].get_marker(), c[0].get_linestyle()) for c in axes.containers]
+
+
+@pytest.mark.parametrize("count", [2, 7, 24, 70])
+def test_no_two_lines_look_alike_and_fitted_ones_alone_are_solid(count):
+    lines = styles(plots.error_against_nfe(measured(count, fitted=range(0, count, 3))))
+    assert len({line[:2] for line in lines}) == count
+    assert [line[2] == "-" for line in lines] == [k % 3 == 0 for k in range(count)]
+    first = lines[:7]
+    assert len({c for c, _, _ in first}) == len({m for _, m, _ in first}) == len(first)
+
+
+def test_lines_with_a_style_of_their_own_differ_from_the_others():
+    names = ["ddim", "iia-ddim", "heun", "iia-edm", "biia-edm", "iia", "lms", "dpmpp_2m", "unipc"]
+    rows = [Row(name, n, 1 / n, 0.01, fitted="iia" in name) for name in names for n in (4, 8)]
+    lines = styles(plots.error_against_nfe(Comparison(rows)))
+    assert len(set(lines)) == len({(c, d) for c, _, d in lines}) == len(names)
+    assert [line[2] == "-" for line in lines] == ["iia" in name for name in names]
+
+
+def test_the_legend_says_which_lines_are_solid_where_a_plot_has_both_kinds():
+    assert plots.error_against_nfe(measured(3, fitted=[1])).get_legend().get_title().get_text() == "solid: fitted"
+    assert plots.error_against_nfe(measured(3)).get_legend().get_title().get_text() == ""
+
+
+def test_a_plot_of_one_number_of_evaluations_or_of_close_errors_has_numbers_on_its_axes():
+    rows = [Row("a", 5, 0.12, 0.001), Row("b", 5, 0.14, 0.001)]
+    axes = plots.error_against_nfe(Comparison(rows))
+    axes.get_figure().draw_without_rendering()
+    assert any(t.get_text() for t in axes.get_yticklabels(which="both"))
 
 
 def test_without_matplotlib_a_plot_names_the_extra(monkeypatch, comparison):

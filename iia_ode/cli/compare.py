@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autofit import BUDGETS
-from ..errors import MissingDependencyError
+from ..errors import MissingDependencyError, unknown_name
 from ..experiments import Comparison, compare
-from ..experiments.compare import RECIPE
+from ..experiments.lines import RECIPE
 from ..files import check_writable, write_bytes
+from ..grids import GRIDS
+from ..iia import FittedSolver
+from ..iia.fitted import read_fit
 from ..plots import error_against_nfe, sample_panels, save_figure
 from .options import COUNT, Job, findings_as_lines, given, interactive, names, numbers, on_a_model
 
@@ -30,7 +35,15 @@ __all__ = ["compare_command"]
     metavar="NAME,NAME,...",
     default="ddim,iia-ddim,heun,biia-edm,iia-edm",
     show_default=True,
-    help=f"Registered solvers, presets, and {RECIPE!r}: the solver found by iia_ode.fit, on its own grid.",
+    help="Registered solvers, presets, files of fitted solvers (FILE.safetensors, each on its own grid and at its own number "
+    f"of evaluations), and {RECIPE!r}: the solver found by iia_ode.fit, on its own grid.",
+)
+@click.option(
+    "--grids",
+    "families",
+    callback=names,
+    metavar="NAME,NAME,...",
+    help=f"Compare on several families of grids, instead of --grid: {', '.join(GRIDS)}.",
 )
 @click.option(
     "--nfe",
@@ -66,6 +79,7 @@ def compare_command(
     fit_samples: int,
     target: str,
     budget: str,
+    families: tuple[str, ...],
     out: Path,
 ) -> None:
     """Compare the endpoint errors of solvers at equal numbers of evaluations, on unseen noise.
@@ -75,14 +89,19 @@ def compare_command(
     """
     if given("budget") and RECIPE not in solvers:
         raise click.UsageError(f"--budget is for solver {RECIPE!r}: add {RECIPE} to --solvers, or leave out --budget.")
+    if families and given("grid"):
+        raise click.UsageError("--grids names all families of the comparison: leave out --grid.")
+    for family in families:
+        if family not in GRIDS:
+            raise unknown_name("family of grids", family, GRIDS)
     check_writable(out / "compare.csv")
     say = partial(tqdm.write, file=sys.stderr)
     with findings_as_lines(lambda line: say(f"  {line}")):
         result = compare(
             job.setting,
-            solvers,
+            _loaded(solvers),
             nfe,
-            job.family(),
+            {name: replace(job, grid=name).family() for name in families or (job.grid,)},
             samples=samples,
             fit_samples=fit_samples,
             target=target,
@@ -101,6 +120,12 @@ def compare_command(
     click.echo(f"\nwritten to {out}/: {', '.join(names)}")
 
 
+def _loaded(solvers: tuple[str, ...]) -> dict[str, str | FittedSolver]:
+    """Read the files among the solvers. The name of a file's line is the name of the file, without folder and ending."""
+    files = {s: Path(s) for s in solvers if s.endswith(".safetensors")}
+    return {s: s for s in solvers if s not in files} | {path.stem: read_fit(path) for path in files.values()}
+
+
 def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Path]:
     written = [
         write_bytes(out / "compare.csv", result.csv().encode()),
@@ -108,7 +133,8 @@ def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Pat
         write_bytes(out / "compare.json", (json.dumps(result.settings, indent=2) + "\n").encode()),
     ]
     for (name, count), fit in result.fits.items():
-        written.append(fit.save(out / "fits" / f"{name}-{count}.safetensors"))
+        file = re.sub(r"[^\w.=-]+", "-", f"{name}-{count}")
+        written.append(fit.save(out / "fits" / f"{file}.safetensors"))
     try:
         written.append(save_figure(error_against_nfe(result), out / "compare.png"))
         if is_image:

@@ -76,9 +76,9 @@ def given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
-def names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    """Parse names separated by commas; a callback of click."""
-    return tuple(dict.fromkeys(v.strip() for v in value.split(",")))
+def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Parse names separated by commas, none without a value; a callback of click."""
+    return () if value is None else tuple(dict.fromkeys(v.strip() for v in value.split(",")))
 
 
 def _rho(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:

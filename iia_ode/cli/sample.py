@@ -10,7 +10,7 @@ import click
 from torch import Tensor
 
 from ..errors import MissingDependencyError
-from ..experiments.compare import RECIPE
+from ..experiments.lines import RECIPE
 from ..files import check_writable, to_json, write_tensors
 from ..iia import PRESETS, FittedSolver
 from ..iia.fitted import read_fit

@@ -6,7 +6,7 @@ import click
 
 from .. import grids
 from ..experiments import get_setting
-from ..experiments.compare import RECIPE
+from ..experiments.lines import RECIPE
 from ..iia import PRESETS
 from ..solvers import Solver, get_solver, same_solver, solver_names
 

@@ -2,252 +2,271 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..autofit import BUDGETS, Budget
+from ..autofit import Budget
 from ..autofit import fit as find
-from ..errors import GridError, InputError, one_run, unknown_name
-from ..iia import IIA, PRESETS, FittedSolver, Teacher, preset
+from ..autofit.budget import budget_of
+from ..checks import check_whole
+from ..errors import GridError, InputError, one_run
+from ..iia import IIA, FittedSolver, Teacher
 from ..integrate import sample
 from ..metrics import rmse_with_error
 from ..ode import ProbabilityFlowODE
-from ..reference import solve
-from ..solvers import Solver, get_solver
-from .settings import Setting, batch_seed
+from ..plan import Plan, check_grid
+from ..schedules import Schedule
+from .lines import RECIPE, Families, Family, Line, Solvers, families_of, grid_of, lines_of
+from .results import Comparison, Protocol, Row
+from .settings import Setting, get_setting
+from .task import Task, of_ode, of_setting
 
-__all__ = ["RECIPE", "Comparison", "Row", "compare"]
-
-RECIPE = "iia"
-"""Name of the solver found by :func:`iia_ode.fit`, among the solvers of a comparison."""
-
-_CHUNK = 64  # samples per call of the model during a fit
-
-
-@dataclass(frozen=True)
-class Row:
-    """Measurements of one solver at one number of evaluations.
-
-    Attributes
-    ----------
-    solver : name of the solver.
-    nfe : number of model evaluations per run.
-    rmse : root mean square error per component of the final states, against a converged reference from the same unseen
-        noise.
-    standard_error : standard error of `rmse` over samples.
-    fit_samples : number of samples of the fit, 0 for a solver without a fit.
-    fit_evaluations : batched model evaluations of the fit, 0 without a fit. Accurate trajectories count in full for each
-        fit, also where several fits share them.
-    fit_seconds : wall-clock time of the fit in seconds, 0 without a fit, trajectories included in the same way.
-    """
-
-    solver: str
-    nfe: int
-    rmse: float
-    standard_error: float
-    fit_samples: int
-    fit_evaluations: int
-    fit_seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """Result of :func:`compare`.
-
-    Attributes
-    ----------
-    rows : measurements, a row for each solver and each number of evaluations possible for the solver.
-    solvers, nfes : requested solvers and numbers of evaluations, in order.
-    reference : converged final states, float64 [B, ...].
-    samples : final states [B, ...] of each row, by (solver, nfe).
-    fits : fitted solvers, by (solver, nfe).
-    settings : arguments of the comparison and the grids, JSON-ready, to run the comparison again.
-    """
-
-    rows: tuple[Row, ...]
-    solvers: tuple[str, ...]
-    nfes: tuple[int, ...]
-    reference: Tensor
-    samples: dict[tuple[str, int], Tensor]
-    fits: dict[tuple[str, int], FittedSolver]
-    settings: dict[str, Any]
-
-    def error(self, solver: str, nfe: int) -> float | None:
-        """Look up an RMSE.
-
-        Parameters
-        ----------
-        solver : name of the solver.
-        nfe : number of evaluations.
-
-        Returns
-        -------
-        The RMSE per component; None if the solver cannot make exactly `nfe` evaluations.
-        """
-        return next((r.rmse for r in self.rows if (r.solver, r.nfe) == (solver, nfe)), None)
-
-    def table(self, markdown: bool = False) -> str:
-        """Format the errors as a table: a line per solver, a column per number of evaluations.
-
-        A star marks the lowest error of a column. A dash means the solver cannot make this number of evaluations.
-
-        Parameters
-        ----------
-        markdown : whether to write a Markdown table instead of aligned text.
-
-        Returns
-        -------
-        The table as text.
-        """
-        width = max(len("solver / NFE"), *(len(s) for s in self.solvers))
-        best = {
-            n: min((e for s in self.solvers if (e := self.error(s, n)) is not None), default=None) for n in self.nfes
-        }
-
-        def cell(solver: str, nfe: int) -> str:
-            error = self.error(solver, nfe)
-            return "-" if error is None else f"{error:.4f}{'*' if error == best[nfe] else ' '}"
-
-        body = [[f"{s:<{width}}", *(f"{cell(s, n):>8}" for n in self.nfes)] for s in self.solvers]
-        head = [f"{'solver / NFE':<{width}}", *(f"{n:>8}" for n in self.nfes)]
-        if not markdown:
-            return "\n".join(" ".join(row) for row in (head, *body))
-        rule = ["-" * width, *(f"{'-' * 7}:" for _ in self.nfes)]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
-
-    def csv(self) -> str:
-        """Format all rows as comma-separated values, with a header line."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in self.rows)
-        return out.getvalue()
+__all__ = ["RECIPE", "compare"]
 
 
 @one_run()
 def compare(
-    setting: Setting,
-    solvers: Sequence[str],
-    nfes: Sequence[int],
-    make_grid: Callable[[int], Tensor],
+    model: Setting | str | ProbabilityFlowODE,
+    solvers: Solvers,
+    nfes: int | Sequence[int],
+    grids: Families = "karras",
     *,
-    samples: int = 128,
+    x: Tensor | None = None,
+    fit_x: Tensor | None = None,
+    reference: Tensor | None = None,
+    samples: int | None = None,
     fit_samples: int = 200,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    tolerance: float | None = None,
     target: str = "substeps",
-    budget: str = "closed-form",
-    guidance_scale: float = 1.0,
+    budget: str | Budget = "closed-form",
+    guidance_scale: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
+    name: str | None = None,
     progress: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Compare solvers: fit them where needed, sample from unseen noise, and measure against a converged reference.
+    """Compare solvers: fit them where needed, sample from unseen noise, and measure against an accurate reference.
+
+    Every :class:`~iia_ode.IIA`, every preset and the solver ``"iia"`` is fitted anew for each number of evaluations, on noise
+    apart from the noise of the measurement. A :class:`~iia_ode.FittedSolver` or a :class:`~iia_ode.Plan` is used as it stands,
+    at its own number of evaluations. Whether the comparison is fair to such a solver depends on the noise of its own fit.
 
     Parameters
     ----------
-    setting : model and noise to compare on.
-    solvers : names of registered solvers and of IIA's presets. The name ``"iia"`` stands for the solver found by
-        :func:`iia_ode.fit`.
+    model : a setting, the name of a setting, or the ODE of a model of your own with the conditions of `x`.
+    solvers : a list of registered names, presets' names, :class:`~iia_ode.Solver` instances, mappings ``{"name": ...,
+        "options": ...}``, :class:`~iia_ode.IIA` instances, fitted solvers and plans; or a mapping from names of your own to
+        them. The name ``"iia"`` stands for the solver found by :func:`iia_ode.fit`.
     nfes : numbers of evaluations. A solver is left out where it cannot make the number exactly.
-    make_grid : family of grids, a function from a number of levels to a grid. The solver ``"iia"`` searches for its own
-        grid; all others use this family.
-    samples : number of unseen initial states to measure on.
-    fit_samples : number of initial states to fit on. A `budget` may add more.
-    target : target of the presets' steps: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.
-    budget : name of the budget of ``"iia"``: ``"closed-form"``, ``"standard"`` or ``"thorough"``.
-    guidance_scale : scale of classifier-free guidance; 1 is no guidance.
-    seed : seed of both batches. The batch to fit on and the batch to measure on come from different generators.
-    device : device of the model.
+    grids : one or more families of grids: names in :data:`iia_ode.grids.GRIDS`, functions from a number of levels to a grid,
+        or a mapping from names to them. Solvers with grids of their own (``"iia"``, fitted solvers, plans) do not use them.
+        All grids start and end at the same levels.
+    x : for an ODE: the unseen initial states [B, ...] at the start of the grids, float32 or float64.
+    fit_x : for an ODE: initial states [B', ...] for the fits, none of them in `x`. By default `fit_samples` draws of
+        ``sigma * randn``. The fits reuse the conditions of `x` evenly.
+    reference : for an ODE: accurate final states [B, ...] of `x`; by default a solution by dopri8.
+    samples : for a setting: number of unseen initial states, by default 128.
+    fit_samples : number of initial states to fit on, where `fit_x` is not given. A `budget` may add more.
+    sigma_min, sigma_max : for an ODE: last positive and first level sigma/alpha of the families given by name; by default
+        those of the family. References and teachers stop at `sigma_min`, by default the smallest level of the schedule's
+        models. A setting has both levels as attributes.
+    tolerance : relative and absolute tolerance of the reference; by default the setting's, or 1e-8 for a model in float64 and
+        1e-6 else.
+    target : target of presets given by name: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.
+    budget : budget of ``"iia"``: ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`.
+    guidance_scale : for a setting: scale of classifier-free guidance, by default 1, without guidance.
+    seed : seed of all draws. The draws for fits and for measurements come from different generators.
+    device : for a setting: device of the model, by default ``"cpu"``.
+    name : name of an ODE's model in the result; by default the name of its class or function.
     progress : whether to show a progress bar over the cells of the table.
     report : function called with a line of text at each stage.
 
     Returns
     -------
-    A :class:`Comparison`: rows, samples, fits and settings.
+    A :class:`Comparison`: rows, states, grids, fits and the conditions.
 
     Raises
     ------
-    UnknownNameError : no such solver, preset or budget.
-    InputError : the comparison is empty: no solvers, no numbers of evaluations, no samples, or no solver can make any of
-        the numbers. Or guidance is requested and the setting has no conditions.
-    GridError : `make_grid` cannot make a grid of two levels.
+    UnknownNameError : no such setting, solver, preset, family or budget.
+    InputError : an argument is not usable or does not go with the model; the comparison is empty; two lines have one name;
+        or `fit_x` and `x` share samples.
+    GridError : a family cannot make a grid of two levels, or grids start or end at different levels.
+
+    Examples
+    --------
+    >>> result = compare(
+    ...     ode, ["heun", iia.IIA("ddim", "window")], [5, 9], ["karras", "log_snr"], x=80.0 * torch.randn(64, 3)
+    ... )
+    >>> print(result.table())
     """
-    if not solvers or not nfes or samples < 1 or fit_samples < 1:
-        raise InputError("compare needs at least one solver, one number of evaluations and one sample.")
-    if budget not in BUDGETS:
-        raise unknown_name("budget", budget, BUDGETS)
-    say = report or (lambda _: None)
-    methods = {name: _method(name, target) for name in solvers}
-    (fit_ode, fit_x), (ode, x) = (
-        setting.draw(n, batch_seed(seed, unseen=unseen), guidance_scale=guidance_scale, device=device)
-        for n, unseen in ((fit_samples, False), (samples, True))
+    counts = _counts(nfes)
+    budget_of(budget)  # before the work
+    check_whole("seed", seed, least=0, below=2**31)
+    check_whole("fit_samples", fit_samples, least=1)
+    if isinstance(model, ProbabilityFlowODE):
+        given = {"samples": samples, "guidance_scale": guidance_scale, "device": device}
+        _refuse(given, "the model is an ODE, which has its own guidance and runs on the states x")
+        task = of_ode(model, x, fit_x, reference, sigma_min, tolerance, name)
+        families = families_of(grids, model.schedule, sigma_min, sigma_max)
+    else:
+        setting = get_setting(model) if isinstance(model, str) else model
+        if not isinstance(setting, Setting):
+            raise InputError(f"compare takes a Setting, the name of a setting or a ProbabilityFlowODE, got {model!r}.")
+        given = {"x": x, "fit_x": fit_x, "reference": reference, "name": name}
+        given |= {"sigma_min": sigma_min, "sigma_max": sigma_max}
+        _refuse(given, "the model is a setting, which has its own levels and draws its own states")
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        count = check_whole("samples", 128 if samples is None else samples, least=1)
+        task = of_setting(setting, count, fit_samples, tolerance, scale, seed, device or "cpu")
+        families = families_of(grids, setting.schedule, setting.sigma_min, setting.sigma_max)
+    lines = lines_of(solvers, families, target)
+    about = {"fit_samples": fit_samples, "target": target, "budget": budget, "seed": seed}
+    return _compared(task, lines, counts, families, about, progress, report or (lambda _: None))
+
+
+def _refuse(given: Mapping[str, object], reason: str) -> None:
+    """Raise InputError if an argument was given that does not go with the model."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise InputError(f"{reason}: omit {' and '.join(names)}.")
+
+
+def _counts(nfes: int | Sequence[int]) -> tuple[int, ...]:
+    counts = [nfes] if isinstance(nfes, int) else list(nfes)
+    if not counts:
+        raise InputError("compare needs at least one number of evaluations, such as nfes=[5, 10].")
+    return tuple(dict.fromkeys(check_whole("a number of evaluations", n, least=1) for n in counts))
+
+
+# ---- grids, fits and measurements ------------------------------------------------------------------------------------
+
+
+def _compared(
+    task: Task,
+    lines: list[Line],
+    nfes: tuple[int, ...],
+    families: Mapping[str, Family],
+    about: dict[str, Any],
+    progress: bool,
+    say: Callable[[str], None],
+) -> Comparison:
+    """Fill the cells."""
+    ends = _ends(families, task)
+    cells = _cells(lines, nfes, families, task.ode.schedule, say)
+    fits = _Fits(task, ends, max(nfes), about, progress)
+    exact = task.accurate(ends, say)
+    rows, finals, grids = [], {}, {}
+    for line, nfe, grid in tqdm(cells, desc="compare", disable=not progress):
+        key, method, cost = (line.name, nfe), line.method, (0, 0, 0.0)
+        if method is None or isinstance(method, IIA):
+            method, cost = fits.make(key, method, grid)
+        grids[key] = method.grid if isinstance(method, FittedSolver) else grid
+        _check_ends(line.name, grids[key], ends, task.ode.schedule)
+        own = isinstance(method, FittedSolver | Plan)
+        finals[key] = sample(task.ode, task.x, None if own else grid, method)
+        error = rmse_with_error(finals[key], exact)
+        rows.append(Row(*key, *error, line.family, *cost, fitted=isinstance(method, FittedSolver)))
+        say(f"{line.name:>10} at {nfe:>3} evaluations: RMSE {rows[-1].rmse:.4g}")
+    protocol = Protocol(
+        setting=task.name,
+        schedule=task.ode.schedule.config(),
+        samples=len(task.x),
+        fit_samples=len(fits.states[1]) if fits.made else 0,
+        target=about["target"],
+        budget=about["budget"] if isinstance(about["budget"], str) else "own",
+        guidance_scale=task.ode.guidance_scale,
+        seed=about["seed"],
+        device=str(task.x.device),
     )
-    grids = _grids(methods, nfes, make_grid, setting, say)
-    start, end = (float(make_grid(2)[i]) for i in (0, -1))
-    fits = _Fits(setting, fit_ode, fit_x, (start, end), BUDGETS[budget], max(nfes), seed, say, progress)
-    say(f"reference: {samples} unseen samples by dopri8, tolerance {setting.reference_tolerance:g}")
-    tolerance = setting.reference_tolerance
-    reference = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
-    rows, finals = [], {}
-    for (name, nfe), grid in tqdm(grids.items(), desc="compare", disable=not progress):
-        method = methods[name]
-        if isinstance(method, Solver):
-            final, (seen, evaluations, seconds) = sample(ode, x, grid, method), (0, 0, 0.0)
-        else:
-            fit, (seen, evaluations, seconds) = fits.make(name, nfe, method, grid)
-            final = sample(ode, x, solver=fit)
-            grids[name, nfe] = fit.grid
-        finals[name, nfe] = final
-        rows.append(Row(name, nfe, *rmse_with_error(final, reference), seen, evaluations, seconds))
-        say(f"{name:>10} at {nfe:>3} evaluations: RMSE {rows[-1].rmse:.4f}")
-    settings = {
-        "setting": setting.name,
-        "schedule": setting.schedule.config(),
-        "samples": samples,
-        "fit_samples": fit_samples,
-        "target": target,
-        "budget": budget,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "device": device,
-        "grids": {f"{name} {nfe}": grid.tolist() for (name, nfe), grid in grids.items() if grid is not None},
-    }
-    return Comparison(tuple(rows), tuple(solvers), tuple(nfes), reference, finals, fits.made, settings)
+    names = tuple(line.name for line in lines)
+    return Comparison(tuple(rows), names, nfes, exact, finals, grids, fits.made, protocol)
+
+
+def _ends(families: Mapping[str, Family], task: Task) -> tuple[float, float]:
+    """The first and the last time of all grids. A GridError here means that a family makes no grid at all."""
+    schedule = task.ode.schedule
+    pairs = {name: check_grid(schedule, family(2)) for name, family in families.items()}
+    ends = next((times[0], times[-1]) for times in pairs.values())
+    for name, times in pairs.items():
+        _check_ends(name, torch.tensor(times, dtype=torch.float64, device="cpu"), ends, schedule)
+    start = schedule.noise_to_signal(ends[0])
+    if task.sigma_max is not None and not _same(start, task.sigma_max):
+        raise GridError(
+            f"the grids start at level {start:g}, and {task.name} draws states of level {task.sigma_max:g}: make the levels "
+            "equal by the grid's sigma_max or by the setting's."
+        )
+    return ends
+
+
+def _check_ends(name: str, grid: Tensor, ends: tuple[float, float], schedule: Schedule) -> None:
+    """Raise GridError unless a grid has the same ends as the reference."""
+    own, due = ([schedule.noise_to_signal(t) for t in pair] for pair in ((float(grid[0]), float(grid[-1])), ends))
+    if not all(_same(a, b) for a, b in zip(own, due, strict=True)):
+        raise GridError(
+            f"{name} goes from level {own[0]:g} to {own[1]:g}, and the comparison from {due[0]:g} to {due[1]:g}: errors are "
+            "comparable between equal levels only."
+        )
+
+
+def _same(level: float, other: float) -> bool:
+    return level == other or math.isclose(level, other, rel_tol=1e-6)
+
+
+def _cells(
+    lines: Sequence[Line],
+    nfes: Sequence[int],
+    families: Mapping[str, Family],
+    schedule: Schedule,
+    say: Callable[[str], None],
+) -> list[tuple[Line, int, Tensor | None]]:
+    """The possible cells with their grids. None stands for a grid found by :func:`iia_ode.fit`."""
+    cells = []
+    for line in lines:
+        missing = []
+        for nfe in nfes:
+            try:
+                cells.append((line, nfe, grid_of(line, nfe, families, schedule)))
+            except GridError:
+                missing.append(nfe)
+        if missing:
+            counts = ", ".join(map(str, missing))
+            say(f"{line.name} is left out at {counts} evaluations: no grid gives exactly this number")
+    if not cells:
+        names = ", ".join(line.name for line in lines)
+        raise InputError(f"none of {names} can make any of {', '.join(map(str, nfes))} evaluations.")
+    return cells
 
 
 class _Fits:
     """The fits of a comparison, all on one batch. Fits to accurate trajectories share the trajectories."""
 
     def __init__(
-        self,
-        setting: Setting,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        ends: tuple[float, float],
-        budget: Budget,
-        most: int,
-        seed: int,
-        say: Callable[[str], None],
-        progress: bool,
+        self, task: Task, ends: tuple[float, float], most: int, about: Mapping[str, Any], progress: bool
     ) -> None:
-        self.setting, self.ode, self.x, self.ends, self.budget, self.seed = setting, ode, x, ends, budget, seed
-        self.most = most  # the largest number of evaluations
-        self.say, self.progress = say, progress
+        self.task, self.ends, self.most, self.progress = task, ends, most, progress
+        self.count, self.seed, self.budget = about["fit_samples"], about["seed"], budget_of(about["budget"])
         self.made: dict[tuple[str, int], FittedSolver] = {}
 
     @cached_property
+    def states(self) -> tuple[ProbabilityFlowODE, Tensor]:
+        """The ODE and the states to fit on."""
+        return self.task.states(self.count, self.ends[0], self.seed)
+
+    @cached_property
     def _teacher(self) -> tuple[Teacher, float]:
-        """Accurate trajectories for presets, and their wall-clock time in seconds."""
+        """Accurate trajectories for IIA, and their wall-clock time in seconds."""
         begun = time.perf_counter()
-        teacher = Teacher.solve(self.ode, self.x, *self.ends, sigma_min=self.setting.sigma_min)
+        teacher = Teacher.solve(*self.states, *self.ends, sigma_min=self.task.sigma_min)
         return teacher, time.perf_counter() - begun
 
     @cached_property
@@ -256,73 +275,42 @@ class _Fits:
 
         The trajectories are None if :func:`iia_ode.fit` must make its own, because it adds noise samples.
         """
-        begun = time.perf_counter()
-        if self.budget.draws > len(self.x):
+        begun, (ode, x) = time.perf_counter(), self.states
+        if self.budget.draws > len(x):
             return None, 0.0
-        start, end = self.setting.schedule.t_of_noise_to_signal(self.setting.sigma_max), self.setting.schedule.t_data
-        steps, low = self.budget.steps(self.most), self.setting.sigma_min
-        teacher = Teacher.solve(self.ode, self.x, start, end, steps=steps, sigma_min=low, chunk_size=_CHUNK)
+        steps, end = self.budget.steps(self.most), ode.schedule.t_data
+        low, chunk = self.task.sigma_min, self.budget.chunk_size
+        teacher = Teacher.solve(ode, x, self.ends[0], end, steps=steps, sigma_min=low, chunk_size=chunk)
         return teacher, time.perf_counter() - begun
 
     def make(
-        self, name: str, nfe: int, method: IIA | None, grid: Tensor | None
+        self, key: tuple[str, int], method: IIA | None, grid: Tensor | None
     ) -> tuple[FittedSolver, tuple[int, int, float]]:
         """Fit by IIA on a grid, or by :func:`iia_ode.fit` if there is no method.
 
         Return the fit and its cost: samples, evaluations, seconds.
         """
-        teacher, shared = None, 0.0
+        (ode, x), teacher, shared = self.states, None, 0.0
         if method is None:
             teacher, shared = self._found_teacher
         elif method.target == "trajectory":
             teacher, shared = self._teacher
         begun = time.perf_counter()
         if method is not None and grid is not None:
-            fit = method.fit(self.ode, self.x, grid, teacher=teacher)
+            fit = method.fit(ode, x, grid, teacher=teacher)
         else:
+            level = ode.schedule.noise_to_signal(self.ends[0])
             fit = find(
-                self.ode,
-                nfe,
-                x=self.x,
+                ode,
+                key[1],
+                x=x,
                 budget=self.budget,
-                sigma_max=self.setting.sigma_max,
-                sigma_min=self.setting.sigma_min,
+                sigma_max=level if math.isfinite(level) else None,
+                sigma_min=self.task.sigma_min,
                 teacher=teacher,
                 seed=self.seed,
                 progress=self.progress,
             )
-        self.made[name, nfe] = fit
+        self.made[key] = fit
         evaluations = fit.record.evaluations + (teacher.evaluations if teacher is not None else 0)
         return fit, (fit.record.batch, evaluations, time.perf_counter() - begun + shared)
-
-
-def _grids(
-    methods: dict[str, Solver | IIA | None],
-    nfes: Sequence[int],
-    make_grid: Callable[[int], Tensor],
-    setting: Setting,
-    say: Callable[[str], None],
-) -> dict[tuple[str, int], Tensor | None]:
-    """Make the grid of every possible cell, by (solver, nfe). None stands for a grid found by :func:`iia_ode.fit`."""
-    make_grid(2)  # raises here if the family cannot make any grid; below, a GridError means an impossible cell
-    grids: dict[tuple[str, int], Tensor | None] = {}
-    for name, method in methods.items():
-        missing = []
-        for nfe in nfes:
-            try:
-                base = method.base_solver if isinstance(method, IIA) else method
-                grids[name, nfe] = None if base is None else base.grid_for(nfe, make_grid, setting.schedule)
-            except GridError:
-                missing.append(nfe)
-        if missing:
-            say(f"{name} is left out at {', '.join(map(str, missing))} evaluations: no grid gives exactly this number")
-    if not grids:
-        raise InputError(f"none of {', '.join(methods)} can make any of {', '.join(map(str, nfes))} evaluations.")
-    return grids
-
-
-def _method(name: str, target: str) -> Solver | IIA | None:
-    """Look up a solver or preset by name; None stands for the solver found by :func:`iia_ode.fit`."""
-    if name == RECIPE:
-        return None
-    return preset(name, target=target) if name in PRESETS else get_solver(name)
