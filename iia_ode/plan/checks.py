@@ -8,15 +8,15 @@ import numbers
 import torch
 from torch import Tensor
 
-from ..errors import GridError, InputError, PlanError
-from ..forms import PREDICTIONS
+from ..errors import GridError, InputError, PlanError, ScheduleError
+from ..forms import PREDICTIONS, conversion
 from ..ode import ProbabilityFlowODE
-from ..schedules import Schedule
+from ..schedules import Discrete, Schedule
 from .instructions import Combine, Evaluate, Instruction, Program
 from .maps import LinearMap, PerCondition
 from .vectors import format_terms
 
-__all__ = ["check_code", "check_grid", "check_ode", "check_start", "check_state", "check_weights"]
+__all__ = ["check_code", "check_grid", "check_ode", "check_start", "check_state", "check_weights", "factors_at"]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
@@ -25,7 +25,7 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
     Raises
     ------
     GridError : not 1-dimensional, fewer than two times, not finite, outside the schedule, not strictly monotone in
-        sigma/alpha, or starting at the data.
+        sigma/alpha, or starting at the data of a discrete schedule.
     """
     try:
         values = (
@@ -54,12 +54,39 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
             f"a grid must be strictly monotone from noise to data (or back): {_brief(values)} turns or stands still "
             f"between its points {bad} and {bad + 1} ({values[bad]:g}, {values[bad + 1]:g})."
         )
-    if float(level[0][0]) == 0:
+    if float(level[0][0]) == 0 and isinstance(schedule, Discrete):
         raise GridError(
-            f"the grid starts at the data (t = {float(values[0]):g}, sigma = 0), where no model can be evaluated: "
-            "start at a small sigma."
+            f"the grid starts at the data (t = {float(values[0]):g}, sigma = 0), which is no timestep of a discrete model: "
+            "start at timestep 0."
         )
     return list(values.tolist())
+
+
+def factors_at(schedule: Schedule, t: float, prediction: str, form: str) -> tuple[float, float]:
+    """(p, q) of :func:`~iia_ode.forms.conversion` from a model's output at time t to another form.
+
+    Raises
+    ------
+    GridError : t is the data, and the model's output there does not determine the form.
+    ScheduleError : t is another time without a conversion.
+    """
+    at_data = schedule.sigma(t) == 0
+    reason = "which is no timestep of a discrete model" if at_data and isinstance(schedule, Discrete) else None
+    if reason is None:
+        try:
+            return conversion(schedule, t, prediction, form)
+        except ScheduleError:
+            if not at_data:
+                raise
+            reason = f"where {prediction} prediction does not determine {_WORDS.get(form, form)}"
+    raise GridError(
+        f"this grid evaluates the model at the data (t = {t:g}, sigma = 0), {reason}. Start a grid at a small sigma; end a "
+        "grid at a small sigma (grids take to_data=False), or at the data with a solver of this library. A solver of your own "
+        "tests ode.is_data(s), and finishes with a formula that does not evaluate the model at s."
+    )
+
+
+_WORDS = {"velocity": "dx/dt", "noise": "the noise"}
 
 
 def _brief(values: Tensor) -> str:
@@ -110,8 +137,8 @@ def check_code(plan: Program) -> None:
         if isinstance(ins, Combine) and ins.step is not None:
             steps.append(ins.step)
     times = torch.tensor(plan.evaluation_times, dtype=torch.float64, device="cpu")
-    if len(times) and (not plan.schedule.covers(times) or bool((plan.schedule.sigma(times) == 0).any())):
-        raise PlanError(f"{name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}.")
+    if len(times) and not plan.schedule.covers(times):
+        raise PlanError(f"{name} holds an evaluation outside its schedule: {times.tolist()}.")
     last, count = plan.code[-1] if plan.code else None, len(plan.grid) - 1
     if steps != list(range(1, count + 1)) or not isinstance(last, Combine) or last.step != count:
         raise PlanError(f"{name} does not write the state at each of its {count} later grid points in order.")
@@ -128,7 +155,7 @@ def _check_instruction(name: str, k: int, ins: Instruction) -> None:
     elif not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
         raise PlanError(
             f"instruction {k} of {name} has a weight that is not finite: {format_terms(ins.terms, None)}. "
-            "A step to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
+            "A step from or to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
         )
 
 

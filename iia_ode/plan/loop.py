@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import MismatchError, NonFiniteError
-from ..forms import conversion, converted
+from ..forms import converted
 from ..ode import ProbabilityFlowODE
-from .checks import check_start
+from .checks import check_start, factors_at
 from .run import Run, Runnable, start
 
 __all__ = ["evaluator", "run_plan"]
@@ -21,7 +21,7 @@ def evaluator(ode: ProbabilityFlowODE) -> Callable[[Tensor, float, str], Tensor]
     """The `evaluate` of :func:`run_code` for an ODE; the same bits as a :class:`Run` stores."""
 
     def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-        return converted(x, ode.output(x, t), conversion(ode.schedule, t, ode.prediction, form))
+        return converted(x, ode.output(x, t), factors_at(ode.schedule, t, ode.prediction, form))
 
     return evaluate
 

@@ -14,7 +14,7 @@ from ..checks import check_number, check_whole
 from ..errors import PlanError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import ddim_step, is_singular, noise_step
+from .transfer import first_order_step, is_singular, noise_step
 
 __all__ = [
     "DPM2",
@@ -235,7 +235,7 @@ class RhoRungeKutta(RungeKutta):
         """x/alpha + (rho_s - rho_t) sum_i b_i eps_i, times alpha_s."""
         schedule = ode.schedule
         if schedule.alpha(t) == 0 or schedule.alpha(s) == 0 or (ode.is_data(s) and 1.0 in self.c):
-            return ddim_step(schedule, x, ode.data(x, t), t, s)
+            return first_order_step(ode, x, t, s)
         start, end, scale = schedule.noise_to_signal(t), schedule.noise_to_signal(s), schedule.alpha(t)
         h = end - start
         k = [ode.noise(x, t)]
@@ -297,7 +297,7 @@ class DPM2(Solver):
         """The transfer from t to s with the weighted noise estimate."""
         schedule = ode.schedule
         if is_singular(schedule, t, s):
-            return ddim_step(schedule, x, ode.data(x, t), t, s)
+            return first_order_step(ode, x, t, s)
         m = schedule.t_of_lam((1 - self.r) * schedule.lam(t) + self.r * schedule.lam(s))
         first = ode.noise(x, t)
         second = ode.noise(noise_step(schedule, x, first, t, m), m)
