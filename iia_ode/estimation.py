@@ -23,6 +23,7 @@ from .forms import conversion
 from .integrate import sample
 from .ode import ProbabilityFlowODE
 from .plan import check_grid, check_start
+from .plan.checks import check_samples
 from .schedules import Schedule
 from .schedules.base import derivative_of
 from .statistics import KIND, Curve, StatisticsTables
@@ -115,6 +116,7 @@ class ModelStatistics(StatisticsTables):
         NonFiniteError : the model returned NaN or infinity.
         """
         check_start(ode, x)
+        check_samples(x)
         points, probes = check_whole("points", points, least=2), check_whole("probes", probes, least=1)
         size = len(x) if batch_size is None else check_whole("batch_size", batch_size, least=1)
         seed = check_seed(seed)
@@ -341,7 +343,7 @@ class _Moments:
     def _over(self, columns: Tensor, keepdim: bool = False) -> Tensor:
         """Mean over the batch and the shared dimensions; shared dimensions stay with size 1, unless all are shared."""
         if self.dims is None:
-            out = columns.flatten(1).mean(1)
+            out = columns.reshape(len(columns), -1).mean(1)
             return out.reshape(-1, *[1] * (columns.ndim - 1)) if keepdim else out
         out = columns.mean(self.dims, keepdim=True)
         return out if keepdim else out.squeeze(1)

@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 from ..checks import check_whole
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
 from ..files import read_tensors, write_tensors
+from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..plan import Plan, check_grid, check_start, trace
+from ..plan.checks import check_samples, samples_of
 from ..reference import Trajectory, from_data
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
@@ -103,6 +105,7 @@ class Teacher:
         RankError : of a distributed ODE: another process failed, or was asked for another teacher.
         """
         check_start(ode, x)
+        check_samples(x)
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size, least=1)
         steps = _STEPS if steps is None else steps
@@ -114,7 +117,7 @@ class Teacher:
             for i in tqdm(range(0, len(x), size), desc="teacher", disable=not progress):
                 own, start = ode.subset(slice(i, i + size), len(x)), x[i : i + size]
                 start = from_data(own, start, t_start, plan.grid[0]) if ode.is_data(t_start) else start
-                parts.append(_integrated(own, start, plan))
+                parts.append(_integrated(own, start, plan, i))
         states, slopes, data = (torch.cat(values, dim=-x.ndim) for values in zip(*parts, strict=True))
         final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
         clean = x.detach().cpu() if ode.is_data(t_start) else final
@@ -333,8 +336,11 @@ def _plan(schedule: Schedule, t_start: float, t_end: float, sigma_min: float, st
     return trace(get_solver(_SOLVER), schedule, grid, consistent=False)
 
 
-def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the method: states and slopes [K, B, ...] of the knots, and the last data estimate [B, ...]; on the host."""
+def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the method: states and slopes [K, B, ...] of the knots, and the last data estimate [B, ...]; on the host.
+
+    The first sample has the index `first` in the batch, for the message of an error.
+    """
     schedule = ode.schedule
     states: list[Tensor] = []
     slopes: list[Tensor] = []
@@ -350,8 +356,11 @@ def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor,
         states.append((state / size).cpu())
         # The slope in u = asinh(alpha / sigma), for which tanh(u) = alpha / size.
         slopes.append(torch.sub(data, state, alpha=alpha / size / size).cpu())
-    if not bool(torch.isfinite(states[-1]).all()):
+    finite = flat(states[-1]).isfinite().all(dim=1)
+    if not bool(finite.all()):
+        found = [first + int(i) for i in (~finite).nonzero()]
         raise NonFiniteError(
-            "the teacher ended in NaN or infinity: check the model over the whole range of noise levels."
+            f"the teacher ended in NaN or infinity in {samples_of(found)}: check the states, and the model over the whole "
+            "range of noise levels."
         )
     return torch.stack(states), torch.stack(slopes), data.cpu()

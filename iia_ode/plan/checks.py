@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import GridError, InputError, PlanError, ScheduleError
+from ..errors import GridError, InputError, NonFiniteError, PlanError, ScheduleError
 from ..forms import PREDICTIONS, conversion
+from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..schedules import Discrete, Schedule
 from .instructions import Combine, Evaluate, Instruction, Program
 from .maps import LinearMap, PerCondition
 from .vectors import format_terms
 
-__all__ = ["check_code", "check_grid", "check_ode", "check_start", "check_state", "check_weights", "factors_at"]
+__all__ = [
+    "check_code",
+    "check_grid",
+    "check_ode",
+    "check_samples",
+    "check_start",
+    "check_state",
+    "check_weights",
+    "factors_at",
+    "samples_of",
+]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
@@ -97,17 +109,38 @@ def _brief(values: Tensor) -> str:
 def check_state(x: object) -> Tensor:
     """x, checked to be a state: float32 or float64, non-empty, with a batch dimension; raises InputError otherwise."""
     if not isinstance(x, Tensor):
-        raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
+        parts = isinstance(x, tuple | list)
+        advice = "join its parts in one tensor, and let the model split them" if parts else "pass torch.as_tensor(x)"
+        raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}: {advice}.")
+    if x.is_complex():
+        raise InputError(
+            f"the state must be real, got {x.dtype}: pass torch.view_as_real(x), with real and imaginary parts as a last "
+            "dimension of 2, and let the model apply torch.view_as_complex to its input."
+        )
     if x.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"the state must be float32 or float64, got {x.dtype}: pass x.float(). The model keeps its own dtype "
-            "(ProbabilityFlowODE casts at the call)."
+            "(ProbabilityFlowODE casts at the call), or takes model_dtype=torch.float16."
         )
     if x.ndim == 0 or x.numel() == 0:
         raise InputError(
             f"the state needs a non-empty batch dimension first, and components, got shape {list(x.shape)}."
         )
     return x
+
+
+def samples_of(found: Sequence[int]) -> str:
+    """Indices of samples in words, such as "samples 3, 17 and 5 others of the batch"."""
+    shown = ", ".join(map(str, found[:5]))
+    more = f" and {len(found) - 5} others" if len(found) > 5 else ""
+    return f"sample{'s' * (len(found) > 1)} {shown}{more} of the batch"
+
+
+def check_samples(x: Tensor) -> None:
+    """Raise NonFiniteError with the indices of the samples of x [B, ...] that hold NaN or infinity."""
+    found = (~flat(x.detach()).isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if found:
+        raise NonFiniteError(f"the initial states hold NaN or infinity in {samples_of(found)}.")
 
 
 def check_start(ode: object, x: object) -> None:

@@ -183,7 +183,7 @@ def _named(shrink: float | str) -> str:
 
 def _checked(samples: Tensor) -> Tensor:
     x = torch.as_tensor(samples).detach().to("cpu", _F64)
-    if x.ndim < 2 or len(x) < 2 or not bool(torch.isfinite(x).all()):
+    if x.ndim < 1 or len(x) < 2 or not bool(torch.isfinite(x).all()):
         raise InputError(f"moments need at least 2 finite samples [n, *shape], got {list(x.shape)}.")
     return x
 
