@@ -26,6 +26,7 @@ from .ode import ProbabilityFlowODE
 from .ode.guidance import recorded
 from .ode.mode import check_mode, in_training
 from .plan import check_grid, check_start
+from .plan.checks import check_samples
 from .schedules import Schedule
 from .schedules.base import derivative_of
 from .statistics import KIND, Curve, Header, StatisticsTables
@@ -120,6 +121,7 @@ class ModelStatistics(StatisticsTables):
         """
         check_start(ode, x)
         check_mode(ode)
+        check_samples(x)
         points, probes = check_whole("points", points, least=2), check_whole("probes", probes, least=1)
         size = len(x) if batch_size is None else check_whole("batch_size", batch_size, least=1)
         seed = check_seed(seed)
@@ -349,7 +351,7 @@ class _Moments:
     def _over(self, columns: Tensor, keepdim: bool = False) -> Tensor:
         """Mean over the batch and the shared dimensions; shared dimensions stay with size 1, unless all are shared."""
         if self.dims is None:
-            out = columns.flatten(1).mean(1)
+            out = columns.reshape(len(columns), -1).mean(1)
             return out.reshape(-1, *[1] * (columns.ndim - 1)) if keepdim else out
         out = columns.mean(self.dims, keepdim=True)
         return out if keepdim else out.squeeze(1)

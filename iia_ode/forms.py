@@ -39,6 +39,8 @@ def conversion(schedule: Schedule, t: Any, source: str, target: str) -> tuple[An
     at_number = not isinstance(t, Tensor)
     if at_number and s == 0 and "score" in (source, target):
         raise ScheduleError(f"the score is infinite at the data, t = {t:g}.")
+    if at_number and s == 0 and target == "data" and a > 0:  # the state is alpha x_0, whatever the model says
+        return 1 / a, 0.0
     m1, m2 = _in_data_and_noise(schedule, t, source, a, s)
     g1, g2 = _in_data_and_noise(schedule, t, target, a, s)
     determinant = a * m2 - s * m1

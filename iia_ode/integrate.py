@@ -18,6 +18,7 @@ from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.mode import check_mode
 from .plan import Plan, check_grid, check_ode, check_start, traced
+from .plan.checks import factors_at
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 from .transforms import differentiated
 
@@ -72,7 +73,8 @@ def sample(
     Raises
     ------
     InputError : an argument has a wrong type, shape or dtype; or `rtol`, `atol` or `options` with a solver of fixed steps.
-    GridError : the grid is missing or not usable, or ends at the data with a method of torchdiffeq.
+    GridError : the grid is missing or not usable, or the model is evaluated at the data, where its output does not determine
+        the needed form: dx/dt with a method of torchdiffeq.
     UnknownNameError : no such solver.
     MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
     NonFiniteError : the model or the result is not finite.
@@ -163,7 +165,8 @@ def odeint(
     ------
     InputError : an argument has a wrong type, shape or dtype; or `rtol`, `atol`, `options` or `event_fn` with a solver of
         fixed steps.
-    GridError : the grid is missing or not usable, ends at the data with a method of torchdiffeq, or contains no event.
+    GridError : the grid is missing or not usable, the model is evaluated at the data, where its output does not determine the
+        needed form, or the grid contains no event.
     UnknownNameError : no such method.
     MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
     NonFiniteError : the model or the result is not finite.
@@ -272,11 +275,9 @@ def _by_torchdiffeq(
     if grid is None:
         raise GridError(f"method {method.name!r} needs a grid, such as grid=iia_ode.grids.karras(10, to_data=False).")
     times = check_grid(ode.schedule, grid)
-    if ode.is_data(times[-1]):
-        raise GridError(
-            f"the grid ends at the data (t = {times[-1]:g}), where dx/dt is 0/0 and torchdiffeq may evaluate it: end at a "
-            "small sigma (grids take to_data=False), or use a solver of this library."
-        )
+    for end in (times[0], times[-1]):
+        if ode.is_data(end):  # torchdiffeq may evaluate dx/dt at both ends
+            factors_at(ode.schedule, end, ode.prediction, "velocity")
     agree(ode, method.name, times, rtol, atol, options, x)
     tolerances = _RTOL if rtol is None else rtol, _ATOL if atol is None else atol
     t = torch.tensor(times, dtype=torch.float64, device="cpu")

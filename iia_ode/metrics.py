@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["paired_ratio", "rmse", "rmse_with_error"]
+__all__ = ["flat", "paired_ratio", "rmse", "rmse_with_error"]
 
 
 def rmse(x: Tensor, reference: Tensor) -> float:
@@ -42,14 +42,25 @@ def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
 
     Raises
     ------
-    InputError : the shapes differ.
+    InputError : the shapes differ, there are no samples, or the states are complex or no tensors.
     """
+    if not isinstance(x, Tensor) or not isinstance(reference, Tensor):
+        raise InputError(f"states to compare are torch.Tensors, got {type(x).__name__} and {type(reference).__name__}.")
     if x.shape != reference.shape:
         raise InputError(f"cannot compare states of shapes {list(x.shape)} and {list(reference.shape)}.")
-    squares = (x.double() - reference.to(x.device).double()).square().flatten(1).mean(dim=1)
+    if x.numel() == 0 or x.ndim == 0:
+        raise InputError(f"states to compare need samples [B, ...] with components, got shape {list(x.shape)}.")
+    if x.is_complex() or reference.is_complex():
+        raise InputError("states to compare are real: pass torch.view_as_real(x) of complex ones.")
+    squares = flat(x.double() - reference.to(x.device).double()).square().mean(dim=1)
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else torch.nan
     return value, spread / (2 * value) if value > 0 else 0.0
+
+
+def flat(x: Tensor) -> Tensor:
+    """States [B, ...] as rows [B, D]; D is 1 for a state [B] of numbers."""
+    return x.unsqueeze(1).flatten(1)
 
 
 def paired_ratio(squares: Tensor, others: Tensor) -> tuple[float, float]:

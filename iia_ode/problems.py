@@ -113,6 +113,10 @@ class _ClosedForm(nn.Module):
         data = self.problem.denoise(x, self.schedule.alpha(t), self.schedule.sigma(t))
         p, q = conversion(self.schedule, t, "data", self.prediction)
         out: Tensor = p * x + q * data
+        if self.prediction != "data":
+            # At the data the noise estimate, -sigma score, is 0; the conversion from the data estimate is 0/0.
+            p, q = conversion(self.schedule, t, "noise", self.prediction)
+            out = torch.where(self.schedule.sigma(t) == 0, p * x, out)
         return out.to(x.dtype)
 
 

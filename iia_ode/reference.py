@@ -24,10 +24,11 @@ from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.mode import check_mode
 from .plan import check_grid, check_start
+from .plan.checks import factors_at
 from .schedules import Schedule
 from .schedules.levels import known_level, lowest_level
 
-__all__ = ["Trajectory", "solve", "trajectory"]
+__all__ = ["Trajectory", "from_data", "solve", "trajectory"]
 
 _F64 = torch.float64
 _SIGMA_MIN = 1e-6
@@ -42,7 +43,7 @@ class Trajectory:
     schedule : noise schedule of the ODE.
     knots : times u = asinh(alpha/sigma) of the stored points, float64 [K], strictly monotone.
     states, slopes : scaled states w and their derivatives dw/du at the knots, float64 [K, B, ...].
-    data : state at sigma = 0, float64 [B, ...], if the trajectory ends at the data; else None.
+    data : state at sigma = 0, float64 [B, ...], if the trajectory ends or starts at the data; else None.
     evaluations : number of batched model evaluations spent.
     """
 
@@ -56,9 +57,9 @@ class Trajectory:
     @property
     def final(self) -> Tensor:
         """State at the end of the trajectory, float64 [B, ...]."""
-        if self.data is not None:
-            return self.data
         u = float(self.knots[-1])
+        if self.data is not None and u > float(self.knots[0]):
+            return self.data
         return self.states[-1] * self.schedule.size(_time(self.schedule, u))
 
     def __call__(self, t: float) -> Tensor:
@@ -80,10 +81,10 @@ class Trajectory:
         low, high = min(first, last), max(first, last)
         slack = 1e-9 * max(1.0, high)
         if self.data is not None and u > high:
-            # Below the floor eps is taken as constant: x is a straight line in (alpha, sigma) from the last knot to the data.
-            floor = _time(self.schedule, last)
+            # Below the floor eps is taken as constant: x is a straight line in (alpha, sigma) from that knot to the data.
+            floor = _time(self.schedule, high)
             a, s = self.schedule.alpha(floor), self.schedule.sigma(floor)
-            eps = (self.states[-1] * self.schedule.size(floor) - a * self.data) / s
+            eps = (self.states[-1 if last > first else 0] * self.schedule.size(floor) - a * self.data) / s
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
             raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
@@ -116,13 +117,15 @@ def trajectory(
     ----------
     ode : ODE to solve. The model computes in its own dtype, the integration in float64.
     x : state at `t_start`, [B, ...].
-    t_start, t_end : start and end times, in either direction. `t_end` may be the data; `t_start` may have alpha = 0.
+    t_start, t_end : start and end times, in either direction. Either may be the data, and either may have alpha = 0. From
+        the data, the output of the model must determine the noise there, as a velocity does.
     points : number of knots of the dense output, at least 2, equidistant in u. The integrator ends a step at each knot.
     rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1. The rounding
         of a float32 model exceeds tolerances below about 1e-6.
-    sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data. The final state is then the
-        model's data estimate, with an error of O(sigma_min^2). By default 1e-6, or the lowest level that the model knows if
-        that is higher. For a network without ``known_levels``, give the smallest level of its training.
+    sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data, or starts if `t_start` is. The
+        final state is then the model's data estimate, and the first state a step of DDIM, each with an error of
+        O(sigma_min^2). By default 1e-6, or the lowest level that the model knows if that is higher. For a network without
+        ``known_levels``, give the smallest level of its training.
     method : any adaptive method of torchdiffeq.
 
     Returns
@@ -137,14 +140,16 @@ def trajectory(
     NonFiniteError : the model or the integration is not finite, or the step size vanished.
     """
     points = check_whole("points, the number of knots of a trajectory,", points, least=2, such_as=120)
-    schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
-    last = times[1] if floor is None else floor
-    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), points, dtype=_F64, device="cpu")
+    schedule, times, (first, last) = _span(ode, x, t_start, t_end, sigma_min, method)
+    knots = torch.linspace(_clock(schedule, first), _clock(schedule, last), points, dtype=_F64, device="cpu")
     with ode.counting() as spent:
-        states = _integrate(ode, x, times[0], knots, rtol, atol, method)
+        data = x.to(_F64) if first != times[0] else None
+        states = _integrate(
+            ode, x if data is None else from_data(ode, data, times[0], first), first, knots, rtol, atol, method
+        )
         flow = _flow(ode)
         slopes = torch.stack([flow(u, w) for u, w in zip(knots, states, strict=True)])
-        data = None if floor is None else _data(ode, states[-1], floor, times[1])
+        data = data if last == times[1] else _data(ode, states[-1], last, times[1])
     return Trajectory(schedule, knots, states, slopes, data, spent.evaluations)
 
 
@@ -174,17 +179,17 @@ def solve(
     ------
     InputError, GridError, UnknownNameError, NonFiniteError : as for :func:`trajectory`.
     """
-    schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
-    last = times[1] if floor is None else floor
-    knots = torch.tensor([_clock(schedule, times[0]), _clock(schedule, last)], dtype=_F64, device="cpu")
-    w = _integrate(ode, x, times[0], knots, rtol, atol, method)[-1]
-    return w * schedule.size(last) if floor is None else _data(ode, w, floor, times[1])
+    schedule, times, (first, last) = _span(ode, x, t_start, t_end, sigma_min, method)
+    knots = torch.tensor([_clock(schedule, first), _clock(schedule, last)], dtype=_F64, device="cpu")
+    start = x if first == times[0] else from_data(ode, x.to(_F64), times[0], first)
+    w = _integrate(ode, start, first, knots, rtol, atol, method)[-1]
+    return w * schedule.size(last) if last == times[1] else _data(ode, w, last, times[1])
 
 
 def _span(
     ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float | None, method: str
-) -> tuple[Schedule, list[float], float | None]:
-    """Check all arguments. Return the schedule, both times, and the time to stop at if the second is the data."""
+) -> tuple[Schedule, list[float], list[float]]:
+    """Check all arguments. Return the schedule, both times, and the times of the integration, which leave out the data."""
     check_start(ode, x)
     check_mode(ode)
     if not is_adaptive(method):
@@ -199,12 +204,20 @@ def _span(
     times = check_grid(schedule, [t_start, t_end])
     sigma_min = lowest_level(schedule, _SIGMA_MIN) if sigma_min is None else sigma_min
     agree(ode, "reference", x, times, sigma_min, method)
-    if not ode.is_data(times[1]):
-        return schedule, times, None
+    if not any(map(ode.is_data, times)):
+        return schedule, times, times
     sigma_min = known_level(schedule, sigma_min, "sigma_min")
-    if not 0 < sigma_min < schedule.noise_to_signal(times[0]):
-        raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
-    return schedule, times, _time(schedule, math.asinh(1 / sigma_min))
+    if not 0 < sigma_min < max(schedule.noise_to_signal(t) for t in times):
+        raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
+    floor = _time(schedule, math.asinh(1 / sigma_min))
+    return schedule, times, [floor if ode.is_data(t) else t for t in times]
+
+
+def from_data(ode: ProbabilityFlowODE, x: Tensor, t: float, floor: float) -> Tensor:
+    """The states at a time `floor` close to the data, from states x [B, ...] at the data, time t: one step of DDIM."""
+    p, q = factors_at(ode.schedule, t, ode.prediction, "noise")
+    noise = p * x + q * ode.output(x, t)
+    return ode.schedule.alpha(floor) / ode.schedule.alpha(t) * x + ode.schedule.sigma(floor) * noise
 
 
 def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:

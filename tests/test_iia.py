@@ -412,7 +412,7 @@ def test_a_model_that_is_not_finite_is_named_while_fitting():
         ),
         (lambda: iia.preset("iia-edm").fit(edm(), states().half(), GRID), iia.errors.InputError, "float32 or float64"),
         (lambda: iia.preset("iia-edm").fit(edm(), states(), GRID, chunk_size=0), iia.errors.InputError, "chunk_size"),
-        (lambda: iia.preset("iia-edm").fit(edm(), states(), GRID.flip(0)), iia.errors.GridError, "starts at the data"),
+        (lambda: iia.preset("iia-edm").fit(edm(), states(), GRID.flip(0)), iia.errors.GridError, "at the data"),
         (lambda: iia.preset("iia-edm").fit(edm(), states()[:, :2], GRID), iia.errors.InputError, "must have shape"),
     ],
 )

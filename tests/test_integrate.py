@@ -396,14 +396,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[iia.IIAError], str]] = {
     "from the data": (
         lambda: (ODE, start(), [0.0, 1.0]),
         iia.errors.GridError,
-        r"starts at the data \(t = 0.*small sigma",
+        r"at the data \(t = 0.*data prediction does not determine dx/dt.*small sigma",
     ),
     "NaN": (lambda: (ODE, start(), [5.0, NAN, 1.0]), iia.errors.GridError, r"leaves the EDM schedule: \[5, nan, 1\]"),
     "infinite": (lambda: (ODE, start(), [INF, 1.0]), iia.errors.GridError, r"leaves the EDM schedule: \[inf, 1\]"),
     "theirs to the data": (
         lambda: (ODE, start(), [5.0, 0.0], "dopri5"),
         iia.errors.GridError,
-        r"ends at the data.*to_data=False",
+        r"at the data.*does not determine dx/dt.*to_data=False",
     ),
     "unknown": (
         lambda: (ODE, start(), INNER, "huen"),

@@ -339,8 +339,9 @@ def test_a_consistent_step_need_not_be_exact_on_anything(schedule: iia.Schedule)
 
 
 def test_a_step_that_evaluates_at_the_data_is_told_how_to_end() -> None:
-    with pytest.raises(iia.errors.ScheduleError, match=r"sigma = 0.*ode\.is_data"):
-        written(lambda ode, x, t, s, past: x + (s - t) * ode.velocity(x, s), to_data=True)
+    plan = written(lambda ode, x, t, s, past: x + (s - t) * ode.velocity(x, s), to_data=True)
+    with pytest.raises(iia.errors.GridError, match=r"sigma = 0.*ode\.is_data"):
+        plan.run(gaussian().ode(iia.EDM()), torch.ones(2, 3, dtype=F64))
 
 
 @pytest.mark.parametrize("result", [None, 1.0, [X], (X, (), ()), torch.ones(3), "x"], ids=repr)

@@ -25,6 +25,7 @@ from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..ode.mode import check_mode
 from ..plan import check_start
+from ..plan.checks import check_samples
 from ..schedules import Schedule
 from ..schedules.levels import default_levels, known_level, lowest_level
 from .budget import Budget, budget_of
@@ -192,13 +193,14 @@ def _initial_states(
         )
     if x is not None:
         check_start(ode, x)
+        check_samples(x)
         return x
     if shape is not None:
-        if not isinstance(shape, tuple | list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        if not isinstance(shape, tuple | list) or not all(type(n) is int and n > 0 for n in shape):
             raise InputError(f"shape must be that of one sample, a tuple of positive whole numbers, got {shape!r}.")
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn((samples, *shape), generator=generator, device="cpu")
-    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 2:
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 1:
         raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
     size = float(noise.double().square().mean().sqrt())
     if not 0.5 < size < 2.0:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import check_number, check_whole
 from ..errors import DuplicateWarning, InputError, warn
 from ..files import bytes_of
+from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from .origin import conditions_digest
@@ -130,7 +131,7 @@ class Batch:
 
 def per_sample(difference: Tensor) -> Tensor:
     """Root mean square of each sample of [B, ...], [B]."""
-    return difference.flatten(1).square().mean(dim=1).sqrt()
+    return flat(difference).square().mean(dim=1).sqrt()
 
 
 def held_out_of(draws: int, share: float) -> int:

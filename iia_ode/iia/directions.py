@@ -128,7 +128,8 @@ def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ..
         )
     first, second = slopes
     schedule = step.evaluations[0].schedule
-    unit = schedule.sigma_prime(step.t) / schedule.sigma(step.t)
+    sigma = schedule.sigma(step.t)
+    unit = schedule.sigma_prime(step.t) / sigma if sigma else 1.0  # from the data the slope itself is the unit
     terms = [
         Term("beta_0", step.h * first, base=unit, unit=unit),
         Term("beta_1", step.h / 2 * (second - first), base=1.0),

@@ -72,7 +72,9 @@ class FittedSolver:
         return self.plan.nfe
 
     def check(self, ode: ProbabilityFlowODE, x: Tensor | None = None) -> None:
-        """Raise if the ODE or the shape of x differs from the ODE and the states of the fit.
+        """Raise if the ODE differs from the ODE of the fit, or x does not fit the weights.
+
+        Weights that are numbers serve samples of every shape; linear maps and constants serve samples of the fit's shape.
 
         Parameters
         ----------
@@ -88,7 +90,7 @@ class FittedSolver:
         MismatchWarning : another guidance scale.
         FingerprintWarning : the model has other parameters.
         """
-        self.record.origin.check(ode, x, name=self.name)
+        self.record.origin.check(ode, x if self.plan.has_shape else None, name=self.name)
 
     def __str__(self) -> str:
         text = describe_fit(self.name, self.plan.steps, self.nfe, self.record, self.reports)

@@ -16,6 +16,7 @@ from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
 from ..plan import check_grid, check_start
+from ..plan.checks import check_samples
 from ..solvers import Solver, SolverLike, as_solver
 from .batch import Batch
 from .directions import Terms, Window, resolve_terms
@@ -131,7 +132,7 @@ class IIA:
         ------
         GridError, InputError : the grid, the states or an option are not usable.
         MismatchError : the teacher is of another ODE or of other states.
-        NonFiniteError : the model is not finite on this batch.
+        NonFiniteError : the states or the model are not finite on some samples, which the message names.
         RankError : for a distributed ODE: another process failed, or has other arguments.
 
         Warns
@@ -142,6 +143,7 @@ class IIA:
         """
         check_start(ode, x)
         check_mode(ode)
+        check_samples(x)
         times = check_grid(ode.schedule, grid)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:

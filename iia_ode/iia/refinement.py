@@ -21,6 +21,7 @@ from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
 from ..plan import Plan, check_start
+from ..plan.checks import check_samples
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
 from .plan_parameters import Parameters
@@ -206,12 +207,15 @@ def refine(
     """
     check_start(ode, x)
     check_mode(ode)
+    check_samples(x)
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
     newton, (default, unit) = method == "gauss-newton", _METHODS[method]
     most = default if iterations is None else iterations
     for name, value in {"iterations": most, "probes": probes, "patience": patience, "chunk_size": chunk_size}.items():
         check_whole(name, value, least=1)
+    if target.is_complex():
+        raise InputError(f"targets must be real, as the states are, got {target.dtype}.")
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     check_number("held_out", held_out, least=0, below=1)

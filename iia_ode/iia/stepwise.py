@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import GuardWarning, InputError, warn
+from ..errors import GuardWarning, InputError, NonFiniteError, warn
+from ..metrics import flat
 from ..plan import Past, Plan, Tracer, Vector, evaluator, run_code, trace
+from ..plan.checks import samples_of
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices, weight_mean_square
 from ..solvers import Solver
@@ -113,7 +115,11 @@ class Stepwise:
                     f"terms must be a function that returns a tuple of iia_ode.iia.Term, got {candidates!r}."
                 )
             if candidates:
-                choice = self._choose(*self._systems(tracer, record, candidates, chunks, len(batch) - held))
+                systems = self._systems(tracer, record, candidates, chunks, len(batch) - held)
+                try:
+                    choice = self._choose(*systems)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"{error} {_culprits(chunks)}") from error
                 reports.append(_report(record, candidates, choice))
                 if choice.accepted:
                     y, record = _corrected(record, candidates, reports[-1].corrections, choice.solution.constant)
@@ -221,6 +227,16 @@ class Stepwise:
         return replace(fit, plan=replace(base, name=plan.name), reports=reports, endpoint=endpoint)
 
 
+def _culprits(chunks: Iterable[Chunk]) -> str:
+    """The samples with NaN or infinity in a vector of the trace, in words."""
+    found = [
+        chunk.first + int(i)
+        for chunk in chunks
+        for i in (~torch.stack([flat(v).isfinite().all(dim=1) for v in chunk.values.values()]).all(dim=0)).nonzero()
+    ]
+    return f"Not finite: {samples_of(found)}." if found else ""
+
+
 class Chunk:
     """The vectors of a part of a batch, while the plan grows.
 
@@ -273,7 +289,7 @@ class Chunk:
         by_base = base.run(part.ode, x, check_finite=False).cpu().double()
         by_fit = self.values[final][first:].double()
         errors = (by_base - exact, by_fit - exact, exact)
-        return torch.stack([e.reshape(len(e), -1).square().mean(dim=1) for e in errors], dim=1)
+        return torch.stack([flat(e).square().mean(dim=1) for e in errors], dim=1)
 
     def _loaded(self, indices: Iterable[int]) -> dict[int, Tensor]:
         return {j: self.values[j].to(self.device) for j in indices}

@@ -18,11 +18,13 @@ from tqdm.auto import tqdm
 from ..checks import check_whole
 from ..errors import FileFormatError, GridError, InputError, MismatchError, NonFiniteError
 from ..files import read_tensors, to_json, write_tensors
+from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
 from ..plan import Plan, check_grid, check_start, trace
-from ..reference import Trajectory
+from ..plan.checks import check_samples, samples_of
+from ..reference import Trajectory, from_data
 from ..schedules import Schedule
 from ..schedules.levels import known_level, lowest_level
 from ..schedules.stored import schedule_tensors, stored_schedule
@@ -84,10 +86,11 @@ class Teacher:
         ----------
         ode : the model; conditioning has an entry per sample of x, or a single entry for all samples.
         x : states [B, ...] at `t_start`, float32 or float64.
-        t_start, t_end : times, in either direction; `t_end` may be the data.
+        t_start, t_end : times, in either direction; either may be the data.
         steps : number of steps, at least 2; 60 by default.
         sigma_min : where `t_end` is the data, the level sigma/alpha at which the integration stops and the data estimate
-            becomes the final state. By default 0.002, or the lowest level that the model knows if that is higher.
+            becomes the final state. From the data, the integration starts at this level, after a step of DDIM. By default
+            0.002, or the lowest level that the model knows if that is higher.
         chunk_size : samples per model call; by default the whole batch.
         progress : show a bar over the chunks.
 
@@ -104,6 +107,7 @@ class Teacher:
         """
         check_start(ode, x)
         check_mode(ode)
+        check_samples(x)
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size, least=1)
         steps = _STEPS if steps is None else steps
@@ -116,13 +120,16 @@ class Teacher:
         size, parts = chunk_size or len(x), []
         with ode.counting() as spent:
             for i in tqdm(range(0, len(x), size), desc="teacher", disable=not progress):
-                parts.append(_integrated(ode.subset(slice(i, i + size), len(x)), x[i : i + size], plan))
+                own, start = ode.subset(slice(i, i + size), len(x)), x[i : i + size]
+                start = from_data(own, start, t_start, plan.grid[0]) if ode.is_data(t_start) else start
+                parts.append(_integrated(own, start, plan, i))
         states, slopes, data = (torch.cat(values, dim=-x.ndim) for values in zip(*parts, strict=True))
         final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
+        clean = x.detach().cpu() if ode.is_data(t_start) else final
         times = [*plan.evaluation_times, plan.grid[-1]]
         knots = [math.asinh(ode.schedule.alpha(t) / ode.schedule.sigma(t)) for t in times]
         u = torch.tensor(knots, dtype=_F64, device="cpu")
-        path = Trajectory(ode.schedule, u, states.to(x.dtype), slopes.to(x.dtype), final, spent.evaluations)
+        path = Trajectory(ode.schedule, u, states.to(x.dtype), slopes.to(x.dtype), clean, spent.evaluations)
         record = TeacherRecord(
             origin=Origin.of(ode, x),
             options=TeacherOptions(_SOLVER, sigma_min, steps),
@@ -158,7 +165,8 @@ class Teacher:
         The teacher.
         """
         times = check_grid(ode.schedule, grid)
-        level = _data_level(ode.schedule, times[-2]) if ode.is_data(times[-1]) else None
+        nearest = times[1] if ode.is_data(times[0]) else times[-2]
+        level = _data_level(ode.schedule, nearest) if any(map(ode.is_data, (times[0], times[-1]))) else None
         return cls.solve(
             ode, x, times[0], times[-1], steps=steps, sigma_min=level, chunk_size=chunk_size, progress=progress
         )
@@ -349,13 +357,15 @@ def _part(path: Trajectory, index: slice | Tensor | None) -> Trajectory:
 
 
 def _plan(schedule: Schedule, t_start: float, t_end: float, sigma_min: float, steps: int) -> Plan:
-    """The multistep method from `t_start` to `t_end`, or to the level `sigma_min` where `t_end` is the data."""
+    """The multistep method from `t_start` to `t_end`, with the level `sigma_min` in place of the data."""
     first, last = check_grid(schedule, [t_start, t_end])
+    levels = [schedule.noise_to_signal(t) for t in (first, last)]
+    if 0 in levels:
+        if not 0 < sigma_min < max(levels):
+            raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
+        floor = schedule.t_of_noise_to_signal(sigma_min)
+        first, last = (floor if level == 0 else t for t, level in zip((first, last), levels, strict=True))
     start = schedule.noise_to_signal(first)
-    if schedule.sigma(last) == 0:
-        if not 0 < sigma_min < start:
-            raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
-        last = schedule.t_of_noise_to_signal(sigma_min)
     a, b = (min(schedule.noise_to_signal(t), _NOISIEST) ** (1 / _RHO) for t in (first, last))
     times = [schedule.t_of_noise_to_signal((a + k / steps * (b - a)) ** _RHO) for k in range(1, steps)]
     if start > _NOISIEST:
@@ -364,8 +374,11 @@ def _plan(schedule: Schedule, t_start: float, t_end: float, sigma_min: float, st
     return trace(get_solver(_SOLVER), schedule, grid, consistent=False)
 
 
-def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the method: states and slopes [K, B, ...] of the knots, and the last data estimate [B, ...]; on the host."""
+def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the method: states and slopes [K, B, ...] of the knots, and the last data estimate [B, ...]; on the host.
+
+    The first sample has the index `first` in the batch, for the message of an error.
+    """
     schedule = ode.schedule
     states: list[Tensor] = []
     slopes: list[Tensor] = []
@@ -381,8 +394,11 @@ def _integrated(ode: ProbabilityFlowODE, x: Tensor, plan: Plan) -> tuple[Tensor,
         states.append((state / size).cpu())
         # The slope in u = asinh(alpha / sigma), for which tanh(u) = alpha / size.
         slopes.append(torch.sub(data, state, alpha=alpha / size / size).cpu())
-    if not bool(torch.isfinite(states[-1]).all()):
+    finite = flat(states[-1]).isfinite().all(dim=1)
+    if not bool(finite.all()):
+        found = [first + int(i) for i in (~finite).nonzero()]
         raise NonFiniteError(
-            "the teacher ended in NaN or infinity: check the model over the whole range of noise levels."
+            f"the teacher ended in NaN or infinity in {samples_of(found)}: check the states, and the model over the whole "
+            "range of noise levels."
         )
     return torch.stack(states), torch.stack(slopes), data.cpu()

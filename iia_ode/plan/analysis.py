@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import PlanError, ScheduleError
 from ..forms import conversion
 from ..schedules import Schedule
 from .instructions import Combine, Evaluate, Instruction, Program, run_code
@@ -74,13 +74,16 @@ class CanonicalForm:
 
 
 def canonical_form(plan: Program) -> CanonicalForm:
-    """Eliminate every vector but the initial state and the evaluations, and write evaluations as data estimates."""
+    """Eliminate every vector but the initial state and the evaluations, and write evaluations as data estimates.
+
+    An evaluation at the data is written as a noise estimate, or in its stored form where the noise does not determine it.
+    """
     expressions = [Vector({0: 1.0})]
     states = []
     for ins in plan.code:
         if isinstance(ins, Evaluate):
             states.append(expressions[ins.state])
-            p, q = conversion(plan.schedule, ins.t, "data", ins.form)
+            p, q = _from_free_form(plan.schedule, ins)
             expressions.append(p * states[-1] + q * Vector({len(states): 1.0}))
         else:
             total = Vector({}, ins.constant)
@@ -90,6 +93,16 @@ def canonical_form(plan: Program) -> CanonicalForm:
     times = (plan.grid[0], *plan.evaluation_times)
     levels = tuple((plan.schedule.alpha(t), plan.schedule.sigma(t)) for t in times)
     return CanonicalForm(levels, tuple(states), expressions[-1])
+
+
+def _from_free_form(schedule: Schedule, ins: Evaluate) -> tuple[float, float]:
+    """(p, q) to the stored form, from the data estimate, or from the noise at the data, where a state fixes its data."""
+    if schedule.sigma(ins.t) > 0:
+        return conversion(schedule, ins.t, "data", ins.form)
+    try:
+        return conversion(schedule, ins.t, "noise", ins.form)
+    except ScheduleError:  # dx/dt where the derivative of sigma is infinite
+        return 0.0, 1.0
 
 
 def consistency_error(plan: Program) -> float:
@@ -107,8 +120,9 @@ def consistency_error(plan: Program) -> float:
         one = (places * math.pi * math.e).sin().reshape(1, *maps[0].shape)
 
     def unit_data(x: Tensor, t: float, form: str) -> Tensor:
-        p, q = conversion(schedule, t, "data", form)
-        return torch.add(p * x, one, alpha=q)
+        source, value = ("data", 1.0) if schedule.sigma(t) > 0 else ("noise", 2.0)
+        p, q = conversion(schedule, t, source, form)
+        return torch.add(p * x, one, alpha=q * value)
 
     def unit_velocity(x: Tensor, t: float, form: str) -> Tensor:
         p, q = conversion(schedule, t, "velocity", form)
@@ -122,11 +136,14 @@ def consistency_error(plan: Program) -> float:
 
     errors = []
     for model, solution in ((unit_data, curve), (unit_velocity, line)):
-        states = _grid_states(plan.code, solution(start) * one, model)
+        try:
+            states = _grid_states(plan.code, solution(start) * one, model)
+        except ScheduleError:  # at the data, a solution may have an infinite form
+            continue
         scale = max(1.0, *(abs(solution(t)) for t in plan.grid))
         gaps = [float((y - solution(t) * one).abs().max()) for t, y in zip(plan.grid[1:], states, strict=True)]
         errors.append(max(gaps) / scale)
-    return min(errors)
+    return min(errors, default=math.inf)
 
 
 def _maps(code: Sequence[Instruction]) -> list[LinearMap]:
@@ -190,6 +207,8 @@ def gaussian_response(plan: Program, mean: Tensor | float, variance: Tensor | fl
         def model(x: Tensor, t: float, form: str) -> Tensor:
             a, s = schedule.alpha(t), schedule.sigma(t)
             centre = m if with_mean else torch.zeros_like(m)
+            if s == 0:
+                return _at_data(schedule, t, form, x, (x - a * centre) / (a * a * v))
             data = centre + a * v / (a * a * v + s * s) * (x - a * centre)
             p, q = conversion(schedule, t, "data", form)
             return torch.as_tensor(p * x + q * data, device="cpu")
@@ -202,6 +221,13 @@ def gaussian_response(plan: Program, mean: Tensor | float, variance: Tensor | fl
     exact_gain, exact_offset = gaussian_flow(schedule, m, v, plan.grid[0], plan.grid[-1])
     a, s = schedule.alpha(plan.grid[0]), schedule.sigma(plan.grid[0])
     return GaussianResponse(gain, offset, exact_gain, exact_offset, a * m, (a * a * v + s * s).sqrt())
+
+
+def _at_data(schedule: Schedule, t: float, form: str, x: Tensor, slope: Tensor) -> Tensor:
+    """The exact model at the data, with minus the score as `slope`: the noise -sigma score is 0 there."""
+    if form == "velocity":
+        return schedule.f(t) * x + 0.5 * schedule.g2(t) * slope
+    return x / schedule.alpha(t) if form == "data" else torch.zeros_like(x)
 
 
 def _with_numbers(code: Sequence[Instruction]) -> list[Instruction]:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import GridError, InputError, PlanError
-from ..forms import PREDICTIONS
+from ..errors import GridError, InputError, NonFiniteError, PlanError, ScheduleError
+from ..forms import PREDICTIONS, conversion
 from ..grids.origin import check_levels, check_origin
+from ..metrics import flat
 from ..ode import ProbabilityFlowODE
-from ..schedules import Schedule
+from ..schedules import Discrete, Schedule
 from .instructions import Combine, Evaluate, Instruction, Program
 from .maps import LinearMap, PerCondition
 from .vectors import format_terms
 
-__all__ = ["check_code", "check_grid", "check_ode", "check_start", "check_state", "check_weights"]
+__all__ = [
+    "check_code",
+    "check_grid",
+    "check_ode",
+    "check_samples",
+    "check_start",
+    "check_state",
+    "check_weights",
+    "factors_at",
+    "samples_of",
+]
 
 
 def check_grid(schedule: Schedule, grid: object) -> list[float]:
@@ -26,7 +38,7 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
     Raises
     ------
     GridError : not 1-dimensional, fewer than two times, not finite, made for another schedule, outside the schedule or the
-        levels that the model knows, not strictly monotone in sigma/alpha, or starting at the data.
+        levels that the model knows, not strictly monotone in sigma/alpha, or starting at the data of a discrete schedule.
     """
     try:
         values = (
@@ -60,12 +72,39 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
             f"a grid must be strictly monotone from noise to data (or back): {_brief(values)} turns or stands still "
             f"between its points {bad} and {bad + 1} ({values[bad]:g}, {values[bad + 1]:g})."
         )
-    if float(level[0][0]) == 0:
+    if float(level[0][0]) == 0 and isinstance(schedule, Discrete):
         raise GridError(
-            f"the grid starts at the data (t = {float(values[0]):g}, sigma = 0), where no model can be evaluated: "
-            "start at a small sigma."
+            f"the grid starts at the data (t = {float(values[0]):g}, sigma = 0), which is no timestep of a discrete model: "
+            "start at timestep 0."
         )
     return list(values.tolist())
+
+
+def factors_at(schedule: Schedule, t: float, prediction: str, form: str) -> tuple[float, float]:
+    """(p, q) of :func:`~iia_ode.forms.conversion` from a model's output at time t to another form.
+
+    Raises
+    ------
+    GridError : t is the data, and the model's output there does not determine the form.
+    ScheduleError : t is another time without a conversion.
+    """
+    at_data = schedule.sigma(t) == 0
+    reason = "which is no timestep of a discrete model" if at_data and isinstance(schedule, Discrete) else None
+    if reason is None:
+        try:
+            return conversion(schedule, t, prediction, form)
+        except ScheduleError:
+            if not at_data:
+                raise
+            reason = f"where {prediction} prediction does not determine {_WORDS.get(form, form)}"
+    raise GridError(
+        f"this grid evaluates the model at the data (t = {t:g}, sigma = 0), {reason}. Start a grid at a small sigma; end a "
+        "grid at a small sigma (grids take to_data=False), or at the data with a solver of this library. A solver of your own "
+        "tests ode.is_data(s), and finishes with a formula that does not evaluate the model at s."
+    )
+
+
+_WORDS = {"velocity": "dx/dt", "noise": "the noise"}
 
 
 def _brief(values: Tensor) -> str:
@@ -76,17 +115,38 @@ def _brief(values: Tensor) -> str:
 def check_state(x: object) -> Tensor:
     """x, checked to be a state: float32 or float64, non-empty, with a batch dimension; raises InputError otherwise."""
     if not isinstance(x, Tensor):
-        raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}.")
+        parts = isinstance(x, tuple | list)
+        advice = "join its parts in one tensor, and let the model split them" if parts else "pass torch.as_tensor(x)"
+        raise InputError(f"the state must be a torch.Tensor, got {type(x).__name__}: {advice}.")
+    if x.is_complex():
+        raise InputError(
+            f"the state must be real, got {x.dtype}: pass torch.view_as_real(x), with real and imaginary parts as a last "
+            "dimension of 2, and let the model apply torch.view_as_complex to its input."
+        )
     if x.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"the state must be float32 or float64, got {x.dtype}: pass x.float(). The model keeps its own dtype "
-            "(ProbabilityFlowODE casts at the call)."
+            "(ProbabilityFlowODE casts at the call), or takes model_dtype=torch.float16."
         )
     if x.ndim == 0 or x.numel() == 0:
         raise InputError(
             f"the state needs a non-empty batch dimension first, and components, got shape {list(x.shape)}."
         )
     return x
+
+
+def samples_of(found: Sequence[int]) -> str:
+    """Indices of samples in words, such as "samples 3, 17 and 5 others of the batch"."""
+    shown = ", ".join(map(str, found[:5]))
+    more = f" and {len(found) - 5} others" if len(found) > 5 else ""
+    return f"sample{'s' * (len(found) > 1)} {shown}{more} of the batch"
+
+
+def check_samples(x: Tensor) -> None:
+    """Raise NonFiniteError with the indices of the samples of x [B, ...] that hold NaN or infinity."""
+    found = (~flat(x.detach()).isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if found:
+        raise NonFiniteError(f"the initial states hold NaN or infinity in {samples_of(found)}.")
 
 
 def check_start(ode: object, x: object) -> None:
@@ -116,8 +176,8 @@ def check_code(plan: Program) -> None:
         if isinstance(ins, Combine) and ins.step is not None:
             steps.append(ins.step)
     times = torch.tensor(plan.evaluation_times, dtype=torch.float64, device="cpu")
-    if len(times) and (not plan.schedule.covers(times) or bool((plan.schedule.sigma(times) == 0).any())):
-        raise PlanError(f"{name} holds no valid evaluation at the data or outside its schedule: {times.tolist()}.")
+    if len(times) and not plan.schedule.covers(times):
+        raise PlanError(f"{name} holds an evaluation outside its schedule: {times.tolist()}.")
     if not plan.schedule.knows(times):
         outside = next(t for t in plan.evaluation_times if not plan.schedule.knows(t))
         raise PlanError(
@@ -141,7 +201,7 @@ def _check_instruction(name: str, k: int, ins: Instruction) -> None:
     elif not all(_finite(w) for _, w in ins.terms) or (ins.constant is not None and not _finite(ins.constant)):
         raise PlanError(
             f"instruction {k} of {name} has a weight that is not finite: {format_terms(ins.terms, None)}. "
-            "A step to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
+            "A step from or to sigma = 0 needs its limit written out (expm1 and ratios, or ode.is_data(s))."
         )
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import MismatchError, NonFiniteError
-from ..forms import conversion, converted
+from ..forms import converted
 from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
 from ..transforms import readable
-from .checks import check_start
+from .checks import check_start, factors_at
 from .run import Run, Runnable, start
 from .sizes import root_mean_square, warn_of_size
 
@@ -25,7 +25,7 @@ def evaluator(ode: ProbabilityFlowODE) -> Callable[[Tensor, float, str], Tensor]
     """The `evaluate` of :func:`run_code` for an ODE; the same bits as a :class:`Run` stores."""
 
     def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-        return converted(x, ode.output(x, t), conversion(ode.schedule, t, ode.prediction, form))
+        return converted(x, ode.output(x, t), factors_at(ode.schedule, t, ode.prediction, form))
 
     return evaluate
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import write_tensors
 from ..forms import check_prediction, conversion, converted
-from .checks import check_state, check_weights
+from .checks import check_state, check_weights, factors_at
 from .instructions import Combine, Evaluate, Program, release, run_sums
 from .maps import PerCondition
 from .storing import pack
@@ -69,7 +69,8 @@ def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
     ------
     UnknownNameError : no such prediction type.
     InputError : a weight does not fit the samples.
-    ScheduleError : the prediction does not determine a stored form at the time of its evaluation.
+    GridError : the prediction does not determine a stored form at the data.
+    ScheduleError : the prediction does not determine a stored form at another time.
     """
     check_prediction(prediction)
     check_weights(plan, tuple(like.shape[1:]))
@@ -78,7 +79,7 @@ def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
     with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
         for k, ins in enumerate(plan.code, start=1):
             if isinstance(ins, Evaluate):
-                factors[k] = conversion(plan.schedule, ins.t, prediction, ins.form)
+                factors[k] = factors_at(plan.schedule, ins.t, prediction, ins.form)
             else:
                 sums[k] = ins.ready(like)
     return Prepared(factors, sums)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bounded import Bounded
-from ..errors import PlanError, ScheduleError
+from ..errors import GridError, PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
 from .analysis import consistency_error
@@ -121,11 +121,8 @@ class Tracer(Forms[Vector]):
                 raise ScheduleError(
                     f"a step evaluates the model at t = {t:g}, outside the {type(self.schedule).__name__} schedule."
                 )
-            if self.is_data(t):
-                raise ScheduleError(
-                    f"a step evaluates the model at the data (t = {t:g}, sigma = 0), where no model is defined: test "
-                    "ode.is_data(s) and finish with a formula that does not."
-                )
+            if self.is_data(t) and form in ("data", "score"):
+                form = "noise"  # at the data the data estimate is the state, and leaves the other forms open
             evaluation = Evaluation(self.schedule, t, state, self._emit(Evaluate(index, t, form)), form)
             self._cache[index, t] = evaluation
             self.evaluations.append(evaluation)
@@ -150,6 +147,14 @@ def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Pas
             raise
         raise PlanError(
             f"{solver.label}.step cannot be traced: {str(error).rstrip('.')}. Its arguments are symbolic vectors."
+        ) from error
+    except (ArithmeticError, ValueError, PlanError, ScheduleError) as error:
+        # Of a step from the data, nearly always a division by sigma or a logarithm of sigma, which are 0 there.
+        if not isinstance(x, Vector) or isinstance(error, GridError) or not ode.is_data(t):
+            raise
+        raise GridError(
+            f"{solver.label} has no step from the data (t = {t:g}, sigma = 0): {str(error).rstrip('.')}. Start at a small "
+            "sigma, or use 'heun' or another solver with such a step."
         ) from error
     if isinstance(result, tuple):
         if len(result) != 2:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class Vector:
     __array_ufunc__ = None  # a NumPy number on the left must leave the product to __rmul__
 
     def __add__(self, other: Any) -> Vector:
+        if isinstance(other, np.ndarray) and other.dtype.kind in "iuf":
+            other = torch.from_numpy(other.astype(np.float64))
         if isinstance(other, Tensor):
             return Vector(self.weights, _sum(self.constant, other.detach().double()))
         if isinstance(other, PerCondition):
@@ -87,7 +90,7 @@ class Vector:
         return self * -1.0
 
     def __sub__(self, other: Any) -> Vector:
-        if isinstance(other, Vector | Tensor | PerCondition):
+        if isinstance(other, Vector | Tensor | PerCondition | np.ndarray):
             return self + -1.0 * other
         if isinstance(other, numbers.Real) and other == 0:
             return self
@@ -149,6 +152,8 @@ def _scaled(constant: Any, k: Weight) -> Any:
 def _weight(value: Any) -> Weight:
     if isinstance(value, float):  # nearly always, and asking for numbers in general takes far longer
         return float(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        value = torch.from_numpy(value.astype(np.float64))
     if isinstance(value, Tensor):
         if value.ndim or value.requires_grad:
             return value.double()

@@ -9,7 +9,7 @@ from ..checks import check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import ExponentialStep, ddim_step, is_singular, log_snr_fractions
+from .transfer import ExponentialStep, ddim_step, first_order_step, is_singular, log_snr_fractions
 
 __all__ = ["BlockDPMSolver"]
 
@@ -69,6 +69,8 @@ class BlockDPMSolver(Solver):
         """The state at s, computed from the start of the block."""
         position = self.positions(past.index + 1 + past.remaining)[past.index]
         schedule = ode.schedule
+        if ode.is_data(t):
+            return first_order_step(ode, x, t, s), ()
         now = Output(t, ode.data(x, t))
         block = past.memory if past.memory and position > 1 else None
         if block is None or is_singular(schedule, t, s) or schedule.alpha(block.first.t) == 0:

@@ -17,7 +17,7 @@ from ..schedules import Schedule
 from ..statistics import Array, StatisticsTables, StepIntegrals
 from .base import Solver, register
 from .multistep import Output
-from .transfer import ddim_step, is_singular
+from .transfer import ddim_step, first_order_step, is_singular
 
 __all__ = ["DPMSolverV3"]
 
@@ -95,8 +95,8 @@ class DPMSolverV3(Solver):
         """The predicted state, corrected with the output there except in the last step."""
         schedule, statistics = ode.schedule, self.statistics or _data_prediction()
         statistics.check(schedule)
-        if not past.memory and schedule.alpha(t) == 0:
-            return ddim_step(schedule, x, ode.data(x, t), t, s), ()
+        if not past.memory and (schedule.alpha(t) == 0 or ode.is_data(t)):
+            return first_order_step(ode, x, t, s), ()
         history = past.memory[: self.max_order] or (self._output(ode, x, t),)
         if is_singular(schedule, t, s):
             return ddim_step(schedule, x, _linear(statistics, schedule, x, t) - history[0].value, t, s), ()

@@ -9,7 +9,7 @@ from ..checks import check_choice, check_number, check_whole
 from ..errors import InputError
 from ..plan import Past
 from .base import Solver, register
-from .transfer import ExponentialStep, ddim_step, is_singular, log_snr_fractions, noise_step
+from .transfer import ExponentialStep, ddim_step, first_order_step, is_singular, log_snr_fractions, noise_step
 
 __all__ = ["DDIM", "SinglestepDPMSolver"]
 
@@ -27,7 +27,7 @@ class DDIM(Solver):
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """DDIM's transfer from t to s."""
-        return ddim_step(ode.schedule, x, ode.data(x, t), t, s)
+        return first_order_step(ode, x, t, s)
 
 
 @register(
@@ -93,7 +93,7 @@ class SinglestepDPMSolver(Solver):
         """One exponential Runge-Kutta step from t to s."""
         schedule = ode.schedule
         if self.max_order == 1 or is_singular(schedule, t, s):
-            return ddim_step(schedule, x, ode.data(x, t), t, s)
+            return first_order_step(ode, x, t, s)
         if self.spacing == "time":
             times = [t + r * (s - t) for r in self._fractions]
             stages = log_snr_fractions(schedule, t, s, times)

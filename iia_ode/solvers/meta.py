@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checks import check_number, check_whole
-from ..errors import InputError
+from ..errors import GridError, InputError
 from ..forms import Evaluation, Forms
 from ..plan import Past
 from ..plan.tracer import take_step
@@ -117,8 +117,11 @@ class Lookahead(MetaSolver):
                 return plain
             # A two-stage step evaluates at its end too, and the next step starts there: skip the evaluation at the same time.
             earlier = [data for time, data in before if time != u]
-            data = plain.data + self.lam * (plain.data - earlier[-1]) if earlier else plain.data
-            looked.append((y, Evaluation(plain.schedule, plain.t, plain.x, data, "data")))
+            if earlier:
+                data = plain.data + self.lam * (plain.data - earlier[-1])
+                looked.append((y, Evaluation(plain.schedule, plain.t, plain.x, data, "data")))
+            else:
+                looked.append((y, plain))
             return looked[0][1]
 
         y, memory = take_step(self.solver, _View(ode, evaluate), x, t, s, replace(past, memory=inner))
@@ -146,6 +149,11 @@ class AnalyticFirstStep(MetaSolver):
         """The base's step; the first step uses the analytic estimate."""
         if past.index > 0:
             return self.solver.step(ode, x, t, s, past)
+        if ode.is_data(t):
+            raise GridError(
+                f"{self.label} takes the first state for noise, and this grid starts at the data (t = {t:g}): use "
+                f"{self.solver.label!r} itself."
+            )
         alpha, sigma, size = ode.schedule.alpha(t), ode.schedule.sigma(t), ode.schedule.size(t)
         # The same estimate as data, alpha x / (size (size + sigma)): finite at alpha = 0.
         analytic = Evaluation(ode.schedule, t, x, alpha / (size * (size + sigma)) * x, "data")

@@ -15,7 +15,7 @@ from ..checks import check_choice, check_whole
 from ..plan import Past
 from ..schedules import Schedule
 from .base import Solver, register
-from .transfer import ExponentialStep, ddim_step, is_singular, lagrange_weights, log_snr_fractions, noise_weights
+from .transfer import ExponentialStep, first_order_step, is_singular, lagrange_weights, log_snr_fractions, noise_weights
 
 __all__ = ["LMS", "AdamsBashforth", "DEISTime", "DPMSolverMultistep", "ExponentialAdams", "Multistep"]
 
@@ -55,7 +55,7 @@ class Multistep(Solver):
         """The combination, and the outputs for the next step."""
         if self.first_order(ode.schedule, t, s):
             # The memory is cleared: no polynomial passes through an output at infinite log-SNR.
-            return ddim_step(ode.schedule, x, ode.data(x, t), t, s), ()
+            return first_order_step(ode, x, t, s), ()
         now = Output(t, ode.as_form(x, t, self.form))
         history = (now, *past.memory)[: self.max_order]
         keep, weights = self.coefficients(ode.schedule, [output.t for output in history], s)

@@ -8,7 +8,7 @@ from typing import Any
 from ..checks import check_choice, check_whole
 from ..plan import Past
 from .base import Solver, register
-from .transfer import ddim_step, noise_step
+from .transfer import first_order_step, noise_step
 
 __all__ = ["ADAMS_BASHFORTH", "PNDM"]
 
@@ -66,7 +66,7 @@ class PNDM(Solver):
         """The transfer with the combined noise, and the outputs for later steps."""
         schedule = ode.schedule
         if schedule.alpha(t) == 0:  # x is pure noise here, and only the data estimate determines the step
-            return ddim_step(schedule, x, ode.data(x, t), t, s), ()
+            return first_order_step(ode, x, t, s), ()
         history = (ode.noise(x, t), *past.memory)[: self.max_order]
         weights = ADAMS_BASHFORTH[len(history)]
         combined = sum(w * noise for w, noise in zip(weights, history, strict=True))

@@ -15,7 +15,7 @@ from ..errors import PlanError
 from ..plan import Past
 from ..schedules import Schedule
 from .base import Solver, register
-from .transfer import ddim_step, is_singular, noise_step
+from .transfer import first_order_step, is_singular, noise_step
 
 __all__ = [
     "DPM2",
@@ -242,13 +242,13 @@ class RhoRungeKutta(RungeKutta):
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """x/alpha + (rho_s - rho_t) sum_i b_i eps_i, times alpha_s."""
         schedule = ode.schedule
-        if schedule.alpha(t) == 0 or schedule.alpha(s) == 0:
-            return ddim_step(schedule, x, ode.data(x, t), t, s)
+        if schedule.alpha(t) == 0 or schedule.alpha(s) == 0 or (ode.is_data(s) and 1.0 in self.c):
+            return first_order_step(ode, x, t, s)
         start, end, scale = schedule.noise_to_signal(t), schedule.noise_to_signal(s), schedule.alpha(t)
         h = end - start
         times = [s if node == 1.0 else schedule.t_of_noise_to_signal(start + node * h) for node in self.c[1:]]
         if ode.is_data(s) and not _are_known(schedule, times, s):
-            return ddim_step(schedule, x, ode.data(x, t), t, s)
+            return first_order_step(ode, x, t, s)
         k = [ode.noise(x, t)]
         for row, u in zip(self.a, times, strict=True):
             y = x / scale + sum(h * a * slope for a, slope in zip(row, k, strict=True) if a)
@@ -307,7 +307,7 @@ class DPM2(Solver):
         """The transfer from t to s with the weighted noise estimate."""
         schedule = ode.schedule
         if is_singular(schedule, t, s):
-            return ddim_step(schedule, x, ode.data(x, t), t, s)
+            return first_order_step(ode, x, t, s)
         m = schedule.t_of_lam((1 - self.r) * schedule.lam(t) + self.r * schedule.lam(s))
         first = ode.noise(x, t)
         second = ode.noise(noise_step(schedule, x, first, t, m), m)

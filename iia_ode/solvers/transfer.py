@@ -7,19 +7,22 @@ in some variable and integrate the interpolant over the step from t to s:
     noise:  x_s = (alpha_s / alpha_t) x + alpha_s int eps d(rho)
     data:   x_s = (sigma_s / sigma_t) x + sigma_s int D d(1 / rho)
 
-:func:`ddim_step` and :func:`noise_step` are the transfers for a constant output, :class:`ExponentialStep` is the transfer for
-outputs interpolated in log-SNR. A solver of order 2 with one evaluation a step, which falls back to DDIM on its first step
-and on steps with infinite log-SNR::
+:func:`ddim_step` and :func:`noise_step` are the transfers for a constant output, :func:`first_order_step` chooses between
+them, and :class:`ExponentialStep` is the transfer for outputs interpolated in log-SNR. A solver of order 2 with one
+evaluation a step, which falls back to DDIM on its first step and on steps with infinite log-SNR::
 
-    from iia_ode.solvers import ExponentialStep, ddim_step, is_singular, log_snr_fractions
+    from iia_ode.solvers import ExponentialStep, first_order_step, is_singular, log_snr_fractions
 
 
     class Two(iia.Solver):
         order = 2
 
         def step(self, ode, x, t, s, past):
-            data, schedule = ode.data(x, t), ode.schedule
-            if not past.memory or is_singular(schedule, t, s):
+            schedule = ode.schedule
+            if is_singular(schedule, t, s):
+                return first_order_step(ode, x, t, s)
+            data = ode.data(x, t)
+            if not past.memory:
                 return ddim_step(schedule, x, data, t, s), (t, data)
             before, earlier = past.memory
             step = ExponentialStep.of(schedule, "data", t, s)
@@ -40,12 +43,14 @@ import numpy.typing as npt
 import torch
 
 from ..checks import check_number, check_whole
+from ..errors import GridError
 from ..schedules import Schedule
 
 __all__ = [
     "ExponentialStep",
     "ddim_step",
     "exponential_moments",
+    "first_order_step",
     "is_singular",
     "lagrange_weights",
     "log_snr_fractions",
@@ -73,10 +78,37 @@ def ddim_step(schedule: Schedule, x: Any, data: Any, t: float, s: float) -> Any:
     ----------
     schedule : the noise schedule.
     x, data : state and data estimate at t; tensors [B, ...], or the symbolic vectors of a plan.
-    t, s : times; sigma must not be 0 at t.
+    t, s : times; sigma must not be 0 at t, since the data estimate does not determine the noise there. For such a step see
+        :func:`first_order_step`.
+
+    Raises
+    ------
+    GridError : sigma is 0 at t.
     """
+    if schedule.sigma(t) == 0:
+        raise GridError(
+            f"DDIM's step on the data estimate cannot start at the data (t = {t:g}, sigma = 0): use first_order_step, or "
+            "noise_step with ode.noise(x, t)."
+        )
     ratio = schedule.sigma(s) / schedule.sigma(t)
     return ratio * x + (schedule.alpha(s) - schedule.alpha(t) * ratio) * data
+
+
+def first_order_step(ode: Any, x: Any, t: float, s: float) -> Any:
+    """DDIM's step from t to s with the model's output at t, from every time of a schedule; one evaluation.
+
+    The step is :func:`ddim_step` on the data estimate. Where t is the data (sigma = 0), the step is :func:`noise_step` on the
+    noise estimate: the data estimate is the state itself there, and leaves the noise open.
+
+    Parameters
+    ----------
+    ode : the ODE of a solver's step.
+    x : state at t; a tensor [B, ...], or a symbolic vector of a plan.
+    t, s : times.
+    """
+    if ode.is_data(t):
+        return noise_step(ode.schedule, x, ode.noise(x, t), t, s)
+    return ddim_step(ode.schedule, x, ode.data(x, t), t, s)
 
 
 def noise_step(schedule: Schedule, x: Any, noise: Any, t: float, s: float) -> Any:

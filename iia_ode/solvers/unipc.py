@@ -13,7 +13,7 @@ from ..checks import check_choice, check_flag, check_whole
 from ..plan import Past
 from .base import Solver, register
 from .multistep import Output
-from .transfer import ExponentialStep, ddim_step, is_singular, log_snr_fractions, noise_step
+from .transfer import ExponentialStep, ddim_step, first_order_step, is_singular, log_snr_fractions, noise_step
 
 __all__ = ["UniPC"]
 
@@ -70,8 +70,8 @@ class UniPC(Solver):
         schedule = ode.schedule
         memory = past.memory
         if not memory:
-            if schedule.alpha(t) == 0:
-                return ddim_step(schedule, x, ode.data(x, t), t, s), ()
+            if schedule.alpha(t) == 0 or ode.is_data(t):
+                return first_order_step(ode, x, t, s), ()
             memory = (Output(t, ode.as_form(x, t, self.form)),)
         history = memory[: self.max_order]
         if is_singular(schedule, t, s):

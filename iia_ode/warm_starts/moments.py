@@ -182,8 +182,8 @@ def _named(shrink: float | str) -> str:
 
 
 def _checked(samples: Tensor) -> Tensor:
-    x = torch.as_tensor(samples, dtype=_F64, device="cpu").detach()
-    if x.ndim < 2 or len(x) < 2 or not bool(torch.isfinite(x).all()):
+    x = torch.as_tensor(samples, device="cpu").detach().double()
+    if x.ndim < 1 or len(x) < 2 or not bool(torch.isfinite(x).all()):
         raise InputError(f"moments need at least 2 finite samples [n, *shape], got {list(x.shape)}.")
     return x
 

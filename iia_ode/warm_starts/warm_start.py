@@ -158,7 +158,7 @@ class WarmStart:
         ------
         InputError : the states do not fit together, or `prior` is not usable.
         """
-        if x_start.shape != x_1.shape or x_1.ndim < 2 or len(x_1) < 2:
+        if x_start.shape != x_1.shape or x_1.ndim < 1 or len(x_1) < 2:
             raise InputError(
                 f"pairs of states are two tensors [n, *shape], n > 1: {list(x_start.shape)}, {list(x_1.shape)}."
             )
