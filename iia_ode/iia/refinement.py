@@ -19,7 +19,7 @@ from ..checks import check_number, check_whole
 from ..errors import InputError, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
-from ..plan import Plan, check_start
+from ..plan import Plan, check_size, check_start
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
 from .plan_parameters import Parameters
@@ -198,6 +198,7 @@ def refine(
     RankError : of a distributed ODE: another process failed, or was asked for another refinement.
     """
     check_start(ode, x)
+    check_size(plan.schedule, plan.grid[0], x)
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
     newton, (default, unit) = method == "gauss-newton", _METHODS[method]

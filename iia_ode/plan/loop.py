@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 from ..errors import MismatchError, NonFiniteError
 from ..forms import conversion, converted
 from ..ode import ProbabilityFlowODE
+from ..schedules.stored import brief
 from .checks import check_start
+from .initial import root_mean_square, warn_of_size
 from .run import Run, Runnable, start
-from .sizes import root_mean_square, warn_of_size
 
 __all__ = ["evaluator", "run_plan"]
 
@@ -40,7 +41,8 @@ def run_plan(
     """Run a plan to its end; see :meth:`iia_ode.Plan.run`."""
     check_start(ode, x)
     if ode.schedule is not plan.schedule and ode.schedule.config() != plan.schedule.config():
-        raise MismatchError(f"{plan.name} was traced for {plan.schedule}, and the ODE has {ode.schedule}.")
+        own, other = (brief(schedule.config()) for schedule in (plan.schedule, ode.schedule))
+        raise MismatchError(f"{plan.name} was traced for {own}, and the ODE has {other}.")
     states = [x]
 
     def visit(run: Run) -> None:
