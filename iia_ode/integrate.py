@@ -17,7 +17,7 @@ from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.mode import check_mode
-from .plan import Plan, check_grid, check_ode, check_start, traced
+from .plan import Plan, check_grid, check_ode, check_size, check_start, traced
 from .plan.checks import factors_at
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 from .transforms import differentiated
@@ -64,7 +64,8 @@ def sample(
     callback : called as ``callback(k, t, state)`` at every grid point after the first. Methods of torchdiffeq call it after
         the integration.
     progress : show a bar over the model evaluations.
-    check_finite : raise an error if the model returns NaN or infinity. The device is read once, after the last evaluation.
+    check_finite : raise an error if the model returns NaN or infinity, and warn if x is too small for the noise level at
+        ``grid[0]``. The device is read once, after the last evaluation.
 
     Returns
     -------
@@ -78,6 +79,10 @@ def sample(
     UnknownNameError : no such solver.
     MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
     NonFiniteError : the model or the result is not finite.
+
+    Warns
+    -----
+    StateSizeWarning : x is smaller than the noise at ``grid[0]``, such as a draw of ``randn`` at level 80.
 
     Examples
     --------
@@ -170,6 +175,10 @@ def odeint(
     UnknownNameError : no such method.
     MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
     NonFiniteError : the model or the result is not finite.
+
+    Warns
+    -----
+    StateSizeWarning : `y0` is smaller than the noise at ``t[0]``, such as a draw of ``randn`` at level 80.
     """
     check_ode(func)
     found = _resolve(method)
@@ -287,6 +296,8 @@ def _by_torchdiffeq(
         else:
             answer = _torchdiffeq.find_event(flow, x.clone(), t, method.name, event_fn, *tolerances, options)
     states = answer if event_fn is None else answer[1]
+    if check_finite:
+        check_size(ode.schedule, times[0], x)
     if check_finite and not bool(torch.isfinite(states).all()):
         raise NonFiniteError(
             f"the result of {method.name} is not finite: check the model over the noise levels of the grid."

@@ -23,7 +23,7 @@ from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.mode import check_mode
-from .plan import check_grid, check_start
+from .plan import check_grid, check_size, check_start
 from .plan.checks import factors_at
 from .schedules import Schedule
 from .schedules.levels import known_level, lowest_level
@@ -202,6 +202,7 @@ def _span(
         )
     schedule = ode.schedule
     times = check_grid(schedule, [t_start, t_end])
+    check_size(schedule, times[0], x)
     sigma_min = lowest_level(schedule, _SIGMA_MIN) if sigma_min is None else sigma_min
     agree(ode, "reference", x, times, sigma_min, method)
     if not any(map(ode.is_data, times)):

@@ -114,8 +114,9 @@ def fit(
     check_seed(seed)
     start = start_time(ode, sigma_max)
     states = _initial_states(ode, noise, x, shape, samples, start, seed)
-    level = smallest_level(ode.schedule) if sigma_min is None else sigma_min
     check_mode(ode)
+    lowest = smallest_level(ode.schedule)
+    level = lowest if sigma_min is None else known_level(ode.schedule, sigma_min, "sigma_min")
     agree(ode, "fit", nfe, start, level, chosen, seed, getattr(teacher, "record", teacher), states)
     if teacher is not None:
         check_teacher(teacher, ode, states, start)

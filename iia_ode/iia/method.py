@@ -15,7 +15,7 @@ from ..errors import InputError, one_run, unknown_name
 from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
-from ..plan import check_grid, check_start
+from ..plan import check_grid, check_size, check_start
 from ..plan.checks import check_samples
 from ..solvers import Solver, SolverLike, as_solver
 from .batch import Batch
@@ -140,11 +140,13 @@ class IIA:
         GuardWarning : the fit is not clearly better than the base, and the result is the base. Or the fit is kept, and some
             samples end where no judged sample does.
         DuplicateWarning : copies among the samples are left out.
+        StateSizeWarning : the states are too small for the noise level at the start of the grid.
         """
         check_start(ode, x)
         check_mode(ode)
         check_samples(x)
         times = check_grid(ode.schedule, grid)
+        check_size(ode.schedule, times[0], x)
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise InputError(f"held_out must be a share of the batch, from 0 to below 1, got {held_out!r}.")

@@ -20,7 +20,7 @@ from ..errors import InputError, one_run, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
-from ..plan import Plan, check_start
+from ..plan import Plan, check_size, check_start
 from ..plan.checks import check_samples
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
@@ -208,6 +208,7 @@ def refine(
     check_start(ode, x)
     check_mode(ode)
     check_samples(x)
+    check_size(plan.schedule, plan.grid[0], x)
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
     newton, (default, unit) = method == "gauss-newton", _METHODS[method]

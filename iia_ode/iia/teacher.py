@@ -22,7 +22,7 @@ from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
-from ..plan import Plan, check_grid, check_start, trace
+from ..plan import Plan, check_grid, check_size, check_start, trace
 from ..plan.checks import check_samples, samples_of
 from ..reference import Trajectory, from_data
 from ..schedules import Schedule
@@ -104,6 +104,10 @@ class Teacher:
         GridError : the times or `sigma_min` are not usable.
         NonFiniteError : the integration ended in NaN or infinity.
         RankError : of a distributed ODE: another process failed, or was asked for another teacher.
+
+        Warns
+        -----
+        StateSizeWarning : the states are too small for the noise level at `t_start`.
         """
         check_start(ode, x)
         check_mode(ode)
@@ -116,6 +120,7 @@ class Teacher:
         if ode.is_data(t_end):
             sigma_min = known_level(ode.schedule, sigma_min, "sigma_min")
         plan = _plan(ode.schedule, t_start, t_end, sigma_min, steps)
+        check_size(ode.schedule, t_start, x)
         agree(ode, "teacher", x, plan.grid, chunk_size)
         size, parts = chunk_size or len(x), []
         with ode.counting() as spent:

@@ -3,6 +3,7 @@
 from .analysis import CanonicalForm, GaussianResponse
 from .bands import Bands
 from .checks import check_grid, check_ode, check_start
+from .initial import check_size
 from .instructions import Combine, Evaluate, Instruction, run_code
 from .loop import evaluator
 from .maps import LinearMap, PerCondition, projections_from
@@ -31,6 +32,7 @@ __all__ = [
     "Vector",
     "check_grid",
     "check_ode",
+    "check_size",
     "check_start",
     "evaluator",
     "projections_from",

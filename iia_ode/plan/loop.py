@@ -13,10 +13,11 @@ from ..errors import MismatchError, NonFiniteError
 from ..forms import converted
 from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
+from ..schedules.stored import brief
 from ..transforms import readable
 from .checks import check_start, factors_at
+from .initial import root_mean_square, warn_of_size
 from .run import Run, Runnable, start
-from .sizes import root_mean_square, warn_of_size
 
 __all__ = ["evaluator", "run_plan"]
 
@@ -44,7 +45,8 @@ def run_plan(
     check_start(ode, x)
     check_mode(ode)
     if ode.schedule is not plan.schedule and ode.schedule.config() != plan.schedule.config():
-        raise MismatchError(f"{plan.name} was traced for {plan.schedule}, and the ODE has {ode.schedule}.")
+        own, other = (brief(schedule.config()) for schedule in (plan.schedule, ode.schedule))
+        raise MismatchError(f"{plan.name} was traced for {own}, and the ODE has {other}.")
     states = [x.clone()] if trajectory else []
 
     def visit(run: Run) -> None:

@@ -18,7 +18,7 @@ __all__ = ["FromFunctions", "Schedule", "as_levels", "derivative_of"]
 
 _F64 = torch.float64
 _NUMBERS = 2**14  # memoized by a schedule at most
-_SLACK = 1e-9  # relative rounding of a level on the way through a time and back
+_SLACK = 1e-6  # relative rounding of a level on the way through a time and back, of float32 too
 T = TypeVar("T", float, Tensor)
 
 
@@ -269,7 +269,7 @@ class FromFunctions(Schedule):
     t_data: float = 0.0
     t_noise: float = 1.0
     name: str = "custom"
-    known_levels: tuple[float, float] | None = field(default=None, kw_only=True)
+    known_levels: tuple[float, float] | None = field(default=None, kw_only=True, repr=False)
     _ends_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from .base import Schedule, as_levels
 __all__ = ["EDM", "VE", "VP", "Cosine", "Discrete", "FlowMatching", "schedule_from_config"]
 
 _F64 = torch.float64
-_SNAP = 1e-9  # distance of a timestep from the first or the last one that is rounding
+_SNAP = 1e-6  # distance in log-SNR from the first or the last timestep that is rounding, of float32 too
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Standard(Schedule):
     ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
     """
 
-    known_levels: tuple[float, float] | None = field(default=None, kw_only=True)
+    known_levels: tuple[float, float] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "known_levels", as_levels(self.known_levels))
@@ -299,6 +299,7 @@ class Discrete(_VariancePreserving):
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "t_noise", float(len(table) - 1))
         object.__setattr__(self, "_knots", log_alpha)
+        object.__setattr__(self, "_ends", tuple((t, self.lam(t)) for t in (0.0, self.t_noise)))
         object.__setattr__(self, "known_levels", (self.noise_to_signal(0.0), self.noise_to_signal(self.t_noise)))
 
     def __eq__(self, other: object) -> bool:
@@ -327,9 +328,9 @@ class Discrete(_VariancePreserving):
         i = (torch.searchsorted(-knots, -log_alpha.detach(), right=True) - 1).clamp(0, len(knots) - 2)
         t = (i - 1) + (log_alpha - knots[i]) / (knots[i + 1] - knots[i])
         # Beyond the first and the last timestep there is no model: their levels give these timesteps exactly.
-        at = t.detach()
-        for end in (0.0, self.t_noise):
-            t = t - torch.where((at - end).abs() < _SNAP, at - end, 0.0)
+        for end, level in self._ends:  # type: ignore[attr-defined]
+            rounding = (lam.detach() - level).abs() < _SNAP
+            t = t - torch.where(rounding, t.detach() - end, 0.0)
         return t
 
     def config(self) -> dict[str, Any]:

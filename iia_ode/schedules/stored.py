@@ -50,7 +50,8 @@ def stored_schedule(
 
 
 def brief(config: Mapping[str, Any]) -> str:
-    """A configuration as ``VP (beta_0=0.1, beta_1=20.0)``: keys sorted, lists abbreviated."""
+    """A configuration as ``VP (beta_0=0.1, beta_1=20.0)``: keys sorted, long lists abbreviated."""
     key = "type" if "type" in config else "name"
-    rest = ", ".join(f"{k}={'[...]' if isinstance(v, list) else v}" for k, v in sorted(config.items()) if k != key)
+    values = {k: "[...]" if isinstance(v, list) and len(v) > 2 else v for k, v in config.items() if k != key}
+    rest = ", ".join(f"{k}={v}" for k, v in sorted(values.items()))
     return f"{config.get(key)} ({rest})" if rest else str(config.get(key))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import StateSizeWarning, warn
 from ..schedules import Schedule
 
-__all__ = ["root_mean_square", "warn_of_size"]
+__all__ = ["check_size", "root_mean_square", "warn_of_size"]
 
 _FACTOR = 2.0  # between the size of a state and of its noise, from which on the state is wrong
 _CERTAIN = 20.0  # -log of the probability of that size by chance, from which on it is no chance
@@ -19,6 +19,11 @@ _CERTAIN = 20.0  # -log of the probability of that size by chance, from which on
 def root_mean_square(x: Tensor) -> Tensor:
     """The root mean square of all components of x, as a tensor [] on the device of x."""
     return torch.linalg.vector_norm(x.detach()) / math.sqrt(x.numel())
+
+
+def check_size(schedule: Schedule, t: float, x: Tensor) -> None:
+    """Warn if states x [B, ...] cannot be states at time t; reads one number from the device. See :func:`warn_of_size`."""
+    warn_of_size(schedule, t, float(root_mean_square(x)), x.numel())
 
 
 def warn_of_size(schedule: Schedule, t: float, size: float, count: int) -> None:
