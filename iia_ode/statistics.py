@@ -202,11 +202,13 @@ class StatisticsTables:
 
         Raises
         ------
-        InputError : the tensors are not the tables of statistics.
+        InputError : the tensors are not the tables of statistics, or the schedule has no type.
         """
         kinds = {name: value.dtype for name, value in tensors.items()}
         if kinds != dict.fromkeys(_TABLES, torch.float64):
             raise InputError(f"expected float64 tables {', '.join(_TABLES)}, got {kinds}.")
+        if header.schedule is not None and not isinstance(header.schedule.get("type"), str):
+            raise InputError("the schedule has no type.")
         return cls(**tensors, schedule=header.schedule, about=header.about)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
