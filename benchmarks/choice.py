@@ -1,6 +1,6 @@
 """Measure solvers on guided models and on a flow, for the advice of docs/solvers/index.md: python benchmarks/choice.py.
 
-Writes docs/results/choice.md, in some five minutes on one core. The network is the digits denoiser; the flow is the closed-form
+Writes docs/results/choice.md, in about five minutes on one core. The network is the digits denoiser, the flow the closed-form
 velocity of the mixture in 8 dimensions.
 """
 
