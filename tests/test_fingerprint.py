@@ -233,6 +233,29 @@ def test_a_function_over_a_network_is_known_by_the_weights_and_its_code():
     assert fingerprint(over(net)) != fingerprint(lambda x, t: 2 * net(x))
 
 
+def test_counters_and_memory_for_results_do_not_change_a_fingerprint():
+    net, calls, memory, kept = network(), 0, torch.zeros(2, 3), {}
+
+    def counted(x, t):
+        nonlocal calls
+        calls += 1
+        kept[calls] = memory.copy_(net(x))
+        return memory
+
+    class Counting(Wrapped):
+        calls = 0
+        last = None
+
+        def output(self, x, t):
+            self.calls, self.last = self.calls + 1, self.inner.output(x, t)
+            return self.last
+
+    for ode in (ProbabilityFlowODE(counted, iia.EDM()), Counting(ProbabilityFlowODE(Deep(net), iia.EDM()))):
+        before = ode.fingerprint()
+        ode.output(torch.ones(2, 3), 1.0)
+        assert str(ode.fingerprint()) == str(before) and before.known
+
+
 def test_an_unknown_model_says_so_in_the_record_and_warns_of_nothing(recwarn):
     ode = ProbabilityFlowODE(lambda x, t: 0.5 * x, iia.EDM())
     fit = iia.preset("iia-ddim").fit(ode, 10 * torch.randn(16, 3), GRID)
@@ -275,7 +298,7 @@ def test_an_ode_that_changes_the_output_has_a_fingerprint_of_its_own():
 
     plain = ProbabilityFlowODE(Deep(network()), iia.EDM())
     odes = [plain, Louder(plain.model, iia.EDM())]
-    odes += [Scaled(plain, f) for f in (2.0, 3.0, torch.ones(3), nn.Parameter(torch.zeros(3)))]
+    odes += [Scaled(plain, f) for f in (2.0, 3.0, nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3)))]
     assert len({str(ode.fingerprint()) for ode in odes}) == len(odes)
     for ode in odes:
         assert Wrapped(cached(ode)).fingerprint() == ode.fingerprint() == ode.subset(slice(0, 1), 2).fingerprint()
