@@ -22,7 +22,7 @@ from torch import nn
 import iia_ode as iia
 from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.iia import IIA, Teacher, refine
-from iia_ode.ode import cached
+from iia_ode.ode import Shared, cached
 
 GRID = iia.grids.karras(4)
 BATCH = 32
@@ -71,8 +71,15 @@ def derivatives(share):
         unconditional={"shift": torch.zeros(1)},
         guidance_scale=2.5,
     )
+    nested = iia.ProbabilityFlowODE(
+        lambda x, t, cond: shifted(x, t, *cond["in"]) + cond["ids"].sum(),
+        ode.schedule,
+        conditioning={"cond": {"in": (plain.conditioning["shift"],), "ids": Shared(torch.ones(3))}},
+        unconditional={"cond": {"in": (torch.zeros(1, dtype=F64),), "ids": Shared(torch.zeros(4))}},
+        guidance_scale=torch.tensor([1.5, 2.5], dtype=F64),
+    )
     found = []
-    for own in (plain, guided, dynamic_thresholding(guided)):
+    for own in (plain, guided, nested, dynamic_thresholding(guided)):
         leaves = x[:2].clone().requires_grad_(), torch.tensor(0.7, dtype=F64, requires_grad=True)
         out = share(own).output(*leaves)
         gradients = torch.autograd.grad((out * torch.arange(out.numel()).reshape(out.shape)).sum(), leaves)

@@ -183,15 +183,106 @@ def test_parameters_are_those_of_every_layer_each_once():
     assert ode.float().model.linear.weight.dtype == torch.float32
 
 
-def test_an_ode_with_a_method_that_solvers_would_pass_over_is_refused():
-    class Own(iia.ProbabilityFlowODE):
-        """An ODE with a velocity of its own."""
+@pytest.mark.parametrize("name", ["evaluate", "forward", "as_form", "data", "noise", "score", "v", "velocity"])
+def test_a_subclass_with_a_method_that_solvers_would_pass_over_is_refused(name):
+    for base, argument in ((iia.ProbabilityFlowODE, lambda: (model, iia.EDM())), (Wrapped, lambda: (odes()["twin"],))):
+        own = type("Own", (base,), {name: lambda self, *arguments: None})
+        with pytest.raises(
+            iia.errors.InputError, match=f"Own overrides {name}, which a solver or a wrapper passes over"
+        ):
+            own(*argument())
 
-        def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
-            """Another velocity."""
-            return 2 * super().forward(t, x)
 
-    with pytest.raises(iia.errors.InputError, match="Own overrides forward, which a solver or a wrapper passes over"):
-        Own(model, iia.EDM())
+def test_what_is_no_ode_is_not_wrapped():
     with pytest.raises(iia.errors.InputError, match="Changed wraps a ProbabilityFlowODE, got function"):
         Changed(model, 1.0)
+
+
+def test_an_output_of_a_subclass_is_heard_by_views_and_by_the_teacher():
+    class Always4(iia.ProbabilityFlowODE):
+        """A model that always says 4."""
+
+        def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+            """4, after an evaluation."""
+            return 4.0 + 0.0 * super().output(x, t)
+
+    ode, x = Always4(lambda x, t: 0 * x, iia.EDM(), "data"), 80 * normal(16, 3)
+    for own in (ode, ode.condition(), ode.subset(slice(0, 16), 16), ode.to("cpu"), copy.deepcopy(ode)):
+        assert type(own) is Always4
+        assert iia.sample(own, x, GRID, "ddim").sub(4).abs().max() < 1e-12
+    assert iia.Teacher.solve(ode, x, 80.0, 0.0, steps=3).final.sub(4).abs().max() < 1e-12
+
+
+class PerSample(iia.ProbabilityFlowODE):
+    """An ODE with a state per sample, in an attribute, a buffer and a parameter."""
+
+    def __init__(self, mask: Tensor, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.plain = mask
+        self.register_buffer("held", mask)
+        self.learned = nn.Parameter(mask)
+
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The output times the masks of the samples."""
+        return (self.plain * self.held * self.learned)[:, None] * super().output(x, t)
+
+    def subset(self, index: slice | Tensor, batch: int) -> "PerSample":
+        """The ODE of some samples, with their masks."""
+        view = super().subset(index, batch)
+        view.plain, view.held, view.learned = self.plain[index], self.held[index], nn.Parameter(self.learned[index])
+        return view
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Wrapped, cached, lambda o: Wrapped(cached(Wrapped(o)))])
+def test_a_subclass_may_split_its_own_state_with_the_samples_under_any_wrapper(wrap):
+    mask, x = torch.linspace(0.5, 0.9, 16, dtype=F64), 80 * normal(16, 4)
+    ode = wrap(PerSample(mask, model, iia.EDM(), conditioning={"c": C}))
+    twin = iia.ProbabilityFlowODE(
+        lambda x, t, c, m: m[:, None] ** 3 * model(x, t, c), iia.EDM(), conditioning={"c": C, "m": mask}
+    )
+    with torch.no_grad():
+        whole = ode.output(x, 2.0)
+        assert torch.allclose(whole, twin.output(x, 2.0), rtol=1e-12)
+        view = ode.subset(torch.tensor([5, 2]), 16)
+        assert torch.equal(view.output(x[[5, 2]], 2.0), whole[[5, 2]])
+        assert torch.equal(ode.output(x, 2.0), whole)  # not changed by its view
+        assert view.ledger is ode.ledger
+    fits = [iia.preset("iia-ddim").fit(o, x, GRID, chunk_size=5).plan for o in (ode, twin)]
+    assert fits[0].difference(fits[1]) < 1e-9
+
+
+def test_a_subclass_may_combine_the_branches_of_guidance_in_its_own_way():
+    class Rescaled(iia.ProbabilityFlowODE):
+        """Guidance whose result has the size of the conditional branch [Lin et al. 2023]."""
+
+        def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+            """The rescaled combination."""
+            condition, null = self.branches(x, t)
+            guided = torch.lerp(null, condition, 3.0)
+            return guided * condition.std(1, keepdim=True) / guided.std(1, keepdim=True)
+
+    x = 80 * normal(16, 4)
+    ode = Rescaled(model, iia.EDM(), conditioning={"c": C}, unconditional={"c": 0 * C})
+    out, condition = ode.output(x, 2.0), ode.branches(x, 2.0)[0]
+    assert torch.allclose(out.std(1), condition.std(1)) and not torch.allclose(out, condition)
+    assert ode.nfe == 2
+    assert torch.equal(Wrapped(ode).output(x, 2.0), out)
+    assert torch.equal(Wrapped(ode).branches(x, 2.0)[0], condition)
+    assert torch.isfinite(iia.Teacher.solve(Wrapped(ode), x, 80.0, 0.0, steps=3, chunk_size=5).final).all()
+    with pytest.raises(iia.errors.InputError, match="unconditional="):
+        iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"c": C}).branches(x, 2.0)
+
+
+def test_conditions_and_scale_of_a_wrapper_are_those_of_its_inner_ode():
+    plain = iia.ProbabilityFlowODE(model, iia.EDM(), conditioning={"c": C}, unconditional={"c": 0 * C})
+    ode, x = Changed(Wrapped(plain), 0.9), 80 * normal(16, 4)
+    ode.guidance_scale = 3.0
+    assert plain.guidance_scale == 3.0
+    plain.conditioning = {"c": -C}
+    assert ode.conditioning["c"] is plain.conditioning["c"]
+    twin = iia.ProbabilityFlowODE(changed_model, iia.EDM(), conditioning={"c": -C})
+    plain.guidance_scale = 1.0
+    assert torch.equal(ode.output(x, 2.0), twin.output(x, 2.0))
+    view = ode.subset(slice(0, 3), 16)
+    view.guidance_scale = 2.0
+    assert ode.guidance_scale == 1.0

@@ -279,8 +279,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         """The identity of the model: a short hash of its weights, or the `tag`.
 
         Weights are recognised through wrappers, compilation and casts; see :class:`~iia_ode.ode.fingerprint.Fingerprint`. The
-        fingerprint of a subclass with an :meth:`output` of its own also names the class, with attributes that are numbers,
-        strings or tensors. The weights are read at each call.
+        fingerprint of a subclass with an :meth:`output` of its own also names the class, with attributes that are fractions,
+        flags, text, parameters or buffers. The weights are read at each call.
         """
         found = fingerprint_of(self.model, self.tag)
         return found if type(self).output is ProbabilityFlowODE.output else found.changed_by(self)

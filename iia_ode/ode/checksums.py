@@ -22,7 +22,7 @@ def dense(value: Tensor) -> Tensor:
     if value.is_quantized:
         value = value.dequantize()
     if value.layout != torch.strided:
-        value = value.todense()
+        value = value.to_dense()
     return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 

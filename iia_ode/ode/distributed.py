@@ -91,7 +91,7 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
     if ranks is None:
         return
     scale = ode.guidance_scale if isinstance(ode.guidance_scale, Tensor) else recorded(ode.guidance_scale, ode.schedule)
-    own = ode.schedule.config(), ode.prediction, scale, str(ode.fingerprint())
+    own = ode.schedule.config(), ode.prediction, scale, ode.fingerprint().values
     ranks.meet(
         ("agree", own, digest_of(ode.conditioning, ode.unconditional), task),
         "the processes were asked for different things: give all of them the same noise or states, conditions, model, grid, "

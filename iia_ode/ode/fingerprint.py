@@ -31,7 +31,10 @@ _OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "uncondit
     "tag",
     "training",
 }
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+# Plain values that count. Whole numbers, devices and tensors outside of modules do not: counters, ranks and memory for results
+# change in use or between processes.
+_PLAIN = (float, complex, str, bytes, bool, torch.dtype)
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hip|meta)(:\d+)?")
 _WIDE = {torch.float32, torch.float64}
 # The dtypes from which a cast to the dtype of a part is a plain rounding.
 _CASTS = {"d": {torch.float64}, "f": set(), "b": {torch.bfloat16}, "h": {torch.float16}}
@@ -49,7 +52,7 @@ class Fingerprint(str):
     Names are read without the prefixes of wrappers (``module.``, ``_orig_mod.``) and without a prefix of all names. Running
     statistics of normalization layers count as weights; counters of calls do not. The hash tells weights and not code: two
     modules with other arithmetic over equal weights are equal. Functions, partials and bound methods are looked through to the
-    modules and tensors that they use, and the code of a function counts.
+    modules and parameters that they use. The code of a function counts, with the fractions, flags and text that it uses.
 
     The fingerprint of a model without weights begins with ``"unknown"``: such a model is told by its code alone. A `tag` of
     the ODE replaces all of this.
@@ -61,6 +64,13 @@ class Fingerprint(str):
     def known(self) -> bool:
         """Whether the model is told by its weights or by a tag."""
         return not self.startswith("unknown")
+
+    @property
+    def values(self) -> str:
+        """The part about the values of the weights, or the tag; empty for an unknown model. The same in every process."""
+        model, plus, change = self.partition("+")
+        own = model.partition("-")[2] if _WEIGHTS.fullmatch(model) else model
+        return f"{own}{plus}{change}" if self.known else change
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, str):
@@ -84,11 +94,12 @@ class Fingerprint(str):
         """The fingerprint under an output that the class of `layer`, a module over an ODE, changes."""
         state: Any = layer
         own = {k: v for k, v in vars(layer).items() if k not in _OF_ODE and not k.startswith("_")}
-        held = {**state._parameters, **state._buffers, **state._modules}
+        held = {**state._parameters, **state._modules}
         found = Parts()
         for name, value in sorted({**own, **held}.items()):
             if name not in _OF_ODE:
                 found.add(value, name, deep=False)
+        found.tensors += [(name, v) for name, v in sorted(state._buffers.items()) if v is not None]
         weights = [_text(found.tensors, [])] if found.tensors else []
         return Fingerprint(f"{self}+{type(layer).__qualname__}({', '.join([*found.pieces, *weights])})")
 
@@ -145,12 +156,13 @@ class Parts:
     def add(self, value: Any, name: str, deep: bool = True) -> None:
         """Add a value and, with `deep`, whatever it holds or calls."""
         if isinstance(value, _PLAIN):
-            self.pieces.append(f"{name}={value!r}" if name else repr(value))
+            if not (isinstance(value, str) and _DEVICE.fullmatch(value)):
+                self.pieces.append(f"{name}={value!r}" if name else repr(value))
             return
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, Tensor):
+        if isinstance(value, nn.Parameter):
             self.tensors.append((name, value))
         elif isinstance(value, nn.Module):
             self._add_module(value, name)
@@ -160,7 +172,7 @@ class Parts:
         elif isinstance(value, Mapping):
             for key, v in value.items():
                 self.add(v, f"{name}.{key}", deep)
-        elif deep:
+        elif deep and not isinstance(value, Tensor):
             self._add_callable(value, name)
 
     def _add_module(self, module: nn.Module, name: str) -> None:
@@ -203,7 +215,7 @@ class Parts:
         for variable in _globals_of(code):
             v = function.__globals__.get(variable)
             own = isinstance(v, FunctionType) and v.__module__ == function.__module__
-            if own or isinstance(v, (*_PLAIN, Tensor, nn.Module, partial, MethodType)):
+            if own or isinstance(v, (*_PLAIN, nn.Parameter, nn.Module, partial, MethodType)):
                 self.add(v, f"{name}.{variable}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import re
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -53,9 +53,8 @@ def in_training(ode: ProbabilityFlowODE) -> list[str]:
     for root in (ode, *parts.modules):
         for name, module in root.named_modules():
             if module.training and id(module) not in found and _depends(module):
-                found[id(module)] = (
-                    f"{type(module).__name__} {name.removeprefix('inner.').removeprefix('model.')}".strip()
-                )
+                place = re.sub(r"^(inner\.)*(model\.)?", "", name)
+                found[id(module)] = f"{type(module).__name__} {place}".strip()
     return list(found.values())
 
 
@@ -70,7 +69,7 @@ def _depends(module: nn.Module) -> bool:
             return bool(module.lower != module.upper)
         case nn.MultiheadAttention() | nn.RNNBase():
             return module.dropout > 0
-    kind: Hashable = type(module)
+    kind: Any = type(module)
     return _reads_mode(kind)
 
 
