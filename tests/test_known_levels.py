@@ -1,4 +1,4 @@
-"""A schedule knows the levels of its model's training: no path evaluates the model elsewhere, and none reads levels as times."""
+"""The levels of a model's training: no path evaluates the model elsewhere, and no path reads levels as times."""
 
 import json
 import math
@@ -22,7 +22,12 @@ from iia_ode.schedules import schedule_from_config
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2
 STABLE_DIFFUSION = iia.Discrete((1 - BETAS).cumprod(0))  # levels 0.0292 to 14.61 at timesteps 0 to 999
 STATED = iia.EDM(known_levels=(0.02, 50.0))
-SCHEDULES = [STABLE_DIFFUSION, STATED, iia.VP(known_levels=(0.05, 20.0)), iia.FlowMatching(known_levels=(0.01, math.inf))]
+SCHEDULES = [
+    STABLE_DIFFUSION,
+    STATED,
+    iia.VP(known_levels=(0.05, 20.0)),
+    iia.FlowMatching(known_levels=(0.01, math.inf)),
+]
 every_kind = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 
 
@@ -51,7 +56,7 @@ def check_times(model: Witness, schedule: iia.Schedule) -> None:
     low, high = schedule.known_levels
     assert low * (1 - 1e-9) <= min(levels) and max(levels) <= high * (1 + 1e-9)
     if isinstance(schedule, iia.Discrete):
-        assert 0 <= min(model.times) and max(model.times) <= schedule.t_noise
+        assert min(model.times) >= 0 and max(model.times) <= schedule.t_noise
 
 
 # ---- no path leaves them ---------------------------------------------------------------------------------------------
@@ -156,9 +161,9 @@ def test_on_timesteps_a_grid_without_levels_begins_and_ends_on_timesteps() -> No
 def test_a_level_that_the_model_does_not_know_is_a_grid_error_that_names_it(share: float) -> None:
     for schedule in SCHEDULES[:3]:
         low, high = schedule.known_levels
-        with pytest.raises(GridError, match="sigma_min = .* below"):
+        with pytest.raises(GridError, match=r"sigma_min = .* below"):
             log_snr(5, low / share, schedule=schedule)
-        with pytest.raises(GridError, match="sigma_max = .* above"):
+        with pytest.raises(GridError, match=r"sigma_max = .* above"):
             log_snr(5, sigma_max=high * share, schedule=schedule)
 
 
@@ -181,7 +186,7 @@ OUTSIDE: dict[str, Path] = {
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_an_explicit_level_outside_is_a_grid_error_on_every_path(path: str, schedule: iia.Schedule) -> None:
     ode, model, t = witness(schedule)
-    with pytest.raises(GridError, match="knows?"):
+    with pytest.raises(GridError, match=r"knows?"):
         OUTSIDE[path](ode, schedule.sigma(t) * normal(16, 6), t)
     assert not model.times
 

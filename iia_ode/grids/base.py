@@ -16,7 +16,17 @@ from ..schedules import EDM, Schedule
 from ..schedules.levels import default_levels, known_level
 from .origin import made_for
 
-__all__ = ["as_count", "as_grid", "as_positive", "as_range", "as_schedule", "as_time", "data_time", "spaced", "times_of"]
+__all__ = [
+    "as_count",
+    "as_grid",
+    "as_positive",
+    "as_range",
+    "as_schedule",
+    "as_time",
+    "data_time",
+    "spaced",
+    "times_of",
+]
 
 
 def as_count(n: Any, what: str) -> int:

@@ -102,9 +102,13 @@ class Parameters:
         old = [*self._times, self.grid_end]
         covered = self.schedule.covers(torch.tensor(times, dtype=_F64, device="cpu"))
         known = self.schedule.knows(torch.tensor(times[:-1], dtype=_F64, device="cpu"))
-        return covered and known and all(
-            sign * (b - a) > 0 if q != p else b == a
-            for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
+        return (
+            covered
+            and known
+            and all(
+                sign * (b - a) > 0 if q != p else b == a
+                for (a, b), (p, q) in zip(pairwise(times), pairwise(old), strict=True)
+            )
         )
 
     def clipped(self, theta: Tensor, tried: Tensor) -> Tensor:

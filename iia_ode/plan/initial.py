@@ -50,7 +50,7 @@ def warn_of_size(schedule: Schedule, t: float, size: float, count: int) -> None:
     if not (low or high) or not math.isfinite(ratio):
         return
     # Chernoff's bound on a mean of `count` squares of normal numbers.
-    if 0 < ratio and count / 2 * (ratio * ratio - 1 - 2 * math.log(ratio)) < _CERTAIN:
+    if ratio > 0 and count / 2 * (ratio * ratio - 1 - 2 * math.log(ratio)) < _CERTAIN:
         return
     level = schedule.noise_to_signal(t)
     warn(

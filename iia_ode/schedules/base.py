@@ -239,7 +239,9 @@ def as_levels(value: Any) -> tuple[float, float] | None:
     try:
         low, high = (float(v) for v in value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ScheduleError(f"known_levels must be two levels sigma/alpha, such as (0.002, 80.0), got {value!r}.") from error
+        raise ScheduleError(
+            f"known_levels must be two levels sigma/alpha, such as (0.002, 80.0), got {value!r}."
+        ) from error
     if not 0 <= low < high:
         raise ScheduleError(f"known_levels must be two levels sigma/alpha, 0 <= lowest < highest, got {value!r}.")
     return low, high
