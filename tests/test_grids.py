@@ -16,6 +16,7 @@ from iia_ode import grids
 DISCRETE = iia.Discrete(ALPHAS_CUMPROD)
 COUNTS = st.integers(1, 20)
 LOW, HIGH = st.floats(1e-3, 0.05), st.floats(1.0, 100.0)
+KNOWN = st.floats(0.0101, 0.05)  # levels above that of the first timestep too
 every_level_grid = pytest.mark.parametrize("make", grids.GRIDS.values(), ids=grids.GRIDS)
 
 every_spacing = pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "beta"])
@@ -46,7 +47,7 @@ def test_log_snr_levels_are_a_constant_factor_apart(n, low, high):
 
 
 @every_schedule
-@given(n=st.integers(3, 20), low=LOW, high=HIGH)
+@given(n=st.integers(3, 20), low=KNOWN, high=HIGH)
 def test_log_snr_is_equidistant_in_lam_on_every_schedule(schedule, n, low, high):
     lams = schedule.lam(grids.log_snr(n, low, high, schedule=schedule, to_data=False))
     step = (math.log(high) - math.log(low)) / (n - 1)
@@ -55,7 +56,7 @@ def test_log_snr_is_equidistant_in_lam_on_every_schedule(schedule, n, low, high)
 
 @every_level_grid
 @every_schedule
-@given(n=COUNTS, low=LOW, high=HIGH)
+@given(n=COUNTS, low=KNOWN, high=HIGH)
 def test_every_schedule_visits_the_same_noise_levels(schedule, make, n, low, high):
     times = make(n, low, high, schedule=schedule)
     assert times.dtype == F64 and times.shape == (n + 1,)
@@ -152,11 +153,17 @@ def test_linear_log_gives_each_part_half_of_the_intervals(half, low, high):
 def test_a_level_that_the_schedule_does_not_reach_is_a_grid_error():
     short = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)  # sigma/alpha ends at 9
     with pytest.raises(iia.errors.GridError, match="80"):
-        grids.karras(5, schedule=short)
+        grids.karras(5, sigma_max=80.0, schedule=short)
     with pytest.raises(iia.errors.GridError, match="between"):
-        grids.karras(5, 0.01, 1000.0, schedule=DISCRETE)  # beyond timestep T - 1
+        grids.karras(5, 0.02, 1000.0, schedule=DISCRETE)  # beyond timestep T - 1
     with pytest.raises(iia.errors.GridError, match="between"):
         grids.log_snr(5, 0.01, 80.0, schedule=iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.1 + 0.9 * t))
+
+
+def test_without_levels_a_grid_stays_within_the_reach_of_its_schedule():
+    short = iia.Schedule.from_functions(lambda t: 1 - t, lambda t: 0.01 + 0.9 * t, t_noise=0.9)
+    grid = grids.karras(5, schedule=short, to_data=False)
+    close(short.noise_to_signal(grid[[0, -1]]), torch.tensor([8.2, 0.01], dtype=F64), rtol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", [DISCRETE, iia.Schedule.from_functions(lambda t: 1 - t, lambda t: t, t_noise=0.9)])
@@ -391,7 +398,7 @@ def test_an_unknown_spacing_is_a_grid_error_that_lists_the_known_ones():
     [
         ({"schedule": "VP"}, "schedule must be a Schedule"),
         ({"sigma_min": "a"}, "sigma_min must be a finite positive number"),
-        ({"sigma_max": None}, "sigma_max must be a finite positive number"),
+        ({"sigma_max": [80.0]}, "sigma_max must be a finite positive number"),
         ({"rho": "seven"}, "rho must be a finite positive number"),
         ({"rho": True}, "rho must be a finite positive number"),
         ({"rho": 1e-5}, "too small"),

@@ -1,4 +1,4 @@
-"""A schedule knows the levels of its model's training: no path evaluates the model elsewhere, and none reads levels as times."""
+"""The levels of a model's training: no path evaluates the model elsewhere, and no path reads levels as times."""
 
 import json
 import math
@@ -161,9 +161,9 @@ def test_on_timesteps_a_grid_without_levels_begins_and_ends_on_timesteps() -> No
 def test_a_level_that_the_model_does_not_know_is_a_grid_error_that_names_it(share: float) -> None:
     for schedule in SCHEDULES[:3]:
         low, high = schedule.known_levels
-        with pytest.raises(GridError, match="sigma_min = .* below"):
+        with pytest.raises(GridError, match=r"sigma_min = .* below"):
             log_snr(5, low / share, schedule=schedule)
-        with pytest.raises(GridError, match="sigma_max = .* above"):
+        with pytest.raises(GridError, match=r"sigma_max = .* above"):
             log_snr(5, sigma_max=high * share, schedule=schedule)
 
 
@@ -186,7 +186,7 @@ OUTSIDE: dict[str, Path] = {
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_an_explicit_level_outside_is_a_grid_error_on_every_path(path: str, schedule: iia.Schedule) -> None:
     ode, model, t = witness(schedule)
-    with pytest.raises(GridError, match="knows?"):
+    with pytest.raises(GridError, match=r"knows?"):
         OUTSIDE[path](ode, schedule.sigma(t) * normal(16, 6), t)
     assert not model.times
 

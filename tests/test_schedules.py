@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ALPHAS_CUMPROD, EPS, F64, LAMS, close, every_schedule, gaussian, generator
+from support import ALPHAS_CUMPROD, EPS, F64, LAMS, close, every_schedule, gaussian, generator, normal
 
 import iia_ode as iia
 from iia_ode.schedules import base, schedule_from_config
@@ -380,11 +380,21 @@ def test_functions_that_are_no_schedule_are_a_schedule_error(case):
 
 @pytest.mark.parametrize(
     "betas",
-    [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (1.0, 1.0), (0.1, math.inf), (math.nan, 1.0), ("low", 20.0), (None, 1.0)],
+    [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (0.1, math.inf), (math.nan, 1.0), ("low", 20.0), (None, 1.0)],
 )
 def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
     with pytest.raises(iia.errors.ScheduleError, match=r"beta_0.*beta_1"):
         iia.VP(*betas)
+
+
+@given(beta=st.floats(0.1, 20.0), lam=st.floats(-3.0, 3.0))
+def test_a_constant_beta_is_the_limit_of_a_linear_one(beta, lam):
+    constant, nearly = iia.VP(beta, beta), iia.VP(beta, beta * (1 + 1e-9))
+    t = constant.t_of_lam(lam)
+    close(constant.alpha(t), math.exp(-beta * t / 2), rtol=4 * EPS)
+    close(constant.lam(t), lam, atol=1e-13)
+    close(nearly.t_of_lam(lam), t, rtol=1e-6)
+    assert schedule_from_config(constant.config()) == constant
 
 
 @pytest.mark.parametrize(
@@ -409,6 +419,31 @@ def test_impossible_betas_are_a_schedule_error_that_names_them(betas):
 def test_an_impossible_table_is_a_schedule_error_that_says_what_is_needed(table):
     with pytest.raises(iia.errors.ScheduleError, match="alphas_cumprod"):
         iia.Discrete(table)
+
+
+def zero_terminal_snr():
+    """Stable Diffusion's table, rescaled to end in 0 [Lin et al. 2024, algorithm 1]."""
+    alpha = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2).cumprod(0).sqrt()
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
+
+
+def test_the_advice_for_a_table_that_ends_in_0_costs_nothing_and_dropping_its_last_entry_does():
+    table, problem, x = zero_terminal_snr(), gaussian(), normal(500, 3)
+    assert table[-1] == 0
+    with pytest.raises(iia.errors.ScheduleError, match=r"alphas_cumprod\[-1\] = 1e-16"):
+        iia.Discrete(table)
+    y, timesteps = x, list(range(999, -1, -100))  # DDIM by hand, with alpha = 0 at the first timestep
+    for t, s in zip(timesteps, [*timesteps[1:], None], strict=True):
+        a, b = (1.0 if k is None else float(table[k]) ** 0.5 for k in (t, s))
+        sigma, after = math.sqrt(1 - a * a), math.sqrt(1 - b * b)
+        y = after / sigma * y + (b - a * after / sigma) * problem.denoise(y, a, sigma)
+    tiny = table.clone()
+    tiny[-1] = 1e-16
+    found = []
+    for schedule in (iia.Discrete(tiny), iia.Discrete(table[:-1])):
+        grid = torch.tensor([schedule.t_noise, *timesteps[1:], -1.0], dtype=F64)
+        found.append(float((iia.sample(problem.ode(schedule, "v"), x, grid, "ddim") - y).abs().max()))
+    assert found[0] < 1e-7 and found[1] > 1e-4
 
 
 # ---- identity --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checks that a grid means on a schedule what it was made to mean, and that a model knows its levels."""
+"""Checks of a grid against the schedule of a model: made for its times, and inside its known levels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..schedules import EDM, Discrete, Schedule
 
 __all__ = ["check_levels", "check_origin", "made_for", "origin_of"]
 
-_SAME = 1e-6  # relative difference of two levels that are one level, by two schedules' arithmetic
-_SLOW = 0.02  # share of the largest step in log-level, below which steps inside timestep 0 are levels read as timesteps
+_SAME = 1e-6  # relative difference of equal levels by the arithmetic of two schedules
+_SLOW = 0.02  # share of the largest step in log-level, below which the last steps belong to levels read as timesteps
 
 
 def made_for(grid: Tensor, schedule: Schedule) -> Tensor:
@@ -21,7 +21,7 @@ def made_for(grid: Tensor, schedule: Schedule) -> Tensor:
 
 
 def origin_of(grid: object) -> Schedule | None:
-    """The schedule that a grid was made for; None where there is no note, or the grid was changed since."""
+    """The schedule of a grid's note; None for a tensor without a note, and for a grid changed since."""
     schedule, version = getattr(grid, "made_for", (None, None))
     return schedule if isinstance(grid, Tensor) and version == _version(grid) else None
 
@@ -31,11 +31,11 @@ def _version(grid: Tensor) -> int:
 
 
 def check_origin(schedule: Schedule, grid: object, values: Tensor) -> None:
-    """Raise GridError if a grid was made for a schedule on which its times are other levels.
+    """Raise GridError if a grid was made for another schedule, where the same times are other levels.
 
     Parameters
     ----------
-    schedule : the schedule on which the grid is to be used.
+    schedule : the schedule of the model.
     grid : the grid as given.
     values : its times, float64 [N + 1], on the host.
     """
@@ -50,9 +50,9 @@ def check_origin(schedule: Schedule, grid: object, values: Tensor) -> None:
     kind, here = type(made).__name__, type(schedule).__name__
     own = "noise levels sigma" if isinstance(made, EDM) else f"times of another {kind} schedule"
     raise GridError(
-        f"the grid holds {own}, {float(values[0]):g} to {float(values[-1]):g}, and the model's {here} schedule would read them "
-        "as its own times: make the grid for that schedule, as in iia_ode.grids.karras(n, schedule=ode.schedule). If the "
-        "numbers are meant as times, pass grid.clone()."
+        f"the grid holds {own}, {float(values[0]):g} to {float(values[-1]):g}, and the model's {here} schedule would read "
+        "these numbers as its own times: make the grid for that schedule, as in "
+        "iia_ode.grids.karras(n, schedule=ode.schedule). If the numbers are meant as times, pass grid.clone()."
     )
 
 
@@ -67,7 +67,7 @@ def _are_levels(schedule: Discrete, values: Tensor) -> bool:
 
 
 def check_levels(schedule: Schedule, values: Tensor) -> None:
-    """Raise GridError if a time of a grid, other than the data, is outside of the schedule's known levels.
+    """Raise GridError if a time of a grid lies outside of the schedule's known levels; the data may end a grid.
 
     Parameters
     ----------

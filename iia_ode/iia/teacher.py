@@ -161,8 +161,8 @@ class Teacher:
 
         Parameters
         ----------
-        grid : times, float64 [N + 1]. At the data, `sigma_min` is 0.002, or the last level of the grid if that is lower; and no
-            lower than the model knows.
+        grid : times, float64 [N + 1]. At the data, `sigma_min` is 0.002, or the last level of the grid if that is lower, and
+            never below the levels that the model knows.
         ode, x, steps, chunk_size, progress : as for :meth:`solve`, also in the errors.
 
         Returns

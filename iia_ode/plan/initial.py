@@ -18,7 +18,8 @@ _CERTAIN = 20.0  # -log of the probability of that size by chance, from which on
 
 def root_mean_square(x: Tensor) -> Tensor:
     """The root mean square of all components of x, as a tensor [] on the device of x."""
-    return torch.linalg.vector_norm(x.detach()) / math.sqrt(x.numel())
+    norm: Tensor = torch.linalg.vector_norm(x.detach())
+    return norm / math.sqrt(x.numel())
 
 
 def check_size(schedule: Schedule, t: float, x: Tensor) -> None:

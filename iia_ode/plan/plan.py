@@ -225,8 +225,9 @@ class Plan:
         ode : the model; its schedule must be the plan's.
         x : initial state [B, ...], float32 or float64; not changed.
         trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last state.
-        check_finite : check the final state, and the size of x, once, after the loop. Where the final state is not finite, a second run finds the first model
-            output with NaN or infinity, and doubles the evaluations of the failed run.
+        check_finite : check the final state once, after the loop, and warn if x is smaller than the noise at ``grid[0]``.
+            Where the final state is not finite, a second run finds the first model output with NaN or infinity, and doubles
+            the evaluations of the failed run.
         callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to.
         progress : show a bar over the evaluations.
 
@@ -239,10 +240,6 @@ class Plan:
         InputError : x is not a float32 or float64 tensor with a batch dimension.
         MismatchError : the ODE has another schedule than the plan, or lacks a condition of the plan's constants.
         NonFiniteError : the final state holds NaN or infinity; the message names the first such evaluation.
-
-        Warns
-        -----
-        StateSizeWarning : x is smaller than the noise at the first time of the grid.
         """
         return run_plan(
             self, ode, x, trajectory=trajectory, check_finite=check_finite, callback=callback, progress=progress

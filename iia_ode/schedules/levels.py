@@ -41,7 +41,7 @@ def default_levels(schedule: Schedule) -> tuple[float, float]:
 
 
 def lowest_level(schedule: Schedule, usual: float = _LOWEST) -> float:
-    """The level sigma/alpha at which an integration to the data makes its last evaluation: `usual`, or the lowest known one."""
+    """The level sigma/alpha of the last evaluation before the data: `usual`, but not below the lowest known level."""
     return usual if schedule.known_levels is None else max(usual, schedule.known_levels[0])
 
 
@@ -75,6 +75,6 @@ def known_level(schedule: Schedule, level: object, name: str) -> float:
             return end
     ends = "timesteps 0 and T - 1" if isinstance(schedule, Discrete) else "its training, by known_levels"
     raise GridError(
-        f"{name} = {value:g} lies {'below' if value < low else 'above'} the levels sigma/alpha that the model knows, {low:.4g} "
-        f"to {high:.4g} (of {ends}): omit {name}, or choose a level in between."
+        f"{name} = {value:g} lies {'below' if value < low else 'above'} the levels sigma/alpha that the model knows, "
+        f"{low:.4g} to {high:.4g} (of {ends}): omit {name}, or choose a level in between."
     )

@@ -49,6 +49,10 @@ class EDM(_Standard):
     Parameters
     ----------
     known_levels : lowest and highest noise level of the model's training, if known; see :attr:`Schedule.known_levels`.
+
+    Raises
+    ------
+    ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
     """
 
     _fixed: ClassVar[bool] = True
@@ -84,6 +88,10 @@ class VE(_Standard):
     Parameters
     ----------
     known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
+
+    Raises
+    ------
+    ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
     """
 
     _fixed: ClassVar[bool] = True
@@ -203,6 +211,10 @@ class Cosine(_Standard):
     Parameters
     ----------
     known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
+
+    Raises
+    ------
+    ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
     """
 
     _fixed: ClassVar[bool] = True
@@ -230,6 +242,10 @@ class FlowMatching(_Standard):
     Parameters
     ----------
     known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
+
+    Raises
+    ------
+    ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
     """
 
     _fixed: ClassVar[bool] = True
