@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def compare(
     check_whole("seed", seed, least=0, below=2**31)
     check_whole("fit_samples", fit_samples, least=1)
     if isinstance(model, ProbabilityFlowODE):
-        given = {"samples": samples, "guidance_scale": guidance_scale, "device": device}
+        given: dict[str, object] = {"samples": samples, "guidance_scale": guidance_scale, "device": device}
         _refuse(given, "the model is an ODE, which has its own guidance and runs on the states x")
         task = of_ode(model, x, fit_x, reference, sigma_min, tolerance, name)
         families = families_of(grids, model.schedule, sigma_min, sigma_max)
@@ -164,17 +164,21 @@ def _compared(
     cells = _cells(lines, nfes, families, task.ode.schedule, say)
     fits = _Fits(task, ends, max(nfes), about, progress)
     exact = task.accurate(ends, say)
-    rows, finals, grids = [], {}, {}
+    rows: list[Row] = []
+    finals: dict[tuple[str, int], Tensor] = {}
+    grids: dict[tuple[str, int], Tensor] = {}
     for line, nfe, grid in tqdm(cells, desc="compare", disable=not progress):
         key, method, cost = (line.name, nfe), line.method, (0, 0, 0.0)
         if method is None or isinstance(method, IIA):
             method, cost = fits.make(key, method, grid)
-        grids[key] = method.grid if isinstance(method, FittedSolver) else grid
-        _check_ends(line.name, grids[key], ends, task.ode.schedule)
+        used = method.grid if isinstance(method, FittedSolver) else cast(Tensor, grid)  # None is for iia_ode.fit alone
+        _check_ends(line.name, used, ends, task.ode.schedule)
         own = isinstance(method, FittedSolver | Plan)
-        finals[key] = sample(task.ode, task.x, None if own else grid, method)
-        error = rmse_with_error(finals[key], exact)
-        rows.append(Row(*key, *error, line.family, *cost, fitted=isinstance(method, FittedSolver)))
+        finals[key], grids[key] = sample(task.ode, task.x, None if own else used, method), used
+        error, spread = rmse_with_error(finals[key], exact)
+        seen, evaluations, seconds = cost
+        fitted = isinstance(method, FittedSolver)
+        rows.append(Row(*key, error, spread, line.family, seen, evaluations, seconds, fitted))
         say(f"{line.name:>10} at {nfe:>3} evaluations: RMSE {rows[-1].rmse:.4g}")
     protocol = Protocol(
         setting=task.name,
@@ -183,7 +187,7 @@ def _compared(
         fit_samples=len(fits.states[1]) if fits.made else 0,
         target=about["target"],
         budget=about["budget"] if isinstance(about["budget"], str) else "own",
-        guidance_scale=task.ode.guidance_scale,
+        guidance_scale=scale if isinstance(scale := task.ode.guidance_scale, int | float) else None,
         seed=about["seed"],
         device=str(task.x.device),
     )
