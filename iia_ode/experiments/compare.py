@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..autofit import Budget
 from ..autofit import fit as find
 from ..autofit.budget import budget_of
+from ..autofit.fit import start_time
 from ..checks import check_whole
 from ..errors import GridError, InputError
 from ..iia import IIA, FittedSolver, Teacher
@@ -265,6 +266,12 @@ class _Fits:
         """The ODE and the states to fit on."""
         return self.task.states(self.count, self.ends[0], self.seed)
 
+    @property
+    def _highest(self) -> float | None:
+        """Level of the initial states for :func:`iia_ode.fit`; None where it is infinite."""
+        level = self.states[0].schedule.noise_to_signal(self.ends[0])
+        return level if math.isfinite(level) else None
+
     @cached_property
     def _teacher(self) -> tuple[Teacher, float]:
         """Accurate trajectories for IIA, and their wall-clock time in seconds."""
@@ -281,9 +288,9 @@ class _Fits:
         begun, (ode, x) = time.perf_counter(), self.states
         if self.budget.draws > len(x):
             return None, 0.0
-        steps, end = self.budget.steps(self.most), ode.schedule.t_data
+        start, end, steps = start_time(ode, self._highest), ode.schedule.t_data, self.budget.steps(self.most)
         low, chunk = self.task.sigma_min, self.budget.chunk_size
-        teacher = Teacher.solve(ode, x, self.ends[0], end, steps=steps, sigma_min=low, chunk_size=chunk)
+        teacher = Teacher.solve(ode, x, start, end, steps=steps, sigma_min=low, chunk_size=chunk)
         return teacher, time.perf_counter() - begun
 
     def make(
@@ -302,13 +309,12 @@ class _Fits:
         if method is not None and grid is not None:
             fit = method.fit(ode, x, grid, teacher=teacher)
         else:
-            level = ode.schedule.noise_to_signal(self.ends[0])
             fit = find(
                 ode,
                 key[1],
                 x=x,
                 budget=self.budget,
-                sigma_max=level if math.isfinite(level) else None,
+                sigma_max=self._highest,
                 sigma_min=self.task.sigma_min,
                 teacher=teacher,
                 seed=self.seed,
