@@ -1,6 +1,6 @@
-"""The methods of the installed torchdiffeq, called so that steps end at the given times and misuse raises an error.
+"""Calls of the installed torchdiffeq: adaptive steps end at the given times, and misuse raises an error of this library.
 
-torchdiffeq is imported by the first call: it takes as long to import as the rest of the package's dependencies together.
+The first call imports torchdiffeq, because the import takes as long as all other dependencies of the package together.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def integrate(
     func : dy/dt as a function of a float64 time and the state.
     y0 : the state at ``t[0]``.
     t : float64 [K], strictly monotone, on any device.
-    method : a name out of :func:`method_names`.
+    method : a name in :func:`method_names`.
     rtol, atol : tolerances of an adaptive method.
     options : torchdiffeq's options of the method.
 

@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class Bounded(Generic[K, V]):
-    """A table of at most `size` entries, safe under threads; the entry used longest ago is dropped first.
+    """A thread-safe table of at most `size` entries. A full table drops the entry whose last use is the oldest.
 
     A copy or a pickle of a table is an empty table.
 
@@ -39,7 +39,7 @@ class Bounded(Generic[K, V]):
             return self._entries[key][0]
 
     def put(self, key: K, value: V) -> V:
-        """Keep `value` under `key` unless the key has a value by now; returns the value that is kept."""
+        """Store `value` under `key` unless the key has a value already. Return the stored value."""
         weight = 0 if self.weigh is None else self.weigh(value)
         with self._lock:
             if key in self._entries:

@@ -84,13 +84,13 @@ class ModelStatistics(StatisticsTables):
             l = 1 - alpha E[v (dD/dx v)],    s = Cov(f, f') / Var(f),    b = E[f'] - s E[f],
 
         with D the data estimate, f = (1 - l) x / alpha - D and f' its derivative along the flow. The model's part of f' is
-        one Jacobian-vector product with the tangent of the flow. The product is exact; a difference of evaluations along
-        the trajectory would carry the rounding of a float32 network divided by a small step. Where f varies by no more than
-        rounding, s = 0 and b = E[f'].
+        one Jacobian-vector product with the tangent of the flow. The product is exact. A difference of evaluations along
+        the trajectory would have an error of the size of the network's rounding divided by a small step. Where f varies
+        by no more than rounding, s = 0 and b = E[f'].
 
-        A sample keeps its probes along its trajectory, so the errors of the tables are smooth in lambda, which costs a solver
-        next to nothing. New probes or new samples at every node would make the tables rough, and a rough table costs the
-        solver its order.
+        A sample keeps its probes along its trajectory. The errors of the tables are then smooth in lambda, and a solver keeps
+        its order. With new probes or new samples at every node the errors would be rough in lambda, and the order would be
+        lost.
 
         Parameters
         ----------
@@ -116,7 +116,7 @@ class ModelStatistics(StatisticsTables):
 
         Raises
         ------
-        InputError, GridError, UnknownNameError : an argument; all are :class:`iia_ode.IIAError`.
+        InputError, GridError, UnknownNameError : an argument is not usable.
         NonFiniteError : the model returned NaN or infinity.
         """
         check_start(ode, x)

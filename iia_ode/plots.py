@@ -131,7 +131,7 @@ def _line_styles(fitted: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
 
 
 def _is_solid(style: Mapping[str, Any]) -> bool:
-    return style.get("linestyle", "-") == "-"
+    return bool(style.get("linestyle", "-") == "-")
 
 
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:

@@ -43,7 +43,7 @@ _CHUNK = 2**22  # numbers in one array of the quadrature
 class Curve:
     """A function of lambda through the rows of a table: a cubic spline inside the table, constant beyond its ends.
 
-    A spline, because a kink of l, s or b is one of g: a table joined by straight lines would cap the order of a solver at 2.
+    With linear interpolation, the kinks of l, s and b would limit the order of a solver to 2.
     """
 
     def __init__(self, lam: Array, values: Array) -> None:
@@ -150,7 +150,7 @@ class StatisticsTables:
 
     @classmethod
     def constant(cls, l: float, s: float, b: float) -> Self:  # noqa: E741
-        """The same three numbers for every component and lambda, on any schedule.
+        """Make statistics with the same three numbers for every component and lambda, for any schedule.
 
         Parameters
         ----------

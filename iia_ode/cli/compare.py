@@ -151,7 +151,7 @@ def _panels(result: Comparison) -> dict[str, Tensor]:
     """
     counts = {s: [r.nfe for r in result.rows if r.solver == s] for s in result.solvers}
     shared = [n for n in result.nfes if all(n in c for c in counts.values())]
-    panels = {"converged reference": result.reference}
+    panels = {} if result.reference is None else {"converged reference": result.reference}
     for solver, own in counts.items():
         if own:
             among = shared or own

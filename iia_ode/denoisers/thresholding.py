@@ -20,11 +20,11 @@ def dynamic_thresholding(ode: ProbabilityFlowODE, quantile: float = 0.995, floor
 
     Each sample has its own bound s: the larger of `floor` and the quantile of |D| over all elements of the sample's data
     estimate D. The estimate is clamped to [-s, s] and divided by s. Dynamic thresholding is meant for pixels in [-1, 1],
-    where a large guidance scale drives estimates out of range. Thresholding makes no sense in a latent space, because latent
-    values have no fixed range.
+    where a large guidance scale drives estimates out of range. Latent values have no fixed
+    range, so thresholding is not for latent spaces.
 
     A thresholded model is not smooth. Clamped elements have a kink in x, and s has a kink wherever two elements change
-    places. No solver keeps its order of convergence across a kink: high orders gain less than on the plain model, and a
+    places. A kink lowers the order of convergence of every solver, so high orders gain less than on the plain model. A
     reference solution needs tighter tolerances.
 
     Parameters

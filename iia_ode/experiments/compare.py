@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..autofit import Budget
 from ..autofit import fit as find
 from ..autofit.budget import budget_of
+from ..autofit.fit import start_time
 from ..checks import check_whole
 from ..errors import GridError, InputError, one_run
 from ..iia import IIA, FittedSolver, Teacher
@@ -114,7 +115,7 @@ def compare(
     check_whole("seed", seed, least=0, below=2**31)
     check_whole("fit_samples", fit_samples, least=1)
     if isinstance(model, ProbabilityFlowODE):
-        given = {"samples": samples, "guidance_scale": guidance_scale, "device": device}
+        given: dict[str, object] = {"samples": samples, "guidance_scale": guidance_scale, "device": device}
         _refuse(given, "the model is an ODE, which has its own guidance and runs on the states x")
         task = of_ode(model, x, fit_x, reference, sigma_min, tolerance, name)
         families = families_of(grids, model.schedule, sigma_min, sigma_max)
@@ -165,17 +166,21 @@ def _compared(
     cells = _cells(lines, nfes, families, task.ode.schedule, say)
     fits = _Fits(task, ends, max(nfes), about, progress)
     exact = task.accurate(ends, say)
-    rows, finals, grids = [], {}, {}
+    rows: list[Row] = []
+    finals: dict[tuple[str, int], Tensor] = {}
+    grids: dict[tuple[str, int], Tensor] = {}
     for line, nfe, grid in tqdm(cells, desc="compare", disable=not progress):
         key, method, cost = (line.name, nfe), line.method, (0, 0, 0.0)
         if method is None or isinstance(method, IIA):
             method, cost = fits.make(key, method, grid)
-        grids[key] = method.grid if isinstance(method, FittedSolver) else grid
-        _check_ends(line.name, grids[key], ends, task.ode.schedule)
+        used = method.grid if isinstance(method, FittedSolver) else cast(Tensor, grid)  # None is for iia_ode.fit alone
+        _check_ends(line.name, used, ends, task.ode.schedule)
         own = isinstance(method, FittedSolver | Plan)
-        finals[key] = sample(task.ode, task.x, None if own else grid, method)
-        error = rmse_with_error(finals[key], exact)
-        rows.append(Row(*key, *error, line.family, *cost, fitted=isinstance(method, FittedSolver)))
+        finals[key], grids[key] = sample(task.ode, task.x, None if own else used, method), used
+        error, spread = rmse_with_error(finals[key], exact)
+        seen, evaluations, seconds = cost
+        fitted = isinstance(method, FittedSolver)
+        rows.append(Row(*key, error, spread, line.family, seen, evaluations, seconds, fitted))
         say(f"{line.name:>10} at {nfe:>3} evaluations: RMSE {rows[-1].rmse:.4g}")
     protocol = Protocol(
         setting=task.name,
@@ -184,7 +189,7 @@ def _compared(
         fit_samples=len(fits.states[1]) if fits.made else 0,
         target=about["target"],
         budget=about["budget"] if isinstance(about["budget"], str) else "own",
-        guidance_scale=task.ode.guidance_scale,
+        guidance_scale=scale if isinstance(scale := task.ode.guidance_scale, int | float) else None,
         seed=about["seed"],
         device=str(task.x.device),
     )
@@ -262,6 +267,12 @@ class _Fits:
         """The ODE and the states to fit on."""
         return self.task.states(self.count, self.ends[0], self.seed)
 
+    @property
+    def _highest(self) -> float | None:
+        """Level of the initial states for :func:`iia_ode.fit`; None where it is infinite."""
+        level = self.states[0].schedule.noise_to_signal(self.ends[0])
+        return level if math.isfinite(level) else None
+
     @cached_property
     def _teacher(self) -> tuple[Teacher, float]:
         """Accurate trajectories for IIA, and their wall-clock time in seconds."""
@@ -278,9 +289,9 @@ class _Fits:
         begun, (ode, x) = time.perf_counter(), self.states
         if self.budget.draws > len(x):
             return None, 0.0
-        steps, end = self.budget.steps(self.most), ode.schedule.t_data
+        start, end, steps = start_time(ode, self._highest), ode.schedule.t_data, self.budget.steps(self.most)
         low, chunk = self.task.sigma_min, self.budget.chunk_size
-        teacher = Teacher.solve(ode, x, self.ends[0], end, steps=steps, sigma_min=low, chunk_size=chunk)
+        teacher = Teacher.solve(ode, x, start, end, steps=steps, sigma_min=low, chunk_size=chunk)
         return teacher, time.perf_counter() - begun
 
     def make(
@@ -299,13 +310,12 @@ class _Fits:
         if method is not None and grid is not None:
             fit = method.fit(ode, x, grid, teacher=teacher)
         else:
-            level = ode.schedule.noise_to_signal(self.ends[0])
             fit = find(
                 ode,
                 key[1],
                 x=x,
                 budget=self.budget,
-                sigma_max=level if math.isfinite(level) else None,
+                sigma_max=self._highest,
                 sigma_min=self.task.sigma_min,
                 teacher=teacher,
                 seed=self.seed,

@@ -111,7 +111,7 @@ def _pair(value: OneSolver, target: str) -> tuple[str, Method]:
     return (RECIPE if method is None else method.label), method
 
 
-def _method(value: object, target: str) -> Method:
+def _method(value: OneSolver, target: str) -> Method:
     """The solver of an entry. A preset given by name gets the target."""
     if isinstance(value, IIA | FittedSolver | Plan | Solver):
         return value

@@ -58,7 +58,7 @@ class Protocol:
     fit_samples : number of initial states for each fit, drawn apart from the unseen ones.
     target : target of the presets given by name.
     budget : name of the budget of the solver ``"iia"``.
-    guidance_scale : scale of classifier-free guidance.
+    guidance_scale : scale of classifier-free guidance; None if it is not one number.
     seed : seed of the draws.
     device : device of the states.
     """
@@ -69,7 +69,7 @@ class Protocol:
     fit_samples: int
     target: str
     budget: str
-    guidance_scale: float
+    guidance_scale: float | None
     seed: int
     device: str
 

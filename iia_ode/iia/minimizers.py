@@ -50,9 +50,9 @@ class Minimizer(ABC):
     objective : the loss and its derivatives.
     theta : the current point, float64 [P], on the host; first the starting point.
     limit : maps (theta, tried) to an admissible step, such as :meth:`Parameters.clipped`; by default every step is admissible.
-    loss : at the current point.
-    damping : of the last step of Gauss-Newton; 0 before the first step, and for other minimizers.
-    status : why there is no further step; None as long as there may be.
+    loss : loss at the current point.
+    damping : damping mu of the last step of Gauss-Newton; 0 before the first step, and for other minimizers.
+    status : reason of the end; None while a further step is possible.
     """
 
     objective: Objective = field(kw_only=False)
@@ -67,7 +67,7 @@ class Minimizer(ABC):
 
     @abstractmethod
     def step(self) -> bool:
-        """Take a step; False, with a :attr:`status`, where none is left."""
+        """Take a step. Return False, with a :attr:`status`, if no step is left."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,7 +86,7 @@ class GaussNewton(Minimizer):
     _next: float = field(init=False, default=1e-3)
 
     def step(self) -> bool:
-        """Take a step to a lower loss; False, with a status, where there is none."""
+        """Take a step to a lower loss. Return False, with a status, if there is no such step."""
         if self.status is not None:
             return False
         gradient, square = self.objective.derivatives(self.theta)
@@ -117,9 +117,9 @@ class GaussNewton(Minimizer):
 class Adam(Minimizer):
     """Stretches of Adam [Kingma & Ba 2015], each from the lowest loss so far, at half the rates of the stretch before.
 
-    A stretch ends after 12 steps without a lower loss, at 1.5 times its first loss, or where theta is not admissible. The
-    rates that suit a plan depend on the model and on the number of evaluations, and rates that are too large throw a plan
-    off for good.
+    A stretch ends after 12 steps without a lower loss, at 1.5 times its first loss, or where theta is not admissible. Suitable
+    rates depend on the model and on the number of evaluations. Rates that are too large lead to plans from which Adam does not
+    recover.
 
     Attributes
     ----------
@@ -142,7 +142,7 @@ class Adam(Minimizer):
         self._begin()
 
     def step(self) -> bool:
-        """Take a step, which may raise the loss; False, with a status, where none is left."""
+        """Take a step; the loss may rise. Return False, with a status, if no step is left."""
         if self._since == _STALLED or self.loss > _WORSE * self._first:
             self._begin()
         while self.status is None:

@@ -31,8 +31,8 @@ class Parameters:
     The plan is first written in canonical form. Every evaluated state, and the final state, is a combination of the initial
     state and of *all* earlier data estimates: N (N + 1) / 2 + N weights for N evaluations. Weights absent from the plan
     start at zero. A weight is divided by sqrt(alpha^2 + sigma^2) of its state, so that a state keeps its size when its time
-    moves. A time is log sigma/alpha, so that a step has the same meaning at every level. The first time is fixed, because
-    the initial state is given there.
+    moves. The parameter of a time is log sigma/alpha, so that a step of the parameter is a relative change of the level.
+    The first time is fixed at the time of the initial state.
 
     A weight may be a linear map over a decomposition. Its parameter is then the mean over the groups; differences between
     groups stay fixed, because a parameter per group would be too many for the samples of a fit.
@@ -115,7 +115,7 @@ class Parameters:
         """The step from `theta` to `tried` with bounded moves of the times; weights are not bounded.
 
         A time moves by at most 0.5 in log sigma/alpha and by at most 0.4 of the gap to its neighbor. Without the bound, a
-        time with little influence on the final state could move anywhere and spoil the step of all other parameters. No
+        time with little influence on the final state could make a long move, and the loss would reject the whole step. No
         time moves below `sigma_min`.
         """
         first = self.weights
