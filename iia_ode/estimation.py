@@ -22,6 +22,7 @@ from .files import read_tensors
 from .forms import conversion
 from .integrate import sample
 from .ode import ProbabilityFlowODE
+from .ode.hosted import in_float64
 from .plan import check_grid, check_start
 from .schedules import Schedule
 from .schedules.base import derivative_of
@@ -131,7 +132,7 @@ class ModelStatistics(StatisticsTables):
         with ode.counting() as spent, torch.inference_mode(False), torch.no_grad():
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
-                own, start = ode.subset(part, len(x)), x[part].to(_F64, copy=True)
+                own, start = in_float64(ode.subset(part, len(x)), x[part])
                 collector.follow(own, start, times, signs[part].transpose(0, 1).to(start))
         bar.close()
         about = {
@@ -145,7 +146,7 @@ class ModelStatistics(StatisticsTables):
             "evaluations": spent.evaluations,
         }
         lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")
-        return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(ode, x)), ode.schedule, about)
+        return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(*in_float64(ode, x[:1]))), ode.schedule, about)
 
 
 def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = None) -> ModelStatistics:
@@ -198,8 +199,8 @@ def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | No
 
 
 def _eps(ode: ProbabilityFlowODE, x: Tensor) -> float:
-    """Relative rounding of the model."""
-    return float(torch.finfo(ode.compute_dtype(x.to(_F64))).eps)
+    """Relative rounding of the model for float64 states x."""
+    return float(torch.finfo(ode.compute_dtype(x)).eps)
 
 
 # ---- one node --------------------------------------------------------------------------------------------------------

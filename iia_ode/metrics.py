@@ -46,7 +46,7 @@ def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
     """
     if x.shape != reference.shape:
         raise InputError(f"cannot compare states of shapes {list(x.shape)} and {list(reference.shape)}.")
-    squares = (x.double() - reference.to(x.device).double()).square().flatten(1).mean(dim=1)
+    squares = (x.cpu().double() - reference.cpu().double()).square().flatten(1).mean(dim=1)
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else torch.nan
     return value, spread / (2 * value) if value > 0 else 0.0
@@ -65,7 +65,7 @@ def paired_ratio(squares: Tensor, others: Tensor) -> tuple[float, float]:
     -------
     The ratio sqrt(sum(squares) / sum(others)) and its standard error.
     """
-    squares, others = squares.double(), others.double()
+    squares, others = squares.cpu().double(), others.cpu().double()
     value = float((squares.sum() / others.sum()).sqrt())
     # Each sample's contribution to the logarithm of the squared ratio. The sum of their squares estimates its variance.
     return value, 0.5 * value * float((squares / squares.sum() - others / others.sum()).square().sum().sqrt())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
+from ..transforms import number_of
 
 __all__ = ["Ledger", "ProbabilityFlowODE"]
 
@@ -157,6 +158,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         -------
         The evaluation, with tensors of the shape and dtype of x.
         """
+        t = number_of(t)
         return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
 
     def is_data(self, t: float) -> bool:
@@ -328,9 +330,9 @@ def _tensors(model: object) -> dict[str, Tensor]:
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
     # One transfer from the device: the sampled values of all tensors together.
-    samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].double() for v in tensors.values()]
+    samples = [v.detach().flatten()[:: max(1, v.numel() // 64)].cpu().double() for v in tensors.values()]
     shapes = {name: list(v.shape) for name, v in tensors.items()}
-    body = repr(shapes).encode() + torch.cat(samples).cpu().numpy().tobytes()
+    body = repr(shapes).encode() + torch.cat(samples).numpy().tobytes()
     return hashlib.sha256(body).hexdigest()[:16]
 
 

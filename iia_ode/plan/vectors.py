@@ -50,7 +50,7 @@ class Vector:
 
     def __add__(self, other: Any) -> Vector:
         if isinstance(other, Tensor):
-            return Vector(self.weights, _sum(self.constant, other.detach().double()))
+            return Vector(self.weights, _sum(self.constant, other.detach().cpu().double()))
         if isinstance(other, PerCondition):
             return Vector(self.weights, _sum(self.constant, other))
         if not isinstance(other, Vector):
@@ -151,7 +151,7 @@ def _weight(value: Any) -> Weight:
         return float(value)
     if isinstance(value, Tensor):
         if value.ndim or value.requires_grad:
-            return value.double()
+            return value.cpu().double()
         return float(value)
     if isinstance(value, LinearMap):
         return value
