@@ -88,7 +88,9 @@ def integrate(
         asked, jumps = (_times(given.pop(k, ())) for k in ("step_t", "jump_t"))
         inside = {u for u in asked if min(times) < u < max(times)}
         nodes = sorted({*times, *inside}, reverse=times[0] > times[-1])
-        at = dict(zip(times, clock.unbind(), strict=True)) | {u: torch.tensor(u, dtype=y0.dtype, device=y0.device) for u in inside.difference(times)}
+        at = dict(zip(times, clock.unbind(), strict=True)) | {
+            u: torch.tensor(u, dtype=y0.dtype, device=y0.device) for u in inside.difference(times)
+        }
         found = {nodes[0]: y0}
         for a, b in pairwise(nodes):
             flow, ends = _Steps(func, min(a, b), max(a, b)), torch.stack([at[a], at[b]])
@@ -146,7 +148,11 @@ def find_event(
     ends = torch.stack([t[0], t[-1]]).to(y0.device, y0.dtype)
     if is_adaptive(method):
         asked = [u for u in _times(given.get("step_t", ())) if min(start, end) < u < max(start, end)]
-        given = {"dtype": y0.dtype, **given, "step_t": torch.cat([torch.tensor(asked, dtype=y0.dtype, device=y0.device), ends[1:]]).sort().values}
+        given = {
+            "dtype": y0.dtype,
+            **given,
+            "step_t": torch.cat([torch.tensor(asked, dtype=y0.dtype, device=y0.device), ends[1:]]).sort().values,
+        }
     with _errors_of(method, rtol, atol):
         within = _Within(func, min(start, end), max(start, end))
         time, states = _module().odeint(

@@ -17,9 +17,9 @@ from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .plan import Plan, check_grid, check_ode, check_start, traced
-from .transforms import carries_derivative, differentiated, vectorized
 from .schedules import Schedule
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
+from .transforms import carries_derivative, differentiated, vectorized
 
 __all__ = ["odeint", "sample"]
 

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch._C import _functorch  # torch has no public name for the transforms at work
 from torch.autograd import forward_ad
 
-__all__ = ["carries_derivative", "differentiated", "has_tangent", "kept_property", "number_of", "readable", "transformed", "vectorized"]
+__all__ = [
+    "carries_derivative",
+    "differentiated",
+    "has_tangent",
+    "kept_property",
+    "number_of",
+    "readable",
+    "transformed",
+    "vectorized",
+]
 
 
 def transformed() -> bool:

@@ -24,7 +24,12 @@ class OnChip(Tensor):
         if host.dtype == torch.float64:
             raise TypeError("this device has no float64")
         made: OnChip = Tensor._make_wrapper_subclass(
-            cls, host.shape, strides=host.stride(), dtype=host.dtype, device=DEVICE, storage_offset=host.storage_offset()
+            cls,
+            host.shape,
+            strides=host.stride(),
+            dtype=host.dtype,
+            device=DEVICE,
+            storage_offset=host.storage_offset(),
         )
         made.host = host
         return made

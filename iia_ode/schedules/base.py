@@ -153,7 +153,7 @@ class Schedule(ABC):
         fixed = vars(type(self)).get("_fixed", False) and at != 0
         known: dict[tuple[str, float], float] = vars(self).setdefault("_numbers", {}) if fixed else {}
         if (value := known.get((name, at))) is None:
-            value = float(function(torch.tensor(at, dtype=_F64, device="cpu")))
+            value = float(function(torch.tensor(at, dtype=_F64, device="cpu")).detach())
             if len(known) >= _NUMBERS:
                 known.clear()
             known[name, at] = value
@@ -210,9 +210,10 @@ def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     if transformed():  # where autograd's own functions do not reach
         return torch.func.grad(lambda u: function(u).sum())(t)
     # The time of an adaptive integrator may depend on the state: a gradient that reaches t passes through this function.
-    through = t.requires_grad and torch.is_grad_enabled()
+    # So does one that reaches a parameter of the function.
+    through = torch.is_grad_enabled() and (t.requires_grad or function(t.detach()).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
-        u = t if through else t.detach().clone().requires_grad_(True)
+        u = t if through and t.requires_grad else t.detach().clone().requires_grad_(True)
         value = function(u)
         if not value.requires_grad:  # a constant, such as alpha = 1
             return torch.zeros_like(u, requires_grad=False)
