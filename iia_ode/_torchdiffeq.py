@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from .errors import GridError, InputError, NonFiniteError
+from .transforms import carries_derivative
 
 __all__ = ["Event", "Flow", "Tolerance", "find_event", "integrate", "is_adaptive", "method_names"]
 
 _F64 = torch.float64
 
 Flow: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""dy/dt as a function of a float64 time and the state."""
+"""dy/dt as a function of a time [] and the state. The time is float64 and on the host; a time with a derivative on another
+device than the host has the dtype and the device of the state."""
 
 Event: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A function of time and state; the event is where one of its entries changes sign."""
@@ -51,15 +53,15 @@ def integrate(
     atol: Tolerance,
     options: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The states at the times t by a method of torchdiffeq, [len(t), ...]; differentiable.
+    """The states at the times t by a method of torchdiffeq, [len(t), ...]; differentiable by y0, by t and through `func`.
 
     An adaptive method ends a step at every time of t and of ``options["step_t"]``. No method evaluates `func` outside of
-    the range of t.
+    the range of t. torchdiffeq computes with times in the dtype and on the device of y0: not every device has float64.
 
     Parameters
     ----------
-    func : dy/dt as a function of a float64 time and the state.
-    y0 : the state at ``t[0]``.
+    func : dy/dt as a function of a time and the state.
+    y0 : the state at ``t[0]``, float32 or float64.
     t : float64 [K], strictly monotone, on any device.
     method : a name in :func:`method_names`.
     rtol, atol : tolerances of an adaptive method.
@@ -67,27 +69,33 @@ def integrate(
 
     Raises
     ------
+    GridError : two times are equal in the dtype of y0.
     InputError : the method does not take one of the options.
     NonFiniteError : the step size vanished or the state is not finite.
     """
     times, given = t.tolist(), dict(options or {})
+    clock = t.to(y0.device, y0.dtype)
+    _check_apart(times, y0.dtype)
     tolerances = {"rtol": rtol, "atol": atol, "method": method}
     odeint = _module().odeint
     with _errors_of(method, rtol, atol):
         if not is_adaptive(method):
             within = _Within(func, min(times), max(times))
-            states: Tensor = odeint(within, y0, t.to(y0.device), **tolerances, options=given or None)
+            states: Tensor = odeint(within, y0, clock, **tolerances, options=given or None)
             return states
         # One call per interval: left alone, an adaptive method interpolates between its steps at a lower order than its
         # own, and its `step_t` is forgotten once a step happens to end on one (0.2.5).
         asked, jumps = (_times(given.pop(k, ())) for k in ("step_t", "jump_t"))
         inside = {u for u in asked if min(times) < u < max(times)}
         nodes = sorted({*times, *inside}, reverse=times[0] > times[-1])
+        at = dict(zip(times, clock.unbind(), strict=True)) | {
+            u: torch.tensor(u, dtype=y0.dtype, device=y0.device) for u in inside.difference(times)
+        }
         found = {nodes[0]: y0}
         for a, b in pairwise(nodes):
-            flow, ends = _Steps(func, min(a, b), max(a, b)), torch.tensor([a, b], dtype=_F64, device=y0.device)
-            here = torch.tensor([u for u in jumps if min(a, b) < u < max(a, b)], dtype=_F64, device=y0.device)
-            steps = {**given, "step_t": ends[1:], "jump_t": here}
+            flow, ends = _Steps(func, min(a, b), max(a, b)), torch.stack([at[a], at[b]])
+            here = torch.tensor([u for u in jumps if min(a, b) < u < max(a, b)], dtype=y0.dtype, device=y0.device)
+            steps = {"dtype": y0.dtype, **given, "step_t": ends[1:], "jump_t": here}
             found[b] = odeint(flow, found[a], ends, **tolerances, options=steps)[-1]
             given["first_step"] = flow.proposed  # only the first interval has to search for a first step
         return torch.stack([found[u] for u in times])
@@ -109,12 +117,13 @@ def find_event(
 
     Parameters
     ----------
-    event_fn : called as ``event_fn(t, y)``; the event is the first sign change of any entry of its result.
+    event_fn : called as ``event_fn(t, y)`` with times in the dtype and on the device of y0; the event is the first sign
+        change of any entry of its result.
     func, y0, t, method, rtol, atol, options : as for :func:`integrate`; of t only the ends count.
 
     Returns
     -------
-    The time, float64 and 0-dimensional, and the states [2, ...].
+    The time, float64 and 0-dimensional, on the host, and the states [2, ...].
 
     Raises
     ------
@@ -134,12 +143,16 @@ def find_event(
 
     def event_or_end(u: Tensor, y: Tensor) -> Tensor:
         values = torch.as_tensor(event_fn(u, y)).reshape(-1)
-        return torch.cat([values, (end - u).reshape(1).to(values)])
+        return torch.cat([values, (ends[-1] - u).reshape(1).to(values)])
 
-    ends = torch.tensor([start, end], dtype=_F64, device=y0.device)
+    ends = torch.stack([t[0], t[-1]]).to(y0.device, y0.dtype)
     if is_adaptive(method):
         asked = [u for u in _times(given.get("step_t", ())) if min(start, end) < u < max(start, end)]
-        given["step_t"] = torch.tensor(sorted([*asked, end]), dtype=_F64, device=y0.device)
+        given = {
+            "dtype": y0.dtype,
+            **given,
+            "step_t": torch.cat([torch.tensor(asked, dtype=y0.dtype, device=y0.device), ends[1:]]).sort().values,
+        }
     with _errors_of(method, rtol, atol):
         within = _Within(func, min(start, end), max(start, end))
         time, states = _module().odeint(
@@ -148,7 +161,7 @@ def find_event(
     rounding = 4 * torch.finfo(y0.dtype).eps * max(abs(start), abs(end))
     if abs(float(time) - end) <= 2 * float(torch.as_tensor(atol).max()) + rounding:
         raise GridError(f"event_fn does not change its sign between t = {start:g} and {end:g}: extend the grid.")
-    return time, states
+    return time.cpu().to(_F64), states
 
 
 class _Within:
@@ -162,7 +175,11 @@ class _Within:
         self.func, self.low, self.high = func, low, high
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.func(t.to(_F64).clamp(self.low, self.high), y)
+        if not carries_derivative(t):  # read as a number: torchdiffeq reads its times too
+            t = torch.tensor(float(t), dtype=_F64, device="cpu")
+        elif t.device.type == "cpu":
+            t = t.to(_F64)
+        return self.func(t.clamp(self.low, self.high), y)
 
 
 class _Steps(_Within):
@@ -187,6 +204,12 @@ def _table() -> Mapping[str, Any]:
 def _times(values: Any) -> list[float]:
     times: list[float] = torch.as_tensor(values, dtype=_F64, device="cpu").tolist()
     return times
+
+
+def _check_apart(times: list[float], dtype: torch.dtype) -> None:
+    """Raise GridError if two times of a monotone list are equal in a dtype."""
+    if len(torch.tensor(times, dtype=dtype, device="cpu").unique()) < len(times):
+        raise GridError(f"two times of the grid are equal in {dtype}, the dtype of the state: pass x.double().")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from .forms import conversion
 from .integrate import sample
 from .ode import ProbabilityFlowODE
 from .ode.guidance import recorded
+from .ode.hosted import in_float64
 from .ode.mode import check_mode, in_training
 from .plan import check_grid, check_start
 from .plan.checks import check_samples
@@ -138,7 +139,7 @@ class ModelStatistics(StatisticsTables):
         with ode.counting() as spent, torch.inference_mode(False), torch.no_grad():
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
-                own, start = ode.subset(part, len(x)), x[part].to(_F64, copy=True)
+                own, start = in_float64(ode.subset(part, len(x)), x[part])
                 collector.follow(own, start, times, signs[part].transpose(0, 1).to(start))
         bar.close()
         scale = recorded(ode.guidance_scale, ode.schedule)
@@ -154,7 +155,7 @@ class ModelStatistics(StatisticsTables):
             "evaluations": spent.evaluations,
         }
         lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")
-        return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(ode, x)), ode.schedule, about)
+        return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(*in_float64(ode, x[:1]))), ode.schedule, about)
 
 
 def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = None) -> ModelStatistics:
@@ -207,8 +208,8 @@ def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | No
 
 
 def _eps(ode: ProbabilityFlowODE, x: Tensor) -> float:
-    """Relative rounding of the model."""
-    return float(torch.finfo(ode.compute_dtype(x.to(_F64))).eps)
+    """Relative rounding of the model for float64 states x."""
+    return float(torch.finfo(ode.compute_dtype(x)).eps)
 
 
 # ---- one node --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from .ode.distributed import agree
 from .ode.mode import check_mode
 from .plan import Plan, check_grid, check_ode, check_size, check_start, traced
 from .plan.checks import factors_at
+from .schedules import Schedule
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
-from .transforms import differentiated
+from .transforms import carries_derivative, differentiated, vectorized
 
 __all__ = ["odeint", "sample"]
 
@@ -223,6 +224,11 @@ def _resolve(solver: object) -> Fixed | _Foreign:
 
 def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fixed) -> Plan:
     """The plan of a method on the ODE's schedule and the grid."""
+    if carries_derivative(grid):
+        raise InputError(
+            "the times of a plan are numbers, through which no gradient flows: pass grid.detach(), take "
+            "method='torchdiffeq:rk4', or fit the times by iia_ode.iia.refine."
+        )
     if isinstance(method, Solver):
         if grid is None:
             raise GridError(f"solver {method.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
@@ -231,17 +237,31 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fi
                 f"torch.export reads no times of a grid: make the plan before, plan = iia_ode.get_solver({method.label!r})"
                 ".plan(schedule, grid), and pass solver=plan without a grid."
             )
-        return traced(method, ode.schedule, grid)
+        plan = traced(method, ode.schedule, grid)
+        _check_numbers(ode.schedule, plan)
+        return plan
     if isinstance(method, FittedSolver):
         check_start(ode, x)  # the check of the fit reads the shape of x
         if not torch.compiler.is_compiling():  # a graph knows no values of the model's parameters
             method.check(ode, x)
     plan = method if isinstance(method, Plan) else method.plan
+    _check_numbers(ode.schedule, plan)
     if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(
             f"{plan.name} has its own grid of {len(plan.grid)} times, and another grid was given: omit it."
         )
     return plan
+
+
+def _check_numbers(schedule: Schedule, plan: Plan) -> None:
+    """Raise InputError if a gradient by parameters of the schedule is asked for, which a plan does not carry."""
+    if torch.is_grad_enabled():
+        start = torch.tensor(plan.grid[0], dtype=torch.float64, device="cpu")
+        if any(carries_derivative(level(start)) for level in (schedule.alpha, schedule.sigma)):
+            raise InputError(
+                "the weights of a plan are numbers, through which no gradient flows to the schedule: switch the gradients of "
+                "its parameters off, or take method='torchdiffeq:rk4'."
+            )
 
 
 def _refuse(plan: Plan, **given: object) -> None:
@@ -290,6 +310,9 @@ def _by_torchdiffeq(
     agree(ode, method.name, times, rtol, atol, options, x)
     tolerances = _RTOL if rtol is None else rtol, _ATOL if atol is None else atol
     t = torch.tensor(times, dtype=torch.float64, device="cpu")
+    if isinstance(grid, Tensor) and carries_derivative(grid):
+        t = grid.to(torch.float64)
+    _check_transforms(method.name)
     with _counted(ode, method.name, progress) as flow:
         if event_fn is None:
             answer: Any = _torchdiffeq.integrate(flow, x.clone(), t, method.name, *tolerances, options)
@@ -303,6 +326,15 @@ def _by_torchdiffeq(
             f"the result of {method.name} is not finite: check the model over the noise levels of the grid."
         )
     return answer
+
+
+def _check_transforms(method: str) -> None:
+    """Raise InputError inside a transform of torch.func that torchdiffeq does not support."""
+    if vectorized() or (differentiated() and _torchdiffeq.is_adaptive(method)):
+        raise InputError(
+            f"torchdiffeq's {method} does not run inside this transform of torch.func: use a solver of this library, such as "
+            "'heun', or the gradients of torch.autograd."
+        )
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
         raise InputError(f"states to compare need samples [B, ...] with components, got shape {list(x.shape)}.")
     if x.is_complex() or reference.is_complex():
         raise InputError("states to compare are real: pass torch.view_as_real(x) of complex ones.")
-    squares = flat(x.double() - reference.to(x.device).double()).square().mean(dim=1)
+    squares = flat(x.cpu().double() - reference.cpu().double()).square().mean(dim=1)
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else torch.nan
     return value, spread / (2 * value) if value > 0 else 0.0
@@ -76,7 +76,7 @@ def paired_ratio(squares: Tensor, others: Tensor) -> tuple[float, float]:
     -------
     The ratio sqrt(sum(squares) / sum(others)) and its standard error.
     """
-    squares, others = squares.double(), others.double()
+    squares, others = squares.cpu().double(), others.cpu().double()
     value = float((squares.sum() / others.sum()).sqrt())
     # Each sample's contribution to the logarithm of the squared ratio. The sum of their squares estimates its variance.
     return value, 0.5 * value * float((squares / squares.sum() - others / others.sum()).square().sum().sqrt())

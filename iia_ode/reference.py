@@ -22,6 +22,7 @@ from .checks import check_whole
 from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
+from .ode.hosted import in_float64
 from .ode.mode import check_mode
 from .plan import check_grid, check_size, check_start
 from .plan.checks import factors_at
@@ -141,9 +142,10 @@ def trajectory(
     """
     points = check_whole("points, the number of knots of a trajectory,", points, least=2, such_as=120)
     schedule, times, (first, last) = _span(ode, x, t_start, t_end, sigma_min, method)
+    ode, x = in_float64(ode, x)
     knots = torch.linspace(_clock(schedule, first), _clock(schedule, last), points, dtype=_F64, device="cpu")
     with ode.counting() as spent:
-        data = x.to(_F64) if first != times[0] else None
+        data = x if first != times[0] else None
         states = _integrate(
             ode, x if data is None else from_data(ode, data, times[0], first), first, knots, rtol, atol, method
         )
@@ -173,15 +175,16 @@ def solve(
 
     Returns
     -------
-    The state at `t_end`, float64 [B, ...].
+    The state at `t_end`, float64 [B, ...]; on the host where the device of x has no float64.
 
     Raises
     ------
     InputError, GridError, UnknownNameError, NonFiniteError : as for :func:`trajectory`.
     """
     schedule, times, (first, last) = _span(ode, x, t_start, t_end, sigma_min, method)
+    ode, x = in_float64(ode, x)
     knots = torch.tensor([_clock(schedule, first), _clock(schedule, last)], dtype=_F64, device="cpu")
-    start = x if first == times[0] else from_data(ode, x.to(_F64), times[0], first)
+    start = x if first == times[0] else from_data(ode, x, times[0], first)
     w = _integrate(ode, start, first, knots, rtol, atol, method)[-1]
     return w * schedule.size(last) if last == times[1] else _data(ode, w, last, times[1])
 
@@ -235,8 +238,8 @@ def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
 def _integrate(
     ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
 ) -> Tensor:
-    """Integrate from state x at time t. Return the scaled states w at the knots, float64 [K, B, ...]."""
-    states = integrate(_flow(ode), x.to(_F64) / ode.schedule.size(t), knots, method, rtol, atol, None)
+    """Integrate from the float64 state x at time t. Return the scaled states w at the knots, float64 [K, B, ...]."""
+    states = integrate(_flow(ode), x / ode.schedule.size(t), knots, method, rtol, atol, None)
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."

@@ -15,6 +15,7 @@ __all__ = [
     "differentiated",
     "has_tangent",
     "kept_property",
+    "number_of",
     "readable",
     "transformed",
     "vectorized",
@@ -49,7 +50,21 @@ def has_tangent(value: object) -> bool:
 
 def carries_derivative(value: object) -> bool:
     """Whether a derivative by the value is asked for, in either mode of differentiation."""
-    return isinstance(value, Tensor) and ((value.requires_grad and torch.is_grad_enabled()) or has_tangent(value))
+    if not isinstance(value, Tensor):
+        return False
+    if has_tangent(value) or (value.requires_grad and torch.is_grad_enabled()):
+        return True
+    # A derivative outside another one is hidden by the inner one.
+    return _functorch.is_functorch_wrapped_tensor(value) and carries_derivative(_functorch.get_unwrapped(value))
+
+
+def number_of(t: Tensor | float) -> Tensor | float:
+    """A time; times on the host without a derivative in float64, with the values that they have."""
+    if not isinstance(t, Tensor) or t.device.type != "cpu" or t.dtype == torch.float64:
+        return t
+    if torch.compiler.is_compiling() or vectorized() or carries_derivative(t):
+        return t
+    return torch.tensor(t.tolist(), dtype=torch.float64, device="cpu")
 
 
 def _at_work() -> list[str]:

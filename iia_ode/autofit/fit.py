@@ -203,7 +203,7 @@ def _initial_states(
         noise = torch.randn((samples, *shape), generator=generator, device="cpu")
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 1:
         raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
-    size = float(noise.double().square().mean().sqrt())
+    size = float(noise.cpu().double().square().mean().sqrt())
     if not 0.5 < size < 2.0:
         raise InputError(
             f"noise must be standard normal, and its root mean square is {size:.3g}: pass initial states as x=."

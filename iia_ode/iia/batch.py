@@ -94,8 +94,8 @@ class Batch:
         """Root mean square error per component of the final state of each sample, float64 [B] on the host."""
         found = []
         for part in self.chunks():
-            final = plan.run(part.ode, part.x, check_finite=False).double()
-            found.append(per_sample(final - part.target.to(final.device).double()).cpu())
+            final = plan.run(part.ode, part.x, check_finite=False).cpu().double()
+            found.append(per_sample(final - part.target.cpu().double()))
         return torch.cat(found)
 
     # ---- copies ------------------------------------------------------------------------------------------------------

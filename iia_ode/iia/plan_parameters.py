@@ -177,16 +177,16 @@ class Parameters:
 
         Returns
         -------
-        The final states [B, ...], and the copies of `theta` as a leaf of the graph, float64 [B, P]. A gradient with respect
-        to the leaf holds the gradient of each sample, from a single backward pass.
+        The final states [B, ...], and the copies of `theta` as a leaf of the graph, float64 [B, P] on the host. A gradient with
+        respect to the leaf holds the gradient of each sample, from a single backward pass.
 
         Raises
         ------
         InputError : no gradient flows through the model.
         """
-        leaf = theta.to(x.device).expand(len(x), -1).clone().requires_grad_(True)
+        leaf = theta.expand(len(x), -1).clone().requires_grad_(True)
         knots = self._knots(ode.prediction, theta, leaf)
-        weights = leaf[:, : self.weights, None] + self._apart.to(leaf.device)  # [B, entries, groups]
+        weights = leaf[:, : self.weights, None] + self._apart  # [B, entries, groups]
         values, state = [x], x
         for r, knot in enumerate(knots):
             if r not in self.fixed:
@@ -221,7 +221,7 @@ class Parameters:
             for value, w in parts:
                 state = state + _spread(w, x) * value
         else:
-            ready = [tuple(v.to(x.dtype) for v in self.projections.prepare(w)) for _, w in parts]
+            ready = [tuple(v.to(x) for v in self.projections.prepare(w)) for _, w in parts]
             state = self.projections.combine(list(zip([v for v, _ in parts], ready, strict=True)))
         constant = self.constants[r]
         return state if constant is None else state + constant.to(x)
@@ -294,8 +294,8 @@ def _output(ode: ProbabilityFlowODE, state: Tensor, t: Tensor | float, checkpoin
 
 
 def _spread(values: Tensor, x: Tensor) -> Tensor:
-    """Values [B] in the dtype of x, in a shape that broadcasts over x."""
-    return values.to(x.dtype).reshape(len(x), *[1] * (x.ndim - 1))
+    """Values [B] in the dtype and on the device of x, in a shape that broadcasts over x."""
+    return values.to(x).reshape(len(x), *[1] * (x.ndim - 1))
 
 
 def _time(schedule: Schedule, log_level: float) -> float:

@@ -88,17 +88,17 @@ class EndpointError:
         """The gradient of each sample of a chunk, then v^T J for each probe, weighted by the loss; [B, P] each."""
         with torch.enable_grad():
             final, leaf = self.parameters.run(part.ode, part.x, theta, checkpointed=self.checkpointed)
-        residual = final.detach().double() - part.target.to(final.device).double()
+        residual = final.detach().cpu().double() - part.target.cpu().double()
         weight = 1 / (1 + (per_sample(residual) / self.scale).square())  # derivative of the Cauchy loss
         vectors = [residual * weight.reshape(-1, *[1] * (residual.ndim - 1))]
         for _ in range(self.probes):
             vectors.append(2.0 * torch.randint(0, 2, final.shape, generator=self._generator, device="cpu") - 1)
         rows = [
-            torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < self.probes)[0].double().cpu()
+            torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < self.probes)[0].cpu()
             for k, v in enumerate(vectors)
         ]
         self.backward += 2 * (1 + self.probes) * self.parameters.evaluations * len(part)
-        root = weight.sqrt()[:, None].cpu()
+        root = weight.sqrt()[:, None]
         return [rows[0], *(root * row for row in rows[1:])]
 
 

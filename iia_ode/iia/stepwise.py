@@ -155,13 +155,13 @@ class Stepwise:
             wanted = _read(values, end)
             wanted = wanted if numeric is None else numeric(chunk.batch, wanted)
             # In float64 before the difference: a residual is small against the states at high noise.
-            base = _read(values, result).double()
-            residual, directions = wanted.double() - base, [_read(values, c) for c in columns]
+            base = _read(values, result).cpu().double()
+            residual, directions = wanted.cpu().double() - base, [_read(values, c) for c in columns]
             cut = min(max(train - chunk.first, 0), len(base))
             own.add([d[:cut] for d in directions], residual[:cut])
             held.add([d[cut:] for d in directions], residual[cut:])
             sizes[:-1] += _rounding(values, candidates, cut)
-            sizes[-1] += base[:cut].square().sum().cpu()
+            sizes[-1] += base[:cut].square().sum()
         return own, held, sizes.sqrt()
 
     def _choose(self, own: LeastSquares, held: LeastSquares, sizes: Tensor) -> _Choice:
@@ -304,8 +304,7 @@ def _rounding(values: dict[int, Tensor], candidates: tuple[Term, ...], cut: int)
     plain = {j: values[j][:cut] for term in candidates for j in term.direction.weights}
     if not plain:
         return torch.zeros(len(candidates), dtype=_F64, device="cpu")
-    # A single transfer, with a number for each vector.
-    sizes = torch.stack([torch.linalg.vector_norm(v.double()) * torch.finfo(v.dtype).eps for v in plain.values()])
+    sizes = torch.stack([torch.linalg.vector_norm(v.cpu().double()) * torch.finfo(v.dtype).eps for v in plain.values()])
     size = dict(zip(plain, sizes.square().tolist(), strict=True))
     weights = [term.direction.weights for term in candidates]
     noise = [sum(weight_mean_square(w) * size[j] for j, w in own.items()) for own in weights]

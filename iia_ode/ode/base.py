@@ -14,6 +14,7 @@ from ..checks import check_flag
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
+from ..transforms import number_of
 from .calls import Ledger, answers, counted, own_device, own_dtype
 from .conditions import check_entries, picked
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
@@ -136,6 +137,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         -------
         The evaluation, with tensors of the shape and dtype of x.
         """
+        t = number_of(t)
         return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
 
     def is_data(self, t: float) -> bool:

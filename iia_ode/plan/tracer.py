@@ -214,7 +214,7 @@ def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]
     ------
     GridError, PlanError : as :func:`trace`.
     """
-    times = grid.detach().tolist() if isinstance(grid, Tensor) else grid
+    times = grid.detach().cpu().tolist() if isinstance(grid, Tensor) else grid
     # A step may make tensors in torch's default dtype, on its default device.
     defaults = torch.get_default_dtype(), torch.get_default_device()
     key = exact_key(solver, solver.label, schedule, times, *defaults)

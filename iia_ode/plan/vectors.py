@@ -53,7 +53,7 @@ class Vector:
         if isinstance(other, np.ndarray) and other.dtype.kind in "iuf":
             other = torch.from_numpy(other.astype(np.float64))
         if isinstance(other, Tensor):
-            return Vector(self.weights, _sum(self.constant, other.detach().double()))
+            return Vector(self.weights, _sum(self.constant, other.detach().cpu().double()))
         if isinstance(other, PerCondition):
             return Vector(self.weights, _sum(self.constant, other))
         if not isinstance(other, Vector):
@@ -156,7 +156,7 @@ def _weight(value: Any) -> Weight:
         value = torch.from_numpy(value.astype(np.float64))
     if isinstance(value, Tensor):
         if value.ndim or value.requires_grad:
-            return value.double()
+            return value.cpu().double()
         return float(value)
     if isinstance(value, LinearMap):
         return value

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScheduleError
+from ..transforms import transformed
 
 __all__ = ["FromFunctions", "Schedule", "as_levels", "derivative_of"]
 
@@ -27,7 +28,8 @@ class Schedule(ABC):
 
     A subclass has ``_alpha`` and ``_sigma`` on float64 tensors, and ``_t_of_lam``. ``_lam`` and the derivatives have defaults
     by autograd; the schedules of this library have closed forms, which are faster. Public methods map a number to a float,
-    and a tensor to a float64 tensor of its shape on its device.
+    and a tensor to a float64 tensor of its shape on its device. Other devices than the host need not have float64: there the
+    result for a tensor of another dtype is float32.
 
     Attributes
     ----------
@@ -152,14 +154,15 @@ class Schedule(ABC):
     def _on(self, name: str, function: Callable[[Tensor], Tensor], t: T) -> T:
         """Apply a named function of float64 tensors to a number or a tensor; the result has the type of t."""
         if isinstance(t, Tensor):
-            return function(t.to(_F64))
+            brought = t.device.type == "cpu" or t.dtype == _F64
+            return function(t.to(_F64 if brought else torch.float32))
         at = float(t)
         # Steps evaluate the same few numbers again and again, and each costs several operations on tensors. A subclass may
         # have parameters that change, whatever `_fixed` of its parent. 0.0 and -0.0 are one key, but can have two values.
         fixed = vars(type(self)).get("_fixed", False) and at != 0
         known: dict[tuple[str, float], float] = vars(self).setdefault("_numbers", {}) if fixed else {}
         if (value := known.get((name, at))) is None:
-            value = float(function(torch.tensor(at, dtype=_F64, device="cpu")))
+            value = float(function(torch.tensor(at, dtype=_F64, device="cpu")).detach())
             if len(known) >= _NUMBERS:
                 known.clear()
             known[name, at] = value
@@ -249,10 +252,13 @@ def as_levels(value: Any) -> tuple[float, float] | None:
 
 def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """The derivative of an elementwise function by autograd, in every grad mode."""
+    if transformed():  # where autograd's own functions do not reach
+        return torch.func.grad(lambda u: function(u).sum())(t)
     # The time of an adaptive integrator may depend on the state: a gradient that reaches t passes through this function.
-    through = t.requires_grad and torch.is_grad_enabled()
+    # So does one that reaches a parameter of the function.
+    through = torch.is_grad_enabled() and (t.requires_grad or function(t.detach()).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
-        u = t if through else t.detach().clone().requires_grad_(True)
+        u = t if through and t.requires_grad else t.detach().clone().requires_grad_(True)
         value = function(u)
         if not value.requires_grad:  # a constant, such as alpha = 1
             return torch.zeros_like(u, requires_grad=False)
@@ -308,7 +314,7 @@ class FromFunctions(Schedule):
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         # Lambda is monotone by the check above. Each pass keeps the part with the level, out of 64 parts of the bracket: 17
         # passes are 102 halvings, which reach the last bit of any bracket, at a sixth of the calls.
-        fractions = torch.arange(1, 64, dtype=_F64, device=lam.device) / 64
+        fractions = torch.arange(1, 64, dtype=lam.dtype, device=lam.device) / 64
         data, noise = torch.full_like(lam, self.t_data)[..., None], torch.full_like(lam, self.t_noise)[..., None]
         for _ in range(17):
             inside = data + (noise - data) * fractions

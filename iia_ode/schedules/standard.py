@@ -326,7 +326,7 @@ class Discrete(_VariancePreserving):
 
     def _piece(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The timestep at or before t, log alpha there, and its slope from there on."""
-        knots: Tensor = self._knots.to(t.device)  # type: ignore[attr-defined]  # set in __post_init__
+        knots: Tensor = self._knots.to(t.device, t.dtype)  # type: ignore[attr-defined]  # set in __post_init__
         # A time that is no number has no timestep; log alpha becomes nan by the time itself.
         i = t.detach().nan_to_num().floor().clamp(-1, len(knots) - 3).long() + 1
         return i - 1, knots[i], knots[i + 1] - knots[i]
@@ -339,7 +339,7 @@ class Discrete(_VariancePreserving):
         return self._piece(t)[2]
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
-        knots: Tensor = self._knots.to(lam.device)  # type: ignore[attr-defined]
+        knots: Tensor = self._knots.to(lam.device, lam.dtype)  # type: ignore[attr-defined]
         log_alpha = -0.5 * _softplus(-2 * lam)
         i = (torch.searchsorted(-knots, -log_alpha.detach(), right=True) - 1).clamp(0, len(knots) - 2)
         t = (i - 1) + (log_alpha - knots[i]) / (knots[i + 1] - knots[i])
