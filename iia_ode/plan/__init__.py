@@ -4,11 +4,12 @@ from .analysis import CanonicalForm, GaussianResponse
 from .bands import Bands
 from .checks import check_grid, check_ode, check_start
 from .instructions import Combine, Evaluate, Instruction, run_code
-from .loop import evaluator
+from .loop import advance, evaluator
 from .maps import LinearMap, PerCondition, projections_from
 from .plan import Plan
 from .projections import Principal, Projections
 from .reading import read_plan, read_run
+from .rows import run_rows
 from .run import Run
 from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "Tracer",
     "Vector",
+    "advance",
     "check_grid",
     "check_ode",
     "check_start",
@@ -37,6 +39,7 @@ __all__ = [
     "read_plan",
     "read_run",
     "run_code",
+    "run_rows",
     "trace",
     "traced",
 ]

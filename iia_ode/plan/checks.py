@@ -51,6 +51,11 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
         values = None
     if values is None or values.ndim != 1 or len(values) < 2:
         what = f"shape {list(values.shape)}" if values is not None else type(grid).__name__
+        what += (
+            " (sample and odeint take a grid per sample with a solver)"
+            if values is not None and values.ndim == 2
+            else ""
+        )
         raise GridError(
             f"a grid is a 1-d float64 tensor of at least two times, such as iia.grids.karras(10); got {what}."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..files import write_tensors
 from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_response
+from .callbacks import Callback
 from .checks import check_code, check_grid
 from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals
@@ -215,7 +216,7 @@ class Plan:
         *,
         trajectory: bool = False,
         check_finite: bool = True,
-        callback: Callable[[int, float, Tensor], None] | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Run the plan from state x [B, ...].
@@ -227,7 +228,9 @@ class Plan:
         trajectory : return the states at all grid points, [len(grid), B, ...], instead of the last state.
         check_finite : check the final state once, after the loop. Where it is not finite, a second run finds the first model
             output with NaN or infinity, and doubles the evaluations of the failed run.
-        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to.
+        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to. A
+            function with a parameter named ``data``, or with four parameters, also gets the estimate of x_0 by the last
+            evaluation, [B, ...], or None before the first evaluation.
         progress : show a bar over the evaluations.
 
         Returns
