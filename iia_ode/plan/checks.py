@@ -27,6 +27,7 @@ __all__ = [
     "check_state",
     "check_weights",
     "factors_at",
+    "has_shape",
     "samples_of",
 ]
 
@@ -218,6 +219,12 @@ def check_weights(plan: Program, sample: tuple[int, ...]) -> None:
                     raise InputError(
                         f"{plan.name} has a weight of shape {list(value.shape)} for samples of {list(sample)}."
                     )
+
+
+def has_shape(plan: Program) -> bool:
+    """Whether weights belong to samples of one shape: linear maps, or weights and constants with dimensions."""
+    values = (v for ins in plan.code if isinstance(ins, Combine) for v in (*(w for _, w in ins.terms), ins.constant))
+    return any(isinstance(v, LinearMap) or (isinstance(v, Tensor | PerCondition) and len(v.shape) > 0) for v in values)
 
 
 def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:

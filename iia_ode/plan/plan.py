@@ -128,16 +128,6 @@ class Plan:
         """Memory of tensor weights, linear maps and constants, in bytes on the host."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
 
-    @cached_property
-    def has_shape(self) -> bool:
-        """Whether weights belong to samples of one shape: linear maps, or weights and constants with dimensions."""
-        values = (
-            v for ins in self.code if isinstance(ins, Combine) for v in (*(w for _, w in ins.terms), ins.constant)
-        )
-        return any(
-            isinstance(v, LinearMap) or (isinstance(v, Tensor | PerCondition) and len(v.shape) > 0) for v in values
-        )
-
     # ---- comparison and analysis -------------------------------------------------------------------------------------
 
     @cached_property

@@ -79,7 +79,7 @@ def run_rows(
             state = _merged([next(walk) for walk in walks], groups, x)
             if trajectory:
                 states.append(state)
-            notify(k, rows[:, k], state, lambda: _merged([group.data() for group in groups], groups, x))
+            notify(k, rows[:, k], state, lambda: _merged([d for g in groups if (d := g.data()) is not None], groups, x))
     if check_finite:
         finite = state.detach().reshape(len(x), -1).isfinite().all(dim=1)
         if not bool(finite.all()):
