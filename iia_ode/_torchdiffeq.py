@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import GridError, InputError, NonFiniteError
 from .transforms import carries_derivative
 
-__all__ = ["Event", "Flow", "Tolerance", "find_event", "integrate", "is_adaptive", "method_names"]
+__all__ = ["Event", "Flow", "Tolerance", "Visit", "find_event", "integrate", "is_adaptive", "method_names"]
 
 _F64 = torch.float64
 
@@ -31,6 +31,9 @@ Event: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A function of time and state; the event is where one of its entries changes sign."""
 
 Tolerance: TypeAlias = float | Tensor
+
+Visit: TypeAlias = Callable[[int, Tensor], None]
+"""A function of the index of a time and the state there."""
 
 
 def method_names() -> list[str]:
@@ -52,6 +55,7 @@ def integrate(
     rtol: Tolerance,
     atol: Tolerance,
     options: Mapping[str, Any] | None = None,
+    visit: Visit | None = None,
 ) -> Tensor:
     """The states at the times t by a method of torchdiffeq, [len(t), ...]; differentiable by y0, by t and through `func`.
 
@@ -66,6 +70,8 @@ def integrate(
     method : a name in :func:`method_names`.
     rtol, atol : tolerances of an adaptive method.
     options : torchdiffeq's options of the method.
+    visit : called as ``visit(k, state)`` once the state at ``t[k]`` is known, for k from 1. The calls do not change the steps.
+        With ``scipy_solver``, and with the option ``interp="cubic"``, the calls follow the integration.
 
     Raises
     ------
@@ -80,8 +86,13 @@ def integrate(
     odeint = _module().odeint
     with _errors_of(method, rtol, atol):
         if not is_adaptive(method):
-            within = _Within(func, min(times), max(times))
+            early = visit is not None and method != "scipy_solver" and given.get("interp", "linear") == "linear"
+            known = _Watched(func, clock, visit) if visit is not None and early else None
+            within = known or _Within(func, min(times), max(times))
             states: Tensor = odeint(within, y0, clock, **tolerances, options=given or None)
+            if visit is not None:
+                for k in range(1 if known is None else known.next, len(times)):
+                    visit(k, states[k])
             return states
         # One call per interval: left alone, an adaptive method interpolates between its steps at a lower order than its
         # own, and its `step_t` is forgotten once a step happens to end on one (0.2.5).
@@ -98,6 +109,8 @@ def integrate(
             steps = {"dtype": y0.dtype, **given, "step_t": ends[1:], "jump_t": here}
             found[b] = odeint(flow, found[a], ends, **tolerances, options=steps)[-1]
             given["first_step"] = flow.proposed  # only the first interval has to search for a first step
+            if visit is not None and b in times:
+                visit(times.index(b), found[b])
         return torch.stack([found[u] for u in times])
 
 
@@ -189,6 +202,29 @@ class _Steps(_Within):
 
     def callback_step(self, t: Tensor, y: Tensor, size: Tensor) -> None:
         self.proposed = size.detach()
+
+
+class _Watched(_Within):
+    """The same function, with torchdiffeq's callback of fixed steps, which reports the states at the times t [K] early."""
+
+    def __init__(self, func: Flow, t: Tensor, visit: Visit) -> None:
+        super().__init__(func, float(t.min()), float(t.max()))
+        self.t, self.visit, self.next = t, visit, 1
+        self.forward = bool(t[-1] > t[0])
+        self.before: tuple[Tensor, Tensor] | None = None
+
+    def callback_step(self, t: Tensor, y: Tensor, size: Tensor) -> None:
+        """Report the states in the step that ended at time t, with torchdiffeq's linear interpolation."""
+        if self.before is not None:
+            start, state = self.before
+            while self.next < len(self.t) - 1 and bool(
+                t >= self.t[self.next] if self.forward else t <= self.t[self.next]
+            ):
+                u = self.t[self.next]
+                inside = y if bool(u == t) else state + (u - start) / (t - start) * (y - state)
+                self.next += 1
+                self.visit(self.next - 1, inside)
+        self.before = t, y
 
 
 def _module() -> ModuleType:

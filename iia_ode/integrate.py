@@ -13,12 +13,15 @@ from tqdm.auto import tqdm
 
 from . import _torchdiffeq
 from .errors import GridError, InputError, MismatchError, NonFiniteError, unknown_name
+from .forms import Evaluation
 from .iia import PRESETS, FittedSolver
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.mode import check_mode
-from .plan import Plan, check_grid, check_ode, check_size, check_start, traced
+from .plan import Plan, Run, advance, check_grid, check_ode, check_size, check_start, run_rows, traced
+from .plan.callbacks import Callback, Notifier, notifier
 from .plan.checks import factors_at
+from .plan.run import Runnable
 from .schedules import Schedule
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 from .transforms import carries_derivative, differentiated, vectorized
@@ -32,6 +35,9 @@ Fixed: TypeAlias = Solver | FittedSolver | Plan
 """A method of this library: its steps are those of the grid."""
 
 
+_SILENT = Notifier(None)
+
+
 @dataclass(frozen=True)
 class _Foreign:
     """A method of torchdiffeq."""
@@ -41,14 +47,14 @@ class _Foreign:
 
 def sample(
     ode: ProbabilityFlowODE,
-    x: Tensor,
+    x: Tensor | Run,
     grid: Tensor | None = None,
     solver: str | Solver | FittedSolver | Plan = "heun",
     *,
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
     options: Mapping[str, Any] | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    callback: Callback | None = None,
     progress: bool = False,
     check_finite: bool = True,
 ) -> Tensor:
@@ -57,13 +63,17 @@ def sample(
     Parameters
     ----------
     ode : the model with its schedule.
-    x : initial state [B, ...] at ``grid[0]``, float32 or float64. A state of pure noise is ``sigma_T * randn``.
-    grid : float64 [N + 1] times, such as ``grids.karras(10)``; omitted for a fitted solver or a plan, which have a grid.
+    x : initial state [B, ...] at ``grid[0]``, float32 or float64. A state of pure noise is ``sigma_T * randn``. Or a run that
+        was stopped, :class:`iia_ode.Run`, to go on with: a run has its grid and its solver, and keeps the solver's memory.
+    grid : float64 [N + 1] times, such as ``grids.karras(10)``; omitted for a fitted solver or a plan, which have a grid. A
+        :class:`Solver` also takes a grid per sample, [B, N + 1]: samples then start at levels of their own, in one model call
+        with times [B].
     solver : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
     options : torchdiffeq's options of the method, such as ``{"first_step": 0.1}``.
-    callback : called as ``callback(k, t, state)`` at every grid point after the first. Methods of torchdiffeq call it after
-        the integration.
+    callback : called as ``callback(k, t, state)`` at every grid point after the first, once the state there is known; t has
+        shape [B] for a grid per sample. A function with a parameter named ``data``, or with four parameters, is called as
+        ``callback(k, t, state, data)`` with the estimate of x_0 by the last evaluation, [B, ...]; it is None before the first.
     progress : show a bar over the model evaluations.
     check_finite : raise an error if the model returns NaN or infinity, and warn if x is too small for the noise level at
         ``grid[0]``. The device is read once, after the last evaluation.
@@ -91,16 +101,24 @@ def sample(
     >>> x = iia.sample(ode, x_T, iia.grids.karras(10, to_data=False), "dopri5", rtol=1e-5, atol=1e-5)
     """
     check_ode(ode)
+    if isinstance(x, Run):
+        if grid is not None or solver != "heun":
+            raise InputError("a run has its grid and its solver: omit both, iia_ode.sample(ode, run).")
+        _refuse(x.plan, rtol=rtol, atol=atol, options=options)
+        agree(ode, "sample", x.plan, x.position, x.values)
+        return advance(ode, x, callback=callback, progress=progress, check_finite=check_finite).state
     method = _resolve(solver)
     # A derivative of torch.func is asked for by the transform itself.
     with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated()):
         if isinstance(method, _Foreign):
-            states = _by_torchdiffeq(ode, x, grid, method, rtol, atol, options, progress, check_finite)
-            if callback is not None:
-                for k, t in enumerate(check_grid(ode.schedule, grid)[1:], start=1):
-                    callback(k, t, states[k])
+            notify = notifier(callback)
+            states = _by_torchdiffeq(ode, x, grid, method, rtol, atol, options, progress, check_finite, notify=notify)
             final: Tensor = states[-1]
             return final
+        if isinstance(method, Solver) and isinstance(grid, Tensor) and grid.ndim == 2:
+            _refuse(method, rtol=rtol, atol=atol, options=options)
+            agree(ode, "sample", method.label, grid, x)
+            return run_rows(ode, x, grid, method, callback=callback, progress=progress, check_finite=check_finite)
         plan = _as_plan(ode, x, grid, method)
         _refuse(plan, rtol=rtol, atol=atol, options=options)
         agree(ode, "sample", plan, x)
@@ -155,7 +173,8 @@ def odeint(
     ----------
     func : the ODE: the model with its schedule.
     y0 : initial state [B, ...] at ``t[0]``, float32 or float64.
-    t : float64 [N + 1] times; omitted for a fitted solver or a plan, which have a grid.
+    t : float64 [N + 1] times; omitted for a fitted solver or a plan, which have a grid. A :class:`Solver` also takes a grid
+        per sample, [B, N + 1].
     rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
     method : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     options : torchdiffeq's options of the method, such as ``{"step_size": 0.05}``.
@@ -188,6 +207,10 @@ def odeint(
             func, y0, t, found, rtol, atol, options, event_fn=event_fn
         )
         return answer
+    if isinstance(found, Solver) and isinstance(t, Tensor) and t.ndim == 2:
+        _refuse(found, rtol=rtol, atol=atol, options=options, event_fn=event_fn)
+        agree(func, "odeint", found.label, t, y0)
+        return run_rows(func, y0, t, found, trajectory=True)
     plan = _as_plan(func, y0, t, found)
     agree(func, "odeint", plan, y0)
     _refuse(plan, rtol=rtol, atol=atol, options=options, event_fn=event_fn)
@@ -264,7 +287,7 @@ def _check_numbers(schedule: Schedule, plan: Plan) -> None:
             )
 
 
-def _refuse(plan: Plan, **given: object) -> None:
+def _refuse(plan: Runnable | Solver, **given: object) -> None:
     """Raise InputError if an argument was given that only a method of torchdiffeq takes."""
     names = [name for name, value in given.items() if value is not None and value != {}]
     if "event_fn" in names:
@@ -297,6 +320,7 @@ def _by_torchdiffeq(
     progress: bool = False,
     check_finite: bool = True,
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    notify: Notifier = _SILENT,
 ) -> Any:
     """The states at the times of the grid; with `event_fn`, the time of the event and the states before and at it."""
     check_start(ode, x)
@@ -313,9 +337,11 @@ def _by_torchdiffeq(
     if isinstance(grid, Tensor) and carries_derivative(grid):
         t = grid.to(torch.float64)
     _check_transforms(method.name)
-    with _counted(ode, method.name, progress) as flow:
+    flow = _Flow(ode, notify.takes_data)
+    visit = None if notify.callback is None else lambda k, state: notify(k, times[k], state, flow.data)
+    with flow.shown(method.name, progress):
         if event_fn is None:
-            answer: Any = _torchdiffeq.integrate(flow, x.clone(), t, method.name, *tolerances, options)
+            answer: Any = _torchdiffeq.integrate(flow, x.clone(), t, method.name, *tolerances, options, visit)
         else:
             answer = _torchdiffeq.find_event(flow, x.clone(), t, method.name, event_fn, *tolerances, options)
     states = answer if event_fn is None else answer[1]
@@ -337,14 +363,29 @@ def _check_transforms(method: str) -> None:
         )
 
 
-@contextmanager
-def _counted(ode: ProbabilityFlowODE, name: str, progress: bool) -> Iterator[_torchdiffeq.Flow]:
-    """dx/dt with a progress bar over the evaluations, whose number is not known beforehand."""
-    with tqdm(desc=name, unit=" evaluations", disable=not progress) as bar:
+class _Flow:
+    """dx/dt of an ODE, which keeps the last evaluation if `keeps`, for the estimate of the data."""
 
-        def flow(t: Tensor, x: Tensor) -> Tensor:
-            bar.update()
-            velocity: Tensor = ode(t, x)
+    def __init__(self, ode: ProbabilityFlowODE, keeps: bool) -> None:
+        self.ode, self.keeps = ode, keeps
+        self.last: Evaluation[Tensor] | None = None
+        self.count: Callable[[], object] = lambda: None
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        self.count()
+        if not self.keeps:
+            velocity: Tensor = self.ode(t, x)
             return velocity
+        self.last = self.ode.evaluate(x, t)
+        return self.last.velocity
 
-        yield flow
+    def data(self) -> Tensor | None:
+        """Estimate of x_0 by the last evaluation, [B, ...]."""
+        return None if self.last is None else self.last.data
+
+    @contextmanager
+    def shown(self, name: str, progress: bool) -> Iterator[None]:
+        """Show a bar over the evaluations, whose number is not known beforehand."""
+        with tqdm(desc=name, unit=" evaluations", disable=not progress) as bar:
+            self.count = bar.update
+            yield

@@ -82,6 +82,8 @@ def _distinct(times: list[int]) -> list[int]:
 def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> Tensor:
     """The part of a grid between two times: `start` and `end` exact, the grid's points in between.
 
+    A multistep solver starts on the part without memory. :func:`iia_ode.plan.advance` stops a run and keeps its memory.
+
     Parameters
     ----------
     grid : float64 [n + 1] times.

@@ -14,7 +14,7 @@ from ..errors import FileFormatError, InputError
 from ..files import from_json, read_tensors, to_json, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
-from ..plan.checks import check_weights
+from ..plan.checks import check_weights, has_shape
 from ..plan.reading import unpacked
 from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
@@ -90,7 +90,7 @@ class FittedSolver:
         MismatchWarning : another guidance scale.
         FingerprintWarning : the model has other parameters.
         """
-        self.record.origin.check(ode, x if self.plan.has_shape else None, name=self.name)
+        self.record.origin.check(ode, x if has_shape(self.plan) else None, name=self.name)
 
     def __str__(self) -> str:
         text = describe_fit(self.name, self.plan.steps, self.nfe, self.record, self.reports)

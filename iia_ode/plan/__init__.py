@@ -5,11 +5,12 @@ from .bands import Bands
 from .checks import check_grid, check_ode, check_start
 from .initial import check_size
 from .instructions import Combine, Evaluate, Instruction, run_code
-from .loop import evaluator
+from .loop import advance, evaluator
 from .maps import LinearMap, PerCondition, projections_from
 from .plan import Plan
 from .projections import Principal, Projections
 from .reading import read_plan, read_run
+from .rows import run_rows
 from .run import Run
 from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
@@ -30,6 +31,7 @@ __all__ = [
     "Run",
     "Tracer",
     "Vector",
+    "advance",
     "check_grid",
     "check_ode",
     "check_size",
@@ -39,6 +41,7 @@ __all__ = [
     "read_plan",
     "read_run",
     "run_code",
+    "run_rows",
     "trace",
     "traced",
 ]

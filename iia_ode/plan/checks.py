@@ -28,6 +28,7 @@ __all__ = [
     "check_state",
     "check_weights",
     "factors_at",
+    "has_shape",
     "samples_of",
 ]
 
@@ -52,6 +53,11 @@ def check_grid(schedule: Schedule, grid: object) -> list[float]:
         values = None
     if values is None or values.ndim != 1 or len(values) < 2:
         what = f"shape {list(values.shape)}" if values is not None else type(grid).__name__
+        what += (
+            " (sample and odeint take a grid per sample with a solver)"
+            if values is not None and values.ndim == 2
+            else ""
+        )
         raise GridError(
             f"a grid is a 1-d float64 tensor of at least two times, such as iia.grids.karras(10); got {what}."
         )
@@ -226,6 +232,12 @@ def check_weights(plan: Program, sample: tuple[int, ...]) -> None:
                     raise InputError(
                         f"{plan.name} has a weight of shape {list(value.shape)} for samples of {list(sample)}."
                     )
+
+
+def has_shape(plan: Program) -> bool:
+    """Whether weights belong to samples of one shape: linear maps, or weights and constants with dimensions."""
+    values = (v for ins in plan.code if isinstance(ins, Combine) for v in (*(w for _, w in ins.terms), ins.constant))
+    return any(isinstance(v, LinearMap) or (isinstance(v, Tensor | PerCondition) and len(v.shape) > 0) for v in values)
 
 
 def _broadcasts(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:

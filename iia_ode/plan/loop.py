@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -9,17 +10,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import MismatchError, NonFiniteError
+from ..checks import check_whole
+from ..errors import InputError, MismatchError, NonFiniteError
 from ..forms import converted
 from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
 from ..schedules.stored import brief
 from ..transforms import readable
+from .callbacks import Callback, notifier
 from .checks import check_start, factors_at
 from .initial import root_mean_square, warn_of_size
 from .run import Run, Runnable, start
 
-__all__ = ["evaluator", "run_plan"]
+__all__ = ["advance", "evaluator", "run_plan"]
 
 
 def evaluator(ode: ProbabilityFlowODE) -> Callable[[Tensor, float, str], Tensor]:
@@ -38,44 +41,131 @@ def run_plan(
     *,
     trajectory: bool,
     check_finite: bool,
-    callback: Callable[[int, float, Tensor], None] | None,
+    callback: Callback | None,
     progress: bool,
 ) -> Tensor:
     """Run a plan to its end; see :meth:`iia_ode.Plan.run`."""
     check_start(ode, x)
     check_mode(ode)
+    _check_schedule(plan, ode)
+    states, notify = [x.clone()] if trajectory else [], notifier(callback)
+    run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=notify.takes_data)
+
+    def visit(k: int, state: Tensor) -> None:
+        if trajectory:
+            states.append(state)
+        notify(k, plan.grid[k], state, lambda: None if run.seen is None else run.data)
+
+    first = None if not check_finite else lambda: start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
+    _drive(run, ode, plan.steps, visit, progress, first, x)
+    return torch.stack(states) if trajectory else run.current
+
+
+@torch.no_grad()
+def advance(
+    ode: ProbabilityFlowODE,
+    run: Run,
+    until: int | None = None,
+    *,
+    callback: Callback | None = None,
+    progress: bool = False,
+    check_finite: bool = True,
+) -> Run:
+    """Go on with a run up to a grid point, memory of the solver included.
+
+    The run stops at the first evaluation that it makes with the state at the grid point known. ``run.save`` keeps a stopped
+    run in a file. Both parts of a run together give the bits of the whole.
+
+    Parameters
+    ----------
+    ode : the model, with the conditions of the samples.
+    run : a run, from ``plan.start(x, ode.prediction)`` or from a file; not changed.
+    until : index of the grid point; by default the end of the grid.
+    callback, progress, check_finite : as for :meth:`iia_ode.Plan.run`.
+
+    Returns
+    -------
+    The run further on; ``run.reached`` has the states at the grid points reached last, and ``run.point`` the index.
+
+    Raises
+    ------
+    InputError : no run, or the grid point lies behind the run or beyond the grid.
+    MismatchError : the ODE has another schedule or prediction type than the run.
+    NonFiniteError : the run is done, and its final state holds NaN or infinity.
+
+    Examples
+    --------
+    >>> run = iia_ode.plan.advance(ode, plan.start(x, ode.prediction), until=6)
+    >>> x_0 = iia.sample(ode, run)
+    """
+    if not isinstance(run, Run):
+        raise InputError(f"expected a run, such as plan.start(x, ode.prediction), got {type(run).__name__}.")
+    check_start(ode, run.current)
+    check_mode(ode)
+    _check_schedule(run.plan, ode)
+    if ode.prediction != run.prediction:
+        raise MismatchError(f"this run takes {run.prediction} prediction, and the ODE has {ode.prediction}.")
+    last = run.plan.steps
+    goal = (
+        last if until is None else check_whole("until, the index of a grid point,", until, least=run.point, most=last)
+    )
+    notify = notifier(callback)
+    found = copy.copy(run)
+    found.keeps_seen = True
+
+    def visit(k: int, state: Tensor) -> None:
+        notify(k, found.plan.grid[k], state, lambda: None if found.seen is None else found.data)
+
+    _drive(found, ode, goal, visit, progress, (lambda: copy.copy(run)) if check_finite else None)
+    return found
+
+
+def _check_schedule(plan: Runnable, ode: ProbabilityFlowODE) -> None:
     if ode.schedule is not plan.schedule and ode.schedule.config() != plan.schedule.config():
         own, other = (brief(schedule.config()) for schedule in (plan.schedule, ode.schedule))
         raise MismatchError(f"{plan.name} was traced for {own}, and the ODE has {other}.")
-    states = [x.clone()] if trajectory else []
 
-    def visit(run: Run) -> None:
+
+def _drive(
+    run: Run,
+    ode: ProbabilityFlowODE,
+    goal: int,
+    visit: Callable[[int, Tensor], None],
+    progress: bool,
+    first: Callable[[], Run] | None,
+    x: Tensor | None = None,
+) -> None:
+    """Evaluate the model until the run has reached grid point `goal`.
+
+    `visit` is called with the index and the state of each grid point. `first` makes the run anew, for the search for the cause
+    of a final state that is not finite; None leaves the check out. The check reads the size of the initial states x, too.
+    """
+    plan, point = run.plan, run.point
+    if run.evaluation == 0:  # steps before the first evaluation
         for k, state in run.reached:
-            if trajectory:
-                states.append(state)
-            if callback is not None:
-                callback(k, plan.grid[k], state)
-        run.reached = ()
-
-    run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
-    visit(run)
-    bar = tqdm(total=plan.nfe, desc=plan.name) if progress else None
+            visit(k, state)
+    bar = tqdm(total=plan.nfe, initial=run.evaluation, desc=plan.name) if progress else None
     try:
-        while not run.done:
+        while not run.done and point < goal:
+            run.reached = ()  # no state is kept during the model call
             run.give(ode.output(run.current, run.t))
             if bar is not None:
                 bar.update()
-            visit(run)
+            for k, state in run.reached:
+                point = k
+                visit(k, state)
     finally:
         if bar is not None:
             bar.close()
-    if check_finite and readable(run.current):
+    if first is None or not run.done or not readable(run.current):
+        return
+    finite = _are_finite(run.current)
+    if x is not None:
         own = root_mean_square(x)
-        finite, size = torch.stack([_are_finite(run.current).to(own), own]).tolist()  # one read
+        finite, size = torch.stack([finite.to(own), own]).tolist()  # one read
         warn_of_size(plan.schedule, plan.grid[0], size, x.numel())
-        if not finite:
-            raise _culprit(plan, ode, x)
-    return torch.stack(states) if trajectory else run.current
+    if not finite:
+        raise _culprit(first(), ode)
 
 
 def _finite(values: Tensor) -> bool:
@@ -88,9 +178,9 @@ def _are_finite(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _culprit(plan: Runnable, ode: ProbabilityFlowODE, x: Tensor) -> NonFiniteError:
-    """The error for a run whose final state is not finite: the plan is run again, and each output is checked."""
-    run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
+def _culprit(run: Run, ode: ProbabilityFlowODE) -> NonFiniteError:
+    """The error for a run whose final state is not finite: the run is made again, and each output is checked."""
+    plan = run.plan
     while not run.done:
         output, number, count = ode.output(run.current, run.t), run.evaluation + 1, plan.nfe
         if not _finite(output):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..ode import ProbabilityFlowODE
 from ..schedules import Schedule
 from ..transforms import kept_property, transformed
 from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_response
+from .callbacks import Callback
 from .checks import check_code, check_grid
 from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals
@@ -127,16 +128,6 @@ class Plan:
         """Memory of tensor weights, linear maps and constants, in bytes on the host."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
 
-    @kept_property
-    def has_shape(self) -> bool:
-        """Whether weights belong to samples of one shape: linear maps, or weights and constants with dimensions."""
-        values = (
-            v for ins in self.code if isinstance(ins, Combine) for v in (*(w for _, w in ins.terms), ins.constant)
-        )
-        return any(
-            isinstance(v, LinearMap) or (isinstance(v, Tensor | PerCondition) and len(v.shape) > 0) for v in values
-        )
-
     # ---- comparison and analysis -------------------------------------------------------------------------------------
 
     @kept_property
@@ -215,7 +206,7 @@ class Plan:
         *,
         trajectory: bool = False,
         check_finite: bool = True,
-        callback: Callable[[int, float, Tensor], None] | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Run the plan from state x [B, ...].
@@ -228,7 +219,9 @@ class Plan:
         check_finite : check the final state once, after the loop, and warn if x is smaller than the noise at ``grid[0]``.
             Where the final state is not finite, a second run finds the first model output with NaN or infinity, and doubles
             the evaluations of the failed run.
-        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to.
+        callback : called as ``callback(k, t, state)`` at every grid point after the first; the state must not be written to. A
+            function with a parameter named ``data``, or with four parameters, also gets the estimate of x_0 by the last
+            evaluation, [B, ...], or None before the first evaluation.
         progress : show a bar over the evaluations.
 
         Returns

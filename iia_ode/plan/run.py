@@ -51,6 +51,10 @@ class Runnable(Program, Protocol):
         """Model evaluations of one run."""
 
     @property
+    def steps(self) -> int:
+        """Intervals of the grid."""
+
+    @property
     def last_use(self) -> tuple[int, ...]:
         """For each vector, the last instruction to read the vector."""
 
@@ -141,6 +145,12 @@ class Run:
     def evaluation(self) -> int:
         """Number of evaluations made: the index of the next evaluation in ``plan.evaluation_times`` and ``plan.starts``."""
         return sum(isinstance(ins, Evaluate) for ins in self.plan.code[: self.position])
+
+    @property
+    def point(self) -> int:
+        """Index of the last grid point whose state is known; 0 at the start."""
+        steps = (ins.step for ins in self.plan.code[: self.position] if isinstance(ins, Combine))
+        return max((k for k in steps if k is not None), default=0)
 
     @property
     def state(self) -> Tensor:

@@ -11,7 +11,7 @@ in some variable and integrate the interpolant over the step from t to s:
 them, and :class:`ExponentialStep` is the transfer for outputs interpolated in log-SNR. A solver of order 2 with one
 evaluation a step, which falls back to DDIM on its first step and on steps with infinite log-SNR::
 
-    from iia_ode.solvers import ExponentialStep, first_order_step, is_singular, log_snr_fractions
+    from iia_ode.solvers import ExponentialStep, ddim_step, first_order_step, is_singular, log_snr_fractions
 
 
     class Two(iia.Solver):
