@@ -30,7 +30,7 @@ from .plan import check_grid, check_start
 from .plan.checks import check_samples
 from .schedules import Schedule
 from .schedules.base import derivative_of
-from .statistics import KIND, Curve, Header, StatisticsTables
+from .statistics import KIND, Curve, Header, StatisticsTables, check_file
 
 __all__ = ["ModelStatistics", "read_statistics"]
 
@@ -168,7 +168,8 @@ def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = No
     """
     tensors, header = read_tensors(path, KIND, Header)
     try:
-        found = ModelStatistics.of_file(tensors, header)
+        check_file(tensors, header)
+        found = ModelStatistics(**tensors, schedule=header.schedule, about=header.about)
     except InputError as error:
         raise FileFormatError(f"{str(path)!r} does not hold model statistics: {error}.") from error
     if schedule is not None:

@@ -31,7 +31,7 @@ from .files import write_tensors
 from .schedules import Schedule
 from .schedules.stored import brief
 
-__all__ = ["KIND", "Curve", "Header", "StatisticsTables", "StepIntegrals"]
+__all__ = ["KIND", "Curve", "Header", "StatisticsTables", "StepIntegrals", "check_file"]
 
 Array = npt.NDArray[np.float64]
 KIND = "model statistics"
@@ -83,6 +83,15 @@ class Header:
 
     schedule: dict[str, Any] | None
     about: dict[str, Any] = field(default_factory=dict)
+
+
+def check_file(tensors: Mapping[str, Tensor], header: Header) -> None:
+    """Raise InputError unless a file's tensors are the tables of statistics, and its schedule has a type."""
+    kinds = {name: value.dtype for name, value in tensors.items()}
+    if kinds != dict.fromkeys(_TABLES, torch.float64):
+        raise InputError(f"expected float64 tables {', '.join(_TABLES)}, got {kinds}.")
+    if header.schedule is not None and not isinstance(header.schedule.get("type"), str):
+        raise InputError("the schedule has no type.")
 
 
 @dataclass(frozen=True)
@@ -195,21 +204,6 @@ class StatisticsTables:
             )
 
     # ---- files -------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def of_file(cls, tensors: Mapping[str, Tensor], header: Header) -> Self:
-        """The statistics of a file's tensors and header.
-
-        Raises
-        ------
-        InputError : the tensors are not the tables of statistics, or the schedule has no type.
-        """
-        kinds = {name: value.dtype for name, value in tensors.items()}
-        if kinds != dict.fromkeys(_TABLES, torch.float64):
-            raise InputError(f"expected float64 tables {', '.join(_TABLES)}, got {kinds}.")
-        if header.schedule is not None and not isinstance(header.schedule.get("type"), str):
-            raise InputError("the schedule has no type.")
-        return cls(**tensors, schedule=header.schedule, about=header.about)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the tables as tensors, schedule and `about` as JSON in its header."""

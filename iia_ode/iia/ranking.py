@@ -211,7 +211,7 @@ class Range:
         flat = ends.reshape(len(ends), -1)
 
         def gaps(centre: Tensor) -> Tensor:
-            return torch.cat([(part.double() - centre).square().mean(1) for part in flat.split(256)])
+            return torch.cat([(part.double() - centre).square().mean(1) for part in torch.split(flat, 256)])
 
         own = gaps(flat[len(flat) - judged :].double().mean(0))
         reach = float(gaps(flat[int(own.argmax())].double()).max())

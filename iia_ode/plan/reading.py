@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import FileFormatError
@@ -121,7 +120,10 @@ def _run(plan: Plan, header: _RunHeader, own: dict[str, Tensor]) -> Run:
         *rows
     }:
         raise ValueError("its constants per condition are not those of the plan")
-    if any(torch.broadcast_shapes(v.shape, vectors[0].shape) != vectors[0].shape for v in rows.values()):
+    shape = vectors[0].shape
+    if any(
+        v.ndim != len(shape) or any(n not in (1, m) for n, m in zip(v.shape, shape, strict=True)) for v in rows.values()
+    ):
         raise ValueError("its constants per condition do not fit its vectors")
     if seen is None:
         return Run(plan, header.prediction, values, rows, position)
