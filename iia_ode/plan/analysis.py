@@ -1,4 +1,4 @@
-"""Analysis of a plan without a network: canonical form, consistency, and the exact answer on Gaussian data."""
+"""Analysis of a plan without a network: canonical form, and the exact answer on Gaussian data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .instructions import Combine, Evaluate, Instruction, Program, run_code
 from .maps import LinearMap, PerCondition
 from .vectors import Vector, Weight, weight_size
 
-__all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "consistency_error", "gaussian_response"]
+__all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "gaussian_response"]
 
 _F64 = torch.float64
 _Model: TypeAlias = Callable[[Tensor, float, str], Tensor]
@@ -90,43 +90,6 @@ def canonical_form(plan: Program) -> CanonicalForm:
     times = (plan.grid[0], *plan.evaluation_times)
     levels = tuple((plan.schedule.alpha(t), plan.schedule.sigma(t)) for t in times)
     return CanonicalForm(levels, tuple(states), expressions[-1])
-
-
-def consistency_error(plan: Program) -> float:
-    """Relative error of a plan on the better of two exact solutions kept by consistent solvers.
-
-    For a model with constant data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators are exact.
-    For a model with constant velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t are exact. For
-    weights with linear maps, "1" is a sample with components in every group.
-    """
-    schedule, start = plan.schedule, plan.grid[0]
-    maps = _maps(plan.code)
-    one = torch.ones(1, dtype=_F64, device="cpu")
-    if maps:
-        places = torch.arange(1.0, math.prod(maps[0].shape) + 1, dtype=_F64, device="cpu")
-        one = (places * math.pi * math.e).sin().reshape(1, *maps[0].shape)
-
-    def unit_data(x: Tensor, t: float, form: str) -> Tensor:
-        p, q = conversion(schedule, t, "data", form)
-        return torch.add(p * x, one, alpha=q)
-
-    def unit_velocity(x: Tensor, t: float, form: str) -> Tensor:
-        p, q = conversion(schedule, t, "velocity", form)
-        return torch.add(p * x, one, alpha=q)
-
-    def curve(t: float) -> float:
-        return schedule.alpha(t) + 2 * schedule.sigma(t)
-
-    def line(t: float) -> float:
-        return 1.0 + t - start
-
-    errors = []
-    for model, solution in ((unit_data, curve), (unit_velocity, line)):
-        states = _grid_states(plan.code, solution(start) * one, model)
-        scale = max(1.0, *(abs(solution(t)) for t in plan.grid))
-        gaps = [float((y - solution(t) * one).abs().max()) for t, y in zip(plan.grid[1:], states, strict=True)]
-        errors.append(max(gaps) / scale)
-    return min(errors)
 
 
 def _maps(code: Sequence[Instruction]) -> list[LinearMap]:
