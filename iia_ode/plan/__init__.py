@@ -1,6 +1,6 @@
 """The plan: vectors, the tracer, the runner and the analysis. See `Plan`."""
 
-from .analysis import CanonicalForm, GaussianResponse
+from .analysis import CanonicalForm, GaussianErrors, GaussianResponse, gaussian_errors
 from .bands import Bands
 from .checks import check_grid, check_ode, check_start
 from .instructions import Combine, Evaluate, Instruction, run_code
@@ -10,6 +10,7 @@ from .plan import Plan
 from .projections import Principal, Projections
 from .reading import read_plan, read_run
 from .run import Run
+from .tableaus import Tableau, butcher
 from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
 
@@ -18,6 +19,7 @@ __all__ = [
     "CanonicalForm",
     "Combine",
     "Evaluate",
+    "GaussianErrors",
     "GaussianResponse",
     "Instruction",
     "LinearMap",
@@ -27,12 +29,15 @@ __all__ = [
     "Principal",
     "Projections",
     "Run",
+    "Tableau",
     "Tracer",
     "Vector",
+    "butcher",
     "check_grid",
     "check_ode",
     "check_start",
     "evaluator",
+    "gaussian_errors",
     "projections_from",
     "read_plan",
     "read_run",

@@ -25,7 +25,7 @@ from ..schedules import Schedule
 from .instructions import Combine, Evaluate, Program, last_uses, originals
 from .maps import LinearMap
 
-__all__ = ["consistency_error", "inconsistency"]
+__all__ = ["consistency_error", "inconsistency", "step_errors"]
 
 _F64 = torch.float64
 Array = npt.NDArray[np.float64]
@@ -41,6 +41,8 @@ NEAR = (0.1, 0.01)  # distances from a singular end, relative to that of the gri
 FALLS = 3.0  # least factor by which an error falls from the first of two lengths or distances to the second
 FLOOR = 1e-6  # error that counts as rounding there
 UNEVEN, EVEN = (4 / 3, 2 / 3), (1.0, 1.0)  # lengths of successive steps, in turn
+
+DISTURBED = 16  # states of a plan that `step_errors` disturbs at most
 
 WAY_OUT = (
     "For a method that is meant so, set `consistent = False` in its class, or make the plan by "
@@ -81,6 +83,25 @@ def consistency_error(plan: Program) -> float:
     return float(_answer(plan, (), exact=True).gaps.min(0).max())
 
 
+def step_errors(plan: Program) -> tuple[list[float], list[float]]:
+    """For each step, its error and the growth of disturbances on the solution that it keeps best.
+
+    Parameters
+    ----------
+    plan : the plan.
+
+    Returns
+    -------
+    The relative errors of :func:`consistency_error`, and the largest size that a disturbance of an earlier state has after the
+    step; 1 for a disturbance that is neither damped nor amplified, 0 where there is none.
+    """
+    answer = _answer(plan, range(1, min(len(plan.grid) - 1, DISTURBED + 1)), exact=True)
+    best = answer.gaps.argmin(0)
+    steps = np.arange(len(best))
+    growth = answer.growth[best, steps].max(-1, initial=0.0)
+    return answer.gaps[best, steps].tolist(), growth.tolist()
+
+
 def inconsistency(plan: Program, retrace: Callable[[list[float]], Program]) -> str | None:
     """The reason for which a solver does not converge on the range of a plan, as the end of a sentence about the solver.
 
@@ -93,7 +114,7 @@ def inconsistency(plan: Program, retrace: Callable[[list[float]], Program]) -> s
     -------
     The reason; None for a solver that converges.
     """
-    kicks = sorted({k for k in (1, 2, plan.steps // 2) if 0 < k < plan.steps})
+    kicks = sorted({k for k in (1, 2, (len(plan.grid) - 1) // 2) if 0 < k < len(plan.grid) - 1})
     answer = _answer(plan, kicks, exact=True)
     kept = answer.gaps <= EXACT
     if kicks:
