@@ -1,6 +1,6 @@
 """The plan: vectors, the tracer, the runner and the analysis. See `Plan`."""
 
-from .analysis import CanonicalForm, GaussianResponse
+from .analysis import CanonicalForm, GaussianErrors, GaussianResponse, gaussian_errors
 from .bands import Bands
 from .checks import check_grid, check_ode, check_start
 from .initial import check_size
@@ -12,6 +12,7 @@ from .projections import Principal, Projections
 from .reading import read_plan, read_run
 from .rows import run_rows
 from .run import Run
+from .tableaus import Tableau, butcher
 from .tracer import Past, Tracer, trace, traced
 from .vectors import Vector
 
@@ -20,6 +21,7 @@ __all__ = [
     "CanonicalForm",
     "Combine",
     "Evaluate",
+    "GaussianErrors",
     "GaussianResponse",
     "Instruction",
     "LinearMap",
@@ -29,14 +31,17 @@ __all__ = [
     "Principal",
     "Projections",
     "Run",
+    "Tableau",
     "Tracer",
     "Vector",
     "advance",
+    "butcher",
     "check_grid",
     "check_ode",
     "check_size",
     "check_start",
     "evaluator",
+    "gaussian_errors",
     "projections_from",
     "read_plan",
     "read_run",

@@ -1,4 +1,4 @@
-"""Analysis of a plan without a network: canonical form, consistency, and the exact answer on Gaussian data."""
+"""Analysis of a plan without a network: canonical form, and the exact answer on Gaussian data."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, ScheduleError
-from ..forms import conversion
+from ..forms import check_prediction, conversion
 from ..schedules import Schedule
-from .instructions import Combine, Evaluate, Instruction, Program, run_code
+from .instructions import Combine, Evaluate, Instruction, Program, originals, run_code
 from .maps import LinearMap, PerCondition
 from .vectors import Vector, Weight, weight_size
 
-__all__ = ["CanonicalForm", "GaussianResponse", "canonical_form", "consistency_error", "gaussian_response"]
+__all__ = [
+    "CanonicalForm",
+    "GaussianErrors",
+    "GaussianResponse",
+    "canonical_form",
+    "gaussian_errors",
+    "gaussian_response",
+]
 
 _F64 = torch.float64
 _Model: TypeAlias = Callable[[Tensor, float, str], Tensor]
@@ -29,47 +36,74 @@ class CanonicalForm:
 
     Attributes
     ----------
-    levels : (alpha, sigma) of the initial state and of each evaluation.
+    schedule : the noise schedule.
+    times : times of the initial state and of each evaluation.
+    levels : (alpha, sigma) at these times.
     states : the evaluated state of each evaluation.
     final : the final state.
     """
 
+    schedule: Schedule
+    times: tuple[float, ...]
     levels: tuple[tuple[float, float], ...]
     states: tuple[Vector, ...]
     final: Vector
 
-    def matrix(self) -> Tensor:
-        """The weights as float64 [nfe + 1, nfe + 1]: a row per evaluated state, the final state last (number weights only).
+    def matrix(self, form: str = "data") -> Tensor:
+        """The weights as a matrix: a row per evaluated state and one for the final state (number weights only).
+
+        Parameters
+        ----------
+        form : form of the evaluations that the weights multiply: ``"data"``, ``"noise"``, ``"score"``, ``"v"`` or
+            ``"velocity"``.
+
+        Returns
+        -------
+        Weights, float64 [nfe + 1, nfe + 1]: column 0 multiplies the initial state, column k evaluation k in the given form.
 
         Raises
         ------
         PlanError : a weight is a tensor of several numbers or a linear map.
+        ScheduleError : an evaluation has no such form, such as the noise where alpha = 0.
+        UnknownNameError : no such form.
         """
+        check_prediction(form)
         n = len(self.states) + 1
         out = torch.zeros(n, n, dtype=_F64, device="cpu")
+        rows: list[Tensor] = []  # the states as weights of the initial state and of the evaluations in the given form
+        outputs = [torch.eye(n, dtype=_F64, device="cpu")[0]]
         for row, vector in enumerate((*self.states, self.final)):
             for column, weight in vector.weights.items():
                 if isinstance(weight, LinearMap) or (isinstance(weight, Tensor) and weight.numel() != 1):
                     raise PlanError("a plan whose weights are tensors or linear maps has no matrix of numbers.")
-                out[row, column] = float(weight)
+                out[row] += float(weight) * outputs[column]
+            rows.append(out[row])
+            if row < len(self.states):
+                p, q = conversion(self.schedule, self.times[row + 1], form, "data")
+                unit = torch.eye(n, dtype=_F64, device="cpu")[row + 1]
+                outputs.append(unit if form == "data" else p * rows[row] + q * unit)
         return out
 
     def difference(self, other: CanonicalForm) -> float:
-        """Largest difference of weights, each times the size of the multiplied vector (data and noise of unit size)."""
+        """Largest difference of weights, each times the size of the multiplied vector (data and noise of unit size).
+
+        The difference of a state's weights is relative to the larger of the two states' weights, so that it is symmetric.
+        """
         if len(self.levels) != len(other.levels):
             return math.inf
         angles = (torch.tensor(f.levels, dtype=_F64, device="cpu") for f in (self, other))
         a, b = (torch.atan2(v[:, 1], v[:, 0]) for v in angles)
-        if not torch.allclose(a, b, rtol=1e-10, atol=1e-300):
+        if not bool(((a - b).abs() <= 1e-10 * torch.maximum(a.abs(), b.abs())).all()):
             return math.inf
-        size = [math.hypot(*self.levels[0]), *[1.0] * len(self.states)]
+        start = max(math.hypot(*f.levels[0]) for f in (self, other))
+        size = [start, *[1.0] * len(self.states)]
         worst = 0.0
         for u, v in zip((*self.states, self.final), (*other.states, other.final), strict=True):
             gap = u - v
             parts = [weight_size(w) * size[j] for j, w in gap.weights.items()]
             parts.append(weight_size(gap.constant) if gap.constant is not None else 0.0)
-            scale = max([1.0, *(weight_size(w) * size[j] for j, w in u.weights.items())])
-            worst = max(worst, max(parts) / scale)
+            sizes = (weight_size(w) * size[j] for row in (u, v) for j, w in row.weights.items())
+            worst = max(worst, max(parts) / max(1.0, *sizes))
         return worst
 
 
@@ -92,7 +126,7 @@ def canonical_form(plan: Program) -> CanonicalForm:
             expressions.append(total)
     times = (plan.grid[0], *plan.evaluation_times)
     levels = tuple((plan.schedule.alpha(t), plan.schedule.sigma(t)) for t in times)
-    return CanonicalForm(levels, tuple(states), expressions[-1])
+    return CanonicalForm(plan.schedule, times, levels, tuple(states), expressions[-1])
 
 
 def _from_free_form(schedule: Schedule, ins: Evaluate) -> tuple[float, float]:
@@ -105,55 +139,23 @@ def _from_free_form(schedule: Schedule, ins: Evaluate) -> tuple[float, float]:
         return 0.0, 1.0
 
 
-def consistency_error(plan: Program) -> float:
-    """Relative error of a plan on the better of two exact solutions kept by consistent solvers.
-
-    For a model with constant data = 1 and noise = 2, the solution is alpha_t + 2 sigma_t; exponential integrators are exact.
-    For a model with constant velocity = 1, the solution is a straight line in t; Runge-Kutta methods in t are exact. For
-    weights with linear maps, "1" is a sample with components in every group.
-    """
-    schedule, start = plan.schedule, plan.grid[0]
-    maps = _maps(plan.code)
-    one = torch.ones(1, dtype=_F64, device="cpu")
-    if maps:
-        places = torch.arange(1.0, math.prod(maps[0].shape) + 1, dtype=_F64, device="cpu")
-        one = (places * math.pi * math.e).sin().reshape(1, *maps[0].shape)
-
-    def unit_data(x: Tensor, t: float, form: str) -> Tensor:
-        source, value = ("data", 1.0) if schedule.sigma(t) > 0 else ("noise", 2.0)
-        p, q = conversion(schedule, t, source, form)
-        return torch.add(p * x, one, alpha=q * value)
-
-    def unit_velocity(x: Tensor, t: float, form: str) -> Tensor:
-        p, q = conversion(schedule, t, "velocity", form)
-        return torch.add(p * x, one, alpha=q)
-
-    def curve(t: float) -> float:
-        return schedule.alpha(t) + 2 * schedule.sigma(t)
-
-    def line(t: float) -> float:
-        return 1.0 + t - start
-
-    errors = []
-    for model, solution in ((unit_data, curve), (unit_velocity, line)):
-        try:
-            states = _grid_states(plan.code, solution(start) * one, model)
-        except ScheduleError:  # at the data, a solution may have an infinite form
-            continue
-        scale = max(1.0, *(abs(solution(t)) for t in plan.grid))
-        gaps = [float((y - solution(t) * one).abs().max()) for t, y in zip(plan.grid[1:], states, strict=True)]
-        errors.append(max(gaps) / scale)
-    return min(errors, default=math.inf)
-
-
 def _maps(code: Sequence[Instruction]) -> list[LinearMap]:
     return [w for i in code if isinstance(i, Combine) for _, w in i.terms if isinstance(w, LinearMap)]
 
 
-def _grid_states(code: Sequence[Instruction], x: Tensor, model: _Model) -> list[Tensor]:
-    values = {0: x}
-    run = run_code(code, values, model)
-    return [values[k] for k, ins in run if isinstance(ins, Combine) and ins.step is not None]
+def _grid_states(code: Sequence[Instruction], x: Tensor, model: _Model, exact: Tensor | None = None) -> list[Tensor]:
+    """The states at the grid points after the first; with `exact`, [point, ...], each step starts from the exact state."""
+    values, states, ends = {0: x}, [], {0}
+    same = originals(code)
+    for k, ins in run_code(code, values, model):
+        if isinstance(ins, Combine) and ins.step is not None:
+            states.append(values[k])
+            if exact is not None:
+                values[k] = exact[ins.step]
+                if same[k] not in ends:  # later steps may read the vector that the state copies
+                    values[same[k]] = values[k]
+                ends |= {k, same[k]}
+    return states
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,24 +205,93 @@ def gaussian_response(plan: Program, mean: Tensor | float, variance: Tensor | fl
         )
     code, schedule = _with_numbers(plan.code), plan.schedule
 
-    def denoiser(with_mean: bool) -> _Model:
-        def model(x: Tensor, t: float, form: str) -> Tensor:
-            a, s = schedule.alpha(t), schedule.sigma(t)
-            centre = m if with_mean else torch.zeros_like(m)
-            if s == 0:
-                return _at_data(schedule, t, form, x, (x - a * centre) / (a * a * v))
-            data = centre + a * v / (a * a * v + s * s) * (x - a * centre)
-            p, q = conversion(schedule, t, "data", form)
-            return torch.as_tensor(p * x + q * data, device="cpu")
-
-        return model
-
-    offset = _grid_states(code, torch.zeros_like(m), denoiser(True))[-1]
+    offset = _grid_states(code, torch.zeros_like(m), _denoiser(plan, m, v, True))[-1]
     # The gain comes from the linear part alone, so that it is not the difference of two affine answers.
-    gain = _grid_states(_without_constants(code), torch.ones_like(m), denoiser(False))[-1]
+    gain = _grid_states(_without_constants(code), torch.ones_like(m), _denoiser(plan, m, v, False))[-1]
     exact_gain, exact_offset = gaussian_flow(schedule, m, v, plan.grid[0], plan.grid[-1])
     a, s = schedule.alpha(plan.grid[0]), schedule.sigma(plan.grid[0])
     return GaussianResponse(gain, offset, exact_gain, exact_offset, a * m, (a * a * v + s * s).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianErrors:
+    """Errors of a plan on Gaussian data, exactly, over initial states from the true marginal.
+
+    Attributes
+    ----------
+    states : root mean square error of each component of the state at every grid point after the first, float64
+        [N, *mean.shape]; in units of the state.
+    steps : the part of it that a step makes: the same error after the step from an exact state, with exact states at the
+        earlier grid points, float64 [N, *mean.shape].
+    std : standard deviation of the exact states, float64 [N, *mean.shape].
+    """
+
+    states: Tensor
+    steps: Tensor
+    std: Tensor
+
+    @property
+    def components(self) -> Tensor:
+        """Root mean square error of each component of the final state, float64 [*mean.shape]."""
+        return self.states[-1]
+
+    @property
+    def per_step(self) -> Tensor:
+        """Root mean square error of each step over the components, relative to the exact states there, float64 [N]."""
+        flat = self.steps.flatten(1).square().mean(1).sqrt()
+        return flat / self.std.flatten(1).square().mean(1).sqrt()
+
+
+def gaussian_errors(plan: Program, mean: Tensor | float, variance: Tensor | float) -> GaussianErrors:
+    """Errors of a plan on data N(mean, diag variance), by component and by step; no network, no sampling.
+
+    Parameters
+    ----------
+    plan : the plan.
+    mean, variance : moments of the data, numbers or float64 tensors [*shape] of one sample.
+
+    Returns
+    -------
+    The errors.
+
+    Raises
+    ------
+    PlanError : as :func:`gaussian_response`.
+    """
+    whole = gaussian_response(plan, mean, variance)
+    m, v = as_moments(mean, variance)
+    schedule, code = plan.schedule, _with_numbers(plan.code)
+    a, s = (f(torch.tensor(plan.grid, dtype=_F64, device="cpu")) for f in (schedule.alpha, schedule.sigma))
+    axes = [-1] + [1] * m.ndim
+    std = (a.reshape(axes) ** 2 * v + s.reshape(axes) ** 2).sqrt()
+    gains = std / std[0]
+    offsets = (a.reshape(axes) - a[0] * gains) * m
+
+    def errors(exact: bool) -> Tensor:
+        linear = _grid_states(
+            _without_constants(code), torch.ones_like(m), _denoiser(plan, m, v, False), gains if exact else None
+        )
+        affine = _grid_states(code, torch.zeros_like(m), _denoiser(plan, m, v, True), offsets if exact else None)
+        gain, offset = torch.stack(linear) - gains[1:], torch.stack(affine) - offsets[1:]
+        return ((gain * whole.initial_std) ** 2 + (gain * whole.initial_mean + offset) ** 2).sqrt()
+
+    return GaussianErrors(errors(False), errors(True), std[1:])
+
+
+def _denoiser(plan: Program, m: Tensor, v: Tensor, with_mean: bool) -> _Model:
+    """The model of data N(m, diag v) in every form; without the mean, its linear part."""
+    schedule = plan.schedule
+    centre = m if with_mean else torch.zeros_like(m)
+
+    def model(x: Tensor, t: float, form: str) -> Tensor:
+        a, s = schedule.alpha(t), schedule.sigma(t)
+        if s == 0:
+            return _at_data(schedule, t, form, x, (x - a * centre) / (a * a * v))
+        data = centre + a * v / (a * a * v + s * s) * (x - a * centre)
+        p, q = conversion(schedule, t, "data", form)
+        return torch.as_tensor(p * x + q * data, device="cpu")
+
+    return model
 
 
 def _at_data(schedule: Schedule, t: float, form: str, x: Tensor, slope: Tensor) -> Tensor:

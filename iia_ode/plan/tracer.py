@@ -13,8 +13,8 @@ from ..bounded import Bounded
 from ..errors import GridError, PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
-from .analysis import consistency_error
 from .checks import check_grid
+from .consistency import WAY_OUT, inconsistency
 from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction
 from .plan import Plan
@@ -182,8 +182,8 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float],
     Raises
     ------
     GridError : the grid is not usable; see :func:`check_grid`.
-    PlanError : the step is not linear in the vectors, or is inconsistent: the plan keeps neither the solution with
-        constant data and noise nor the solution with constant velocity. Every solver is exact on at least one of them.
+    PlanError : the step is not linear in the vectors, or the solver does not converge on this range of times: its step is
+        inconsistent or zero-unstable, or its weights hold on equal steps only; see :mod:`iia_ode.plan.consistency`.
     """
     times = check_grid(schedule, grid)
     tracer, x, memory = Tracer(schedule), Vector({0: 1.0}), ()
@@ -192,12 +192,9 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float],
         x = tracer.hold(y, step=i + 1)
     plan = Plan(schedule, tuple(times), tuple(tracer.code), solver.label)
     if consistent and getattr(solver, "consistent", True):
-        error = consistency_error(plan)
-        if error > 1e-9 and not _converges(solver, plan):
-            raise PlanError(
-                f"{solver.label} is not a consistent solver: on a solution that it must keep (constant data and noise, or "
-                f"constant velocity) it is off by {error:.2g}. Check that the weights of the step sum to what they should."
-            )
+        fault = inconsistency(plan, lambda finer: trace(solver, schedule.everywhere(), finer, consistent=False))
+        if fault is not None:
+            raise PlanError(f"{solver.label} {fault}. {WAY_OUT}")
     return plan
 
 
@@ -226,28 +223,3 @@ def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]
     with torch.inference_mode(False):  # weights of a plan made in inference mode must serve a run with gradients
         plan = trace(solver, schedule, grid)
     return _PLANS.put(key, plan)
-
-
-_VERDICTS: Bounded[Hashable, bool] = Bounded(256)
-
-
-def _converges(solver: Steppable, plan: Plan) -> bool:
-    """Whether the consistency error falls as the grid is refined.
-
-    A solver in another time variable is exact on neither solution, but an inconsistent solver stays wrong on any grid. The
-    verdict costs more than the plan, and is memoized for solvers and schedules with an exact key.
-    """
-    key = exact_key(solver, plan.schedule, plan.grid)
-    known = None if key is None else _VERDICTS.get(key)
-    if known is not None:
-        return known
-    stride = -(-plan.steps // 4)
-    coarse = [*plan.grid[:-1:stride], plan.grid[-1]]
-    schedule, errors = plan.schedule.everywhere(), []
-    for parts in (8, 64):
-        pairs = zip(coarse[:-1], coarse[1:], strict=True)
-        fine = [a + i / parts * (b - a) for a, b in pairs for i in range(parts)]
-        refined = torch.tensor([*fine, coarse[-1]], dtype=torch.float64, device="cpu")
-        errors.append(consistency_error(trace(solver, schedule, refined, consistent=False)))
-    verdict = errors[1] < errors[0] / 2  # eightfold: order 1/2, near a sigma like sqrt(t), is enough
-    return verdict if key is None else _VERDICTS.put(key, verdict)

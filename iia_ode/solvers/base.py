@@ -49,6 +49,14 @@ class Solver(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     name: str = ""
 
+    @property
+    def irregular_order(self) -> int:
+        """Global order on grids whose step lengths do not become equal as the grid is refined; by default the order.
+
+        A method with the weights of equal steps has its order on smooth grids only, and says so here.
+        """
+        return self.order
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:

@@ -55,6 +55,11 @@ class BlockDPMSolver(Solver):
         """max_order; at most 2 with a last step of first order."""
         return min(self.max_order, 2) if self.lower_order_final else self.max_order
 
+    @property
+    def irregular_order(self) -> int:
+        """At most 2: the third interval has order 3 only where the stages lie at 1/3 and 2/3."""
+        return min(self.order, 2)
+
     def positions(self, steps: int) -> list[int]:
         """The position (from 1) of every interval of a grid in its block."""
         k = self.max_order

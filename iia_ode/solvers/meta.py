@@ -51,6 +51,11 @@ class MetaSolver(Solver):
         return self.solver.order
 
     @property
+    def irregular_order(self) -> int:
+        """The order, at most that of the base on irregular grids."""
+        return min(self.order, self.solver.irregular_order)
+
+    @property
     def consistent(self) -> bool:  # type: ignore[override]
         """Whether plans of the base are checked for consistency."""
         return self.solver.consistent
@@ -100,6 +105,11 @@ class Lookahead(MetaSolver):
         while isinstance(base, AnalyticFirstStep | DenoiseToZero):
             base = base.solver
         return 2 if self.lam == 0.5 and base.plan(VP(), grid / 8).equivalent(DDIM().plan(VP(), grid / 8)) else 1
+
+    @property
+    def irregular_order(self) -> int:
+        """1 with an extrapolation, whose weight lam is that of equal steps."""
+        return self.solver.irregular_order if self.lam == 0 else 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The base's step, with its first evaluation extrapolated from the grid point before."""

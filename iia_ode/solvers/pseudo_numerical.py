@@ -62,6 +62,11 @@ class PNDM(Solver):
         """max_order, at most 2: the weights belong to a uniform grid."""
         return min(self.max_order, 2)
 
+    @property
+    def irregular_order(self) -> int:
+        """1: the weights are those of equal steps."""
+        return 1
+
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
         """The transfer with the combined noise, and the outputs for later steps."""
         schedule = ode.schedule

@@ -6,8 +6,10 @@ checks, each a test case. The suite does not need pytest.
 
 from .certificate import Certificate, verify
 from .conformance import CHECKS, Check, CheckResult, check, run_checks
+from .local import local_errors
 from .orders import OrderMeasurement, measure_order, measure_orders, order_misses
-from .stability import stability_limit
+from .plans import PlanCertificate, plan_certificate
+from .stability import stability_limit, stability_region
 
 __all__ = [
     "CHECKS",
@@ -15,11 +17,15 @@ __all__ = [
     "Check",
     "CheckResult",
     "OrderMeasurement",
+    "PlanCertificate",
     "check",
+    "local_errors",
     "measure_order",
     "measure_orders",
     "order_misses",
+    "plan_certificate",
     "run_checks",
     "stability_limit",
+    "stability_region",
     "verify",
 ]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
-from ..errors import IIAError
+from ..errors import IIAError, PlanError
 from ..forms import conversion
 from ..grids import karras
+from ..iia import FittedSolver
 from ..plan import Combine, Evaluate, Plan, trace
 from ..schedules import Schedule
 from ..solvers import Solver, SolverLike, as_solver
 from .cases import SCHEDULES
 from .conformance import CHECKS, CheckResult, check_order_is_the_claimed_one, order_result, run_checks
-from .orders import OrderMeasurement, as_schedules, claimed_order, measure_orders
+from .irregular import irregular_order
+from .orders import OrderMeasurement, as_schedules, claimed_order, measure_orders, order_summary
+from .plans import PlanCertificate, plan_certificate
 from .stability import stability_limit
 
 __all__ = ["Certificate", "final_step", "verify"]
@@ -39,7 +43,10 @@ class Certificate:
     nfe : model evaluations of all 12 steps; None for a solver that fails there.
     peak_vectors : the largest number of vectors alive at once on this grid.
     final_step : description of the step to sigma = 0, by name of the schedule.
-    stability : the largest z with bounded solutions of dx/dt = mu x for all h mu in [-z, 0]; None beyond 60.
+    stability : the largest z with bounded solutions of dx/dt = mu x for all h mu in [-z, 0]; None beyond 60, 0 for a
+        zero-unstable method, and nan for a solver whose memory grows from step to step.
+    imaginary_stability : the same for h mu from 0 to iz.
+    irregular_order : the order that the solver claims on grids with steps alternately of lengths 2 and 1.
     checks : the result of each check of the suite.
     only_on : user-given schedules, where `orders` and `final_step` cover only these; else empty.
 
@@ -58,6 +65,8 @@ class Certificate:
     peak_vectors: int | None
     final_step: dict[str, str]
     stability: float | None
+    imaginary_stability: float | None
+    irregular_order: int
     checks: tuple[CheckResult, ...]
     only_on: tuple[str, ...] = ()
 
@@ -65,6 +74,19 @@ class Certificate:
     def passed(self) -> bool:
         """Whether the solver passes every check."""
         return all(one.problem is None for one in self.checks)
+
+    @property
+    def diagnosis(self) -> str:
+        """One sentence without its full stop: the verdict, and what is wrong first."""
+        broken = [one for one in self.checks if one.problem is not None]
+        if not broken:
+            return f"passed, {len(self.checks)} of {len(self.checks)} checks"
+        order = order_summary(self.orders, self.claimed_order)
+        first = order or re.split(r" \(|;|: ", (broken[0].problem or "").removeprefix(f"{self.solver}: "))[0].rstrip(
+            "."
+        )
+        more = f"{len(self.checks) - len(broken)} of {len(self.checks)} checks passed"
+        return f"FAILED, {first}; {more}"
 
     def as_dict(self) -> dict[str, Any]:
         """The certificate in JSON's own types; None stands for numbers that are not finite."""
@@ -75,12 +97,12 @@ class Certificate:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        kept = sum(one.problem is None for one in self.checks)
-        yield f"{self.solver}: {'passed' if self.passed else 'FAILED'}, {kept} of {len(self.checks)} checks"
+        yield f"{self.solver}: {self.diagnosis}"
         yield ""
         if self.only_on:
             yield f"Covers only {', '.join(self.only_on)}"
-        yield f"Order {self.claimed_order} claimed; measured"
+        elsewhere = f" on smooth grids, {self.irregular_order} on irregular grids"
+        yield f"Order {self.claimed_order} claimed{elsewhere * (self.irregular_order != self.claimed_order)}; measured"
         yield f"  {'on':<15}{'problem':<10}{'grid uniform in':<19}{'order':>6}  {'':<8}{'cold start':>10}"
         for warm, cold in zip(self.orders, self.cold_orders, strict=True):
             where = f"  {warm.schedule:<15}{warm.problem:<10}{warm.grid:<19}"
@@ -101,26 +123,26 @@ class Certificate:
                 f"{self.nfe} over {STEPS} steps to the data"
             )
             yield f"Vectors at once    {self.peak_vectors}"
-        bounded = (
-            "[-60, 0], the whole range that was tested" if self.stability is None else f"[-{self.stability:.3f}, 0]"
-        )
-        yield f"Stability          bounded on dx/dt = mu x for h mu in {bounded}"
+        yield f"Stability          bounded on dx/dt = mu x for h mu in {_interval(self.stability, '-')}"
+        yield f"{'':<19}and in {_interval(self.imaginary_stability, 'i')}"
         for k, (schedule, what) in enumerate(self.final_step.items()):
             yield f"{'' if k else 'Step to sigma = 0':<19}{schedule}: {what}"
 
 
 def verify(
-    solver: SolverLike,
+    solver: SolverLike | Plan | FittedSolver,
     *,
     schedules: Schedule | Iterable[Schedule] = SCHEDULES,
     file: TextIO | None = None,
     quiet: bool = False,
-) -> Certificate:
+) -> Certificate | PlanCertificate:
     """Measure a solver, run the conformance suite on it, and print the certificate. Takes a few seconds.
+
+    A plan or a fitted solver has one grid, on which it is measured instead; see :class:`PlanCertificate`.
 
     Parameters
     ----------
-    solver : a registered name, or a solver, registered or not.
+    solver : a registered name, a solver, registered or not, a plan, or a fitted solver.
     schedules : one or more schedules on which the order is measured; smooth, with sigma/alpha from 0.3 to 5 in their range.
         With schedules other than the default, the certificate states that it covers only the given schedules.
     file : output stream; standard output by default.
@@ -128,13 +150,18 @@ def verify(
 
     Returns
     -------
-    The certificate. A failed check raises nothing here; :func:`iia_ode.testing.check` raises.
+    The certificate of the solver, or of the plan. A failed check raises nothing here; :func:`iia_ode.testing.check` raises.
 
     Raises
     ------
     UnknownNameError, InputError : `solver` is no solver or has no valid ``order``, or `schedules` holds no schedule.
     PlanError : the solver's step cannot be traced.
     """
+    if isinstance(solver, Plan | FittedSolver):
+        of_plan = plan_certificate(solver)
+        if not quiet:
+            print(of_plan, file=sys.stdout if file is None else file)
+        return of_plan
     found, asked = as_solver(solver), as_schedules(schedules)
     claimed = claimed_order(found)
     orders = measure_orders(found, asked)
@@ -150,13 +177,30 @@ def verify(
         nfe=nfe,
         peak_vectors=peak_vectors,
         final_step={type(s).__name__: final_step(found, s) for s in asked if s.sigma(s.t_data) == 0},
-        stability=stability_limit(found),
+        stability=_stability(found, -1.0),
+        imaginary_stability=_stability(found, 1j),
+        irregular_order=irregular_order(found),
         checks=(order_result(found, orders), *run_checks(found, others)),
         only_on=() if asked == SCHEDULES else tuple(map(repr, asked)),
     )
     if not quiet:
         print(certificate, file=sys.stdout if file is None else file)
     return certificate
+
+
+def _interval(limit: float | None, sign: str) -> str:
+    if limit is not None and math.isnan(limit):
+        return "no known range: the memory of the solver grows"
+    end = "60" if limit is None else f"{limit:.3f}"
+    shown = f"[-{end}, 0]" if sign == "-" else f"[0, {end}i]"
+    return f"{shown}, the whole range that was tested" if limit is None else shown
+
+
+def _stability(solver: Solver, direction: complex) -> float | None:
+    try:
+        return stability_limit(solver, direction)
+    except PlanError:  # of a memory that grows, which a check reports
+        return math.nan
 
 
 def _counts(solver: Solver) -> tuple[tuple[int, ...], int | None, int | None]:

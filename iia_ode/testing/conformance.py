@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from ..errors import ConformanceError, UnknownNameError
 from ..grids import karras, uniform
@@ -29,9 +28,10 @@ from ..iia.directions import StepRecord, Term
 from ..iia.fitted import read_fit
 from ..integrate import odeint, sample
 from ..plan import trace
-from ..schedules import EDM, VP, Cosine, FlowMatching, Schedule
+from ..schedules import EDM, VP, Cosine, FlowMatching
 from ..solvers import Solver, SolverLike, as_solver, get_solver
 from .cases import SCHEDULES, TRACKS, draw, every_schedule, gaussian, mixture, points, rms
+from .irregular import irregular_misses, irregular_order
 from .orders import (
     COARSER,
     COUNTS,
@@ -41,14 +41,15 @@ from .orders import (
     local_slopes,
     measure_orders,
     order_misses,
+    order_summary,
 )
+from .requirements import name_of, require, require_convergence
 from .runs import default_dtype, eager_run, traced_in_turn
 
 __all__ = ["CHECKS", "Check", "CheckResult", "check", "order_result", "run_checks"]
 
 Check: TypeAlias = Callable[[SolverLike], None]
 
-ENOUGH = 2e-3  # relative error at the last noise level of the grids, 0.002
 REVERSIBLE = 1e-10  # rounding error of a round trip that is exact by construction
 
 _CHECKS: list[Check] = []
@@ -112,8 +113,10 @@ def run_checks(solver: SolverLike, checks: Iterable[Check] | None = None) -> tup
 
 def order_result(solver: Solver, measurements: Sequence[OrderMeasurement]) -> CheckResult:
     """The result of the order check from given measurements."""
-    misses = order_misses(measurements, claimed_order(solver))
-    return _result(check_order_is_the_claimed_one, f"{solver.label}: {'; '.join(misses)}." if misses else None)
+    claimed = claimed_order(solver)
+    misses = order_misses(measurements, claimed)
+    problem = f"{solver.label}: {order_summary(measurements, claimed)}: {'; '.join(misses)}." if misses else None
+    return _result(check_order_is_the_claimed_one, problem)
 
 
 def _result(one: Check, problem: str | None) -> CheckResult:
@@ -157,13 +160,26 @@ def check_order_is_the_claimed_one(solver: Solver) -> None:
 
 
 @_promise
+def check_irregular_grids_have_their_order(solver: Solver) -> None:
+    """On grids with steps alternately twice as long and half as long, the order is `irregular_order`, by default the order."""
+    misses = irregular_misses(solver, SCHEDULES[1:])
+    claimed = irregular_order(solver)
+    require(
+        not misses,
+        solver,
+        f"on irregular grids {'; '.join(misses)}, claimed {claimed}: use the weights of the grid's own steps, or say "
+        "irregular_order for a method that has its order on smooth grids only",
+    )
+
+
+@_promise
 def check_encoding_and_decoding_return(solver: Solver) -> None:
     """Encoding data to noise and decoding again returns the state, with an error that falls as the grid is refined."""
     # An Euler step at the start costs h^2 once; an inconsistent first step costs h.
     least = min(solver.order, 2) if solver.consistent else 1
     for schedule in SCHEDULES:
         grids = partial(karras, schedule=schedule, to_data=False)
-        _require_convergence(solver, schedule, lambda n, g=grids: g(n + 1).flip(0), (12, 48))  # type: ignore[misc]
+        require_convergence(solver, schedule, lambda n, g=grids: g(n + 1).flip(0), (12, 48))  # type: ignore[misc]
         ode, gaps, slope = mixture().ode(schedule), [], -math.inf
         counts = (COARSER, *COUNTS)
         for n in counts:
@@ -174,10 +190,11 @@ def check_encoding_and_decoding_return(solver: Solver) -> None:
             if slope >= least - TOLERANCE or gaps[-1] < REVERSIBLE:
                 break
         steps, shown = ", ".join(map(str, counts)), ", ".join(f"{gap:.2g}" for gap in gaps)
-        _require(
+        require(
             slope >= least - TOLERANCE or gaps[-1] < REVERSIBLE,
             solver,
-            f"on {_name(schedule)}, encoding and decoding over {steps} steps misses the start by {shown}: order {slope:.2f}, "
+            f"on {name_of(schedule)}, encoding and decoding over {steps} steps misses the start by {shown}: order "
+            f"{slope:.2f}, "
             f"expected at least {least}",
         )
 
@@ -186,7 +203,7 @@ def check_encoding_and_decoding_return(solver: Solver) -> None:
 def check_pure_noise_is_a_valid_start(solver: Solver) -> None:
     """Integration starts from pure noise, where alpha = 0."""
     for schedule in (FlowMatching(), Cosine()):
-        _require_convergence(
+        require_convergence(
             solver, schedule, partial(uniform, t_start=schedule.t_noise, t_end=schedule.t_data), (16, 64)
         )
 
@@ -195,7 +212,7 @@ def check_pure_noise_is_a_valid_start(solver: Solver) -> None:
 def check_partly_noised_state_is_a_valid_start(solver: Solver) -> None:
     """Integration starts from a partly noised state and ends on its data."""
     for schedule in SCHEDULES:
-        _require_convergence(solver, schedule, partial(karras, sigma_max=1.5, schedule=schedule), (8, 24))
+        require_convergence(solver, schedule, partial(karras, sigma_max=1.5, schedule=schedule), (8, 24))
 
 
 @_promise
@@ -209,27 +226,25 @@ def check_any_number_of_intervals_works(solver: Solver) -> None:
             x = draw(gaussian(), 4, schedule, float(grid[0]))
             states = odeint(ode, x, grid, method=solver)
             where = f"a grid of {n} interval{'s' * (n > 1)}" + " to the data" * to_data
-            _require(len(states) == n + 1, solver, f"{where} gives {len(states)} states, expected {n + 1}")
-            _require(bool(torch.isfinite(states).all()), solver, f"{where} gives states that are not finite")
-            _require(
-                not torch.equal(states[0], states[1]), solver, f"the first step of {where} does not move the state"
-            )
+            require(len(states) == n + 1, solver, f"{where} gives {len(states)} states, expected {n + 1}")
+            require(bool(torch.isfinite(states).all()), solver, f"{where} gives states that are not finite")
+            require(not torch.equal(states[0], states[1]), solver, f"the first step of {where} does not move the state")
 
 
 @_promise
 def check_last_step_lands_on_the_data(solver: Solver) -> None:
     """The step to sigma = 0 lands on the data without an evaluation at sigma = 0, on every kind of schedule."""
     for schedule in every_schedule():
-        _require_convergence(solver, schedule, partial(karras, schedule=schedule), (12, 36))
+        require_convergence(solver, schedule, partial(karras, schedule=schedule), (12, 36))
         # Close to one of a few data points the flow is straight: a valid step reduces the noise.
         ode, grid = points().ode(schedule), karras(6, 0.01, 0.1, schedule=schedule)
         states = odeint(ode, draw(points(), 8, schedule, float(grid[0])), grid, method=solver)
         estimate = ode.data(states[-2], float(grid[-2]))
         before, left = rms(states[-2] - estimate), rms(states[-1] - estimate)
-        _require(
+        require(
             left < before,
             solver,
-            f"on {_name(schedule)}, the step from sigma/alpha = 0.01 to 0 begins {before:.2g} from the data and ends "
+            f"on {name_of(schedule)}, the step from sigma/alpha = 0.01 to 0 begins {before:.2g} from the data and ends "
             f"{left:.2g} from it",
         )
 
@@ -247,9 +262,9 @@ def check_state_keeps_its_dtype(solver: Solver) -> None:
         for default in (torch.float32, torch.float64):
             with default_dtype(default):
                 final = sample(ode, x.to(dtype), grid, solver)
-            _require(final.dtype == dtype, solver, f"a {dtype} state became {final.dtype}")
+            require(final.dtype == dtype, solver, f"a {dtype} state became {final.dtype}")
             gap = rms(final.double() - exact[-1]) / rms(exact)
-            _require(
+            require(
                 gap <= tolerance, solver, f"in {dtype}, with torch's default {default}, the result is off by {gap:.2g}"
             )
 
@@ -265,7 +280,7 @@ def check_batch_order_does_not_matter(solver: Solver) -> None:
         ("a permuted batch", rms(sample(ode, x[order], grid, solver) - together[order])),
         ("a sample alone", rms(sample(ode, x[:1], grid, solver) - together[:1])),
     ):
-        _require(gap <= 1e-12 * scale, solver, f"{name} gives results that differ by {gap / scale:.2g}")
+        require(gap <= 1e-12 * scale, solver, f"{name} gives results that differ by {gap / scale:.2g}")
 
 
 # ---- the step function -----------------------------------------------------------------------------------------------
@@ -282,12 +297,12 @@ def check_plan_equals_eager_run(solver: Solver) -> None:
         with ode.counting() as spent:
             eager = eager_run(solver, ode, x, grid)
         gap = rms(eager - planned) / rms(planned)
-        _require(gap <= 1e-11, solver, f"on {_name(schedule)}, eager and planned states differ by {gap:.2g}")
+        require(gap <= 1e-11, solver, f"on {name_of(schedule)}, eager and planned states differ by {gap:.2g}")
         # An eager run may make more: a plan evaluates a state at a time once, however often the step asks.
-        _require(
+        require(
             spent.evaluations >= plan.nfe,
             solver,
-            f"on {_name(schedule)}, the plan makes {plan.nfe} evaluations and an eager run {spent.evaluations}",
+            f"on {name_of(schedule)}, the plan makes {plan.nfe} evaluations and an eager run {spent.evaluations}",
         )
 
 
@@ -299,7 +314,7 @@ def check_runs_do_not_share_state(solver: Solver) -> None:
     alone = [trace(copy.deepcopy(solver), schedule, grid, consistent=False) for grid in grids]
     for plan, other in zip(traced_in_turn(solver, schedule, grids), alone, strict=True):
         gap = plan.difference(other)
-        _require(
+        require(
             gap <= 1e-14,
             solver,
             "two interleaved integrations with one instance differ from two with an instance each: keep earlier values in the "
@@ -311,7 +326,7 @@ def check_runs_do_not_share_state(solver: Solver) -> None:
 def check_memory_does_not_grow(solver: Solver) -> None:
     """A longer grid needs no more vectors at once: a step keeps a window of earlier vectors, not the whole history."""
     peaks = [trace(solver, EDM(), karras(n), consistent=False).peak_vectors for n in (24, 48)]
-    _require(
+    require(
         peaks[0] == peaks[1],
         solver,
         f"24 steps hold {peaks[0]} vectors at once and 48 steps {peaks[1]}: drop vectors from memory that no later step "
@@ -336,7 +351,7 @@ def check_options_survive_json(solver: Solver) -> None:
         return  # a class without options
     again = get_solver(solver.name, **read) if registered else kind(**read)
     plans = [trace(s, EDM(), karras(5), consistent=False) for s in (solver, again)]
-    _require(
+    require(
         again.label == solver.label and plans[0].difference(plans[1]) == 0.0,
         solver,
         f"made again from its options {options}, the solver is {again.label}, with a plan that differs by "
@@ -354,45 +369,17 @@ def check_saved_solver_gives_equal_samples(solver: Solver) -> None:
         loaded = read_fit(fit.save(Path(folder) / "fit.safetensors"))
     expected = sample(ode, x, grid, solver)
     gap = rms(sample(ode, x, solver=fit) - expected) / rms(expected)
-    _require(gap <= 1e-12, solver, f"an IIA fit without terms differs from its base by {gap:.2g}")
-    _require(
+    require(gap <= 1e-12, solver, f"an IIA fit without terms differs from its base by {gap:.2g}")
+    require(
         torch.equal(sample(ode, x, solver=loaded), sample(ode, x, solver=fit)),
         solver,
         "the loaded solver gives other samples",
     )
-    _require(loaded.record == fit.record, solver, f"saved with {fit.record}, but loaded with {loaded.record}")
+    require(loaded.record == fit.record, solver, f"saved with {fit.record}, but loaded with {loaded.record}")
 
 
 CHECKS: tuple[Check, ...] = tuple(_CHECKS)
 """The suite: functions that take a solver or a registered name and raise :class:`~iia_ode.errors.ConformanceError`."""
-
-
-def _require(kept: bool, solver: Solver, what: str) -> None:
-    if not kept:
-        raise ConformanceError(f"{solver.label}: {what}.")
-
-
-def _name(schedule: Schedule) -> str:
-    return type(schedule).__name__
-
-
-def _require_convergence(
-    solver: Solver, schedule: Schedule, make_grid: Callable[[int], Tensor], counts: tuple[int, int]
-) -> None:
-    """Require a final error on Gaussian data that is small, or at most half as large at the second count as at the first."""
-    errors = []
-    for n in counts:
-        grid = make_grid(n)
-        start, end = float(grid[0]), float(grid[-1])
-        x = draw(gaussian(), 8, schedule, start)
-        exact = gaussian().flow(x, schedule, start, end)
-        errors.append(rms(sample(gaussian().ode(schedule), x, grid, solver) - exact) / rms(exact))
-    _require(
-        math.isfinite(errors[1]) and errors[1] <= max(errors[0] / 2, ENOUGH),
-        solver,
-        f"on {_name(schedule)} from t = {start:.3g} to {end:.3g}, {counts[0]} steps leave a relative error of "
-        f"{errors[0]:.2g} and {counts[1]} steps {errors[1]:.2g}; expected half of it",
-    )
 
 
 def _no_terms(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:

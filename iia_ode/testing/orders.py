@@ -35,6 +35,7 @@ __all__ = [
     "measure_order",
     "measure_orders",
     "order_misses",
+    "order_summary",
 ]
 
 TOLERANCE = 0.15
@@ -219,6 +220,35 @@ def measure_order(
     if few:
         measure(few, COARSER)
     return tuple(_measurement(problem, schedule, track, from_exact_start, errors[problem]) for problem in PROBLEMS)
+
+
+def order_summary(measurements: Sequence[OrderMeasurement], claimed: int) -> str:
+    """One sentence on how measured orders contradict a claimed order, such as 'order 1.00 on all 18 tracks, claimed 3'.
+
+    Parameters
+    ----------
+    measurements : from :func:`measure_orders` or :func:`measure_order`.
+    claimed : the claimed order.
+
+    Returns
+    -------
+    The sentence, without its full stop; empty for a correct claim.
+    """
+    if not order_misses(measurements, claimed):
+        return ""
+    wrong = [m for m in measurements if not m.agrees_with(claimed)]
+    found = sorted(m.order for m in wrong or measurements if math.isfinite(m.order))
+    if not found:
+        return f"no order on {len(wrong)} of {len(measurements)} tracks, claimed {claimed}"
+    low, high = f"{found[0]:.2f}", f"{found[-1]:.2f}"
+    orders = f"order {low}" if low == high else f"order {low} to {high}"
+    if not wrong:
+        return f"{orders}, claimed {claimed}: the claim is too low"
+    places = list(dict.fromkeys(m.schedule for m in wrong))
+    every = len(wrong) == len(measurements)
+    where = f"all {len(wrong)}" if every else f"{len(wrong)} of {len(measurements)}"
+    named = "" if every else f" ({', '.join(places)})"
+    return f"{orders} on {where} tracks{named}, claimed {claimed}"
 
 
 def order_misses(measurements: Sequence[OrderMeasurement], claimed: int) -> list[str]:
