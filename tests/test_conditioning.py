@@ -397,10 +397,10 @@ class Embedding:
 )
 def test_a_condition_that_cannot_be_split_is_an_input_error(value, message):
     with pytest.raises(iia.errors.InputError, match=message):
-        iia.sample(ProbabilityFlowODE(lambda x, t, c: x, iia.EDM(), conditioning={"c": value}), normal(4, 3), GRID)
+        iia.sample(ProbabilityFlowODE(lambda x, t, c: x, iia.EDM(), conditioning={"c": value}), 80 * normal(4, 3), GRID)
     ode = ProbabilityFlowODE(lambda x, t, c: x, iia.EDM())
     with pytest.raises(iia.errors.InputError, match=message):
-        iia.sample(ode.condition(c=value), normal(4, 3), GRID)
+        iia.sample(ode.condition(c=value), 80 * normal(4, 3), GRID)
 
 
 def test_gradients_flow_to_conditions_in_a_tree():

@@ -105,7 +105,7 @@ def test_a_fit_is_used_without_a_warning_by_the_same_network_in_half_precision()
     fit = iia.preset("iia-ddim").fit(ProbabilityFlowODE(Deep(net), iia.EDM()), 10 * torch.randn(16, 3), GRID)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        iia.sample(ProbabilityFlowODE(Slot(copy.deepcopy(net).bfloat16()), iia.EDM()), normal(2, 3), solver=fit)
+        iia.sample(ProbabilityFlowODE(Slot(copy.deepcopy(net).bfloat16()), iia.EDM()), 10 * normal(2, 3), solver=fit)
 
 
 def test_the_fingerprint_does_not_depend_on_schedule_condition_or_prediction():
@@ -185,7 +185,7 @@ def test_writes_through_data_are_noticed_by_the_check_of_a_fit():
     for o in (ode, fresh):
         assert o.fingerprint() != fit.record.origin.fingerprint
         with pytest.warns(FingerprintWarning):
-            iia.sample(o, torch.randn(2, 3), solver=fit)
+            iia.sample(o, 10 * torch.randn(2, 3), solver=fit)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool], ids=str)
@@ -260,8 +260,8 @@ def test_an_unknown_model_says_so_in_the_record_and_warns_of_nothing(recwarn):
     ode = ProbabilityFlowODE(lambda x, t: 0.5 * x, iia.EDM())
     fit = iia.preset("iia-ddim").fit(ode, 10 * torch.randn(16, 3), GRID)
     assert fit.record.origin.fingerprint.startswith("unknown")
-    iia.sample(ProbabilityFlowODE(lambda x, t: 0.4 * x, iia.EDM()), normal(2, 3), solver=fit)
-    iia.sample(ProbabilityFlowODE(Deep(network()), iia.EDM()), normal(2, 3), solver=fit)
+    iia.sample(ProbabilityFlowODE(lambda x, t: 0.4 * x, iia.EDM()), 10 * normal(2, 3), solver=fit)
+    iia.sample(ProbabilityFlowODE(Deep(network()), iia.EDM()), 10 * normal(2, 3), solver=fit)
     assert not recwarn.list
 
 
@@ -272,9 +272,9 @@ def test_a_tag_names_a_model_in_the_file_of_a_fit(tmp_path):
     fit = iia.preset("iia-ddim").fit(tagged("v1"), 10 * torch.randn(16, 3), GRID)
     found = iia.load(fit.save(tmp_path / "fit.safetensors"))
     assert found.record.origin.fingerprint == "tag-v1" == cached(Wrapped(tagged("v1"))).fingerprint()
-    iia.sample(tagged("v1"), normal(2, 3), solver=found)
+    iia.sample(tagged("v1"), 10 * normal(2, 3), solver=found)
     with pytest.warns(FingerprintWarning, match="tag-v1"):
-        iia.sample(tagged("v2"), normal(2, 3), solver=found)
+        iia.sample(tagged("v2"), 10 * normal(2, 3), solver=found)
     assert "tag" not in tagged("v1").settings  # another model has another name
     with pytest.raises(InputError, match="my-model-v2"):
         tagged(3)

@@ -117,7 +117,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        t, x : time and state, as for :meth:`output`.
+        t, x : time and state [B, ...], as for :meth:`output`.
 
         Returns
         -------
@@ -130,7 +130,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        x, t : state and time, as for :meth:`output`.
+        x, t : state [B, ...] and time, as for :meth:`output`.
         form : without effect here; a plan stores the output in this form.
 
         Returns
@@ -199,7 +199,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Parameters
         ----------
-        x, t : state and time, as for :meth:`output`.
+        x, t : state [B, ...] and time, as for :meth:`output`.
 
         Returns
         -------
