@@ -1,11 +1,12 @@
 """High-accuracy solutions of the probability-flow ODE by torchdiffeq, in log-SNR time, with dense output.
 
-In terms of the scaled state w = x / sqrt(alpha^2 + sigma^2) and the time u = asinh(alpha / sigma), the flow is
+With a = alpha times the size of the data, the scaled state w = x / sqrt(a^2 + sigma^2) and the time u = asinh(a / sigma), the
+flow is
 
-    dw/du = D(x, t) - tanh(u) w.
+    dw/du = D(x, t) / size - tanh(u) w.
 
-Near the data, u is log-SNR time up to a constant (u = lambda + log 2 + O(sigma^2)). At the noise end, u stays finite, so
-schedules with alpha = 0 there need no special case. No derivative of the schedule enters.
+Near the data, u is log-SNR time up to a constant. At the noise end, u stays finite, so schedules with alpha = 0 there need no
+special case. No derivative of the schedule enters. The scaled state is of order 1 for data of any size.
 """
 
 from __future__ import annotations
@@ -24,23 +25,28 @@ from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .plan import check_grid, check_start
 from .schedules import Schedule
+from .sizes import data_size
 
 __all__ = ["Trajectory", "solve", "trajectory"]
 
 _F64 = torch.float64
+_FLOOR = 1e-6  # default of sigma_min, relative to the size of the data
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A dense solution. ``trajectory(t)`` is the state at time t, by cubic Hermite interpolation in log-SNR time.
+    """A dense solution. ``trajectory(t)`` is the state at time t, by Hermite interpolation in log-SNR time.
+
+    The polynomial of degree 7 has the states and slopes of the four nearest knots.
 
     Attributes
     ----------
     schedule : noise schedule of the ODE.
-    knots : times u = asinh(alpha/sigma) of the stored points, float64 [K], strictly monotone.
+    knots : times u = asinh(size alpha/sigma) of the stored points, float64 [K], strictly monotone.
     states, slopes : scaled states w and their derivatives dw/du at the knots, float64 [K, B, ...].
     data : state at sigma = 0, float64 [B, ...], if the trajectory ends at the data; else None.
     evaluations : number of batched model evaluations spent.
+    size : root mean square of the data, the unit of the clock.
     """
 
     schedule: Schedule
@@ -49,14 +55,15 @@ class Trajectory:
     slopes: Tensor
     data: Tensor | None
     evaluations: int
+    size: float = 1.0
 
     @property
     def final(self) -> Tensor:
         """State at the end of the trajectory, float64 [B, ...]."""
         if self.data is not None:
             return self.data
-        u = float(self.knots[-1])
-        return self.states[-1] * self.schedule.size(_time(self.schedule, u))
+        clock = _Clock(self.schedule, self.size)
+        return self.states[-1] * clock.scale(clock.time(float(self.knots[-1])))
 
     def __call__(self, t: float) -> Tensor:
         """Interpolate the state at time t.
@@ -73,25 +80,38 @@ class Trajectory:
         ------
         GridError : t lies outside the trajectory.
         """
-        u, first, last = _clock(self.schedule, t), float(self.knots[0]), float(self.knots[-1])
+        clock = _Clock(self.schedule, self.size)
+        u, first, last = clock(t), float(self.knots[0]), float(self.knots[-1])
         low, high = min(first, last), max(first, last)
         slack = 1e-9 * max(1.0, high)
         if self.data is not None and u > high:
             # Below the floor eps is taken as constant: x is a straight line in (alpha, sigma) from the last knot to the data.
-            floor = _time(self.schedule, last)
+            floor = clock.time(last)
             a, s = self.schedule.alpha(floor), self.schedule.sigma(floor)
-            eps = (self.states[-1] * self.schedule.size(floor) - a * self.data) / s
+            eps = (self.states[-1] * clock.scale(floor) - a * self.data) / s
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
             raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
-        sign = 1.0 if last > first else -1.0
-        k = int(torch.searchsorted(sign * self.knots, sign * u)) - 1
-        k = min(max(k, 0), len(self.knots) - 2)
-        h = float(self.knots[k + 1] - self.knots[k])
-        r = (u - float(self.knots[k])) / h
-        w = (1 + 2 * r) * (1 - r) ** 2 * self.states[k] + r * r * (3 - 2 * r) * self.states[k + 1]
-        w = w + h * r * (1 - r) * ((1 - r) * self.slopes[k] - r * self.slopes[k + 1])
-        return w * self.schedule.size(t)
+        sign, count = 1.0 if last > first else -1.0, len(self.knots)
+        k = int(torch.searchsorted(sign * self.knots, sign * u))
+        k = min(max(k - 2, 0), max(count - 4, 0))
+        near = slice(k, min(k + 4, count))
+        values, slopes = _hermite(self.knots[near].tolist(), u)
+        terms = zip((*values, *slopes), (*self.states[near], *self.slopes[near]), strict=True)
+        w = sum((weight * term for weight, term in terms), start=torch.zeros_like(self.states[0]))
+        return w * clock.scale(t)
+
+
+def _hermite(knots: list[float], u: float) -> tuple[list[float], list[float]]:
+    """Weights of values and of derivatives at the knots in the Hermite polynomial at u."""
+    values, slopes = [], []
+    for j, own in enumerate(knots):
+        others = [v for i, v in enumerate(knots) if i != j]
+        basis = math.prod((u - v) / (own - v) for v in others) ** 2
+        slope = sum(1 / (own - v) for v in others)  # derivative at `own` of the product
+        values.append((1 - 2 * (u - own) * slope) * basis)
+        slopes.append((u - own) * basis)
+    return values, slopes
 
 
 @torch.no_grad()
@@ -104,7 +124,7 @@ def trajectory(
     points: int = 120,
     rtol: float = 1e-9,
     atol: float = 1e-9,
-    sigma_min: float = 1e-6,
+    sigma_min: float | None = None,
     method: str = "dopri8",
 ) -> Trajectory:
     """Integrate the ODE from `t_start` to `t_end` to high accuracy, with dense output. Gradients are switched off.
@@ -115,10 +135,12 @@ def trajectory(
     x : state at `t_start`, [B, ...].
     t_start, t_end : start and end times, in either direction. `t_end` may be the data; `t_start` may have alpha = 0.
     points : number of knots of the dense output, at least 2, equidistant in u. The integrator ends a step at each knot.
-    rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1. The rounding
-        of a float32 model exceeds tolerances below about 1e-6.
+    rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1, whatever the
+        unit of the data. The sample with the largest error meets the tolerances. The rounding of a float32 model exceeds
+        tolerances below about 1e-6.
     sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data. The final state is then the
-        model's data estimate, with an error of O(sigma_min^2). For a network, give the smallest level of its training.
+        model's data estimate, with an error of O(sigma_min^2). For a network, give the smallest level of its training. By
+        default a millionth of the root mean square of the data, which a few samples tell.
     method : any adaptive method of torchdiffeq.
 
     Returns
@@ -133,15 +155,16 @@ def trajectory(
     NonFiniteError : the model or the integration is not finite, or the step size vanished.
     """
     points = check_whole("points, the number of knots of a trajectory,", points, least=2, such_as=120)
-    schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
-    last = times[1] if floor is None else floor
-    knots = torch.linspace(_clock(schedule, times[0]), _clock(schedule, last), points, dtype=_F64, device="cpu")
+    times = _times(ode, x, t_start, t_end, sigma_min, method)
     with ode.counting() as spent:
-        states = _integrate(ode, x, times[0], knots, rtol, atol, method)
-        flow = _flow(ode)
+        clock, floor = _clock(ode, x, times, sigma_min)
+        last = times[1] if floor is None else floor
+        knots = torch.linspace(clock(times[0]), clock(last), points, dtype=_F64, device="cpu")
+        states = _integrate(ode, clock, x, times[0], knots, rtol, atol, method)
+        flow = _flow(ode, clock)
         slopes = torch.stack([flow(u, w) for u, w in zip(knots, states, strict=True)])
-        data = None if floor is None else _data(ode, states[-1], floor, times[1])
-    return Trajectory(schedule, knots, states, slopes, data, spent.evaluations)
+        data = None if floor is None else _data(ode, clock, states[-1], floor, times[1])
+    return Trajectory(ode.schedule, knots, states, slopes, data, spent.evaluations, clock.size)
 
 
 @torch.no_grad()
@@ -153,7 +176,7 @@ def solve(
     *,
     rtol: float = 1e-9,
     atol: float = 1e-9,
-    sigma_min: float = 1e-6,
+    sigma_min: float | None = None,
     method: str = "dopri8",
 ) -> Tensor:
     """Integrate the ODE from `t_start` to `t_end` to high accuracy, without dense output. Gradients are switched off.
@@ -170,17 +193,39 @@ def solve(
     ------
     InputError, GridError, UnknownNameError, NonFiniteError : as for :func:`trajectory`.
     """
-    schedule, times, floor = _span(ode, x, t_start, t_end, sigma_min, method)
+    times = _times(ode, x, t_start, t_end, sigma_min, method)
+    clock, floor = _clock(ode, x, times, sigma_min)
     last = times[1] if floor is None else floor
-    knots = torch.tensor([_clock(schedule, times[0]), _clock(schedule, last)], dtype=_F64, device="cpu")
-    w = _integrate(ode, x, times[0], knots, rtol, atol, method)[-1]
-    return w * schedule.size(last) if floor is None else _data(ode, w, floor, times[1])
+    knots = torch.tensor([clock(times[0]), clock(last)], dtype=_F64, device="cpu")
+    w = _integrate(ode, clock, x, times[0], knots, rtol, atol, method)[-1]
+    return w * clock.scale(last) if floor is None else _data(ode, clock, w, floor, times[1])
 
 
-def _span(
-    ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float, method: str
-) -> tuple[Schedule, list[float], float | None]:
-    """Check all arguments. Return the schedule, both times, and the time to stop at if the second is the data."""
+@dataclass(frozen=True)
+class _Clock:
+    """The time u = asinh(size alpha / sigma) of a schedule, for data of a size."""
+
+    schedule: Schedule
+    size: float
+
+    def __call__(self, t: float) -> float:
+        """The clock at time t."""
+        sigma = self.schedule.sigma(t)
+        return math.inf if sigma == 0 else math.asinh(self.size * self.schedule.alpha(t) / sigma)
+
+    def time(self, u: float) -> float:
+        """The time at which the clock is u."""
+        return self.schedule.t_of_lam(math.log(math.sinh(u) / self.size) if u > 0 else -math.inf)
+
+    def scale(self, t: float) -> float:
+        """The root mean square of a state at time t."""
+        return math.hypot(self.size * self.schedule.alpha(t), self.schedule.sigma(t))
+
+
+def _times(
+    ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float | None, method: str
+) -> list[float]:
+    """Both times, after a check of all arguments."""
     check_start(ode, x)
     if not is_adaptive(method):
         adaptive = [name for name in method_names() if is_adaptive(name)]
@@ -190,32 +235,44 @@ def _span(
             f"a reference needs an adaptive method, and torchdiffeq's {method} takes one step per interval: use "
             f"{', '.join(adaptive)}."
         )
-    schedule = ode.schedule
-    times = check_grid(schedule, [t_start, t_end])
+    times = check_grid(ode.schedule, [t_start, t_end])
     agree(ode, "reference", x, times, sigma_min, method)
-    if not ode.is_data(times[1]):
-        return schedule, times, None
-    if not 0 < sigma_min < schedule.noise_to_signal(times[0]):
+    start = ode.schedule.noise_to_signal(times[0])
+    if sigma_min is not None and ode.is_data(times[1]) and not 0 < sigma_min < start:
         raise GridError(f"sigma_min must lie between 0 and the starting level, got {sigma_min:g}.")
-    return schedule, times, _time(schedule, math.asinh(1 / sigma_min))
+    return times
 
 
-def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
-    schedule = ode.schedule
+def _clock(
+    ode: ProbabilityFlowODE, x: Tensor, times: list[float], sigma_min: float | None
+) -> tuple[_Clock, float | None]:
+    """The clock for the data of the model, and the time to stop at if the last time is the data."""
+    schedule, to_data = ode.schedule, ode.is_data(times[1])
+    start, end = (schedule.noise_to_signal(t) for t in times)
+    size = data_size(ode, x, times[0], lowest=min(start, (sigma_min or 0.0) if to_data else end))
+    if not to_data:
+        return _Clock(schedule, size), None
+    floor = min(_FLOOR * size, _FLOOR * start) if sigma_min is None else sigma_min
+    return _Clock(schedule, size), schedule.t_of_noise_to_signal(floor)
+
+
+def _flow(ode: ProbabilityFlowODE, clock: _Clock) -> Callable[[Tensor, Tensor], Tensor]:
+    schedule, size = ode.schedule, clock.size
 
     def flow(u: Tensor, w: Tensor) -> Tensor:
-        t = schedule.t_of_lam(u.sinh().log())
-        size = schedule.size(t)
-        return ode.data(size * w, t) - u.tanh() * w
+        t = schedule.t_of_lam((u.sinh() / size).log())
+        scale = torch.hypot(size * schedule.alpha(t), schedule.sigma(t))
+        return ode.data(scale * w, t) / size - u.tanh() * w
 
     return flow
 
 
 def _integrate(
-    ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
+    ode: ProbabilityFlowODE, clock: _Clock, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
 ) -> Tensor:
     """Integrate from state x at time t. Return the scaled states w at the knots, float64 [K, B, ...]."""
-    states = integrate(_flow(ode), x.to(_F64) / ode.schedule.size(t), knots, method, rtol, atol, None)
+    start = x.to(_F64) / clock.scale(t)
+    states = integrate(_flow(ode, clock), start, knots, method, rtol, atol, {"norm": _worst})
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
@@ -223,16 +280,11 @@ def _integrate(
     return states
 
 
-def _data(ode: ProbabilityFlowODE, w: Tensor, floor: float, t: float) -> Tensor:
+def _worst(ratios: Tensor) -> Tensor:
+    """The largest root mean square of a sample: an easy sample must not hide the error of a hard sample."""
+    return ratios.reshape(len(ratios), -1).square().mean(dim=1).sqrt().max()
+
+
+def _data(ode: ProbabilityFlowODE, clock: _Clock, w: Tensor, floor: float, t: float) -> Tensor:
     """Estimate the state at the data, time t, from the scaled state w at the time `floor` just before."""
-    return ode.data(w * ode.schedule.size(floor), floor) * ode.schedule.alpha(t)
-
-
-def _clock(schedule: Schedule, t: float) -> float:
-    """The time u = asinh(alpha / sigma)."""
-    sigma = schedule.sigma(t)
-    return math.inf if sigma == 0 else math.asinh(schedule.alpha(t) / sigma)
-
-
-def _time(schedule: Schedule, u: float) -> float:
-    return schedule.t_of_lam(math.log(math.sinh(u)) if u > 0 else -math.inf)
+    return ode.data(w * clock.scale(floor), floor) * ode.schedule.alpha(t)
