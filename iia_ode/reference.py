@@ -25,11 +25,12 @@ from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .plan import check_grid, check_start
 from .schedules import Schedule
-from .sizes import data_size
+from .sizes import size_of_data
 
 __all__ = ["Trajectory", "solve", "trajectory"]
 
 _F64 = torch.float64
+_ENDS = 0.05  # share of a dense output at each end in which knots are closer
 _FLOOR = 1e-6  # default of sigma_min, relative to the size of the data
 
 
@@ -37,7 +38,7 @@ _FLOOR = 1e-6  # default of sigma_min, relative to the size of the data
 class Trajectory:
     """A dense solution. ``trajectory(t)`` is the state at time t, by Hermite interpolation in log-SNR time.
 
-    The polynomial of degree 7 has the states and slopes of the four nearest knots.
+    The polynomial of degree 11 has the states and slopes of the six nearest knots.
 
     Attributes
     ----------
@@ -94,8 +95,8 @@ class Trajectory:
             raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
         sign, count = 1.0 if last > first else -1.0, len(self.knots)
         k = int(torch.searchsorted(sign * self.knots, sign * u))
-        k = min(max(k - 2, 0), max(count - 4, 0))
-        near = slice(k, min(k + 4, count))
+        k = min(max(k - 3, 0), max(count - 6, 0))
+        near = slice(k, min(k + 6, count))
         values, slopes = _hermite(self.knots[near].tolist(), u)
         terms = zip((*values, *slopes), (*self.states[near], *self.slopes[near]), strict=True)
         w = sum((weight * term for weight, term in terms), start=torch.zeros_like(self.states[0]))
@@ -134,7 +135,7 @@ def trajectory(
     ode : ODE to solve. The model computes in its own dtype, the integration in float64.
     x : state at `t_start`, [B, ...].
     t_start, t_end : start and end times, in either direction. `t_end` may be the data; `t_start` may have alpha = 0.
-    points : number of knots of the dense output, at least 2, equidistant in u. The integrator ends a step at each knot.
+    points : number of knots of the dense output, at least 2, nearly equidistant in u. The integrator ends a step at each knot.
     rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1, whatever the
         unit of the data. The sample with the largest error meets the tolerances. The rounding of a float32 model exceeds
         tolerances below about 1e-6.
@@ -159,7 +160,7 @@ def trajectory(
     with ode.counting() as spent:
         clock, floor = _clock(ode, x, times, sigma_min)
         last = times[1] if floor is None else floor
-        knots = torch.linspace(clock(times[0]), clock(last), points, dtype=_F64, device="cpu")
+        knots = _knots(clock(times[0]), clock(last), points)
         states = _integrate(ode, clock, x, times[0], knots, rtol, atol, method)
         flow = _flow(ode, clock)
         slopes = torch.stack([flow(u, w) for u, w in zip(knots, states, strict=True)])
@@ -249,11 +250,21 @@ def _clock(
     """The clock for the data of the model, and the time to stop at if the last time is the data."""
     schedule, to_data = ode.schedule, ode.is_data(times[1])
     start, end = (schedule.noise_to_signal(t) for t in times)
-    size = data_size(ode, x, times[0], lowest=min(start, (sigma_min or 0.0) if to_data else end))
+    size = size_of_data(ode, x, times[0], lowest=min(start, (sigma_min or 0.0) if to_data else end))
     if not to_data:
         return _Clock(schedule, size), None
     floor = min(_FLOOR * size, _FLOOR * start) if sigma_min is None else sigma_min
     return _Clock(schedule, size), schedule.t_of_noise_to_signal(floor)
+
+
+def _knots(first: float, last: float, points: int) -> Tensor:
+    """Knots of a dense output, float64 [points]: half as far apart at both ends, where an interpolant has knots on one side."""
+    k = torch.linspace(0, 1, points, dtype=_F64, device="cpu")
+    width = torch.full_like(k, _ENDS)
+    share = (1 + (torch.hypot(k, width) - torch.hypot(1 - k, width)) / (math.hypot(1, _ENDS) - _ENDS)) / 2
+    knots = first + (last - first) * share
+    knots[0], knots[-1] = first, last
+    return knots
 
 
 def _flow(ode: ProbabilityFlowODE, clock: _Clock) -> Callable[[Tensor, Tensor], Tensor]:

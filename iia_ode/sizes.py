@@ -11,7 +11,7 @@ from .ode import ProbabilityFlowODE
 from .schedules import Discrete, Schedule
 from .solvers.transfer import ddim_step
 
-__all__ = ["data_size", "few", "smallest_level"]
+__all__ = ["few", "size_of_data", "smallest_level"]
 
 _FLOOR = 0.004  # smallest level of a model, relative to the size of the data: EDM's 0.002 for data of size 0.5
 _FIRST = 160.0  # EDM's largest level, 80, relative to the same size
@@ -33,7 +33,7 @@ def few(x: Tensor) -> Tensor:
     return order[(2 * torch.arange(n, device="cpu") + 1) * count // (2 * n)]
 
 
-def data_size(ode: ProbabilityFlowODE, x: Tensor, t: float, lowest: float = 0.0) -> float:
+def size_of_data(ode: ProbabilityFlowODE, x: Tensor, t: float, lowest: float = 0.0) -> float:
     """The root mean square of the data at the end of the trajectories from states x at time t.
 
     DDIM integrates a few of the samples coarsely, each step to half the noise level, until the data estimate is far above

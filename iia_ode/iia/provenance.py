@@ -35,6 +35,7 @@ __all__ = [
     "finite",
     "from_json",
     "later",
+    "raised",
     "to_json",
 ]
 
@@ -88,6 +89,8 @@ class TeacherRecord:
     t_start, t_end : times of the initial and of the final states.
     conditions : digest of the conditions' values; None for a part of a batch.
     evaluations, sample_evaluations : cost of the trajectories, in model calls and in samples.
+    data_size : root mean square of the data, the unit of noise levels.
+    error : estimate of the root mean square error of the final states per component; None where it is not finite.
     """
 
     origin: Origin
@@ -97,6 +100,8 @@ class TeacherRecord:
     conditions: str | None
     evaluations: int
     sample_evaluations: int
+    data_size: float = 1.0
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Endpoint:
     fell_back : whether the base is in use instead of the fit.
     reference : how the true final states were computed; ``"none"`` without a guard.
     why : finding of the guard, where the base is in use.
+    teacher_error : estimate of the root mean square error of the true final states themselves; None without them. No error
+        of base and fit is below it.
     """
 
     base: float | None
@@ -117,6 +124,12 @@ class Endpoint:
     fell_back: bool
     reference: str
     why: str
+    teacher_error: float | None = None
+
+    def known_to(self, teacher_error: float | None) -> Endpoint:
+        """The same errors, raised to the error of the true final states where they are below it."""
+        base, fit = (raised(error, teacher_error) for error in (self.base, self.fit))
+        return replace(self, base=base, fit=fit, teacher_error=teacher_error)
 
 
 UNJUDGED = Endpoint(None, None, False, "none", "")
@@ -351,3 +364,8 @@ def from_json(kind: type[_T], value: Mapping[str, Any], source: str) -> _T:
 def finite(value: float) -> float | None:
     """The number, or None if it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def raised(error: float | None, least: float | None) -> float | None:
+    """An error, raised to the error of the true states that it was measured by."""
+    return error if error is None or least is None else max(error, least)
