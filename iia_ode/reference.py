@@ -258,7 +258,7 @@ def _clock(
 
 
 def _knots(first: float, last: float, points: int) -> Tensor:
-    """Knots of a dense output, float64 [points]: half as far apart at both ends, where an interpolant has knots on one side."""
+    """Knots of a dense output, float64 [points]: half as far apart at the ends, where interpolants have knots on one side."""
     k = torch.linspace(0, 1, points, dtype=_F64, device="cpu")
     width = torch.full_like(k, _ENDS)
     share = (1 + (torch.hypot(k, width) - torch.hypot(1 - k, width)) / (math.hypot(1, _ENDS) - _ENDS)) / 2

@@ -11,7 +11,7 @@ from .ode import ProbabilityFlowODE
 from .schedules import Discrete, Schedule
 from .solvers.transfer import ddim_step
 
-__all__ = ["few", "size_of_data", "smallest_level"]
+__all__ = ["few", "size_of_data", "size_of_noise", "smallest_level"]
 
 _FLOOR = 0.004  # smallest level of a model, relative to the size of the data: EDM's 0.002 for data of size 0.5
 _FIRST = 160.0  # EDM's largest level, 80, relative to the same size
@@ -59,6 +59,14 @@ def size_of_data(ode: ProbabilityFlowODE, x: Tensor, t: float, lowest: float = 0
             level = schedule.noise_to_signal(t)
             return _usable(_followed(part, states, t, lowest), level / _FIRST)
         return _from_noise(part, states, t, lowest)
+
+
+def size_of_noise(ode: ProbabilityFlowODE, noise: Tensor) -> float:
+    """The size of the data at the end of the trajectories from standard normal noise [B, ...], at no level in particular."""
+    index, t = few(noise), ode.schedule.t_noise
+    with torch.no_grad():
+        states = ode.schedule.sigma(t) * noise[index.to(noise.device)]
+        return _from_noise(ode.subset(index, len(noise)), states.to(ode.device or noise.device), t, 0.0)
 
 
 def smallest_level(schedule: Schedule, size: float) -> float:

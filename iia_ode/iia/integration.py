@@ -30,7 +30,9 @@ STEPS = 60
 _F64 = torch.float64
 _RHO = 10.0  # spacing of the levels, between 7 (Karras et al.) and equidistant log-SNR
 _START = 0.01  # share of the grid in which the steps grow from about zero to their size
-_NOISIEST = 200.0  # a start with a higher level, relative to the size of the data, alpha = 0 included, first goes down here
+_NOISIEST = (
+    200.0  # a start with a higher level, relative to the size of the data, alpha = 0 included, first goes down here
+)
 _FEWER = 1.5  # ratio of the numbers of steps for the estimate of the error
 
 
@@ -102,7 +104,7 @@ class Integration:
     def plan(self) -> Plan:
         """The method from `t_start` to `t_end`, or to the level `sigma_min` where `t_end` is the data."""
         schedule, n = self.schedule, self.steps
-        start, last = schedule.noise_to_signal(self.t_start), self.t_end
+        last = self.t_end
         if schedule.sigma(last) == 0:
             last = schedule.t_of_noise_to_signal(self.sigma_min)
         highest = _NOISIEST * self.size
