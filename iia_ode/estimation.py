@@ -123,8 +123,8 @@ class ModelStatistics(StatisticsTables):
         if mode not in _MODES:
             raise unknown_name("mode", mode, _MODES)
         given = check_grid(ode.schedule, grid if isinstance(grid, Tensor) else list(grid))
-        size = 1.0 if ode.schedule.alpha(given[0]) > 0 else size_of_data(ode, x, given[0], _lowest(ode.schedule, given))
-        times, nodes = _times(ode.schedule, given, points, _PURE_NOISE - math.log(size))
+        unit = 1.0 if ode.schedule.alpha(given[0]) > 0 else size_of_data(ode, x, given[0], _lowest(ode.schedule, given))
+        times, nodes = _times(ode.schedule, given, points, _PURE_NOISE - math.log(unit))
         dims, generator = _shared_dims(shared, x.ndim - 1), torch.Generator("cpu").manual_seed(seed)
         signs = (
             torch.randint(0, 2, (len(x), probes, *x.shape[1:]), generator=generator, dtype=torch.int8, device="cpu") * 2

@@ -23,13 +23,13 @@ _SETTLED = 1e-4  # relative change of the size in a pass; the next pass would ch
 
 
 def few(x: Tensor) -> Tensor:
-    """Indices of four to eight samples of x [B, ...], at most one in 16: int64 [n], on the host.
+    """Indices of two to eight samples of x [B, ...], one in 32: int64 [n], on the host.
 
     The samples are quantiles of the norm, and do not depend on the order of the batch.
     """
     count = len(x)
     order = torch.linalg.vector_norm(x.reshape(count, -1), dim=1).cpu().argsort(stable=True)
-    n = min(count, max(4, min(8, count // 16)))
+    n = min(count, max(2, min(8, count // 32)))
     return order[(2 * torch.arange(n, device="cpu") + 1) * count // (2 * n)]
 
 

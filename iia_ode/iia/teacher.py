@@ -72,7 +72,7 @@ class Teacher:
     ) -> Teacher:
         """Integrate a batch from `t_start` to `t_end` by a fourth-order exponential multistep method.
 
-        The cost is `steps` + 1 evaluations, and some evaluations of four to eight samples: before the integration for the
+        The cost is `steps` + 1 evaluations, and some evaluations of two to eight samples: before the integration for the
         size of the data, and after the integration for an estimate of the error (``record.error``). The error of sixty steps
         is far below the error of solvers with few steps. The same problem in other units has the same relative error.
 
