@@ -30,6 +30,7 @@ from .plan import check_grid, check_start
 from .plan.checks import check_samples
 from .schedules import Schedule
 from .schedules.base import derivative_of
+from .sizes import size_of_data
 from .statistics import KIND, Curve, Header, StatisticsTables, check_file
 
 __all__ = ["ModelStatistics", "read_statistics"]
@@ -37,7 +38,8 @@ __all__ = ["ModelStatistics", "read_statistics"]
 _F64 = torch.float64
 _SOLVER = "unipc"  # of the trajectories: order 4 at one evaluation a step
 _STEP = 0.1  # its largest step in log-SNR
-_PURE_NOISE = -8.0  # from alpha = 0 the first step goes here: until then the data estimate is the data's mean
+# From alpha = 0 the first step goes to this log-SNR, for data of size 1: until then the data estimate is the data's mean.
+_PURE_NOISE = -8.0
 _ROUNDING = 1e-6  # relative variation that the moments, in float64, still tell from rounding
 _MODES = ("auto", "forward", "reverse")
 _log = logging.getLogger(__name__)
@@ -128,7 +130,9 @@ class ModelStatistics(StatisticsTables):
         seed = check_seed(seed)
         if mode not in _MODES:
             raise unknown_name("mode", mode, _MODES)
-        times, nodes = _times(ode.schedule, grid, points)
+        given = check_grid(ode.schedule, grid if isinstance(grid, Tensor) else list(grid))
+        unit = 1.0 if ode.schedule.alpha(given[0]) > 0 else size_of_data(ode, x, given[0], _lowest(ode.schedule, given))
+        times, nodes = _times(ode.schedule, given, points, _PURE_NOISE - math.log(unit))
         dims, generator = _shared_dims(shared, x.ndim - 1), torch.Generator("cpu").manual_seed(seed)
         signs = (
             torch.randint(0, 2, (len(x), probes, *x.shape[1:]), generator=generator, dtype=torch.int8, device="cpu") * 2
@@ -180,9 +184,18 @@ def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = No
 # ---- where -----------------------------------------------------------------------------------------------------------
 
 
-def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> tuple[list[float], dict[int, int]]:
-    """The times of the trajectories' steps, and the nodes among them: position to row of the table."""
-    given = check_grid(schedule, grid if isinstance(grid, Tensor) else list(grid))
+def _lowest(schedule: Schedule, times: Sequence[float]) -> float:
+    """The cleanest level sigma/alpha of a grid above the data."""
+    return min(level for t in times if (level := schedule.noise_to_signal(t)) > 0)
+
+
+def _times(
+    schedule: Schedule, given: Sequence[float], points: int, pure_noise: float
+) -> tuple[list[float], dict[int, int]]:
+    """The times of the trajectories' steps, and the nodes among them: position to row of the table.
+
+    From alpha = 0, the first step goes to the log-SNR `pure_noise`.
+    """
     finite = [t for t in given if math.isfinite(schedule.lam(t))]
     if len(finite) < 2:
         raise GridError(
@@ -194,7 +207,7 @@ def _times(schedule: Schedule, grid: Tensor | Sequence[float], points: int) -> t
     times = [finite[0], *schedule.t_of_lam(fine[1:-1]).tolist(), finite[-1]]
     before: list[float] = []
     if given[0] != finite[0]:
-        ramp = torch.arange(min(_PURE_NOISE, start - 1), start - _STEP / 2, _STEP, dtype=_F64, device="cpu")
+        ramp = torch.arange(min(pure_noise, start - 1), start - _STEP / 2, _STEP, dtype=_F64, device="cpu")
         before = [given[0], *schedule.t_of_lam(ramp).tolist()]
     return before + times, {len(before) + k * parts: k for k in range(points)}
 

@@ -1,11 +1,12 @@
 """High-accuracy solutions of the probability-flow ODE by torchdiffeq, in log-SNR time, with dense output.
 
-In terms of the scaled state w = x / sqrt(alpha^2 + sigma^2) and the time u = asinh(alpha / sigma), the flow is
+With a = alpha times the size of the data, the scaled state w = x / sqrt(a^2 + sigma^2) and the time u = asinh(a / sigma), the
+flow is
 
-    dw/du = D(x, t) - tanh(u) w.
+    dw/du = D(x, t) / size - tanh(u) w.
 
-Near the data, u is log-SNR time up to a constant (u = lambda + log 2 + O(sigma^2)). At the noise end, u stays finite, so
-schedules with alpha = 0 there need no special case. No derivative of the schedule enters.
+Near the data, u is log-SNR time up to a constant. At the noise end, u stays finite, so schedules with alpha = 0 there need no
+special case. No derivative of the schedule enters. The scaled state is of order 1 for data of any size.
 """
 
 from __future__ import annotations
@@ -28,24 +29,29 @@ from .plan import check_grid, check_size, check_start
 from .plan.checks import factors_at
 from .schedules import Schedule
 from .schedules.levels import known_level, lowest_level
+from .sizes import size_of_data
 
 __all__ = ["Trajectory", "from_data", "solve", "trajectory"]
 
 _F64 = torch.float64
-_SIGMA_MIN = 1e-6
+_ENDS = 0.05  # share of a dense output at each end in which knots are closer
+_FLOOR = 1e-6  # default of sigma_min, relative to the size of the data
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A dense solution. ``trajectory(t)`` is the state at time t, by cubic Hermite interpolation in log-SNR time.
+    """A dense solution. ``trajectory(t)`` is the state at time t, by Hermite interpolation in log-SNR time.
+
+    The polynomial of degree 11 has the states and slopes of the six nearest knots.
 
     Attributes
     ----------
     schedule : noise schedule of the ODE.
-    knots : times u = asinh(alpha/sigma) of the stored points, float64 [K], strictly monotone.
+    knots : times u = asinh(size alpha/sigma) of the stored points, float64 [K], strictly monotone.
     states, slopes : scaled states w and their derivatives dw/du at the knots, float64 [K, B, ...].
     data : state at sigma = 0, float64 [B, ...], if the trajectory ends or starts at the data; else None.
     evaluations : number of batched model evaluations spent.
+    size : root mean square of the data, the unit of the clock.
     """
 
     schedule: Schedule
@@ -54,14 +60,16 @@ class Trajectory:
     slopes: Tensor
     data: Tensor | None
     evaluations: int
+    size: float = 1.0
 
     @property
     def final(self) -> Tensor:
         """State at the end of the trajectory, float64 [B, ...]."""
-        u = float(self.knots[-1])
-        if self.data is not None and u > float(self.knots[0]):
+        last = float(self.knots[-1])
+        if self.data is not None and last > float(self.knots[0]):
             return self.data
-        return self.states[-1] * self.schedule.size(_time(self.schedule, u))
+        clock = _Clock(self.schedule, self.size)
+        return self.states[-1] * clock.scale(clock.time(last))
 
     def __call__(self, t: float) -> Tensor:
         """Interpolate the state at time t.
@@ -78,25 +86,38 @@ class Trajectory:
         ------
         GridError : t lies outside the trajectory.
         """
-        u, first, last = _clock(self.schedule, t), float(self.knots[0]), float(self.knots[-1])
+        clock = _Clock(self.schedule, self.size)
+        u, first, last = clock(t), float(self.knots[0]), float(self.knots[-1])
         low, high = min(first, last), max(first, last)
         slack = 1e-9 * max(1.0, high)
         if self.data is not None and u > high:
             # Below the floor eps is taken as constant: x is a straight line in (alpha, sigma) from that knot to the data.
-            floor = _time(self.schedule, high)
+            floor = clock.time(high)
             a, s = self.schedule.alpha(floor), self.schedule.sigma(floor)
-            eps = (self.states[-1 if last > first else 0] * self.schedule.size(floor) - a * self.data) / s
+            eps = (self.states[-1 if last > first else 0] * clock.scale(floor) - a * self.data) / s
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
             raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
-        sign = 1.0 if last > first else -1.0
-        k = int(torch.searchsorted(sign * self.knots, sign * u)) - 1
-        k = min(max(k, 0), len(self.knots) - 2)
-        h = float(self.knots[k + 1] - self.knots[k])
-        r = (u - float(self.knots[k])) / h
-        w = (1 + 2 * r) * (1 - r) ** 2 * self.states[k] + r * r * (3 - 2 * r) * self.states[k + 1]
-        w = w + h * r * (1 - r) * ((1 - r) * self.slopes[k] - r * self.slopes[k + 1])
-        return w * self.schedule.size(t)
+        sign, count = 1.0 if last > first else -1.0, len(self.knots)
+        k = int(torch.searchsorted(sign * self.knots, sign * u))
+        k = min(max(k - 3, 0), max(count - 6, 0))
+        near = slice(k, min(k + 6, count))
+        values, slopes = _hermite(self.knots[near].tolist(), u)
+        terms = zip((*values, *slopes), (*self.states[near], *self.slopes[near]), strict=True)
+        w = sum((weight * term for weight, term in terms), start=torch.zeros_like(self.states[0]))
+        return w * clock.scale(t)
+
+
+def _hermite(knots: list[float], u: float) -> tuple[list[float], list[float]]:
+    """Weights of values and of derivatives at the knots in the Hermite polynomial at u."""
+    values, slopes = [], []
+    for j, own in enumerate(knots):
+        others = [v for i, v in enumerate(knots) if i != j]
+        basis = math.prod((u - v) / (own - v) for v in others) ** 2
+        slope = sum(1 / (own - v) for v in others)  # derivative at `own` of the product
+        values.append((1 - 2 * (u - own) * slope) * basis)
+        slopes.append((u - own) * basis)
+    return values, slopes
 
 
 @torch.no_grad()
@@ -120,13 +141,15 @@ def trajectory(
     x : state at `t_start`, [B, ...].
     t_start, t_end : start and end times, in either direction. Either may be the data, and either may have alpha = 0. From
         the data, the output of the model must determine the noise there, as a velocity does.
-    points : number of knots of the dense output, at least 2, equidistant in u. The integrator ends a step at each knot.
-    rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1. The rounding
-        of a float32 model exceeds tolerances below about 1e-6.
+    points : number of knots of the dense output, at least 2, nearly equidistant in u. The integrator ends a step at each knot.
+    rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1, whatever the
+        unit of the data. The sample with the largest error meets the tolerances. The rounding of a float32 model exceeds
+        tolerances below about 1e-6.
     sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data, or starts if `t_start` is. The
         final state is then the model's data estimate, and the first state a step of DDIM, each with an error of
-        O(sigma_min^2). By default 1e-6, or the lowest level that the model knows if that is higher. For a network without
-        ``known_levels``, give the smallest level of its training.
+        O(sigma_min^2). By default a millionth of the root mean square of the data, which a few samples tell, or the lowest
+        level that the model knows if that is higher. For a network without ``known_levels``, give the smallest level of its
+        training.
     method : any adaptive method of torchdiffeq.
 
     Returns
@@ -141,18 +164,19 @@ def trajectory(
     NonFiniteError : the model or the integration is not finite, or the step size vanished.
     """
     points = check_whole("points, the number of knots of a trajectory,", points, least=2, such_as=120)
-    schedule, times, (first, last) = _span(ode, x, t_start, t_end, sigma_min, method)
+    times = _times(ode, x, t_start, t_end, sigma_min, method)
     ode, x = in_float64(ode, x)
-    knots = torch.linspace(_clock(schedule, first), _clock(schedule, last), points, dtype=_F64, device="cpu")
     with ode.counting() as spent:
-        data = x if first != times[0] else None
-        states = _integrate(
-            ode, x if data is None else from_data(ode, data, times[0], first), first, knots, rtol, atol, method
-        )
-        flow = _flow(ode)
+        clock, (first, last) = _clock(ode, x, times, sigma_min)
+        knots = _knots(clock(first), clock(last), points)
+        start = x if first == times[0] else from_data(ode, x, times[0], first)
+        states = _integrate(ode, clock, start, first, knots, rtol, atol, method)
+        flow = _flow(ode, clock)
         slopes = torch.stack([flow(u, w) for u, w in zip(knots, states, strict=True)])
-        data = data if last == times[1] else _data(ode, states[-1], last, times[1])
-    return Trajectory(schedule, knots, states, slopes, data, spent.evaluations)
+        data = x if first != times[0] else None
+        if last != times[1]:
+            data = _data(ode, clock, states[-1], last, times[1])
+    return Trajectory(ode.schedule, knots, states, slopes, data, spent.evaluations, clock.size)
 
 
 @torch.no_grad()
@@ -181,18 +205,40 @@ def solve(
     ------
     InputError, GridError, UnknownNameError, NonFiniteError : as for :func:`trajectory`.
     """
-    schedule, times, (first, last) = _span(ode, x, t_start, t_end, sigma_min, method)
+    times = _times(ode, x, t_start, t_end, sigma_min, method)
     ode, x = in_float64(ode, x)
-    knots = torch.tensor([_clock(schedule, first), _clock(schedule, last)], dtype=_F64, device="cpu")
+    clock, (first, last) = _clock(ode, x, times, sigma_min)
+    knots = torch.tensor([clock(first), clock(last)], dtype=_F64, device="cpu")
     start = x if first == times[0] else from_data(ode, x, times[0], first)
-    w = _integrate(ode, start, first, knots, rtol, atol, method)[-1]
-    return w * schedule.size(last) if last == times[1] else _data(ode, w, last, times[1])
+    w = _integrate(ode, clock, start, first, knots, rtol, atol, method)[-1]
+    return w * clock.scale(last) if last == times[1] else _data(ode, clock, w, last, times[1])
 
 
-def _span(
+@dataclass(frozen=True)
+class _Clock:
+    """The time u = asinh(size alpha / sigma) of a schedule, for data of a size."""
+
+    schedule: Schedule
+    size: float
+
+    def __call__(self, t: float) -> float:
+        """The clock at time t."""
+        sigma = self.schedule.sigma(t)
+        return math.inf if sigma == 0 else math.asinh(self.size * self.schedule.alpha(t) / sigma)
+
+    def time(self, u: float) -> float:
+        """The time at which the clock is u."""
+        return self.schedule.t_of_lam(math.log(math.sinh(u) / self.size) if u > 0 else -math.inf)
+
+    def scale(self, t: float) -> float:
+        """The root mean square of a state at time t."""
+        return math.hypot(self.size * self.schedule.alpha(t), self.schedule.sigma(t))
+
+
+def _times(
     ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float | None, method: str
-) -> tuple[Schedule, list[float], list[float]]:
-    """Check all arguments. Return the schedule, both times, and the times of the integration, which leave out the data."""
+) -> list[float]:
+    """Both times, after a check of all arguments."""
     check_start(ode, x)
     check_mode(ode)
     if not is_adaptive(method):
@@ -206,15 +252,15 @@ def _span(
     schedule = ode.schedule
     times = check_grid(schedule, [t_start, t_end])
     check_size(schedule, times[0], x)
-    sigma_min = lowest_level(schedule, _SIGMA_MIN) if sigma_min is None else sigma_min
     agree(ode, "reference", x, times, sigma_min, method)
-    if not any(map(ode.is_data, times)):
-        return schedule, times, times
-    sigma_min = known_level(schedule, sigma_min, "sigma_min")
+    if sigma_min is not None and any(map(ode.is_data, times)):
+        _check_floor(schedule, times, known_level(schedule, sigma_min, "sigma_min"))
+    return times
+
+
+def _check_floor(schedule: Schedule, times: list[float], sigma_min: float) -> None:
     if not 0 < sigma_min < max(schedule.noise_to_signal(t) for t in times):
         raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
-    floor = _time(schedule, math.asinh(1 / sigma_min))
-    return schedule, times, [floor if ode.is_data(t) else t for t in times]
 
 
 def from_data(ode: ProbabilityFlowODE, x: Tensor, t: float, floor: float) -> Tensor:
@@ -224,22 +270,49 @@ def from_data(ode: ProbabilityFlowODE, x: Tensor, t: float, floor: float) -> Ten
     return ode.schedule.alpha(floor) / ode.schedule.alpha(t) * x + ode.schedule.sigma(floor) * noise
 
 
-def _flow(ode: ProbabilityFlowODE) -> Callable[[Tensor, Tensor], Tensor]:
-    schedule = ode.schedule
+def _clock(
+    ode: ProbabilityFlowODE, x: Tensor, times: list[float], sigma_min: float | None
+) -> tuple[_Clock, tuple[float, float]]:
+    """The clock for the data of the model, and the first and last time of the integration, which leaves out the data."""
+    schedule, (first, last) = ode.schedule, times
+    start, end = (schedule.noise_to_signal(t) for t in times)
+    lowest = lowest_level(schedule, 0.0) if sigma_min is None else sigma_min
+    size = size_of_data(ode, x, first, lowest=min(start, lowest if ode.is_data(last) else end))
+    if ode.is_data(first) or ode.is_data(last):
+        if sigma_min is None:
+            sigma_min = lowest_level(schedule, _FLOOR * min(size, max(start, end)))
+            _check_floor(schedule, times, sigma_min)
+        floor = schedule.t_of_noise_to_signal(known_level(schedule, sigma_min, "sigma_min"))
+        first, last = (floor if ode.is_data(t) else t for t in times)
+    return _Clock(schedule, size), (first, last)
+
+
+def _knots(first: float, last: float, points: int) -> Tensor:
+    """Knots of a dense output, float64 [points]: half as far apart at the ends, where interpolants have knots on one side."""
+    k = torch.linspace(0, 1, points, dtype=_F64, device="cpu")
+    width = torch.full_like(k, _ENDS)
+    share = (1 + (torch.hypot(k, width) - torch.hypot(1 - k, width)) / (math.hypot(1, _ENDS) - _ENDS)) / 2
+    knots = first + (last - first) * share
+    knots[0], knots[-1] = first, last
+    return knots
+
+
+def _flow(ode: ProbabilityFlowODE, clock: _Clock) -> Callable[[Tensor, Tensor], Tensor]:
+    schedule, size = ode.schedule, clock.size
 
     def flow(u: Tensor, w: Tensor) -> Tensor:
-        t = schedule.t_of_lam(u.sinh().log())
-        size = schedule.size(t)
-        return ode.data(size * w, t) - u.tanh() * w
+        t = schedule.t_of_lam((u.sinh() / size).log())
+        scale = torch.hypot(size * schedule.alpha(t), schedule.sigma(t))
+        return ode.data(scale * w, t) / size - u.tanh() * w
 
     return flow
 
 
 def _integrate(
-    ode: ProbabilityFlowODE, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
+    ode: ProbabilityFlowODE, clock: _Clock, x: Tensor, t: float, knots: Tensor, rtol: float, atol: float, method: str
 ) -> Tensor:
     """Integrate from the float64 state x at time t. Return the scaled states w at the knots, float64 [K, B, ...]."""
-    states = integrate(_flow(ode), x / ode.schedule.size(t), knots, method, rtol, atol, None)
+    states = integrate(_flow(ode, clock), x / clock.scale(t), knots, method, rtol, atol, {"norm": _worst})
     if not bool(torch.isfinite(states[-1]).all()):
         raise NonFiniteError(
             f"{method} ended in NaN or infinity: check the model over the whole range of noise levels."
@@ -247,16 +320,11 @@ def _integrate(
     return states
 
 
-def _data(ode: ProbabilityFlowODE, w: Tensor, floor: float, t: float) -> Tensor:
+def _worst(ratios: Tensor) -> Tensor:
+    """The largest root mean square of a sample: an easy sample must not hide the error of a hard sample."""
+    return ratios.reshape(len(ratios), -1).square().mean(dim=1).sqrt().max()
+
+
+def _data(ode: ProbabilityFlowODE, clock: _Clock, w: Tensor, floor: float, t: float) -> Tensor:
     """Estimate the state at the data, time t, from the scaled state w at the time `floor` just before."""
-    return ode.data(w * ode.schedule.size(floor), floor) * ode.schedule.alpha(t)
-
-
-def _clock(schedule: Schedule, t: float) -> float:
-    """The time u = asinh(alpha / sigma)."""
-    sigma = schedule.sigma(t)
-    return math.inf if sigma == 0 else math.asinh(schedule.alpha(t) / sigma)
-
-
-def _time(schedule: Schedule, u: float) -> float:
-    return schedule.t_of_lam(math.log(math.sinh(u)) if u > 0 else -math.inf)
+    return ode.data(w * clock.scale(floor), floor) * ode.schedule.alpha(t)

@@ -23,7 +23,7 @@ def ode(schedule=None):
 
 @pytest.fixture(scope="module")
 def fine():
-    return Teacher.solve(ode(), states(), 80.0, 0.0, steps=600)
+    return Teacher.solve(ode(), states(), 80.0, 0.0, steps=600, sigma_min=0.002)
 
 
 def test_with_many_steps_a_teacher_is_the_reference(fine):
@@ -37,11 +37,12 @@ def test_with_many_steps_a_teacher_is_the_reference(fine):
 @pytest.mark.parametrize("schedule", [iia.EDM(), iia.FlowMatching(), iia.Cosine()], ids=lambda s: type(s).__name__)
 def test_sixty_steps_are_far_more_accurate_than_any_solver_with_few(schedule):
     x, start = states(schedule=schedule), schedule.t_of_noise_to_signal(80.0)
-    teacher = Teacher.solve(ode(schedule), x, start, schedule.t_data)
+    teacher = Teacher.solve(ode(schedule), x, start, schedule.t_data, sigma_min=0.002)
     exact = iia.reference.solve(ode(schedule), x, start, schedule.t_data, sigma_min=0.002)
     student = iia.sample(ode(schedule), x, iia.grids.karras(10, schedule=schedule), "ipndm3")
     assert float((teacher.final - exact).norm()) < 0.02 * float((student - exact).norm())
-    assert (teacher.evaluations, teacher.sample_evaluations) == (61, 61 * 6)
+    few = teacher.sample_evaluations - 61 * 6
+    assert few == 2 * (teacher.evaluations - 61)  # the size of the data and the error take two samples
 
 
 def test_sixty_steps_are_accurate_in_between_too(fine):
@@ -63,11 +64,11 @@ def test_a_teacher_may_start_at_pure_noise_and_run_towards_the_noise():
 
 @pytest.mark.parametrize("schedule", [iia.EDM(), iia.VP(), iia.FlowMatching()], ids=lambda s: type(s).__name__)
 def test_a_teacher_for_a_grid_covers_it_and_takes_a_low_last_level_for_the_data(schedule):
-    for lowest, level in ((0.1, 0.002), (1e-4, 1e-4)):
+    for lowest, level in ((0.1, None), (1e-4, 1e-4)):
         grid = iia.grids.karras(4, lowest, 80.0, schedule=schedule)
         teacher = Teacher.for_grid(ode(schedule), states(schedule=schedule), grid, steps=10)
         assert (teacher.t_start, teacher.t_end) == (float(grid[0]), float(grid[-1]))
-        assert teacher.sigma_min == pytest.approx(level, rel=1e-6)
+        assert teacher.sigma_min == pytest.approx(level or 0.004 * teacher.record.data_size, rel=1e-6)
         assert teacher.record.options.steps == 10
         teacher.at(float(grid[2]))
 
@@ -75,8 +76,9 @@ def test_a_teacher_for_a_grid_covers_it_and_takes_a_low_last_level_for_the_data(
 def test_a_teacher_is_the_same_in_chunks_and_gives_some_samples_when_asked(fine):
     whole, parts = (Teacher.solve(ode(), states(), 80.0, 0.0, steps=30, chunk_size=c) for c in (None, 5))
     assert torch.equal(whole.final, parts.final)
-    assert parts.evaluations == 2 * whole.evaluations
+    assert parts.evaluations == whole.evaluations + 31
     assert parts.sample_evaluations == whole.sample_evaluations
+    assert parts.record.error == whole.record.error
     for index in (slice(2, 5), torch.tensor([5, 0, 5])):
         assert torch.equal(whole.at(1.0, index), whole.at(1.0)[index])
         part = whole.subset(index)
@@ -98,7 +100,7 @@ def test_one_teacher_serves_every_grid_and_costs_a_fit_nothing_more(fine):
         assert fit.record.evaluations == n
         assert fit.record.teacher == fine.record.options == TeacherOptions("expab4", 0.002, 600)
     own = IIA("ddim", "window", "trajectory", guard=False).fit(ode(), states(), iia.grids.karras(3))
-    assert own.record.evaluations == 3 + 61
+    assert own.record.evaluations == 3 + Teacher.for_grid(ode(), states(), iia.grids.karras(3)).evaluations
 
 
 def test_a_trajectory_target_aims_at_the_teachers_states(fine):
@@ -184,3 +186,43 @@ def test_a_model_that_fails_is_named():
     broken = iia.ProbabilityFlowODE(lambda x, t: x * float("nan"), iia.EDM())
     with pytest.raises(iia.errors.NonFiniteError, match="NaN or infinity"):
         Teacher.solve(broken, states(), 80.0, 0.0)
+
+
+# ---- order and error -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [iia.EDM(), iia.FlowMatching()], ids=["EDM", "from alpha = 0"])
+def test_a_teacher_converges_with_the_fourth_power_of_its_steps_and_knows_its_error(schedule):
+    g = iia.problems.Gaussian(torch.tensor([0.1, -0.2, 0.3], dtype=F64), torch.tensor([0.25, 1.0, 4.0], dtype=F64))
+    start = min(80.0, schedule.t_noise)
+    model, x = g.ode(schedule), g.noisy(64, schedule, start, torch.Generator().manual_seed(0))
+    low = schedule.t_of_noise_to_signal(0.002)
+    exact = model.data(g.flow(x, schedule, start, low), low)
+    errors = []
+    for steps in (60, 240):
+        made = Teacher.solve(model, x, start, schedule.t_data, steps=steps, sigma_min=0.002)
+        errors.append(float((made.final - exact).square().mean().sqrt()))
+        assert errors[-1] < made.record.error < 10 * errors[-1]
+    assert errors[1] < errors[0] / 4**3.5
+
+
+def test_no_reported_error_is_below_the_error_of_the_teacher():
+    g = iia.problems.Gaussian(torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64))  # a fit is exact
+    x = 80 * normal(64, 3)
+    teacher = Teacher.solve(g.ode(iia.EDM()), x, 80.0, 0.0, steps=30)
+    fits = [
+        IIA("ddim", "window", "trajectory").fit(g.ode(iia.EDM()), x, iia.grids.karras(3), teacher=teacher),
+        iia.fit(
+            g.ode(iia.EDM()),
+            2,
+            x=x,
+            budget=iia.Budget(teacher_steps=30, rounds=((0.5, 2),), descent=0),
+            teacher=teacher,
+        ),
+    ]
+    for fit in fits:
+        end = fit.record.endpoint
+        assert end.teacher_error == teacher.record.error
+        assert min(end.fit, end.base) >= end.teacher_error > 0
+        assert "known to about" in str(fit) + fit.explain()
+    assert min(i.error for i in fits[1].record.search.ingredients) >= teacher.record.error

@@ -137,6 +137,15 @@ def test_other_adaptive_methods_of_torchdiffeq_serve_too(method):
         close(end, G.flow(x, iia.FlowMatching(), 1.0, 0.0), atol=2e-6)
 
 
+def test_a_hard_sample_among_many_easy_ones_meets_the_tolerance_too():
+    two = iia.problems.Mixture(torch.ones(2), torch.tensor([[-1.0], [1.0]]), 0.02)  # hard at the border of its modes
+    ode, x = two.ode(iia.EDM()), torch.full((400, 1), 60.0, dtype=F64)
+    x[0] = 0.3
+    exact = reference.solve(ode, x[:1], 80.0, 0.0, sigma_min=0.01)
+    for end in finals(ode, x, 80.0, 0.0, sigma_min=0.01, rtol=1e-4, atol=1e-4):
+        close(end[:1], exact, atol=1e-3)
+
+
 # ---- dense output ----------------------------------------------------------------------------------------------------
 
 
@@ -145,17 +154,17 @@ def test_other_adaptive_methods_of_torchdiffeq_serve_too(method):
     [(iia.EDM(), False), (iia.Cosine(), False), (iia.FlowMatching(), True)],
     ids=["EDM", "Cosine", "FlowMatching reversed"],
 )
-def test_the_error_of_the_dense_output_falls_with_the_fourth_power_of_the_number_of_points(schedule, reverse):
+def test_the_dense_output_soon_is_as_accurate_as_the_integration(schedule, reverse):
     ends = times(schedule, -3.5, CLEAN, 2)
     t, s = reversed(ends) if reverse else ends
     ode, x = G.ode(schedule), G.noisy(4, schedule, t, generator(0))
-    between, counts, errors = times(schedule, -3.5, CLEAN, 20), [15, 30, 60], []
+    between, counts, errors = times(schedule, -3.5, CLEAN, 20), [8, 16, 60], []
     for points in counts:
         dense = reference.trajectory(ode, x, t, s, points=points)
         worst = [(dense(u) - G.flow(x, schedule, t, u)).abs().max() / size(schedule, u) for u in between]
         errors.append(float(max(worst)))
-    assert abs(slope(errors, counts) + 4) < 0.15
-    assert errors[-1] < 2e-6
+    assert errors[1] < errors[0] / 2**6
+    assert errors[-1] < 1e-9
 
 
 @pytest.mark.parametrize(("points", "reverse"), [(3, False), (20, True), (80, False)])
@@ -166,7 +175,7 @@ def test_the_tolerance_holds_at_every_knot_however_many_there_are(points, revers
     x = mixture().noisy(2, schedule, t, generator(0))
     dense = reference.trajectory(ode, x, t, s, points=points, rtol=1e-11, atol=1e-11)
     close(dense.final, reference.solve(ode, x, t, s, rtol=1e-12, atol=1e-12), atol=1e-10)
-    middle = dense.knots[points // 2].sinh().log().item()  # u = asinh(e^lam)
+    middle = (dense.knots[points // 2].sinh() / dense.size).log().item()  # u = asinh(size e^lam)
     between = schedule.t_of_lam(middle)
     close(dense(between), reference.solve(ode, x, t, between, rtol=1e-12, atol=1e-12), atol=1e-10)
 

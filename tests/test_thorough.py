@@ -15,7 +15,7 @@ from torch import nn
 import iia_ode as iia
 from iia_ode import Teacher, fit
 from iia_ode.autofit.stages import Context, choose, closed_form, last_fit, rival
-from iia_ode.autofit.thorough import fresh_states, judged, more_states, with_ends
+from iia_ode.autofit.thorough import ends_of, fresh_states, judged, more_states
 from iia_ode.iia import Batch
 from iia_ode.ode import Wrapped
 
@@ -97,9 +97,9 @@ def test_fresh_noise_is_new_and_under_the_conditions_that_were_held_out(size, dr
 def test_true_final_states_are_those_of_a_teacher_in_any_chunks():
     ode, x = mixture().ode(EDM), 80.0 * NOISE[:9]
     for size in (4, None):
-        ended = with_ends(Batch(ode, x, chunk_size=size), 80.0, 20, 0.002, progress=False)
-        assert ended.teacher is None and torch.equal(ended.x, x)
-        assert torch.allclose(ended.final, Teacher.solve(ode, x, 80.0, 0.0, steps=20).final, rtol=1e-12)
+        levels = {"sigma_min": 0.002, "data_size": 0.9}
+        ended = ends_of(Batch(ode, x, chunk_size=size), 80.0, 20, False, **levels)
+        assert torch.allclose(ended, Teacher.solve(ode, x, 80.0, 0.0, steps=20, **levels).final, rtol=1e-12)
 
 
 # ---- fresh draws for the last choice ---------------------------------------------------------------------------------

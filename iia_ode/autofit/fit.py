@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from ..checks import check_seed, check_whole
-from ..errors import InputError, one_run
+from ..errors import GridError, InputError, one_run
 from ..files import to_json
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
 from ..iia.method import record_of
-from ..iia.provenance import UNJUDGED, Ingredient, RefinementRecord, SearchRecord, StageCost, finite, later
+from ..iia.provenance import (
+    UNJUDGED,
+    Ingredient,
+    RefinementRecord,
+    SearchRecord,
+    StageCost,
+    finite,
+    later,
+    raised,
+)
 from ..iia.ranking import Range, samples_against
 from ..iia.refinement import Refinement
 from ..iia.teacher import Teacher, check_teacher
@@ -26,17 +35,19 @@ from ..ode.distributed import agree, ranks_of
 from ..ode.mode import check_mode
 from ..plan import check_start
 from ..plan.checks import check_samples
-from ..schedules import Schedule
-from ..schedules.levels import default_levels, known_level, lowest_level
+from ..schedules.levels import default_levels, known_level
+from ..sizes import size_of_data, size_of_noise, smallest_level
 from .budget import Budget, budget_of
 from .grids import leap_grids
 from .pipeline import SCALARS, Contender
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
-from .thorough import fresh_states, judged, more_states, warm_started, with_ends
+from .thorough import ends_of, fresh_states, judged, more_states, warm_started
 
-__all__ = ["fit", "smallest_level", "start_time"]
+__all__ = ["fit", "start_time"]
 
-_NOISIEST = 80.0  # level of the start where the output does not determine the data at the schedule's noisiest time
+# Level of the start where the output does not determine the data at the schedule's noisiest time, relative to the size of
+# the data: EDM's 80 for data of size 0.5.
+_NOISIEST = 160.0
 _FEW = 64  # draws, below which the log warns that a choice is uncertain
 _FEWEST = 8  # draws, below which a search is refused
 
@@ -85,10 +96,12 @@ def fit(
     shape : shape of one sample, instead of `noise` and `x`: the search makes `samples` draws in float32.
     samples : number of draws for `shape`.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`. A budget may add draws.
-    sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule, or 80 where the output
-        of the model does not determine the data there (noise or score prediction at alpha = 0).
+    sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule. Where the output of the
+        model does not determine the data there (noise or score prediction at alpha = 0), the default is 160 times the root
+        mean square of the data, which the model tells by a coarse integration of a few samples.
     sigma_min : level sigma/alpha at which the data estimate of the teacher becomes the final state; the smallest level of the
-        model's training. By default 0.002, or the lowest of the schedule's ``known_levels`` if that is higher.
+        model's training. By default 0.004 times the root mean square of the data, or the lowest of the schedule's
+        ``known_levels`` if that is higher.
     teacher : accurate trajectories from these initial states, if they exist already. A budget then adds no draws.
     seed : seed of the draws for `shape`, of added draws and of the Rademacher probes of refinements.
     progress : show bars.
@@ -112,12 +125,13 @@ def fit(
     for name, value in (("nfe", nfe), ("samples", samples)):
         check_whole(name, value, least=1)
     check_seed(seed)
-    start = start_time(ode, sigma_max)
-    states = _initial_states(ode, noise, x, shape, samples, start, seed)
+    if sigma_min is not None:
+        sigma_min = known_level(ode.schedule, sigma_min, "sigma_min")
     check_mode(ode)
-    lowest = smallest_level(ode.schedule)
-    level = lowest if sigma_min is None else known_level(ode.schedule, sigma_min, "sigma_min")
-    agree(ode, "fit", nfe, start, level, chosen, seed, getattr(teacher, "record", teacher), states)
+    draws = _draws(ode, noise, x, shape, samples, seed)
+    agree(ode, "fit", nfe, sigma_max, sigma_min, chosen, seed, getattr(teacher, "record", teacher), x is None, draws)
+    start = start_time(ode, sigma_max, None if x is not None else draws)
+    states = draws if x is not None else ode.schedule.sigma(start) * draws
     if teacher is not None:
         check_teacher(teacher, ode, states, start)
     batch = Batch(ode, states.detach().to(ode.device or states.device), teacher, chosen.chunk_size)
@@ -126,9 +140,10 @@ def fit(
         raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
     begun, given = time.perf_counter(), len(batch)
     with ode.counting() as spent:
+        options = _levels(batch, start, sigma_min)
         if teacher is None and chosen.draws > given:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
-        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, level, seed, progress)
+        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, options, seed, progress)
         made: list[Contender | Ingredient] = [*rival(context)]
         grids = leap_grids(context.levels.highest, context.scale) if nfe > 1 else []
         made += closed_form(context, None, grids)
@@ -161,33 +176,35 @@ def fit(
 # ---- before the search -----------------------------------------------------------------------------------------------
 
 
-def smallest_level(schedule: Schedule) -> float:
-    """The smallest level sigma/alpha at which a model of this schedule is evaluated."""
-    return max(lowest_level(schedule), schedule.noise_to_signal(schedule.t_data))
+def start_time(ode: ProbabilityFlowODE, sigma_max: float | None, noise: Tensor | None = None) -> float:
+    """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule.
 
-
-def start_time(ode: ProbabilityFlowODE, sigma_max: float | None) -> float:
-    """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule."""
+    The size of the data behind `noise` decides where the noisiest time of the schedule is not usable.
+    """
     schedule = ode.schedule
     if sigma_max is not None:
         return schedule.t_of_noise_to_signal(known_level(schedule, sigma_max, "sigma_max"))
     if not schedule.knows(schedule.t_noise):
         return schedule.t_of_noise_to_signal(default_levels(schedule)[1])
-    if schedule.alpha(schedule.t_noise) == 0 and ode.prediction in ("noise", "score"):
-        return schedule.t_of_noise_to_signal(_NOISIEST)
-    return schedule.t_noise
+    if schedule.alpha(schedule.t_noise) > 0 or ode.prediction not in ("noise", "score"):
+        return schedule.t_noise
+    if noise is None:
+        raise GridError(
+            f"{ode.prediction} prediction says nothing about the data where alpha = 0, so the states x do not tell their "
+            "level: give sigma_max, their level sigma/alpha, or noise= instead of x=."
+        )
+    return schedule.t_of_noise_to_signal(_NOISIEST * size_of_noise(ode, noise))
 
 
-def _initial_states(
+def _draws(
     ode: ProbabilityFlowODE,
     noise: Tensor | None,
     x: Tensor | None,
     shape: tuple[int, ...] | None,
     samples: int,
-    t: float,
     seed: int,
 ) -> Tensor:
-    """Initial states from noise, from states, or from the shape of one sample."""
+    """Standard normal noise, given or drawn for the shape of one sample; the initial states where they are given."""
     if sum(v is not None for v in (noise, x, shape)) != 1:
         raise InputError(
             "a fit takes exactly one of noise= (standard normal draws), x= (initial states) or shape= (of a sample)."
@@ -203,18 +220,35 @@ def _initial_states(
         noise = torch.randn((samples, *shape), generator=generator, device="cpu")
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 1:
         raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
+    check_start(ode, noise)
     size = float(noise.cpu().double().square().mean().sqrt())
     if not 0.5 < size < 2.0:
         raise InputError(
             f"noise must be standard normal, and its root mean square is {size:.3g}: pass initial states as x=."
         )
-    states = ode.schedule.sigma(t) * noise
-    check_start(ode, states)
-    return states
+    return noise
+
+
+def _levels(batch: Batch, start: float, sigma_min: float | None) -> dict[str, float]:
+    """The smallest level and the size of the data, as options of a teacher."""
+    if batch.teacher is not None:
+        size = batch.teacher.record.data_size
+    else:
+        lowest = smallest_level(batch.ode.schedule, 0.0) if sigma_min is None else sigma_min
+        size = size_of_data(batch.ode, batch.x, start, lowest)
+    level = smallest_level(batch.ode.schedule, size) if sigma_min is None else sigma_min
+    return {"sigma_min": level, "data_size": size}
 
 
 def _prepared(
-    batch: Batch, given: int, nfe: int, budget: Budget, start: float, level: float, seed: int, progress: bool
+    batch: Batch,
+    given: int,
+    nfe: int,
+    budget: Budget,
+    start: float,
+    levels: dict[str, float],
+    seed: int,
+    progress: bool,
 ) -> tuple[Context, dict[str, StageCost], Batch | None]:
     """The context with its teacher, the costs of the stages so far, and fresh samples with their final states."""
     held, finals = held_out_of(len(batch), budget.held_out), budget.finals_of(len(batch))
@@ -231,29 +265,33 @@ def _prepared(
                 start,
                 batch.ode.schedule.t_data,
                 steps=budget.steps(nfe),
-                sigma_min=level,
                 chunk_size=budget.chunk_size,
                 progress=progress,
+                **levels,
             )
             context = replace(context, batch=replace(memoized, teacher=teacher))
         if finals:  # before the search, so that a failure on these draws comes early
-            drawn = fresh_states(batch, start, finals, len(batch) - held, seed)
-            ended = with_ends(drawn, start, budget.steps(nfe), level, progress)
-            fresh = replace(ended, ode=cached(ended.ode))
+            drawn, fresh = (fresh_states(b, start, finals, len(batch) - held, seed) for b in (batch, memoized))
+            fresh = replace(fresh, final=ends_of(drawn, start, budget.steps(nfe), progress, **levels))
     context.say(f"teacher: {cost.sample_evaluations} sample evaluations, {cost.seconds:.1f} s")
     return context, {"teacher": cost}, fresh
 
 
 def _announce(context: Context, batch: Batch, given: int, finals: int, start: float) -> None:
-    """Time the model, and report the expected cost."""
+    """Log the expected cost, by the time of the model's second call; nothing is timed where nobody listens."""
+    listens, ranks = context.leads and _log.isEnabledFor(logging.INFO), ranks_of(batch.ode)
+    if ranks is not None:  # a call of a distributed model is one in every process
+        flag = torch.tensor([listens], dtype=torch.int64, device="cpu")
+        listens = any(bool(other) for other in ranks.gathered(flag, "listening"))
+    if not listens:
+        return
     part, budget, nfe = batch[: context.budget.chunk_size], context.budget, context.nfe
     with torch.no_grad():
         for _ in range(2):  # the first call may allocate or compile
             began = time.perf_counter()
             part.ode.output(part.x, start).sum().item()
             seconds = (time.perf_counter() - began) / len(part)
-    top = batch.ode.schedule.noise_to_signal(start)
-    cost = budget.cost(nfe, len(leap_grids(top, 1.0)), len(batch), len(batch) - context.held_out)
+    cost = budget.cost(nfe, len(leap_grids(math.inf, 1.0)), len(batch), len(batch) - context.held_out)
     cost -= (budget.steps(nfe) + 1) * len(batch) if batch.teacher is not None else 0
     more = f" and {len(batch) - given} more" if len(batch) > given else ""
     more += f", {finals} for the last choice" if finals else ""
@@ -281,11 +319,13 @@ def _search(
     context: Context, contenders: list[Contender], failed: list[Ingredient], best: Contender, last: Last, **rest: Any
 ) -> SearchRecord:
     """The account of a search; `rest` has the remaining fields of the record."""
+    least = context.batch.taught.record.error
+    tried = (*(c.ingredient(chosen=c is best) for c in contenders), *failed)
     return SearchRecord(
         rival=RIVAL,
         budget=to_json(context.budget),
-        ingredients=(*(c.ingredient(chosen=c is best) for c in contenders), *failed),
-        refinement=None if best.refinement is None else _account(best.refinement),
+        ingredients=tuple(replace(i, error=raised(i.error, least)) for i in tried),
+        refinement=None if best.refinement is None else _account(best.refinement, least),
         steps=last.fit.split if last.fit and last.fit.reports else None,
         fitted_to_all=last.plan is not best.plan,
         checkpointed=context.budget.checkpointed,
@@ -316,10 +356,10 @@ def _solver(
     return FittedSolver(replace(last.plan, name=context.method.name or last.plan.name), reports, record)
 
 
-def _account(refinement: Refinement) -> RefinementRecord:
+def _account(refinement: Refinement, least: float | None) -> RefinementRecord:
     return RefinementRecord(
-        train=tuple(finite(i.train) for i in refinement.iterations),
-        held_out=tuple(finite(i.error) for i in refinement.iterations),
+        train=tuple(raised(finite(i.train), least) for i in refinement.iterations),
+        held_out=tuple(raised(finite(i.error), least) for i in refinement.iterations),
         best=refinement.best,
         reason=refinement.status.value,
     )

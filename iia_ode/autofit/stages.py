@@ -36,6 +36,9 @@ RIVAL = "ipndm3"
 _ENOUGH = 10  # training components per weight, below which there is no last fit
 _SAMPLES = 10  # training samples, below which there is no last fit: an intercept is a mean over samples
 
+# Range of the grid of the unfitted solver, relative to the size of the data.
+_HIGH, _LOW = 400.0, 0.04
+
 _log = logging.getLogger(__name__)
 
 
@@ -107,8 +110,8 @@ def rival(context: Context) -> list[Contender]:
     solver = get_solver(RIVAL)
     with context.stage() as cost:
         try:
-            top = min(levels.highest, 200.0)
-            low = max(context.batch.taught.sigma_min, min(0.02, top / 10))
+            top = min(levels.highest, _HIGH * context.scale)
+            low = max(context.batch.taught.sigma_min, min(_LOW * context.scale, top / 10))
             grid = solver.grid_for(context.nfe, lambda n: karras(n, low, top, schedule=schedule), schedule)
             grid[0] = context.batch.taught.t_start
             plan = trace(solver, schedule, grid, consistent=False)

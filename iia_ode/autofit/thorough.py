@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import IIAError, RankError, first_line
+from ..errors import IIAError, NonFiniteError, RankError, first_line
 from ..iia.batch import Batch, held_out_of
+from ..iia.integration import Integration
 from ..iia.provenance import Ingredient
-from ..iia.teacher import Teacher
 from ..ode import ProbabilityFlowODE
 from ..ode.conditions import named
 from ..warm_starts import estimate_moments
@@ -20,7 +20,7 @@ from .grids import LeapGrid
 from .pipeline import Contender, Start
 from .stages import Context, closed_form
 
-__all__ = ["class_condition", "fresh_states", "judged", "more_states", "starts_of", "warm_started", "with_ends"]
+__all__ = ["class_condition", "ends_of", "fresh_states", "judged", "more_states", "starts_of", "warm_started"]
 
 _OWN = 0x9E3779B9  # seed offset of added draws, so that it does not overlap small user seeds
 _FRESH = 0x7F4A7C15  # seed offset of the draws for the final choice
@@ -59,12 +59,17 @@ def fresh_states(batch: Batch, t: float, draws: int, first: int, seed: int) -> B
     return Batch(ode.subset(index, len(x)), new, None, batch.chunk_size)
 
 
-def with_ends(batch: Batch, t: float, steps: int, sigma_min: float, progress: bool) -> Batch:
-    """The batch with true final states from a teacher at time t; the trajectories of the teacher are dropped."""
-    end, ends = batch.ode.schedule.t_data, []
-    for part in tqdm(list(batch.chunks()), desc="ends", disable=not progress):
-        ends.append(Teacher.solve(part.ode, part.x, t, end, steps=steps, sigma_min=sigma_min).final)
-    return replace(batch, final=torch.cat(ends))
+def ends_of(batch: Batch, t: float, steps: int, progress: bool, *, sigma_min: float, data_size: float) -> Tensor:
+    """True final states [B, ...] of samples at time t, by the integration of a teacher."""
+    end = batch.ode.schedule.t_data
+    made = Integration.of(batch.ode, batch.x, t, end, steps=steps, sigma_min=sigma_min, size=data_size)
+    parts = tqdm(list(batch.chunks()), desc="ends", disable=not progress)
+    finals = torch.cat([made.end(part.ode, part.x).cpu() for part in parts])
+    if not bool(torch.isfinite(finals).all()):
+        raise NonFiniteError(
+            "a trajectory ended in NaN or infinity: check the model over the whole range of noise levels."
+        )
+    return finals
 
 
 def _drawn(ode: ProbabilityFlowODE, x: Tensor, t: float, draws: int, seed: int) -> Tensor:

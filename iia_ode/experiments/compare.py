@@ -277,7 +277,7 @@ class _Fits:
     def _teacher(self) -> tuple[Teacher, float]:
         """Accurate trajectories for IIA, and their wall-clock time in seconds."""
         begun = time.perf_counter()
-        teacher = Teacher.solve(*self.states, *self.ends, sigma_min=self.task.sigma_min)
+        teacher = Teacher.solve(*self.states, *self.ends, sigma_min=self.task.lowest(self.ends[0]))
         return teacher, time.perf_counter() - begun
 
     @cached_property
@@ -290,7 +290,7 @@ class _Fits:
         if self.budget.draws > len(x):
             return None, 0.0
         start, end, steps = start_time(ode, self._highest), ode.schedule.t_data, self.budget.steps(self.most)
-        low, chunk = self.task.sigma_min, self.budget.chunk_size
+        low, chunk = self.task.lowest(start), self.budget.chunk_size
         teacher = Teacher.solve(ode, x, start, end, steps=steps, sigma_min=low, chunk_size=chunk)
         return teacher, time.perf_counter() - begun
 
@@ -316,7 +316,7 @@ class _Fits:
                 x=x,
                 budget=self.budget,
                 sigma_max=self._highest,
-                sigma_min=self.task.sigma_min,
+                sigma_min=self.task.lowest(self.ends[0]),
                 teacher=teacher,
                 seed=self.seed,
                 progress=self.progress,

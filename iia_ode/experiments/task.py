@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..autofit.fit import smallest_level
 from ..errors import InputError
 from ..noise import sample_seeds, seeded_noise
 from ..ode import ProbabilityFlowODE
 from ..plan import check_start
 from ..reference import solve
+from ..sizes import size_of_data, smallest_level
 from .settings import Setting, batch_seed
 
 __all__ = ["Task", "of_ode", "of_setting"]
@@ -29,16 +29,24 @@ class Task:
     fit_ode: ProbabilityFlowODE | None  # None: drawn when the first fit asks
     fit_x: Tensor | None
     reference: Tensor | None
-    sigma_min: float
+    sigma_min: float | None  # None: told by the size of the data
     sigma_max: float | None  # level of x; None if unknown
     tolerance: float
+
+    def lowest(self, t: float) -> float:
+        """Level sigma/alpha at which references and teachers end, for states x at time t."""
+        if self.sigma_min is not None:
+            return self.sigma_min
+        return smallest_level(
+            self.ode.schedule, size_of_data(self.ode, self.x, t, smallest_level(self.ode.schedule, 0.0))
+        )
 
     def accurate(self, ends: tuple[float, float], say: Callable[[str], None]) -> Tensor:
         """The accurate final states."""
         if self.reference is not None:
             return self.reference
         say(f"reference: {len(self.x)} unseen samples by dopri8, tolerance {self.tolerance:g}")
-        return solve(self.ode, self.x, *ends, rtol=self.tolerance, atol=self.tolerance, sigma_min=self.sigma_min)
+        return solve(self.ode, self.x, *ends, rtol=self.tolerance, atol=self.tolerance, sigma_min=self.lowest(ends[0]))
 
     def states(self, n: int, start: float, seed: int) -> tuple[ProbabilityFlowODE, Tensor]:
         """The ODE and the states to fit on: those given, or `n` draws at the time `start`."""
@@ -96,7 +104,7 @@ def of_ode(
         fit_ode,
         fit_x,
         reference,
-        smallest_level(ode.schedule) if sigma_min is None else sigma_min,
+        sigma_min,
         None,
         (1e-8 if exact else 1e-6) if tolerance is None else tolerance,
     )

@@ -16,7 +16,7 @@ from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from .origin import conditions_digest
-from .teacher import Teacher
+from .teacher import Teacher, slices
 
 __all__ = ["Batch", "held_out_of", "per_sample"]
 
@@ -59,8 +59,7 @@ class Batch:
 
     def chunks(self) -> Iterator[Batch]:
         """The batch in parts of `chunk_size`, in order."""
-        size = self.chunk_size or len(self.x)
-        return (self[i : min(i + size, len(self.x))] for i in range(0, len(self.x), size))
+        return (self[part] for part in slices(len(self.x), self.chunk_size))
 
     def split(self, held_out: int) -> tuple[Batch, Batch]:
         """The training samples, and the last `held_out` samples."""

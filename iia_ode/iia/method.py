@@ -216,7 +216,7 @@ def record_of(
         origin=Origin.of(batch.ode, batch.x),
         batch=len(batch),
         held_out=held_out,
-        endpoint=endpoint,
+        endpoint=endpoint if batch.teacher is None else endpoint.known_to(batch.teacher.record.error),
         teacher=None if batch.teacher is None else batch.teacher.record.options,
         evaluations=spent.evaluations,
         sample_evaluations=spent.samples,

@@ -30,9 +30,9 @@ class Parameters:
 
     The plan is first written in canonical form. Every evaluated state, and the final state, is a combination of the initial
     state and of *all* earlier data estimates: N (N + 1) / 2 + N weights for N evaluations. Weights absent from the plan
-    start at zero. A weight is divided by sqrt(alpha^2 + sigma^2) of its state, so that a state keeps its size when its time
-    moves. The parameter of a time is log sigma/alpha, so that a step of the parameter is a relative change of the level.
-    The first time is fixed at the time of the initial state.
+    start at zero. A weight is divided by the size sqrt((alpha data_size)^2 + sigma^2) of its state, so that a state keeps its
+    size when its time moves, whatever the unit of the data. The parameter of a time is log sigma/alpha, so that a step of the
+    parameter is a relative change of the level. The first time is fixed at the time of the initial state.
 
     A weight may be a linear map over a decomposition. Its parameter is then the mean over the groups; differences between
     groups stay fixed, because a parameter per group would be too many for the samples of a fit.
@@ -42,6 +42,7 @@ class Parameters:
     plan : a plan whose weights are numbers, or linear maps over a single decomposition; constants stay fixed.
     learn_grid : whether the times are parameters.
     sigma_min : level sigma/alpha below which :meth:`clipped` moves no time; no lower than the model knows.
+    data_size : root mean square of the data.
 
     Attributes
     ----------
@@ -53,12 +54,13 @@ class Parameters:
     InputError : the plan has tensors as weights, maps over several decompositions, or constants per condition.
     """
 
-    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0) -> None:
+    def __init__(self, plan: Plan, *, learn_grid: bool = True, sigma_min: float = 0.0, data_size: float = 1.0) -> None:
         form = plan.canonical()
         rows = [*form.states, form.final]
         self.projections = _decomposition(plan.name, rows)
         self.schedule, self.name, self.grid_end = plan.schedule, plan.name, plan.grid[-1]
         self.start, self.sigma_min = plan.grid[0], lowest_level(plan.schedule, sigma_min)
+        self.data_size = data_size
         self.constants = [row.constant for row in rows]
         times = plan.evaluation_times
         self._times = list(times)
@@ -193,18 +195,18 @@ class Parameters:
                 state = self._state(r, values, weights, knot.size)
             t, p, q = knot.time, _spread(knot.p, x), _spread(knot.q, x)
             values.append(p * state + q * _output(ode, state, t, checkpointed))
-        end = torch.full_like(leaf[:, 0], self.schedule.size(self.grid_end))
+        end = torch.full_like(leaf[:, 0], self._size(self.grid_end))
         return self._state(len(knots), values, weights, end), leaf
 
     def _knots(self, prediction: str, theta: Tensor, leaf: Tensor) -> list[_Knot]:
         """The evaluations of a differentiable run."""
         host = theta[self.weights :].tolist()
-        levels = [_level(self.schedule, prediction, v) for v in host]
+        levels = [self._level(prediction, v) for v in host]
         moves = [leaf[:, self.weights + m] - v for m, v in enumerate(host)]  # zero, with the gradient of the level
         found = []
         for t, m in zip(self._times, self._time_of, strict=True):
             if m is None:
-                values = (t, self.schedule.size(t), *conversion(self.schedule, t, prediction, "data"))
+                values = (t, self._size(t), *conversion(self.schedule, t, prediction, "data"))
                 found.append(_Knot([(v, 0.0) for v in values], leaf))
             else:
                 found.append(_Knot(levels[m], leaf, moves[m]))
@@ -226,12 +228,26 @@ class Parameters:
         constant = self.constants[r]
         return state if constant is None else state + constant.to(x)
 
+    def _level(self, prediction: str, log_level: float) -> list[tuple[float, float]]:
+        """Time, size and the two factors of the conversion at a level: values, with their derivatives in log sigma/alpha."""
+
+        def at(level: float) -> tuple[float, ...]:
+            t = _time(self.schedule, level)
+            return t, self._size(t), *conversion(self.schedule, t, prediction, "data")
+
+        below, above, width = at(log_level - _STEP), at(log_level + _STEP), 2 * _STEP
+        return [(v, (b - a) / width) for v, a, b in zip(at(log_level), below, above, strict=True)]
+
     def _source_size(self, j: int) -> float:
-        """The size that weights of source j are relative to: of the initial state, or 1 of a data estimate."""
-        return self.schedule.size(self.start) if j == 0 else 1.0
+        """The size that weights of source j are relative to: of the initial state, or of a data estimate."""
+        return self._size(self.start) if j == 0 else self.data_size
 
     def _row_size(self, r: int, times: list[float]) -> float:
-        return self.schedule.size(self.grid_end if r == len(times) else times[r])
+        return self._size(self.grid_end if r == len(times) else times[r])
+
+    def _size(self, t: float) -> float:
+        """The size of a state at time t."""
+        return math.hypot(self.data_size * self.schedule.alpha(t), self.schedule.sigma(t))
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,17 +285,6 @@ def _decomposition(name: str, rows: list[Vector]) -> Projections | None:
     if any(isinstance(row.constant, PerCondition) for row in rows):
         raise InputError(f"{name} has constants per condition: refine the plan that follows its warm start.")
     return maps[0] if maps else None
-
-
-def _level(schedule: Schedule, prediction: str, log_level: float) -> list[tuple[float, float]]:
-    """Time, size and the two factors of the conversion at a level: values, with their derivatives in log sigma/alpha."""
-
-    def at(level: float) -> tuple[float, ...]:
-        t = _time(schedule, level)
-        return t, schedule.size(t), *conversion(schedule, t, prediction, "data")
-
-    below, above, width = at(log_level - _STEP), at(log_level + _STEP), 2 * _STEP
-    return [(v, (b - a) / width) for v, a, b in zip(at(log_level), below, above, strict=True)]
 
 
 def _output(ode: ProbabilityFlowODE, state: Tensor, t: Tensor | float, checkpointed: bool) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "TeacherRecord",
     "finite",
     "later",
+    "raised",
 ]
 
 
@@ -79,6 +80,8 @@ class TeacherRecord:
     t_start, t_end : times of the initial and of the final states.
     conditions : digest of the conditions' values; None for a part of a batch.
     evaluations, sample_evaluations : cost of the trajectories, in model calls and in samples.
+    data_size : root mean square of the data, the unit of noise levels.
+    error : estimate of the root mean square error of the final states per component; None where it is not finite.
     """
 
     origin: Origin
@@ -88,6 +91,8 @@ class TeacherRecord:
     conditions: str | None
     evaluations: int
     sample_evaluations: int
+    data_size: float = 1.0
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class Endpoint:
     needed : a number of samples. Where the fit is in use: enough to show, with a probability of at least 95%, any failure
         frequent enough to undo the gain. Where the base is in use: enough for a clear gain, if further samples are like those
         seen. None where there is no such number.
+    teacher_error : estimate of the root mean square error of the true final states themselves; None without them. No error
+        of base and fit is below it.
     """
 
     base: float | None
@@ -114,6 +121,7 @@ class Endpoint:
     why: str
     judged: int = 0
     needed: int | None = None
+    teacher_error: float | None = None
 
     @property
     def limits(self) -> str:
@@ -129,6 +137,11 @@ class Endpoint:
             return told
         enough = "enough samples" if self.needed <= self.judged else f"{self.needed} samples would be needed"
         return f"{told}; {enough} to rule out failures that undo the gain"
+
+    def known_to(self, teacher_error: float | None) -> Endpoint:
+        """The same errors, raised to the error of the true final states where they are below it."""
+        base, fit = (raised(error, teacher_error) for error in (self.base, self.fit))
+        return replace(self, base=base, fit=fit, teacher_error=teacher_error)
 
 
 UNJUDGED = Endpoint(None, None, False, "none", "")
@@ -333,3 +346,8 @@ class Record:
 def finite(value: float) -> float | None:
     """The number, or None if it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def raised(error: float | None, least: float | None) -> float | None:
+    """An error, raised to the error of the true states that it was measured by."""
+    return error if error is None or least is None else max(error, least)

@@ -224,7 +224,8 @@ def refine(
     agree(ode, "refine", x, plan, target, search)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
-    parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min)
+    size = _data_size(plan, x, target)
+    parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min, data_size=size)
 
     def over(part: Batch) -> EndpointError:
         return EndpointError(parameters, part, probes=probes if newton else 0, checkpointed=checkpointed, seed=seed)
@@ -248,6 +249,16 @@ def refine(
         )
     result = plan if best == 0 else parameters.plan(theta, plan.name)
     return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
+
+
+def _data_size(plan: Plan, x: Tensor, target: Tensor) -> float:
+    """Root mean square of the data, from the states at the cleaner end of a plan without the variance of their noise."""
+    level = plan.schedule.noise_to_signal
+    t, states = min((plan.grid[0], x), (plan.grid[-1], target), key=lambda end: level(end[0]))
+    alpha, sigma = plan.schedule.alpha(t), plan.schedule.sigma(t)
+    square = float(states.detach().cpu().double().square().mean())
+    # States of noise alone tell no size: that of data as small as a hundredth of the noise is as good as any.
+    return math.sqrt(max(square - sigma * sigma, 1e-4 * square)) / alpha if square > 0 and alpha > 0 else 1.0
 
 
 def _best_so_far(

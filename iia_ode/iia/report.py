@@ -97,6 +97,8 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
         lines += [end.limits] if end.limits else []
     elif end.fell_back and end.why:
         lines.append(f"the base was kept: {end.why}")
+    if end.base is None and end.teacher_error is not None:
+        lines.append(f"the teacher's final states are known to about {end.teacher_error:.2g}")
     return "\n".join([*lines, "", table_of(reports)] if reports else lines)
 
 
@@ -131,7 +133,10 @@ def _endpoint(record: Record) -> str:
     end, search = record.endpoint, record.search
     base, label = ("the base", "base") if search is None else (search.rival, f"{search.rival} without a fit")
     kept = base if end.fell_back else "the fit"
-    return f"endpoint error on held-out noise: {label} {_number(end.base)}, fit {_number(end.fit)}; {kept} was kept"
+    own = "" if end.teacher_error is None else f" (the true states are known to about {end.teacher_error:.2g})"
+    return (
+        f"endpoint error on held-out noise: {label} {_number(end.base)}, fit {_number(end.fit)}; {kept} was kept{own}"
+    )
 
 
 def _number(error: float | None) -> str:
@@ -158,6 +163,10 @@ def _explain_search(plan: Plan, record: Record, search: SearchRecord) -> list[st
         f"Chosen from {made} solvers by their error on {record.held_out + search.final_draws} held-out samples, with less "
         f"weight on outliers: {chosen.name}, with error {error:.3g}.",
     ]
+    if record.endpoint.teacher_error is not None:
+        lines.append(
+            f"The true final states are known to about {record.endpoint.teacher_error:.2g}; no error here is lower."
+        )
     for other in search.ingredients:
         if not other.chosen and other.error:
             lines.append(f"  {other.name}: {other.error:.3g}; the chosen error is {error / other.error:.2f} of it.")

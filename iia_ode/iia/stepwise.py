@@ -18,11 +18,12 @@ from ..plan.vectors import vector_indices, weight_mean_square
 from ..solvers import Solver
 from .batch import Batch
 from .directions import StepRecord, Term, Terms
+from .integration import Integration
 from .least_squares import LeastSquares, Solution
 from .provenance import UNJUDGED, Endpoint, Split, StepReport, finite
 from .ranking import Range, samples_against, too_few, verdict
 from .targets import Target
-from .teacher import DEFAULT, Teacher
+from .teacher import DEFAULT
 
 __all__ = ["RIDGES", "Stepwise", "StepwiseFit"]
 
@@ -193,21 +194,23 @@ class Stepwise:
         grid = torch.tensor(plan.grid, dtype=_F64, device="cpu")
         base = trace(self.base, plan.schedule, grid, consistent=False)
         if held_out:
-            first = 0 if batch.teacher is not None else len(batch) - held_out
-            parts = (chunk.squares(base, len(plan.code), max(first - chunk.first, 0)) for chunk in chunks)
+            judged = batch if batch.teacher is not None else batch[len(batch) - held_out :]
+            exact, error, reference = _truth(judged, base)
+            first = len(batch) - len(judged)
+            parts = (chunk.squares(base, len(plan.code), first, exact) for chunk in chunks)
             squares = torch.cat([p for p in parts if p is not None])
             found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
             ends = Range.of(torch.cat([chunk.values[len(plan.code)] for chunk in chunks]), len(squares))
             against = samples_against(float((squares[:, 0] - squares[:, 1]).mean()), ends.reach)
-            judged, needed = len(squares), against if found.kept else found.needed
-            reference = DEFAULT if batch.teacher is None else str(batch.teacher.record.options)
+            number, needed = len(squares), against if found.kept else found.needed
             samples = f"{held_out} held-out sample{'s' * (held_out > 1)}"
             seen = f"on {samples} its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
         else:
-            found, seen, reference = too_few(len(batch)), "", UNJUDGED.reference
-            judged, needed, ends = 0, None, Range(0.0, 0)
+            found, seen, reference, error = too_few(len(batch)), "", UNJUDGED.reference, None
+            number, needed, ends = 0, None, Range(0.0, 0)
         why = "" if found.kept else found.why
-        endpoint = Endpoint(finite(found.base), finite(found.fit), not found.kept, reference, why, judged, needed)
+        errors = finite(found.base), finite(found.fit)
+        endpoint = Endpoint(*errors, not found.kept, reference, why, number, needed).known_to(error)
         if found.kept:
             if ends.strays:
                 warn(
@@ -274,21 +277,20 @@ class Chunk:
                 self._store(values, tracer)
         return values
 
-    def squares(self, base: Plan, final: int, first: int) -> Tensor | None:
+    def squares(self, base: Plan, final: int, first: int, exact: Tensor) -> Tensor | None:
         """Mean squares of base error, fit error and true final state of the samples from `first` on, [n, 3] on the host.
 
-        The index of the fit's last vector is `final`. Without samples from `first` on, the result is None.
+        The index of the fit's last vector is `final`, and `exact` has the true final states of the samples from `first` on,
+        float64 on the host. Without samples from `first` on, the result is None.
         """
-        if first >= len(self.batch):
+        own = max(first - self.first, 0)
+        if own >= len(self.batch):
             return None
-        part, times = self.batch[first:], base.grid
-        x = part.x.to(self.device)
-        own = part.teacher
-        exact = Teacher.for_grid(part.ode, x, times).final if own is None else own.at(times[-1])
-        exact = exact.double().cpu()
-        by_base = base.run(part.ode, x, check_finite=False).cpu().double()
-        by_fit = self.values[final][first:].double()
-        errors = (by_base - exact, by_fit - exact, exact)
+        part, place = self.batch[own:], self.first + own - first
+        truth = exact[place : place + len(part)]
+        by_base = base.run(part.ode, part.x.to(self.device), check_finite=False).cpu().double()
+        by_fit = self.values[final][own:].double()
+        errors = (by_base - truth, by_fit - truth, truth)
         return torch.stack([flat(e).square().mean(dim=1) for e in errors], dim=1)
 
     def _loaded(self, indices: Iterable[int]) -> dict[int, Tensor]:
@@ -297,6 +299,17 @@ class Chunk:
     def _store(self, values: dict[int, Tensor], tracer: Tracer) -> None:
         self.values |= {j: v.cpu() for j, v in values.items() if j > self._done}
         self._done = len(tracer.code)
+
+
+def _truth(batch: Batch, base: Plan) -> tuple[Tensor, float | None, str]:
+    """True final states on the grid of `base`, float64 on the host, the estimate of their error, and how they were made."""
+    t_start, last, t_end = base.grid[0], *base.grid[-2:]
+    if batch.teacher is not None:
+        record = batch.teacher.record
+        return batch.teacher.at(t_end).double(), record.error, str(record.options)
+    made = Integration.of(batch.ode, batch.x, t_start, t_end, last=base.schedule.noise_to_signal(last))
+    finals = torch.cat([made.end(part.ode, part.x.to(batch.device)).cpu() for part in batch.chunks()])
+    return finals.double(), made.error(batch.ode, batch.x, finals), DEFAULT
 
 
 def _rounding(values: dict[int, Tensor], candidates: tuple[Term, ...], cut: int) -> Tensor:

@@ -226,7 +226,7 @@ class WarmStart:
         """
         if plan.schedule.config() != self.schedule.config():
             raise MismatchError(f"this warm start is for {self.schedule}, and {plan.name} for {plan.schedule}.")
-        if not math.isclose(plan.grid[0], self.t_1, rel_tol=1e-9, abs_tol=1e-12):
+        if not math.isclose(plan.grid[0], self.t_1, rel_tol=1e-9):
             raise MismatchError(
                 f"this warm start ends at t = {self.t_1:g}, and {plan.name} starts at {plan.grid[0]:g}."
             )
