@@ -113,7 +113,7 @@ def test_the_last_choice_is_made_on_fresh_draws_too_and_its_errors_are_reported(
     search, before = found.record.search, plain.record.search
     made = search.ingredients
     assert (search.final_draws, before.final_draws) == (48, 0)
-    assert search.costs["teacher"].sample_evaluations == 31 * (80 + 48)
+    assert search.costs["teacher"].sample_evaluations == 31 * (80 + 48) + 2 * (21 + 14)
     # At most an evaluation of each fresh sample for each solver; the first one of all is memoized.
     assert 48 <= search.costs["finals"].sample_evaluations <= 48 * len(made)
     # No stage before the last choice depends on it.
@@ -209,7 +209,10 @@ def test_where_a_teacher_is_given_the_last_choice_has_fresh_draws_too():
     teacher = Teacher.solve(ode, 80.0 * NOISE, 80.0, 0.0, steps=50)
     given, own = (fit(ode, 1, noise=NOISE, budget=replace(QUICK, finals=1.0), teacher=k) for k in (teacher, None))
     assert given.record.search.final_draws == 80 and given.plan.difference(own.plan) == 0
-    assert [f.record.search.costs["teacher"].sample_evaluations for f in (given, own)] == [51 * 80, 51 * 160]
+    assert [f.record.search.costs["teacher"].sample_evaluations for f in (given, own)] == [
+        51 * 80,
+        51 * 160 + 2 * (34 + 23),
+    ]
 
 
 # ---- warm starts -----------------------------------------------------------------------------------------------------
