@@ -18,6 +18,7 @@ from iia_ode.autofit.stages import Context, choose, closed_form, last_fit, rival
 from iia_ode.autofit.thorough import ends_of, fresh_states, judged, more_states
 from iia_ode.iia import Batch
 from iia_ode.ode import Wrapped
+from iia_ode.sizes import size_of_data
 
 EDM = iia.EDM()
 NOISE = normal(80, 4)
@@ -122,7 +123,8 @@ def test_the_last_choice_is_made_on_fresh_draws_too_and_its_errors_are_reported(
     ]
     fresh = fresh_states(Batch(ode, 80.0 * NOISE), 80.0, 48, 40, 0).x
     x = torch.cat([80.0 * NOISE[40:], fresh])
-    end = Teacher.solve(ode, x, 80.0, 0.0, steps=30).final
+    teacher, size = found.record.teacher, size_of_data(ode, 80.0 * NOISE, 80.0)
+    end = Teacher.solve(ode, x, 80.0, 0.0, steps=30, sigma_min=teacher.sigma_min, data_size=size).final
     unfitted = iia.sample(ode, x, torch.tensor([80.0, 0.0], dtype=F64), "ddim")
     assert made[0].name == "ipndm3, not fitted"  # whose first step is that of ddim
     assert made[0].error == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
