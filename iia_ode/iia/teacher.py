@@ -295,8 +295,8 @@ def read_teacher(path: str | os.PathLike[str], *, schedule: Schedule | None = No
         knots, states, slopes, data = (tensors.get(k) for k in ("knots", "states", "slopes", "data"))
         if knots is None or states is None or slopes is None or states.shape != slopes.shape:
             raise ValueError("its tensors are not those of a trajectory.")
-        path = Trajectory(found, knots, states, slopes, data, record.evaluations, record.data_size)
-        return Teacher(tensors["initial"], path, record)
+        made = Trajectory(found, knots, states, slopes, data, record.evaluations, record.data_size)
+        return Teacher(tensors["initial"], made, record)
     except (LookupError, TypeError, ValueError) as error:
         raise FileFormatError(f"{str(path)!r} holds no valid teacher: {error}") from error
 
