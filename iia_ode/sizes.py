@@ -31,7 +31,8 @@ def few(x: Tensor) -> Tensor:
     count = len(x)
     order = torch.linalg.vector_norm(x.reshape(count, -1), dim=1).cpu().argsort(stable=True)
     n = min(count, max(2, min(8, count // 32)))
-    return order[(2 * torch.arange(n, device="cpu") + 1) * count // (2 * n)]
+    found: Tensor = order[(2 * torch.arange(n, device="cpu") + 1) * count // (2 * n)]
+    return found
 
 
 def size_of_data(ode: ProbabilityFlowODE, x: Tensor, t: float, lowest: float = 0.0) -> float:

@@ -127,13 +127,15 @@ def test_without_guard_nothing_is_judged_and_nothing_more_is_spent():
 def test_the_guards_endpoint_errors_are_those_of_the_samples_and_its_cost_is_counted():
     x, model = states(120), ode()
     fit = IIA("ddim").fit(model, x, GRID)
-    exact = Teacher.solve(ode(), x[90:], 80.0, 0.0).final
+    exact = Teacher.for_grid(ode(), x[90:], GRID).final
     for solver, key in (("ddim", "base"), (fit, "fit")):
         y = iia.sample(ode(), x[90:], None if solver is fit else GRID, solver)
         assert getattr(fit.record.endpoint, key) == pytest.approx(float((y - exact).square().mean().sqrt()), rel=1e-9)
+    assert fit.record.endpoint.teacher_error < fit.record.endpoint.fit
     assert fit.record.sample_evaluations == model.ledger.samples
     unguarded = IIA("ddim", guard=False).fit(ode(), x, GRID).record.sample_evaluations
-    assert fit.record.sample_evaluations == unguarded + 30 * (61 + 6)  # a teacher and the base on thirty samples
+    few = fit.record.sample_evaluations - unguarded - 30 * (61 + 6)  # a teacher and the base on thirty samples
+    assert 2 * (40 + 27) < few < 2 * (40 + 27 + 20)  # its error, and the size of the data, on two of them
 
 
 def test_a_given_teacher_serves_the_guard_of_any_target():
@@ -166,8 +168,10 @@ def test_a_batch_too_small_to_hold_any_out_is_the_base_with_a_guard_and_fitted_w
 def test_samples_that_repeat_others_are_left_out_as_they_would_judge_a_fit_to_themselves():
     x = states(64)
     again = torch.arange(64).repeat_interleave(2)
-    plain = IIA("ddim", "window", "trajectory").fit(ode(), x, GRID)
-    teacher = Teacher.solve(ode(), x[again], 80.0, 0.0, sigma_min=0.002)
+    taught = Teacher.for_grid(ode(), x, GRID)
+    plain = IIA("ddim", "window", "trajectory").fit(ode(), x, GRID, teacher=taught)
+    options = {"sigma_min": taught.sigma_min, "data_size": taught.record.data_size}
+    teacher = Teacher.solve(ode(), x[again], 80.0, 0.0, **options)
     for options in ({}, {"chunk_size": 50}, {"teacher": teacher}):
         with pytest.warns(iia.errors.DuplicateWarning, match="64 of 128 draws of noise repeat others") as caught:
             found = IIA("ddim", "window", "trajectory").fit(ode(), x[again], GRID, **options)

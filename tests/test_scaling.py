@@ -20,7 +20,7 @@ MEANS = torch.tensor([[0.4, -0.2, 0.3, 0.9], [-0.5, 0.8, 0.1, -0.4], [0.1, 0.2, 
 BUDGET = iia.Budget(teacher_steps=24, rounds=((0.5, 2),), descent=1)
 EDM, FLOW = iia.EDM(), iia.FlowMatching()
 
-a_few_units = settings(max_examples=3, deadline=None)
+a_few_units = settings(max_examples=2, deadline=None)
 
 
 def problem(c: float = 1.0) -> Problem:

@@ -18,6 +18,7 @@ from iia_ode.autofit.stages import Context, choose, closed_form, last_fit, rival
 from iia_ode.autofit.thorough import ends_of, fresh_states, judged, more_states
 from iia_ode.iia import Batch
 from iia_ode.ode import Wrapped
+from iia_ode.sizes import size_of_data
 
 EDM = iia.EDM()
 NOISE = normal(80, 4)
@@ -113,7 +114,7 @@ def test_the_last_choice_is_made_on_fresh_draws_too_and_its_errors_are_reported(
     search, before = found.record.search, plain.record.search
     made = search.ingredients
     assert (search.final_draws, before.final_draws) == (48, 0)
-    assert search.costs["teacher"].sample_evaluations == 31 * (80 + 48)
+    assert search.costs["teacher"].sample_evaluations == 31 * (80 + 48) + 2 * (21 + 14)
     # At most an evaluation of each fresh sample for each solver; the first one of all is memoized.
     assert 48 <= search.costs["finals"].sample_evaluations <= 48 * len(made)
     # No stage before the last choice depends on it.
@@ -122,7 +123,8 @@ def test_the_last_choice_is_made_on_fresh_draws_too_and_its_errors_are_reported(
     ]
     fresh = fresh_states(Batch(ode, 80.0 * NOISE), 80.0, 48, 40, 0).x
     x = torch.cat([80.0 * NOISE[40:], fresh])
-    end = Teacher.solve(ode, x, 80.0, 0.0, steps=30).final
+    teacher, size = found.record.teacher, size_of_data(ode, 80.0 * NOISE, 80.0)
+    end = Teacher.solve(ode, x, 80.0, 0.0, steps=30, sigma_min=teacher.sigma_min, data_size=size).final
     unfitted = iia.sample(ode, x, torch.tensor([80.0, 0.0], dtype=F64), "ddim")
     assert made[0].name == "ipndm3, not fitted"  # whose first step is that of ddim
     assert made[0].error == pytest.approx(float((unfitted - end).square().mean().sqrt()), rel=1e-6)
@@ -209,7 +211,10 @@ def test_where_a_teacher_is_given_the_last_choice_has_fresh_draws_too():
     teacher = Teacher.solve(ode, 80.0 * NOISE, 80.0, 0.0, steps=50)
     given, own = (fit(ode, 1, noise=NOISE, budget=replace(QUICK, finals=1.0), teacher=k) for k in (teacher, None))
     assert given.record.search.final_draws == 80 and given.plan.difference(own.plan) == 0
-    assert [f.record.search.costs["teacher"].sample_evaluations for f in (given, own)] == [51 * 80, 51 * 160]
+    assert [f.record.search.costs["teacher"].sample_evaluations for f in (given, own)] == [
+        51 * 80,
+        51 * 160 + 2 * (34 + 23),
+    ]
 
 
 # ---- warm starts -----------------------------------------------------------------------------------------------------

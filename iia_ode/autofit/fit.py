@@ -140,10 +140,10 @@ def fit(
         raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
     begun, given = time.perf_counter(), len(batch)
     with ode.counting() as spent:
-        options = _levels(batch, start, sigma_min)
+        levels = _levels(batch, start, sigma_min)
         if teacher is None and chosen.draws > given:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
-        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, options, seed, progress)
+        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, levels, seed, progress)
         made: list[Contender | Ingredient] = [*rival(context)]
         grids = leap_grids(context.levels.highest, context.scale) if nfe > 1 else []
         made += closed_form(context, None, grids)
@@ -168,8 +168,8 @@ def fit(
         ranks.check_same(torch.tensor([*last.plan.grid, *errors], dtype=torch.float64, device="cpu"))
     spent.samples += last.backward + sum(c.refinement.backward for c in contenders if c.refinement)
     failed = [m for m in made if isinstance(m, Ingredient)]
-    draws = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
-    search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **draws)
+    sizes = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
+    search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **sizes)
     return _solver(context, contenders, best, last, search, spent)
 
 

@@ -33,7 +33,7 @@ STEPS = 60
 
 _F64 = torch.float64
 _RHO = 10.0  # spacing of the levels, between 7 (Karras et al.) and equidistant log-SNR
-_START = 0.01  # share of the grid in which the steps grow from about zero to their size
+_START = 0.005  # share of the grid in which the steps grow from about zero to their size
 _NOISIEST = (
     200.0  # a start with a higher level, relative to the size of the data, alpha = 0 included, first goes down here
 )
