@@ -224,6 +224,8 @@ def final_step(solver: Solver, schedule: Schedule) -> str:
     except IIAError as error:
         return f"none, {error}"
     t, s = plan.grid[-2:]
+    if s in plan.evaluation_times:
+        return "a formula that evaluates the model at the data, where data prediction leaves the noise open"
     before = next(k for k, ins in enumerate(plan.code, 1) if isinstance(ins, Combine) and ins.step == plan.steps - 1)
     for k, ins in reversed(list(enumerate(plan.code, start=1))):
         if isinstance(ins, Evaluate) and ins.t == t:
