@@ -57,7 +57,7 @@ class PlanCertificate:
 
     @property
     def passed(self) -> bool:
-        """Whether a fit has finite numbers, or a plan has bounded disturbances and an error below the size of Gaussian data."""
+        """Whether a fit has finite numbers, or a plan bounded disturbances and an error below the size of Gaussian data."""
         if self.fitted:
             return all(map(math.isfinite, (*self.inconsistency, *self.growth, *self.gaussian)))
         return max(self.growth) <= BOUNDED and not any(not error < 1.0 for error in self.gaussian[-1:])
