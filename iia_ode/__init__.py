@@ -3,6 +3,9 @@
 >>> import iia_ode as iia
 """
 
+import importlib
+from types import ModuleType
+
 from . import denoisers, errors, grids, metrics, plots, problems, reference, testing
 from .__about__ import __version__
 from .autofit import Budget, fit
@@ -55,3 +58,10 @@ __all__ = [
     "solver_names",
     "testing",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The module of experiments, which is imported when it is asked for."""
+    if name == "experiments":
+        return importlib.import_module(".experiments", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

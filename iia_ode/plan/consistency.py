@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..schedules import Schedule
-from .instructions import Combine, Evaluate, Program, last_uses, originals
-from .maps import LinearMap
+from .instructions import Program
+from .solutions import Array, answers
 
 __all__ = ["consistency_error", "inconsistency", "step_errors"]
 
 _F64 = torch.float64
-Array = npt.NDArray[np.float64]
 
 EXACT = 1e-8  # relative error of one step that counts as rounding; the cosine schedule near alpha = 0 has some 1e-10
 GROWTH = 1e-6  # growth of a disturbance in one step that counts as rounding
@@ -50,21 +48,6 @@ WAY_OUT = (
 )
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """Errors and disturbances of a run on the three problems.
-
-    Attributes
-    ----------
-    gaps : largest relative error of the solutions, float64 [problem, state after the first].
-    growth : size of each disturbance, 1 where it has its exact size, float64 [problem, state after the first, disturbance];
-        0 before the disturbance.
-    """
-
-    gaps: Array
-    growth: Array
-
-
 def consistency_error(plan: Program) -> float:
     """Largest error of a step on the best of the solutions that consistent solvers keep, relative to the solution.
 
@@ -80,7 +63,7 @@ def consistency_error(plan: Program) -> float:
     -------
     The relative error.
     """
-    return float(_answer(plan, (), exact=True).gaps.min(0).max())
+    return float(answers(plan, (), exact=True).gaps.min(0).max())
 
 
 def step_errors(plan: Program) -> tuple[list[float], list[float]]:
@@ -95,7 +78,7 @@ def step_errors(plan: Program) -> tuple[list[float], list[float]]:
     The relative errors of :func:`consistency_error`, and the largest size that a disturbance of an earlier state has after the
     step; 1 for a disturbance that is neither damped nor amplified, 0 where there is none.
     """
-    answer = _answer(plan, range(1, min(len(plan.grid) - 1, DISTURBED + 1)), exact=True)
+    answer = answers(plan, range(1, min(len(plan.grid) - 1, DISTURBED + 1)), exact=True)
     best = answer.gaps.argmin(0)
     steps = np.arange(len(best))
     growth = answer.growth[best, steps].max(-1, initial=0.0)
@@ -115,133 +98,12 @@ def inconsistency(plan: Program, retrace: Callable[[list[float]], Program]) -> s
     The reason; None for a solver that converges.
     """
     kicks = sorted({k for k in (1, 2, (len(plan.grid) - 1) // 2) if 0 < k < len(plan.grid) - 1})
-    answer = _answer(plan, kicks, exact=True)
+    answer = answers(plan, kicks, exact=True)
     kept = answer.gaps <= EXACT
     if kicks:
         before = np.maximum.accumulate(np.concatenate([np.ones((3, 1, len(kicks))), answer.growth[:, :-1]], 1), 1)
         kept &= (answer.growth <= (1 + GROWTH) * before).all(-1)
     return None if bool(kept.any(0).all()) else _fault(plan, retrace)
-
-
-# ---- runs on solutions in closed form --------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _answer(plan: Program, kicks: Sequence[int], *, exact: bool, least: Array | None = None) -> _Answer:
-    """Run a plan on two basis solutions of each problem, and on disturbances of some of the states.
-
-    Parameters
-    ----------
-    plan : the plan.
-    kicks : grid points whose states are disturbed, each in a row of its own.
-    exact : replace the state at every grid point by the exact state: errors are those of single steps.
-    least : smallest sizes to which errors are relative, float64 [problem, solution].
-    """
-    times = torch.tensor(plan.grid, dtype=_F64, device="cpu")
-    t, a, s = times.numpy(), plan.schedule.alpha(times).numpy(), plan.schedule.sigma(times).numpy()
-    one = np.ones_like(t)
-    solutions = np.stack([a, s, a, s, t - t[0], one], axis=1).reshape(-1, 3, 2)
-    sizes = np.maximum(np.abs(solutions[1:]), np.abs(solutions[:-1]))
-    scales = np.stack([s, a, one], axis=1)
-    # A disturbance that should vanish at a singular end is relative to its size before.
-    scales[1:] = np.where(scales[1:] > 0, scales[1:], GROWTH * scales[:-1])
-    added = np.zeros((len(t), 3, 2 + len(kicks)))
-    if exact:
-        added[:, :, :2] = solutions
-    for i, k in enumerate(kicks):
-        added[k, :, 2 + i] = scales[k]
-    sample = _sample(plan)
-    states = _states(plan, solutions[0], added, sample, keep=not exact)
-    y = states.reshape(len(states), 3, 2 + len(kicks), -1)
-    gap = np.abs(y[:, :, :2] - solutions[1:, ..., None] * sample.reshape(-1)).max(-1)
-    sizes = sizes if least is None else np.maximum(sizes, least)
-    with np.errstate(all="ignore"):
-        growth = np.abs(y[:, :, 2:]).max(-1) / scales[1:, :, None]
-        return _Answer((gap / sizes).max(-1).T, growth.swapaxes(0, 1))
-
-
-def _states(plan: Program, start: Array, added: Array, sample: Array, *, keep: bool) -> Array:
-    """States after the first, [point, row, *sample], before `added` is put in place of the solutions, or is added to them."""
-    width, axes = added.shape[-1], (1,) * sample.ndim
-    rows = added.reshape(len(added), -1, *axes) * sample
-    kept = np.ones((3, width))
-    kept[:, :2] = float(keep)
-    kept = kept.reshape(-1, *axes)
-    asked = [ins for ins in plan.code if isinstance(ins, Evaluate)]
-    p, q = _factors(plan.schedule, asked) if asked else (np.zeros((0, 3)), np.zeros((0, 3, 2)))
-    slopes = iter(np.repeat(p, width, axis=1).reshape(len(p), 3 * width, *axes))
-    offset = np.zeros((len(q), 3, width))
-    offset[:, :, :2] = q
-    offsets = iter(offset.reshape(len(q), 3 * width, *axes))
-    first = np.zeros((3, width))
-    first[:, :2] = start
-    values, states, ends = {0: first.reshape(-1, *axes) * sample}, [], {0}
-    same, last = originals(plan.code), last_uses(plan.code)
-    with np.errstate(all="ignore"):
-        for k, ins in enumerate(plan.code, start=1):
-            if isinstance(ins, Evaluate):
-                values[k] = next(slopes) * values[ins.state] + next(offsets) * sample
-            else:
-                values[k] = _sum(ins, values)
-                if ins.step is not None:
-                    states.append(values[k])
-                    values[k] = values[k] * kept + rows[ins.step]
-                    if (
-                        same[k] in values and same[k] not in ends
-                    ):  # later steps may read the vector that the state copies
-                        values[same[k]] = values[k]
-                    ends |= {k, same[k]}
-            for j in (*ins.reads, k):
-                if last[j] == k and k < len(plan.code):
-                    values.pop(j, None)
-    return np.stack(states)
-
-
-def _sum(ins: Combine, values: dict[int, Array]) -> Array:
-    """The combination of an instruction: in NumPy where the weights are numbers, otherwise as a run computes it."""
-    if ins.terms and ins.constant is None and all(type(w) is float for _, w in ins.terms):
-        (j, weight), *rest = ins.terms
-        total: Array = weight * values[j]
-        for j, weight in rest:
-            total += weight * values[j]
-        return total
-    like = torch.from_numpy(next(iter(values.values())))
-    return ins.ready(like)(lambda j: torch.from_numpy(values[j]), like).numpy()
-
-
-def _factors(schedule: Schedule, asked: Sequence[Evaluate]) -> tuple[Array, Array]:
-    """What each evaluation gives, as p x + q in its own form: p [evaluation, problem], q [evaluation, problem, solution]."""
-    t = torch.tensor([ins.t for ins in asked], dtype=_F64, device="cpu")
-    a, s, da, ds = (f(t).numpy() for f in (schedule.alpha, schedule.sigma, schedule.alpha_prime, schedule.sigma_prime))
-    zero, one = np.zeros(len(t)), np.ones(len(t))
-    with np.errstate(all="ignore"):
-        # The outputs for (data, noise) = (1, 0) and (0, 1), the two solutions of the first two problems.
-        forms = {"data": (one, zero), "noise": (zero, one), "score": (zero, -1 / s), "v": (-s, a), "velocity": (da, ds)}
-        of = [list(forms).index(ins.form) for ins in asked]
-        g, h = (np.stack(parts)[of, range(len(t))] for parts in zip(*forms.values(), strict=True))
-        slope = a * ds - s * da
-        p = np.stack([h / s, g / a, (g * ds - h * da) / slope], axis=1)
-        q = np.stack([g - a * h / s, zero, zero, h - s * g / a, (a * h - s * g) / slope, zero], axis=1).reshape(
-            -1, 3, 2
-        )
-    for k, (form, pair) in enumerate((("data", (1.0, 0.0)), ("noise", (0.0, 1.0)), ("velocity", (1.0, 0.0)))):
-        own = [ins.form == form for ins in asked]  # exactly, also where a product above is 0 times infinity
-        p[own, k], q[own, k] = 0.0, pair
-    for k, end in ((0, s == 0), (1, a == 0)):  # x does not determine the output there; the solutions do
-        p[end, k], q[end, k] = 0.0, np.stack([g, h], axis=1)[end]
-    return p, q
-
-
-def _sample(plan: Program) -> Array:
-    """A sample of the shape of the weights: all one for tensors, with components in every group for linear maps."""
-    shapes = []
-    for ins in plan.code:
-        for v in (*(w for _, w in ins.terms), ins.constant) if isinstance(ins, Combine) else ():
-            if isinstance(v, LinearMap):
-                return np.sin(np.arange(1.0, math.prod(v.shape) + 1) * math.pi * math.e).reshape(v.shape)
-            if v is not None and not isinstance(v, float | int):
-                shapes.append(tuple(v.shape))
-    return np.ones(np.broadcast_shapes(*shapes))
 
 
 # ---- short steps -----------------------------------------------------------------------------------------------------
@@ -316,7 +178,7 @@ def _problem(stretch: _Stretch, retrace: Callable[[list[float]], Program]) -> st
     errors = []
     for grid, width, least in zip(stretch.grids, stretch.widths, stretch.least, strict=True):
         kicks = (1, 2, STEPS[1] // 2) if len(grid) > STEPS[1] else ()
-        answer = _answer(retrace(grid), kicks, exact=False, least=least)
+        answer = answers(retrace(grid), kicks, exact=False, least=least)
         if kicks and (factor := _growth(answer.growth, kicks)) > 1.0:
             return (
                 f"is zero-unstable: close to {stretch.place} a disturbance of a state grows by a factor of {factor:.3g} per "

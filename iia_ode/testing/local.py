@@ -20,7 +20,7 @@ def local_errors(ode: ProbabilityFlowODE, x: Tensor, plan: Plan | FittedSolver, 
     """The error that each step makes by itself, per sample: the step starts on the teacher's trajectory.
 
     The state at every grid point is replaced by the teacher's state, so that a multistep method looks back on evaluations
-    along the teacher's trajectory too. The error of the whole run is about the sum of the local errors, each carried to the end.
+    along the teacher's trajectory too.
 
     Parameters
     ----------

@@ -27,6 +27,7 @@ class PlanCertificate:
     Attributes
     ----------
     name : of the plan.
+    fitted : whether it is a fitted solver. Its weights belong to its model: the numbers are facts there, and no verdict.
     steps, nfe : intervals of the grid and model evaluations.
     times : grid points after the first, the ends of the steps.
     evaluations : model evaluations of each step.
@@ -39,6 +40,7 @@ class PlanCertificate:
     """
 
     name: str
+    fitted: bool
     steps: int
     nfe: int
     times: tuple[float, ...]
@@ -55,12 +57,17 @@ class PlanCertificate:
 
     @property
     def passed(self) -> bool:
-        """Whether disturbances stay bounded, and the error on Gaussian data is below the size of the data."""
+        """Whether a fit has finite numbers, or a plan bounded disturbances and an error below the size of Gaussian data."""
+        if self.fitted:
+            return all(map(math.isfinite, (*self.inconsistency, *self.growth, *self.gaussian)))
         return max(self.growth) <= BOUNDED and not any(not error < 1.0 for error in self.gaussian[-1:])
 
     @property
     def diagnosis(self) -> str:
         """One sentence without its full stop: the verdict, and what is wrong first."""
+        if self.fitted:
+            grown = f"disturbances of its states grow up to {max(1.0, *self.growth):.3g}-fold on its grid"
+            return f"finite; {grown}" if self.passed else "FAILED, a number is not finite"
         if not max(self.growth) <= BOUNDED:
             return f"FAILED, a disturbance grows {max(self.growth):.3g}-fold on its grid"
         final = (
@@ -129,6 +136,7 @@ def plan_certificate(value: Plan | FittedSolver) -> PlanCertificate:
         pass
     return PlanCertificate(
         name=plan.name,
+        fitted=isinstance(value, FittedSolver),
         steps=plan.steps,
         nfe=plan.nfe,
         times=plan.grid[1:],

@@ -1,4 +1,4 @@
-"""What checks of solvers require: a kept promise, and an error that falls with the number of steps."""
+"""Requirements of the checks: a kept promise, and an error that falls with the number of steps."""
 
 from __future__ import annotations
 

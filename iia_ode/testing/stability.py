@@ -31,9 +31,9 @@ STILL = 1e-6  # logarithm of the growth per step at and below which growth count
 def stability_region(solver: SolverLike, z: Tensor) -> Tensor:
     """The growth per step of solutions of dx/dt = mu x at z = h mu, for equal steps h; the region has a growth of at most 1.
 
-    The growth is the modulus of the largest root of the characteristic polynomial: abs(R(z)) for a one-step method with the
-    stability function R, the spectral radius of the companion matrix for a multistep method [Hairer, Wanner 1996,
-    sections IV.2 and V.1]. At z = 0 a zero-stable method has growth 1. Exponential integrators are looked at far from the data, where they
+    The growth is the modulus of the largest root of the characteristic polynomial [Hairer, Wanner 1996, sections IV.2, V.1]:
+    abs(R(z)) for a one-step method with the stability function R, the spectral radius of the companion matrix for a multistep
+    method. At z = 0 a zero-stable method has growth 1. Exponential integrators are looked at far from the data, where they
     have the weights of their classical counterparts to about three digits.
 
     Parameters
@@ -113,8 +113,8 @@ def _growth(plan: Plan, z: Tensor) -> Tensor:
     before, after = alive
     if [j - first for j in before] != [j - last for j in after]:
         raise PlanError(
-            f"{plan.name} hands {len(before)} vectors on after step {FIRST} and {len(after)} after step {FIRST + PERIOD}: only "
-            "a solver whose memory has a fixed size has a region of stability."
+            f"{plan.name} hands {len(before)} vectors on after step {FIRST} and {len(after)} after step {FIRST + PERIOD}: "
+            "only a solver whose memory has a fixed size has a region of stability."
         )
     mu = (z / -STEP)[:, None]  # time runs backwards
 
