@@ -108,7 +108,10 @@ class Evaluation(Generic[V]):
     def as_form(self, form: str) -> V:
         """The evaluation as data, noise, score, v or velocity; shape and dtype of x, and a new tensor."""
         if form == self.form:
-            return self.output.clone() if isinstance(self.output, Tensor) else self.output
+            out: Any = self.output
+            own: Any = out.clone() if isinstance(out, Tensor) else out
+            kept: V = own
+            return kept
         p, q = conversion(self.schedule, self.t, self.form, form)
         x: Any = self.x
         result: V = _like(p, x) * x + _like(q, x) * self.output

@@ -60,6 +60,9 @@ def sample(
 ) -> Tensor:
     """Integrate from the initial state to the end of the grid, without building an autograd graph.
 
+    A transform of ``torch.func``, such as ``jacrev``, gets its derivative all the same. A grid may require gradients, and
+    gets none.
+
     Parameters
     ----------
     ode : the model with its schedule.
@@ -167,7 +170,8 @@ def odeint(
     """Integrate and return the states at all grid points: ``torchdiffeq.odeint`` with this library's methods added.
 
     A method's name means the solver registered here if there is one, else torchdiffeq's method; ``"torchdiffeq:rk4"`` always
-    means torchdiffeq's. Gradients flow to `y0` and to the model's parameters, as in torchdiffeq.
+    means torchdiffeq's. Gradients flow to `y0`, to the model's parameters and to its conditions; with methods of torchdiffeq
+    also to `t` and to the parameters of a schedule.
 
     Parameters
     ----------
@@ -178,18 +182,18 @@ def odeint(
     rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
     method : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     options : torchdiffeq's options of the method, such as ``{"step_size": 0.05}``.
-    event_fn : called as ``event_fn(t, y)`` with a float64 time and the state [B, ...]; the integration stops at the first
+    event_fn : called as ``event_fn(t, y)`` with a time [] in the dtype of the state [B, ...]; the integration stops at the first
         sign change of any entry of its result. Of `t` only the first and the last time count. Methods of torchdiffeq only.
 
     Returns
     -------
     The states [N + 1, B, ...], with the dtype and the device of `y0`. With `event_fn` a pair, as from torchdiffeq: the time
-    of the event, float64 [], and the states at ``t[0]`` and at the event, [2, B, ...].
+    of the event, float64 [] on the host, and the states at ``t[0]`` and at the event, [2, B, ...].
 
     Raises
     ------
-    InputError : an argument has a wrong type, shape or dtype; or `rtol`, `atol`, `options` or `event_fn` with a solver of
-        fixed steps.
+    InputError : an argument has a wrong type, shape or dtype; `rtol`, `atol`, `options` or `event_fn` with a solver of fixed
+        steps; or a gradient by times or by a schedule through a solver of fixed steps.
     GridError : the grid is missing or not usable, the model is evaluated at the data, where its output does not determine the
         needed form, or the grid contains no event.
     UnknownNameError : no such method.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def readable(values: Tensor) -> bool:
 
 def has_tangent(value: object) -> bool:
     """Whether a value carries a derivative of forward differentiation."""
-    unpack = forward_ad.unpack_dual
+    unpack: Any = forward_ad.unpack_dual  # torch leaves it without types
     return isinstance(value, Tensor) and unpack(value).tangent is not None
 
 
@@ -72,10 +72,14 @@ def _at_work() -> list[str]:
     return [interpreter.key().name for interpreter in _functorch.get_interpreter_stack() or ()]
 
 
-class kept_property(cached_property):  # noqa: N801  (a decorator)
-    """A ``cached_property`` that keeps no value made inside a transform or a graph; there the value is made anew."""
+if TYPE_CHECKING:
+    kept_property = cached_property
+else:
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is not None and transformed():
-            return self.func(instance)
-        return super().__get__(instance, owner)
+    class kept_property(cached_property):  # noqa: N801  (a decorator)
+        """A ``cached_property`` that keeps no value made inside a transform or a graph; there the value is made anew."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is not None and transformed():
+                return self.func(instance)
+            return super().__get__(instance, owner)

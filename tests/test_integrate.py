@@ -547,9 +547,7 @@ def test_no_value_is_read_from_the_device_before_the_last_evaluation(name: str, 
     plan = iia.get_solver(name).plan(schedule, grid)
     assert iia.sample(ode, x, grid, name, check_finite=False).shape == x.shape
     assert ode.nfe == plan.nfe
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        iia.sample(ode, x, grid, name)  # the check for finite numbers reads its notes, once, at the end
-    assert ode.nfe == 2 * plan.nfe
+    assert iia.sample(ode, x, grid, name).shape == x.shape  # nor does the check of numbers that are not there
 
 
 @every_schedule

@@ -179,8 +179,8 @@ class Parameters:
 
         Returns
         -------
-        The final states [B, ...], and the copies of `theta` as a leaf of the graph, float64 [B, P] on the host. A gradient with
-        respect to the leaf holds the gradient of each sample, from a single backward pass.
+        The final states [B, ...], and the copies of `theta` as a leaf of the graph, float64 [B, P] on the host. A
+        gradient with respect to the leaf holds the gradient of each sample, from a single backward pass.
 
         Raises
         ------

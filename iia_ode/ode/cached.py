@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..bounded import Bounded
 from ..files import bytes_of
+from ..transforms import has_tangent, transformed
 from .base import ProbabilityFlowODE
 from .conditions import pieces
 from .distributed import Distributed
@@ -30,7 +30,8 @@ def cached(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
     The candidates of a search start from the same states, and agree up to the first level in which their grids differ.
     Evaluations up to this level are made once. Results are unchanged: the cache holds outputs of the model, and a hit needs
     the same states, times and conditions to the last bit. The key covers a whole batch, so another chunking misses the cache.
-    With gradients enabled, or with tangents of forward differentiation, the model is always called. The ledger counts the
+    With gradients enabled, with tangents of forward differentiation, and inside a transform of ``torch.func`` or a graph,
+    the model is always called. The ledger counts the
     evaluations of the model only.
 
     The cache lies below any distribution: each process memoizes its own share of the samples.
@@ -70,7 +71,7 @@ class Cached(Wrapped):
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The memoized output for states x [B, ...] at time t, or a new one."""
-        if torch.is_grad_enabled() or _has_tangent(x) or _has_tangent(t):
+        if torch.is_grad_enabled() or transformed() or has_tangent(x) or has_tangent(t):
             return self.inner.output(x, t)
         key = _digest(x, t, self._conditions)
         known = self.memory.outputs.get(key)
@@ -121,12 +122,6 @@ class Memory:
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         """An empty memory, because identities of objects do not survive a copy."""
         return Memory(self.limit)
-
-
-def _has_tangent(value: Tensor | float) -> bool:
-    """Whether a value carries a derivative of forward differentiation, which the cache would lose."""
-    unpack: Any = forward_ad.unpack_dual  # torch leaves it without types
-    return isinstance(value, Tensor) and unpack(value).tangent is not None
 
 
 def _size(value: Tensor) -> int:

@@ -253,7 +253,8 @@ def as_levels(value: Any) -> tuple[float, float] | None:
 def derivative_of(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """The derivative of an elementwise function by autograd, in every grad mode."""
     if transformed():  # where autograd's own functions do not reach
-        return torch.func.grad(lambda u: function(u).sum())(t)
+        inside: Tensor = torch.func.grad(lambda u: function(u).sum())(t)
+        return inside
     # The time of an adaptive integrator may depend on the state: a gradient that reaches t passes through this function.
     # So does one that reaches a parameter of the function.
     through = torch.is_grad_enabled() and (t.requires_grad or function(t.detach()).requires_grad)
