@@ -155,8 +155,8 @@ def odeint(
     rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
     method : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     options : torchdiffeq's options of the method, such as ``{"step_size": 0.05}``.
-    event_fn : called as ``event_fn(t, y)`` with a time [] in the dtype of the state [B, ...]; the integration stops at the first
-        sign change of any entry of its result. Of `t` only the first and the last time count. Methods of torchdiffeq only.
+    event_fn : called as ``event_fn(t, y)`` with a time [] in the dtype of the state [B, ...]; the integration stops at the
+        first sign change of any entry of its result. Of `t` only the first and the last time count. Methods of torchdiffeq only.
 
     Returns
     -------

@@ -159,7 +159,7 @@ def test_guidance_and_thresholds_read_memory_before_it_changes(kind: type[nn.Mod
     assert torch.equal(finals(kind()), finals(careful(kind)))
 
 
-@every_model
+@pytest.mark.parametrize("kind", [OneBuffer, Spoiler])
 def test_fits_to_a_model_that_reuses_memory_are_the_fits_to_a_careful_one(kind: type[nn.Module]) -> None:
     def fitted(model: Any) -> list[Any]:
         ode = iia.ProbabilityFlowODE(model, EDM, "data")
