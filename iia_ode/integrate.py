@@ -183,7 +183,8 @@ def odeint(
     method : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     options : torchdiffeq's options of the method, such as ``{"step_size": 0.05}``.
     event_fn : called as ``event_fn(t, y)`` with a time [] in the dtype of the state [B, ...]; the integration stops at the
-        first sign change of any entry of its result. Of `t` only the first and last time count. Methods of torchdiffeq only.
+        first sign change of any entry of its result. Of `t` only the first and the last time count. Methods of torchdiffeq
+        only.
 
     Returns
     -------

@@ -99,8 +99,8 @@ def test_what_torchdiffeq_cannot_transform_is_refused_with_what_to_use(transform
 # ---- gradients by times ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["torchdiffeq:rk4", "explicit_adams", "dopri5"])
-@pytest.mark.parametrize("schedule", SMOOTH, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("method", ["torchdiffeq:rk4", "dopri5"])
+@pytest.mark.parametrize("schedule", SMOOTH[2::2], ids=lambda s: type(s).__name__)
 def test_gradients_by_times_are_those_of_torchdiffeq_and_of_differences(schedule: iia.Schedule, method: str) -> None:
     ode = iia.ProbabilityFlowODE(model, schedule)
 
