@@ -316,7 +316,8 @@ def test_the_result_is_never_worse_on_held_out_noise_than_the_start(method):
     assert found.iterations[found.best].held_out <= found.iterations[0].held_out
     assert found.gain <= 1
     nothing = refine(ode, x, plan_of(), iia.sample(ode, x, solver=plan_of()), method=method, iterations=2)
-    assert nothing.best == 0 and nothing.gain == 1
+    # Only rounding is left to gain.
+    assert nothing.gain <= 1 and nothing.plan.difference(plan_of()) < 1e-9
 
 
 def test_adam_brings_down_rates_that_are_far_too_large_for_a_plan():

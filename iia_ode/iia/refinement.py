@@ -31,6 +31,7 @@ __all__ = ["EndpointError", "Iteration", "Refinement", "refine"]
 
 _F64 = torch.float64
 _METHODS = {"gauss-newton": (12, 1), "adam": (250, 25)}  # iterations, and the unit of the patience
+_SHARE = 0.5  # of the data's size, below which a moved state no longer shrinks with its noise; by trial
 _RATES = (5e-3, 2e-2)  # of Adam, for weights and for log sigma/alpha
 
 
@@ -224,7 +225,7 @@ def refine(
     agree(ode, "refine", x, plan, target, search)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
-    size = _data_size(plan, x, target)
+    size = _SHARE * _data_size(plan, x, target)
     parameters = Parameters(plan, learn_grid=learn_grid, sigma_min=sigma_min, data_size=size)
 
     def over(part: Batch) -> EndpointError:
