@@ -41,13 +41,8 @@ class Parameters:
     ----------
     plan : a plan whose weights are numbers, or linear maps over a single decomposition; constants stay fixed.
     learn_grid : whether the times are parameters.
-    <<<<<<< HEAD
     sigma_min : level sigma/alpha below which :meth:`clipped` moves no time; no lower than the model knows.
-    data_size : root mean square of the data.
-    =======
-    sigma_min : level sigma/alpha below which :meth:`clipped` moves no time.
     data_size : size of the data in the sizes of states; its root mean square or a share of that.
-    >>>>>>> scale
 
     Attributes
     ----------
