@@ -126,7 +126,7 @@ def _sum(ins: Combine, values: dict[int, Array], first: Array) -> Array:
 
 
 def _factors(schedule: Schedule, asked: Sequence[Evaluate]) -> tuple[Array, Array]:
-    """The output of each evaluation, as p x + q in its form: p [evaluation, problem], q [evaluation, problem, solution]."""
+    """The output of each evaluation in its form, as p x + q: p [evaluation, problem], q [evaluation, problem, solution]."""
     t = torch.tensor([ins.t for ins in asked], dtype=_F64, device="cpu")
     a, s, da, ds = (f(t).numpy() for f in (schedule.alpha, schedule.sigma, schedule.alpha_prime, schedule.sigma_prime))
     zero, one = np.zeros(len(t)), np.ones(len(t))
