@@ -207,6 +207,8 @@ def solve(
     """
     times = _times(ode, x, t_start, t_end, sigma_min, method)
     ode, x = in_float64(ode, x)
+    if sigma_min is None and ode.is_data(times[1]) and _is_lowest(ode.schedule, times[0]):
+        return ode.data(x, times[0]) * ode.schedule.alpha(times[1])
     clock, (first, last) = _clock(ode, x, times, sigma_min)
     knots = torch.tensor([clock(first), clock(last)], dtype=_F64, device="cpu")
     start = x if first == times[0] else from_data(ode, x, times[0], first)
@@ -261,6 +263,12 @@ def _times(
 def _check_floor(schedule: Schedule, times: list[float], sigma_min: float) -> None:
     if not 0 < sigma_min < max(schedule.noise_to_signal(t) for t in times):
         raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
+
+
+def _is_lowest(schedule: Schedule, t: float) -> bool:
+    """Whether the model knows no level below that of time t, so that only its data estimate leads to the data."""
+    level = schedule.noise_to_signal(t)
+    return lowest_level(schedule, 0.0) >= level * (1 - 1e-6) > 0
 
 
 def from_data(ode: ProbabilityFlowODE, x: Tensor, t: float, floor: float) -> Tensor:

@@ -46,7 +46,7 @@ def searched(tmp_path_factory):
 def test_without_a_solver_fit_is_the_one_call_and_prints_its_findings(searched, ode_and_x):
     printed, file, _ = searched
     ode, x = ode_and_x
-    by_hand = iia.fit(ode, 2, x=x, budget="closed-form", sigma_max=80.0)
+    by_hand = iia.fit(ode, 2, x=x, budget="closed-form", sigma_max=80.0, sigma_min=0.002)
     fit = iia.load(file)
     assert fit.plan == by_hand.plan
     assert str(fit) in printed

@@ -133,7 +133,7 @@ def own_model(n=12, seed=5):
 
 def test_a_model_of_ones_own_is_compared_on_its_own_states():
     ode, x, reference = own_model()
-    result = compare(ode, ["ddim", "heun"], 5, x=x, name="mine", tolerance=1e-6)
+    result = compare(ode, ["ddim", "heun"], 5, x=x, name="mine", tolerance=1e-6, sigma_min=0.002)
     assert result.error("ddim", 5) == rmse(iia.sample(ode, x, iia.grids.karras(5), "ddim"), reference)
     again = compare(ode, ["ddim"], [5], iia.grids.karras, x=x, reference=reference)
     assert again.error("ddim", 5) == result.error("ddim", 5)
@@ -296,7 +296,7 @@ def test_what_one_call_finds_can_be_compared_finds_its_own_grid_and_is_said(capl
     result = compare(setting, ["heun", "iia"], [2, 3], iia.grids.karras, samples=8, fit_samples=16, report=said.append)
     ode, x = setting.draw(16, 0)
     for nfe in (2, 3):
-        by_hand = iia.fit(ode, nfe, x=x, budget="closed-form", sigma_max=80.0)
+        by_hand = iia.fit(ode, nfe, x=x, budget="closed-form", sigma_max=80.0, sigma_min=setting.sigma_min)
         assert torch.equal(result.fits["iia", nfe].grid, by_hand.grid)
         assert result.settings["grids"][f"iia {nfe}"] == by_hand.grid.tolist()
     rows = {(r.solver, r.nfe): r for r in result.rows}

@@ -70,7 +70,7 @@ PATHS: dict[str, Callable[[iia.ProbabilityFlowODE, Tensor], Tensor]] = {
     "refined": lambda ode, x: iia.sample(
         ode, x, solver=refine(ode, x, iia.get_solver("ddim").plan(EDM, GRID), 0 * x, iterations=2).plan
     ),
-    "one call": lambda ode, x: iia.sample(ode, x, solver=iia.fit(ode, 1, x=x[:8], budget=QUICK)),
+    "one call": lambda ode, x: iia.sample(ode, 4 * x, solver=iia.fit(ode, 1, x=4 * x[:8], budget=QUICK)),
     "statistics": lambda ode, x: iia.ModelStatistics.estimate(ode, x, INNER, points=2, mode="reverse").l,
     "reference": lambda ode, x: iia.reference.solve(ode, x, 2.0, 1.0, rtol=1e-3, atol=1e-3),
     "dense reference": lambda ode, x: iia.reference.trajectory(ode, x, 2.0, 1.0, rtol=1e-3, atol=1e-3, points=2)(1.5),

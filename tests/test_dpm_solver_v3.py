@@ -533,7 +533,7 @@ def test_a_model_without_forward_differentiation_is_differentiated_in_reverse() 
         return _Opaque.apply(x) / (2 * (1 + t[:, None] ** 2))  # type: ignore[no-untyped-call, no-any-return]
 
     ode = iia.ProbabilityFlowODE(model, iia.EDM(), "data")
-    found = ModelStatistics.estimate(ode, normal(4, 3), [10.0, 0.1], points=10)
+    found = ModelStatistics.estimate(ode, 10 * normal(4, 3), [10.0, 0.1], points=10)
     assert found.about["mode"] == "reverse"
     t = torch.exp(-found.lam)[:, None]
     close(found.l, (t**2 / (1 + t**2)).expand(-1, 3), atol=1e-12)
@@ -652,4 +652,4 @@ def test_arguments_that_make_no_sense_are_refused(change: dict[str, Any], messag
 def test_a_model_that_is_not_finite_is_reported() -> None:
     ode = iia.ProbabilityFlowODE(lambda x, t: x / (t[:, None] > 1), iia.EDM(), "data")
     with pytest.raises(iia.errors.NonFiniteError):
-        ModelStatistics.estimate(ode, normal(4, 3), [20.0, 0.1], points=10)
+        ModelStatistics.estimate(ode, 20 * normal(4, 3), [20.0, 0.1], points=10)

@@ -51,7 +51,7 @@ def every_kind(tmp_path_factory):
     """A small file of each kind, with maps, constants and a search among them: (kind, tensors, header) by name."""
     folder = tmp_path_factory.mktemp("kinds")
     ode = iia.problems.Gaussian(torch.zeros(4), torch.ones(4)).ode(iia.EDM())
-    x = 20 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    x = 80 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     method = iia.IIA("ddim", Window(bands=2), "trajectory", guard=False, intercept=True)
     table = torch.linspace(0.99, 0.01, 20, dtype=F64)
     grid = iia.grids.discrete(4, iia.Discrete(table))

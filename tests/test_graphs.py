@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 EDM = iia.EDM()
 GRID = iia.grids.karras(3, 0.05, 10.0)
 TIMES = torch.tensor([0.9, 0.5, 0.1], dtype=F64)
-X = normal(5, 3)
+X = 6 * normal(5, 3)  # about the size of states at level 10
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:

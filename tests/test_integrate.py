@@ -378,7 +378,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[iia.IIAError], str]] = {
         iia.errors.GridError,
         r"at least two times, such as.*got shape \[1\]",
     ),
-    "two rows": (lambda: (ODE, start(), INNER[None]), iia.errors.GridError, r"1-d float64 tensor.*got shape \[1, 9\]"),
+    "two rows": (lambda: (ODE, start(), INNER.repeat(2, 1)), iia.errors.GridError, r"got \[2, 9\] for 4 samples"),
     "a number of steps": (lambda: (ODE, start(), 10), iia.errors.GridError, r"1-d float64 tensor.*got int"),
     "an array": (lambda: (ODE, start(), INNER.numpy()), iia.errors.GridError, r"1-d float64 tensor.*got ndarray"),
     "a name as grid": (lambda: (ODE, start(), "karras"), iia.errors.GridError, r"1-d float64 tensor.*got str"),
@@ -434,7 +434,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[iia.IIAError], str]] = {
     "plan of another schedule": (
         lambda: (ODE, start(), None, iia.get_solver("heun").plan(iia.VP(), [0.9, 0.5])),
         iia.errors.MismatchError,
-        r"traced for VP\(.*the ODE has EDM",
+        r"traced for VP \(.*the ODE has EDM",
     ),
     "model of another shape": (
         lambda: (model(lambda x, t: x[:, :1]), start(), INNER),

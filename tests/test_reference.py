@@ -255,7 +255,7 @@ def test_the_model_is_not_called_below_sigma_min(run):
 @pytest.mark.parametrize("to_data", [False, True])
 def test_solutions_carry_no_graph_of_the_network(to_data):
     ode = ProbabilityFlowODE(Recorder(), iia.EDM())
-    x, end = normal(2, 3), 0.0 if to_data else 1.0
+    x, end = 80 * normal(2, 3), 0.0 if to_data else 1.0
     dense = reference.trajectory(ode, x, 80.0, end, points=5)
     for tensor in (dense.final, dense.states, dense.slopes, reference.solve(ode, x, 80.0, end)):
         assert not tensor.requires_grad
@@ -263,7 +263,7 @@ def test_solutions_carry_no_graph_of_the_network(to_data):
 
 def test_what_is_spent_is_told():
     ode = G.ode(iia.EDM())
-    dense = reference.trajectory(ode, normal(2, 3), 80.0, 0.0, points=10)
+    dense = reference.trajectory(ode, 80 * normal(2, 3), 80.0, 0.0, points=10)
     assert dense.evaluations == ode.nfe > 0
 
 
@@ -300,13 +300,13 @@ def test_times_that_are_not_usable_are_a_grid_error(run, schedule, t, s):
 @pytest.mark.parametrize("sigma_min", [0.0, -1.0, 80.0, 100.0, math.nan, math.inf])
 def test_a_sigma_min_that_is_not_between_the_data_and_the_start_is_a_grid_error(run, sigma_min):
     with pytest.raises(iia.errors.GridError, match="sigma_min"):
-        run(G.ode(iia.EDM()), normal(2, 3), 80.0, 0.0, sigma_min=sigma_min)
+        run(G.ode(iia.EDM()), 80 * normal(2, 3), 80.0, 0.0, sigma_min=sigma_min)
 
 
 @pytest.mark.parametrize("points", [1, 0, -5])
 def test_a_trajectory_of_fewer_than_two_points_is_an_input_error(points):
     with pytest.raises(iia.errors.InputError, match=r"points.* must be a whole number, at least 2"):
-        reference.trajectory(G.ode(iia.EDM()), normal(2, 3), 80.0, 0.0, points=points)
+        reference.trajectory(G.ode(iia.EDM()), 80 * normal(2, 3), 80.0, 0.0, points=points)
 
 
 @both
@@ -314,30 +314,30 @@ def test_a_trajectory_of_fewer_than_two_points_is_an_input_error(points):
 def test_a_model_that_answers_nan_is_a_non_finite_error(run, method):
     ode = ProbabilityFlowODE(lambda x, t: x * math.nan, iia.EDM())
     with pytest.raises(iia.errors.NonFiniteError, match=method):
-        run(ode, normal(2, 3), 80.0, 0.0, method=method)
+        run(ode, 80 * normal(2, 3), 80.0, 0.0, method=method)
 
 
 @both
 def test_a_model_that_fails_near_the_data_only_is_a_non_finite_error(run):
     ode = ProbabilityFlowODE(lambda x, t: torch.where(t[:, None] < 0.1, math.nan, 0.5 * x), iia.EDM())
     with pytest.raises(iia.errors.NonFiniteError):
-        run(ode, normal(2, 3), 80.0, 0.0)
+        run(ode, 80 * normal(2, 3), 80.0, 0.0)
 
 
 @both
 def test_a_method_that_does_not_control_its_error_is_refused(run):
     for method in ("rk4", "euler", "implicit_adams"):
         with pytest.raises(iia.errors.InputError, match=rf"{method} takes one step .*dopri8"):
-            run(G.ode(iia.EDM()), normal(2, 3), 80.0, 0.0, method=method)
+            run(G.ode(iia.EDM()), 80 * normal(2, 3), 80.0, 0.0, method=method)
     with pytest.raises(iia.errors.UnknownNameError, match=r"dopri8.*adaptive_heun") as caught:
-        run(G.ode(iia.EDM()), normal(2, 3), 80.0, 0.0, method="dopri6")
+        run(G.ode(iia.EDM()), 80 * normal(2, 3), 80.0, 0.0, method="dopri6")
     assert "rk4" not in str(caught.value)
 
 
 @both
 def test_what_is_no_ode_or_no_state_of_it_is_an_input_error(run):
     with pytest.raises(iia.errors.InputError, match="expected a ProbabilityFlowODE"):
-        run(lambda x, t: x, normal(2, 3), 80.0, 0.0)
+        run(lambda x, t: x, 80 * normal(2, 3), 80.0, 0.0)
     for state in (normal(2, 4), normal(2, 3).half(), [1.0, 2.0]):
         with pytest.raises(iia.errors.InputError, match="the state must"):
             run(G.ode(iia.EDM()), state, 80.0, 0.0)
@@ -349,7 +349,7 @@ def test_the_models_own_assertions_reach_the_caller(run):
         raise AssertionError("mine")
 
     with pytest.raises(AssertionError, match="mine"):
-        run(ProbabilityFlowODE(broken, iia.EDM()), normal(2, 3), 80.0, 0.0)
+        run(ProbabilityFlowODE(broken, iia.EDM()), 80 * normal(2, 3), 80.0, 0.0)
 
 
 # ---- the integrator underneath ---------------------------------------------------------------------------------------

@@ -194,7 +194,6 @@ def test_the_rank_bounds_the_directions(rank: int | None) -> None:
     "options",
     [
         {"samples": normal(1, 4)},
-        {"samples": normal(5)},
         {"samples": normal(9, 4) / 0},
         {"samples": normal(9, 4), "shrink": "oas"},
         {"samples": normal(9, 4), "shrink": 1.5},

@@ -37,6 +37,7 @@ _START = 0.005  # share of the grid in which the steps grow from about zero to t
 _NOISIEST = (
     200.0  # a start with a higher level, relative to the size of the data, alpha = 0 included, first goes down here
 )
+_SAFE = 2.0  # factor on the estimate of the error, which few samples may miss
 _FEWER = 1.5  # ratio of the numbers of steps for the estimate of the error
 
 
@@ -191,6 +192,7 @@ class Integration:
 
         Two thirds and four ninths of the steps give the order of convergence, and with the order the change between two thirds
         of the steps and all becomes an error. The order is bounded by 3, because few steps converge faster than the method.
+        The estimate is doubled, because a few samples may miss the hard ones.
 
         Parameters
         ----------
@@ -203,14 +205,14 @@ class Integration:
         """
         index = few(x)
         part, states = ode.subset(index, len(x)), x[index.to(x.device)]
-        ends = [final[index.to(final.device)].double().cpu()]
+        ends = [final[index.to(final.device)].cpu().double()]
         for steps in (round(self.steps / _FEWER), round(self.steps / _FEWER**2)):
-            ends.append(replace(self, steps=max(steps, 1)).end(part, states).double().cpu())
+            ends.append(replace(self, steps=max(steps, 1)).end(part, states).cpu().double())
         last, before = (float((b - a).square().mean().sqrt()) for a, b in pairwise(ends))
         if not math.isfinite(last):
             return None
         growth = before / last if last > 0 and math.isfinite(before) else 0.0
-        return last / (min(max(growth, _FEWER), _FEWER**3) - 1)
+        return _SAFE * last / (min(max(growth, _FEWER), _FEWER**3) - 1)
 
 
 @dataclass(frozen=True)

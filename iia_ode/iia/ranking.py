@@ -26,7 +26,7 @@ _SPREAD = 0.25  # prior standard deviation of the logarithm of a ratio of plain 
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square must be lower; heavy tails want more than the usual two
 _SIGN_CHANCE = float(ndtr(-2.0))  # level of the sign test; counts have no tails
 _UNSEEN = 3.0  # rule of three: a failure of rate 3/n is missed by n samples with probability 5%
-_FAR = 4.0  # squared distance from the judged final states, relative to their largest, beyond which a final state is a stray
+_FAR = 9.0  # squared distance from the judged final states, relative to their largest, beyond which a final state is a stray
 
 
 # ---- rankings --------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Range:
     Attributes
     ----------
     reach : largest mean square per component between a final state and the one farthest from the judged mean.
-    strays : number of final states farther from the judged mean than any judged final state, by a factor of two.
+    strays : number of final states farther from the judged mean than any judged final state, by a factor of three in distance.
     """
 
     reach: float

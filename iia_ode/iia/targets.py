@@ -49,7 +49,8 @@ class Substeps(Target):
     """The target of the paper: M base steps over a uniform subdivision in t, from the fitted trajectory's own state.
 
     See Zhang et al. 2024, section 4. The formula of the paper for DDIM is a sum, and the composition is meant. The first
-    sub-step shares an evaluation with the fitted step.
+    sub-step shares an evaluation with the fitted step. In a step to the data, no sub-step starts below the levels that the
+    model knows.
 
     Parameters
     ----------
@@ -69,8 +70,9 @@ class Substeps(Target):
 
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Vector:
         """The composition of `count` base steps."""
-        m = self.count
-        times = [step.t + j / m * (step.s - step.t) for j in range(m)] + [step.s]
+        inner = (step.t + j / self.count * (step.s - step.t) for j in range(1, self.count))
+        times = [step.t, *filter(tracer.schedule.knows, inner), step.s]
+        m = len(times) - 1
         x, memory = step.x, ()
         for j, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
             x, memory = take_step(base, tracer, x, t, s, Past(memory, j, m - 1 - j))

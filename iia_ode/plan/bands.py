@@ -192,7 +192,7 @@ class Bands(Projections):
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """sum_b <P_g x_b, P_g y_b>, float64 [G]."""
-        u, v = (self._coordinates(w.detach().double().cpu(), self._tables()) for w in (x, y))
+        u, v = (self._coordinates(w.detach().cpu().double(), self._tables()) for w in (x, y))
         out = torch.zeros(self.count, dtype=_F64, device="cpu")
         return out.index_add_(0, self._index.flatten(), (u * v).sum(0).flatten())
 

@@ -101,7 +101,7 @@ class Projections(ABC):
         ------
         InputError : x has samples of another shape.
         """
-        return self.combine([(x, tuple(v.to(x) for v in self.prepare(coefficients.double().cpu())))])
+        return self.combine([(x, tuple(v.to(x) for v in self.prepare(coefficients.cpu().double())))])
 
     def combine(self, parts: Sequence[Part]) -> Tensor:
         """sum_j (sum_g c_jg P_g) x_j with one transform back, in the dtype and on the device of the x_j; a new tensor.
@@ -210,7 +210,7 @@ class Principal(Projections):
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """sum_b <P_g x_b, P_g y_b>, float64 [G]."""
-        a, b = (w.detach().double().cpu().reshape(len(w), -1) for w in (x, y))
+        a, b = (w.detach().cpu().double().reshape(len(w), -1) for w in (x, y))
         along = ((a @ self.directions.T) * (b @ self.directions.T)).sum(0)
         # Of the remainders themselves: the difference of two large sums would be rounding error where little is left.
         a, b = (w - (w @ self.directions.T) @ self.directions for w in (a, b))

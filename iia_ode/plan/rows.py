@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import GridError, NonFiniteError
 from ..ode import ProbabilityFlowODE
+from ..ode.mode import check_mode
 from .callbacks import Callback, notifier
 from .checks import check_start, factors_at, samples_of
 from .instructions import Combine, Evaluate
@@ -59,6 +60,7 @@ def run_rows(
     NonFiniteError : a final state holds NaN or infinity; the message names the samples.
     """
     check_start(ode, x)
+    check_mode(ode)
     if len(grids) not in (1, len(x)):
         raise GridError(f"grids per sample are [B, N + 1] times, got {list(grids.shape)} for {len(x)} samples.")
     rows = grids.detach().to("cpu", _F64).expand(len(x), -1)

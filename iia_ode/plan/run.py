@@ -149,8 +149,11 @@ class Run:
     @property
     def point(self) -> int:
         """Index of the last grid point whose state is known; 0 at the start."""
-        steps = (ins.step for ins in self.plan.code[: self.position] if isinstance(ins, Combine))
-        return max((k for k in steps if k is not None), default=0)
+        last = 0
+        for ins in self.plan.code[: self.position]:
+            if isinstance(ins, Combine) and ins.step is not None:
+                last = ins.step
+        return last
 
     @property
     def state(self) -> Tensor:

@@ -223,7 +223,7 @@ def _candidates(
         full = torch.zeros(d, dtype=_F64, device="cpu")
         full[: len(values)] = values
         yield name, _principal(shape, (1 - by) * full + by * mu, vh, rank)
-    if len(shape) > 3 or (only is not None and "dct" not in only):
+    if not 0 < len(shape) <= 3 or (only is not None and "dct" not in only):
         return
     bands = _spectral(r)
     variances = bands.inner(r, r) / n / bands.sizes
