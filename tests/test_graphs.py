@@ -47,7 +47,7 @@ RUNS: dict[str, Callable[[Tensor], Tensor]] = {
     "sample": lambda x: iia.sample(ODE, x, GRID, "unipc"),
     "odeint": lambda x: iia.odeint(ODE, x, GRID, method="heun")[-1],
     "functions": lambda x: iia.odeint(
-        iia.ProbabilityFlowODE(model, ALL_SCHEDULES[-1], "velocity"), x, TIMES, method="dpmpp_2m"
+        iia.ProbabilityFlowODE(model, ALL_SCHEDULES[-1], "velocity"), x / 6, TIMES, method="dpmpp_2m"
     )[-1],
 }
 

@@ -166,7 +166,7 @@ def recorded(scale: Scale, schedule: Schedule) -> float | Scales:
     if isinstance(scale, Real):
         return float(scale)
     if isinstance(scale, Tensor):
-        values = scale.detach().cpu().double() if scale.is_cpu else scale.detach().cpu().double()
+        values = scale.detach().cpu().double()
         return Scales("per sample", (float(values.min()), float(values.max())))
     noise, data = (max(-_FARTHEST, min(_FARTHEST, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
     lams = torch.linspace(noise, data, _PROBES, dtype=torch.float64, device="cpu").tolist()
