@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # torch has no public name for the transforms at work
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -16,6 +19,7 @@ __all__ = [
     "has_tangent",
     "kept_property",
     "number_of",
+    "outside",
     "readable",
     "transformed",
     "vectorized",
@@ -65,6 +69,13 @@ def number_of(t: Tensor | float) -> Tensor | float:
     if torch.compiler.is_compiling() or vectorized() or carries_derivative(t):
         return t
     return torch.tensor(t.tolist(), dtype=torch.float64, device="cpu")
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Compute as if no transform of ``torch.func`` were around this call."""
+    with temporarily_clear_interpreter_stack() if _at_work() else nullcontext():
+        yield
 
 
 def _at_work() -> list[str]:

@@ -13,6 +13,7 @@ from ..bounded import Bounded
 from ..errors import GridError, PlanError, ScheduleError
 from ..forms import Evaluation, Forms
 from ..schedules import Schedule
+from ..transforms import outside
 from .checks import check_grid
 from .consistency import WAY_OUT, inconsistency
 from .exact import exact_key
@@ -192,7 +193,8 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float],
         x = tracer.hold(y, step=i + 1)
     plan = Plan(schedule, tuple(times), tuple(tracer.code), solver.label)
     if consistent and getattr(solver, "consistent", True):
-        fault = inconsistency(plan, lambda finer: trace(solver, schedule.everywhere(), finer, consistent=False))
+        with outside():
+            fault = inconsistency(plan, lambda finer: trace(solver, schedule.everywhere(), finer, consistent=False))
         if fault is not None:
             raise PlanError(f"{solver.label} {fault}. {WAY_OUT}")
     return plan
