@@ -7,8 +7,10 @@ import re
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 from iia_ode import __version__
 
@@ -96,13 +98,21 @@ def _numpy_sections(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
     lines[:] = "".join([*out, text[end:]]).split("\n")
 
 
+def _mathml(translator: Any, text: str, *, as_block: bool) -> str:
+    try:
+        markup: str = tex2mathml(text, as_block=as_block)
+    except MathError as error:
+        raise ExtensionError(f"{translator.builder.current_docname}: {error} in the formula {text!r}") from error
+    return markup
+
+
 def _inline_math(translator: Any, node: nodes.math) -> None:
-    translator.body.append(tex2mathml(node.astext()))
+    translator.body.append(_mathml(translator, node.astext(), as_block=False))
     raise nodes.SkipNode
 
 
 def _block_math(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    translator.body.append(f'<div class="math">{_mathml(translator, node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 

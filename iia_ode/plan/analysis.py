@@ -220,10 +220,10 @@ class GaussianErrors:
     Attributes
     ----------
     states : root mean square error of each component of the state at every grid point after the first, float64
-        [N, *mean.shape]; in units of the state.
+        [N, *shape]; in units of the state.
     steps : the part of it that a step makes: the same error after the step from an exact state, with exact states at the
-        earlier grid points, float64 [N, *mean.shape].
-    std : standard deviation of the exact states, float64 [N, *mean.shape].
+        earlier grid points, float64 [N, *shape].
+    std : standard deviation of the exact states, float64 [N, *shape].
     """
 
     states: Tensor
@@ -232,7 +232,7 @@ class GaussianErrors:
 
     @property
     def components(self) -> Tensor:
-        """Root mean square error of each component of the final state, float64 [*mean.shape]."""
+        """Root mean square error of each component of the final state, float64 [*shape]."""
         return self.states[-1]
 
     @property
