@@ -93,7 +93,9 @@ def main() -> None:
             new.append(new_plan(name, *key))
             print(f"{name} {key}: fitted in {time.perf_counter() - begun:.0f} s", flush=True)
         squares = unseen_errors(name, [*old, *new])
-        for (nfe, budget), before, after, a, b in zip(keys, old, new, squares, squares[len(old) :], strict=True):
+        for (nfe, budget), before, after, a, b in zip(
+            keys, old, new, squares[: len(old)], squares[len(old) :], strict=True
+        ):
             difference = after.difference(before)
             differ += difference != 0
             first, second = (float(v.mean().sqrt()) for v in (a, b))
