@@ -61,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The module of experiments, which is imported when it is asked for."""
+    """Import the module of experiments on first access."""
     if name == "experiments":
         return importlib.import_module(".experiments", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,7 +111,7 @@ class TrainModeWarning(UserWarning):
 
 
 class StateSizeWarning(UserWarning):
-    """Initial states have a size that no state has at the first time of the grid."""
+    """Initial states are too small or too large for the first time of the grid."""
 
 
 def first_line(error: Exception) -> str:

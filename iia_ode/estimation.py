@@ -100,16 +100,16 @@ class ModelStatistics(StatisticsTables):
         ode : the model. For guided sampling the paper advises statistics of the model without guidance.
         x : states at ``grid[0]``, [B, ...], float32 or float64. States of pure noise are ``sigma_T * randn``; the paper takes
             1024 to 4096 samples.
-        grid : times, as for a solver. Only the first and the last time with finite log-SNR count: the table is equidistant
-            in log-SNR between them.
+        grid : times, as for a solver. The table is equidistant in log-SNR between the first and the last time with finite
+            log-SNR; times in between have no effect.
         points : rows of the table, at least 2, joined by cubic splines. The rows must resolve how the model depends on the
             noise level: 60 for the digits network, up to 1200 in the paper.
         probes : Rademacher probes for each sample.
         shared : dimensions of one sample along which coefficients are equal: ``(-2, -1)`` for one coefficient per channel,
             or ``"all"``.
         batch_size : number of samples in one batch of evaluations; all by default.
-        mode : ``"forward"`` differentiation; ``"reverse"``, which every model allows, with central differences for f'; or
-            ``"auto"``, the first of the two that works.
+        mode : ``"forward"`` for forward differentiation; ``"reverse"`` for reverse differentiation with central differences
+            for f', which every model allows; or ``"auto"`` for the first of the two that works.
         seed : of the probes.
         progress : show a bar over the nodes.
 
@@ -302,7 +302,7 @@ class _Forward:
 
 
 class _Reverse:
-    """By reverse differentiation, for the Jacobian and its transpose have one diagonal, and by central differences."""
+    """Reverse differentiation, since the Jacobian and its transpose have the same diagonal, and central differences."""
 
     def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

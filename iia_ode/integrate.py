@@ -1,4 +1,4 @@
-"""`sample` returns the final state of the ODE; `odeint` returns the whole trajectory and has torchdiffeq's signature."""
+"""`sample` returns the final state of the ODE; `odeint` returns the whole trajectory, with torchdiffeq's argument names."""
 
 from __future__ import annotations
 
@@ -60,23 +60,24 @@ def sample(
 ) -> Tensor:
     """Integrate from the initial state to the end of the grid, without building an autograd graph.
 
-    A transform of ``torch.func``, such as ``jacrev``, gets its derivative all the same. A grid may require gradients, and
-    gets none.
+    Transforms of ``torch.func``, such as ``jacrev``, still receive derivatives. A grid that requires gradients is accepted,
+    and receives no gradient.
 
     Parameters
     ----------
     ode : the model with its schedule.
-    x : initial state [B, ...] at ``grid[0]``, float32 or float64. A state of pure noise is ``sigma_T * randn``. Or a run that
-        was stopped, :class:`iia_ode.Run`, to go on with: a run has its grid and its solver, and keeps the solver's memory.
+    x : initial state [B, ...] at ``grid[0]``, float32 or float64. A state of pure noise is ``sigma_T * randn``. Or a stopped
+        run (:class:`iia_ode.Run`) to continue: a run has its own grid and solver, and keeps the memory of the solver.
     grid : float64 [N + 1] times, such as ``grids.karras(10)``; omitted for a fitted solver or a plan, which have a grid. A
-        :class:`Solver` also takes a grid per sample, [B, N + 1]: samples then start at levels of their own, in one model call
-        with times [B].
+        :class:`Solver` also takes a grid per sample, [B, N + 1]: each sample then starts at its own level, and all samples
+        share model calls with times [B].
     solver : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     rtol, atol : relative and absolute tolerance of a method of torchdiffeq, by default 1e-7 and 1e-9.
     options : torchdiffeq's options of the method, such as ``{"first_step": 0.1}``.
     callback : called as ``callback(k, t, state)`` at every grid point after the first, once the state there is known; t has
         shape [B] for a grid per sample. A function with a parameter named ``data``, or with four parameters, is called as
-        ``callback(k, t, state, data)`` with the estimate of x_0 by the last evaluation, [B, ...]; it is None before the first.
+        ``callback(k, t, state, data)`` with the estimate of x_0 by the last evaluation, [B, ...]; the estimate is None before
+        the first evaluation.
     progress : show a bar over the model evaluations.
     check_finite : raise an error if the model returns NaN or infinity, and warn if x is too small for the noise level at
         ``grid[0]``. The device is read once, after the last evaluation.
@@ -89,7 +90,7 @@ def sample(
     ------
     InputError : an argument has a wrong type, shape or dtype; or `rtol`, `atol` or `options` with a solver of fixed steps.
     GridError : the grid is missing or not usable, or the model is evaluated at the data, where its output does not determine
-        the needed form: dx/dt with a method of torchdiffeq.
+        the needed form (dx/dt for a method of torchdiffeq).
     UnknownNameError : no such solver.
     MismatchError : a fitted solver or a plan was made for another schedule, grid, prediction type or state shape.
     NonFiniteError : the model or the result is not finite.
@@ -169,9 +170,9 @@ def odeint(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Integrate and return the states at all grid points: ``torchdiffeq.odeint`` with this library's methods added.
 
-    A method's name means the solver registered here if there is one, else torchdiffeq's method; ``"torchdiffeq:rk4"`` always
-    means torchdiffeq's. Gradients flow to `y0`, to the model's parameters and to its conditions; with methods of torchdiffeq
-    also to `t` and to the parameters of a schedule.
+    A name selects the solver of this library if there is one, otherwise the method of torchdiffeq. The name
+    ``"torchdiffeq:rk4"`` always selects the method of torchdiffeq. Gradients flow to `y0`, to the model's parameters and to
+    its conditions. With methods of torchdiffeq, gradients also flow to `t` and to the parameters of a schedule.
 
     Parameters
     ----------
@@ -183,8 +184,8 @@ def odeint(
     method : a registered name, a method of torchdiffeq, a :class:`Solver`, a fitted solver or a plan.
     options : torchdiffeq's options of the method, such as ``{"step_size": 0.05}``.
     event_fn : called as ``event_fn(t, y)`` with a time [] in the dtype of the state [B, ...]; the integration stops at the
-        first sign change of any entry of its result. Of `t` only the first and the last time count. Methods of torchdiffeq
-        only.
+        first sign change of any entry of its result. Only the first and the last time of `t` have an effect. Methods of
+        torchdiffeq only.
 
     Returns
     -------
@@ -282,7 +283,7 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fi
 
 
 def _check_numbers(schedule: Schedule, plan: Plan) -> None:
-    """Raise InputError if a gradient by parameters of the schedule is asked for, which a plan does not carry."""
+    """Raise InputError if parameters of the schedule require a gradient; a plan does not carry this gradient."""
     if torch.is_grad_enabled():
         start = torch.tensor(plan.grid[0], dtype=torch.float64, device="cpu")
         if any(carries_derivative(level(start)) for level in (schedule.alpha, schedule.sigma)):

@@ -21,11 +21,11 @@ __all__ = ["load"]
 def load(path: str | os.PathLike[str], *, schedule: Schedule | None = None) -> Any:
     """Read a file of any kind; the kind is read from its header.
 
-    Nothing is unpickled. Samples from a solver or a plan are bit-equal to samples before it was saved.
+    Nothing is unpickled. Samples from a loaded solver or plan are bit-equal to samples from the saved one.
 
     Parameters
     ----------
-    path : a file of one of the methods in the table.
+    path : a file written by one of the methods in the table.
     schedule : the noise schedule, needed only where a file cannot hold the schedule, as with ``Schedule.from_functions``.
         Otherwise a given schedule is compared with the schedule of the file.
 

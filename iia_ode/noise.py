@@ -17,10 +17,11 @@ _MOST = 2**32  # torch's generator on the host drops the bits of a seed above 32
 
 
 def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
-    """Seeds of the samples `index` of a run, a function of `seed` and the sample's number alone.
+    """Seeds of the samples `index` of a run. Each seed depends on `seed` and on the number of the sample alone.
 
-    Processes that share a run pass their own parts of the numbers. Within a run all seeds differ. Runs with different `seed`
-    begin at different places among 2**32 seeds: two runs of n samples share a seed with a probability of about n / 2**31.
+    In a run of several processes, each process passes the numbers of its own samples. All seeds of a run differ. Runs with
+    different `seed` begin at different places among 2**32 seeds: two runs of n samples share a seed with a probability of
+    about n / 2**31.
 
     Parameters
     ----------

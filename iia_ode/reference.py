@@ -6,7 +6,7 @@ flow is
     dw/du = D(x, t) / size - tanh(u) w.
 
 Near the data, u is log-SNR time up to a constant. At the noise end, u stays finite, so schedules with alpha = 0 there need no
-special case. No derivative of the schedule enters. The scaled state is of order 1 for data of any size.
+special case. The form needs no derivative of the schedule. The scaled state is of order 1 for data of any size.
 """
 
 from __future__ import annotations
@@ -139,17 +139,17 @@ def trajectory(
     ----------
     ode : ODE to solve. The model computes in its own dtype, the integration in float64.
     x : state at `t_start`, [B, ...].
-    t_start, t_end : start and end times, in either direction. Either may be the data, and either may have alpha = 0. From
-        the data, the output of the model must determine the noise there, as a velocity does.
+    t_start, t_end : start and end times, in either direction. Either may be the data, and either may have alpha = 0. Where
+        `t_start` is the data, the output of the model must determine the noise there, as a velocity does.
     points : number of knots of the dense output, at least 2, nearly equidistant in u. The integrator ends a step at each knot.
-    rtol, atol : relative and absolute tolerance of the integrator for w, where data and noise are of order 1, whatever the
-        unit of the data. The sample with the largest error meets the tolerances. The rounding of a float32 model exceeds
-        tolerances below about 1e-6.
+    rtol, atol : relative and absolute tolerance of the integrator for the scaled state w, which is of order 1 for data of any
+        size. The sample with the largest error meets the tolerances. The rounding of a float32 model exceeds tolerances below
+        about 1e-6.
     sigma_min : noise level sigma/alpha at which the integration stops if `t_end` is the data, or starts if `t_start` is. The
-        final state is then the model's data estimate, and the first state a step of DDIM, each with an error of
-        O(sigma_min^2). By default a millionth of the root mean square of the data, which a few samples tell, or the lowest
-        level that the model knows if that is higher. For a network without ``known_levels``, give the smallest level of its
-        training.
+        model's data estimate then leads to the final state, and a step of DDIM leads from the data to the first state; both
+        have an error of O(sigma_min^2). By default a millionth of the root mean square of the data (estimated from a few
+        samples), or the lowest level that the model knows if this level is higher. For a network without ``known_levels``,
+        give the smallest level of its training.
     method : any adaptive method of torchdiffeq.
 
     Returns
@@ -266,7 +266,7 @@ def _check_floor(schedule: Schedule, times: list[float], sigma_min: float) -> No
 
 
 def _is_lowest(schedule: Schedule, t: float) -> bool:
-    """Whether the model knows no level below that of time t, so that only its data estimate leads to the data."""
+    """Whether the model knows no level below the level of time t, so that only its data estimate leads to the data."""
     level = schedule.noise_to_signal(t)
     return lowest_level(schedule, 0.0) >= level * (1 - 1e-6) > 0
 

@@ -1,4 +1,4 @@
-"""The size of the data behind a model: the unit in which noise levels are high or low."""
+"""The size (root mean square) of the data behind a model: the unit of noise levels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def size_of_data(ode: ProbabilityFlowODE, x: Tensor, t: float, lowest: float = 0
 
 
 def size_of_noise(ode: ProbabilityFlowODE, noise: Tensor) -> float:
-    """The size of the data at the end of the trajectories from standard normal noise [B, ...], at no level in particular."""
+    """The size of the data at the end of the trajectories from standard normal noise [B, ...] of unstated level."""
     index, t = few(noise), ode.schedule.t_noise
     with torch.no_grad():
         states = ode.schedule.sigma(t) * noise[index.to(noise.device)]

@@ -33,11 +33,11 @@ class Budget:
         without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
     iterations, probes : iterations, and Rademacher probes per sample, of each refinement.
     finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
-        sample costs a trajectory, whose final state alone is kept.
-    held_out : share of the samples, the last ones, that decide between solvers.
+        sample costs a trajectory; only the final state is kept.
+    held_out : share of held-out samples, the last of the batch. These samples decide between solvers.
     chunk_size : number of samples per model call, in all processes together.
-    checkpointed : whether refinements recompute each evaluation in the backward pass. Memory is then that of a single
-        evaluation of a chunk, and the work of a refinement grows by half. For models with large graphs.
+    checkpointed : whether refinements recompute each evaluation in the backward pass. For models with large graphs: the memory
+        falls to the memory of a single evaluation of a chunk, and the work of a refinement grows by half.
 
     Raises
     ------
@@ -72,7 +72,7 @@ class Budget:
     def steps(self, nfe: int) -> int:
         """Number of steps of the teacher of fits with `nfe` evaluations: `teacher_steps`, and at least four per evaluation.
 
-        The teacher judges the fits, so the error of the teacher must stay far below their errors.
+        The teacher judges the fits, so the error of the teacher must stay far below the errors of the fits.
         """
         return max(self.teacher_steps, 4 * nfe)
 

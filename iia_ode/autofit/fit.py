@@ -80,15 +80,15 @@ def fit(
 
     Two-fold cross-validation on the training samples chooses grids and kinds of weights. The endpoint error on held-out
     samples, and with ``"thorough"`` on fresh samples too, chooses among the resulting solvers and a classic solver without a
-    fit. Last, the chosen solver is fitted to all samples where the samples are enough and the error falls; the reported errors
-    are those before this last fit.
+    fit. Last, the chosen solver is fitted to all samples, if the samples are enough for its weights and the error falls. The
+    reported errors are the errors before this last fit.
 
     The search is silent. ``progress=True`` shows bars, and the logger ``iia_ode`` has every finding at level INFO.
 
     Parameters
     ----------
-    ode : the model. Conditions have one entry per sample, or one for all samples; guidance is part of the model. For
-        several processes pass :func:`iia_ode.distributed` of it, and the same arguments in each process.
+    ode : the model. Conditions have one entry per sample, or one for all samples; guidance is part of the model. For several
+        processes pass :func:`iia_ode.distributed` of the ODE, and the same arguments in each process.
     nfe : number of evaluations of a run, at least 1.
     noise : draws of standard normal noise [B, ...], float32 or float64. At least 8 draws; 64 or more are advisable, and 256
         are good. Copies are left out.
@@ -98,11 +98,11 @@ def fit(
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`. A budget may add draws.
     sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule. Where the output of the
         model does not determine the data there (noise or score prediction at alpha = 0), the default is 160 times the root
-        mean square of the data, which the model tells by a coarse integration of a few samples.
-    sigma_min : level sigma/alpha at which the data estimate of the teacher becomes the final state; the smallest level of the
-        model's training. By default 0.004 times the root mean square of the data, or the lowest of the schedule's
+        mean square of the data, estimated by a coarse integration of a few samples.
+    sigma_min : level sigma/alpha at which the teacher stops; its data estimate there is the final state. Use the smallest
+        level of the model's training. By default 0.004 times the root mean square of the data, or the lowest of the schedule's
         ``known_levels`` if that is higher.
-    teacher : accurate trajectories from these initial states, if they exist already. A budget then adds no draws.
+    teacher : accurate trajectories from these initial states, if available. A budget then adds no draws.
     seed : seed of the draws for `shape`, of added draws and of the Rademacher probes of refinements.
     progress : show bars.
 
@@ -278,7 +278,7 @@ def _prepared(
 
 
 def _announce(context: Context, batch: Batch, given: int, finals: int, start: float) -> None:
-    """Log the expected cost, by the time of the model's second call; nothing is timed where nobody listens."""
+    """Log the expected cost, from the time of the model's second call; without a listener nothing is timed."""
     listens, ranks = context.leads and _log.isEnabledFor(logging.INFO), ranks_of(batch.ode)
     if ranks is not None:  # a call of a distributed model is one in every process
         flag = torch.tensor([listens], dtype=torch.int64, device="cpu")

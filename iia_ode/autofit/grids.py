@@ -26,10 +26,10 @@ __all__ = ["Fit", "FreeGrid", "LeapGrid", "Levels", "leap_grids", "search_grid",
 
 @dataclass(frozen=True, order=True)
 class LeapGrid:
-    """A grid that leaps from its start to `sigma_1`, and continues like Karras et al.'s to `sigma_min` and the data.
+    """A grid that leaps from its start to `sigma_1`, and continues as a Karras grid to `sigma_min` and the data.
 
-    An evaluation at the noisiest level says little more than the mean of the data, and the flow from there is nearly linear
-    for as long as the noise dwarfs the data. A fitted first step can take that interval at once. The other evaluations remain
+    An evaluation at the noisiest level gives little more than the mean of the data, and the flow from there is nearly linear
+    for as long as the noise dwarfs the data. A fitted first step can cover this interval at once. The other evaluations remain
     for the levels at which images form.
 
     Attributes
@@ -111,7 +111,7 @@ class Levels:
 
     Attributes
     ----------
-    highest, lowest : levels of the start, and of the smallest that the model may be asked at.
+    highest, lowest : level of the start, and lowest level at which the model may be evaluated.
     """
 
     highest: float
@@ -137,7 +137,7 @@ def leap_grids(start: float, scale: float) -> list[LeapGrid]:
 # ---- searches --------------------------------------------------------------------------------------------------------
 
 Fit: TypeAlias = Callable[[Batch, Tensor], Plan]
-"""From a batch with a teacher and a grid to a fitted plan."""
+"""Maps a batch with a teacher, and a grid, to a fitted plan."""
 
 
 def two_fold(fit: Fit, batch: Batch, nfe: int) -> Objective[LeapGrid | FreeGrid]:
@@ -187,7 +187,7 @@ def search_grid(
     fit : how a grid is fitted.
     batch : samples [B, ...] with a teacher.
     nfe : number of evaluations, at least 2.
-    candidates : where to look.
+    candidates : the leap grids of the first round.
     rounds : (share of the samples, number of candidates to keep) of each round; see :func:`~iia_ode.autofit.halving`.
     descent : passes over (sigma_1, sigma_min, rho), each scaled up and down by a factor that starts at 1.4.
 
@@ -232,7 +232,7 @@ def search_levels(
     Raises
     ------
     InputError : the start cannot be fitted, or `step` is not above 1.
-    GridError : the start is no grid of so many evaluations.
+    GridError : `start` is no grid of `nfe` evaluations.
     """
     schedule, levels = batch.ode.schedule, Levels.of(batch)
     objective = cache(two_fold(fit, replace(batch, ode=cached(batch.ode)), nfe))

@@ -67,7 +67,7 @@ def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A kind of warm start, fitted to all training samples even where the weights are fitted to a few.
+    """A kind of warm start. Its fit uses all training samples, even where the weights are fitted to a few samples.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class Start:
     labels: Tensor | None = None
 
     def take(self, batch: Batch, grid: Tensor) -> tuple[WarmStart, Batch, Tensor]:
-        """The warm start over the first interval of a grid, and batch and grid from the end of the interval."""
+        """Fit the warm start over the first interval of a grid; return it with the batch and the grid after the interval."""
         t, s = (float(v) for v in grid[:2])
         before, after = self.train.x.cpu(), self.train.taught.at(s)
         warm = WarmStart.affine(
@@ -113,7 +113,7 @@ class Pipeline:
 
     Attributes
     ----------
-    method : the sequential fit, with other terms, intercept and ridge than those in use.
+    method : the sequential fit; the pipeline replaces its terms, intercept and ridge.
     nfe : number of evaluations of the solver.
     t_start : time of the initial states.
     start : the warm start; None for a cold start.

@@ -20,10 +20,10 @@ _FEWEST = 16  # samples of a round: two-fold cross-validation fits to half of th
 G = TypeVar("G", bound=Hashable)
 
 Objective: TypeAlias = Callable[[G, int], Tensor]
-"""From a candidate and a number n to the candidate's errors on the first n samples, float64 [n]; infinite where it fails."""
+"""Maps a candidate and a number n to the candidate's errors on the first n samples, float64 [n]; infinite for a failure."""
 
 Move: TypeAlias = Callable[[G, float], G | None]
-"""From a candidate and a factor to the candidate with one coordinate scaled; None where that is no candidate."""
+"""Maps a candidate and a factor to the candidate with a scaled coordinate; None if the result is no candidate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Trial(Generic[G]):
 
     @property
     def error(self) -> float:
-        """Root mean square over the samples; infinite if an error is."""
+        """Root mean square over the samples; infinite if an error is infinite."""
         return cauchy_mean(self.errors, math.inf)
 
 
@@ -71,15 +71,15 @@ def halving(
 ) -> Search[G]:
     """Successive halving: candidates that win on few samples are tried again on more.
 
-    In the rounds before the last, samples that end in another mode count little: there are too few to know how rare they are.
-    In the last round they count (``outliers_too`` of :func:`~iia_ode.iia.ranking.ranked`).
+    In the rounds before the last, samples that end in another mode count little, because few samples do not show how rare they
+    are. In the last round these samples count (``outliers_too`` of :func:`~iia_ode.iia.ranking.ranked`).
 
     Parameters
     ----------
     objective : errors of a candidate.
-    candidates : where to look.
+    candidates : the candidates of the first round.
     rounds : (share of the samples, number of candidates to keep) of each round; a round has at least 16 samples.
-    samples : number of samples that there are.
+    samples : number of available samples.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def coordinate_descent(
     ----------
     objective : errors of a candidate.
     start : the first candidate.
-    moves : one for each coordinate.
+    moves : a function per coordinate, which scales the coordinate of a candidate by a factor.
     passes : number of passes, from 0.
     step : the first factor, above 1.
     samples : number of samples to judge by.

@@ -31,7 +31,7 @@ _LARGEST = 4096  # components of a sample, above which no covariance is estimate
 
 
 def more_states(batch: Batch, t: float, draws: int, held_out: float, seed: int) -> Batch:
-    """The batch extended to `draws` samples: new samples follow each given sample, under the condition of the given sample.
+    """Extend the batch to `draws` samples: each given sample is followed by new samples under the same condition.
 
     Held-out samples stay held out with their conditions, and each half of the training samples keeps its conditions.
 

@@ -59,28 +59,29 @@ def compare(
     """Compare solvers: fit them where needed, sample from unseen noise, and measure against an accurate reference.
 
     Every :class:`~iia_ode.IIA`, every preset and the solver ``"iia"`` is fitted anew for each number of evaluations, on noise
-    apart from the noise of the measurement. A :class:`~iia_ode.FittedSolver` or a :class:`~iia_ode.Plan` is used as it stands,
-    at its own number of evaluations. Whether the comparison is fair to such a solver depends on the noise of its own fit.
+    drawn apart from the noise of the measurement. A :class:`~iia_ode.FittedSolver` or a :class:`~iia_ode.Plan` is used as it
+    stands, at its own number of evaluations. Whether the comparison is fair to such a solver depends on the noise of its own
+    fit.
 
     Parameters
     ----------
     model : a setting, the name of a setting, or the ODE of a model of your own with the conditions of `x`.
     solvers : a list of registered names, presets' names, :class:`~iia_ode.Solver` instances, mappings ``{"name": ...,
-        "options": ...}``, :class:`~iia_ode.IIA` instances, fitted solvers and plans; or a mapping from names of your own to
-        them. The name ``"iia"`` stands for the solver found by :func:`iia_ode.fit`.
+        "options": ...}``, :class:`~iia_ode.IIA` instances, fitted solvers and plans; or a mapping from your own names to such
+        entries. The name ``"iia"`` stands for the solver found by :func:`iia_ode.fit`.
     nfes : numbers of evaluations. A solver is left out where it cannot make the number exactly.
     grids : one or more families of grids: names in :data:`iia_ode.grids.GRIDS`, functions from a number of levels to a grid,
-        or a mapping from names to them. Solvers with grids of their own (``"iia"``, fitted solvers, plans) do not use them.
-        All grids start and end at the same levels.
+        or a mapping from your own names to such entries. Solvers with grids of their own (``"iia"``, fitted solvers, plans) do
+        not use them. All grids start and end at the same levels.
     x : for an ODE: the unseen initial states [B, ...] at the start of the grids, float32 or float64.
     fit_x : for an ODE: initial states [B', ...] for the fits, none of them in `x`. By default `fit_samples` draws of
         ``sigma * randn``. The fits reuse the conditions of `x` evenly.
     reference : for an ODE: accurate final states [B, ...] of `x`; by default a solution by dopri8.
     samples : for a setting: number of unseen initial states, by default 128.
     fit_samples : number of initial states to fit on, where `fit_x` is not given. A `budget` may add more.
-    sigma_min, sigma_max : for an ODE: last positive and first level sigma/alpha of the families given by name; by default
-        those of the family. References and teachers stop at `sigma_min`, by default the smallest level of the schedule's
-        models. A setting has both levels as attributes.
+    sigma_min, sigma_max : for an ODE: last positive and first level sigma/alpha of the families given by name; by default the
+        levels of each family. References and teachers stop at `sigma_min`, or by default at the smallest level of the model. A
+        setting has both levels as attributes.
     tolerance : relative and absolute tolerance of the reference; by default the setting's, or 1e-8 for a model in float64 and
         1e-6 else.
     target : target of presets given by name: ``"substeps"`` as in the paper, ``"local"`` or ``"trajectory"``.

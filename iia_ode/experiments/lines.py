@@ -60,7 +60,7 @@ def lines_of(solvers: Solvers, families: Iterable[str], target: str) -> list[Lin
     Raises
     ------
     UnknownNameError : no such solver or preset.
-    InputError : an entry is no solver, there is none, or two have one name.
+    InputError : an entry is no solver, there is no entry, or two entries have the same name.
     """
     families, lines = list(families), []
     for name, method in _named(solvers, target):
@@ -135,15 +135,16 @@ def families_of(
 
     Parameters
     ----------
-    grids : names of :data:`iia_ode.grids.GRIDS`, functions from a number of levels to a grid, or a mapping from names.
+    grids : names of :data:`iia_ode.grids.GRIDS`, functions from a number of levels to a grid, or a mapping from names to such
+        entries.
     schedule : noise schedule of the named families.
-    sigma_min, sigma_max : levels sigma/alpha of the named families; by default those of the family.
+    sigma_min, sigma_max : levels sigma/alpha of the named families; by default the levels of each family.
 
     Raises
     ------
     UnknownNameError : no such family.
     GridError : an entry is no family.
-    InputError : two families have one name, or there is none.
+    InputError : two families have the same name, or there is no family.
     """
     if isinstance(grids, Mapping):
         pairs = [(str(name), value) for name, value in grids.items()]
@@ -160,7 +161,7 @@ def families_of(
 
 
 def _name_of(family: object) -> str:
-    """The name of a function, with the keywords of a partial one that the schedule and the levels leave."""
+    """The name of a function; for a partial function, also its keywords other than schedule and levels."""
     if isinstance(family, partial):
         own = [f"{k}={v}" for k, v in family.keywords.items() if k not in ("schedule", "sigma_min", "sigma_max")]
         return _name_of(family.func) + (f"({', '.join(own)})" if own else "")

@@ -31,7 +31,7 @@ class Row:
     fit_samples : number of samples of the fit, 0 for a solver without a fit in the comparison.
     fit_evaluations : batched model evaluations of the fit, 0 without a fit. Accurate trajectories count in full for each
         fit, also where several fits share them.
-    fit_seconds : wall-clock time of the fit in seconds, 0 without a fit, trajectories included in the same way.
+    fit_seconds : wall-clock time of the fit in seconds, 0 without a fit. Accurate trajectories count in full here too.
     fitted : whether the weights were fitted to a model, in the comparison or before.
     """
 
@@ -52,7 +52,7 @@ class Protocol:
 
     Attributes
     ----------
-    setting : name of the setting, or the name given to a model of one's own.
+    setting : name of the setting, or the given name of any other model.
     schedule : configuration of the noise schedule.
     samples : number of unseen initial states behind every error.
     fit_samples : number of initial states for each fit, drawn apart from the unseen ones.
@@ -76,13 +76,13 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Result of :func:`compare`. ``Comparison(rows)`` makes one from measurements of your own, to print and to plot.
+    """Result of :func:`compare`. ``Comparison(rows)`` makes a comparison from your own measurements, to print and to plot.
 
     Attributes
     ----------
     rows : measurements, one for each line and each number of evaluations possible for the line.
-    solvers : names of the lines, in order; by default those of the rows.
-    nfes : requested numbers of evaluations, in order; by default those of the rows.
+    solvers : names of the lines, in order; by default the names in the rows.
+    nfes : requested numbers of evaluations, in order; by default the numbers in the rows.
     reference : accurate final states [B, ...]; None if unknown.
     samples : final states [B, ...] of each row, by (name of the line, nfe).
     grids : times of each row, float64 [N + 1], by (name of the line, nfe).

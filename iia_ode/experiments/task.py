@@ -49,7 +49,7 @@ class Task:
         return solve(self.ode, self.x, *ends, rtol=self.tolerance, atol=self.tolerance, sigma_min=self.lowest(ends[0]))
 
     def states(self, n: int, start: float, seed: int) -> tuple[ProbabilityFlowODE, Tensor]:
-        """The ODE and the states to fit on: those given, or `n` draws at the time `start`."""
+        """The ODE and the states to fit on: the given states, or `n` draws at the time `start`."""
         if self.fit_ode is not None and self.fit_x is not None:
             return self.fit_ode, self.fit_x
         noise = seeded_noise(sample_seeds(seed, range(n)), self.x.shape[1:], dtype=self.x.dtype, device=self.x.device)

@@ -36,4 +36,4 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
     "log_snr": log_snr,
     "polyexponential": polyexponential,
 }
-"""Families of grids of a count and two noise levels, by name: ``make(n, sigma_min, sigma_max, schedule=...)``."""
+"""Families of grids by name: functions ``make(n, sigma_min, sigma_max, schedule=...)`` of a count and two noise levels."""

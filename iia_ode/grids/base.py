@@ -64,7 +64,7 @@ def as_schedule(schedule: Schedule | None) -> Schedule:
 
 
 def as_grid(times: Iterable[float]) -> Tensor:
-    """Times as a grid: float64, on the host whatever the default device is."""
+    """Times as a grid: float64, on the host for every default device."""
     return torch.tensor(list(times), dtype=torch.float64, device="cpu")
 
 
@@ -102,7 +102,7 @@ def _time_of(level: float, schedule: Schedule, low: float, high: float) -> float
 
 
 def data_time(schedule: Schedule) -> float:
-    """The time of the data, if the schedule gets there."""
+    """The time of the data, if the schedule reaches the data."""
     if schedule.sigma(schedule.t_data) > 0:
         raise GridError(
             f"the {type(schedule).__name__} schedule ends at sigma = {schedule.sigma(schedule.t_data):g} and not at the "

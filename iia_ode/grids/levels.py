@@ -29,19 +29,20 @@ def karras(
     ----------
     n : noise levels; a solver with one evaluation a step makes n evaluations.
     sigma_min, sigma_max : last and first level of sigma/alpha, the noise level in EDM's sense for every schedule. By default
-        the ``known_levels`` of the schedule, if a user stated them; else 0.002 and 80, within the reach of the schedule and
-        within the timesteps of a ``Discrete`` schedule. A level less than 1% beyond a known level is the known level.
-    rho : 7 in EDM; larger puts more levels near the data. 1 is equidistant in sigma.
-    schedule : whose times to return; EDM, where time is the level itself, by default.
+        the ``known_levels`` of the schedule, if a user stated them; otherwise 0.002 and 80, limited to the range of the
+        schedule and to the timesteps of a ``Discrete`` schedule. A level less than 1% beyond a known level is replaced by the
+        known level.
+    rho : exponent, 7 in EDM. A larger value puts more levels near the data; 1 makes the levels equidistant in sigma.
+    schedule : schedule of the returned times; by default EDM, where the time is the level.
     to_data : append the data (sigma = 0).
 
     Returns
     -------
-    float64 [n + 1] times ([n] without the data). With one level it is `sigma_max`.
+    float64 [n + 1] times ([n] without the data). For n = 1 the level is `sigma_max`.
 
     Raises
     ------
-    GridError : n < 1, levels out of order, out of the schedule's reach or outside of its known levels, or rho not positive.
+    GridError : n < 1, levels out of order, outside the range of the schedule or its known levels, or rho not positive.
     """
     n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule), as_positive(rho, "rho")
     try:
@@ -62,7 +63,8 @@ def log_snr(
 ) -> Tensor:
     """n noise levels equidistant in log-SNR, then 0; arguments as for :func:`karras` [Lu et al. 2022].
 
-    A geometric sequence of sigma/alpha. Elsewhere it is called exponential (k-diffusion, diffusers) or log-linear.
+    The levels are a geometric sequence of sigma/alpha. Other names of the grid: exponential (k-diffusion, diffusers),
+    log-linear.
     """
     n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     a, b = math.log(high), math.log(low)
@@ -84,7 +86,8 @@ def polyexponential(
 
     Parameters
     ----------
-    rho : 1 is :func:`log_snr`; larger puts more levels near `sigma_min`, smaller near `sigma_max`.
+    rho : exponent; 1 gives :func:`log_snr`. A larger value puts more levels near `sigma_min`, a smaller value near
+        `sigma_max`.
     """
     n, (low, high), rho = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule), as_positive(rho, "rho")
     a, b = math.log(low), math.log(high)
@@ -108,8 +111,8 @@ def linear_log(
 
     Parameters
     ----------
-    crossover : c, a level of sigma/alpha; by default each part has half of the intervals. From `sigma_max`
-        on the grid is :func:`log_snr`; up to `sigma_min` it is linear in sigma, :func:`karras` with rho = 1.
+    crossover : c, a level of sigma/alpha; by default each part has half of the intervals. A c of `sigma_max` or more gives
+        :func:`log_snr`; a c of `sigma_min` or less gives the grid linear in sigma, :func:`karras` with rho = 1.
     """
     n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     if crossover is None:
@@ -139,12 +142,12 @@ def beta(
     """n noise levels at quantiles of a Beta distribution, then 0; the other arguments as for :func:`karras`.
 
     sigma_i = sigma_min + F^-1(1 - i / (n - 1)) (sigma_max - sigma_min), F the distribution function of Beta(a, b). diffusers
-    has this form of the sampling of Lee et al. [2024] (``use_beta_sigmas``). The form of the paper, on integer timesteps, is
+    samples in this form (``use_beta_sigmas``) after Lee et al. [2024]. The form of the paper, on integer timesteps, is
     ``discrete(n, schedule, "beta")``.
 
     Parameters
     ----------
-    a, b : shape of the distribution. Below 1 the levels crowd at both ends; (1, 1) is linear in sigma.
+    a, b : shape parameters of the distribution. Values below 1 crowd the levels at both ends; (1, 1) is linear in sigma.
     """
     n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     a, b = as_positive(a, "a"), as_positive(b, "b")

@@ -1,4 +1,4 @@
-"""Checks of a grid against the schedule of a model: made for its times, and inside its known levels."""
+"""Checks of a grid against the schedule of a model: times of the same schedule, inside the known levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SLOW = 0.02  # share of the largest step in log-level, below which the last ste
 
 
 def made_for(grid: Tensor, schedule: Schedule) -> Tensor:
-    """The same grid with a note of the schedule that its times belong to; a changed or copied tensor has no note."""
+    """The same grid with a note of its schedule; a changed or copied tensor has no note."""
     grid.made_for = schedule, _version(grid)  # type: ignore[attr-defined]
     return grid
 
@@ -31,7 +31,7 @@ def _version(grid: Tensor) -> int:
 
 
 def check_origin(schedule: Schedule, grid: object, values: Tensor) -> None:
-    """Raise GridError if a grid was made for another schedule, where the same times are other levels.
+    """Raise GridError if a grid was made for another schedule, on which the same times have other levels.
 
     Parameters
     ----------

@@ -55,8 +55,8 @@ def align_your_steps(
         index, as the authors do.
     model : ``"sd15"`` (Stable Diffusion 1.5), ``"sdxl"``, ``"deepfloyd"`` (DeepFloyd IF, first stage) or ``"svd"`` (Stable
         Video Diffusion).
-    schedule : whose times to return; EDM, where time is the level itself, by default. On the model's own ``Discrete``
-        schedule, 10 steps stand on the published timesteps exactly.
+    schedule : schedule of the returned times; by default EDM, where the time is the level. On the model's own ``Discrete``
+        schedule, a grid of 10 steps has exactly the published timesteps.
     to_data : end at the data, as diffusers does; else at the last published level, as the authors do.
 
     Returns

@@ -47,7 +47,7 @@ def discrete(n: int, schedule: Discrete, spacing: str = "trailing", *, to_data: 
     n : timesteps, at most as many as the schedule has.
     spacing : ``"leading"`` (0, k, 2k, ... with k = T // n), ``"trailing"`` (T - 1 downwards by T / n), ``"linspace"`` (both
         ends included) or ``"beta"`` ((T - 1) F^-1(1 - i / n), F the distribution function of Beta(0.6, 0.6) [Lee et al.
-        2024]), each rounded to integers. Where ``"beta"`` rounds to one timestep twice, neighbors replace the repeats.
+        2024]), each rounded to integers. Where ``"beta"`` gives a timestep twice by rounding, a neighbor replaces the repeat.
     to_data : append alpha = 1 (time -1).
 
     Raises
@@ -82,7 +82,8 @@ def _distinct(times: list[int]) -> list[int]:
 def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> Tensor:
     """The part of a grid between two times: `start` and `end` exact, the grid's points in between.
 
-    A multistep solver starts on the part without memory. :func:`iia_ode.plan.advance` stops a run and keeps its memory.
+    A multistep solver starts on the part without memory of earlier steps. To stop a run and keep its memory, use
+    :func:`iia_ode.plan.advance`.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def cut(grid: Tensor, start: float | None = None, end: float | None = None) -> T
 
     Raises
     ------
-    GridError : no grid, or times that are not in order within it.
+    GridError : `grid` is no grid, or `start` and `end` are not in order within the grid.
     """
     times = _strictly_monotone(grid)
     first = times[0] if start is None else as_time(start, "start")

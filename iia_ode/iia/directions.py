@@ -1,7 +1,7 @@
 """Candidate directions of a fit: the vectors that a step may add to the base solver's result.
 
-The fitted step is base + sum_j c_j direction_j, so that zero corrections c are the base exactly. There are the three sets of
-the paper, and the window: all states and data estimates at hand, optionally split by frequency bands and channels.
+The fitted step is base + sum_j c_j direction_j, so that zero corrections c are the base exactly. The module has the three sets
+of the paper, and the window: all available states and data estimates, optionally split by frequency bands and channels.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Term:
     ----------
     symbol : name of the coefficient, as in the paper. The coefficient is ``base + unit * correction``.
     direction : the vector that is multiplied by the correction.
-    base : value of the coefficient for which the step is the base solver's.
+    base : value of the coefficient at which the step equals the base solver's step.
     unit : change of the coefficient per unit of correction.
     history : whether the direction comes from earlier steps.
     """
@@ -142,8 +142,8 @@ def iia_edm(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ..
 def iia_ddim(step: StepRecord, earlier: tuple[StepRecord, ...]) -> tuple[Term, ...]:
     """IIA-DDIM: Phi + phi_0 (x^_i - x^_{i-1}) + phi_1 (eps_i - eps_{i-1}), from i = 1 [Zhang et al. 2024, eq. 20-23].
 
-    The step to the data is fitted like the others: the equations have no exception. With a longer history, the differences
-    further back follow as phi_2, phi_3, ... The base is phi = 0.
+    The step to the data is fitted like every other step: the equations make no exception. A longer history adds earlier
+    differences with coefficients phi_2, phi_3, ... The base is phi = 0.
 
     Raises
     ------

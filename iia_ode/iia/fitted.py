@@ -49,7 +49,7 @@ class FittedSolver:
 
     Raises
     ------
-    MismatchError : in :func:`iia_ode.sample`, for an ODE or states other than those of the fit; see :meth:`check`.
+    MismatchError : in :func:`iia_ode.sample`, if the ODE or the states do not match the fit; see :meth:`check`.
     """
 
     plan: Plan
@@ -74,7 +74,7 @@ class FittedSolver:
     def check(self, ode: ProbabilityFlowODE, x: Tensor | None = None) -> None:
         """Raise if the ODE differs from the ODE of the fit, or x does not fit the weights.
 
-        Weights that are numbers serve samples of every shape; linear maps and constants serve samples of the fit's shape.
+        Number weights fit samples of every shape. Linear maps and constants fit samples of the shape of the fit only.
 
         Parameters
         ----------
@@ -100,7 +100,7 @@ class FittedSolver:
         """Every coefficient in the paper's symbols, with the residual of each step before and after the fit.
 
         Without step reports, as after a refinement, the table has the weights of the plan on its initial state and its data
-        estimates. Linear maps have a table for each of a few groups; maps with many groups have their means.
+        estimates. Linear maps with few groups have a table per group; maps with many groups have a single table of means.
         """
         return table_of(self.reports) if self.reports else table_of_weights(self.plan)
 
@@ -109,7 +109,7 @@ class FittedSolver:
         return explain_fit(self.plan, self.record, self.reports)
 
     def after(self, warm: WarmStart) -> FittedSolver:
-        """The solver behind a warm start, which takes the first interval without an evaluation.
+        """Put a warm start before the solver; the warm start takes the first interval without an evaluation.
 
         Parameters
         ----------

@@ -29,7 +29,7 @@ SOLVER = "expab4"
 """The most accurate registered solver at 40 to 60 evaluations, among the solvers that evaluate only at grid points."""
 
 STEPS = 60
-"""Number of steps where the caller asks for nothing else."""
+"""Default number of steps."""
 
 _F64 = torch.float64
 _RHO = 10.0  # spacing of the levels, between 7 (Karras et al.) and equidistant log-SNR
@@ -45,8 +45,8 @@ _FEWER = 1.5  # ratio of the numbers of steps for the estimate of the error
 class Integration:
     """A fourth-order integration from `t_start` to `t_end`.
 
-    The first steps of a multistep method have lower orders. The steps therefore grow smoothly from the start: the first is
-    of the order of the square of the later ones, so that the whole keeps its order.
+    The first steps of a multistep method have lower orders. The steps therefore grow smoothly from the start: the length of
+    the first step is of the order of the square of a later step, so that the whole integration keeps its order.
 
     Attributes
     ----------
@@ -190,9 +190,9 @@ class Integration:
     def error(self, ode: ProbabilityFlowODE, x: Tensor, final: Tensor) -> float | None:
         """Estimate of the error of the final states, by integrations of a few samples with fewer steps [Richardson 1911].
 
-        Two thirds and four ninths of the steps give the order of convergence, and with the order the change between two thirds
-        of the steps and all becomes an error. The order is bounded by 3, because few steps converge faster than the method.
-        The estimate is doubled, because a few samples may miss the hard ones.
+        Integrations with two thirds and with four ninths of the steps measure the order of convergence. The order turns the
+        change from two thirds of the steps to all steps into an error. The order is bounded by 3, because few steps converge
+        faster than the method. The estimate is doubled, because a few samples may miss the hard ones.
 
         Parameters
         ----------

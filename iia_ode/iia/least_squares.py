@@ -116,8 +116,8 @@ class LeastSquares:
         ----------
         ridge : relative ridge. The j-th diagonal of the normal equations grows by ``ridge * |A_j|^2``, which shrinks the
             solution towards zero correction (the base solver). The intercept is shrunk in the same way.
-        noise : norm of the rounding error in each column, float64 [k]. A singular direction below ten times its rounding
-            error counts as zero; its fit would be huge coefficients that cancel. A direction below 1e-12 of the largest
+        noise : norm of the rounding error in each column, float64 [k]. A singular direction below ten times its rounding error
+            counts as zero, because a fit would have huge coefficients that cancel. A direction below 1e-12 of the largest
             always counts as zero.
 
         Returns

@@ -34,30 +34,32 @@ __all__ = ["IIA", "PRESETS", "SETTINGS", "preset", "record_of"]
 class IIA:
     """A meta-solver: the base solver's step plus a few directions, weighted by least squares [Zhang et al. 2024].
 
-    The fit is sequential: the states of step i come from the fitted steps before. The fitted solver makes as many evaluations
-    as its base.
+    The fit is sequential: the states of step i come from the fitted steps before step i. The fitted solver makes as many
+    evaluations as its base.
 
     Parameters
     ----------
     base : registered name, or a :class:`~iia_ode.Solver`.
-    terms : directions of a step. ``"paper"`` is the paper's set for the base, ``"iia-edm"`` or ``"iia-ddim"``. These sets and
-        ``"biia-edm"`` also have names of their own. ``"window"`` has all states and data estimates at hand, for any base.
-        A :class:`~iia_ode.iia.Window` has options; a function gives other directions, see :mod:`iia_ode.iia.directions`.
-    target : the accurate state of a step. ``"substeps"``, the paper's target: sub-steps of the base. ``"local"``: accurate
-        integration of the step. ``"trajectory"``: the accurate trajectory from the same initial state; a step then also
-        repairs errors of earlier steps. Other targets are instances of :class:`~iia_ode.iia.Target`.
+    terms : directions of a step. ``"paper"`` selects the paper's set for the base, ``"iia-edm"`` or ``"iia-ddim"``. These two
+        sets and ``"biia-edm"`` are also valid names. ``"window"`` takes all available states and data estimates, for any base.
+        A :class:`~iia_ode.iia.Window` is the window with options. A function defines other directions, see
+        :mod:`iia_ode.iia.directions`.
+    target : the accurate state of a step. ``"substeps"``, the target of the paper, composes sub-steps of the base. ``"local"``
+        integrates over the step accurately. ``"trajectory"`` takes the accurate trajectory from the same initial state; a step
+        then also repairs errors of earlier steps. Other targets are instances of :class:`~iia_ode.iia.Target`.
     history : r, the number of earlier steps behind the directions.
     substeps : M, number of sub-steps of the ``"substeps"`` target.
     ridge : relative ridge towards the base. 0 is plain least squares, as in the paper. ``"auto"`` chooses the ridge of each
-        step by the loss on held-out samples. With ``"auto"`` or a guard, the ridge of a step rises until no term exceeds 30
-        times the state. The report of a step has the ridge in use.
+        step by the loss on held-out samples. With ``"auto"`` or a guard, the ridge of a step is raised until no term is larger
+        than 30 times the state. The report of a step has the ridge in use.
     guard : keep the base where held-out samples do not favor the fit. A step without a lower held-out loss keeps the weights
-        of the base. If the final states of the fit are not clearly nearer the truth, the base replaces the whole fit, with a
-        `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate p is missed by n samples
-        with probability (1 - p)^n: the report has the number of samples that judged, and the number needed.
+        of the base. If the final states of the fit are not clearly nearer the true final states, the base replaces the whole
+        fit, with a `GuardWarning`; :func:`~iia_ode.iia.ranking.verdict` has the criterion. A failure with rate p is missed by
+        n samples with probability (1 - p)^n: the report has the number of judging samples, and the number needed.
     intercept : also fit a constant in each step, the mean residual, with the shape of one sample.
     last_step : whether a step to the data (sigma = 0) is fitted where the terms have directions for this step; False leaves
-        the step to the base. ``"iia-edm"`` and ``"biia-edm"`` have none: algorithm 1 of the paper leaves this step to EDM.
+        the step to the base. ``"iia-edm"`` and ``"biia-edm"`` have no such directions: algorithm 1 of the paper leaves this
+        step to EDM.
     name : name of the fitted solver; ``iia(<base>)`` by default.
 
     Raises
@@ -112,14 +114,14 @@ class IIA:
         ----------
         ode : the ODE with the conditions of x, an entry per sample or a single entry for all. For several processes pass
             :func:`iia_ode.distributed` of the ODE, and the same x, grid and options in each process.
-        x : initial states [B, ...] at ``grid[0]``, float32 or float64, on the host or on the model's device. The mean over
-            the samples stands for the paper's expectation. Between steps the states rest on the host.
+        x : initial states [B, ...] at ``grid[0]``, float32 or float64, on the host or on the model's device. The mean over the
+            samples replaces the expectation of the paper. Between steps the states are kept on the host.
         grid : times, float64 [N + 1].
         teacher : accurate trajectories of x, for the target ``"trajectory"`` and for the guard; made here if needed.
         held_out : share of held-out samples, from 0 to below 1: the last samples of the batch, for the guard and for
             ``ridge="auto"``. By default 0.25 with a guard or with ``ridge="auto"``, else 0. Where the share is above 0, copies
             among the samples are left out. A batch of fewer than 4 samples holds none out, and a guard then keeps the base.
-            With ``held_out=0`` no guard judges: ``record.guard`` is False.
+            With ``held_out=0`` there is no guard: ``record.guard`` is False.
         chunk_size : number of samples per model call; by default all. Chunks have no influence on the least squares, but the
             rounding of a network may depend on the batch size.
         progress : show a bar over the steps.
@@ -138,7 +140,7 @@ class IIA:
         Warns
         -----
         GuardWarning : the fit is not clearly better than the base, and the result is the base. Or the fit is kept, and some
-            samples end where no judged sample does.
+            samples end far outside the range of the judged samples.
         DuplicateWarning : copies among the samples are left out.
         StateSizeWarning : the states are too small for the noise level at the start of the grid.
         """
@@ -249,7 +251,7 @@ def preset(name: str, *, settings: str = "usual", **changes: Any) -> IIA:
     Parameters
     ----------
     name : ``"biia-edm"``, ``"iia-edm"``, ``"iia-ddim"``, ``"iia-spndm"``, ``"iia-ipndm"`` or ``"iia-dpmpp_2m"``.
-    settings : of the paper's table 1: ``"ffhq"``, (M, r) = (3, 0) for ``"biia-edm"`` and (3, 1) for ``"iia-edm"``; or
+    settings : settings of the paper's table 1: ``"ffhq"``, (M, r) = (3, 0) for ``"biia-edm"`` and (3, 1) for ``"iia-edm"``; or
         ``"usual"``, (M, r) = (3, 1).
     changes : options of :class:`IIA`.
 

@@ -1,4 +1,4 @@
-"""A plan as a differentiable function of its weights and of its times."""
+"""A plan as a differentiable function of its weights and times."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ class Parameters:
         ode : the model.
         x : initial states [B, ...].
         theta : float64 [P].
-        checkpointed : recompute each evaluation in the backward pass. Memory is then that of a single evaluation, and the
-            work grows by half.
+        checkpointed : recompute each evaluation in the backward pass. The memory falls to the memory of a single evaluation,
+            and the work grows by half.
 
         Returns
         -------

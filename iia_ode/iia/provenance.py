@@ -57,7 +57,7 @@ class TeacherOptions:
     Attributes
     ----------
     solver : name of the solver.
-    sigma_min : level sigma/alpha whose data estimate stands for the data.
+    sigma_min : level sigma/alpha at which the data estimate replaces the data.
     steps : number of steps.
     """
 
@@ -105,13 +105,13 @@ class Endpoint:
         search, `base` is the error of its rival, a solver without a fit.
     fell_back : whether the base is in use instead of the fit.
     reference : how the true final states were computed; ``"none"`` without a guard.
-    why : finding of the guard, where the base is in use.
+    why : reason of the guard for using the base; empty where the fit is in use.
     judged : number of samples behind the decision; 0 without a guard.
-    needed : a number of samples. Where the fit is in use: enough to show, with a probability of at least 95%, any failure
-        frequent enough to undo the gain. Where the base is in use: enough for a clear gain, if further samples are like those
-        seen. None where there is no such number.
-    teacher_error : estimate of the root mean square error of the true final states themselves; None without them. No error
-        of base and fit is below it.
+    needed : number of samples needed. Where the fit is in use: the samples that show, with a probability of at least 95%, any
+        failure frequent enough to undo the gain. Where the base is in use: the samples for a clear gain, if further samples
+        are like the samples seen. None where such a number does not exist.
+    teacher_error : estimate of the root mean square error of the true final states themselves; None without them. The errors
+        of base and fit are never reported below this error.
     """
 
     base: float | None
@@ -197,7 +197,7 @@ class StepReport:
 
 
 def later(reports: tuple[StepReport, ...], steps: int) -> tuple[StepReport, ...]:
-    """The reports of a fit behind `steps` further steps."""
+    """The reports of a fit that follows `steps` other steps."""
     return tuple(replace(r, index=r.index + steps) for r in reports)
 
 
@@ -273,11 +273,11 @@ class SearchRecord:
     rival : name of a solver without a fit, which competes with every fit of the search.
     budget : fields of the :class:`~iia_ode.iia.Budget`.
     ingredients : every solver of the search in order, then every failed attempt.
-    refinement : the refinement behind the result; None if the weights are those of a fit in closed form.
+    refinement : the refinement behind the result; None if the weights come from a fit in closed form.
     steps : split into training and held-out samples behind the step reports; None without step reports.
     costs : costs of the stages by name: ``"teacher"``, ``"finals"`` and ``"last"``.
     fitted_to_all : whether the result was fitted once more, to all samples.
-    given : number of draws that the caller asked for.
+    given : number of draws that the caller gave or requested.
     final_draws : number of draws made for the last choice.
     checkpointed : whether refinements recomputed each evaluation on the backward pass.
     seconds : wall-clock time of the search.
@@ -349,5 +349,5 @@ def finite(value: float) -> float | None:
 
 
 def raised(error: float | None, least: float | None) -> float | None:
-    """An error, raised to the error of the true states that it was measured by."""
+    """An error, raised to at least the error of the true states used in its measurement."""
     return error if error is None or least is None else max(error, least)

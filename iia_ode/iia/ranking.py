@@ -76,7 +76,7 @@ def ranked(items: Sequence[T], errors: Sequence[Tensor], *, outliers_too: bool =
 def shrunk_ratio(errors: Tensor, to: Tensor) -> float:
     """RMSE ratio of paired errors [B], shrunk towards 1 according to its standard error.
 
-    A single sample in another mode may make up most of a plain mean, and hardly tells how rare these samples are. The
+    A single sample in another mode may make up most of a plain mean, and says little about how rare such samples are. The
     shrinkage corresponds to a normal prior on the logarithm of the ratio, with standard deviation 0.25.
     """
     squares, others = errors.double().square(), to.double().square()
@@ -98,8 +98,8 @@ class Verdict:
     base, fit : root mean square errors on held-out samples; NaN without any.
     kept : whether the fit is kept.
     why : the statistics and their limits, for the middle of a message.
-    needed : number of samples with the statistics of these for which the gain would be clear; None for a clear gain, and
-        where no number is enough.
+    needed : number of samples at which the gain would be clear, if all samples have the statistics of the judged samples; None
+        for a clear gain, and where no number is enough.
     """
 
     base: float
@@ -114,7 +114,8 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
 
     A fit is kept if its mean square error on held-out samples is no larger than the base's, and if, over all samples,
 
-    - the fit ends nearer on more samples than chance explains: an exact sign test at 2.3%, in which ties count for the base;
+    - the final states of the fit are nearer on more samples than chance explains: an exact sign test at 2.3%, in which ties
+      count for the base;
     - the mean square error of the fit is lower by three standard errors of the paired difference (for few samples, by the
       quantile of Student's t with the same probability); and
     - the sum of squares of the fit is lower by more than three times the largest square of one sample, of fit or base. With
@@ -177,8 +178,8 @@ def _to_tell(n: int, nearer: int, gain: float, error: float, largest: float) -> 
 def samples_against(gain: float, reach: float) -> int | None:
     """Samples that show every kind of failure that would undo a gain, each with a probability of at least 95%.
 
-    A failure at rate p with squared errors up to `reach` raises the mean square error by at most p reach. So only a rate of
-    at least gain / reach undoes the gain, and by the rule of three 3 / rate samples hold such a failure.
+    A failure at rate p with squared errors up to `reach` raises the mean square error by at most p reach. Only a rate of at
+    least gain / reach can undo the gain. By the rule of three, 3 / rate samples show such a failure.
 
     Parameters
     ----------
@@ -198,7 +199,7 @@ class Range:
 
     Attributes
     ----------
-    reach : largest mean square per component between a final state and the one farthest from the judged mean.
+    reach : largest mean square per component between a final state and the final state farthest from the judged mean.
     strays : number of final states farther from the judged mean than any judged final state, by a factor of three in distance.
     """
 

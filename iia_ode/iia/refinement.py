@@ -181,11 +181,11 @@ def refine(
     plan : the starting point; weights must be numbers, or linear maps over a single decomposition.
     target : final states to reach, [B, ...].
     method : ``"gauss-newton"`` or ``"adam"``. Adam needs more iterations, and gains more on very few samples and from plans
-        far from a minimum, such as those without a fit.
-    held_out : share of the batch, its last samples, that choose the best iteration and stop the search.
+        far from a minimum, such as unfitted plans.
+    held_out : share of held-out samples, the last of the batch. These samples choose the best iteration and stop the search.
     learn_grid : whether the interior times move.
     sigma_min : level sigma/alpha below which no time moves; for a network, the smallest level of its training.
-    iterations : largest number of iterations; by default 12, or 250 with Adam.
+    iterations : maximum number of iterations; by default 12, or 250 with Adam.
     probes : Rademacher probes per sample; Adam needs none.
     outliers : multiple of the median error beyond which the loss of a sample grows like a logarithm; ``math.inf`` is the
         plain mean of squares. Near the border of two modes a small error becomes a large error at the end. A few samples
@@ -199,12 +199,12 @@ def refine(
 
     Returns
     -------
-    The refined plan with the course of the refinement. Its held-out error is never above that of the start.
+    The refined plan with the course of the refinement. The held-out error of the plan is never above the error of the start.
 
     Raises
     ------
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
-    RankError : of a distributed ODE: another process failed, or was asked for another refinement.
+    RankError : for a distributed ODE: another process failed, or was asked for another refinement.
     """
     check_start(ode, x)
     check_mode(ode)

@@ -48,9 +48,9 @@ class Target(ABC):
 class Substeps(Target):
     """The target of the paper: M base steps over a uniform subdivision in t, from the fitted trajectory's own state.
 
-    See Zhang et al. 2024, section 4. The formula of the paper for DDIM is a sum, and the composition is meant. The first
-    sub-step shares an evaluation with the fitted step. In a step to the data, no sub-step starts below the levels that the
-    model knows.
+    See Zhang et al. 2024, section 4. The paper's formula for DDIM is written as a sum; the composition of the sub-steps is
+    meant. The first sub-step shares an evaluation with the fitted step. In a step to the data, no sub-step starts below the
+    levels that the model knows.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ class Substeps(Target):
 class Local(Target):
     """The exact flow over the interval, from the fitted trajectory's own state, by adaptive high-order integration.
 
-    The target is not in the paper. A fit to the exact flow has no error of the target.
+    The target is not in the paper. The exact flow adds no error of the target to the fit.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class TeacherTrajectory(Target):
 
 
 def resolve_target(target: str | Target, substeps: int) -> Target:
-    """The target of a name or a target itself; `substeps` is the count of ``"substeps"``.
+    """The target of a name, or a given target itself; `substeps` is the count of ``"substeps"``.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Accurate trajectories of a batch, with dense output, as the reference of fits, guards and searches.
+"""Accurate trajectories of a batch, with dense output: the reference for fits, guards and searches.
 
 A teacher serves all grids and all numbers of evaluations from the same initial states.
 """
@@ -35,7 +35,7 @@ __all__ = ["DEFAULT", "Teacher", "check_teacher", "read_teacher", "slices"]
 _F64 = torch.float64
 _KIND = "teacher"
 DEFAULT = f"solver {SOLVER}, steps {STEPS}"
-"""Solver and number of steps where the caller asks for nothing else, for reports."""
+"""Solver and default number of steps, for reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +74,9 @@ class Teacher:
     ) -> Teacher:
         """Integrate a batch from `t_start` to `t_end` by a fourth-order exponential multistep method.
 
-        The cost is `steps` + 1 evaluations, and some evaluations of two to eight samples: before the integration for the
-        size of the data, and after the integration for an estimate of the error (``record.error``). The error of sixty steps
-        is far below the error of solvers with few steps. The same problem in other units has the same relative error.
+        The cost is `steps` + 1 evaluations, and some evaluations of two to eight samples: before the integration for the size
+        of the data, and after the integration for an estimate of the error (``record.error``). The error of sixty steps is far
+        below the error of solvers with few steps. The relative error does not depend on the unit of the data.
 
         Parameters
         ----------
@@ -85,11 +85,11 @@ class Teacher:
         t_start, t_end : times, in either direction; either may be the data.
         steps : number of steps, at least 2; 60 by default.
         sigma_min : where `t_end` is the data, the level sigma/alpha at which the integration stops and the data estimate
-            becomes the final state. From the data, the integration starts at this level, after a step of DDIM. For a network,
-            use the smallest level of its training. By default 0.004 times the size of the data (EDM's 0.002 for data of size
-            0.5), or the lowest level that the model knows if that is higher.
-        data_size : root mean square of the data, the unit of the noise levels; by default the model tells, by a coarse
-            integration of a few samples.
+            becomes the final state. Where `t_start` is the data, the integration starts at this level, after a step of DDIM.
+            For a network, use the smallest level of its training. By default 0.004 times the size of the data (EDM's 0.002 for
+            data of size 0.5), or the lowest level that the model knows if that is higher.
+        data_size : root mean square of the data, the unit of the noise levels; by default estimated by a coarse integration of
+            a few samples.
         chunk_size : samples per model call; by default the whole batch.
         progress : show a bar over the chunks.
 
@@ -102,7 +102,7 @@ class Teacher:
         InputError : `steps`, `chunk_size`, the ODE or the states are not usable.
         GridError : the times or `sigma_min` are not usable.
         NonFiniteError : the integration ended in NaN or infinity.
-        RankError : of a distributed ODE: another process failed, or was asked for another teacher.
+        RankError : for a distributed ODE: another process failed, or was asked for another teacher.
 
         Warns
         -----

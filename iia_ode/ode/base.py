@@ -46,29 +46,29 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     schedule : the noise schedule alpha_t, sigma_t of states x = alpha_t x_0 + sigma_t eps.
     prediction : form of the model's output: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"``
         (alpha eps - sigma x_0) or ``"velocity"`` (dx/dt).
-    conditioning : keyword arguments of the model, values or trees of values: dicts, lists, tuples and their like. A tensor has
+    conditioning : keyword arguments of the model: values, or trees of values (dicts, lists, tuples and similar). A tensor has
         leading dimension B, or 1 to serve every sample, and a list of B strings has a string per sample.
         :class:`~iia_ode.ode.Shared` marks a value without batch axis. All other values go to the model as they are.
     unconditional : the keywords of `conditioning` with the null condition, for classifier-free guidance
         [Ho & Salimans 2022].
     guidance_scale : w in ``D_null + w (D_cond - D_null)``: a number, a tensor [B] with a scale per sample, or a function of
-        the time, which receives a number, or a tensor [] or [B] where the time is a tensor. With w = 1, also at one time of a
-        function, there is no guidance and no extra cost.
-    batched_guidance : whether guidance makes a single call on a doubled batch. Otherwise, and where the two conditions cannot
-        be those of one batch (other trees, lengths, dtypes or values), guidance makes two calls.
+        time. The function receives the time as a number, or as a tensor [] or [B] where the time is a tensor. Where w = 1,
+        also at single times of a function, there is no guidance and no extra cost.
+    batched_guidance : whether guidance makes a single call on a doubled batch. If False, or if the two conditions do not fit
+        one batch (trees, lengths, dtypes or shared values differ), guidance makes two calls.
     model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model
         without parameters. The state keeps its own dtype, float32 or float64. Times have dtype float64 for a float64 model,
         else float32.
     state_shape : shape of one sample, checked before a run; by default the model's attribute ``state_shape``, if any.
-    tag : name of the model, such as ``"my-model-v2"``, for records and files in place of a hash of the weights. A model
-        without weights, such as a lambda, is unknown without a tag.
+    tag : name of the model, such as ``"my-model-v2"``, for records and files in place of a hash of the weights. Without a tag,
+        a model without weights, such as a lambda, counts as unknown.
 
     Raises
     ------
     UnknownNameError : no such prediction type.
-    InputError : the model is not callable, `schedule` is no schedule, the scale is not usable, guidance lacks `unconditional`
-        with the keywords of `conditioning`, a condition cannot be split with the samples, or a subclass overrides a method
-        that solvers pass over.
+    InputError : the model is not callable; `schedule` is no schedule; the scale is not usable; guidance has no `unconditional`
+        with the keywords of `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method
+        that solvers never call.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All arguments but the model and its tag: ``ProbabilityFlowODE(other, **ode.settings)`` has another model."""
+        """All arguments except model and tag: ``ProbabilityFlowODE(other, **ode.settings)`` is this ODE with another model."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     # ---- the ODE -----------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         Parameters
         ----------
         x, t : state [B, ...] and time, as for :meth:`output`.
-        form : without effect here; a plan stores the output in this form.
+        form : no effect on tensors. While a plan is traced, the form in which the plan stores the output.
 
         Returns
         -------
@@ -146,7 +146,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     @staticmethod
     def hold(x: V) -> V:
-        """x itself. While a plan is traced, ``hold`` stores a combination as one vector."""
+        """Return x. While a plan is traced, store a combination as one vector."""
         return x
 
     def check_state_shape(self, x: Tensor) -> None:
@@ -166,8 +166,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The model's output with guidance, in the form of `prediction`; one evaluation.
 
-        The model receives copies of x and t and may write to the copies. The output is a copy of the model's answer: a model
-        may answer with memory that the model writes to again, with its input, or with a view. A subclass changes the output
+        The model receives copies of x and t and may write to the copies. The output is a copy of the model's return value,
+        because a model may return its input, a view, or memory that the model overwrites later. A subclass changes the output
         of the model by overriding this method alone; see :class:`~iia_ode.ode.Wrapped`.
 
         Parameters
@@ -177,7 +177,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
         Returns
         -------
-        The output [B, ...], in the dtype of x; memory of the caller.
+        The output [B, ...], in the dtype of x. The caller owns its memory.
 
         Raises
         ------
@@ -192,10 +192,10 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         return torch.lerp(null, condition, scale)
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The two outputs that guidance combines; the cost is that of a guided evaluation.
+        """Compute the two outputs that guidance combines, at the cost of one guided evaluation.
 
-        For subclasses with another combination, and for loops by hand such as CFG++ [Chung et al. 2024]. A plan stores guided
-        outputs only.
+        The method serves subclasses with another combination, and hand-written loops such as CFG++ [Chung et al. 2024]. A plan
+        stores guided outputs only.
 
         Parameters
         ----------
@@ -236,7 +236,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         return view
 
     def subset(self, index: slice | Tensor, batch: int) -> Self:
-        """The ODE of some samples of a batch.
+        """The ODE restricted to some samples of a batch.
 
         Parameters
         ----------
@@ -280,16 +280,16 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     def fingerprint(self) -> Fingerprint:
         """The identity of the model: a short hash of its weights, or the `tag`.
 
-        Weights are recognised through wrappers, compilation and casts; see :class:`~iia_ode.ode.fingerprint.Fingerprint`. The
-        fingerprint of a subclass with an :meth:`output` of its own also names the class, with attributes that are fractions,
-        flags, text, parameters or buffers. The weights are read at each call.
+        Weights are recognized through wrappers, compilation and casts; see :class:`~iia_ode.ode.fingerprint.Fingerprint`. If a
+        subclass overrides :meth:`output`, the fingerprint also names the class and its attributes of these kinds: floats,
+        booleans, strings, parameters and buffers. The weights are read at each call.
         """
         found = fingerprint_of(self.model, self.tag)
         return found if type(self).output is ProbabilityFlowODE.output else found.changed_by(self)
 
 
 def _check_overrides(kind: type[ProbabilityFlowODE]) -> None:
-    """Raise InputError if a subclass overrides a method that solvers pass over: they read `output` alone."""
+    """Raise InputError if a subclass overrides a method that solvers never call; solvers read `output` alone."""
     base = ProbabilityFlowODE
     own = [n for n in ("evaluate", "forward", "as_form", *PREDICTIONS) if getattr(kind, n) is not getattr(base, n)]
     if own:

@@ -1,4 +1,4 @@
-"""Memoized evaluations, for searches whose candidates begin alike."""
+"""Memoized evaluations, for searches whose candidates share their first evaluations."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _MOST = 2**20  # outputs
 
 
 def cached(ode: ProbabilityFlowODE) -> ProbabilityFlowODE:
-    """The ODE with memoized evaluations; the ODE itself if they are memoized already.
+    """Memoize the evaluations of an ODE; an ODE with memoized evaluations is returned unchanged.
 
     The candidates of a search start from the same states, and agree up to the first level in which their grids differ.
     Evaluations up to this level are made once. Results are unchanged: the cache holds outputs of the model, and a hit needs
     the same states, times and conditions to the last bit. The key covers a whole batch, so another chunking misses the cache.
-    With gradients enabled, with tangents of forward differentiation, and inside a transform of ``torch.func`` or a graph,
-    the model is always called. The ledger counts the
-    evaluations of the model only.
+    The cache is bypassed with gradients enabled, with tangents of forward differentiation, and inside a transform of
+    ``torch.func`` or a graph. The ledger counts evaluations of the model only, not hits.
 
-    The cache lies below any distribution: each process memoizes its own share of the samples.
+    The cache lies inside a distributed ODE: each process memoizes its own share of the samples.
 
     Parameters
     ----------
-    ode : the ODE. Its model must be a function of states, times and conditions, and must not change afterwards. Views share
-        the cache, of up to 1 GiB of outputs on the host; the least recently used outputs are dropped first.
+    ode : the ODE. Its model must be a function of states, times and conditions, and must not change afterwards. Views of the
+        ODE share the cache. The cache holds up to 1 GiB of outputs on the host, and drops the least recently used outputs
+        first.
 
     Returns
     -------

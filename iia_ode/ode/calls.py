@@ -22,9 +22,8 @@ class Ledger:
 
     Attributes
     ----------
-    evaluations : batched calls of the model. With guidance, both branches together are a single call on a doubled batch, or
-        two calls.
-    samples : calls weighted by batch size, where a doubled batch counts once.
+    evaluations : batched calls of the model. A guided evaluation is a single call on a doubled batch, or two calls.
+    samples : sum of the batch sizes over all calls; a doubled batch counts with its undoubled size.
     """
 
     evaluations: int = 0
@@ -69,7 +68,7 @@ def answers(
     x, t : state [B, ...] and time, a number or a tensor [] or [B].
     branches : the conditions, checked for the batch.
     dtype : dtype of the model's arithmetic.
-    joint : whether two branches share a call, if their conditions can be those of one batch.
+    joint : whether two branches share a call, if their conditions fit one batch.
     """
 
     def called(condition: Mapping[str, Any], copies: int) -> Tensor:

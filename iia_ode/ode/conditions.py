@@ -170,7 +170,7 @@ def paired(
 ) -> dict[str, Any] | None:
     """The keywords of the model for a doubled batch, first under the condition, then under the null condition.
 
-    None where the two are no conditions of one batch: trees, shapes per sample, dtypes or other values differ.
+    None where the two conditions do not fit one batch: trees, shapes per sample, dtypes or other values differ.
     """
     ours, tree = pytree.tree_flatten(dict(condition), is_leaf=_is_leaf)
     theirs, other = pytree.tree_flatten(_in_order(dict(condition), dict(null)), is_leaf=_is_leaf)

@@ -29,17 +29,18 @@ _APART = (
 
 
 def distributed(ode: ProbabilityFlowODE, group: Any = None) -> ProbabilityFlowODE:
-    """The ODE with every evaluation shared out among the processes of ``torch.distributed``.
+    """Share every evaluation of an ODE among the processes of ``torch.distributed``.
 
     Every function that takes an ODE then runs in parallel: :func:`~iia_ode.sample`, :func:`~iia_ode.odeint`,
     :meth:`IIA.fit <iia_ode.IIA.fit>`, :func:`~iia_ode.fit` and :func:`~iia_ode.iia.refine`. Every process makes the same
     calls with the same states [B, ...], conditions and options. In each evaluation, a process runs the model on its share of
-    the samples and receives the outputs of all shares. All processes get the same results, to the last bit. The results equal
-    the results of one process, up to the rounding of a model whose rounding depends on the batch size.
+    the samples and receives the outputs of all shares. All processes get the same results, to the last bit. The results also
+    equal the results of a single process, apart from rounding where the rounding of the model depends on the batch size.
 
-    Processes exchange outputs, and gradients by states and times. A gradient by a parameter of the model stays in its
-    process and counts the samples of its share alone: sum the gradients over the processes. Each process holds all states: a
-    teacher of K knots keeps 2 K B states in each process. The memory of the model's own activations is shared out.
+    Processes exchange outputs, and gradients with respect to states and times. Gradients with respect to parameters of the
+    model are not exchanged: each process has the gradient of its own share. Sum these gradients over the processes. Each
+    process holds all states: a teacher of K knots keeps 2 K B states in each process. The memory of the model's activations is
+    divided among the processes.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ def distributed(ode: ProbabilityFlowODE, group: Any = None) -> ProbabilityFlowOD
 
 
 def ranks_of(ode: ProbabilityFlowODE) -> Ranks | None:
-    """The processes that share an ODE's evaluations; None where this process makes all of them."""
+    """The processes that share an ODE's evaluations; None where this process makes all evaluations."""
     return next((layer.ranks for layer in layers_of(ode) if isinstance(layer, Distributed)), None)
 
 
@@ -85,7 +86,7 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
 
     Raises
     ------
-    RankError : the tasks differ, or another process is not heard of.
+    RankError : the tasks differ, or another process does not answer.
     """
     ranks = ranks_of(ode)
     if ranks is None:
@@ -206,7 +207,7 @@ class Distributed(Wrapped):
 
         Raises
         ------
-        RankError : the model failed in this process, or another process is not heard of or makes another call.
+        RankError : the model failed in this process, or another process does not answer or makes another call.
         """
         samples, ranks = len(x), self.ranks
         self.check_conditions(samples)
@@ -233,10 +234,10 @@ class Distributed(Wrapped):
     changes = False  # the results are those of the inner ODE
 
     def counting(self) -> AbstractContextManager[Ledger]:
-        """A ledger of what all processes spend in a ``with`` block; its end is a collective call.
+        """A ledger of the evaluations of all processes in a ``with`` block; the end of the block is a collective call.
 
-        Samples are summed over processes; evaluations are those of the busiest process. A block that ends in an exception
-        has the counts of this process alone.
+        Samples are summed over processes. The number of evaluations is the number of the busiest process. A block that ends in
+        an exception has the counts of this process alone.
         """
         return self._summed()
 

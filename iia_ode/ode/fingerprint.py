@@ -44,25 +44,26 @@ class Fingerprint(str):
     """The identity of a model as text, such as ``"0e6e1a2b-f1f0...-b77c...-h90ab..."``.
 
     The first part is a hash of the names and shapes of the weights (parameters and buffers). Each further part is a hash of
-    all their values in one precision: d float64, f float32, b bfloat16, h float16. A model has the parts of its own precision
-    and of every cast from it. Two fingerprints are equal if they agree in the highest precision of both: a model equals its
-    own cast to half precision, and two models in float32 are equal only if all values are. A bfloat16 and a float16 cast of
-    one model have no common precision, and are not equal.
+    all their values in one precision: d float64, f float32, b bfloat16, h float16. A fingerprint has a part for the model's
+    own precision and a part for each lower precision. Two fingerprints are equal if they agree in the highest precision that
+    both have: a model equals its own cast to half precision, and two models in float32 are equal only if all values are equal.
+    A bfloat16 and a float16 cast of one model have no common precision, and are not equal.
 
     Names are read without the prefixes of wrappers (``module.``, ``_orig_mod.``) and without a prefix of all names. Running
-    statistics of normalization layers count as weights; counters of calls do not. The hash tells weights and not code: two
-    modules with other arithmetic over equal weights are equal. Functions, partials and bound methods are looked through to the
-    modules and parameters that they use. The code of a function counts, with the fractions, flags and text that it uses.
+    statistics of normalization layers count as weights; counters of calls do not. The hash of a module covers weights and no
+    code: two modules with equal weights and different arithmetic have equal fingerprints. The hash of a function, partial or
+    bound method covers the modules and parameters that it uses. The code of a function counts too, with the floats, booleans
+    and strings that it uses.
 
-    The fingerprint of a model without weights begins with ``"unknown"``: such a model is told by its code alone. A `tag` of
-    the ODE replaces all of this.
+    The fingerprint of a model without weights begins with ``"unknown"``: such a model is identified by its code alone. A `tag`
+    of the ODE replaces the whole fingerprint.
     """
 
     __slots__ = ()
 
     @property
     def known(self) -> bool:
-        """Whether the model is told by its weights or by a tag."""
+        """Whether the model is identified by its weights or by a tag."""
         return not self.startswith("unknown")
 
     @property
@@ -91,7 +92,7 @@ class Fingerprint(str):
         return hash((self.partition("-")[0], self.partition("+")[2]))
 
     def changed_by(self, layer: object) -> Fingerprint:
-        """The fingerprint under an output that the class of `layer`, a module over an ODE, changes."""
+        """The fingerprint of `layer`, a module over an ODE whose class changes the output."""
         state: Any = layer
         own = {k: v for k, v in vars(layer).items() if k not in _OF_ODE and not k.startswith("_")}
         held = {**state._parameters, **state._modules}
@@ -263,7 +264,7 @@ def _hash(data: bytes, length: int) -> str:
 def _mark(parts: Parts) -> tuple[Any, ...]:
     """A mark of the weights as they are in memory, equal only if they are unchanged; cheaper than the fingerprint.
 
-    The version of a tensor alone does not tell of writes through ``.data``.
+    The version of a tensor alone does not show writes through ``.data``.
     """
     places = [
         (name, v.dtype, tuple(v.shape), v.data_ptr(), 0 if v.is_inference() else v._version)

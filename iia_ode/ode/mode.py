@@ -1,4 +1,4 @@
-"""Train mode: modules that act otherwise in training than in use, and the warning about them."""
+"""Train mode: modules whose output depends on the mode, and the warning about these modules."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SETTERS = ("train", "eval", "__init__")
 
 
 def check_mode(ode: ProbabilityFlowODE) -> None:
-    """Warn if a module of the model acts otherwise in training than in use, and is in train mode.
+    """Warn if the model has a module in train mode whose output depends on the mode.
 
     Inside :func:`~iia_ode.errors.one_run`, the warning is issued once.
 
     Warns
     -----
-    TrainModeWarning : Dropout is on, BatchNorm uses and moves the statistics of the batch, or the like.
+    TrainModeWarning : for example, Dropout is on, or BatchNorm uses batch statistics and updates its running statistics.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""Wrappers of an ODE: a subclass overrides `output`, and every function of the library follows the new output."""
+"""Wrappers of an ODE: a subclass overrides `output`, and every function of the library uses the new output."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Wrapped(ProbabilityFlowODE):
     """An ODE over another ODE; the base class of every change to a model's output.
 
     A subclass overrides :meth:`output`, and calls ``self.inner.output(x, t)`` there. Conditions, guidance, the ledger and the
-    fingerprint are those of the inner ODE. Views (:meth:`condition`, :meth:`subset`) keep the subclass and its attributes. A
-    subclass that changes the prediction type of the output sets ``self.prediction``. The fingerprint of a subclass with an
-    output of its own also names the class and its attributes: a fit to the inner ODE does not pass for a fit to the wrapper. A
+    fingerprint come from the inner ODE. Views (:meth:`condition`, :meth:`subset`) keep the subclass and its attributes. A
+    subclass that changes the prediction type of the output sets ``self.prediction``. If a subclass overrides `output`, the
+    fingerprint also names the class and its attributes, so a fit to the inner ODE is not mistaken for a fit to the wrapper. A
     subclass with an attribute per sample overrides :meth:`subset`, and indexes the attribute of ``super().subset(...)``.
 
-    The parameters are those of the inner ODE, and those of the subclass. The keys of ``state_dict`` begin with ``inner.``.
+    The parameters are the parameters of the inner ODE and of the subclass. The keys of ``state_dict`` begin with ``inner.``.
 
     >>> class Clamped(iia_ode.ode.Wrapped):
     ...     def output(self, x, t):
@@ -45,7 +45,7 @@ class Wrapped(ProbabilityFlowODE):
 
     inner: ProbabilityFlowODE
     changes = False
-    """Whether the outputs differ from those of the inner ODE: True for each subclass with an `output` of its own."""
+    """Whether the outputs differ from the outputs of the inner ODE: True for each subclass that overrides `output`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -105,11 +105,11 @@ class Wrapped(ProbabilityFlowODE):
         return self.inner.compute_dtype(x)
 
     def counting(self) -> AbstractContextManager[Ledger]:
-        """A ledger of what a ``with`` block spends, counted by the inner ODE."""
+        """A ledger of the evaluations of a ``with`` block, counted by the inner ODE."""
         return self.inner.counting()
 
     def fingerprint(self) -> Fingerprint:
-        """Fingerprint of the inner ODE; followed by the class and its attributes if the class has an output of its own."""
+        """Fingerprint of the inner ODE, followed by the class and its attributes if the class overrides `output`."""
         found = self.inner.fingerprint()
         return found.changed_by(self) if self.changes else found
 

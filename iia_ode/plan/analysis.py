@@ -87,7 +87,8 @@ class CanonicalForm:
     def difference(self, other: CanonicalForm) -> float:
         """Largest difference of weights, each times the size of the multiplied vector (data and noise of unit size).
 
-        The difference of a state's weights is relative to the larger of the two states' weights, so that it is symmetric.
+        The difference of a state's weights is relative to the larger of the two states' weights, which makes the measure
+        symmetric.
         """
         if len(self.levels) != len(other.levels):
             return math.inf
@@ -221,8 +222,8 @@ class GaussianErrors:
     ----------
     states : root mean square error of each component of the state at every grid point after the first, float64
         [N, *shape]; in units of the state.
-    steps : the part of it that a step makes: the same error after the step from an exact state, with exact states at the
-        earlier grid points, float64 [N, *shape].
+    steps : the same error for each step by itself, from an exact state and with exact states at the earlier grid points,
+        float64 [N, *shape].
     std : standard deviation of the exact states, float64 [N, *shape].
     """
 

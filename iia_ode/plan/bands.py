@@ -33,8 +33,9 @@ class Bands(Projections):
     ----------
     shape : shape of one sample, [C, H, W], [C, L] or [L].
     bands : number of bands, or ``"all"`` for a band per frequency.
-    channels : None (all alike), ``"luma-chroma"`` ((1, 1, 1)/sqrt(3) and its complement; None where there are not three) or an
-        orthogonal matrix [C, C] with a direction, and so a set of groups, per row.
+    channels : None treats all channels alike. ``"luma-chroma"`` separates (1, 1, 1)/sqrt(3) from its complement, and equals
+        None unless there are three channels. An orthogonal matrix [C, C] has a direction per row, with a set of groups for
+        each direction.
     axes : number of transformed trailing axes; by default 2 for a shape with 3 axes, else 1.
 
     Raises

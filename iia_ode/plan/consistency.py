@@ -2,12 +2,13 @@
 
 Three models have solutions in closed form on every schedule: constant data (the state is alpha_t D + c sigma_t), constant
 noise (c alpha_t + sigma_t eps), and constant velocity (a straight line in t). An exponential integrator keeps the first or the
-second solution exactly, a Runge-Kutta or Adams method in t the third. A plan whose every step keeps one of them, and lets no
-disturbance of a state grow, is accepted as it is.
+second solution exactly. A Runge-Kutta or Adams method in t keeps the third. A plan is accepted if every step keeps one of the
+three solutions and no disturbance of a state grows.
 
-Another solver may keep none of the three and still converge, such as an integrating-factor method. For such a solver the test
-is the definition: the error per unit of log-SNR falls with the length of the step. Short stretches of the grid's range are
-traced with two lengths of step, alternately long and short, and the steps at a singular end with two distances from that end.
+Another solver may keep none of the three and still converge, such as an integrating-factor method. Such a solver is tested by
+the definition of consistency: the error per unit of log-SNR falls with the length of the step. Short stretches of the grid's
+range are traced with two step lengths, on grids of alternately long and short steps. Steps at a singular end are traced at two
+distances from the end.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ WAY_OUT = (
 def consistency_error(plan: Program) -> float:
     """Largest error of a step on the best of the solutions that consistent solvers keep, relative to the solution.
 
-    The solutions are those of constant data, constant noise and constant velocity; every step starts from the exact state. The
-    error is rounding for exponential integrators and for Runge-Kutta and Adams methods in t. Another consistent solver has the
+    The solutions are those of constant data, constant noise and constant velocity; every step starts from the exact state.
+    Exponential integrators, and Runge-Kutta and Adams methods in t, have errors of rounding. Another consistent solver has the
     truncation error of its longest step. For weights with linear maps, a sample has components in every group.
 
     Parameters
@@ -117,7 +118,7 @@ class _Stretch:
     ----------
     place : where, in words.
     grids : the two grids.
-    widths : what the errors of the two runs are divided by: the widths in log-SNR; 1 at a singular end.
+    widths : divisors of the errors of the two runs: the widths in log-SNR; 1 at a singular end.
     least : sizes to which errors are relative at least, [problem, solution], for each of the two runs.
     """
 
@@ -158,10 +159,10 @@ def _fault(plan: Program, retrace: Callable[[list[float]], Program]) -> str | No
 def _inner_problem(
     plan: Program, retrace: Callable[[list[float]], Program], pattern: tuple[float, float]
 ) -> str | None:
-    """The first fault that shows at a place of the range and beside it; None if there is none.
+    """The first fault at a place of the range that also appears beside the place; None without a fault.
 
-    A schedule made of pieces has kinks, such as a table of timesteps. An error at a kink is none of the solver: a place counts
-    as bad only if two others beside it are bad too.
+    A schedule made of pieces has kinks, such as a table of timesteps. An error at a kink is no fault of the solver: a place
+    counts as bad only if two other places beside it are bad too.
     """
     for place in PLACES:
         for shift in SHIFTS:

@@ -21,7 +21,7 @@ __all__ = ["exact_key"]
 
 
 def exact_key(*values: Any) -> Hashable | None:
-    """A key of the values, equal for two lists of values only if their contents are equal bit for bit; None without a key.
+    """A key of the values; two lists have equal keys only if their contents are equal bit for bit. None if a value has no key.
 
     Numbers, texts, tensors (by dtype, shape and bytes), tuples, lists and dicts have a key. Instances of dataclasses, solvers
     and schedules have a key by class and attributes; the class is compared by identity and not kept alive, and replacing a

@@ -30,9 +30,9 @@ def check_size(schedule: Schedule, t: float, x: Tensor) -> None:
 def warn_of_size(schedule: Schedule, t: float, size: float, count: int) -> None:
     """Warn if states cannot be states at time t, by their size.
 
-    A state alpha x_0 + sigma eps has a root mean square of at least about sigma, whatever the data. Where alpha = 0, it is
-    sigma. A smaller state lacks noise, as ``randn`` does on EDM at level 80; a larger state is allowed wherever alpha > 0,
-    because data may have any unit.
+    A state alpha x_0 + sigma eps has a root mean square of at least about sigma, whatever the data. Where alpha = 0, the root
+    mean square is about sigma. A smaller state lacks noise, as ``randn`` does on EDM at level 80; a larger state is allowed
+    wherever alpha > 0, because data may have any unit.
 
     Parameters
     ----------

@@ -124,7 +124,7 @@ class Program(Protocol):
 
 
 def last_uses(code: Sequence[Instruction]) -> tuple[int, ...]:
-    """For each vector, the last instruction to read the vector; the vector's own index where none does."""
+    """For each vector, the last instruction that reads the vector; the vector's own index if no instruction reads it."""
     last = list(range(len(code) + 1))
     for k, ins in enumerate(code, start=1):
         for j in ins.reads:
@@ -133,7 +133,7 @@ def last_uses(code: Sequence[Instruction]) -> tuple[int, ...]:
 
 
 def originals(code: Sequence[Instruction]) -> tuple[int, ...]:
-    """For each vector, the index of the original of the copy; the vector's own index where the vector is no copy."""
+    """For each copy, the index of the original; for every other vector, its own index."""
     first = [0]
     for k, ins in enumerate(code, start=1):
         copied = ins.copies if isinstance(ins, Combine) else None
@@ -199,7 +199,7 @@ def run_code(
 ) -> Iterator[tuple[int, Instruction]]:
     """Run ``code[start:]`` on `values` in place, yielding (k, instruction k) after each instruction.
 
-    A :class:`~iia_ode.plan.Run` is the same loop inside out, for callers with their own call of the model.
+    A :class:`~iia_ode.plan.Run` is the same loop for callers that call the model themselves.
 
     Parameters
     ----------

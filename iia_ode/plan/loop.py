@@ -71,10 +71,10 @@ def advance(
     progress: bool = False,
     check_finite: bool = True,
 ) -> Run:
-    """Go on with a run up to a grid point, memory of the solver included.
+    """Continue a run up to a grid point, with the memory of the solver.
 
-    The run stops at the first evaluation that it makes with the state at the grid point known. ``run.save`` keeps a stopped
-    run in a file. Both parts of a run together give the bits of the whole.
+    The run stops at the first evaluation after the state at the grid point is known. ``run.save`` writes a stopped run to a
+    file. A stopped and continued run gives the same bits as an uninterrupted run.
 
     Parameters
     ----------
@@ -85,7 +85,8 @@ def advance(
 
     Returns
     -------
-    The run further on; ``run.reached`` has the states at the grid points reached last, and ``run.point`` the index.
+    The continued run. ``run.reached`` has the states at the grid points reached last; ``run.point`` is the index of the last
+    known state.
 
     Raises
     ------
@@ -137,8 +138,8 @@ def _drive(
 ) -> None:
     """Evaluate the model until the run has reached grid point `goal`.
 
-    `visit` is called with the index and the state of each grid point. `first` makes the run anew, for the search for the cause
-    of a final state that is not finite; None leaves the check out. The check reads the size of the initial states x, too.
+    `visit` is called with the index and the state of each grid point. `first` makes a new run, which finds the cause of a
+    final state that is not finite; None switches the check off. The check also reads the size of the initial states x.
     """
     plan, point = run.plan, run.point
     if run.evaluation == 0:  # steps before the first evaluation

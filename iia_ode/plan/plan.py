@@ -41,8 +41,8 @@ class Plan:
     tensors broadcast over the batch, or linear maps of one sample. Copies of tensor weights on a device are kept for
     later runs.
 
-    Two plans are equal, and have one hash, if their schedules, grids, instructions and weights are equal bit for bit; the name
-    does not count. :meth:`equivalent` compares plans as algorithms, up to rounding.
+    Two plans are equal, and have one hash, if their schedules, grids, instructions and weights are equal bit for bit; names
+    are not compared. :meth:`equivalent` compares plans as algorithms, up to rounding.
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ class Plan:
     Raises
     ------
     GridError : the grid is not usable.
-    PlanError : an instruction reads a later vector, a weight or time is not finite, or the states at the grid points are
-        not all written, in order, the last state by the last instruction.
+    PlanError : an instruction reads a later vector, a weight or time is not finite, or the instructions do not write the
+        states at all grid points in order, with the last state by the last instruction.
     """
 
     schedule: Schedule
@@ -110,12 +110,12 @@ class Plan:
 
     @kept_property
     def same(self) -> tuple[int, ...]:
-        """For each vector, the index of the original of the copy; the vector's own index where the vector is no copy."""
+        """For each copy, the index of the original; for every other vector, its own index."""
         return originals(self.code)
 
     @kept_property
     def last_use(self) -> tuple[int, ...]:
-        """For each vector, the last instruction to read the vector; the vector's own index where none does."""
+        """For each vector, the last instruction that reads the vector; the vector's own index if no instruction reads it."""
         return last_uses(self.code)
 
     @kept_property
@@ -144,7 +144,7 @@ class Plan:
         return hash(self._content)
 
     def canonical(self) -> CanonicalForm:
-        """The plan with everything but its evaluations eliminated: equal for equal algorithms, however written."""
+        """The plan with all vectors but its evaluations eliminated; equal algorithms have equal canonical forms."""
         return canonical_form(self)
 
     def difference(self, other: Plan) -> float:
@@ -166,7 +166,7 @@ class Plan:
         return self.difference(other) <= tolerance
 
     def on_gaussian(self, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
-        """The exact answer on data N(mean, diag variance), with the exact flow beside it; no network, no sampling.
+        """Compute the exact response to data N(mean, diag variance), and the exact flow; no network, no sampling.
 
         Parameters
         ----------
@@ -239,7 +239,7 @@ class Plan:
         )
 
     def start(self, x: Tensor, prediction: str = "data", *, conditioning: Mapping[str, Any] | None = None) -> Run:
-        """A run waiting at the first evaluation, for callers with their own call of the model.
+        """Start a run that waits at the first evaluation, for callers that call the model themselves.
 
         Parameters
         ----------

@@ -38,9 +38,9 @@ def run_rows(
 ) -> Tensor:
     """Run a solver from states x [B, ...], each on its own grid.
 
-    Samples with programs of one structure share each model call, with times [B] and weights per sample. A grid that starts at
-    alpha = 0 may have a program of another structure, for solvers with another first step there; these samples have model
-    calls of their own.
+    Samples with programs of one structure share each model call, with times [B] and weights per sample. Some solvers take
+    another first step from alpha = 0. A grid that starts there then has a program of another structure, and its samples have
+    separate model calls.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def run_rows(
 
     Raises
     ------
-    GridError : the grids are not usable, or not as many as samples.
+    GridError : the grids are not usable, or their number is not the number of samples.
     InputError : x is not a float32 or float64 tensor with a batch dimension.
     NonFiniteError : a final state holds NaN or infinity; the message names the samples.
     """

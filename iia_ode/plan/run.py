@@ -115,7 +115,7 @@ class Run:
     position : number of instructions run.
     reached : pairs (k, state at grid point k) of the grid points reached by the last :meth:`give`, or by the start.
     seen : index of the last evaluation's vector, its state and its stored output, for :attr:`data`.
-    keeps_seen : whether `seen` is kept, at the price of at most two vectors more.
+    keeps_seen : whether `seen` is kept, at the cost of at most two more vectors.
     """
 
     plan: Runnable
@@ -232,9 +232,9 @@ class Run:
         """Replace the state of the next evaluation, for inpainting and other constraints.
 
         Every later instruction on the state, or on a copy of the state, reads `x`. Vectors computed before, such as earlier
-        model outputs, stay as they are. Where ``plan.starts[run.evaluation]`` is k, the state is
-        the state at grid point k. Where it is None, the state is an intermediate stage, and the state at the next grid point
-        need not depend on it.
+        model outputs, stay as they are. Where ``plan.starts[run.evaluation]`` is k, the state is the state at grid point k.
+        Where the entry is None, the state is an intermediate stage, and the state at the next grid point need not depend on
+        this stage.
 
         Parameters
         ----------

@@ -1,7 +1,7 @@
 """Runs of a plan on the solutions that consistent solvers keep, and on disturbances of its states.
 
 The solutions are those of constant data (alpha_t D + c sigma_t), of constant noise (c alpha_t + sigma_t eps), and of constant
-velocity (a straight line in t), each by two solutions that span the rest.
+velocity (a straight line in t). Two solutions span the solutions of each problem.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def pack(plan: Program) -> tuple[list[list[Any]], dict[str, Tensor]]:
 
 
 def unpack(code: list[list[Any]], tensors: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[Instruction, ...]]:
-    """The grid and the instructions that :func:`pack` took apart.
+    """The grid and the instructions, from the output of :func:`pack`.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def store(value: Tensor | LinearMap | PerCondition, key: str) -> tuple[dict[str,
 def restore(
     about: Mapping[str, Any] | None, key: str, tensors: Mapping[str, Tensor], known: dict[str, Projections]
 ) -> Any:
-    """The tensor, map or `PerCondition` taken apart by :func:`store`.
+    """The tensor, map or `PerCondition`, from the output of :func:`store`.
 
     `known` collects projections by digest, for the maps of one file to share.
 

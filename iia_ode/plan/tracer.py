@@ -26,7 +26,7 @@ __all__ = ["Past", "Steppable", "Tracer", "take_step", "trace", "traced"]
 
 @dataclass(frozen=True)
 class Past:
-    """Knowledge of a step beyond the interval; immutable.
+    """The information of a step about the steps before and after; immutable.
 
     Attributes
     ----------
@@ -54,8 +54,8 @@ class Steppable(Protocol):
 class Tracer(Forms[Vector]):
     """The ODE of a ``step`` while a plan is made: evaluations return symbolic vectors and become instructions.
 
-    A tracer has the methods of :class:`~iia_ode.ProbabilityFlowODE` available to a step. A state is evaluated once at each
-    time, however often and in whichever forms a step asks.
+    A tracer has the methods of :class:`~iia_ode.ProbabilityFlowODE` available to a step. A state is evaluated at most once at
+    each time, even if a step requests the evaluation several times or in several forms.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -76,7 +76,7 @@ class Tracer(Forms[Vector]):
     def retain(self, live: set[int]) -> set[int]:
         """The vectors reachable from `live`: `live` itself, and known evaluations and sums of reachable vectors.
 
-        Other vectors are forgotten, and made again when asked for.
+        Other vectors are dropped, and made again on request.
         """
         live, size = set(live), -1
         while size != len(live):
@@ -170,7 +170,7 @@ def take_step(solver: Steppable, ode: Any, x: Any, t: float, s: float, past: Pas
 
 
 def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float], *, consistent: bool = True) -> Plan:
-    """The plan of a solver on a schedule and a grid.
+    """Trace a solver on a schedule and a grid to a plan.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float],
     ------
     GridError : the grid is not usable; see :func:`check_grid`.
     PlanError : the step is not linear in the vectors, or the solver does not converge on this range of times: its step is
-        inconsistent or zero-unstable, or its weights hold on equal steps only; see :mod:`iia_ode.plan.consistency`.
+        inconsistent or zero-unstable, or its weights are valid on equal steps only; see :mod:`iia_ode.plan.consistency`.
     """
     times = check_grid(schedule, grid)
     tracer, x, memory = Tracer(schedule), Vector({0: 1.0}), ()
@@ -204,7 +204,7 @@ _PLANS: Bounded[Hashable, Plan] = Bounded(128, lambda plan: plan.weight_bytes, 2
 
 
 def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]) -> Plan:
-    """The plan of :func:`trace`, found again if the same solver was traced on the same schedule and grid before.
+    """Trace a solver as :func:`trace` does, with memoized plans of equal solvers, schedules and grids.
 
     At most 128 plans are kept, with at most 64 MiB of tensor weights; threads may share plans. A solver or a schedule without
     an exact key, such as a schedule from functions, is traced at each call; see :func:`~iia_ode.plan.exact.exact_key`.

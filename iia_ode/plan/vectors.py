@@ -110,7 +110,7 @@ class Vector:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Take part in products and sums with a tensor on the left; refuse every other function of torch."""
+        """Allow products and sums with a tensor on the left; refuse every other function of torch."""
         name = getattr(function, "__name__", str(function)).strip("_")
         if len(args) == 2 and name in ("mul", "rmul", "add", "radd", "sub") and isinstance(args[1], Vector):
             left, right = args

@@ -27,9 +27,9 @@ class Schedule(ABC):
     """A noise schedule.
 
     A subclass has ``_alpha`` and ``_sigma`` on float64 tensors, and ``_t_of_lam``. ``_lam`` and the derivatives have defaults
-    by autograd; the schedules of this library have closed forms, which are faster. Public methods map a number to a float,
-    and a tensor to a float64 tensor of its shape on its device. Other devices than the host need not have float64: there the
-    result for a tensor of another dtype is float32.
+    by autograd; the schedules of this library have closed forms, which are faster. Public methods map a number to a float, and
+    a tensor to a float64 tensor of its shape on its device. On other devices than the host, which need not have float64, a
+    tensor of another dtype than float64 gives a float32 tensor.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Schedule(ABC):
         *,
         known_levels: tuple[float, float] | None = None,
     ) -> FromFunctions:
-        """A schedule from functions alpha(t) and sigma(t); derivatives come from autograd.
+        """Make a schedule from functions alpha(t) and sigma(t); derivatives come from autograd.
 
         Parameters
         ----------
@@ -178,7 +178,7 @@ class Schedule(ABC):
         return self.t_of_lam(-math.log(ratio))
 
     def covers(self, t: float | Tensor) -> bool:
-        """Whether the schedule is defined at t, or at all times of a tensor: not beyond the data, alpha and sigma finite."""
+        """Whether t, or every time of a tensor, is not beyond the data and has finite alpha and sigma."""
         towards_noise = math.copysign(1.0, self.t_noise - self.t_data)
         if not isinstance(t, Tensor):
             inside = (t - self.t_data) * towards_noise >= 0 and all(
@@ -211,10 +211,10 @@ class Schedule(ABC):
         return {k: v for k, v in state.items() if k != "_numbers"} if isinstance(state, dict) else state
 
     def config(self) -> dict[str, Any]:
-        """The schedule as JSON-ready values; a file of a fitted solver compares them with the schedule of the ODE.
+        """The schedule as JSON-ready values, by which a stored fitted solver is compared with the schedule of an ODE.
 
-        The values are the type and its parameters. A schedule with a parameter that is neither a number nor text adds its
-        ends and values of lambda.
+        The values are the type and its parameters. A schedule with a parameter that is neither a number nor text adds its two
+        end times and values of lambda.
         """
         kind = type(self)
         known = "__dataclass_fields__" in vars(kind)  # of its own: a subclass may hold more than its parent's fields

@@ -16,10 +16,10 @@ _ROUNDING = 0.01  # published levels are rounded: 0.029 for 0.02917, 14.615 for 
 
 
 def default_levels(schedule: Schedule) -> tuple[float, float]:
-    """The lowest and the highest level sigma/alpha of a grid where the caller names none.
+    """The default lowest and highest level sigma/alpha of a grid.
 
-    Levels that a user stated are the answer. Without them the levels are 0.002 and 80, within the reach of the schedule and
-    within the timesteps of a discrete schedule.
+    The defaults are the known levels that a user stated, or else 0.002 and 80. These two numbers are limited to the range of
+    the schedule, and to the levels of the timesteps of a discrete schedule.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def lowest_level(schedule: Schedule, usual: float = _LOWEST) -> float:
 def known_level(schedule: Schedule, level: object, name: str) -> float:
     """A level sigma/alpha of an argument, checked against the known levels of the schedule.
 
-    A level less than 1% beyond an end is the end, because published levels are rounded.
+    A level less than 1% beyond an end is replaced by the end, because published levels are rounded.
 
     Parameters
     ----------

@@ -172,7 +172,7 @@ class VP(_Standard, _VariancePreserving):
 
     Raises
     ------
-    ScheduleError : the rates, or the levels, are not two numbers in that order.
+    ScheduleError : the rates do not obey 0 < beta_0 <= beta_1, or the levels are not two numbers, 0 <= lowest < highest.
     """
 
     _fixed: ClassVar[bool] = True
@@ -276,9 +276,9 @@ class FlowMatching(_Standard):
 class Discrete(_VariancePreserving):
     """Variance preserving on integer timesteps, from a table of alpha_bar = alpha^2; log alpha is linear in between.
 
-    Time is the timestep index in [0, T-1], on which discrete models are conditioned. The line continues one unit past timestep
-    0, to alpha = 1 at t = -1: the data. Between timestep 0 and the data there is no model: :attr:`known_levels` are the levels
-    of timesteps 0 and T-1.
+    Time is the timestep index in [0, T-1], on which discrete models are conditioned. log alpha continues linearly one unit
+    past timestep 0, to the data: alpha = 1 at t = -1. Between timestep 0 and the data there is no model: :attr:`known_levels`
+    are the levels of timesteps 0 and T-1.
 
     Parameters
     ----------
@@ -360,8 +360,8 @@ def schedule_from_config(config: Mapping[str, Any], alphas_cumprod: Tensor | Non
 
     Raises
     ------
-    ScheduleError : the type is unknown, or is made of functions, which no configuration holds; the parameters belong to
-        another type; or the table differs from the described table.
+    ScheduleError : the type is unknown; the schedule is made of functions, which a configuration cannot hold; the parameters
+        belong to another type; or the table differs from the described table.
     """
     kinds: dict[str, type[Schedule]] = {"EDM": EDM, "VE": VE, "VP": VP, "Cosine": Cosine, "FlowMatching": FlowMatching}
     kind = config.get("type")

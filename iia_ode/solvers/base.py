@@ -40,11 +40,11 @@ class Solver(ABC):
     """
 
     order: int
-    """Global order on smooth problems without start-up steps, as the conformance tests measure it. A class attribute, or a
+    """Global order on smooth problems, start-up steps excluded, as measured by the conformance tests. A class attribute, or a
     property where the order depends on options."""
 
     consistent: ClassVar[bool] = True
-    """Whether a plan is checked for consistency; False for a method with consistency in other variables only."""
+    """Whether a plan is checked for consistency. Set False for a method that is consistent in other variables only."""
 
     aliases: ClassVar[tuple[str, ...]] = ()
     name: str = ""
@@ -53,7 +53,7 @@ class Solver(ABC):
     def irregular_order(self) -> int:
         """Global order on grids whose step lengths do not become equal as the grid is refined; by default the order.
 
-        A method with the weights of equal steps has its order on smooth grids only, and says so here.
+        A method with the weights of equal steps has its order on smooth grids only, and overrides this attribute.
         """
         return self.order
 
@@ -71,7 +71,7 @@ class Solver(ABC):
 
     @property
     def label(self) -> str:
-        """The registered name of the solver with its options, else its class's name with the options off their defaults."""
+        """The registered name of the solver with its options; without such a name, the class name with all changed options."""
         cls, given = type(self), self.options()
         for key, entry in _REGISTRY.items():
             if entry.kind is cls and entry.all_options() == given:
@@ -118,7 +118,7 @@ class Solver(ABC):
         return trace(self, schedule, grid)
 
     def grid_for(self, nfe: int, make_grid: Callable[[int], Tensor], schedule: Schedule) -> Tensor:
-        """The grid with exactly `nfe` evaluations of the solver.
+        """Find the grid on which the solver makes exactly `nfe` evaluations.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class Solver(ABC):
 
 
 SolverLike: TypeAlias = str | Solver | Mapping[str, Any]
-"""A registered name, a solver, or a mapping ``{"name": ..., "options": ...}``, as :meth:`Solver.options` nests solvers."""
+"""A registered name, a solver, or a mapping ``{"name": ..., "options": ...}`` as in :meth:`Solver.options`."""
 
 
 def as_solver(value: SolverLike) -> Solver:
@@ -208,7 +208,7 @@ S = TypeVar("S", bound=type[Solver])
 def register(name: str, *aliases: str, variants: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[S], S]:
     """Class decorator: make a :class:`Solver` available by name in every function with a solver as argument.
 
-    The same definition, run again (a notebook cell), replaces the first; the name of another class is an error.
+    Running the same definition again, as in a notebook, replaces the class. A name that belongs to another class is an error.
 
     Parameters
     ----------
@@ -294,7 +294,7 @@ def solver_names(torchdiffeq: bool = False) -> list[str]:
 
     Parameters
     ----------
-    torchdiffeq : list the methods of the installed torchdiffeq instead, names for :func:`iia_ode.sample` and
+    torchdiffeq : list the methods of the installed torchdiffeq instead. These names are valid in :func:`iia_ode.sample` and
         :func:`iia_ode.odeint`.
 
     Returns

@@ -35,7 +35,7 @@ class BlockDPMSolver(Solver):
 
     The third interval reaches order 3 where the stages lie near 1/3 and 2/3 of the block in log-SNR, as on any smooth grid of
     many points. Leftover intervals, and the step to sigma = 0, take a shorter block and lower the order of the run: choose a
-    number of intervals divisible by the block.
+    number of intervals divisible by the length of a block.
 
     Parameters
     ----------

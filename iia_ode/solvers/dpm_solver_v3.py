@@ -34,8 +34,8 @@ class DPMSolverV3(Solver):
         A = e^(-int l),    E = e^(int l + s),
 
     with integrals from the start of the step. The solver replaces g by the polynomial through the p newest outputs. The
-    corrector adds the output at the predicted state. The same output starts the next step, and the solver keeps f as computed
-    at the predicted state (the paper's correction of eps): the corrector costs no evaluation. The last step is not corrected.
+    corrector adds the output at the predicted state. The corrector costs no evaluation: the same output starts the next step,
+    with f as computed at the predicted state (the paper's correction of eps). The last step is not corrected.
 
     Without statistics, l = 1, s = 0, b = 0: exponential Adams on the data. l = 0, s = -1, b = 0 is exponential Adams on the
     noise. The statistics of a model (:meth:`iia_ode.ModelStatistics.estimate`) make g nearly constant; on Gaussian data g is
@@ -52,8 +52,8 @@ class DPMSolverV3(Solver):
     max_order : p, 1 to 3.
     corrector : False for the predictor alone, of order p.
     drop_oldest : combine p outputs in the corrector instead of p + 1, the new output included.
-    p_pseudo, c_pseudo : use a predictor or corrector of pseudo-order [eq. 15, 16]: the derivative of order k comes from the
-        k + 1 nearest outputs alone. With three outputs or more the order is 2. Meant for very few steps.
+    p_pseudo, c_pseudo : use a predictor or corrector of pseudo-order [eq. 15, 16]: the derivative of order k uses the k + 1
+        nearest outputs alone. With three outputs or more the order is 2. Pseudo-order is meant for very few steps.
     """
 
     statistics: StatisticsTables | None = None

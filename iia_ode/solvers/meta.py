@@ -52,7 +52,7 @@ class MetaSolver(Solver):
 
     @property
     def irregular_order(self) -> int:
-        """The order, at most that of the base on irregular grids."""
+        """The order, limited by the order of the base on irregular grids."""
         return min(self.order, self.solver.irregular_order)
 
     @property
@@ -108,7 +108,7 @@ class Lookahead(MetaSolver):
 
     @property
     def irregular_order(self) -> int:
-        """1 with an extrapolation, whose weight lam is that of equal steps."""
+        """1 with an extrapolation, because the weight lam belongs to equal steps."""
         return self.solver.irregular_order if self.lam == 0 else 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
@@ -179,9 +179,9 @@ class AnalyticFirstStep(MetaSolver):
 class DenoiseToZero(MetaSolver):
     """Ends on the model's data estimate: the base's order, with one evaluation in the step to sigma = 0.
 
-    The step to sigma = 0 is x = D(x, t) for every base, as "denoise to zero" of dpm-solver and diff-sampler. Multi-stage bases
-    save evaluations. ``unipc`` and ``dpm_solver_v3`` have no evaluation in their last step, and need one more. On a grid with
-    another end the wrapper equals the base.
+    The step to sigma = 0 is x = D(x, t) for every base, like "denoise to zero" in dpm-solver and diff-sampler. Multi-stage
+    bases save evaluations. ``unipc`` and ``dpm_solver_v3`` have no evaluation in their last step, and need one more. On a grid
+    that does not end at sigma = 0, the wrapper equals the base.
 
     Parameters
     ----------

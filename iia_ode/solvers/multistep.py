@@ -75,8 +75,9 @@ class ExponentialAdams(Multistep):
     """Exponential Adams-Bashforth: order 2 to 4, one evaluation a step, DDIM to sigma = 0 [Hochbruck & Ostermann 2010].
 
     The polynomial in log-SNR through the newest outputs is integrated exactly over the step. The multistep formulas of
-    DPM-Solver++ approximate the method on the data estimate, and those of DPM-Solver the method on the noise estimate. On the
-    noise estimate it is DEIS in log-SNR, ``deis_lab1``-``deis_lab3`` [Lu et al. 2022b; Zhang & Chen 2023].
+    DPM-Solver++ approximate the method on the data estimate. The formulas of DPM-Solver approximate the method on the noise
+    estimate. On the noise estimate the method is DEIS in log-SNR, ``deis_lab1``-``deis_lab3`` [Lu et al. 2022b; Zhang & Chen
+    2023].
 
     Parameters
     ----------
@@ -104,7 +105,7 @@ class _OverRho(Multistep):
 
     @abstractmethod
     def integrals(self, schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
-        """int L_j d(rho) over the step to s, for each Lagrange polynomial on what stands for `times`."""
+        """int L_j d(rho) over the step to s, for each Lagrange polynomial on the method's variable at `times`."""
 
     def first_order(self, schedule: Schedule, t: float, s: float) -> bool:
         """Only alpha = 0 is a singular point of rho."""
@@ -171,8 +172,8 @@ class DEISTime(_OverRho):
 class AdamsBashforth(Multistep):
     """Variable-step Adams-Bashforth on dx/dt: order 1 to 4, one evaluation a step [Hairer, Norsett, Wanner 1993, III.5].
 
-    The polynomial in t through the newest velocities is integrated exactly over the step, including the step to sigma = 0.
-    The schedule enters through the velocity only: the natural choice for flow matching.
+    The polynomial in t through the newest velocities is integrated exactly over the step, including the step to sigma = 0. The
+    schedule enters through the velocity only, so the method is the natural choice for flow matching.
 
     Parameters
     ----------
@@ -212,8 +213,8 @@ class DPMSolverMultistep(Multistep):
         2M: keep x + scale (w_0 m_0 + w_0/2 (m_0 - m_1)/(-u_1)),    taylor: w_1 in place of w_0/2
         3M: keep x + scale (w_0 m_0 + w_1 q_1 + w_2/2 q_2),         m_0 + q_1 u + q_2 u^2 through the three newest outputs
 
-    Erratum: the integral of the quadratic has w_2 q_2, twice the last term. Every public implementation of 3M has the half,
-    and therefore order 2; ``expab3`` has the exact weight, and order 3.
+    Erratum: the integral of the quadratic has w_2 q_2, twice the last term. Every public implementation of 3M has the halved
+    term, and therefore order 2; ``expab3`` has the exact weight, and order 3.
 
     Parameters
     ----------

@@ -41,8 +41,8 @@ class PNDM(Solver):
     - ``spndm`` (S-PNDM) and ``plms``: the first step is Heun's, with two evaluations; then order 2, or up to 4;
     - ``fpndm`` (F-PNDM): three classic Runge-Kutta steps of four evaluations, then four outputs.
 
-    The weights are exact on a grid uniform in sigma/alpha, and only there (deis_rhoab = lms) are orders 3 and 4 reached. On
-    other smooth grids, versions with two outputs or more have order 2, with a small error constant.
+    The weights are exact only on a grid uniform in sigma/alpha. There the weights equal those of ``lms``, and orders 3 and 4
+    are reached. On other smooth grids, versions with two outputs or more have order 2, with a small error constant.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class PNDM(Solver):
 
     @property
     def irregular_order(self) -> int:
-        """1: the weights are those of equal steps."""
+        """1, because the weights belong to equal steps."""
         return 1
 
     def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:

@@ -1,7 +1,7 @@
 """Explicit Runge-Kutta methods [Hairer, Norsett, Wanner 1993, section II.1].
 
 The methods run in t on the velocity dx/dt, or in rho = sigma/alpha on the noise estimate, d(x/alpha) = eps d(rho): the rho-RK
-of DEIS [Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t both are the same method.
+of DEIS [Zhang & Chen 2023, section 3.2]. Where alpha = 1 and sigma = t, the two forms are the same method.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _ROUNDING = 1e-14  # of sums over a tableau's row
 class RungeKutta(Solver):
     """An explicit Runge-Kutta method, given by its Butcher tableau.
 
-    Stage i is the velocity at time t + c_i h and state x + h sum_j a_ij k_j; the step is x + h sum_i b_i k_i.
-    A step to the data is Euler's where a stage would be evaluated at sigma = 0, or below the levels that the model knows
-    (where alpha = 1 and sigma = t, Euler's step lands on the model's data estimate).
+    Stage i is the velocity at time t + c_i h and state x + h sum_j a_ij k_j; the step is x + h sum_i b_i k_i. A step to the
+    data is an Euler step if a stage would be evaluated at sigma = 0, or below the levels that the model knows. Where alpha = 1
+    and sigma = t, this Euler step lands on the model's data estimate.
 
     ``RungeKutta(a, b, c, order=2, name="mine")`` makes a solver from numbers. A subclass has the class attributes ``a``,
     ``b``, ``c`` and ``order``, takes no arguments, and can be registered under a name.
@@ -51,13 +51,13 @@ class RungeKutta(Solver):
     a : coefficients of the stages: row i - 1 has the i coefficients of stage i, for i from 1; or the whole square matrix,
         zero on and above its diagonal.
     b : weights of the stages.
-    c : nodes of the stages, the sums of the rows of `a`; these sums by default.
+    c : nodes of the stages, equal to the row sums of `a`; by default computed from `a`.
     order : claimed order of the method; :func:`iia_ode.testing.verify` measures it.
     name : of the method in plans and tables.
 
     Raises
     ------
-    PlanError : the tableau is not that of an explicit method, or not consistent: b must sum to 1, and each row of a to its c.
+    PlanError : the tableau is not explicit, or not consistent: b must sum to 1, and each row of a to its entry of c.
 
     Examples
     --------
@@ -194,7 +194,7 @@ class Ralston(RungeKutta):
 class Heun(RungeKutta):
     """Heun's method, or improved Euler: order 2, two evaluations a step, Euler to sigma = 0 [Karras et al. 2022, alg. 1].
 
-    On a grid of N levels and a final 0 that is 2N - 1 evaluations.
+    A run on a grid of N levels and a final 0 makes 2N - 1 evaluations.
     """
 
     order = 2
@@ -290,7 +290,7 @@ class DPM2(Solver):
 
         x_s / alpha_s = x / alpha_t + (rho_s - rho_t) ((1 - 1/(2r)) eps + 1/(2r) eps_m).
 
-    With r = 1/2 it is DPM-Solver-2, the midpoint rule in log-SNR.
+    With r = 1/2 the method is DPM-Solver-2, the midpoint rule in log-SNR.
 
     Parameters
     ----------

@@ -8,8 +8,8 @@ in some variable and integrate the interpolant over the step from t to s:
     data:   x_s = (sigma_s / sigma_t) x + sigma_s int D d(1 / rho)
 
 :func:`ddim_step` and :func:`noise_step` are the transfers for a constant output, :func:`first_order_step` chooses between
-them, and :class:`ExponentialStep` is the transfer for outputs interpolated in log-SNR. A solver of order 2 with one
-evaluation a step, which falls back to DDIM on its first step and on steps with infinite log-SNR::
+them, and :class:`ExponentialStep` is the transfer for outputs interpolated in log-SNR. The following solver has order 2 and
+makes one evaluation a step. It falls back to DDIM on its first step and on steps with infinite log-SNR::
 
     from iia_ode.solvers import ExponentialStep, ddim_step, first_order_step, is_singular, log_snr_fractions
 
@@ -72,7 +72,8 @@ def ddim_step(schedule: Schedule, x: Any, data: Any, t: float, s: float) -> Any:
 
     x_s = (sigma_s / sigma_t) x + (alpha_s - alpha_t sigma_s / sigma_t) D.
 
-    The step is finite to sigma = 0, where it returns alpha_s D, and from alpha = 0: the fallback of every exponential method.
+    The step is finite to sigma = 0, where it returns alpha_s D, and from alpha = 0. Every exponential method falls back to
+    this step.
 
     Parameters
     ----------
@@ -95,10 +96,10 @@ def ddim_step(schedule: Schedule, x: Any, data: Any, t: float, s: float) -> Any:
 
 
 def first_order_step(ode: Any, x: Any, t: float, s: float) -> Any:
-    """DDIM's step from t to s with the model's output at t, from every time of a schedule; one evaluation.
+    """Take DDIM's step from t to s with the model's output at t; one evaluation, valid from every time of a schedule.
 
     The step is :func:`ddim_step` on the data estimate. Where t is the data (sigma = 0), the step is :func:`noise_step` on the
-    noise estimate: the data estimate is the state itself there, and leaves the noise open.
+    noise estimate, because the data estimate is the state itself there and does not determine the noise.
 
     Parameters
     ----------
@@ -116,7 +117,7 @@ def noise_step(schedule: Schedule, x: Any, noise: Any, t: float, s: float) -> An
 
     x_s = (alpha_s / alpha_t) x + (sigma_s - sigma_t alpha_s / alpha_t) eps.
 
-    PNDM calls the step its transfer [Liu et al. 2022]. Where ``noise`` is the noise of the data estimate, it equals
+    PNDM calls the step its transfer [Liu et al. 2022]. Where ``noise`` is the noise of the data estimate, the step equals
     :func:`ddim_step`.
 
     Parameters

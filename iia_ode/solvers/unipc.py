@@ -38,8 +38,8 @@ class UniPC(Solver):
     The predictor sums over the p - 1 outputs before m_0. The corrector adds the output at the predicted state (u = 1). The
     same output starts the next step, and the corrector costs no evaluation. The last step is not corrected.
 
-    Erratum kept as published: a sum with a single difference has rho = 1/2 in place of b_1, and only there do the variants
-    differ. With more differences B cancels, and both variants have the exact exponential Adams weights.
+    Erratum kept as published: a sum with a single difference has rho = 1/2 in place of b_1. The variants differ in such sums
+    only. With more differences B cancels, and both variants have the exact exponential Adams weights.
 
     Parameters
     ----------

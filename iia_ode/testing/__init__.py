@@ -1,7 +1,7 @@
 """The conformance suite of solvers, for registered solvers and for your own.
 
-:func:`verify` prints a certificate, :func:`check` raises one error that lists every broken promise, and ``CHECKS`` holds the
-checks, each a test case. The suite does not need pytest.
+:func:`verify` prints a certificate. :func:`check` raises one error that lists every broken promise. ``CHECKS`` holds the
+checks; each check is a test case. The suite does not need pytest.
 """
 
 from .certificate import Certificate, verify

@@ -38,8 +38,8 @@ Model: TypeAlias = Callable[[Tensor, float, str], Tensor]
 """Function from a state [B, ...], a time and a form to the model's output, as :meth:`iia_ode.Plan.run` calls it."""
 
 SCHEDULES: tuple[Schedule, ...] = (EDM(), VP(), FlowMatching())
-"""Schedules on which orders are measured: alpha and sigma linear in t with alpha = 1 (EDM), without (flow matching), and
-not linear in t (VP)."""
+"""Schedules on which orders are measured: EDM (alpha = 1, sigma linear in t), flow matching (both linear in t) and VP (not
+linear in t)."""
 
 
 @cache
@@ -85,8 +85,8 @@ class Track:
     Attributes
     ----------
     spacing : the variable in which the grid is uniform, ``"t"`` or ``"log-SNR"``.
-    high, low : the noise levels sigma/alpha. Grids uniform in t have few points where log-SNR changes fast, and a smaller
-    range.
+    high, low : the noise levels sigma/alpha. Tracks uniform in t have a smaller range, because their grids have few points
+        where log-SNR changes fast.
     encoding : whether the grid runs from low to high noise.
     """
 
@@ -117,8 +117,8 @@ _EXACT: dict[Any, Tensor] = {}
 def exact_states(problem: str, schedule: Schedule, track: Track, n: int, steps: int) -> Tensor:
     """The exact solution on a track's grid of n intervals, at points n/4 - `steps` to n/4 and at the end, [steps + 2, B, ...].
 
-    With ``steps=0`` at the start of the grid and at the end, [2, B, ...]. The initial states are eight draws of the noisy
-    data, equal on every grid of a track.
+    With ``steps=0``, the solution is at the start and at the end of the grid, [2, B, ...]. The initial states are eight draws
+    of the noisy data, equal on every grid of a track.
     """
     finest = max(n, 96)  # the grids are nested: coarser grids share one solution
     grid, stride = track.grid(schedule, finest), finest // n

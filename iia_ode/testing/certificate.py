@@ -48,11 +48,11 @@ class Certificate:
     imaginary_stability : the same for h mu from 0 to iz.
     irregular_order : the order that the solver claims on grids with steps alternately of lengths 2 and 1.
     checks : the result of each check of the suite.
-    only_on : user-given schedules, where `orders` and `final_step` cover only these; else empty.
+    only_on : schedules given by the user, if `orders` and `final_step` cover no others; otherwise empty.
 
     Orders are measured on EDM, VP and FlowMatching, over sigma/alpha from 2 to 0.5 on grids uniform in t, and from 5 to 0.3
     and back on grids uniform in log-SNR. The error excludes the first quarter of each grid. Orders are not measured outside
-    this range or on other schedules: there the checks only require that the error falls with the number of steps.
+    this range or on other schedules. There the checks only require that the error falls with the number of steps.
     """
 
     solver: str
@@ -77,7 +77,7 @@ class Certificate:
 
     @property
     def diagnosis(self) -> str:
-        """One sentence without its full stop: the verdict, and what is wrong first."""
+        """The verdict and the first fault, as a sentence without a full stop."""
         broken = [one for one in self.checks if one.problem is not None]
         if not broken:
             return f"passed, {len(self.checks)} of {len(self.checks)} checks"
@@ -138,7 +138,7 @@ def verify(
 ) -> Certificate | PlanCertificate:
     """Measure a solver, run the conformance suite on it, and print the certificate. Takes a few seconds.
 
-    A plan or a fitted solver has one grid, on which it is measured instead; see :class:`PlanCertificate`.
+    A plan or a fitted solver is measured on its own grid instead; see :class:`PlanCertificate`.
 
     Parameters
     ----------

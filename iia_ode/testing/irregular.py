@@ -39,8 +39,8 @@ def irregular_order(solver: Solver) -> int:
 def irregular_misses(solver: Solver, schedules: Sequence[Schedule]) -> list[str]:
     """Describe how the orders measured on irregular grids contradict the claim; empty for a correct claim.
 
-    The measurement is that of :func:`~iia_ode.testing.measure_orders` on Gaussian data, with exact first steps. Grids are
-    refined from 48 steps until the slope has the claimed order, or the error is rounding, up to 384 steps.
+    The measurement is the same as in :func:`~iia_ode.testing.measure_orders` on Gaussian data, with exact first steps. Grids
+    are refined from 48 steps until the slope has the claimed order, or the error is rounding, up to 384 steps.
 
     Parameters
     ----------

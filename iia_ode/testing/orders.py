@@ -5,10 +5,10 @@ integration to 2. The measurement therefore makes the first twelve steps exact: 
 overwrites the states there (:mod:`.startup`). Later steps then look back on evaluations along the exact solution, and the
 final error is the error of the later steps.
 
-The later steps fill the last three quarters of a track's range on every grid. A run begins twelve steps before them, inside
-the first quarter (a grid of 24 has the whole quarter, six steps). The measured stretch of time is fixed, so excluding the
-start-up does not bend the slope. A start-up that lengthens with the grid still shows, because at most twelve of its steps are
-exact. Twelve and six are whole blocks of two or three.
+The later steps fill the last three quarters of a track's range on every grid. A run begins twelve steps before the later
+steps, inside the first quarter; on a grid of 24 intervals, the whole first quarter is used, six steps. The measured stretch of
+time is fixed, so excluding the start-up does not bend the slope. A start-up that lengthens with the grid still shows, because
+at most twelve of its steps are exact. Twelve and six steps are whole numbers of blocks, of two or of three steps.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ def measure_order(
 ) -> tuple[OrderMeasurement, ...]:
     """Measure the order on each problem along one track.
 
-    The grid is refined from 24 intervals to 384 until the slopes settle or the error is near rounding, and on to 1536 where
-    the last slope is not near a whole number. Slopes have settled once the last two differ by at most 0.03, or once they
-    approach a whole number and the last slope and its extrapolation to h = 0 are within 0.1 of it. Where at most two grids
-    are above rounding, a grid of 12 intervals is measured as well.
+    The grid is refined from 24 to 384 intervals, until the slopes settle or the error is near rounding. Where the last slope
+    is not near a whole number, the refinement continues to 1536 intervals. Slopes have settled once the last two differ by at
+    most 0.03, or once they approach a whole number and the last slope and its extrapolation to h = 0 are within 0.1 of it.
+    Where at most two grids are above rounding, a grid of 12 intervals is measured as well.
 
     Parameters
     ----------

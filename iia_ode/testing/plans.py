@@ -1,4 +1,4 @@
-"""Certificates of plans and fitted solvers: what can be known on the one grid that they have."""
+"""Certificates of plans and fitted solvers: measurements on their single grid."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ BOUNDED = 10.0  # times a disturbance may grow beyond its exact size over a run
 class PlanCertificate:
     """Measured properties of a plan or a fitted solver on its grid. ``str()`` is a table, :meth:`as_dict` is JSON-ready.
 
-    An order belongs to a family of grids, and a plan has one grid. A fit trades the sums of its weights for a smaller error on
-    its model, so that its inconsistency is reported and is no fault.
+    The certificate has no order, because a plan has a single grid and an order needs a family of grids. A fit gives up the
+    exact sums of its weights for a smaller error on its model: the inconsistency of a fit is reported, but is no fault.
 
     Attributes
     ----------
     name : of the plan.
-    fitted : whether it is a fitted solver. Its weights belong to its model: the numbers are facts there, and no verdict.
+    fitted : whether the value is a fitted solver. The weights of a fit belong to its model, so its numbers are reported
+        without a verdict.
     steps, nfe : intervals of the grid and model evaluations.
     times : grid points after the first, the ends of the steps.
     evaluations : model evaluations of each step.
-    inconsistency : for each step, the relative error on the best of constant data, noise and velocity; rounding for weights
-        with the right sums.
+    inconsistency : for each step, the smallest of the relative errors on constant data, constant noise and constant velocity;
+        of the size of rounding for weights with exact sums.
     growth : for each step, the size of the largest disturbance of earlier states, relative to its exact size.
     gaussian : root mean square error of the state after each step on Gaussian data, relative to the size of the exact state;
         () for weights that mix components.
@@ -64,7 +65,7 @@ class PlanCertificate:
 
     @property
     def diagnosis(self) -> str:
-        """One sentence without its full stop: the verdict, and what is wrong first."""
+        """The verdict and the first fault, as a sentence without a full stop."""
         if self.fitted:
             grown = f"disturbances of its states grow up to {max(1.0, *self.growth):.3g}-fold on its grid"
             return f"finite; {grown}" if self.passed else "FAILED, a number is not finite"

@@ -29,12 +29,12 @@ STILL = 1e-6  # logarithm of the growth per step at and below which growth count
 
 
 def stability_region(solver: SolverLike, z: Tensor) -> Tensor:
-    """The growth per step of solutions of dx/dt = mu x at z = h mu, for equal steps h; the region has a growth of at most 1.
+    """The growth per step of solutions of dx/dt = mu x at z = h mu, for equal steps h; stable where at most 1.
 
     The growth is the modulus of the largest root of the characteristic polynomial [Hairer, Wanner 1996, sections IV.2, V.1]:
     abs(R(z)) for a one-step method with the stability function R, the spectral radius of the companion matrix for a multistep
-    method. At z = 0 a zero-stable method has growth 1. Exponential integrators are looked at far from the data, where they
-    have the weights of their classical counterparts to about three digits.
+    method. At z = 0 a zero-stable method has growth 1. Exponential integrators are measured far from the data, where they have
+    the weights of their classical counterparts to about three digits.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def stability_region(solver: SolverLike, z: Tensor) -> Tensor:
 
 
 def stability_limit(solver: SolverLike, direction: complex = -1.0) -> float | None:
-    """The largest r with bounded solutions of dx/dt = mu x for all h mu from 0 to r along a ray, to about three digits.
+    """The largest r for which solutions of dx/dt = mu x stay bounded for all h mu from 0 to r on a ray; about three digits.
 
     Classical values on the negative real axis: 2 for Euler, Heun and the midpoint rule, 2.785 for RK4; 1, 6/11 and 0.3 for
     Adams-Bashforth of orders 2, 3 and 4. On the imaginary axis: 2.828 for RK4, 0 for Euler.

@@ -19,9 +19,9 @@ OFFSET = 7.3  # offset of the solution with constant velocity; a sum of weights 
 def known_states(plan: Plan, points: int) -> dict[int, tuple[int, float]]:
     """Vectors that equal the state at one of the grid points 1 .. `points` up to a factor: index to (grid point, factor).
 
-    The first kind are the grid states themselves. The second kind are other vectors that a step hands to later steps, such as
-    a corrected state beside the predicted state on the grid, or the state in another scale. Vectors of the second kind are
-    identified by their values on two solutions that solvers reproduce exactly: constant data and noise (the state is
+    The first kind of vector is a grid state itself. The second kind is any other vector that a step passes to later steps,
+    such as a corrected state beside the predicted state on the grid, or the state in another scale. Vectors of the second kind
+    are identified by their values on two solutions that solvers reproduce exactly: constant data and noise (the state is
     alpha_t data + sigma_t noise), and constant velocity.
     """
     ends = [k for k, ins in enumerate(plan.code, start=1) if isinstance(ins, Combine) and ins.step is not None]

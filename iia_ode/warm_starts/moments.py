@@ -75,7 +75,7 @@ def exact_moments(mean: Tensor, covariance: Tensor, rank: int | None = None) -> 
     ----------
     mean : [*shape], d components.
     covariance : [d, d], variances per component [*shape], or a number.
-    rank : principal directions to keep; the remainder gets its mean variance.
+    rank : number of principal directions to keep; the remaining directions share their mean variance.
 
     Returns
     -------
@@ -136,12 +136,12 @@ def estimate_moments(
     labels, key : integers [n], and the name of the condition in ``ode.conditioning``. There is a mean for each value, and a
         common covariance.
     rank : principal directions to keep; by default all directions of the samples.
-    shrink : target and strength of the shrinkage of the sample covariance S. A number r in [0, 1] is (1 - r) S + r mu I;
-        ``"ledoit-wolf"`` computes r [Ledoit & Wolf 2004]. ``"dct"`` is diagonal in DCT coefficients and in principal
-        directions of the channels, and needs few samples. ``"auto"`` takes the estimate with the highest likelihood on
-        held-out samples; for d up to 1024 the candidates include mixtures of S and ``"dct"``.
-    level : noise level sigma/alpha of the likelihood, the level that the moments map to. By default the standard deviation
-        of the data.
+    shrink : target and strength of the shrinkage of the sample covariance S. A number r in [0, 1] gives (1 - r) S + r mu I;
+        ``"ledoit-wolf"`` computes r [Ledoit & Wolf 2004]. ``"dct"`` makes the covariance diagonal in DCT coefficients and in
+        principal directions of the channels, and needs few samples. ``"auto"`` takes the estimate with the highest likelihood
+        on held-out samples; for d up to 1024 the candidates include mixtures of S and ``"dct"``.
+    level : noise level sigma/alpha of the likelihood: the level at the end of the warm start. By default the standard
+        deviation of the data.
     held_out : share of the samples, the last ones, that ``"auto"`` holds out; the chosen estimate then uses all samples.
 
     Returns

@@ -33,7 +33,7 @@ class WarmStart:
     Parameters
     ----------
     schedule : noise schedule of the ODE.
-    t_start, t_1 : times, decreasing in noise; equal times are the identity.
+    t_start, t_1 : times in order of decreasing noise; equal times make the map the identity.
     weight : a number, a tensor that broadcasts against a sample, or a linear map of a sample.
     constant : a tensor that broadcasts against a sample, a tensor for each value of a condition, or None.
     about : how the map was made, JSON-ready.
