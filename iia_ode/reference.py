@@ -273,6 +273,9 @@ def _is_lowest(schedule: Schedule, t: float) -> bool:
 
 def from_data(ode: ProbabilityFlowODE, x: Tensor, t: float, floor: float) -> Tensor:
     """The states at a time `floor` close to the data, from states x [B, ...] at the data, time t: one step of DDIM."""
+    if not ode.schedule.knows(t):
+        low = lowest_level(ode.schedule, 0.0)
+        raise GridError(f"the model knows no level below sigma/alpha {low:.4g}: start there instead of at the data.")
     p, q = factors_at(ode.schedule, t, ode.prediction, "noise")
     noise = p * x + q * ode.output(x, t)
     return ode.schedule.alpha(floor) / ode.schedule.alpha(t) * x + ode.schedule.sigma(floor) * noise

@@ -304,3 +304,16 @@ def test_an_ode_that_changes_the_output_has_a_fingerprint_of_its_own():
         assert Wrapped(cached(ode)).fingerprint() == ode.fingerprint() == ode.subset(slice(0, 1), 2).fingerprint()
     half = Scaled(ProbabilityFlowODE(Deep(network().bfloat16()), iia.EDM()), 2.0)
     assert half.fingerprint() == odes[2].fingerprint()
+
+
+def test_arguments_of_a_partial_are_part_of_the_model() -> None:
+    net = torch.nn.Linear(3, 3)
+
+    def labelled(x: torch.Tensor, t: torch.Tensor, label: object) -> torch.Tensor:
+        return net(x)
+
+    prints = [
+        iia.ProbabilityFlowODE(functools.partial(labelled, label=label), iia.EDM()).fingerprint()
+        for label in (3, 5, torch.tensor(3), torch.tensor(5))
+    ]
+    assert all(a != b for i, a in enumerate(prints) for b in prints[:i])

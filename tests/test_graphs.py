@@ -192,3 +192,20 @@ def test_a_run_and_a_sample_of_a_plan_can_be_exported(of: Callable[[], Plan]) ->
 def test_a_grid_inside_an_export_is_refused_with_what_to_write() -> None:
     with pytest.raises(iia.errors.InputError, match="pass solver=plan"):
         torch.export.export(Exported(lambda x: iia.sample(ODE, x, GRID, "ddim")), (X,))
+
+
+def test_derivatives_pass_a_run_that_goes_on_and_a_schedule_of_timesteps() -> None:
+    x = X[0]
+    whole = jacrev(lambda z: iia.sample(ODE, z[None], solver=PLAN)[0])(x)
+    close(jacrev(lambda z: iia.sample(ODE, PLAN.start(z[None], "data"))[0])(x), whole, atol=1e-12)
+    steps = iia.Discrete(torch.linspace(0.99, 0.01, 20, dtype=F64))
+    ode, grid = iia.ProbabilityFlowODE(lambda x, t: 0.1 * x, steps, "noise"), iia.grids.discrete(3, steps)
+    assert jacrev(lambda z: iia.sample(ode, z[None], grid, "ddim")[0])(x).diag().abs().min() > 0
+
+
+def test_a_grid_per_sample_says_that_its_times_have_no_gradient_and_passes_vmap() -> None:
+    grid = GRID.repeat(len(X), 1)
+    with pytest.raises(iia.errors.InputError, match="no gradient flows"):
+        iia.odeint(ODE, X, grid.clone().requires_grad_(), method="heun")
+    found = vmap(lambda z: iia.sample(ODE, z[None], GRID[None], "heun")[0])(X)
+    close(found, iia.sample(ODE, X, GRID, "heun"), rtol=1e-12, atol=1e-13)

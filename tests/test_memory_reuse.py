@@ -171,3 +171,21 @@ def test_fits_to_a_model_that_reuses_memory_are_the_fits_to_a_careful_one(kind: 
 
     for a, b in zip(fitted(kind()), fitted(careful(kind)), strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("entries", [1, 4])
+def test_a_model_may_write_to_its_conditions(entries: int) -> None:
+    def writes(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        c += 0.1 * t[:, None]
+        return x / (1 + t[:, None] ** 2) + torch.tanh(c)
+
+    def plain(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return x / (1 + t[:, None] ** 2) + torch.tanh(c + 0.1 * t[:, None])
+
+    grid, given = iia.grids.karras(4), normal(entries, 3)
+    kept = given.clone()
+    first, second = (
+        iia.sample(iia.ProbabilityFlowODE(m, iia.EDM(), conditioning={"c": given}), 80 * normal(4, 3), grid, "heun")
+        for m in (writes, plain)
+    )
+    assert torch.equal(first, second) and torch.equal(given, kept)

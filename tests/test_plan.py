@@ -448,6 +448,26 @@ def test_plans_of_tables_that_print_alike_are_told_apart() -> None:
     assert traced(tabled(1.0), iia.EDM(), GRID.clone()) is near[0]
 
 
+class Weighed(iia.Solver):
+    """Euler with a weight of the class."""
+
+    order, weight = 1, 1.0
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        return x + self.weight * (s - t) * ode.velocity(x, t)
+
+
+def test_a_class_that_was_changed_has_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert traced(Weighed(), iia.EDM(), GRID) is traced(Weighed(), iia.EDM(), GRID)
+    with monkeypatch.context() as patch:
+        patch.setattr(Weighed, "weight", 0.5)
+        with pytest.raises(iia.errors.PlanError, match="not a consistent solver"):
+            traced(Weighed(), iia.EDM(), GRID)
+    first = traced(Weighed(), iia.EDM(), GRID)
+    monkeypatch.setattr(Weighed, "step", lambda self, ode, x, t, s, past: x + (t - s) * -ode.velocity(x, t))
+    assert traced(Weighed(), iia.EDM(), GRID) is not first
+
+
 @given(st.lists(st.floats(width=32), max_size=3), st.lists(st.floats(width=32), max_size=3), st.booleans())
 def test_keys_are_equal_exactly_if_contents_are(a: list[float], b: list[float], wide: bool) -> None:
     first = torch.tensor(a, dtype=torch.float32)

@@ -134,3 +134,13 @@ def test_the_mode_is_in_the_record_and_the_report_of_a_fit(tmp_path):
     assert "in train mode" in str(fit)
     fit = iia.preset("iia-ddim").fit(ode_of(net.eval()), X, GRID)
     assert not fit.record.origin.train_mode and "train mode" not in str(fit)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script
+def test_spectral_norms_and_scripted_dropout_in_train_mode_are_warned_of() -> None:
+    norm = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3))
+    drop = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5)))
+    for net in (norm, drop):
+        ode = iia.ProbabilityFlowODE(lambda x, t, net=net: net(x), iia.EDM())
+        with pytest.warns(iia.errors.TrainModeWarning):
+            iia.sample(ode, 80 * torch.randn(4, 3), iia.grids.karras(3), "ddim")

@@ -81,7 +81,8 @@ class TeacherRecord:
     conditions : digest of the conditions' values; None for a part of a batch.
     evaluations, sample_evaluations : cost of the trajectories, in model calls and in samples.
     data_size : root mean square of the data, the unit of noise levels.
-    error : estimate of the root mean square error of the final states per component; None where it is not finite.
+    error : estimate of the root mean square error of the final states per component, without the error of the step between
+        `sigma_min` and the data; None where it is not finite.
     """
 
     origin: Origin

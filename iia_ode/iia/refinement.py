@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_number, check_whole
+from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, one_run, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
@@ -209,6 +209,10 @@ def refine(
     check_start(ode, x)
     check_mode(ode)
     check_samples(x)
+    if not isinstance(plan, Plan):
+        raise InputError(f"refine takes a plan, such as fit.plan, got {type(plan).__name__}.")
+    if not isinstance(target, Tensor):
+        raise InputError(f"targets are a torch.Tensor of the shape of the states, got {type(target).__name__}.")
     check_size(plan.schedule, plan.grid[0], x)
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
@@ -220,7 +224,13 @@ def refine(
         raise InputError(f"targets must be real, as the states are, got {target.dtype}.")
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
+    check_samples(target)
     check_number("held_out", held_out, least=0, below=1)
+    if not isinstance(outliers, int | float) or not outliers > 0:
+        raise InputError(f"outliers must be a positive number, or infinity for plain means, got {outliers!r}.")
+    check_number("sigma_min", sigma_min, least=0)
+    check_number("tolerance", tolerance, least=0)
+    check_flag("learn_grid", learn_grid)
     search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
     agree(ode, "refine", x, plan, target, search)
     n = len(x)

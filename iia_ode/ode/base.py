@@ -187,7 +187,7 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
             return self._answers(x, t, self.conditioning)[0]
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional)
+        condition, null = self.branches(x, t)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         return torch.lerp(null, condition, scale)
 

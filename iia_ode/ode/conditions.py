@@ -155,10 +155,9 @@ def batched(values: Mapping[str, Any], batch: int, device: torch.device) -> dict
 def _rows(leaf: Any, batch: int, device: torch.device) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
+    # A copy, which the model may write to.
     leaf = leaf.to(device, non_blocking=True)
-    if leaf.ndim == 0:
-        return leaf.expand(batch)
-    return leaf if len(leaf) == batch else leaf.expand(batch, *leaf.shape[1:])
+    return leaf.expand(batch, *leaf.shape[1:]).clone()
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

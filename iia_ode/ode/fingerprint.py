@@ -189,9 +189,9 @@ class Parts:
     def _add_callable(self, value: Any, name: str) -> None:
         value = getattr(value, "_torchdynamo_orig_callable", value)
         if isinstance(value, partial):
-            for k, v in enumerate((value.func, *value.args)):
-                self.add(v, f"{name}.{k}" if k else name)
-            self.add(dict(sorted(value.keywords.items())), name)
+            self.add(value.func, name)
+            for k, v in (*enumerate(value.args, start=1), *sorted(value.keywords.items())):
+                self._add_argument(v, f"{name}.{k}")
         elif isinstance(value, MethodType):
             self.add(value.__self__, name)
             if value.__name__ not in ("forward", "__call__"):
@@ -202,6 +202,15 @@ class Parts:
             self.pieces.append(type(value).__qualname__)
             for key, v in sorted(getattr(value, "__dict__", {}).items()):
                 self.add(v, f"{name}.{key}", deep=callable(v))
+
+    def _add_argument(self, value: Any, name: str) -> None:
+        """Add an argument of a partial, which never changes: whole numbers and tensors count too."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.tensors.append((name, value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            self.pieces.append(f"{name}={value!r}")
+        else:
+            self.add(value, name)
 
     def _add_function(self, function: FunctionType, name: str) -> None:
         code = function.__code__

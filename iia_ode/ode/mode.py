@@ -60,6 +60,12 @@ def in_training(ode: ProbabilityFlowODE) -> list[str]:
 
 def _depends(module: nn.Module) -> bool:
     """Whether a module's own output depends on its mode."""
+    if isinstance(module, torch.jit.ScriptModule):  # the original class is known by name only
+        return module.original_name.startswith(
+            ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "BatchNorm", "SyncBatchNorm")
+        )
+    if type(module).__name__ == "_SpectralNorm":  # a step of power iteration at each call
+        return True
     match module:
         case _DropoutNd():
             return module.p > 0

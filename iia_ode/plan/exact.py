@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from dataclasses import is_dataclass
 from fractions import Fraction
 from functools import cached_property
+from types import FunctionType
 from typing import Any
 from weakref import ref
 
@@ -24,14 +25,23 @@ def exact_key(*values: Any) -> Hashable | None:
     """A key of the values; two lists have equal keys only if their contents are equal bit for bit. None if a value has no key.
 
     Numbers, texts, tensors (by dtype, shape and bytes), tuples, lists and dicts have a key. Instances of dataclasses, solvers
-    and schedules have a key by class and attributes; the class is compared by identity and not kept alive, and replacing a
-    method of the class leaves the key as before. Functions, modules, arrays of other libraries, tensors with a gradient, and
-    objects with any of these inside, have no key.
+    and schedules have a key by class and attributes; the class is compared by identity and not kept alive. The key of a class
+    outside of this package holds its attributes, the code of its methods, and the plain values that the methods read from
+    their modules: a class that was changed has another key. Functions, modules, arrays of other libraries, tensors with a
+    gradient, and objects with any of these inside, have no key.
     """
     try:
         return tuple(_key(v) for v in values)
     except (_NoKeyError, RecursionError):
         return None
+
+
+_OWN = __name__.partition(".")[0]
+# Attributes of a class that no step reads, and methods that act before a step.
+_OF_CLASSES = """__module__ __doc__ __dict__ __weakref__ __annotations__ __abstractmethods__ _abc_impl __parameters__
+    __orig_bases__ __slots__ __slotnames__ __dataclass_fields__ __dataclass_params__ __match_args__"""
+_BEFORE = "__hash__ __init__ __post_init__ __repr__ __str__ __eq__ __setattr__ __delattr__ __replace__"
+_UNREAD = frozenset(f"{_OF_CLASSES} {_BEFORE}".split())
 
 
 class _NoKeyError(Exception):
@@ -53,8 +63,38 @@ def _key(value: Any) -> Hashable:
     if kind is dict:
         return kind, tuple((_key(k), _key(v)) for k, v in value.items())
     if isinstance(value, Schedule) or (not isinstance(value, type) and (is_dataclass(value) or hasattr(value, "step"))):
-        return ref(kind), _key(_state(value))
+        return ref(kind), _class_key(kind), _key(_state(value))
     raise _NoKeyError
+
+
+def _class_key(kind: type) -> Hashable:
+    """The attributes and the code of a class outside of this package, which a notebook may change."""
+    bases = (
+        base for base in kind.__mro__ if base.__module__.partition(".")[0] not in (_OWN, "builtins", "abc", "typing")
+    )
+    own = ((name, v) for base in bases for name, v in vars(base).items() if name not in _UNREAD)
+    return tuple((name, _function_key(v) if isinstance(v, FunctionType) else _attribute_key(v)) for name, v in own)
+
+
+def _attribute_key(value: Any) -> Hashable:
+    if isinstance(value, property | cached_property | staticmethod | classmethod):
+        function = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", None)
+        return type(value), _function_key(function) if isinstance(function, FunctionType) else None
+    return _key(value)
+
+
+def _function_key(function: FunctionType) -> Hashable:
+    code, names = function.__code__, function.__globals__
+    read = tuple(
+        (n, _key(names[n])) for n in code.co_names if isinstance(names.get(n), bool | int | float | str | tuple)
+    )
+    cells = tuple(_held_key(cell.cell_contents) for cell in function.__closure__ or ())
+    return code, _key(function.__defaults__), _key(function.__kwdefaults__), cells, read
+
+
+def _held_key(value: Any) -> Hashable:
+    # `super()` holds the class, and the methods of a dataclass hold types.
+    return ref(value) if isinstance(value, type) else _key(value)
 
 
 def _tensor_key(value: Tensor) -> Hashable:

@@ -16,7 +16,7 @@ from ..forms import converted
 from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
 from ..schedules.stored import brief
-from ..transforms import readable
+from ..transforms import differentiated, readable
 from .callbacks import Callback, notifier
 from .checks import check_start, factors_at
 from .initial import root_mean_square, warn_of_size
@@ -61,7 +61,6 @@ def run_plan(
     return torch.stack(states) if trajectory else run.current
 
 
-@torch.no_grad()
 def advance(
     ode: ProbabilityFlowODE,
     run: Run,
@@ -117,7 +116,9 @@ def advance(
     def visit(k: int, state: Tensor) -> None:
         notify(k, found.plan.grid[k], state, lambda: None if found.seen is None else found.data)
 
-    _drive(found, ode, goal, visit, progress, (lambda: copy.copy(run)) if check_finite else None)
+    # A derivative of torch.func is asked for by the transform itself.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated()):
+        _drive(found, ode, goal, visit, progress, (lambda: copy.copy(run)) if check_finite else None)
     return found
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import GridError, NonFiniteError
+from ..errors import GridError, InputError, NonFiniteError
 from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
+from ..transforms import carries_derivative, readable
 from .callbacks import Callback, notifier
 from .checks import check_start, factors_at, samples_of
 from .instructions import Combine, Evaluate
@@ -61,6 +62,8 @@ def run_rows(
     """
     check_start(ode, x)
     check_mode(ode)
+    if carries_derivative(grids) and torch.is_grad_enabled():
+        raise InputError("the times of a plan are numbers, to which no gradient flows: pass grid.detach().")
     if len(grids) not in (1, len(x)):
         raise GridError(f"grids per sample are [B, N + 1] times, got {list(grids.shape)} for {len(x)} samples.")
     rows = grids.detach().to("cpu", _F64).expand(len(x), -1)
@@ -82,7 +85,7 @@ def run_rows(
             if trajectory:
                 states.append(state)
             notify(k, rows[:, k], state, lambda: _merged([d for g in groups if (d := g.data()) is not None], groups, x))
-    if check_finite:
+    if check_finite and readable(state):
         finite = state.detach().reshape(len(x), -1).isfinite().all(dim=1)
         if not bool(finite.all()):
             raise NonFiniteError(

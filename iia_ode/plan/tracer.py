@@ -216,7 +216,8 @@ def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]
     times = grid.detach().cpu().tolist() if isinstance(grid, Tensor) else grid
     # A step may make tensors in torch's default dtype, on its default device.
     defaults = torch.get_default_dtype(), torch.get_default_device()
-    key = exact_key(solver, solver.label, schedule, times, *defaults)
+    with outside():
+        key = exact_key(solver, solver.label, schedule, times, *defaults)
     known = None if key is None else _PLANS.get(key)
     if known is not None:
         return known
