@@ -336,9 +336,9 @@ def _by_torchdiffeq(
     times = check_grid(ode.schedule, grid)
     for end in (times[0], times[-1]):
         if ode.is_data(end):  # torchdiffeq may evaluate dx/dt at both ends
+            factors_at(ode.schedule, end, ode.prediction, "velocity")
             if not ode.schedule.knows(end):
                 raise GridError("the model knows no levels down to the data: end the grid at its lowest known level.")
-            factors_at(ode.schedule, end, ode.prediction, "velocity")
     agree(ode, method.name, times, rtol, atol, options, x)
     tolerances = _RTOL if rtol is None else rtol, _ATOL if atol is None else atol
     t = torch.tensor(times, dtype=torch.float64, device="cpu")
