@@ -28,7 +28,7 @@ from .ode.mode import check_mode
 from .plan import check_grid, check_size, check_start
 from .plan.checks import factors_at
 from .schedules import Schedule
-from .schedules.levels import known_level, lowest_level
+from .schedules.levels import check_floor, known_level, lowest_level
 from .sizes import size_of_data
 
 __all__ = ["Trajectory", "from_data", "solve", "trajectory"]
@@ -256,13 +256,8 @@ def _times(
     check_size(schedule, times[0], x)
     agree(ode, "reference", x, times, sigma_min, method)
     if sigma_min is not None and any(map(ode.is_data, times)):
-        _check_floor(schedule, times, known_level(schedule, sigma_min, "sigma_min"))
+        check_floor(known_level(schedule, sigma_min, "sigma_min"), max(map(schedule.noise_to_signal, times)))
     return times
-
-
-def _check_floor(schedule: Schedule, times: list[float], sigma_min: float) -> None:
-    if not 0 < sigma_min < max(schedule.noise_to_signal(t) for t in times):
-        raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
 
 
 def _is_lowest(schedule: Schedule, t: float) -> bool:
@@ -292,7 +287,7 @@ def _clock(
     if ode.is_data(first) or ode.is_data(last):
         if sigma_min is None:
             sigma_min = lowest_level(schedule, _FLOOR * min(size, max(start, end)))
-            _check_floor(schedule, times, sigma_min)
+            check_floor(sigma_min, max(start, end))
         floor = schedule.t_of_noise_to_signal(known_level(schedule, sigma_min, "sigma_min"))
         first, last = (floor if ode.is_data(t) else t for t in times)
     return _Clock(schedule, size), (first, last)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import GridError, NonFiniteError
+from ..errors import NonFiniteError
 from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..plan import Past, Plan, Run, check_grid, trace
 from ..plan.checks import samples_of
 from ..reference import from_data
 from ..schedules import Schedule
-from ..schedules.levels import known_level
+from ..schedules.levels import check_floor, known_level
 from ..sizes import few, size_of_data, smallest_level
 from ..solvers import get_solver
 from ..solvers.transfer import ddim_step
@@ -97,7 +97,7 @@ class Integration:
         noisy, lowest = max(start, clean), smallest_level(schedule, 0.0)
         if sigma_min is not None and 0 in (start, clean):
             sigma_min = lowest = known_level(schedule, sigma_min, "sigma_min")
-            _check_floor(sigma_min, noisy)
+            check_floor(sigma_min, noisy)
         if size is None:
             size = size_of_data(ode, x, first, min(start, clean or lowest))
         if sigma_min is None:
@@ -106,7 +106,7 @@ class Integration:
                 sigma_min = last
             sigma_min = max(min(sigma_min, noisy / 10), lowest)
             if 0 in (start, clean):
-                _check_floor(sigma_min, noisy)
+                check_floor(sigma_min, noisy)
         return cls(schedule, first, end, steps, sigma_min, size)
 
     @cached_property
@@ -233,11 +233,6 @@ class _Method:
         first = ode.data(x, t)
         second = ode.data(ddim_step(ode.schedule, x, first, t, s), s)
         return ddim_step(ode.schedule, x, 0.5 * first + 0.5 * second, t, s), ()
-
-
-def _check_floor(sigma_min: float, noisy: float) -> None:
-    if not 0 < sigma_min < noisy:
-        raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
 
 
 def _growing(share: float) -> float:

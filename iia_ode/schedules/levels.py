@@ -9,7 +9,7 @@ from ..errors import GridError
 from .base import Schedule
 from .standard import Discrete
 
-__all__ = ["default_levels", "known_level", "lowest_level"]
+__all__ = ["check_floor", "default_levels", "known_level", "lowest_level"]
 
 _LOWEST, _HIGHEST = 0.002, 80.0  # of EDM [Karras et al. 2022], for data of unit size
 _ROUNDING = 0.01  # published levels are rounded: 0.029 for 0.02917, 14.615 for 14.6146
@@ -78,3 +78,9 @@ def known_level(schedule: Schedule, level: object, name: str) -> float:
         f"{name} = {value:g} lies {'below' if value < low else 'above'} the levels sigma/alpha that the model knows, "
         f"{low:.4g} to {high:.4g} (of {ends}): omit {name}, or choose a level in between."
     )
+
+
+def check_floor(sigma_min: float, noisy: float) -> None:
+    """Raise GridError unless the level next to the data lies between 0 and the level of the noisy end."""
+    if not 0 < sigma_min < noisy:
+        raise GridError(f"sigma_min must lie between 0 and the level of the noisy end, got {sigma_min:g}.")
