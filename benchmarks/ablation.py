@@ -38,10 +38,11 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.autofit import BUDGETS, LeapGrid, leap_grids, search_grid
-from iia_ode.iia import IIA, Teacher
+from iia_ode.iia import IIA
 from iia_ode.iia.batch import Batch as Samples
 from iia_ode.iia.refinement import refine
 from iia_ode.plan import Plan
+from iia_ode.teacher import Teacher
 from iia_ode.warm_starts import WarmStart
 
 SETTINGS = ("mixture64", "digits")

@@ -46,9 +46,10 @@ from torch import Tensor
 
 import iia_ode as iia
 from iia_ode.autofit import BUDGETS, FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
-from iia_ode.iia import IIA, PRESETS, Teacher
+from iia_ode.iia import IIA, PRESETS
 from iia_ode.iia.batch import Batch as Samples
 from iia_ode.plan import Plan
+from iia_ode.teacher import Teacher
 
 SETTINGS = ("mixture64", "digits", "patches")
 NFES = (4, 5, 6, 8, 10, 15)

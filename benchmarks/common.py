@@ -19,9 +19,9 @@ from torch import Tensor
 import iia_ode as iia
 from iia_ode.experiments import Setting, batch_seed, get_setting
 from iia_ode.files import read_tensors, write_bytes, write_tensors
-from iia_ode.iia import Teacher
 from iia_ode.metrics import rmse_with_error
 from iia_ode.plan import Plan
+from iia_ode.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -36,9 +36,10 @@ from common import (
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.iia import IIA, PRESETS, Teacher
+from iia_ode.iia import IIA, PRESETS
 from iia_ode.metrics import paired_ratio
 from iia_ode.plan import Plan
+from iia_ode.teacher import Teacher
 
 SETTINGS = ("digits", "patches", "mixture64")
 NFES = tuple(range(1, 16))

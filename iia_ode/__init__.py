@@ -11,13 +11,14 @@ from .__about__ import __version__
 from .autofit import Budget, fit
 from .errors import IIAError
 from .estimation import ModelStatistics
-from .iia import IIA, FittedSolver, Teacher, preset
+from .iia import IIA, FittedSolver, preset
 from .integrate import odeint, sample
 from .loading import load
 from .ode import ProbabilityFlowODE, distributed
 from .plan import Plan
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
 from .solvers import RungeKutta, Solver, get_solver, register, solver_names
+from .teacher import Teacher
 from .warm_starts import WarmStart
 
 __all__ = [

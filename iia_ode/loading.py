@@ -11,9 +11,9 @@ from .errors import FileFormatError, InputError
 from .estimation import read_statistics
 from .files import read_kind
 from .iia.fitted import read_fit
-from .iia.teacher import read_teacher
 from .plan import read_plan, read_run
 from .schedules import Schedule
+from .teacher.teacher import read_teacher
 
 __all__ = ["load"]
 

@@ -87,7 +87,7 @@ def test_a_fitted_solver_brings_its_grid_and_takes_no_other(tmp_path, capsys):
         (["compare", "--out", "/dev/null/x"], "iia_ode.cli.compare.compare"),
         (["fit", "--out", "/dev/null/x"], "iia_ode.cli.fit.fit"),
         (["fit", "--solver", "iia-edm", "--out", "/dev/null/x"], "iia_ode.iia.IIA.fit"),
-        (["fit", "--save-teacher", "/dev/null/x", "--out", "x"], "iia_ode.iia.Teacher.solve"),
+        (["fit", "--save-teacher", "/dev/null/x", "--out", "x"], "iia_ode.Teacher.solve"),
         (["sample", "heun", "--out", "/dev/null/x"], "iia_ode.cli.sample.sample"),
         (["train", "digits", "--out", "/dev/null/x"], "iia_ode.cli.train.train_digits"),
         (["train", "patches", "--out", "/dev/null/x"], "iia_ode.cli.train.train_patches"),

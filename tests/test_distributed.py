@@ -21,8 +21,9 @@ from torch import nn
 
 import iia_ode as iia
 from iia_ode.denoisers import dynamic_thresholding
-from iia_ode.iia import IIA, Teacher, refine
+from iia_ode.iia import IIA, refine
 from iia_ode.ode import Shared, cached
+from iia_ode.teacher import Teacher
 
 GRID = iia.grids.karras(4)
 BATCH = 32

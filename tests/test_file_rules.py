@@ -25,8 +25,9 @@ from iia_ode.cli import main
 from iia_ode.denoisers import EDMDenoiser, UNet, pretrained, save_denoiser
 from iia_ode.errors import FileFormatError, InputError, MismatchError
 from iia_ode.files import FORMATS, check_writable, read_tensors, write_bytes, write_tensors
-from iia_ode.iia import Window, fitted, teacher
+from iia_ode.iia import Window, fitted
 from iia_ode.plan import Bands, Combine, LinearMap, PerCondition, reading
+from iia_ode.teacher import teacher
 
 F64 = torch.float64
 SCHEMAS = {

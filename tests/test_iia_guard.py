@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import iia_ode as iia
 from iia_ode.errors import GuardWarning
 from iia_ode.experiments import get_setting
-from iia_ode.iia import IIA, Target, Teacher
+from iia_ode.iia import IIA, Target
 from iia_ode.iia.provenance import Endpoint
 from iia_ode.iia.ranking import verdict
 from iia_ode.iia.stepwise import RIDGES
 from iia_ode.metrics import rmse
+from iia_ode.teacher import Teacher
 
 F64 = torch.float64
 GRID = iia.grids.karras(6)

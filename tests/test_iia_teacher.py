@@ -5,8 +5,8 @@ import torch
 from support import mixture, normal
 
 import iia_ode as iia
-from iia_ode.iia import IIA, Teacher
-from iia_ode.iia.provenance import TeacherOptions
+from iia_ode.iia import IIA
+from iia_ode.teacher import Teacher, TeacherOptions
 
 F64 = torch.float64
 TIMES = [60.0, 10.0, 2.0, 0.5, 0.1, 0.01]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support import mixture, normal
 
 import iia_ode as iia
-from iia_ode.iia import IIA, Target, Teacher
+from iia_ode.iia import IIA, Target
+from iia_ode.teacher import Teacher
 
 F64 = torch.float64
 BASES = ["ddim", "heun", "ipndm3", "dpmpp_2m"]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import iia_ode as iia
 from iia_ode.errors import FileFormatError, FingerprintWarning, MismatchError, MismatchWarning
 from iia_ode.files import from_json, read_tensors, to_json, write_tensors
-from iia_ode.iia.origin import Origin
 from iia_ode.iia.provenance import (
     UNJUDGED,
     Endpoint,
@@ -28,6 +27,7 @@ from iia_ode.iia.provenance import (
     StepReport,
     TeacherOptions,
 )
+from iia_ode.ode.origin import Origin
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 WHOLE = st.integers(-(10**20), 10**20)

@@ -12,9 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
 from iia_ode.forms import PREDICTIONS
-from iia_ode.iia import IIA, Adam, Batch, EndpointError, GaussNewton, Parameters, Status, Teacher, Window, refine
+from iia_ode.iia import IIA, Adam, Batch, EndpointError, GaussNewton, Parameters, Status, Window, refine
 from iia_ode.iia.ranking import cauchy_mean
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Plan, Principal
+from iia_ode.teacher import Teacher
 
 F64 = torch.float64
 

@@ -29,7 +29,6 @@ from ..iia.provenance import (
 )
 from ..iia.ranking import Range, samples_against
 from ..iia.refinement import Refinement
-from ..iia.teacher import Teacher, check_teacher
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..ode.mode import check_mode
@@ -37,6 +36,7 @@ from ..plan import check_start
 from ..plan.checks import check_samples
 from ..schedules.levels import default_levels, known_level
 from ..sizes import size_of_data, size_of_noise, smallest_level
+from ..teacher.teacher import Teacher, check_teacher
 from .budget import Budget, budget_of
 from .grids import leap_grids
 from .pipeline import SCALARS, Contender

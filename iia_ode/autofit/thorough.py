@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 
 from ..errors import IIAError, NonFiniteError, RankError, first_line
 from ..iia.batch import Batch, held_out_of
-from ..iia.integration import Integration
 from ..iia.provenance import Ingredient
 from ..ode import ProbabilityFlowODE
 from ..ode.conditions import named
+from ..teacher import Integration
 from ..warm_starts import estimate_moments
 from .grids import LeapGrid
 from .pipeline import Contender, Start

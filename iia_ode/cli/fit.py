@@ -16,11 +16,12 @@ from tqdm import tqdm
 from ..autofit import BUDGETS, Budget, fit
 from ..errors import unknown_name
 from ..files import check_writable
-from ..iia import IIA, PRESETS, FittedSolver, Teacher, TeacherTrajectory, preset
+from ..iia import IIA, PRESETS, FittedSolver, TeacherTrajectory, preset
 from ..iia.targets import resolve_target
-from ..iia.teacher import read_teacher
 from ..ode import ProbabilityFlowODE, distributed
 from ..solvers import solver_names
+from ..teacher import Teacher
+from ..teacher.teacher import read_teacher
 from .drawing import FOLDER, draw_fit
 from .options import COUNT, NFE, Job, Range, findings_as_lines, given, interactive, on_a_model, warnings_as_lines
 from .ranks import Process, joined

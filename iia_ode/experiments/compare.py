@@ -18,12 +18,13 @@ from ..autofit.budget import budget_of
 from ..autofit.fit import start_time
 from ..checks import check_whole
 from ..errors import GridError, InputError, one_run
-from ..iia import IIA, FittedSolver, Teacher
+from ..iia import IIA, FittedSolver
 from ..integrate import sample
 from ..metrics import rmse_with_error
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
+from ..teacher import Teacher
 from .lines import RECIPE, Families, Family, Line, Solvers, families_of, grid_of, lines_of
 from .results import Comparison, Protocol, Row
 from .settings import Setting, get_setting

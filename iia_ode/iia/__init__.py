@@ -10,7 +10,6 @@ from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
 from .refinement import EndpointError, Iteration, Refinement, refine
 from .targets import Local, Substeps, Target, TeacherTrajectory
-from .teacher import Teacher
 
 __all__ = [
     "IIA",
@@ -36,7 +35,6 @@ __all__ = [
     "StepReport",
     "Substeps",
     "Target",
-    "Teacher",
     "TeacherTrajectory",
     "Term",
     "Window",

@@ -14,9 +14,9 @@ from ..errors import DuplicateWarning, InputError, warn
 from ..files import bytes_of
 from ..metrics import flat
 from ..ode import ProbabilityFlowODE
+from ..ode.origin import conditions_digest
 from ..plan import Plan
-from .origin import conditions_digest
-from .teacher import Teacher, slices
+from ..teacher.teacher import Teacher, slices
 
 __all__ = ["Batch", "held_out_of", "per_sample"]
 

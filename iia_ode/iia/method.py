@@ -15,17 +15,17 @@ from ..errors import InputError, one_run, unknown_name
 from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
+from ..ode.origin import Origin
 from ..plan import check_grid, check_size, check_start
 from ..plan.checks import check_samples
 from ..solvers import Solver, SolverLike, as_solver
+from ..teacher.teacher import Teacher, check_teacher
 from .batch import Batch
 from .directions import Terms, Window, resolve_terms
 from .fitted import FittedSolver
-from .origin import Origin
 from .provenance import Endpoint, Named, Record, SearchRecord
 from .stepwise import Stepwise
 from .targets import Target, TeacherTrajectory, resolve_target
-from .teacher import Teacher, check_teacher
 
 __all__ = ["IIA", "PRESETS", "SETTINGS", "preset", "record_of"]
 

@@ -16,14 +16,14 @@ from ..plan.checks import samples_of
 from ..plan.tracer import take_step
 from ..plan.vectors import vector_indices, weight_mean_square
 from ..solvers import Solver
+from ..teacher import Integration
+from ..teacher.teacher import DEFAULT
 from .batch import Batch
 from .directions import StepRecord, Term, Terms
-from .integration import Integration
 from .least_squares import LeastSquares, Solution
 from .provenance import UNJUDGED, Endpoint, Split, StepReport, finite
 from .ranking import Range, samples_against, too_few, verdict
 from .targets import Target
-from .teacher import DEFAULT
 
 __all__ = ["RIDGES", "Stepwise", "StepwiseFit"]
 

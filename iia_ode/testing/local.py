@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..iia import FittedSolver, Teacher
-from ..iia.teacher import check_teacher
+from ..iia import FittedSolver
 from ..ode import ProbabilityFlowODE
 from ..plan import Combine, Plan, check_start, evaluator, run_code
 from ..plan.instructions import originals
+from ..teacher import Teacher
+from ..teacher.teacher import check_teacher
 
 __all__ = ["local_errors"]
 

@@ -21,14 +21,14 @@ from ..files import read_tensors, to_json, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
+from ..ode.origin import Origin, conditions_digest
 from ..plan import check_grid, check_size, check_start
 from ..plan.checks import check_samples
 from ..reference import Trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
 from .integration import SOLVER, STEPS, Integration
-from .origin import Origin, conditions_digest
-from .provenance import TeacherOptions, TeacherRecord
+from .record import TeacherOptions, TeacherRecord
 
 __all__ = ["DEFAULT", "Teacher", "check_teacher", "read_teacher", "slices"]
 

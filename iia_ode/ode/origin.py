@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
-from ..ode import Fingerprint, ProbabilityFlowODE
-from ..ode.conditions import digest_of, kinds
-from ..ode.guidance import Scales, recorded
-from ..ode.mode import in_training
 from ..schedules.stored import brief
+from .base import ProbabilityFlowODE
+from .conditions import digest_of, kinds
+from .fingerprint import Fingerprint
+from .guidance import Scales, recorded
+from .mode import in_training
 
 __all__ = ["Origin", "conditions_digest"]
 
