@@ -184,10 +184,35 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         InputError : the model does not return a floating-point tensor of the shape of x, the conditions do not fit the
             batch, or the guidance scale fails at this time.
         """
+        return self._output(x, t, own=True)
+
+    def borrowed(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The output for a caller that reads it at once: :meth:`output` without a copy, maybe in memory of the model.
+
+        The tensor must be neither changed nor kept beyond the next call of the model.
+
+        Parameters
+        ----------
+        x, t : state [B, ...] and time, as for :meth:`output`.
+
+        Returns
+        -------
+        The output [B, ...], in the dtype of x.
+
+        Raises
+        ------
+        InputError : as :meth:`output`.
+        """
+        if type(self).output is not ProbabilityFlowODE.output:
+            return self.output(x, t)
+        return self._output(x, t, own=False)
+
+    def _output(self, x: Tensor, t: Tensor | float, *, own: bool) -> Tensor:
         scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
-            return self._answers(x, t, self.conditioning)[0]
-        condition, null = self.branches(x, t)
+            return self._answers(x, t, self.conditioning, own=own)[0]
+        check_branches(self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         return torch.lerp(null, condition, scale)
 
@@ -211,12 +236,13 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         InputError : the ODE has no null condition.
         """
         check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=True)
         return condition, null
 
-    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
+    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool) -> Sequence[Tensor]:
         self.check_conditions(x.shape[0])
-        return answers(self.model, self.ledger, x, t, branches, self.compute_dtype(x), joint=self.batched_guidance)
+        dtype, joint = self.compute_dtype(x), self.batched_guidance
+        return answers(self.model, self.ledger, x, t, branches, dtype, joint=joint, own=own)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

@@ -117,6 +117,8 @@ def scale_at(scale: Scale, t: Tensor | float, x: Tensor) -> float | Tensor:
     Nothing on a device is read. A function receives t itself, a number or a tensor [] or [B]; a function that cannot take a
     tensor [B] is called for each entry.
     """
+    if isinstance(scale, float):  # nearly always, and asking for numbers in general takes far longer
+        return scale
     if isinstance(scale, Real):
         return float(scale)
     value = scale if isinstance(scale, Tensor) else _called(cast(Function, scale), t)

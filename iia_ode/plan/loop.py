@@ -29,7 +29,7 @@ def evaluator(ode: ProbabilityFlowODE) -> Callable[[Tensor, float, str], Tensor]
     """The `evaluate` of :func:`run_code` for an ODE; the same bits as a :class:`Run` stores."""
 
     def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-        return converted(x, ode.output(x, t), factors_at(ode.schedule, t, ode.prediction, form))
+        return converted(x, ode.borrowed(x, t), factors_at(ode.schedule, t, ode.prediction, form))
 
     return evaluate
 
@@ -150,7 +150,7 @@ def _drive(
     try:
         while not run.done and point < goal:
             run.reached = ()  # no state is kept during the model call
-            run.give(ode.output(run.current, run.t))
+            run.give(ode.borrowed(run.current, run.t))
             if bar is not None:
                 bar.update()
             for k, state in run.reached:
