@@ -14,6 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 __all__ = [
+    "bare",
     "carries_derivative",
     "differentiated",
     "has_tangent",
@@ -76,6 +77,13 @@ def outside() -> Iterator[None]:
     """Compute as if no transform of ``torch.func`` were around this call."""
     with temporarily_clear_interpreter_stack() if _at_work() else nullcontext():
         yield
+
+
+def bare(value: Tensor) -> Tensor:
+    """The tensor inside the wrappers of ``torch.func``."""
+    while _functorch.is_functorch_wrapped_tensor(value):
+        value = _functorch.get_unwrapped(value)
+    return value
 
 
 def _at_work() -> list[str]:

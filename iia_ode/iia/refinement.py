@@ -19,8 +19,7 @@ from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, one_run, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
-from ..ode.mode import check_mode
-from ..plan import Plan, check_size, check_start
+from ..plan import Plan, check_states
 from ..plan.checks import check_samples
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
@@ -206,14 +205,11 @@ def refine(
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
     RankError : for a distributed ODE: another process failed, or was asked for another refinement.
     """
-    check_start(ode, x)
-    check_mode(ode)
-    check_samples(x)
     if not isinstance(plan, Plan):
         raise InputError(f"refine takes a plan, such as fit.plan, got {type(plan).__name__}.")
     if not isinstance(target, Tensor):
         raise InputError(f"targets are a torch.Tensor of the shape of the states, got {type(target).__name__}.")
-    check_size(plan.schedule, plan.grid[0], x)
+    check_states(ode, x, plan.grid[0])
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
     newton, (default, unit) = method == "gauss-newton", _METHODS[method]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
 from ..schedules.stored import brief
+from ..transforms import outside
 from .base import ProbabilityFlowODE
 from .conditions import digest_of, kinds
 from .fingerprint import Fingerprint
@@ -92,8 +93,9 @@ class Origin:
         FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
-        schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
-        scale = recorded(ode.guidance_scale, ode.schedule)
+        with outside():
+            schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
+            scale = recorded(ode.guidance_scale, ode.schedule)
 
         def against(what: str, theirs: object, ours: object) -> str:
             return f"{name} was {made} {what} {theirs}, and this ODE has {ours}."
@@ -125,7 +127,8 @@ class Origin:
 def conditions_digest(ode: ProbabilityFlowODE) -> str:
     """A hash of the values of all conditions, with and without guidance, and of a guidance scale per sample."""
     trees = [ode.conditioning, ode.unconditional]
-    return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
+    with outside():
+        return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
 
 
 def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:

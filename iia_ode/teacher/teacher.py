@@ -20,10 +20,8 @@ from ..errors import FileFormatError, InputError, MismatchError
 from ..files import read_tensors, to_json, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
-from ..ode.mode import check_mode
 from ..ode.origin import Origin, conditions_digest
-from ..plan import check_grid, check_size, check_start
-from ..plan.checks import check_samples
+from ..plan import check_grid, check_states
 from ..reference import Trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
@@ -151,10 +149,7 @@ class Teacher:
         **levels: Any,
     ) -> Teacher:
         """The teacher of :meth:`solve`; `levels` are further options of :meth:`Integration.of`."""
-        check_start(ode, x)
-        check_mode(ode)
-        check_samples(x)
-        check_size(ode.schedule, t_start, x)
+        check_states(ode, x, t_start)
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size, least=1)
         steps = check_whole("steps", STEPS if steps is None else steps, least=2)
