@@ -73,7 +73,7 @@ def run(out: Path, seeds: int, batch: int, nfe: int, kills: int, processes: int,
                 victim.join()
                 killed += victim.exitcode == -signal.SIGKILL
             workers[rank] = started(rank)
-        time.sleep(0.002)
+        time.sleep(0.01)
     for worker in workers:
         worker.join()
         if worker.exitcode != 0:
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    digits()  # the processes are forks of this one, and share what the first model imports
     sizes = (options.seeds, options.batch, options.nfe)
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder, "undisturbed"), Path(folder, "killed")
