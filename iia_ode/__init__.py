@@ -6,7 +6,7 @@
 import importlib
 from types import ModuleType
 
-from . import denoisers, errors, grids, metrics, plots, problems, reference, testing
+from . import denoisers, errors, grids, metrics, plots, problems, reference, testing  # noqa: F401  (two are not typed often)
 from .__about__ import __version__
 from .autofit import Budget, fit
 from .errors import IIAError
@@ -14,6 +14,7 @@ from .estimation import ModelStatistics
 from .iia import IIA, FittedSolver, preset
 from .integrate import odeint, sample
 from .loading import load
+from .many import sample_many
 from .ode import ProbabilityFlowODE, distributed
 from .plan import Plan
 from .schedules import EDM, VE, VP, Cosine, Discrete, FlowMatching, Schedule
@@ -48,14 +49,13 @@ __all__ = [
     "get_solver",
     "grids",
     "load",
-    "metrics",
     "odeint",
-    "plots",
     "preset",
     "problems",
     "reference",
     "register",
     "sample",
+    "sample_many",
     "solver_names",
     "testing",
 ]

@@ -14,10 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autofit import BUDGETS, Budget, fit
+from ..autofit.fit import start_time
 from ..errors import unknown_name
+from ..experiments import batch_seed
 from ..files import check_writable
 from ..iia import IIA, PRESETS, FittedSolver, TeacherTrajectory, preset
 from ..iia.targets import resolve_target
+from ..noise import sample_seeds
 from ..ode import ProbabilityFlowODE, distributed
 from ..solvers import solver_names
 from ..teacher import Teacher
@@ -188,34 +191,55 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
     if files.save_teacher is not None:
         # `iia_ode.fit` adds no noise to a given teacher, so all samples of the budget are drawn here.
         count = max(count, budget.draws)
-    ode, x = job.draw(count)
-    ode = distributed(ode)
-    schedule, top = job.setting.schedule, job.setting.sigma_max
+    states = _states(job, count)
+    schedule, low = job.setting.schedule, states.sigma_min
 
     def solve() -> Teacher:
-        start, steps = schedule.t_of_noise_to_signal(top), budget.steps(nfe)
+        start, steps = start_time(states.ode, states.sigma_max, states.noise), budget.steps(nfe)
+        x = states.x if states.x is not None else schedule.sigma(start) * states.noise
         return Teacher.solve(
-            ode,
+            states.ode,
             x,
             start,
             schedule.t_data,
             steps=steps,
-            sigma_min=job.lowest,
+            sigma_min=job.lowest if low is None else low,
             chunk_size=budget.chunk_size,
             progress=leads and interactive(),
         )
 
     return fit(
-        ode,
+        states.ode,
         nfe,
-        x=x,
+        x=states.x,
+        noise=states.noise,
         budget=budget,
-        sigma_max=top,
-        sigma_min=job.lowest,
+        sigma_max=states.sigma_max,
+        sigma_min=low,
         teacher=files.teach(solve, leads),
         seed=job.seed,
         progress=leads and interactive(),
     )
+
+
+@dataclass(frozen=True)
+class _States:
+    """The states of a search: initial states, or noise for the noisiest level that the search chooses."""
+
+    ode: ProbabilityFlowODE
+    x: Tensor | None
+    noise: Tensor | None
+    sigma_min: float | None
+    sigma_max: float | None
+
+
+def _states(job: Job, count: int) -> _States:
+    """Draw the states of a search; a model of the user's own leaves its levels to the search, unless they are given."""
+    if job.own is None:
+        ode, x = job.draw(count)
+        return _States(distributed(ode), x, None, job.lowest, job.setting.sigma_max)
+    ode, noise = job.own.noise(sample_seeds(batch_seed(job.seed, unseen=False), range(count)), job.device)
+    return _States(distributed(ode), None, noise, *job.own.levels)
 
 
 def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:
