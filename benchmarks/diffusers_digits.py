@@ -1,7 +1,7 @@
 """A pipeline of diffusers with a fitted solver against its own schedulers: python benchmarks/diffusers_digits.py.
 
-The pipeline is a DDIMPipeline with a small UNet2DModel, trained on scikit-learn's digits with noise prediction on DDPM's linear
-table. `--train` trains the network again and writes it to benchmarks/unet2d_digits (about ten minutes on two cores).
+The pipeline is a DDIMPipeline with a small UNet2DModel, trained on scikit-learn's digits with noise prediction on DDPM's
+linear table. `--train` trains the network again and writes it to benchmarks/unet2d_digits (about ten minutes on two cores).
 """
 
 import argparse

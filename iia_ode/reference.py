@@ -103,7 +103,8 @@ class Trajectory:
         near = slice(k, min(k + 6, count))
         values, slopes = _hermite(self.knots[near].tolist(), u)
         terms = zip((*values, *slopes), (*self.states[near], *self.slopes[near]), strict=True)
-        w = sum((weight * term for weight, term in terms), start=torch.zeros_like(self.states[0]))
+        start = torch.zeros_like(self.states[0], dtype=torch.promote_types(self.states.dtype, torch.float32))
+        w = sum((weight * term.to(start.dtype) for weight, term in terms), start=start)
         return w * clock.scale(t)
 
 

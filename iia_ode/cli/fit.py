@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autofit import BUDGETS, Budget, fit
-from ..autofit.fit import start_time
+from ..autofit.draws import start_time
 from ..errors import unknown_name
 from ..experiments import batch_seed
 from ..files import check_writable

@@ -32,6 +32,7 @@ class Batch:
     teacher : accurate trajectories of the samples, or None.
     chunk_size : number of samples per model call; None for all.
     final : true final states [B, ...] in the dtype of x, on any device; by default the final states of the teacher.
+    signal : part alpha x_0 of the initial states, [B, ...], where they are images with noise; None for pure noise.
 
     Raises
     ------
@@ -43,6 +44,7 @@ class Batch:
     teacher: Teacher | None = None
     chunk_size: int | None = None
     final: Tensor | None = None
+    signal: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
@@ -54,8 +56,9 @@ class Batch:
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """A part of the batch: the samples of a slice or of an index tensor [n], integer or boolean."""
         teacher = None if self.teacher is None else self.teacher.subset(index)
-        final = None if self.final is None else self.final[index]
-        return replace(self, ode=self.ode.subset(index, len(self.x)), x=self.x[index], teacher=teacher, final=final)
+        final, signal = (None if own is None else own[index] for own in (self.final, self.signal))
+        ode = self.ode.subset(index, len(self.x))
+        return replace(self, ode=ode, x=self.x[index], teacher=teacher, final=final, signal=signal)
 
     def chunks(self) -> Iterator[Batch]:
         """The batch in parts of `chunk_size`, in order."""
