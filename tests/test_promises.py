@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support import close
 from torch import Tensor, nn
 
 import iia_ode as iia
@@ -116,3 +117,23 @@ def test_every_path_warns_of_states_without_their_noise():
         half = advance(ode, plain.start(10 * x, "data"), until=2)
         iia.sample(ode, half)
         iia.sample(ode, x, rows, "ddim", check_finite=False)
+
+
+# ---- transforms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc"])
+def test_vmap_over_conditions_keeps_the_states_of_the_batch(name):
+    def conditioned(x, t, c):
+        return (0.5 * x + c) / (1 + t[:, None] ** 2)
+
+    x, conditions = noise(3, 4), noise(5, 3, 4, seed=1, sigma=1.0)
+    ode, plan = ode_of(conditioned, conditioning={"c": conditions[0]}), iia.get_solver(name).plan(iia.EDM(), GRID)
+    rows = torch.stack([GRID, 0.9 * GRID, 0.8 * GRID])
+    for path in (
+        lambda c: iia.sample(ode.condition(c=c), x, GRID, name),
+        lambda c: iia.odeint(ode.condition(c=c), x, GRID, method=name),
+        lambda c: iia.sample(ode.condition(c=c), x, rows, name),
+        lambda c: iia.sample(ode.condition(c=c), plan.start(x, "data")),
+    ):
+        close(torch.func.vmap(path)(conditions), torch.stack([path(c) for c in conditions]))
