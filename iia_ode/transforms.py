@@ -19,6 +19,7 @@ __all__ = [
     "differentiated",
     "has_tangent",
     "kept_property",
+    "may_write",
     "number_of",
     "outside",
     "readable",
@@ -45,6 +46,11 @@ def vectorized() -> bool:
 def readable(values: Tensor) -> bool:
     """Whether the program may read numbers of a tensor: not on device ``meta``, under ``vmap``, or in a graph."""
     return not (values.is_meta or torch.compiler.is_compiling() or vectorized())
+
+
+def may_write() -> bool:
+    """Whether a result may be written to memory of an operand: not where ``vmap`` may give the operands other batches."""
+    return not torch.compiler.is_compiling() and "Vmap" not in _at_work()
 
 
 def has_tangent(value: object) -> bool:

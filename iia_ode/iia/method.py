@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..__about__ import __version__
-from ..checks import check_flag, check_whole
+from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, one_run, unknown_name
 from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
@@ -145,8 +145,7 @@ class IIA:
         times = check_grid(check_ode(ode).schedule, grid)
         check_states(ode, x, times[0])
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise InputError(f"held_out must be a share of the batch, from 0 to below 1, got {held_out!r}.")
+        share = check_number("held_out, a share of the batch,", share, least=0, below=1)
         batch = Batch(ode, x, teacher, chunk_size)
         agree(ode, "IIA", self.options(), x, times, share, chunk_size, teacher is not None)
         if teacher is not None:

@@ -221,11 +221,10 @@ def refine(
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     check_samples(target)
-    check_number("held_out", held_out, least=0, below=1)
-    if not isinstance(outliers, int | float) or not outliers > 0:
-        raise InputError(f"outliers must be a positive number, or infinity for plain means, got {outliers!r}.")
-    check_number("sigma_min", sigma_min, least=0)
-    check_number("tolerance", tolerance, least=0)
+    held_out = check_number("held_out", held_out, least=0, below=1)
+    outliers = check_number("outliers (infinity for plain means)", outliers, above=0, finite=False)
+    sigma_min = check_number("sigma_min", sigma_min, least=0)
+    tolerance = check_number("tolerance", tolerance, least=0)
     check_flag("learn_grid", learn_grid)
     search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
     agree(ode, "refine", x, plan, target, search)

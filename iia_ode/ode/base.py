@@ -49,7 +49,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     prediction : form of the model's output: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"``
         (alpha eps - sigma x_0) or ``"velocity"`` (dx/dt).
     conditioning : keyword arguments of the model: values, or trees of values (dicts, lists, tuples and similar). A tensor has
-        leading dimension B, or 1 to serve every sample, and a list of B strings has a string per sample.
+        leading dimension B, or 1 to serve every sample, and a list of B strings or numbers has an entry per sample.
         :class:`~iia_ode.ode.Shared` marks a value without batch axis. All other values go to the model as they are.
     unconditional : the keywords of `conditioning` with the null condition, for classifier-free guidance
         [Ho & Salimans 2022].

@@ -26,7 +26,7 @@ _WEIGHTS = re.compile(r"[0-9a-f]{8}(-[dfbhx][0-9a-f]{12})+")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COUNTERS = [["num_batches_tracked"], ["n_averaged"]]  # buffers that count calls, and do not change outputs
 # Attributes of every ODE and wrapper, beside those of a subclass.
-_OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
+OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
     "batched_guidance",
     "time",
     "time_rounding",
@@ -102,12 +102,12 @@ class Fingerprint(str):
     def changed_by(self, layer: object) -> Fingerprint:
         """The fingerprint of `layer`, a module over an ODE whose class changes the output."""
         state: Any = layer
-        own = {k: v for k, v in vars(layer).items() if k not in _OF_ODE and not k.startswith("_")}
+        own = {k: v for k, v in vars(layer).items() if k not in OF_ODE and not k.startswith("_")}
         held = {**state._parameters, **state._modules}
         found = Parts()
         found.kinds.append(type(layer))
         for name, value in sorted({**_class_values(type(layer)), **own, **held}.items()):
-            if name not in _OF_ODE:
+            if name not in OF_ODE:
                 found.add(value, name, deep=False)
         found.add_closure(type(layer).output, "output")  # type: ignore[attr-defined]
         found.tensors += [(name, v) for name, v in sorted(state._buffers.items()) if v is not None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +67,7 @@ def checked_scale(value: object) -> Scale:
     ------
     InputError : neither a finite number, nor a tensor [B] of finite numbers, nor a function.
     """
+    value = _as_tensor(value)
     if isinstance(value, Tensor):
         numeric = not (value.is_complex() or value.dtype == torch.bool) and value.ndim <= 1 and value.numel() > 0
         if not numeric or (not value.is_meta and not bool(torch.isfinite(value).all())):
@@ -136,6 +138,7 @@ def _called(scale: Function, t: Tensor | float) -> float | Tensor:
         raise InputError(
             f"the guidance scale {_name(scale)} failed at t = {t}: {type(error).__name__}: {error}"
         ) from error
+    value = _as_tensor(value)
     if isinstance(value, Tensor) and (value.shape in ((), (1,)) or (isinstance(t, Tensor) and value.shape == t.shape)):
         on_host = not isinstance(t, Tensor) and value.is_cpu and not value.requires_grad
         return _finite(scale, t, value.item()) if on_host else value
@@ -147,6 +150,11 @@ def _of_each(scale: Function, t: Tensor) -> Any:
         return scale(t)
     except (TypeError, ValueError, RuntimeError):  # it branches on the time, or takes numbers
         return torch.stack([torch.as_tensor(scale(u), dtype=t.dtype, device=t.device) for u in t])
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of real numbers as a tensor; any other value unchanged."""
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
 
 
 def _finite(scale: Function, t: object, value: object) -> float:

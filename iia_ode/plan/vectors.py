@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from ..transforms import may_write
 from .maps import LinearMap, PerCondition
 from .projections import Projections
 
@@ -283,14 +284,14 @@ class Sum:
             raise PlanError(
                 f"this plan has a constant per {self.constant.key!r}: run it as plan.run(ode, x), which looks it up."
             )
-        total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
+        total, fresh, writes = None, False, may_write()  # `fresh`: a tensor of our own, which may be written to
         for index, weight in self.terms:
             if isinstance(weight, Tensor):
                 product = weight * read(index)
                 total, fresh = product if total is None else total + product, True
             elif total is None:
                 total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
-            elif fresh:
+            elif fresh and writes:
                 total = total.add_(read(index), alpha=weight)
             else:
                 total, fresh = torch.add(total, read(index), alpha=weight), True
