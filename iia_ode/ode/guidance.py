@@ -98,11 +98,11 @@ class Interval:
 
     def __call__(self, t: Tensor | float) -> Tensor | float:
         """The scale at time t, a number or a tensor [] or [B]."""
-        level = self.schedule.noise_to_signal(t)
-        if isinstance(level, Tensor):
-            inside = (level > self.low) & (level <= self.high)
-            return torch.where(inside, torch.full_like(level, self.scale), torch.ones_like(level))
-        return self.scale if self.low < level <= self.high else 1.0
+        if isinstance(t, Tensor):
+            levels = self.schedule.noise_to_signal(t)
+            inside = (levels > self.low) & (levels <= self.high)
+            return torch.where(inside, torch.full_like(levels, self.scale), torch.ones_like(levels))
+        return self.scale if self.low < self.schedule.noise_to_signal(t) <= self.high else 1.0
 
 
 def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:

@@ -80,13 +80,13 @@ class ByLevel(nn.Module):
 
     def at(self, schedule: Schedule, t: Tensor | float) -> Callable[..., Tensor]:
         """The network for time t of the schedule, a number or a tensor [] or [B]; or all networks, joined per sample."""
-        level = schedule.noise_to_signal(t)
-        if isinstance(level, Tensor):
+        if isinstance(t, Tensor):
+            level = schedule.noise_to_signal(t)
             if transformed() or not level.is_cpu or not readable(level):
                 return self._joined(level)
             found = {self._index(v) for v in level.flatten().tolist()}
             return self.networks[found.pop()] if len(found) == 1 else self._joined(level)
-        return self.networks[self._index(level)]
+        return self.networks[self._index(schedule.noise_to_signal(t))]
 
     def _index(self, level: float) -> int:
         return sum(level >= start * (1 - _SLACK) for start in self.levels[1:])
