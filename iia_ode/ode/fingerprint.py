@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..transforms import bare, outside
 from .changes import changed_names, globals_of
 from .checksums import dense, marks, sums
+from .networks import ByLevel
 
 __all__ = ["Fingerprint", "Parts", "checked_tag", "fingerprint_of"]
 
@@ -27,6 +28,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _COUNTERS = [["num_batches_tracked"], ["n_averaged"]]  # buffers that count calls, and do not change outputs
 # Attributes of every ODE and wrapper, beside those of a subclass.
 OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
+    "guidance_rescale",
     "batched_guidance",
     "time",
     "time_rounding",
@@ -213,6 +215,11 @@ class Parts:
         self._named, self._spare = {}, []
 
     def _add_module(self, module: nn.Module, name: str) -> None:
+        if isinstance(module, ByLevel):
+            self.pieces.append(repr(module.levels))
+            for k, network in enumerate(module.networks):
+                self.add(network, f"{name}.{k}" if name else f"{k}")
+            return
         self.modules.append(module)
         empty = True
         for path, part in module.named_modules():
