@@ -18,6 +18,7 @@ from ..ode.mode import check_mode
 from ..ode.origin import Origin
 from ..plan import check_grid, check_size, check_start
 from ..plan.checks import check_samples
+from ..sharing.records import surroundings
 from ..solvers import Solver, SolverLike, as_solver
 from ..teacher.teacher import Teacher, check_teacher
 from .batch import Batch
@@ -224,6 +225,7 @@ def record_of(
         sample_evaluations=spent.samples,
         seed=seed,
         search=search,
+        surroundings=surroundings(batch.device),
     )
 
 

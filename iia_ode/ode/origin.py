@@ -35,6 +35,7 @@ class Origin:
     fingerprint : identity of the model, see :class:`~iia_ode.ode.Fingerprint`; begins with ``"unknown"`` for a model without
         weights and without a tag.
     train_mode : whether the model was in train mode, with modules that depend on the mode.
+    serves : smallest and largest guidance scale at which a fit was measured and found good; None if not measured.
     """
 
     schedule: dict[str, Any]
@@ -45,6 +46,7 @@ class Origin:
     state_dtype: str
     fingerprint: str
     train_mode: bool = False
+    serves: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule.get("type"), str):
@@ -88,7 +90,8 @@ class Origin:
 
         Warns
         -----
-        MismatchWarning : another guidance scale; for a scale per sample, a scale outside of the range of the fit.
+        MismatchWarning : another guidance scale, outside of the measured range `serves`; for a scale per sample, a scale
+            outside of the range of the fit.
         FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
@@ -102,8 +105,10 @@ class Origin:
             raise MismatchError(f"{against('for schedule', brief(self.schedule), brief(schedule))} {advice}")
         if self.prediction != ode.prediction:
             raise MismatchError(f"{against('for prediction', self.prediction, ode.prediction)} {advice}")
-        if not _suits(scale, self.guidance_scale, strict_guidance):
-            text = against("for guidance_scale", self.guidance_scale, scale)
+        served = not strict_guidance and _within(scale, self.serves)
+        if not served and not _suits(scale, self.guidance_scale, strict_guidance):
+            measured = "" if self.serves is None else " (measured from {:g} to {:g})".format(*self.serves)
+            text = against("for guidance_scale", f"{self.guidance_scale}{measured}", scale)
             if strict_guidance:
                 raise MismatchError(f"{text} {advice}")
             warn(f"{text} Its weights suit the former.", MismatchWarning)
@@ -136,6 +141,14 @@ def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:
         return scale.kind == fitted.kind  # the values per sample are in the digest of the conditions
     (low, high), (least, most) = scale.range if isinstance(scale, Scales) else (scale, scale), fitted.range
     return not strict and least <= low and high <= most
+
+
+def _within(scale: float | Scales, measured: tuple[float, float] | None) -> bool:
+    """Whether a guidance scale, or all scales of a batch, are in a measured range."""
+    if measured is None or (isinstance(scale, Scales) and scale.kind == "per time" and None in scale.values):
+        return False
+    low, high = scale.range if isinstance(scale, Scales) else (scale, scale)
+    return measured[0] <= low and high <= measured[1]
 
 
 def _shapes(conditioning: Mapping[str, tuple[int, ...] | str]) -> str:
