@@ -62,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import the module of experiments on first access."""
-    if name == "experiments":
-        return importlib.import_module(".experiments", __name__)
+    """Import a module that few programs use on first access."""
+    if name in ("experiments", "kdiffusion"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
