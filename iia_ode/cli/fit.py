@@ -195,11 +195,10 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
     schedule, low = job.setting.schedule, states.sigma_min
 
     def solve() -> Teacher:
-        start, steps = start_time(states.ode, states.sigma_max, states.noise), budget.steps(nfe)
-        x = states.x if states.x is not None else schedule.sigma(start) * states.noise
+        start, steps = start_time(states.ode, states.sigma_max, states.draws), budget.steps(nfe)
         return Teacher.solve(
             states.ode,
-            x,
+            states.at(schedule.sigma(start)),
             start,
             schedule.t_data,
             steps=steps,
@@ -211,8 +210,7 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
     return fit(
         states.ode,
         nfe,
-        x=states.x,
-        noise=states.noise,
+        **{"noise" if states.is_noise else "x": states.draws},
         budget=budget,
         sigma_max=states.sigma_max,
         sigma_min=low,
@@ -227,19 +225,23 @@ class _States:
     """The states of a search: initial states, or noise for the noisiest level that the search chooses."""
 
     ode: ProbabilityFlowODE
-    x: Tensor | None
-    noise: Tensor | None
+    draws: Tensor
+    is_noise: bool
     sigma_min: float | None
     sigma_max: float | None
+
+    def at(self, sigma: float) -> Tensor:
+        """The initial states [B, ...], where the noise has the standard deviation `sigma`."""
+        return sigma * self.draws if self.is_noise else self.draws
 
 
 def _states(job: Job, count: int) -> _States:
     """Draw the states of a search; a model of the user's own leaves its levels to the search, unless they are given."""
     if job.own is None:
         ode, x = job.draw(count)
-        return _States(distributed(ode), x, None, job.lowest, job.setting.sigma_max)
+        return _States(distributed(ode), x, False, job.lowest, job.setting.sigma_max)
     ode, noise = job.own.noise(sample_seeds(batch_seed(job.seed, unseen=False), range(count)), job.device)
-    return _States(distributed(ode), None, noise, *job.own.levels)
+    return _States(distributed(ode), noise, True, *job.own.levels)
 
 
 def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:

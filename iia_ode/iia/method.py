@@ -16,6 +16,7 @@ from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.origin import Origin
 from ..plan import check_grid, check_ode, check_states
+from ..sharing.records import surroundings
 from ..solvers import Solver, SolverLike, as_solver
 from ..teacher.teacher import Teacher, check_teacher
 from .batch import Batch
@@ -218,6 +219,7 @@ def record_of(
         sample_evaluations=spent.samples,
         seed=seed,
         search=search,
+        surroundings=surroundings(batch.device),
     )
 
 

@@ -7,12 +7,13 @@ number for NaN and infinity: a field stores None instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import InputError
 from ..ode.origin import Origin
 from ..schedules.stored import brief
+from ..sharing.records import Served
 from ..teacher import TeacherOptions
 
 __all__ = [
@@ -275,6 +276,9 @@ class Record:
         evaluations of its samples.
     seed : seed of a search; None for a single fit, which draws no random numbers.
     search : account of the search; None for a single fit.
+    surroundings : versions and hardware of the fit, by name.
+    served : errors at further guidance scales; see :meth:`~iia_ode.FittedSolver.serves`.
+    notes : values added by :meth:`~iia_ode.FittedSolver.note`, JSON-ready.
     """
 
     library: str
@@ -295,6 +299,9 @@ class Record:
     seed: int | None = None
     search: SearchRecord | None = None
     last_step: bool = True
+    surroundings: dict[str, str] = field(default_factory=dict)
+    served: tuple[Served, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def finite(value: float) -> float | None:
