@@ -210,7 +210,8 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
     return fit(
         states.ode,
         nfe,
-        **{"noise" if states.is_noise else "x": states.draws},
+        noise=states.draws if states.is_noise else None,
+        x=None if states.is_noise else states.draws,
         budget=budget,
         sigma_max=states.sigma_max,
         sigma_min=low,

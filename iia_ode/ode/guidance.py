@@ -115,7 +115,8 @@ def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
         torch.linalg.vector_norm(v - v.mean(axes, True), dim=axes, keepdim=True) for v in (guided, condition)
     )
     ratio = theirs / torch.where(ours > 0, ours, torch.ones_like(ours))
-    return guided * (1 - share + share * ratio)
+    found: Tensor = guided * (1 - share + share * ratio)
+    return found
 
 
 def checked_scale(value: object) -> Scale:
@@ -181,7 +182,7 @@ def scale_at(scale: Scale, t: Tensor | float, x: Tensor) -> float | Tensor:
         return scale
     if isinstance(scale, Real):
         return float(scale)
-    value = scale if isinstance(scale, Tensor) else _called(cast(Function, scale), t)
+    value = scale if isinstance(scale, Tensor) else _called(scale, t)
     if isinstance(value, float):
         return value
     value = value.to(x.dtype).to(x.device, non_blocking=True)

@@ -107,12 +107,12 @@ def inconsistency(plan: Program, retrace: Callable[[list[float]], Program]) -> s
     hidden = False
     if kicks:
         before = np.maximum.accumulate(np.concatenate([np.ones((3, 1, len(kicks))), answer.growth[:, :-1]], 1), 1)
-        bounded = (answer.growth <= (1 + GROWTH) * before).all(-1)
+        bounded = np.all(answer.growth <= (1 + GROWTH) * before, axis=-1)
         # On the problem whose output is constant, a disturbance passes the weights of the earlier states alone, as in the
         # limit of short steps. On another problem long steps may damp it.
         forms = {ins.form for ins in plan.code if isinstance(ins, Evaluate)}
         own = _CONSTANT.get(forms.pop()) if len(forms) == 1 else None
-        hidden = own is not None and bool(kept[own].all()) and not bool(bounded[own].all())
+        hidden = own is not None and bool(np.all(kept[own])) and not bool(np.all(bounded[own]))
         kept &= bounded
     return None if bool(kept.any(0).all()) and not hidden else _fault(plan, retrace)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..forms import conversion
+from ..iia.provenance import Record, SearchRecord, Split, StepReport
 from ..ode.clock import Told
 from ..ode.guidance import Scales
 from ..ode.origin import Origin
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
 from ..plan.vectors import Weight, is_number, weight_mean
 from ..schedules.stored import brief
-from .provenance import Record, SearchRecord, Split, StepReport
 
 __all__ = ["describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
