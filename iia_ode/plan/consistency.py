@@ -107,7 +107,7 @@ def inconsistency(plan: Program, retrace: Callable[[list[float]], Program]) -> s
     hidden = False
     if kicks:
         before = np.maximum.accumulate(np.concatenate([np.ones((3, 1, len(kicks))), answer.growth[:, :-1]], 1), 1)
-        bounded = (answer.growth <= (1 + GROWTH) * before).all(-1)
+        bounded = np.all(answer.growth <= (1 + GROWTH) * before, axis=-1)
         # On the problem whose output is constant, a disturbance passes the weights of the earlier states alone, as in the
         # limit of short steps. On another problem long steps may damp it.
         forms = {ins.form for ins in plan.code if isinstance(ins, Evaluate)}
