@@ -102,6 +102,9 @@ def check_derivatives(ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tenso
     found, expected = flat(diagonal).mean(1), flat(difference).mean(1)
     rounding = _ROUNDED * eps * root_mean_square(out) / step * math.sqrt(len(state))
     if bool((found - expected).norm() > _CUT * max(found.norm(), expected.norm()) + rounding):
+        again = own.output(state, t)
+        if bool((again - out).norm() > _ROUNDED * eps * out.norm()):
+            return  # random outputs have no derivative by differences
         raise InputError(
             f"the model cuts its derivatives: at t = {t:.4g} the mean derivative of a component of its output by itself is "
             f"{float(found.mean()):.3g} by differentiation and {float(expected.mean()):.3g} by differences. Give a model "

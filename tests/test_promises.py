@@ -245,3 +245,27 @@ def test_guidance_functions_may_return_arrays():
 def test_a_path_that_no_file_has_is_the_librarys_own_error(path):
     with pytest.raises(FileFormatError, match="no file"):
         iia.load(path)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_refine_takes_tensors_of_inference_mode(inside):
+    def conditioned(x, t, c):
+        return c * x / (1 + t[:, None] ** 2)
+
+    with torch.inference_mode():
+        x, c = noise(8, 3), torch.ones(8, 1, dtype=F64)
+    plan = iia.get_solver("ddim").plan(iia.EDM(), GRID)
+    with torch.inference_mode(inside):
+        found = refine(ode_of(conditioned, conditioning={"c": c}), x, plan, x / 10, iterations=1)
+    plain = refine(ode_of(conditioned, conditioning={"c": c.clone()}), x.clone(), plan, x.clone() / 10, iterations=1)
+    assert found.gain == plain.gain < 1
+
+
+def test_scipy_drops_no_gradient_in_silence():
+    x, grid = noise(2, 3).requires_grad_(), torch.tensor([10.0, 1.0], dtype=F64)
+    with pytest.raises(InputError, match="no gradient flows through it: use method='dopri5'"):
+        iia.odeint(ode_of(), x, grid, method="scipy_solver", options={"solver": "LSODA"})
+    assert iia.odeint(ode_of(), x.detach(), grid, method="scipy_solver", options={"solver": "LSODA"}).shape == (2, 2, 3)

@@ -151,6 +151,7 @@ class Refinement:
 
 
 @one_run()
+@torch.inference_mode(False)
 def refine(
     ode: ProbabilityFlowODE,
     x: Tensor,
@@ -226,6 +227,9 @@ def refine(
     sigma_min = check_number("sigma_min", sigma_min, least=0)
     tolerance = check_number("tolerance", tolerance, least=0)
     check_flag("learn_grid", learn_grid)
+    x, target = (
+        v.clone() if v.is_inference() else v for v in (x, target)
+    )  # autograd keeps no tensors of inference mode
     search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
     agree(ode, "refine", x, plan, target, search)
     n = len(x)

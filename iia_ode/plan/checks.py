@@ -179,7 +179,7 @@ def check_ode(ode: object) -> ProbabilityFlowODE:
 
 def check_constants(schedule: Schedule) -> None:
     """Raise InputError if parameters of the schedule require a gradient; the weights of a plan do not carry this gradient."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         start = torch.tensor(schedule.t_noise, dtype=torch.float64, device="cpu")
         if any(carries_derivative(level(start)) for level in (schedule.alpha, schedule.sigma)):
             raise InputError(
