@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from iia_ode.denoisers.pretrained import digits_data
 
 FOLDER = Path(__file__).parent / "unet2d_digits"
-STEPS, BATCH, RATE, DECAY = 6000, 128, 1e-3, 0.999
+STEPS, BATCH, RATE, DECAY = 2500, 64, 1.5e-3, 0.998
 
 
 def train() -> None:
@@ -46,8 +46,8 @@ def train() -> None:
         kept = min(DECAY, (1 + step) / (10 + step))
         for name, value in unet.state_dict().items():
             averaged[name].lerp_(value, 1 - kept)
-        recent += 0.01 * (float(loss) - recent)
-        if step % 500 == 499:
+        recent += 0.01 * (loss.item() - recent)
+        if step % 250 == 249:
             print(f"step {step + 1}: loss {recent:.4f}", flush=True)
     unet.load_state_dict(averaged)
     unet.save_pretrained(FOLDER)
