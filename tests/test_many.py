@@ -254,7 +254,7 @@ def test_two_different_runs_do_not_mix_in_one_folder(tmp_path):
         (ode, {"decode": lambda x: x}, "decode"),
         (trained, {}, "model"),
     ]:
-        with pytest.raises(MismatchError, match=f"another run, made with .*{word} .*use another folder"):
+        with pytest.raises(MismatchError, match=f"another run, made with {word} .*use another folder"):
             iia.sample_many(other, out=tmp_path, **{**base, **changes})
 
 
