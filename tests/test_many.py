@@ -212,6 +212,22 @@ def test_a_batch_claimed_by_another_process_is_waited_for_and_taken_over_when_th
     assert done == [6] and list(content(tmp_path)) == list(range(6))
 
 
+def test_two_processes_started_by_hand_share_a_folder(tmp_path):
+    ready, told = os.pipe()
+    for _ in range(2):
+        if not os.fork():
+            try:
+                made = iia.sample_many(an_ode(), "ddim", range(60), (4,), tmp_path / "two", grid=GRID, batch=1).made
+                os.write(told, bytes([made]))
+            finally:
+                os._exit(0)
+    for _ in range(2):
+        os.wait()
+    assert sum(os.read(ready, 2)) == 60
+    iia.sample_many(an_ode(), "ddim", range(60), (4,), tmp_path / "one", grid=GRID, batch=1)
+    assert equal(content(tmp_path / "two"), content(tmp_path / "one"))
+
+
 def test_without_locks_each_rank_makes_its_own_share_alone(tmp_path, monkeypatch):
     def no_locks(self, k):
         raise OSError(38, "Function not implemented")
@@ -254,7 +270,7 @@ def test_two_different_runs_do_not_mix_in_one_folder(tmp_path):
         (ode, {"decode": lambda x: x}, "decode"),
         (trained, {}, "model"),
     ]:
-        with pytest.raises(MismatchError, match=f"another run, made with .*{word} .*use another folder"):
+        with pytest.raises(MismatchError, match=f"another run, made with {word} .*use another folder"):
             iia.sample_many(other, out=tmp_path, **{**base, **changes})
 
 

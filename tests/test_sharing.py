@@ -70,6 +70,7 @@ def test_notes_travel_with_the_file(tmp_path, fitted):
     assert again.plan == fitted.plan and fitted.record.notes == {}
     assert again.note(by=None, revision="main").record.notes["revision"] == "main"
     assert "by" not in again.note(by=None).record.notes
+    assert "model: owner/model\n" in str(again)
     with pytest.raises(InputError, match="a note must be"):
         fitted.note(x=torch.ones(2))
     with pytest.raises(InputError, match="a note must be"):
@@ -139,7 +140,7 @@ def test_a_fit_serves_the_scales_that_were_measured_and_warns_outside_of_them_on
     with pytest.warns(MismatchWarning, match="measured from 1 to 3"):
         served.check(guided(lambda t: 5.0 if t < 1 else 1.0, model))
     served.check(guided(lambda t: 3.0 if t < 1 else 1.0, model))
-    assert "The fit serves guidance scales from 1 to 3" in served.card()
+    assert "The fit serves guidance scales from 1 to 3" in served.card() and "serves 1 to 3" in str(served)
 
 
 def test_the_errors_at_a_scale_are_those_of_runs_at_that_scale(found):

@@ -56,6 +56,8 @@ def check_manifest(folder: Path, run: Mapping[str, Any], names: Sequence[str]) -
     theirs, ours = _manifest(folder), json.loads(json.dumps(run))
     differ = [key for key in {**theirs, **ours} if not _same(key, theirs.get(key), ours.get(key))]
     if differ:
+        # Hashes come last: a name says more.
+        differ = [key for key in differ if key not in ("id", "weights")] or differ[:1]
         shown = ", ".join(f"{key} {_brief(theirs.get(key))} (this run: {_brief(ours.get(key))})" for key in differ)
         raise MismatchError(
             f"{str(folder)!r} has the samples of another run, made with {shown}: use another folder, or the arguments of that "

@@ -71,8 +71,8 @@ def _errors(plan: Plan, record: Record) -> str:
     kept = "the base was kept" if end.fell_back else "this solver"
     rows = [(f"**{plan.name}** ({kept})", _error(end.base if end.fell_back else end.fit)), (rival, _error(end.base))]
     if search is not None:
-        seen = {search.chosen.name, search.rival}
-        rows += [(i.name, _error(i.error)) for i in search.ingredients if i.error and i.name not in seen]
+        others = (i for i in search.ingredients if not i.chosen and not i.name.startswith(search.rival))
+        rows += [(f"fit tried: {i.name}", _error(i.error)) for i in others if i.error]
     text = _table(("solver", f"error at {plan.nfe} evaluations"), rows)
     judged = f" on {end.judged} held-out samples" if end.judged else ""
     known = "" if end.teacher_error is None else f" The accurate states are known to about {end.teacher_error:.2g}."

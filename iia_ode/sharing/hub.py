@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: fetched and pushed through ``huggingface_hub``, which is imported when it is needed."""
+"""Files of the Hugging Face hub, fetched and pushed through ``huggingface_hub``; imported on first use."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def names_a_repo(path: object) -> bool:
-    """Whether a path that does not exist is the name of a repository: "owner/name", and no local folder is called "owner"."""
+    """Whether a path is the name of a repository, "owner/name": neither the path nor a local folder "owner" exists."""
     if not isinstance(path, str) or not _REPO.fullmatch(path) or os.path.exists(path):
         return False
     return not path.endswith(".safetensors") and not os.path.isdir(path.partition("/")[0])
 
 
 def check_repo(repo: object) -> str:
-    """The name of a repository; InputError unless it is "owner/name"."""
+    """The name of a repository; InputError for any form but "owner/name"."""
     if not isinstance(repo, str) or not _REPO.fullmatch(repo):
         raise InputError(f"a repository of the hub has a name such as 'owner/name', got {repo!r}.")
     return repo
@@ -40,7 +40,7 @@ def fetched(repo: str, file: str, revision: str | None) -> Path:
     Raises
     ------
     MissingDependencyError : huggingface_hub is not installed.
-    FileFormatError : there is no such repository, revision or file, or the hub does not answer.
+    FileFormatError : the repository, the revision or the file does not exist, or the hub does not answer.
     """
     hub = _client(f"there is no local file {repo!r}, and loading from the hub")
     with _answers(f"{file!r} of {repo!r}{'' if revision is None else f' at revision {revision!r}'}"):
@@ -58,7 +58,7 @@ def pushed(
     private: bool | None,
     token: str | None,
 ) -> str:
-    """Commit files to a repository, which is made if it does not exist; return the address of the commit.
+    """Commit files to a repository, made where missing; return the address of the commit.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def _client(what: str) -> Any:
 
 @contextmanager
 def _answers(what: str) -> Iterator[None]:
-    """Raise the errors of the hub, and of the network on the way to the hub, as one of this library."""
+    """Raise errors of the hub and of the network as a FileFormatError."""
     try:
         yield
     except MissingDependencyError:
