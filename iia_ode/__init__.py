@@ -8,7 +8,7 @@ from types import ModuleType
 
 from . import denoisers, errors, grids, metrics, plots, problems, reference, testing  # noqa: F401  (two are not typed often)
 from .__about__ import __version__
-from .autofit import Budget, fit
+from .autofit import Budget, fit, fit_cost
 from .errors import IIAError
 from .estimation import ModelStatistics
 from .iia import IIA, FittedSolver, preset
@@ -46,6 +46,7 @@ __all__ = [
     "distributed",
     "errors",
     "fit",
+    "fit_cost",
     "get_solver",
     "grids",
     "load",
@@ -63,6 +64,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Import a module that few programs use on first access."""
-    if name in ("experiments", "kdiffusion"):
+    if name in ("diffusers", "experiments", "kdiffusion"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

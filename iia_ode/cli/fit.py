@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autofit import BUDGETS, Budget, fit
-from ..autofit.fit import start_time
+from ..autofit.draws import start_time
 from ..errors import unknown_name
 from ..experiments import batch_seed
 from ..files import check_writable
@@ -210,8 +210,8 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
     return fit(
         states.ode,
         nfe,
-        x=None if states.is_noise else states.draws,
         noise=states.draws if states.is_noise else None,
+        x=None if states.is_noise else states.draws,
         budget=budget,
         sigma_max=states.sigma_max,
         sigma_min=low,
@@ -223,7 +223,7 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
 
 @dataclass(frozen=True)
 class _States:
-    """Draws of a search: initial states, or noise for the noisiest level of the search; levels are None where not given."""
+    """The states of a search: initial states, or noise for the noisiest level that the search chooses."""
 
     ode: ProbabilityFlowODE
     draws: Tensor

@@ -24,10 +24,10 @@ from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
 from ..sharing.card import card_of
 from ..sharing.hub import SOLVER, check_repo, pushed
+from ..sharing.report import describe_fit, explain_fit, table_of, table_of_weights
 from ..sharing.serving import at_scale, checked_scales, measured, range_of
 from ..warm_starts import WarmStart
 from .provenance import Record, StepReport, later
-from .report import describe_fit, explain_fit, table_of, table_of_weights
 
 __all__ = ["FittedSolver", "describe", "read_fit"]
 

@@ -61,7 +61,7 @@ class Endpoint:
     fell_back : whether the base is in use instead of the fit.
     reference : how the true final states were computed; ``"none"`` without a guard.
     why : reason of the guard for using the base; empty where the fit is in use.
-    judged : number of samples behind the decision; 0 without a guard.
+    judged : number of held-out samples behind the decision; 0 without a guard. Training samples are not counted.
     needed : number of samples needed. Where the fit is in use: the samples that show, with a probability of at least 95%, any
         failure frequent enough to undo the gain. Where the base is in use: the samples for a clear gain, if further samples
         are like the samples seen. None where such a number does not exist.

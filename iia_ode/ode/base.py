@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import check_flag
+from ..checks import check_flag, check_number
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
 from ..transforms import number_of
-from .calls import Ledger, answers, counted, own_device, own_dtype
-from .conditions import check_entries, picked
+from .calls import Ledger, answers, own_dtype
+from .clock import Rounding, Time, checked_rounding, checked_time, told
+from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
-from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, scale_at
+from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, rescaled, scale_at
+from .networks import ByLevel
+from .views import Views
 
 __all__ = ["Ledger", "ProbabilityFlowODE"]
 
@@ -30,13 +31,16 @@ _SETTINGS = (
     "conditioning",
     "unconditional",
     "guidance_scale",
+    "guidance_rescale",
     "batched_guidance",
+    "time",
+    "time_rounding",
     "model_dtype",
     "state_shape",
 )
 
 
-class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
+class ProbabilityFlowODE(Views, Forms[Tensor]):
     """dx/dt of a diffusion or flow model [Song et al. 2021], ready for torchdiffeq and for the solvers of this library.
 
     Parameters
@@ -47,15 +51,30 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
     prediction : form of the model's output: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"``
         (alpha eps - sigma x_0) or ``"velocity"`` (dx/dt).
     conditioning : keyword arguments of the model: values, or trees of values (dicts, lists, tuples and similar). A tensor has
-        leading dimension B, or 1 to serve every sample, and a list of B strings has a string per sample.
+        leading dimension B, or 1 to serve every sample, and a list of B strings or numbers has an entry per sample.
         :class:`~iia_ode.ode.Shared` marks a value without batch axis. All other values go to the model as they are.
     unconditional : the keywords of `conditioning` with the null condition, for classifier-free guidance
         [Ho & Salimans 2022].
     guidance_scale : w in ``D_null + w (D_cond - D_null)``: a number, a tensor [B] with a scale per sample, or a function of
         time. The function receives the time as a number, or as a tensor [] or [B] where the time is a tensor. Where w = 1,
         also at single times of a function, there is no guidance and no extra cost.
+    guidance_rescale : phi in ``phi std(D_cond) / std(D_guided) D_guided + (1 - phi) D_guided``, from 0 to 1, with the standard
+        deviation over each sample and D the model's output [Lin et al. 2024, section 3.4]; 0 changes nothing.
     batched_guidance : whether guidance makes a single call on a doubled batch. If False, or if the two conditions do not fit
         one batch (trees, lengths, dtypes or shared values differ), guidance makes two calls.
+    time : the time t [B] that the model is told. By default the attribute ``model_time`` of the model, if any, or else the
+        time of the schedule. A name is one of
+
+        - ``"index"``: the timestep of a ``Discrete`` schedule, which is its time (DDPM, Stable Diffusion, SDXL, DiT, PixArt);
+        - ``"sigma"``: sigma_t (Flux, whose network takes [0, 1]; k-diffusion and EDM networks on ``EDM()``);
+        - ``"1000 sigma"``: 1000 sigma_t (Stable Diffusion 3, Wan, LTX, Sana and most flow models of diffusers);
+        - ``"1 - sigma"``: 1 - sigma_t (Lumina 2, Z-Image);
+        - ``"c_noise"``: ln(sigma_t/alpha_t) / 4 (raw networks of EDM and EDM2, Stable Video Diffusion, Playground 2.5).
+
+        A function maps times of the schedule, a tensor [B] or [1], to what the model is told. Its argument has dtype float64
+        on the host, and on a device the dtype of the given time. Whole numbers that the function returns stay whole numbers.
+    time_rounding : whether the model is told whole numbers: ``"nearest"`` or ``"floor"``. Schedulers of diffusers with Karras
+        levels round to the nearest timestep; with exponential, beta and flow levels some round down.
     model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model
         without parameters. The state keeps its own dtype, float32 or float64. Times have dtype float64 for a float64 model,
         else float32.
@@ -65,10 +84,11 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     Raises
     ------
-    UnknownNameError : no such prediction type.
-    InputError : the model is not callable; `schedule` is no schedule; the scale is not usable; guidance has no `unconditional`
-        with the keywords of `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method
-        that solvers never call.
+    UnknownNameError : no such prediction type, time or rounding.
+    InputError : the model is not callable; `schedule` is no schedule; the time is neither a name nor a function, or the
+        schedule has no timesteps; the scale or the rescaling is not usable; guidance has no `unconditional` with the keywords
+        of `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method that solvers never
+        call.
     """
 
     def __init__(
@@ -80,7 +100,10 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         conditioning: Mapping[str, Any] | None = None,
         unconditional: Mapping[str, Any] | None = None,
         guidance_scale: Scale = 1.0,
+        guidance_rescale: float = 0.0,
         batched_guidance: bool = True,
+        time: Time | None = None,
+        time_rounding: Rounding | None = None,
         model_dtype: torch.dtype | None = None,
         state_shape: tuple[int, ...] | None = None,
         tag: str | None = None,
@@ -97,7 +120,11 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         self.conditioning = dict(conditioning or {})
         self.unconditional = dict(unconditional or {})
         self.guidance_scale = checked_scale(guidance_scale)
+        self.guidance_rescale = check_number("guidance_rescale", guidance_rescale, least=0, most=1)
         self.batched_guidance = check_flag("batched_guidance", batched_guidance)
+        # Not a part of this module, even if the function is a module.
+        self.__dict__["time"] = checked_time(getattr(model, "model_time", None) if time is None else time, schedule)
+        self.time_rounding = checked_rounding(time_rounding)
         self.model_dtype = model_dtype
         shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
         self.state_shape = None if shape is None else tuple(shape)
@@ -184,12 +211,38 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         InputError : the model does not return a floating-point tensor of the shape of x, the conditions do not fit the
             batch, or the guidance scale fails at this time.
         """
+        return self._output(x, t, own=True)
+
+    def borrowed(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The output for a caller that reads it at once: :meth:`output` without a copy, maybe in memory of the model.
+
+        The tensor must be neither changed nor kept beyond the next call of the model.
+
+        Parameters
+        ----------
+        x, t : state [B, ...] and time, as for :meth:`output`.
+
+        Returns
+        -------
+        The output [B, ...], in the dtype of x.
+
+        Raises
+        ------
+        InputError : as :meth:`output`.
+        """
+        if type(self).output is not ProbabilityFlowODE.output:
+            return self.output(x, t)
+        return self._output(x, t, own=False)
+
+    def _output(self, x: Tensor, t: Tensor | float, *, own: bool) -> Tensor:
         scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
-            return self._answers(x, t, self.conditioning)[0]
-        condition, null = self.branches(x, t)
+            return self._answers(x, t, self.conditioning, own=own)[0]
+        check_branches(self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
-        return torch.lerp(null, condition, scale)
+        guided = torch.lerp(null, condition, scale)
+        return rescaled(guided, condition, self.guidance_rescale) if self.guidance_rescale else guided
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Compute the two outputs that guidance combines, at the cost of one guided evaluation.
@@ -211,71 +264,21 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         InputError : the ODE has no null condition.
         """
         check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=True)
         return condition, null
 
-    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
+    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool) -> Sequence[Tensor]:
         self.check_conditions(x.shape[0])
-        return answers(self.model, self.ledger, x, t, branches, self.compute_dtype(x), joint=self.batched_guidance)
+        times = told(self.time, self.time_rounding, self.schedule, t)
+        model = self.model.at(self.schedule, t) if isinstance(self.model, ByLevel) else self.model
+        dtype, joint = self.compute_dtype(x), self.batched_guidance
+        return answers(model, self.ledger, x, times, branches, dtype, joint=joint, own=own)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""
         return self.model_dtype or own_dtype(self.model) or x.dtype
 
-    # ---- views and bookkeeping ---------------------------------------------------------------------------------------
-
-    def condition(self, **conditioning: Any) -> Self:
-        """The ODE under other conditions, with the same model, null condition, guidance scale and ledger.
-
-        Raises
-        ------
-        InputError : guidance lacks a keyword, or a condition cannot be split with the samples.
-        """
-        view = self._view(conditioning, self.unconditional)
-        check_guidance(view.conditioning, view.unconditional, view.guidance_scale)
-        return view
-
-    def subset(self, index: slice | Tensor, batch: int) -> Self:
-        """The ODE restricted to some samples of a batch.
-
-        Parameters
-        ----------
-        index : the samples, a slice or an integer or boolean tensor [n].
-        batch : size of the whole batch. Conditions and guidance scales with `batch` entries are indexed; others stay.
-
-        Returns
-        -------
-        The ODE, with the same model and ledger.
-        """
-        view = self._view(picked(self.conditioning, index, batch), picked(self.unconditional, index, batch))
-        view.guidance_scale = picked({"scale": self.guidance_scale}, index, batch)["scale"]
-        return view
-
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
-        """A shallow copy with other conditions, and with the same class, model and ledger."""
-        view = self._copied()
-        view.conditioning, view.unconditional = dict(conditioning), dict(unconditional)
-        return view
-
-    def _copied(self) -> Self:
-        """A shallow copy with submodules, parameters and buffers of its own."""
-        twin = copy.copy(self)
-        twin.__dict__ |= {name: dict(self.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
-        return twin
-
-    @property
-    def nfe(self) -> int:
-        """Number of batched model evaluations; ``ode.ledger.reset()`` sets the number to zero."""
-        return self.ledger.evaluations
-
-    @property
-    def device(self) -> torch.device | None:
-        """Device of the model's parameters; None for a model without parameters, which runs on the device of the states."""
-        return own_device(self.model)
-
-    def counting(self) -> AbstractContextManager[Ledger]:
-        """A ledger of the evaluations of a ``with`` block, filled in at the end of the block."""
-        return counted(self.ledger)
+    # ---- bookkeeping -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> Fingerprint:
         """The identity of the model: a short hash of its weights, or the `tag`.

@@ -59,35 +59,40 @@ def answers(
     dtype: torch.dtype,
     *,
     joint: bool,
+    own: bool,
 ) -> Sequence[Tensor]:
     """The model's outputs [B, ...] under one condition or two, in the dtype of x.
 
     Parameters
     ----------
     model, ledger : the model, and the count of its calls.
-    x, t : state [B, ...] and time, a number or a tensor [] or [B].
+    x, t : state [B, ...] and the time that the model is told: a number, or a tensor [], [1] or [B].
     branches : the conditions, checked for the batch.
     dtype : dtype of the model's arithmetic.
     joint : whether two branches share a call, if their conditions fit one batch.
+    own : whether the outputs are copies. Memory of the model may change at the next call.
     """
 
-    def called(condition: Mapping[str, Any], copies: int) -> Tensor:
+    def called(condition: Mapping[str, Any], copies: int, own: bool) -> Tensor:
         """The answer for `copies` copies of the batch, which the model may write to."""
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
-            times = t.to(device=x.device, dtype=time_dtype).expand(batch).repeat(copies)
+            kept = time_dtype if t.is_floating_point() else t.dtype  # whole numbers may be the rows of an embedding
+            times = t.to(device=x.device, dtype=kept, non_blocking=True).expand(batch).repeat(copies)
         else:
             times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
         y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
         ledger.add(batch)
-        return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=True)
+        return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=own)
 
     batch = x.shape[0]
     if len(branches) == 2 and joint:
         both = paired(branches[0], branches[1], batch, x.device)
         if both is not None:
-            return called(both, 2).chunk(2)
-    return [called(batched(branch, batch, x.device), 1) for branch in branches]
+            return called(both, 2, own).chunk(2)
+    # The second call may write to the memory of the first answer.
+    own = own or len(branches) > 1
+    return [called(batched(branch, batch, x.device), 1, own) for branch in branches]
 
 
 def own_device(model: object) -> torch.device | None:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_number
 from ..errors import InputError
 from ..schedules import Schedule
 from .conditions import check_tree
 
 __all__ = [
+    "Interval",
     "Scale",
     "Scales",
     "check_branches",
@@ -23,6 +26,7 @@ __all__ = [
     "check_scales",
     "checked_scale",
     "recorded",
+    "rescaled",
     "scale_at",
 ]
 
@@ -59,6 +63,62 @@ class Scales:
         return f"{low:g} to {high:g} {self.kind}"
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A guidance scale within an interval of noise levels, and 1 outside [Kynkaanniemi et al. 2024].
+
+    Outside of the interval, guidance costs nothing.
+
+    Parameters
+    ----------
+    scale : w within the interval.
+    low, high : the interval, levels sigma/alpha with low < level <= high. EDM's levels are the levels of the paper.
+    schedule : the schedule of the ODE, which has the levels of times.
+
+    Raises
+    ------
+    InputError : the scale is not finite, or the levels are not 0 <= low < high.
+
+    Examples
+    --------
+    >>> ode = iia.ProbabilityFlowODE(..., guidance_scale=iia.ode.Interval(2.0, 0.28, 2.9, schedule))
+    """
+
+    scale: float
+    low: float
+    high: float
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        low = check_number("low", self.low, least=0)
+        if not isinstance(self.high, Real) or not low < self.high:
+            raise InputError(f"an interval of guidance needs 0 <= low < high, got {self.low!r} and {self.high!r}.")
+        if not isinstance(self.schedule, Schedule):
+            raise InputError(f"schedule must be the schedule of the ODE, got {type(self.schedule).__name__}.")
+
+    def __call__(self, t: Tensor | float) -> Tensor | float:
+        """The scale at time t, a number or a tensor [] or [B]."""
+        if isinstance(t, Tensor):
+            levels = self.schedule.noise_to_signal(t)
+            inside = (levels > self.low) & (levels <= self.high)
+            return torch.where(inside, torch.full_like(levels, self.scale), torch.ones_like(levels))
+        return self.scale if self.low < self.schedule.noise_to_signal(t) <= self.high else 1.0
+
+
+def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
+    """A guided output [B, ...] whose standard deviation over each sample moves to that of the condition, by a share."""
+    if guided.ndim < 2:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ours, theirs = (
+        torch.linalg.vector_norm(v - v.mean(axes, True), dim=axes, keepdim=True) for v in (guided, condition)
+    )
+    ratio = theirs / torch.where(ours > 0, ours, torch.ones_like(ours))
+    found: Tensor = guided * (1 - share + share * ratio)
+    return found
+
+
 def checked_scale(value: object) -> Scale:
     """`value` as a guidance scale.
 
@@ -66,6 +126,7 @@ def checked_scale(value: object) -> Scale:
     ------
     InputError : neither a finite number, nor a tensor [B] of finite numbers, nor a function.
     """
+    value = _as_tensor(value)
     if isinstance(value, Tensor):
         numeric = not (value.is_complex() or value.dtype == torch.bool) and value.ndim <= 1 and value.numel() > 0
         if not numeric or (not value.is_meta and not bool(torch.isfinite(value).all())):
@@ -117,9 +178,11 @@ def scale_at(scale: Scale, t: Tensor | float, x: Tensor) -> float | Tensor:
     Nothing on a device is read. A function receives t itself, a number or a tensor [] or [B]; a function that cannot take a
     tensor [B] is called for each entry.
     """
+    if isinstance(scale, float):  # nearly always, and asking for numbers in general takes far longer
+        return scale
     if isinstance(scale, Real):
         return float(scale)
-    value = scale if isinstance(scale, Tensor) else _called(cast(Function, scale), t)
+    value = scale if isinstance(scale, Tensor) else _called(scale, t)
     if isinstance(value, float):
         return value
     value = value.to(x.dtype).to(x.device, non_blocking=True)
@@ -134,6 +197,7 @@ def _called(scale: Function, t: Tensor | float) -> float | Tensor:
         raise InputError(
             f"the guidance scale {_name(scale)} failed at t = {t}: {type(error).__name__}: {error}"
         ) from error
+    value = _as_tensor(value)
     if isinstance(value, Tensor) and (value.shape in ((), (1,)) or (isinstance(t, Tensor) and value.shape == t.shape)):
         on_host = not isinstance(t, Tensor) and value.is_cpu and not value.requires_grad
         return _finite(scale, t, value.item()) if on_host else value
@@ -145,6 +209,11 @@ def _of_each(scale: Function, t: Tensor) -> Any:
         return scale(t)
     except (TypeError, ValueError, RuntimeError):  # it branches on the time, or takes numbers
         return torch.stack([torch.as_tensor(scale(u), dtype=t.dtype, device=t.device) for u in t])
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of real numbers as a tensor; any other value unchanged."""
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
 
 
 def _finite(scale: Function, t: object, value: object) -> float:

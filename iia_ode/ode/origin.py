@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
 from ..schedules.stored import brief
+from ..transforms import outside
 from .base import ProbabilityFlowODE
+from .clock import Told, recorded_time, same_time
 from .conditions import digest_of, kinds
 from .fingerprint import Fingerprint
 from .guidance import Scales, recorded
@@ -35,6 +37,8 @@ class Origin:
     fingerprint : identity of the model, see :class:`~iia_ode.ode.Fingerprint`; begins with ``"unknown"`` for a model without
         weights and without a tag.
     train_mode : whether the model was in train mode, with modules that depend on the mode.
+    time : the time that the model was told.
+    guidance_rescale : share of the rescaled output in the guided output.
     serves : smallest and largest guidance scale at which a fit was measured and found good; None if not measured.
     """
 
@@ -46,6 +50,8 @@ class Origin:
     state_dtype: str
     fingerprint: str
     train_mode: bool = False
+    time: Told = Told()
+    guidance_rescale: float = 0.0
     serves: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +70,8 @@ class Origin:
             state_dtype=str(x.dtype).removeprefix("torch."),
             fingerprint=ode.fingerprint(),
             train_mode=bool(in_training(ode)),
+            time=recorded_time(ode.time, ode.time_rounding, ode.schedule),
+            guidance_rescale=ode.guidance_rescale,
         )
 
     def check(
@@ -82,7 +90,7 @@ class Origin:
         ode : the ODE to compare with.
         x : states [B, ...] to compare with; none by default.
         name, made : subject and verb of the messages.
-        strict_guidance : whether another guidance scale is an error instead of a warning.
+        strict_guidance : whether another guidance scale or rescaling is an error instead of a warning.
 
         Raises
         ------
@@ -90,13 +98,14 @@ class Origin:
 
         Warns
         -----
-        MismatchWarning : another guidance scale, outside of the measured range `serves`; for a scale per sample, a scale
-            outside of the range of the fit.
+        MismatchWarning : another guidance scale, outside of the measured range `serves`, or another rescaling; for a scale per
+            sample, a scale outside of the range of the fit. The model is told another time, apart from rounding.
         FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
-        schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
-        scale = recorded(ode.guidance_scale, ode.schedule)
+        with outside():
+            schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
+            scale, rescale = recorded(ode.guidance_scale, ode.schedule), ode.guidance_rescale
 
         def against(what: str, theirs: object, ours: object) -> str:
             return f"{name} was {made} {what} {theirs}, and this ODE has {ours}."
@@ -105,13 +114,24 @@ class Origin:
             raise MismatchError(f"{against('for schedule', brief(self.schedule), brief(schedule))} {advice}")
         if self.prediction != ode.prediction:
             raise MismatchError(f"{against('for prediction', self.prediction, ode.prediction)} {advice}")
+        measured = "" if self.serves is None else " (measured from {:g} to {:g})".format(*self.serves)
         served = not strict_guidance and _within(scale, self.serves)
-        if not served and not _suits(scale, self.guidance_scale, strict_guidance):
-            measured = "" if self.serves is None else " (measured from {:g} to {:g})".format(*self.serves)
-            text = against("for guidance_scale", f"{self.guidance_scale}{measured}", scale)
-            if strict_guidance:
-                raise MismatchError(f"{text} {advice}")
-            warn(f"{text} Its weights suit the former.", MismatchWarning)
+        suits = served or _suits(scale, self.guidance_scale, strict_guidance)
+        for what, theirs, ours, fine in (
+            ("guidance_scale", f"{self.guidance_scale}{measured}", scale, suits),
+            ("guidance_rescale", self.guidance_rescale, rescale, self.guidance_rescale == rescale),
+        ):
+            if not fine and strict_guidance:
+                raise MismatchError(f"{against(f'for {what}', theirs, ours)} {advice}")
+            if not fine:
+                warn(f"{against(f'for {what}', theirs, ours)} Its weights suit the former.", MismatchWarning)
+        time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
+        if not same_time(self.time, time, ode.schedule):
+            warn(
+                f"{name} was {made} for a model that is told the time {self.time}, and this ODE tells its model {time}: set "
+                "time= as in the fit, unless the model itself makes up for the difference.",
+                MismatchWarning,
+            )
         if self.conditioning != conditioning:
             shapes = (_shapes(c) for c in (self.conditioning, conditioning))
             raise MismatchError(f"{against('with conditions of shapes (per sample)', *shapes)} {advice}")
@@ -130,7 +150,8 @@ class Origin:
 def conditions_digest(ode: ProbabilityFlowODE) -> str:
     """A hash of the values of all conditions, with and without guidance, and of a guidance scale per sample."""
     trees = [ode.conditioning, ode.unconditional]
-    return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
+    with outside():
+        return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
 
 
 def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..forms import conversion
+from ..iia.provenance import Record, SearchRecord, Split, StepReport
+from ..ode.clock import Told
 from ..ode.guidance import Scales
 from ..ode.origin import Origin
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
 from ..plan.vectors import Weight, is_number, weight_mean
 from ..schedules.stored import brief
-from .provenance import Record, SearchRecord, Split, StepReport
 
 __all__ = ["describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
@@ -80,7 +81,8 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     ridge = r.ridge if isinstance(r.ridge, str) else f"{r.ridge:g}"
     lines = [
         f"{name}: {r.base.name}{'' if end.fell_back else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
-        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}",
+        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}"
+        f"{'' if origin.time == Told() else f', told {origin.time}'}",
         f"terms {r.terms}{' and an intercept' if r.intercept else ''}{'' if r.last_step else ', step to the data left'}, "
         f"target {_target(r)}, "
         f"history {r.history}, ridge {ridge}",
@@ -106,7 +108,8 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
 
 
 def _scale(origin: Origin) -> str:
-    return str(origin.guidance_scale) if isinstance(origin.guidance_scale, Scales) else f"{origin.guidance_scale:g}"
+    shown = str(origin.guidance_scale) if isinstance(origin.guidance_scale, Scales) else f"{origin.guidance_scale:g}"
+    return shown if not origin.guidance_rescale else f"{shown} rescaled by {origin.guidance_rescale:g}"
 
 
 def _target(record: Record) -> str:
