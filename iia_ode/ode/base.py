@@ -66,9 +66,9 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         time of the schedule. ``"index"``: the timestep of a ``Discrete`` schedule (DDPM, Stable Diffusion, SDXL, DiT, PixArt).
         ``"1000 sigma"``: 1000 sigma_t (Stable Diffusion 3, Wan, LTX, Sana, and most flow models of diffusers). ``"sigma"``:
         sigma_t (Flux, whose network takes [0, 1]). ``"1 - sigma"``: 1 - sigma_t (Lumina 2, Z-Image). ``"c_noise"``:
-        ln(sigma_t/alpha_t) / 4 (raw networks of EDM and EDM2, Stable Video Diffusion, Playground 2.5). A function maps times of
-        the schedule, a tensor [B] or [1], to the told times. Its argument has dtype float64 on the host, and float32 on another
-        device, unless the time was given in float64. Integers that the function returns stay integers.
+        ln(sigma_t/alpha_t) / 4 (raw networks of EDM and EDM2, Stable Video Diffusion, Playground 2.5). A function maps times
+        of the schedule, a tensor [B] or [1], to the told times. Its argument has dtype float64 on the host, and float32 on
+        another device, unless the time was given in float64. Integers that the function returns stay integers.
     time_rounding : whether the model is told whole numbers: ``"nearest"`` or ``"floor"``. Schedulers of diffusers with Karras
         levels round to the nearest timestep; with exponential, beta and flow levels some round down.
     model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model
