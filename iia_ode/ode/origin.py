@@ -48,7 +48,7 @@ class Origin:
     state_dtype: str
     fingerprint: str
     train_mode: bool = False
-    time: Told = Told()
+    time: Told = Told("t")
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
