@@ -23,6 +23,7 @@ from .files import read_tensors
 from .forms import conversion
 from .integrate import sample
 from .ode import ProbabilityFlowODE
+from .ode.clock import recorded_time
 from .ode.guidance import recorded
 from .ode.hosted import in_float64
 from .ode.mode import check_mode, in_training
@@ -159,6 +160,7 @@ class ModelStatistics(StatisticsTables):
             "seed": seed,
             "prediction": ode.prediction,
             "guidance_scale": scale if isinstance(scale, float) else asdict(scale),
+            "time": asdict(recorded_time(ode.time, ode.time_rounding, ode.schedule)),
             "fingerprint": str(ode.fingerprint()),
             "train_mode": bool(in_training(ode)),
             "evaluations": spent.evaluations,

@@ -294,6 +294,8 @@ def test_the_settings_of_an_ode_are_all_that_it_was_given_beside_its_model():
         "unconditional": {"label": torch.full((3,), 9)},
         "guidance_scale": 2.5,
         "batched_guidance": False,
+        "time": "1000 sigma",
+        "time_rounding": "floor",
         "model_dtype": torch.float32,
         "state_shape": (4,),
     }

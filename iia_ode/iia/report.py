@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..forms import conversion
+from ..ode.clock import Told
 from ..ode.guidance import Scales
 from ..ode.origin import Origin
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
@@ -80,7 +81,8 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     ridge = r.ridge if isinstance(r.ridge, str) else f"{r.ridge:g}"
     lines = [
         f"{name}: {r.base.name}{'' if end.fell_back else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
-        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}",
+        f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}"
+        f"{'' if origin.time == Told() else f', told {origin.time}'}",
         f"terms {r.terms}{' and an intercept' if r.intercept else ''}{'' if r.last_step else ', step to the data left'}, "
         f"target {_target(r)}, "
         f"history {r.history}, ridge {ridge}",

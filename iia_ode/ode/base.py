@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_flag
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
 from ..transforms import number_of
-from .calls import Ledger, answers, counted, own_device, own_dtype
-from .conditions import check_entries, picked
+from .calls import Ledger, answers, own_dtype
+from .clock import Rounding, Time, checked_rounding, checked_time, told
+from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
 from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, scale_at
+from .views import Views
 
 __all__ = ["Ledger", "ProbabilityFlowODE"]
 
@@ -31,12 +31,14 @@ _SETTINGS = (
     "unconditional",
     "guidance_scale",
     "batched_guidance",
+    "time",
+    "time_rounding",
     "model_dtype",
     "state_shape",
 )
 
 
-class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
+class ProbabilityFlowODE(Views, Forms[Tensor]):
     """dx/dt of a diffusion or flow model [Song et al. 2021], ready for torchdiffeq and for the solvers of this library.
 
     Parameters
@@ -56,6 +58,19 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         also at single times of a function, there is no guidance and no extra cost.
     batched_guidance : whether guidance makes a single call on a doubled batch. If False, or if the two conditions do not fit
         one batch (trees, lengths, dtypes or shared values differ), guidance makes two calls.
+    time : the time t [B] that the model is told. By default the attribute ``model_time`` of the model, if any, or else the
+        time of the schedule. A name is one of
+
+        - ``"index"``: the timestep of a ``Discrete`` schedule, which is its time (DDPM, Stable Diffusion, SDXL, DiT, PixArt);
+        - ``"sigma"``: sigma_t (Flux, whose network takes [0, 1]; k-diffusion and EDM networks on ``EDM()``);
+        - ``"1000 sigma"``: 1000 sigma_t (Stable Diffusion 3, Wan, LTX, Sana and most flow models of diffusers);
+        - ``"1 - sigma"``: 1 - sigma_t (Lumina 2, Z-Image);
+        - ``"c_noise"``: ln(sigma_t/alpha_t) / 4 (raw networks of EDM and EDM2, Stable Video Diffusion, Playground 2.5).
+
+        A function maps times of the schedule, a tensor [B] or [1], to what the model is told. Its argument has dtype float64
+        on the host, and on a device the dtype of the given time. Whole numbers that the function returns stay whole numbers.
+    time_rounding : whether the model is told whole numbers: ``"nearest"`` or ``"floor"``. Schedulers of diffusers with Karras
+        levels round to the nearest timestep; with exponential, beta and flow levels some round down.
     model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model
         without parameters. The state keeps its own dtype, float32 or float64. Times have dtype float64 for a float64 model,
         else float32.
@@ -65,10 +80,10 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     Raises
     ------
-    UnknownNameError : no such prediction type.
-    InputError : the model is not callable; `schedule` is no schedule; the scale is not usable; guidance has no `unconditional`
-        with the keywords of `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method
-        that solvers never call.
+    UnknownNameError : no such prediction type, time or rounding.
+    InputError : the model is not callable; `schedule` is no schedule; the time is neither a name nor a function, or the
+        schedule has no timesteps; the scale is not usable; guidance has no `unconditional` with the keywords of
+        `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method that solvers never call.
     """
 
     def __init__(
@@ -81,6 +96,8 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         unconditional: Mapping[str, Any] | None = None,
         guidance_scale: Scale = 1.0,
         batched_guidance: bool = True,
+        time: Time | None = None,
+        time_rounding: Rounding | None = None,
         model_dtype: torch.dtype | None = None,
         state_shape: tuple[int, ...] | None = None,
         tag: str | None = None,
@@ -98,6 +115,9 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
         self.unconditional = dict(unconditional or {})
         self.guidance_scale = checked_scale(guidance_scale)
         self.batched_guidance = check_flag("batched_guidance", batched_guidance)
+        # Not a part of this module, even if the function is a module.
+        self.__dict__["time"] = checked_time(getattr(model, "model_time", None) if time is None else time, schedule)
+        self.time_rounding = checked_rounding(time_rounding)
         self.model_dtype = model_dtype
         shape = getattr(model, "state_shape", None) if state_shape is None else state_shape
         self.state_shape = None if shape is None else tuple(shape)
@@ -216,66 +236,14 @@ class ProbabilityFlowODE(nn.Module, Forms[Tensor]):
 
     def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
         self.check_conditions(x.shape[0])
-        return answers(self.model, self.ledger, x, t, branches, self.compute_dtype(x), joint=self.batched_guidance)
+        times = told(self.time, self.time_rounding, self.schedule, t)
+        return answers(self.model, self.ledger, x, times, branches, self.compute_dtype(x), joint=self.batched_guidance)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""
         return self.model_dtype or own_dtype(self.model) or x.dtype
 
-    # ---- views and bookkeeping ---------------------------------------------------------------------------------------
-
-    def condition(self, **conditioning: Any) -> Self:
-        """The ODE under other conditions, with the same model, null condition, guidance scale and ledger.
-
-        Raises
-        ------
-        InputError : guidance lacks a keyword, or a condition cannot be split with the samples.
-        """
-        view = self._view(conditioning, self.unconditional)
-        check_guidance(view.conditioning, view.unconditional, view.guidance_scale)
-        return view
-
-    def subset(self, index: slice | Tensor, batch: int) -> Self:
-        """The ODE restricted to some samples of a batch.
-
-        Parameters
-        ----------
-        index : the samples, a slice or an integer or boolean tensor [n].
-        batch : size of the whole batch. Conditions and guidance scales with `batch` entries are indexed; others stay.
-
-        Returns
-        -------
-        The ODE, with the same model and ledger.
-        """
-        view = self._view(picked(self.conditioning, index, batch), picked(self.unconditional, index, batch))
-        view.guidance_scale = picked({"scale": self.guidance_scale}, index, batch)["scale"]
-        return view
-
-    def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
-        """A shallow copy with other conditions, and with the same class, model and ledger."""
-        view = self._copied()
-        view.conditioning, view.unconditional = dict(conditioning), dict(unconditional)
-        return view
-
-    def _copied(self) -> Self:
-        """A shallow copy with submodules, parameters and buffers of its own."""
-        twin = copy.copy(self)
-        twin.__dict__ |= {name: dict(self.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
-        return twin
-
-    @property
-    def nfe(self) -> int:
-        """Number of batched model evaluations; ``ode.ledger.reset()`` sets the number to zero."""
-        return self.ledger.evaluations
-
-    @property
-    def device(self) -> torch.device | None:
-        """Device of the model's parameters; None for a model without parameters, which runs on the device of the states."""
-        return own_device(self.model)
-
-    def counting(self) -> AbstractContextManager[Ledger]:
-        """A ledger of the evaluations of a ``with`` block, filled in at the end of the block."""
-        return counted(self.ledger)
+    # ---- bookkeeping -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> Fingerprint:
         """The identity of the model: a short hash of its weights, or the `tag`.

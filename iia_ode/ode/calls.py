@@ -65,7 +65,7 @@ def answers(
     Parameters
     ----------
     model, ledger : the model, and the count of its calls.
-    x, t : state [B, ...] and time, a number or a tensor [] or [B].
+    x, t : state [B, ...] and the time that the model is told: a number, or a tensor [], [1] or [B].
     branches : the conditions, checked for the batch.
     dtype : dtype of the model's arithmetic.
     joint : whether two branches share a call, if their conditions fit one batch.
@@ -75,7 +75,8 @@ def answers(
         """The answer for `copies` copies of the batch, which the model may write to."""
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
-            times = t.to(device=x.device, dtype=time_dtype).expand(batch).repeat(copies)
+            kept = time_dtype if t.is_floating_point() else t.dtype  # whole numbers may be the rows of an embedding
+            times = t.to(device=x.device, dtype=kept, non_blocking=True).expand(batch).repeat(copies)
         else:
             times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
         y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import InputError, RankError, first_line
 from ..files import bytes_of
 from .base import Ledger, ProbabilityFlowODE
+from .clock import recorded_time
 from .conditions import digest_of
 from .guidance import recorded
 from .wrapped import Wrapped, layers_of
@@ -76,7 +77,7 @@ def ranks_of(ode: ProbabilityFlowODE) -> Ranks | None:
 def agree(ode: ProbabilityFlowODE, *task: object) -> None:
     """Check that all processes of a distributed ODE were given the same task; a collective call.
 
-    The ODE itself is part of the task: schedule, prediction type, guidance scale, fingerprint and conditions.
+    The ODE itself is part of the task: schedule, prediction type, guidance scale, told time, fingerprint and conditions.
 
     Parameters
     ----------
@@ -92,7 +93,8 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
     if ranks is None:
         return
     scale = ode.guidance_scale if isinstance(ode.guidance_scale, Tensor) else recorded(ode.guidance_scale, ode.schedule)
-    own = ode.schedule.config(), ode.prediction, scale, ode.fingerprint().values
+    time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
+    own = ode.schedule.config(), ode.prediction, scale, ode.fingerprint().values, time
     ranks.meet(
         ("agree", own, digest_of(ode.conditioning, ode.unconditional), task),
         "the processes were asked for different things: give all of them the same noise or states, conditions, model, grid, "

@@ -25,6 +25,8 @@ _COUNTERS = [["num_batches_tracked"], ["n_averaged"]]  # buffers that count call
 # Attributes of every ODE and wrapper, beside those of a subclass.
 _OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
     "batched_guidance",
+    "time",
+    "time_rounding",
     "model_dtype",
     "state_shape",
     "ledger",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
 from ..schedules.stored import brief
 from .base import ProbabilityFlowODE
+from .clock import Told, recorded_time, same_time
 from .conditions import digest_of, kinds
 from .fingerprint import Fingerprint
 from .guidance import Scales, recorded
@@ -35,6 +36,7 @@ class Origin:
     fingerprint : identity of the model, see :class:`~iia_ode.ode.Fingerprint`; begins with ``"unknown"`` for a model without
         weights and without a tag.
     train_mode : whether the model was in train mode, with modules that depend on the mode.
+    time : the time that the model was told.
     """
 
     schedule: dict[str, Any]
@@ -45,6 +47,7 @@ class Origin:
     state_dtype: str
     fingerprint: str
     train_mode: bool = False
+    time: Told = Told()
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule.get("type"), str):
@@ -62,6 +65,7 @@ class Origin:
             state_dtype=str(x.dtype).removeprefix("torch."),
             fingerprint=ode.fingerprint(),
             train_mode=bool(in_training(ode)),
+            time=recorded_time(ode.time, ode.time_rounding, ode.schedule),
         )
 
     def check(
@@ -88,7 +92,8 @@ class Origin:
 
         Warns
         -----
-        MismatchWarning : another guidance scale; for a scale per sample, a scale outside of the range of the fit.
+        MismatchWarning : another guidance scale; for a scale per sample, a scale outside of the range of the fit. The model is
+            told another time, apart from rounding.
         FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
@@ -107,6 +112,13 @@ class Origin:
             if strict_guidance:
                 raise MismatchError(f"{text} {advice}")
             warn(f"{text} Its weights suit the former.", MismatchWarning)
+        time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
+        if not same_time(self.time, time, ode.schedule):
+            warn(
+                f"{name} was {made} for a model that is told the time {self.time}, and this ODE tells its model {time}: set "
+                "time= as in the fit, unless the model itself makes up for the difference.",
+                MismatchWarning,
+            )
         if self.conditioning != conditioning:
             shapes = (_shapes(c) for c in (self.conditioning, conditioning))
             raise MismatchError(f"{against('with conditions of shapes (per sample)', *shapes)} {advice}")

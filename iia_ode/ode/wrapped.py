@@ -16,7 +16,10 @@ from .fingerprint import Fingerprint
 __all__ = ["Wrapped", "layers_of"]
 
 # Attributes that a wrapper reads from its inner ODE and writes to it, so that the two cannot differ.
-_OF_INNER = ("conditioning", "unconditional", "guidance_scale", "batched_guidance", "tag", "ledger")
+_OF_INNER = (
+    *("conditioning", "unconditional", "guidance_scale", "batched_guidance"),
+    *("time", "time_rounding", "tag", "ledger"),
+)
 
 
 class Wrapped(ProbabilityFlowODE):
