@@ -25,7 +25,7 @@ from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.hosted import in_float64
 from .ode.mode import check_mode
-from .plan import check_grid, check_ode, check_states
+from .plan import check_grid, check_size, check_start
 from .plan.checks import factors_at
 from .schedules import Schedule
 from .schedules.levels import check_floor, known_level, lowest_level

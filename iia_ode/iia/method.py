@@ -16,7 +16,7 @@ from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
 from ..ode.origin import Origin
-from ..plan import check_grid, check_ode, check_states
+from ..plan import check_grid, check_size, check_start
 from ..plan.checks import check_samples
 from ..solvers import Solver, SolverLike, as_solver
 from ..teacher.teacher import Teacher, check_teacher

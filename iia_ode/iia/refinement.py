@@ -20,7 +20,7 @@ from ..errors import InputError, one_run, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
-from ..plan import Plan, check_states
+from ..plan import Plan, check_size, check_start
 from ..plan.checks import check_samples
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status

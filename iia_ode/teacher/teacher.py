@@ -22,7 +22,7 @@ from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..ode.mode import check_mode
 from ..ode.origin import Origin, conditions_digest
-from ..plan import check_grid, check_ode, check_states
+from ..plan import check_grid, check_size, check_start
 from ..plan.checks import check_samples
 from ..reference import Trajectory
 from ..schedules import Schedule
