@@ -12,9 +12,10 @@ try:
 except ImportError as error:
     raise MissingDependencyError("iia_ode.diffusers needs diffusers: pip install 'iia-ode[diffusers]'") from error
 
+from .pipeline import PipelineODE, ode
 from .scheduler import IIAScheduler
 
-__all__ = ["IIAScheduler"]
+__all__ = ["IIAScheduler", "PipelineODE", "ode"]
 
 # The name under which a saved pipeline finds the class, and under which a reader imports it.
 IIAScheduler.__module__ = __name__

@@ -39,12 +39,13 @@ class IIAScheduler(Saved):
     plan : the plan of the next run.
     order : evaluations per unit of ``num_inference_steps``.
     init_noise_sigma : factor of the initial noise; 1 for states of unit size.
+    replaced, whole_timesteps : arguments of :meth:`of`.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012  (as the base class has it)
 
     def __init__(self, choice: Choice, base: Any, whole_timesteps: bool = False) -> None:
-        self._choice, self._base = choice, base
+        self._choice, self.replaced, self.whole_timesteps = choice, base, whole_timesteps
         self._clock = Clock.of(choice.schedule, base.config, whole_timesteps)
         self._prediction = prediction_of(base)
         self._internal_dict = FrozenDict({**base.config, KEY: described(choice, base, whole_timesteps)})
@@ -82,7 +83,7 @@ class IIAScheduler(Saved):
         MismatchError : the solver was made for another schedule or prediction type, or needs conditions.
         """
         if isinstance(scheduler, IIAScheduler):
-            scheduler = scheduler._base
+            scheduler = scheduler.replaced
         if not isinstance(scheduler, SchedulerMixin):
             raise InputError(
                 f"the second argument is the scheduler to be replaced, such as pipe.scheduler, got {type(scheduler).__name__}."
@@ -118,7 +119,7 @@ class IIAScheduler(Saved):
         n = next((len(given[k]) for k in ("sigmas", "timesteps") if k in given), num_inference_steps)
         if n is None:
             raise InputError("set_timesteps takes num_inference_steps, sigmas or timesteps.")
-        self.plan = self._choice.plan(n, self._base, given)
+        self.plan = self._choice.plan(n, self.replaced, given)
         self.num_inference_steps, self.order = n, order_of(self.plan)
         times = self.plan.evaluation_times
         self.timesteps = self._clock.timesteps(times, device)
@@ -249,7 +250,7 @@ class IIAScheduler(Saved):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
         memo[id(self)] = twin
-        for name in ("timesteps", "sigmas", "_base", "_internal_dict", "_run"):
+        for name in ("timesteps", "sigmas", "replaced", "_internal_dict", "_run"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin._order = Order(twin.timesteps, self._order.values)
         return twin

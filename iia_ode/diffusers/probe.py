@@ -1,0 +1,261 @@
+"""A pipeline as a model: one evaluation by a scheduler that stops the pipeline at its first step.
+
+The evaluation includes all that the pipeline does to the output of its networks: guidance and its rescaling, adapters, pooled and
+packed inputs, roundings of the timestep.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor, nn
+
+from ..bounded import Bounded
+from ..errors import InputError
+
+__all__ = ["Moment", "PipelineDenoiser"]
+
+_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
+_NO_NETWORKS = ("vae", "text_encoder", "image_encoder", "safety", "movq", "vqgan", "vqvae", "vocoder")
+_ENTRIES = ("latents", "noise", "second step")
+"""The ways of a state into a pipeline: as its latents, as the noised image, or as the result of a first step."""
+_PROMPTS = 32  # encodings of prompts in memory
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A time as a pipeline sees it.
+
+    Attributes
+    ----------
+    timestep : what the pipeline tells its networks.
+    alpha, sigma : scales of data and noise.
+    level : the entry of ``sigmas``: sigma of a flow, else sigma/alpha.
+    """
+
+    timestep: float
+    alpha: float
+    sigma: float
+    level: float
+
+
+class _Answer(Exception):  # noqa: N818  (the way out of a pipeline)
+    """The output of a pipeline's model, and the evaluated state."""
+
+    def __init__(self, output: Tensor, state: Tensor) -> None:
+        super().__init__()
+        self.output, self.state = output, state
+
+
+class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers carries no types
+    """A scheduler whose `step` ends the pipeline with the model's output.
+
+    Parameters
+    ----------
+    kept : the scheduler of the pipeline, for its configuration.
+    now : the time of the evaluation.
+    x : the state [B, ...]; None to let the pipeline make its own.
+    entry : the way of the state into the pipeline.
+    """
+
+    order, init_noise_sigma = 1, 1.0
+
+    def __init__(self, kept: Any, now: Moment, x: Tensor | None, entry: str) -> None:
+        self._internal_dict, self._kept, self._now = kept.config, kept, now
+        self._x, self._waits = x, entry == "second step"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_kept"], name)
+
+    def set_timesteps(
+        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, timesteps: Any = None, mu: Any = None
+    ) -> None:
+        n = next((len(v) for v in (sigmas, timesteps) if v is not None), num_inference_steps)
+        self.timesteps = torch.tensor([self._now.timestep] * n, device=device)
+        self.sigmas = torch.full((n + 1,), self._now.level)
+        self.num_inference_steps = n
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self.begin_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any = None) -> Tensor:
+        x = None if self._x is None else _repeated(self._x, len(original_samples))
+        if x is None or x.shape != original_samples.shape:
+            return self._now.alpha * original_samples + self._now.sigma * noise
+        return x.to(noise)
+
+    def scale_noise(self, sample: Tensor, timestep: Any = None, noise: Any = None) -> Tensor:
+        return self.add_noise(sample, noise)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: Any = None,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
+        if not self._waits or self._x is None:
+            raise _Answer(model_output, sample)
+        self._waits = False
+        state = _repeated(self._x, len(sample)).to(sample)
+        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """x [B, ...] as many times as `rows` has it; a pipeline may keep a copy of the batch for guidance."""
+    return x.repeat(rows // len(x), *[1] * (x.ndim - 1)) if rows > len(x) else x
+
+
+class PipelineDenoiser(nn.Module):
+    """The model of a pipeline's call: ``model(x, now, rows)`` is the output that the pipeline hands to its scheduler.
+
+    Parameters
+    ----------
+    pipe : the pipeline.
+    call : arguments of the call that all samples share.
+
+    Attributes
+    ----------
+    networks : the pipeline's networks without encoders and decoders of images and texts.
+    guidance : the numbers of the call about guidance, defaults included.
+    state_shape, dtype : of the states of the pipeline.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
+        super().__init__()
+        parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
+        self.networks = nn.ModuleDict({k: v for k, v in parts.items() if not k.startswith(_NO_NETWORKS)})
+        self._pipe = (pipe,)  # no module, and not copied with this one
+        self._call = dict(call)
+        self._names = inspect.signature(type(pipe).__call__).parameters
+        self._generator = call.get("generator")
+        numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
+        self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
+        self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
+        self._entry, self.state_shape, self.dtype = "latents", (), torch.float32
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        return self._pipe[0]
+
+    def settle(self, now: Moment, rows: Mapping[str, Any], count: int) -> tuple[Tensor, Tensor]:
+        """Find the shape of a state and the way of a state into the pipeline, by two to four evaluations of `count` samples.
+
+        Returns
+        -------
+        The pipeline's own initial state [count, ...], and the model's output for it.
+
+        Raises
+        ------
+        InputError : the pipeline makes no step, or changes every state before its evaluation.
+        """
+        first = self._answer(None, now, rows, count, "latents")
+        state, output = first.state[:count].float(), first.output[:count].float()
+        self.state_shape, self.dtype = tuple(state.shape[1:]), first.state.dtype
+        x = -first.state[:count]  # another state than the pipeline's own
+        problem: Exception | None = None
+        for entry in _ENTRIES:
+            if entry == "latents" and "latents" not in self._names:
+                continue
+            try:
+                found = self._answer(x, now, rows, count, entry)
+            except Exception as error:  # of any kind: the pipeline may expect latents of another shape
+                problem = error
+                continue
+            if torch.equal(found.state[:count], x):
+                self._entry = entry
+                return state, output
+        raise InputError(
+            f"{type(self.pipe).__name__} evaluates other states than it is given, and its call is no ODE: wrap the network, see "
+            "iia_ode.diffusers.denoiser."
+        ) from problem
+
+    def forward(self, x: Tensor, now: Moment, rows: Mapping[str, Any]) -> Tensor:
+        """The output for states x [B, ...], in the shape and dtype of x; no gradient flows through a pipeline.
+
+        Parameters
+        ----------
+        x : states of the pipeline.
+        now : the time.
+        rows : arguments of the call with an entry for each sample.
+        """
+        found = self._answer(x.detach().to(self.dtype), now, rows, len(x), self._entry)
+        return found.output[: len(x)].to(x)
+
+    def _answer(self, x: Tensor | None, now: Moment, rows: Mapping[str, Any], count: int, entry: str) -> _Answer:
+        call = {**self._call, **{k: v.tolist() if k == "class_labels" else v for k, v in rows.items()}}
+        if not rows:
+            call |= {name: count for name in _COUNTS if name in self._names}
+        call |= {k: v for k, v in (("num_inference_steps", 2), ("strength", 1.0)) if k in self._names}
+        if "generator" in self._names:  # the same draws in each evaluation, and none from the user's generator
+            call["generator"] = _copied(self._generator)
+        if x is not None and entry == "latents":
+            call["latents"] = x
+        probe = _Probe(self.pipe.scheduler, now, x, entry)
+        with _prepared(self.pipe, probe, self._encodings):
+            try:
+                self.pipe(**call)
+            except _Answer as answer:
+                return answer
+        raise InputError(
+            f"{type(self.pipe).__name__} made no step: the call of an ODE covers all noise levels, without denoising_start or "
+            "denoising_end."
+        )
+
+
+@contextmanager
+def _prepared(pipe: Any, probe: _Probe, encodings: Bounded[Any, Any]) -> Iterator[None]:
+    """The pipeline with the probe as its scheduler, without a progress bar, and with memoized encodings of prompts."""
+    own = vars(pipe)  # past the pipeline's __setattr__, which would enter the probe into the configuration
+    kept = {k: own[k] for k in ("scheduler", "_progress_bar_config", "encode_prompt") if k in own}
+    own |= {"scheduler": probe, "_progress_bar_config": {"disable": True}}
+    if hasattr(type(pipe), "encode_prompt"):
+        own["encode_prompt"] = _memoized(pipe.encode_prompt, encodings)
+    try:
+        yield
+    finally:
+        for name in ("scheduler", "_progress_bar_config", "encode_prompt"):
+            own.pop(name, None)
+        own |= kept
+        if getattr(pipe, "_all_hooks", None):
+            pipe.maybe_free_model_hooks()
+
+
+def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callable[..., Any]:
+    """A function of hashable arguments that keeps its results; with other arguments nothing is kept."""
+
+    def memoized(*args: Any, **kwargs: Any) -> Any:
+        values = [tuple(v) if isinstance(v, list) else v for v in (*args, *kwargs.values())]
+        key = (*values, *kwargs)
+        if any(isinstance(v, Tensor) for v in values):
+            return function(*args, **kwargs)
+        try:
+            found = known.get(key)
+        except TypeError:
+            return function(*args, **kwargs)
+        return known.put(key, function(*args, **kwargs)) if found is None else found
+
+    return memoized
+
+
+def _copied(generator: Any) -> Any:
+    """A generator with the same state, or of seed 0."""
+    if isinstance(generator, list):
+        return [_copied(g) for g in generator]
+    if generator is None:
+        return torch.Generator("cpu").manual_seed(0)
+    return torch.Generator(generator.device).set_state(generator.get_state())
