@@ -185,7 +185,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     unknown = sorted(set(call) - set(known))
     if unknown:
         raise InputError(f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}.")
-    used = {k: v for k, v in call.items() if k not in _NO_EFFECT and v is not None}
+    used = {k: v for k, v in call.items() if k not in _NO_EFFECT}
     repeats = [used.pop(name) for name in _PER_PROMPT if name in used]
     rows, shared = _split(used)
     scheduler = pipe.scheduler

@@ -49,7 +49,8 @@ class IIAScheduler(Saved):
         self._clock = Clock.of(choice.schedule, base.config, whole_timesteps)
         self._prediction = prediction_of(base)
         self._internal_dict = FrozenDict({**base.config, KEY: described(choice, base, whole_timesteps)})
-        self.set_timesteps(10 if choice.classic is not None else min(choice.plans))
+        shift = base.config.get("base_shift") if base.config.get("use_dynamic_shifting") else None
+        self.set_timesteps(10 if choice.classic is not None else min(choice.plans), mu=shift)
 
     @classmethod
     def of(
