@@ -62,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import the module of experiments on first access."""
-    if name == "experiments":
+    """Import the modules of experiments and of diffusers on first access."""
+    if name in ("experiments", "diffusers"):
         return importlib.import_module(".experiments", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

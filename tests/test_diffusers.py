@@ -1,27 +1,7 @@
 """Solvers side by side with the schedulers of the installed diffusers package: same model, same grid, same numbers.
 
-Which solver is which scheduler (`counterpart` says the same in code):
-
-    DDIM, DDIMParallel, CogVideoXDDIM, TCD(eta=0)    ddim
-    PNDM                                             plms with skip_prk_steps, else fpndm; prediction_type epsilon only
-    IPNDM                                            ipndm on Cosine(), from its second timestep on
-    LMSDiscrete                                      lms; lms1, lms2, lms3 for step(order=1, 2, 3)
-    EulerDiscrete, HeunDiscrete                      ddim, deis_rho_heun; or euler, heun of x / alpha on EDM()
-    KDPM2Discrete                                    dpm2
-    DPMSolverMultistep, DPMSolverMultistepInverse,   DPMSolverMultistep(max_order=solver_order): form is data for
-        EDMDPMSolverMultistep                            dpmsolver++, noise for dpmsolver; solver_type heun is taylor (a)
-    DPMSolverSinglestep                              BlockDPMSolver(max_order=solver_order); only dpmsolver++, midpoint
-    UniPCMultistep                                   UniPC(max_order=solver_order): form is data for predict_x0 (b)
-    DEISMultistep                                    deis_lab1, deis_lab2, deis_lab3 for solver_order 1, 2, 3 (a)
-    EDMEuler                                         euler on EDM()
-    FlowMatchEulerDiscrete, FlowMapEulerDiscrete,    euler on FlowMatching(); the model of MiniMaxH3 returns -dx/dt, and
-        LTXEulerAncestralRF(eta=0), MiniMaxH3            invert_sigmas is that schedule with its time reversed
-    FlowMatchHeunDiscrete                            heun on FlowMatching()
-
-    (a) in LowerOrderFinal where lower_order_final and fewer than 15 steps   (b) in LowerOrderFinal where lower_order_final
-    Schedule: the model's own, Discrete(scheduler.alphas_cumprod); Cosine() where the table ends in 0
-    (rescale_betas_zero_snr); FlowMatching() with use_flow_sigmas. LMS, Euler, Heun and KDPM2 keep x / alpha as their state.
-    No counterpart: SASolver, DPMSolverSinglestep on noise or with heun, and all that draw noise.
+`iia_ode.diffusers` says which solver is which scheduler, on which schedule and on which grid. LMS, Euler, Heun and KDPM2 keep
+x / alpha as their state. PNDM and IPNDM combine other outputs than noise otherwise than their counterparts (tests below).
 
 The model is evaluated at the scheduler's levels, and the grid is what the scheduler passes through. Every pair runs twice:
 as installed, where tables and weights are float32, and the state of some (see `float32_rounding`); and with the same code in
@@ -43,7 +23,8 @@ from support import F64, close, generator, mixture
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.solvers import BlockDPMSolver, DPMSolverMultistep, LowerOrderFinal, OrderRamp, Solver, UniPC, get_solver
+from iia_ode.diffusers import grid_of, prediction_of, schedule_of, solver_of
+from iia_ode.solvers import OrderRamp, Solver, get_solver
 
 diffusers = pytest.importorskip("diffusers", reason="needs an extra: pip install 'iia-ode[diffusers]'")
 
@@ -55,7 +36,6 @@ pytestmark = [
 
 STATE_IS_X_OVER_ALPHA = {"LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2Discrete"}
 FLOWS = {"FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMapEulerDiscrete", "LTXEulerAncestralRF", "MiniMaxH3"}
-PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v", "flow_prediction": "velocity"}
 
 
 @dataclass(frozen=True)
@@ -86,12 +66,6 @@ class Case:
         solvers = ("DPMSolver", "EDMDPMSolver", "UniPC", "DEIS")
         return int(self.config.get("solver_order", 2)) if self.name.startswith(solvers) else 1
 
-    @property
-    def prediction(self) -> str:
-        default = "velocity" if self.name in FLOWS else "v" if self.name == "IPNDM" else "noise"
-        default = "data" if self.name.startswith("EDM") else default
-        return PREDICTIONS[self.config["prediction_type"]] if "prediction_type" in self.config else default
-
     def make(self) -> Any:
         """The scheduler, ready to run."""
         kind = scheduler_class(self.name)
@@ -114,85 +88,34 @@ def scheduler_class(name: str) -> Any:
     return kind
 
 
-def counterpart(case: Case) -> Solver:
-    """The solver of this library that does what the scheduler does."""
-    config, order = case.config, case.config.get("solver_order", 2)
-    form = "noise" if config.get("algorithm_type") == "dpmsolver" or config.get("predict_x0") is False else "data"
-    lowered = config.get("lower_order_final", True)
-    match case.name:
-        case "DDIM" | "DDIMParallel" | "DDIMInverse" | "CogVideoXDDIM" | "TCD" | "EulerDiscrete":
-            return get_solver("ddim")
-        case "PNDM":
-            return get_solver("plms" if config.get("skip_prk_steps") else "fpndm")
-        case "IPNDM":
-            return get_solver("ipndm")
-        case "LMSDiscrete":
-            return get_solver("lms", max_order=case.order)
-        case "HeunDiscrete":
-            return get_solver("deis_rho_heun")
-        case "KDPM2Discrete":
-            return get_solver("dpm2")
-        case "DPMSolverMultistep" | "DPMSolverMultistepInverse" | "EDMDPMSolverMultistep":
-            kind = {"midpoint": "midpoint", "heun": "taylor"}[config.get("solver_type", "midpoint")]
-            solver: Solver = DPMSolverMultistep(form=form, max_order=order, solver_type=kind)
-            if lowered and case.steps < 15:
-                return LowerOrderFinal(solver)
-            if config.get("euler_at_final"):
-                return OrderRamp(solver, (*(min(i, order) for i in range(1, case.steps)), 1))
-            return solver
-        case "DPMSolverSinglestep":
-            return BlockDPMSolver(order, lower_order_final=config["lower_order_final"])
-        case "UniPCMultistep":
-            corrector = not config.get("disable_corrector")
-            solver = UniPC(max_order=order, form=form, variant=config.get("solver_type", "bh2"), corrector=corrector)
-            return LowerOrderFinal(solver) if lowered else solver
-        case "DEISMultistep":
-            solver = get_solver(f"deis_lab{order}")
-            return LowerOrderFinal(solver) if lowered and case.steps < 15 else solver
-        case "EDMEuler" | "FlowMatchEulerDiscrete" | "FlowMapEulerDiscrete" | "LTXEulerAncestralRF" | "MiniMaxH3":
-            return get_solver("euler")
-        case "FlowMatchHeunDiscrete":
-            return get_solver("heun")
-    raise AssertionError(f"no counterpart of {case.name}")
+def counterpart(case: Case, scheduler: Any) -> Solver:
+    """The solver of this library that does what the scheduler does, with the options of its steps."""
+    if case.name == "LMSDiscrete":
+        return get_solver("lms", max_order=case.order)
+    if case.name == "PNDM" and scheduler.config.prediction_type != "epsilon":
+        return get_solver("plms")
+    return solver_of(scheduler)
 
 
-def schedule_of(case: Case, scheduler: Any) -> iia.Schedule:
-    if case.name.startswith("EDM"):
-        return iia.EDM()
-    if case.config.get("invert_sigmas"):
-        return iia.Schedule.from_functions(lambda t: t, lambda t: 1 - t, t_data=1.0, t_noise=0.0)
-    if case.is_flow:
-        return iia.FlowMatching()
-    if case.name == "IPNDM" or case.config.get("rescale_betas_zero_snr"):
-        return iia.Cosine()
-    return iia.Discrete(scheduler.alphas_cumprod.double())
-
-
-def levels(case: Case, scheduler: Any) -> tuple[Tensor, Tensor]:
-    """sigma/alpha (of flows sigma) at each call of the scheduler, and where it passes through, repeats included."""
+def levels_at_calls(case: Case, scheduler: Any) -> Tensor:
+    """sigma/alpha (of flows sigma) at each call of the scheduler."""
     calls = len(scheduler.timesteps)
     if case.name == "IPNDM":
         sigma = scheduler.betas.double()
-        ratio = sigma / (1 - sigma**2).sqrt()
-        return ratio[:calls], ratio
+        return (sigma / (1 - sigma**2).sqrt())[:calls]
     if hasattr(scheduler, "sigmas"):
-        sigmas = scheduler.sigmas.double()
-        at_calls = sigmas[:calls].clone()
+        at_calls = scheduler.sigmas.double()[:calls].clone()
         if case.name == "KDPM2Discrete":  # every second call stands between two levels
             at_calls[1::2] = scheduler.sigmas_interpol[1:calls:2]
-        return at_calls, sigmas
-    table = scheduler.alphas_cumprod.double()
-    timesteps = scheduler.timesteps
-    end = table[0] if case.name == "TCD" else scheduler.final_alpha_cumprod.double()
-    whole = timesteps
-    if case.name == "PNDM" and not case.config.get("skip_prk_steps"):  # three steps of four calls
-        whole = torch.cat([timesteps[:12:4], timesteps[12:]])
-    passed = torch.cat([table[whole], end.reshape(1)])
-    return ((1 - table[timesteps]) / table[timesteps]).sqrt(), ((1 - passed) / passed).sqrt()
+        return at_calls
+    table = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    return ((1 - table) / table).sqrt()
 
 
 def times_of(case: Case, schedule: iia.Schedule, values: Tensor) -> Tensor:
     """Their times; within the schedule, since the float32 level of an end may lie a little beyond it."""
+    if case.name == "MiniMaxH3":
+        return 1 - values
     if case.name.startswith("EDM") or case.is_flow:
         return values
     ends = sorted((schedule.t_data, schedule.t_noise))
@@ -205,12 +128,12 @@ class Pair:
 
     def __init__(self, case: Case) -> None:
         self.case, self.scheduler = case, case.make()
-        self.schedule = schedule_of(case, self.scheduler)
-        at_calls, passed = (times_of(case, self.schedule, v) for v in levels(case, self.scheduler))
-        self.times, self.grid = at_calls[case.first :], passed[case.first :].unique_consecutive()
-        self.ode = mixture().ode(self.schedule, case.prediction)
+        self.schedule = schedule_of(self.scheduler)
+        self.times = times_of(case, self.schedule, levels_at_calls(case, self.scheduler))[case.first :]
+        self.grid = grid_of(self.scheduler)[case.first :]
+        self.ode = mixture().ode(self.schedule, prediction_of(self.scheduler))
         self.x = mixture().noisy(6, self.schedule, float(self.grid[0]), generator())
-        self.plan = counterpart(case).plan(self.schedule, self.grid)
+        self.plan = counterpart(case, self.scheduler).plan(self.schedule, self.grid)
 
     @cached_property
     def ours(self) -> Tensor:
@@ -238,7 +161,7 @@ class Pair:
     def model(self, x: Tensor, t: float) -> Tensor:
         """What a pipeline calls: the closed-form model, in the form that the scheduler takes."""
         if not self.case.name.startswith("EDM"):
-            return -self.ode.output(x, t) if self.case.name == "MiniMaxH3" else self.ode.output(x, t)
+            return self.ode.output(x, t)
         size = math.hypot(t, 0.5)  # F of Karras et al. [2022, eq. 7] with sigma_data = 1/2, of the state over `size`
         return (self.ode.data(size * x, t) - 0.25 / size * x) * size / (0.5 * t)
 
@@ -252,7 +175,7 @@ class Pair:
         if case.name.startswith("EDM"):
             return (4 * timesteps).exp()
         if case.name in FLOWS:
-            return 1 - timesteps if case.name == "MiniMaxH3" else timesteps / 1000
+            return timesteps if case.name == "MiniMaxH3" else timesteps / 1000
         if case.name == "IPNDM":
             return timesteps
         rounded = any(key.startswith("use_") for key in case.config)
@@ -510,6 +433,6 @@ def test_models_are_told_whole_timesteps_where_the_levels_are_between(
 @pytest.mark.usefixtures("double_precision")
 def test_euler_and_heun_are_those_of_edm_on_x_over_alpha(case: Case, solver: str) -> None:
     pair = Pair(case)
-    sigmas = levels(case, pair.scheduler)[1].unique_consecutive()
+    sigmas = pair.scheduler.sigmas.double().unique_consecutive()
     x = pair.x / pair.schedule.alpha(float(pair.grid[0]))
     close(pair.final, iia.sample(mixture().ode(iia.EDM()), x, sigmas, solver), atol=DOUBLE)

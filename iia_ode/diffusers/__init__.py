@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as ODEs, and solvers of this library as their schedulers.
+"""Pipelines of diffusers as ODEs, solvers of this library as their schedulers, and schedulers and networks in its terms.
 
 >>> ode = iia.diffusers.ode(pipe, prompt=prompts, guidance_scale=7.5)
 >>> fit = iia.fit(ode, nfe=6, shape=ode.state_shape)
@@ -8,14 +8,29 @@
 from ..errors import MissingDependencyError
 
 try:
-    from diffusers import SchedulerMixin  # noqa: F401  (pipelines look for this name in the module of a scheduler)
+    from diffusers import SchedulerMixin  # noqa: F401  (a pipeline looks for this name in the module of its scheduler)
 except ImportError as error:
-    raise MissingDependencyError("iia_ode.diffusers needs diffusers: pip install 'iia-ode[diffusers]'") from error
+    raise MissingDependencyError("iia_ode.diffusers needs diffusers: pip install 'iia-ode[diffusers]'.") from error
 
+from .counterparts import solver_of
+from .denoiser import denoiser
 from .pipeline import PipelineODE, ode
+from .saving import register
 from .scheduler import IIAScheduler
+from .translation import grid_of, prediction_of, schedule_of, time_of
 
-__all__ = ["IIAScheduler", "PipelineODE", "ode"]
+__all__ = [
+    "IIAScheduler",
+    "PipelineODE",
+    "denoiser",
+    "grid_of",
+    "ode",
+    "prediction_of",
+    "schedule_of",
+    "solver_of",
+    "time_of",
+]
 
-# The name under which a saved pipeline finds the class, and under which a reader imports it.
+# The name under which a saved pipeline finds the class, and under which a reader imports the class.
 IIAScheduler.__module__ = __name__
+register(__name__)

@@ -52,7 +52,8 @@ class Choice:
         MismatchError : no fitted solver has n steps.
         """
         if self.classic is not None:
-            return traced(self.classic, self.schedule, grid_of(base, n, **options))
+            own = "sigmas" in options or "timesteps" in options  # schedulers take these, or a number
+            return traced(self.classic, self.schedule, grid_of(base, None if own else n, **options))
         if n not in self.plans:
             raise MismatchError(self._count(n))
         return self.plans[n]

@@ -19,7 +19,7 @@ from ..schedules import FlowMatching
 from .probe import Moment, PipelineDenoiser
 from .scheduler import IIAScheduler
 from .timesteps import Clock
-from .translation import prediction_of, schedule_of
+from .translation import prediction_of
 
 __all__ = ["PipelineODE", "ode"]
 
@@ -194,7 +194,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
         scheduler = scheduler.replaced
     else:
         whole = bool(whole_timesteps)
-    clock, prediction = Clock.of(schedule_of(scheduler), scheduler.config, whole), prediction_of(scheduler)
+    clock, prediction = Clock.of(scheduler, whole), prediction_of(scheduler)
     model = PipelineDenoiser(pipe, shared)
     found = PipelineODE(model, clock, prediction, rows, repeats=repeats[0] if repeats and rows else None)
     count = _count(rows) or 1

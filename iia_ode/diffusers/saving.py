@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import hf_hub_download
 
 from ..errors import FileFormatError
@@ -25,7 +26,7 @@ from ..solvers import Solver
 from .choice import Choice, Fixed, chosen
 from .translation import prediction_of, schedule_of
 
-__all__ = ["KEY", "Saved", "described"]
+__all__ = ["KEY", "Saved", "described", "register"]
 
 KEY = "_iia_ode"
 """Entry of the configuration; other schedulers pass over entries that begin with an underscore."""
@@ -33,6 +34,14 @@ KEY = "_iia_ode"
 _NAME = "solver.iia"
 _FORMAT = 1
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+def register(module: str) -> None:
+    """Enter a module among the libraries from which diffusers loads schedulers.
+
+    Without the entry, a pipeline with a scheduler of this library could be loaded from a folder, but not from the hub.
+    """
+    LOADABLE_CLASSES[module] = {"SchedulerMixin": ["save_pretrained", "from_pretrained"]}
 
 
 def described(choice: Choice, base: Any, whole_timesteps: bool) -> dict[str, Any]:

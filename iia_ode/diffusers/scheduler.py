@@ -46,7 +46,7 @@ class IIAScheduler(Saved):
 
     def __init__(self, choice: Choice, base: Any, whole_timesteps: bool = False) -> None:
         self._choice, self.replaced, self.whole_timesteps = choice, base, whole_timesteps
-        self._clock = Clock.of(choice.schedule, base.config, whole_timesteps)
+        self._clock = Clock.of(base, whole_timesteps)
         self._prediction = prediction_of(base)
         self._internal_dict = FrozenDict({**base.config, KEY: described(choice, base, whole_timesteps)})
         shift = base.config.get("base_shift") if base.config.get("use_dynamic_shifting") else None

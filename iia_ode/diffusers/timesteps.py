@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ode.clock import Rounding, told
+from ..ode.clock import Rounding, Time, told
 from ..plan import Plan
-from ..schedules import Discrete, FlowMatching, Schedule
+from ..schedules import EDM, VE, FlowMatching, Schedule
+from .translation import schedule_of, time_of
 
 __all__ = ["Clock", "Order", "order_of"]
 
@@ -24,31 +25,34 @@ class Clock:
     Attributes
     ----------
     schedule : the schedule of the pipeline's states.
-    time : name of the map: ``"index"`` for the timesteps of a table, ``"1000 sigma"`` for flows.
+    time : the told time, as for :class:`~iia_ode.ProbabilityFlowODE`.
+    scale : timesteps per unit of time, for schedulers whose timesteps are multiples of the time; None for ``"c_noise"``.
     rounding : ``"nearest"`` or ``"floor"`` for whole timesteps; None without rounding.
     """
 
     schedule: Schedule
-    time: str
+    time: Time | None
+    scale: float | None
     rounding: Rounding | None = None
 
     @classmethod
-    def of(cls, schedule: Schedule, config: Any, whole: bool) -> Clock:
-        """The clock of the scheduler with a configuration.
+    def of(cls, scheduler: Any, whole: bool) -> Clock:
+        """The clock of a scheduler of diffusers.
 
         Raises
         ------
-        InputError : states on the schedule have another scale than the states of a pipeline, or a flow has not 1000 timesteps.
+        InputError : the pipeline's states are no states alpha x_0 + sigma noise of unit size.
         """
-        if isinstance(schedule, Discrete):
-            return cls(schedule, "index", "nearest" if whole else None)
-        if isinstance(schedule, FlowMatching) and config.get("num_train_timesteps", 1000) == 1000:
-            return cls(schedule, "1000 sigma", "floor" if whole else None)
-        raise InputError(
-            f"a pipeline's state is alpha x_0 + sigma noise on a table of timesteps or on a flow of 1000 timesteps, and the "
-            f"schedule of {config.get('_class_name', 'this scheduler')} is {schedule}: use iia_ode.sample on an ODE of the "
-            "network, see iia_ode.diffusers.denoiser."
-        )
+        schedule, time = schedule_of(scheduler), time_of(scheduler)
+        if isinstance(schedule, EDM | VE):
+            raise InputError(
+                f"{type(scheduler).__name__} scales the states and the outputs of its network by rules of its own, and a plan "
+                "cannot take its place: use iia_ode.sample on an ODE of the network, see iia_ode.diffusers.denoiser."
+            )
+        flow = isinstance(schedule, FlowMatching)
+        total = float(scheduler.config.get("num_train_timesteps", 1000))
+        scale = None if time == "c_noise" else total if flow and time is not None else 1.0
+        return cls(schedule, time, scale, None if not whole else "floor" if flow else "nearest")
 
     def timestep(self, t: float) -> float:
         """The timestep at time t."""
@@ -56,7 +60,7 @@ class Clock:
 
     def time_of(self, timestep: Tensor) -> Tensor:
         """The times of timesteps, without rounding."""
-        return timestep if self.time == "index" else timestep / 1000.0
+        return self.schedule.t_of_lam(-4.0 * timestep) if self.scale is None else timestep / self.scale
 
     def timesteps(self, times: Sequence[float], device: Any = None) -> Tensor:
         """The timesteps at the times of evaluations [N]: whole numbers with a rounding, else float32."""

@@ -213,8 +213,8 @@ class Schedule(ABC):
     def config(self) -> dict[str, Any]:
         """The schedule as JSON-ready values, by which a stored fitted solver is compared with the schedule of an ODE.
 
-        The values are the type and its parameters. A schedule with a parameter that is neither a number nor text adds its two
-        end times and values of lambda.
+        The values are the type and its parameters, without flags that are False. A schedule with a parameter that is neither a
+        number nor text adds its two end times and values of lambda.
         """
         kind = type(self)
         known = "__dataclass_fields__" in vars(kind)  # of its own: a subclass may hold more than its parent's fields
@@ -222,7 +222,8 @@ class Schedule(ABC):
         values.pop("known_levels", None)
         plain = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
         behaviour = {} if known and len(plain) == len(values) else self._behaviour()
-        return {"type": kind.__name__, **plain, **behaviour, **self._stated()}
+        shown = {k: v for k, v in plain.items() if v is not False}
+        return {"type": kind.__name__, **shown, **behaviour, **self._stated()}
 
     def _stated(self) -> dict[str, Any]:
         """The entry of the known levels; empty where they are not stated."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_flag
 from ..errors import ScheduleError
 from .base import Schedule, as_levels
 
@@ -241,34 +242,46 @@ class FlowMatching(_Standard):
 
     Parameters
     ----------
+    reverse : whether time runs from noise at 0 to data at 1: alpha = t, sigma = 1 - t. The velocity of a model, dx/dt, then
+        has the opposite sign, x_0 - eps.
     known_levels : lowest and highest level sigma/alpha of the model's training, if known; see :attr:`Schedule.known_levels`.
 
     Raises
     ------
-    ScheduleError : the levels are not two numbers, 0 <= lowest < highest.
+    ScheduleError : `reverse` is neither True nor False, or the levels are not two numbers, 0 <= lowest < highest.
     """
 
     _fixed: ClassVar[bool] = True
 
+    reverse: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("reverse", self.reverse, error=ScheduleError)
+        object.__setattr__(self, "t_data", float(self.reverse))
+        object.__setattr__(self, "t_noise", float(not self.reverse))
+
     def _alpha(self, t: Tensor) -> Tensor:
-        return 1 - t
+        return t if self.reverse else 1 - t
 
     def _sigma(self, t: Tensor) -> Tensor:
-        return t
+        return 1 - t if self.reverse else t
 
     def _alpha_prime(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(t)
+        return torch.ones_like(t) if self.reverse else -torch.ones_like(t)
 
     def _sigma_prime(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
+        return -torch.ones_like(t) if self.reverse else torch.ones_like(t)
 
     def _lam(self, t: Tensor) -> Tensor:
-        return torch.log1p(-t) - t.log()
+        return t.log() - torch.log1p(-t) if self.reverse else torch.log1p(-t) - t.log()
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
-        return torch.sigmoid(-lam)
+        return torch.sigmoid(lam if self.reverse else -lam)
 
     def _t_of_ratio(self, ratio: float) -> float:
+        if self.reverse:
+            return 1 / (1 + ratio)
         return ratio / (1 + ratio) if ratio < math.inf else 1.0
 
 
