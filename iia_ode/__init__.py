@@ -64,5 +64,5 @@ __all__ = [
 def __getattr__(name: str) -> ModuleType:
     """Import the modules of experiments and of diffusers on first access."""
     if name in ("experiments", "diffusers"):
-        return importlib.import_module(".experiments", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

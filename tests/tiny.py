@@ -105,6 +105,23 @@ def sd(kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
     return quiet(getattr(diffusers, kind)(**(own | parts)))
 
 
+def texts() -> dict[str, Any]:
+    """A tokenizer of a few words and a text encoder, for pipelines that take prompts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "a", "red", "blue", "green", "cat", "dog", "ship"]
+    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    _seeded(3)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(words))
+    config = CLIPTextConfig(**sizes, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=0)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=8
+    )
+    return dict(tokenizer=fast, text_encoder=CLIPTextModel(config).eval())
+
+
 def controlnet() -> Any:
     _seeded()
     net = diffusers.ControlNetModel(

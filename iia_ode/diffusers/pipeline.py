@@ -198,7 +198,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     model = PipelineDenoiser(pipe, shared)
     found = PipelineODE(model, clock, prediction, rows, repeats=repeats[0] if repeats and rows else None)
     count = _count(rows) or 1
-    state, output = model.settle(found._moment(_start(clock)), found.subset(slice(None), count).conditioning, count)
+    state, output = model.settle(found._moment(_start(clock)), found.conditioning, count)
     found.state_shape = model.state_shape
     _check_prediction(prediction, state, output)
     return found
