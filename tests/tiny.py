@@ -88,7 +88,7 @@ def vae(channels: int = 4, **options: Any) -> Any:
 
 
 def sd_scheduler(kind: str = "DDIMScheduler", **options: Any) -> Any:
-    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     rest = dict(clip_sample=False, set_alpha_to_one=False) if kind == "DDIMScheduler" else {}
     return getattr(diffusers, kind)(**betas, **rest, **options)
 
