@@ -155,6 +155,7 @@ class ModelStatistics(StatisticsTables):
             "seed": seed,
             "prediction": ode.prediction,
             "guidance_scale": scale if isinstance(scale, float) else asdict(scale),
+            "guidance_rescale": ode.guidance_rescale,
             "time": asdict(recorded_time(ode.time, ode.time_rounding, ode.schedule)),
             "fingerprint": str(ode.fingerprint()),
             "train_mode": bool(in_training(ode)),

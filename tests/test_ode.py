@@ -293,6 +293,7 @@ def test_the_settings_of_an_ode_are_all_that_it_was_given_beside_its_model():
         "conditioning": {"label": torch.arange(3)},
         "unconditional": {"label": torch.full((3,), 9)},
         "guidance_scale": 2.5,
+        "guidance_rescale": 0.7,
         "batched_guidance": False,
         "time": "1000 sigma",
         "time_rounding": "floor",

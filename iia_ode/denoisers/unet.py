@@ -145,20 +145,35 @@ class UNet(nn.Module):
 class EDMDenoiser(nn.Module):
     """Denoiser D(x, sigma) = c_skip x + c_out F(c_in x, c_noise) around a raw network F [Karras et al. 2022, table 1].
 
+    c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_skip = (sigma_data c_in)^2, c_out = sigma sigma_data c_in and
+    c_noise = ln(sigma) / 4. Raw networks of this kind are those of EDM, EDM2 and Playground 2.5.
+
     Parameters
     ----------
-    network : module called as ``network(x, c_noise, class_labels)``; its attribute ``classes`` is the null label.
-    sigma_data : standard deviation of the data per pixel.
-    state_shape : shape of one image, (C, H, W).
+    network : module called as ``network(x, c_noise, **conditions)`` with states [B, ...] and c_noise [B]. The network may have
+        an attribute ``classes``, the null label: the condition ``class_labels`` then has this label by default.
+    sigma_data : standard deviation of the data per element.
+    state_shape : shape of one sample, such as (C, H, W), if known.
     """
 
-    def __init__(self, network: UNet, sigma_data: float, state_shape: tuple[int, int, int]) -> None:
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5, state_shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        self.network, self.sigma_data, self.state_shape = network, float(sigma_data), tuple(state_shape)
+        self.network: Any = network
+        self.sigma_data = float(sigma_data)
+        self.state_shape = None if state_shape is None else tuple(state_shape)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings from which the denoiser can be built again, without its weights, JSON-ready."""
+        """Settings from which the denoiser can be built again, without its weights, JSON-ready.
+
+        Raises
+        ------
+        InputError : the network is no :class:`UNet`.
+        """
+        if not isinstance(self.network, UNet) or self.state_shape is None:
+            raise InputError(
+                f"a file describes a UNet of this package with its state_shape, not {type(self.network).__name__}."
+            )
         return {"network": self.network.config, "sigma_data": self.sigma_data, "state_shape": list(self.state_shape)}
 
     def frozen(self) -> EDMDenoiser:
@@ -175,36 +190,42 @@ class EDMDenoiser(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub leaves this argument out
         return self.eval().requires_grad_(False)
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Estimate the clean images.
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Any) -> Tensor:
+        """Estimate the clean samples.
 
         Parameters
         ----------
-        x : noisy images [B, C, H, W] with alpha = 1.
+        x : noisy samples [B, ...] with alpha = 1.
         sigma : noise levels [B].
-        class_labels : integer labels [B]. ``network.classes`` is the null label; None means the null label for all.
+        class_labels : for a network with ``classes``, integer labels [B], and None for the null label. Any other network
+            receives the labels if they are not None.
+        conditions : further keywords of the network.
 
         Returns
         -------
-        Data estimates D(x, sigma), [B, C, H, W] in the dtype of x.
+        Data estimates D(x, sigma), [B, ...] in the dtype of x.
 
         Raises
         ------
-        InputError : x is not a batch of images, or labels are not integers of shape [B].
+        InputError : x is not a batch of images for a :class:`UNet`, or labels are not integers of shape [B].
         """
-        if x.ndim != 4:
+        if isinstance(self.network, UNet) and x.ndim != 4:
             raise InputError(f"a denoiser of images takes x of shape [B, C, H, W], got {list(x.shape)}.")
-        if class_labels is None:
-            class_labels = torch.full(x.shape[:1], self.network.classes, device=x.device)
-        elif class_labels.shape != x.shape[:1] or class_labels.is_floating_point():
-            raise InputError(
-                f"class_labels must be integers of shape [{len(x)}], got {class_labels.dtype} {list(class_labels.shape)}."
-            )
+        null = getattr(self.network, "classes", None)
+        if isinstance(null, int):
+            if class_labels is None:
+                class_labels = torch.full(x.shape[:1], null, device=x.device)
+            elif class_labels.shape != x.shape[:1] or class_labels.is_floating_point():
+                raise InputError(
+                    f"class_labels must be integers of shape [{len(x)}], got {class_labels.dtype} {list(class_labels.shape)}."
+                )
+        if class_labels is not None:
+            conditions["class_labels"] = class_labels
         # Half-precision networks get their noise level and scalings in float32, because 1/sigma^2 overflows float16.
         wide = torch.promote_types(x.dtype, torch.float32)
-        s = sigma.to(wide)[:, None, None, None]
+        s = sigma.to(wide).reshape(-1, *[1] * (x.ndim - 1))
         d = self.sigma_data
         total = (s * s + d * d).sqrt()
-        raw = self.network((x / total).to(x.dtype), sigma.to(wide).log() / 4, class_labels)
+        raw = self.network((x / total).to(x.dtype), sigma.to(wide).log() / 4, **conditions)
         out: Tensor = (d / total) ** 2 * x + s * d / total * raw
         return out.to(x.dtype)

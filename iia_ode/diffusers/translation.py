@@ -77,7 +77,7 @@ def prediction_of(scheduler: Any) -> str:
     Returns
     -------
     ``"noise"``, ``"data"``, ``"v"`` or ``"velocity"``. EDM schedulers have ``"data"``: their raw network becomes a model by
-    :class:`~iia_ode.denoisers.Preconditioned`.
+    :class:`~iia_ode.denoisers.EDMDenoiser`.
 
     Raises
     ------
@@ -186,10 +186,10 @@ def _with_steps(
 def _times_of_levels(scheduler: Any, schedule: Schedule, name: str, config: dict[str, Any]) -> Tensor:
     """The times of the levels of a scheduler; float32 levels of whole timesteps are these timesteps."""
     if name == "IPNDM":
-        sigma = scheduler.betas.to(_F64).cpu()
+        sigma: Tensor = scheduler.betas.to(_F64).cpu()
         levels = sigma / (1 - sigma**2).sqrt()
     else:
-        levels = scheduler.sigmas.to(_F64).cpu()
+        levels = torch.as_tensor(scheduler.sigmas, dtype=_F64, device="cpu")
     if name in EDMS or is_flow(name, config):
         if isinstance(schedule, FlowMatching) and schedule.reverse:
             return 1 - levels if name == "MiniMaxH3" else levels

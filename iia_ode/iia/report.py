@@ -105,7 +105,8 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
 
 
 def _scale(origin: Origin) -> str:
-    return str(origin.guidance_scale) if isinstance(origin.guidance_scale, Scales) else f"{origin.guidance_scale:g}"
+    shown = str(origin.guidance_scale) if isinstance(origin.guidance_scale, Scales) else f"{origin.guidance_scale:g}"
+    return shown if not origin.guidance_rescale else f"{shown} rescaled by {origin.guidance_rescale:g}"
 
 
 def _target(record: Record) -> str:

@@ -5,6 +5,18 @@ from .cached import cached
 from .conditions import Shared
 from .distributed import distributed
 from .fingerprint import Fingerprint
+from .guidance import Interval
+from .networks import by_level
 from .wrapped import Wrapped
 
-__all__ = ["Fingerprint", "Ledger", "ProbabilityFlowODE", "Shared", "Wrapped", "cached", "distributed"]
+__all__ = [
+    "Fingerprint",
+    "Interval",
+    "Ledger",
+    "ProbabilityFlowODE",
+    "Shared",
+    "Wrapped",
+    "by_level",
+    "cached",
+    "distributed",
+]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check_flag
+from ..checks import check_flag, check_number
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
@@ -17,7 +17,8 @@ from .calls import Ledger, answers, own_dtype
 from .clock import Rounding, Time, checked_rounding, checked_time, told
 from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
-from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, scale_at
+from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, rescaled, scale_at
+from .networks import ByLevel
 from .views import Views
 
 __all__ = ["Ledger", "ProbabilityFlowODE"]
@@ -30,6 +31,7 @@ _SETTINGS = (
     "conditioning",
     "unconditional",
     "guidance_scale",
+    "guidance_rescale",
     "batched_guidance",
     "time",
     "time_rounding",
@@ -56,6 +58,8 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     guidance_scale : w in ``D_null + w (D_cond - D_null)``: a number, a tensor [B] with a scale per sample, or a function of
         time. The function receives the time as a number, or as a tensor [] or [B] where the time is a tensor. Where w = 1,
         also at single times of a function, there is no guidance and no extra cost.
+    guidance_rescale : phi in ``phi std(D_cond) / std(D_guided) D_guided + (1 - phi) D_guided``, from 0 to 1, with the standard
+        deviation over each sample and D the model's output [Lin et al. 2024, section 3.4]; 0 changes nothing.
     batched_guidance : whether guidance makes a single call on a doubled batch. If False, or if the two conditions do not fit
         one batch (trees, lengths, dtypes or shared values differ), guidance makes two calls.
     time : the time t [B] that the model is told. By default the attribute ``model_time`` of the model, if any, or else the
@@ -82,8 +86,9 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     ------
     UnknownNameError : no such prediction type, time or rounding.
     InputError : the model is not callable; `schedule` is no schedule; the time is neither a name nor a function, or the
-        schedule has no timesteps; the scale is not usable; guidance has no `unconditional` with the keywords of
-        `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method that solvers never call.
+        schedule has no timesteps; the scale or the rescaling is not usable; guidance has no `unconditional` with the keywords
+        of `conditioning`; a condition cannot be split with the samples; or a subclass overrides a method that solvers never
+        call.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         conditioning: Mapping[str, Any] | None = None,
         unconditional: Mapping[str, Any] | None = None,
         guidance_scale: Scale = 1.0,
+        guidance_rescale: float = 0.0,
         batched_guidance: bool = True,
         time: Time | None = None,
         time_rounding: Rounding | None = None,
@@ -114,6 +120,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         self.conditioning = dict(conditioning or {})
         self.unconditional = dict(unconditional or {})
         self.guidance_scale = checked_scale(guidance_scale)
+        self.guidance_rescale = check_number("guidance_rescale", guidance_rescale, least=0, most=1)
         self.batched_guidance = check_flag("batched_guidance", batched_guidance)
         # Not a part of this module, even if the function is a module.
         self.__dict__["time"] = checked_time(getattr(model, "model_time", None) if time is None else time, schedule)
@@ -209,7 +216,8 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
             return self._answers(x, t, self.conditioning)[0]
         condition, null = self.branches(x, t)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
-        return torch.lerp(null, condition, scale)
+        guided = torch.lerp(null, condition, scale)
+        return rescaled(guided, condition, self.guidance_rescale) if self.guidance_rescale else guided
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Compute the two outputs that guidance combines, at the cost of one guided evaluation.
@@ -237,7 +245,8 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
         self.check_conditions(x.shape[0])
         times = told(self.time, self.time_rounding, self.schedule, t)
-        return answers(self.model, self.ledger, x, times, branches, self.compute_dtype(x), joint=self.batched_guidance)
+        model = self.model.at(self.schedule, t) if isinstance(self.model, ByLevel) else self.model
+        return answers(model, self.ledger, x, times, branches, self.compute_dtype(x), joint=self.batched_guidance)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

@@ -94,7 +94,7 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
         return
     scale = ode.guidance_scale if isinstance(ode.guidance_scale, Tensor) else recorded(ode.guidance_scale, ode.schedule)
     time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
-    own = ode.schedule.config(), ode.prediction, scale, ode.fingerprint().values, time
+    own = ode.schedule.config(), ode.prediction, scale, ode.fingerprint().values, time, ode.guidance_rescale
     ranks.meet(
         ("agree", own, digest_of(ode.conditioning, ode.unconditional), task),
         "the processes were asked for different things: give all of them the same noise or states, conditions, model, grid, "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .checksums import dense, marks, sums
+from .networks import ByLevel
 
 __all__ = ["Fingerprint", "Parts", "checked_tag", "fingerprint_of"]
 
@@ -24,6 +25,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _COUNTERS = [["num_batches_tracked"], ["n_averaged"]]  # buffers that count calls, and do not change outputs
 # Attributes of every ODE and wrapper, beside those of a subclass.
 _OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
+    "guidance_rescale",
     "batched_guidance",
     "time",
     "time_rounding",
@@ -179,6 +181,11 @@ class Parts:
             self._add_callable(value, name)
 
     def _add_module(self, module: nn.Module, name: str) -> None:
+        if isinstance(module, ByLevel):
+            self.pieces.append(repr(module.levels))
+            for k, network in enumerate(module.networks):
+                self.add(network, f"{name}.{k}" if name else f"{k}")
+            return
         self.modules.append(module)
         own = list(chain(module.named_parameters(), module.named_buffers()))
         self.tensors += [(f"{name}.{n}" if name else n, v) for n, v in own]

@@ -11,11 +11,13 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_number
 from ..errors import InputError
 from ..schedules import Schedule
 from .conditions import check_tree
 
 __all__ = [
+    "Interval",
     "Scale",
     "Scales",
     "check_branches",
@@ -23,6 +25,7 @@ __all__ = [
     "check_scales",
     "checked_scale",
     "recorded",
+    "rescaled",
     "scale_at",
 ]
 
@@ -57,6 +60,61 @@ class Scales:
     def __str__(self) -> str:
         low, high = self.range
         return f"{low:g} to {high:g} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A guidance scale within an interval of noise levels, and 1 outside [Kynkaanniemi et al. 2024].
+
+    Outside of the interval, guidance costs nothing.
+
+    Parameters
+    ----------
+    scale : w within the interval.
+    low, high : the interval, levels sigma/alpha with low < level <= high. EDM's levels are the levels of the paper.
+    schedule : the schedule of the ODE, which has the levels of times.
+
+    Raises
+    ------
+    InputError : the scale is not finite, or the levels are not 0 <= low < high.
+
+    Examples
+    --------
+    >>> ode = iia.ProbabilityFlowODE(..., guidance_scale=iia.ode.Interval(2.0, 0.28, 2.9, schedule))
+    """
+
+    scale: float
+    low: float
+    high: float
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        low = check_number("low", self.low, least=0)
+        if not isinstance(self.high, Real) or not low < self.high:
+            raise InputError(f"an interval of guidance needs 0 <= low < high, got {self.low!r} and {self.high!r}.")
+        if not isinstance(self.schedule, Schedule):
+            raise InputError(f"schedule must be the schedule of the ODE, got {type(self.schedule).__name__}.")
+
+    def __call__(self, t: Tensor | float) -> Tensor | float:
+        """The scale at time t, a number or a tensor [] or [B]."""
+        if isinstance(t, Tensor):
+            levels = self.schedule.noise_to_signal(t)
+            inside = (levels > self.low) & (levels <= self.high)
+            return torch.where(inside, torch.full_like(levels, self.scale), torch.ones_like(levels))
+        return self.scale if self.low < self.schedule.noise_to_signal(t) <= self.high else 1.0
+
+
+def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
+    """A guided output [B, ...] whose standard deviation over each sample moves to that of the condition, by a share."""
+    if guided.ndim < 2:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ours, theirs = (
+        torch.linalg.vector_norm(v - v.mean(axes, True), dim=axes, keepdim=True) for v in (guided, condition)
+    )
+    ratio = theirs / torch.where(ours > 0, ours, torch.ones_like(ours))
+    return guided * (1 - share + share * ratio)
 
 
 def checked_scale(value: object) -> Scale:

@@ -37,6 +37,7 @@ class Origin:
         weights and without a tag.
     train_mode : whether the model was in train mode, with modules that depend on the mode.
     time : the time that the model was told.
+    guidance_rescale : share of the rescaled output in the guided output.
     """
 
     schedule: dict[str, Any]
@@ -48,6 +49,7 @@ class Origin:
     fingerprint: str
     train_mode: bool = False
     time: Told = Told()
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule.get("type"), str):
@@ -66,6 +68,7 @@ class Origin:
             fingerprint=ode.fingerprint(),
             train_mode=bool(in_training(ode)),
             time=recorded_time(ode.time, ode.time_rounding, ode.schedule),
+            guidance_rescale=ode.guidance_rescale,
         )
 
     def check(
@@ -84,7 +87,7 @@ class Origin:
         ode : the ODE to compare with.
         x : states [B, ...] to compare with; none by default.
         name, made : subject and verb of the messages.
-        strict_guidance : whether another guidance scale is an error instead of a warning.
+        strict_guidance : whether another guidance scale or rescaling is an error instead of a warning.
 
         Raises
         ------
@@ -92,13 +95,13 @@ class Origin:
 
         Warns
         -----
-        MismatchWarning : another guidance scale; for a scale per sample, a scale outside of the range of the fit. The model is
-            told another time, apart from rounding.
+        MismatchWarning : another guidance scale or rescaling; for a scale per sample, a scale outside of the range of the fit.
+            The model is told another time, apart from rounding.
         FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
         schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
-        scale = recorded(ode.guidance_scale, ode.schedule)
+        scale, rescale = recorded(ode.guidance_scale, ode.schedule), ode.guidance_rescale
 
         def against(what: str, theirs: object, ours: object) -> str:
             return f"{name} was {made} {what} {theirs}, and this ODE has {ours}."
@@ -107,11 +110,14 @@ class Origin:
             raise MismatchError(f"{against('for schedule', brief(self.schedule), brief(schedule))} {advice}")
         if self.prediction != ode.prediction:
             raise MismatchError(f"{against('for prediction', self.prediction, ode.prediction)} {advice}")
-        if not _suits(scale, self.guidance_scale, strict_guidance):
-            text = against("for guidance_scale", self.guidance_scale, scale)
-            if strict_guidance:
-                raise MismatchError(f"{text} {advice}")
-            warn(f"{text} Its weights suit the former.", MismatchWarning)
+        for what, theirs, ours, suits in (
+            ("guidance_scale", self.guidance_scale, scale, _suits(scale, self.guidance_scale, strict_guidance)),
+            ("guidance_rescale", self.guidance_rescale, rescale, self.guidance_rescale == rescale),
+        ):
+            if not suits and strict_guidance:
+                raise MismatchError(f"{against(f'for {what}', theirs, ours)} {advice}")
+            if not suits:
+                warn(f"{against(f'for {what}', theirs, ours)} Its weights suit the former.", MismatchWarning)
         time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
         if not same_time(self.time, time, ode.schedule):
             warn(

@@ -17,7 +17,7 @@ __all__ = ["Wrapped", "layers_of"]
 
 # Attributes that a wrapper reads from its inner ODE and writes to it, so that the two cannot differ.
 _OF_INNER = (
-    *("conditioning", "unconditional", "guidance_scale", "batched_guidance"),
+    *("conditioning", "unconditional", "guidance_scale", "guidance_rescale", "batched_guidance"),
     *("time", "time_rounding", "tag", "ledger"),
 )
 
