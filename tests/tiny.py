@@ -97,7 +97,9 @@ def ddim() -> Any:
     return quiet(diffusers.DDIMPipeline(unet2d(), diffusers.DDIMScheduler(clip_sample=False)))
 
 
-_SD = dict(text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+_SD = dict(
+    text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+)
 
 
 def sd(kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
@@ -116,9 +118,7 @@ def texts() -> dict[str, Any]:
     _seeded(3)
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(words))
     config = CLIPTextConfig(**sizes, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=0)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=8
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=8)
     return dict(tokenizer=fast, text_encoder=CLIPTextModel(config).eval())
 
 
@@ -155,9 +155,7 @@ def sdxl(kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Any:
 
 
 def sdxl_call(images: int = 2) -> dict[str, Any]:
-    pooled = dict(
-        pooled_prompt_embeds=noise(images, 8, seed=6), negative_pooled_prompt_embeds=noise(images, 8, seed=7)
-    )
+    pooled = dict(pooled_prompt_embeds=noise(images, 8, seed=6), negative_pooled_prompt_embeds=noise(images, 8, seed=7))
     return sd_call(images, 5.0) | pooled | dict(height=2 * SIZE, width=2 * SIZE)
 
 
@@ -302,9 +300,7 @@ def wan() -> Any:
         use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
     )
     parts = dict(tokenizer=None, text_encoder=None, vae=decoder, scheduler=scheduler)
-    return quiet(
-        diffusers.WanPipeline(transformer=nets[0], transformer_2=nets[1], boundary_ratio=0.875, **parts)
-    )
+    return quiet(diffusers.WanPipeline(transformer=nets[0], transformer_2=nets[1], boundary_ratio=0.875, **parts))
 
 
 def wan_call(images: int = 1) -> dict[str, Any]:

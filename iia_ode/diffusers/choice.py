@@ -1,4 +1,4 @@
-"""The plan of a pipeline's run, by its number of steps: a fitted solver, a plan, or a classic solver on the pipeline's grid."""
+"""The plan of a pipeline's run, by its number of steps: a fitted solver, a plan, or a classic solver."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def chosen(
     if not several or not all(isinstance(s, FittedSolver | Plan) for s in several):
         kinds = ", ".join(type(s).__name__ for s in several) or "nothing"
         raise InputError(
-            f"a scheduler takes a FittedSolver, a Plan, several of them in a list, or a solver such as 'dpmpp_2m', got {kinds}."
+            f"a scheduler takes a FittedSolver, a Plan, a list of them, or a solver such as 'dpmpp_2m', got {kinds}."
         )
     fixed: dict[int, Fixed] = {}
     plans: dict[int, Plan] = {}
@@ -126,7 +126,9 @@ def chosen(
         order = order_of(plan)
         n = plan.nfe if order == 1 else plan.steps
         if n in plans:
-            raise InputError(f"{plans[n].name} and {plan.name} both run with num_inference_steps={n}: give one of them.")
+            raise InputError(
+                f"{plans[n].name} and {plan.name} both run with num_inference_steps={n}: give one of them."
+            )
         fixed[n], plans[n] = own, plan
     return Choice(schedule, None, fixed, plans, second)
 
@@ -143,14 +145,14 @@ def _moved(solver: Fixed, schedule: Schedule, prediction: str) -> Plan:
         if not isinstance(plan.schedule, EDM | VE):  # noise levels alone, which every schedule has
             own, theirs = brief(plan.schedule.config()), brief(schedule.config())
             raise MismatchError(
-                f"{plan.name} was made for the schedule {own}, and this scheduler has {theirs}: fit for this pipeline, or take "
-                "the scheduler's configuration from the pipeline of the fit. Plan.on(schedule) moves a plan to other levels "
+                f"{plan.name} was made for the schedule {own}, and this scheduler has {theirs}: fit for this pipeline, or "
+                "take the scheduler's configuration from the pipeline of the fit. Plan.on(schedule) moves a plan to other levels "
                 "of one network."
             )
         return plan.on(schedule)
     if isinstance(solver, FittedSolver) and solver.record.origin.prediction != prediction:
         raise MismatchError(
-            f"{plan.name} was fitted to a model of {solver.record.origin.prediction} prediction, and the configuration of this "
-            f"scheduler says {prediction}: take the configuration of the pipeline of the fit."
+            f"{plan.name} was fitted to a model of {solver.record.origin.prediction} prediction, and the configuration of "
+            f"this scheduler says {prediction}: take the configuration of the pipeline of the fit."
         )
     return plan

@@ -45,12 +45,15 @@ class PipelineODE(ProbabilityFlowODE):
     Attributes
     ----------
     pipe : the pipeline.
-    repeats : number of neighboring samples with one prompt, as with ``num_images_per_prompt``; None to take the prompts in turn.
+    repeats : number of neighboring samples with one prompt, as with ``num_images_per_prompt``. None to take the prompts in
+        turn.
     """
 
     model: PipelineDenoiser
 
-    def __init__(self, model: PipelineDenoiser, clock: Clock, prediction: str, rows: Mapping[str, Any], **options: Any) -> None:
+    def __init__(
+        self, model: PipelineDenoiser, clock: Clock, prediction: str, rows: Mapping[str, Any], **options: Any
+    ) -> None:
         self.repeats = options.pop("repeats", None)
         super().__init__(model, clock.schedule, prediction, conditioning=rows, **options)
         self.time, self.time_rounding = clock.time, clock.rounding
@@ -135,7 +138,9 @@ class PipelineODE(ProbabilityFlowODE):
     def _moment(self, t: float) -> Moment:
         schedule = self.schedule
         level = schedule.sigma(t) if isinstance(schedule, FlowMatching) else schedule.noise_to_signal(t)
-        return Moment(float(told(self.time, self.time_rounding, schedule, t)), schedule.alpha(t), schedule.sigma(t), level)
+        return Moment(
+            float(told(self.time, self.time_rounding, schedule, t)), schedule.alpha(t), schedule.sigma(t), level
+        )
 
     def fingerprint(self) -> Fingerprint:
         """The identity of the pipeline's networks, with the class of the pipeline and the guidance of the call."""
@@ -180,11 +185,15 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     >>> fit = iia.fit(ode, nfe=6, shape=ode.state_shape, budget="closed-form")
     """
     if not isinstance(pipe, DiffusionPipeline):
-        raise InputError(f"ode takes a pipeline of diffusers, such as StableDiffusionPipeline, got {type(pipe).__name__}.")
+        raise InputError(
+            f"ode takes a pipeline of diffusers, such as StableDiffusionPipeline, got {type(pipe).__name__}."
+        )
     known = inspect.signature(type(pipe).__call__).parameters
     unknown = sorted(set(call) - set(known))
     if unknown:
-        raise InputError(f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}.")
+        raise InputError(
+            f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}."
+        )
     used = {k: v for k, v in call.items() if k not in _NO_EFFECT}
     repeats = [used.pop(name) for name in _PER_PROMPT if name in used]
     rows, shared = _split(used)

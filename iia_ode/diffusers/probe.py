@@ -1,7 +1,7 @@
 """A pipeline as a model: one evaluation by a scheduler that stops the pipeline at its first step.
 
-The evaluation includes all that the pipeline does to the output of its networks: guidance and its rescaling, adapters, pooled and
-packed inputs, roundings of the timestep.
+The evaluation includes all that the pipeline does to the inputs and outputs of its networks: guidance and its rescaling,
+adapters, pooled and packed inputs, rounding of the timestep.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ca
         return getattr(self.__dict__["_kept"], name)
 
     def set_timesteps(
-        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, timesteps: Any = None, mu: Any = None
+        self,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: Any = None,
     ) -> None:
         n = next((len(v) for v in (sigmas, timesteps) if v is not None), num_inference_steps)
         self.timesteps = torch.tensor([self._now.timestep] * n, device=device)
@@ -180,8 +185,8 @@ class PipelineDenoiser(nn.Module):
                 self._entry = entry
                 return state, output
         raise InputError(
-            f"{type(self.pipe).__name__} evaluates other states than it is given, and its call is no ODE: wrap the network, see "
-            "iia_ode.diffusers.denoiser."
+            f"{type(self.pipe).__name__} evaluates other states than it is given, and its call is no ODE: wrap the network, "
+            "see iia_ode.diffusers.denoiser."
         ) from problem
 
     def forward(self, x: Tensor, now: Moment, rows: Mapping[str, Any]) -> Tensor:

@@ -48,8 +48,8 @@ class PipelineRun:
             check_weights(plan, tuple(sample.shape[1:]))
         except InputError as error:
             raise MismatchError(
-                f"{str(error).rstrip('.')}: a fit with weights per channel, frequency or component runs at the resolution of the "
-                "fit alone. Call the pipeline for states of that shape, or fit for this one."
+                f"{str(error).rstrip('.')}: a fit with weights per channel, frequency or component runs at the resolution of "
+                "the fit alone. Call the pipeline for states of that shape, or fit for this one."
             ) from error
         return cls(start(plan, _wide(sample), prediction, keeps_seen=False))
 

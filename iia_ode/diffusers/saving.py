@@ -1,7 +1,7 @@
 """The files of a scheduler: its solvers beside ``scheduler_config.json``, each in a file of this library's own format.
 
-The names end in ``.iia``: with any ``.safetensors`` file in the folder of the scheduler, a download of the pipeline would leave
-out the weights of the networks.
+The names end in ``.iia``: with any ``.safetensors`` file in the folder of the scheduler, a download of the pipeline would
+leave out the weights of the networks.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _base_of(config: Any) -> Any:
     own = config.get(KEY)
     if not isinstance(own, dict) or not isinstance(own.get("scheduler"), str):
         raise FileFormatError(
-            "this configuration names no solver: make the scheduler by IIAScheduler.of(solver, pipe.scheduler), or load a saved "
-            "one by IIAScheduler.from_pretrained(folder)."
+            "this configuration names no solver: make the scheduler by IIAScheduler.of(solver, pipe.scheduler), or load a "
+            "saved one by IIAScheduler.from_pretrained(folder)."
         )
     if own.get("format") != _FORMAT:
         raise FileFormatError(
@@ -86,12 +86,14 @@ def _base_of(config: Any) -> Any:
         )
     kind = getattr(diffusers, own["scheduler"], None)
     if kind is None:
-        raise FileFormatError(f"diffusers {diffusers.__version__} has no {own['scheduler']}, whose configuration this is.")
+        raise FileFormatError(
+            f"diffusers {diffusers.__version__} has no {own['scheduler']}, whose configuration this is."
+        )
     return kind.from_config({**{k: v for k, v in config.items() if k != KEY}, "_class_name": own["scheduler"]})
 
 
 def _choice_of(config: Any, base: Any, find: Callable[[str], str]) -> tuple[Choice, Any, bool]:
-    """The solvers of a configuration, its scheduler, and whether timesteps are whole; `find` maps the name of a file to its path.
+    """The solvers of a configuration, its scheduler, and whether timesteps are whole; `find` maps a name to the path of a file.
 
     Raises
     ------
@@ -164,7 +166,9 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers car
         """
         options = {k: v for k, v in kwargs.items() if k in _DOWNLOAD}
         config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **options)
-        made = cls._of_config(config, partial(_find, source=pretrained_model_name_or_path, subfolder=subfolder, options=options))
+        made = cls._of_config(
+            config, partial(_find, source=pretrained_model_name_or_path, subfolder=subfolder, options=options)
+        )
         return (made, {k: v for k, v in kwargs.items() if k not in options}) if return_unused_kwargs else made
 
     @classmethod

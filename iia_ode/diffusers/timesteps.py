@@ -95,7 +95,7 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The order of the timesteps of a run, without reads from a device wherever the pipeline hands back entries of `timesteps`.
+    """The order of the timesteps of a run. Nothing is read from a device where the pipeline hands back entries of `timesteps`.
 
     Attributes
     ----------

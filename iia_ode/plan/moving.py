@@ -1,7 +1,7 @@
 """Plans on another schedule: the same levels sigma/alpha, with rescaled states.
 
-Two schedules reach the same level at times t and t' with states x and x' = c x, where c = |(alpha', sigma')| / |(alpha, sigma)|.
-Data and noise are the same on both.
+Two schedules reach the same level at times t and t' with states x and x' = c x, where c = |(alpha', sigma')| / |(alpha,
+sigma)|. Data and noise are the same on both.
 """
 
 from __future__ import annotations
