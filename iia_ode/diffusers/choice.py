@@ -146,13 +146,13 @@ def _moved(solver: Fixed, schedule: Schedule, prediction: str) -> Plan:
             own, theirs = brief(plan.schedule.config()), brief(schedule.config())
             raise MismatchError(
                 f"{plan.name} was made for the schedule {own}, and this scheduler has {theirs}: fit for this pipeline, or "
-                "take the scheduler's configuration from the pipeline of the fit. Plan.on(schedule) moves a plan to other levels "
-                "of one network."
+                "take the scheduler's configuration from the pipeline of the fit. For other states of one network, move the "
+                "plan by Plan.on(schedule)."
             )
         return plan.on(schedule)
     if isinstance(solver, FittedSolver) and solver.record.origin.prediction != prediction:
         raise MismatchError(
-            f"{plan.name} was fitted to a model of {solver.record.origin.prediction} prediction, and the configuration of "
-            f"this scheduler says {prediction}: take the configuration of the pipeline of the fit."
+            f"{plan.name} was fitted to a model of {solver.record.origin.prediction} prediction, and the configuration "
+            f"of this scheduler says {prediction}: take the configuration of the pipeline of the fit."
         )
     return plan

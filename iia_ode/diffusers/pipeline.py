@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Self
@@ -16,6 +15,7 @@ from ..ode import ProbabilityFlowODE
 from ..ode.clock import told
 from ..ode.fingerprint import Fingerprint, fingerprint_of
 from ..schedules import FlowMatching
+from .arguments import arguments, count_of, picked
 from .probe import Moment, PipelineDenoiser
 from .scheduler import IIAScheduler
 from .timesteps import Clock
@@ -23,18 +23,7 @@ from .translation import prediction_of
 
 __all__ = ["PipelineODE", "ode"]
 
-_NO_EFFECT = {
-    *("num_inference_steps", "timesteps", "sigmas", "latents", "strength", "output_type", "return_dict"),
-    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
-}
-"""Arguments of a call without effect on the model."""
-_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
-_COUNTS = ("prompt", "class_labels", "prompt_embeds", "image", "negative_prompt", "negative_prompt_embeds")
-"""Arguments that tell the number of prompts, in order."""
-
-
-class Rows(list[Any]):
-    """A list with an entry per sample, as a single value of a condition."""
+_SHARE = 0.5  # of the noise in an output, between predictions with and without the noise
 
 
 class PipelineODE(ProbabilityFlowODE):
@@ -75,7 +64,7 @@ class PipelineODE(ProbabilityFlowODE):
 
     def check_conditions(self, batch: int) -> None:
         """Raise InputError unless the prompts can serve `batch` samples."""
-        count = _count(self.conditioning)
+        count = count_of(self.conditioning)
         if count is not None and (batch < count or (self.repeats and batch != count * self.repeats)):
             raise InputError(
                 f"this pipeline call has {count} prompts"
@@ -95,13 +84,13 @@ class PipelineODE(ProbabilityFlowODE):
         -------
         The ODE, with the same model and ledger.
         """
-        count = _count(self.conditioning)
+        count = count_of(self.conditioning)
         if count is None:
             return self._view(self.conditioning, {})
         self.check_conditions(batch)
         places = torch.arange(batch, device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
         own = (places // self.repeats if self.repeats else places % count).tolist()
-        view = self._view({k: _picked(v, own) for k, v in self.conditioning.items()}, {})
+        view = self._view({k: picked(v, own) for k, v in self.conditioning.items()}, {})
         view.repeats = None
         return view
 
@@ -188,16 +177,8 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
         raise InputError(
             f"ode takes a pipeline of diffusers, such as StableDiffusionPipeline, got {type(pipe).__name__}."
         )
-    known = inspect.signature(type(pipe).__call__).parameters
-    unknown = sorted(set(call) - set(known))
-    if unknown:
-        raise InputError(
-            f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}."
-        )
-    used = {k: v for k, v in call.items() if k not in _NO_EFFECT}
-    repeats = [used.pop(name) for name in _PER_PROMPT if name in used]
-    rows, shared = _split(used)
-    scheduler = pipe.scheduler
+    rows, shared, repeats = arguments(pipe, call)
+    scheduler: Any = pipe.scheduler
     if isinstance(scheduler, IIAScheduler):
         whole = scheduler.whole_timesteps if whole_timesteps is None else whole_timesteps
         scheduler = scheduler.replaced
@@ -205,8 +186,8 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
         whole = bool(whole_timesteps)
     clock, prediction = Clock.of(scheduler, whole), prediction_of(scheduler)
     model = PipelineDenoiser(pipe, shared)
-    found = PipelineODE(model, clock, prediction, rows, repeats=repeats[0] if repeats and rows else None)
-    count = _count(rows) or 1
+    found = PipelineODE(model, clock, prediction, rows, repeats=repeats)
+    count = count_of(rows) or 1
     state, output = model.settle(found._moment(_start(clock)), found.conditioning, count)
     found.state_shape = model.state_shape
     _check_prediction(prediction, state, output)
@@ -216,41 +197,6 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
 def _start(clock: Clock) -> float:
     """The noisiest time."""
     return clock.schedule.t_noise
-
-
-# ---- the arguments of a call -----------------------------------------------------------------------------------------
-
-
-def _split(call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments with an entry per prompt, and the others."""
-    lengths = (_length(call[name]) for name in _COUNTS if name in call)
-    count = next((n for n in lengths if n is not None), None)
-    if count is None or (count == 1 and "class_labels" not in call):
-        return {}, dict(call)
-    rows = {k: _entries(k, v) for k, v in call.items() if _length(v) == count and k != "generator"}
-    return rows, {k: v for k, v in call.items() if k not in rows}
-
-
-def _length(value: Any) -> int | None:
-    sized = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
-    return len(value) if sized else None
-
-
-def _entries(name: str, value: Any) -> Any:
-    if name == "class_labels":
-        return torch.as_tensor(value)
-    return value if isinstance(value, Tensor) or all(isinstance(v, str) for v in value) else Rows(value)
-
-
-def _count(rows: Mapping[str, Any]) -> int | None:
-    return next((len(v) for v in rows.values()), None)
-
-
-def _picked(value: Any, index: list[int]) -> Any:
-    return value[index] if isinstance(value, Tensor) else type(value)(value[i] for i in index)
-
-
-# ---- the prediction type ---------------------------------------------------------------------------------------------
 
 
 def _check_prediction(prediction: str, x: Tensor, output: Tensor) -> None:
@@ -270,6 +216,3 @@ def _check_prediction(prediction: str, x: Tensor, output: Tensor) -> None:
         f"this noise: check prediction_type, which may be {others}.",
         PredictionWarning,
     )
-
-
-_SHARE = 0.5

@@ -7,18 +7,18 @@ adapters, pooled and packed inputs, rounding of the timestep.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor, nn
 
 from ..bounded import Bounded
 from ..errors import InputError
+from .borrowed import borrowed, same_draws
 
 __all__ = ["Moment", "PipelineDenoiser"]
 
@@ -54,7 +54,7 @@ class _Answer(Exception):  # noqa: N818  (the way out of a pipeline)
         self.output, self.state = output, state
 
 
-class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers carries no types
+class _Probe(SchedulerMixin, ConfigMixin):
     """A scheduler whose `step` ends the pipeline with the model's output.
 
     Parameters
@@ -66,6 +66,7 @@ class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ca
     """
 
     order, init_noise_sigma = 1, 1.0
+    _internal_dict: Any
 
     def __init__(self, kept: Any, now: Moment, x: Tensor | None, entry: str) -> None:
         self._internal_dict, self._kept, self._now = kept.config, kept, now
@@ -150,7 +151,8 @@ class PipelineDenoiser(nn.Module):
         numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
         self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
         self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
-        self._entry, self.state_shape, self.dtype = "latents", (), torch.float32
+        self._entry, self.dtype = "latents", torch.float32
+        self.state_shape: tuple[int, ...] = ()
 
     @property
     def pipe(self) -> Any:
@@ -207,11 +209,11 @@ class PipelineDenoiser(nn.Module):
             call |= {name: count for name in _COUNTS if name in self._names}
         call |= {k: v for k, v in (("num_inference_steps", 2), ("strength", 1.0)) if k in self._names}
         if "generator" in self._names:  # the same draws in each evaluation, and none from the user's generator
-            call["generator"] = _copied(self._generator)
+            call["generator"] = same_draws(self._generator)
         if x is not None and entry == "latents":
             call["latents"] = x
         probe = _Probe(self.pipe.scheduler, now, x, entry)
-        with _prepared(self.pipe, probe, self._encodings):
+        with borrowed(self.pipe, probe, self._encodings):
             try:
                 self.pipe(**call)
             except _Answer as answer:
@@ -220,47 +222,3 @@ class PipelineDenoiser(nn.Module):
             f"{type(self.pipe).__name__} made no step: the call of an ODE covers all noise levels, without denoising_start or "
             "denoising_end."
         )
-
-
-@contextmanager
-def _prepared(pipe: Any, probe: _Probe, encodings: Bounded[Any, Any]) -> Iterator[None]:
-    """The pipeline with the probe as its scheduler, without a progress bar, and with memoized encodings of prompts."""
-    own = vars(pipe)  # past the pipeline's __setattr__, which would enter the probe into the configuration
-    kept = {k: own[k] for k in ("scheduler", "_progress_bar_config", "encode_prompt") if k in own}
-    own |= {"scheduler": probe, "_progress_bar_config": {"disable": True}}
-    if hasattr(type(pipe), "encode_prompt"):
-        own["encode_prompt"] = _memoized(pipe.encode_prompt, encodings)
-    try:
-        yield
-    finally:
-        for name in ("scheduler", "_progress_bar_config", "encode_prompt"):
-            own.pop(name, None)
-        own |= kept
-        if getattr(pipe, "_all_hooks", None):
-            pipe.maybe_free_model_hooks()
-
-
-def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callable[..., Any]:
-    """A function of hashable arguments that keeps its results; with other arguments nothing is kept."""
-
-    def memoized(*args: Any, **kwargs: Any) -> Any:
-        values = [tuple(v) if isinstance(v, list) else v for v in (*args, *kwargs.values())]
-        key = (*values, *kwargs)
-        if any(isinstance(v, Tensor) for v in values):
-            return function(*args, **kwargs)
-        try:
-            found = known.get(key)
-        except TypeError:
-            return function(*args, **kwargs)
-        return known.put(key, function(*args, **kwargs)) if found is None else found
-
-    return memoized
-
-
-def _copied(generator: Any) -> Any:
-    """A generator with the same state, or of seed 0."""
-    if isinstance(generator, list):
-        return [_copied(g) for g in generator]
-    if generator is None:
-        return torch.Generator("cpu").manual_seed(0)
-    return torch.Generator(generator.device).set_state(generator.get_state())

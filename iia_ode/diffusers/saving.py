@@ -11,26 +11,29 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import hf_hub_download
+from torch import Tensor
 
 from ..errors import FileFormatError
 from ..files import write_bytes
 from ..loading import load
 from ..solvers import Solver
 from .choice import Choice, Fixed, chosen
+from .timesteps import Order
 from .translation import prediction_of, schedule_of
 
-__all__ = ["KEY", "Saved", "described", "register"]
+__all__ = ["KEY", "Saved", "described", "frozen", "register"]
 
 KEY = "_iia_ode"
 """Entry of the configuration; other schedulers pass over entries that begin with an underscore."""
 
+frozen: Any = FrozenDict
 _NAME = "solver.iia"
 _FORMAT = 1
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -93,7 +96,7 @@ def _base_of(config: Any) -> Any:
 
 
 def _choice_of(config: Any, base: Any, find: Callable[[str], str]) -> tuple[Choice, Any, bool]:
-    """The solvers of a configuration, its scheduler, and whether timesteps are whole; `find` maps a name to the path of a file.
+    """The solvers of a configuration, its scheduler, and whether timesteps are whole; `find` maps a name to a path.
 
     Raises
     ------
@@ -119,10 +122,22 @@ def _find(name: str, source: str | os.PathLike[str], subfolder: str | None, opti
     return str(hf_hub_download(str(source), filename=name, subfolder=subfolder, **options))
 
 
-class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers carries no types
-    """The files of a scheduler: how diffusers saves, uploads and loads it."""
+class Saved(SchedulerMixin, ConfigMixin):
+    """The files and copies of a scheduler: how diffusers saves, uploads, loads and copies it."""
 
     _choice: Choice
+    _internal_dict: Any
+    _order: Order
+    timesteps: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that shares the plans and the solvers, which never change."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for name in ("timesteps", "sigmas", "replaced", "_internal_dict", "_run"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin._order = Order(twin.timesteps, self._order.values)
+        return twin
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the solvers, and the configuration beside them; ``save_pretrained`` and ``push_to_hub`` call this method."""
@@ -133,7 +148,7 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers car
     def to_json_string(self) -> str:
         """The configuration as JSON."""
         twin = copy.copy(self)
-        twin._internal_dict = FrozenDict(self._internal_dict)  # the method of the base class writes to it
+        twin._internal_dict = frozen(self._internal_dict)  # the method of the base class writes to it
         return str(ConfigMixin.to_json_string(twin))
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:

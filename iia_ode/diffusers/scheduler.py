@@ -6,16 +6,14 @@ import copy
 from typing import Any, Self
 
 import torch
-from diffusers import SchedulerMixin
-from diffusers.configuration_utils import FrozenDict
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 from ..errors import InputError, MismatchError
 from ..solvers.base import SolverLike
 from .choice import Choice, Fixed, chosen
 from .running import PipelineRun, first_state
-from .saving import KEY, Saved, described
+from .saving import KEY, Saved, described, frozen
 from .timesteps import Clock, Order, order_of
 from .translation import prediction_of, schedule_of
 
@@ -25,11 +23,10 @@ __all__ = ["IIAScheduler"]
 class IIAScheduler(Saved):
     """A scheduler of diffusers that runs the plan of a fitted or classic solver; :meth:`of` makes it.
 
-    The scheduler is deterministic. States are alpha x_0 + sigma noise, and the scheduler keeps them in float32 for pipelines in
-    half precision. ``num_inference_steps`` counts evaluations. For a classic solver, and for a plan with the same number of
-    evaluations in every step, such as Heun's method, ``num_inference_steps`` counts steps. The configuration is that of the
-    replaced scheduler: other schedulers can be made from the configuration as before. Its ``clip_sample`` and
-    ``thresholding`` have no effect on plans.
+    The scheduler is deterministic. States are alpha x_0 + sigma noise, in float32 inside for pipelines in half precision.
+    ``num_inference_steps`` counts evaluations. For a classic solver, and for a plan with the same number of evaluations in every
+    step, such as Heun's method, ``num_inference_steps`` counts steps. The configuration is that of the replaced scheduler: other
+    schedulers can be made from the configuration as before. Its ``clip_sample`` and ``thresholding`` have no effect on plans.
 
     >>> pipe.scheduler = IIAScheduler.of(fit, pipe.scheduler)
     >>> image = pipe(prompt, num_inference_steps=fit.nfe).images[0]
@@ -49,7 +46,7 @@ class IIAScheduler(Saved):
         self._choice, self.replaced, self.whole_timesteps = choice, base, whole_timesteps
         self._clock = Clock.of(base, whole_timesteps)
         self._prediction = prediction_of(base)
-        self._internal_dict = FrozenDict({**base.config, KEY: described(choice, base, whole_timesteps)})
+        self._internal_dict = frozen({**base.config, KEY: described(choice, base, whole_timesteps)})
         shift = base.config.get("base_shift") if base.config.get("use_dynamic_shifting") else None
         self.set_timesteps(10 if choice.classic is not None else min(choice.plans), mu=shift)
 
@@ -117,7 +114,9 @@ class IIAScheduler(Saved):
         InputError : no number of steps.
         MismatchError : no plan has this number of steps.
         """
-        given = {k: v for k, v in (("sigmas", sigmas), ("timesteps", timesteps), ("mu", mu)) if v is not None}
+        given: dict[str, Any] = {
+            k: v for k, v in (("sigmas", sigmas), ("timesteps", timesteps), ("mu", mu)) if v is not None
+        }
         n = next((len(given[k]) for k in ("sigmas", "timesteps") if k in given), num_inference_steps)
         if n is None:
             raise InputError("set_timesteps takes num_inference_steps, sigmas or timesteps.")
@@ -248,11 +247,3 @@ class IIAScheduler(Saved):
     def _is_warm(self) -> bool:
         """Whether the plan evaluates the model at another state than the initial one."""
         return self.plan.starts[0] != 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        for name in ("timesteps", "sigmas", "replaced", "_internal_dict", "_run"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin._order = Order(twin.timesteps, self._order.values)
-        return twin
