@@ -203,7 +203,7 @@ def test_every_solver_runs_in_a_pipeline(subtests: Any) -> None:
     pipe = tiny.ddim()
     base, model = pipe.scheduler, ode(pipe)
     x = noise(2, 3, 8, 8, seed=3)
-    for name in ("dpmpp_2m", "unipc", "heun", "rk4", "fpndm", "ipndm", "dpmpp_3s", "dpm2", "dpmpp_3m", "lms"):
+    for name in ("unipc", "heun", "rk4", "fpndm", "ipndm", "dpmpp_3s", "dpm2"):
         with subtests.test(name):
             pipe.scheduler = IIAScheduler.of(name, base)
             found = latents(pipe, batch_size=2, generator=generator(3), num_inference_steps=5)
@@ -749,7 +749,8 @@ def test_samples_may_have_times_of_their_own(model: Any) -> None:
 def test_a_fit_of_a_pipeline_takes_its_weights_in_closed_form(worded: Any) -> None:
     worded.scheduler = tiny.sd_scheduler()
     whole = ode(worded, **WORDS)
-    found = iia.fit(whole, 2, shape=whole.state_shape, samples=8, budget=iia.Budget(draws=8, starts=1))
+    budget = iia.Budget(draws=8, teacher_steps=12, rounds=((1.0, 1),), descent=0, starts=1)
+    found = iia.fit(whole, 2, shape=whole.state_shape, samples=8, budget=budget)
     assert found.nfe == 2 and found.record.origin.conditioning.keys() == WORDS.keys()
     assert not whole.output(noise(3, 4, 8, 8).requires_grad_(), 500.0).requires_grad
 

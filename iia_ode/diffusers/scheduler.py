@@ -24,9 +24,10 @@ class IIAScheduler(Saved):
     """A scheduler of diffusers that runs the plan of a fitted or classic solver; :meth:`of` makes it.
 
     The scheduler is deterministic. States are alpha x_0 + sigma noise, in float32 inside for pipelines in half precision.
-    ``num_inference_steps`` counts evaluations. For a classic solver, and for a plan with the same number of evaluations in every
-    step, such as Heun's method, ``num_inference_steps`` counts steps. The configuration is that of the replaced scheduler: other
-    schedulers can be made from the configuration as before. Its ``clip_sample`` and ``thresholding`` have no effect on plans.
+    ``num_inference_steps`` counts evaluations. For a classic solver, and for a plan with the same number of evaluations in
+    every step, such as Heun's method, ``num_inference_steps`` counts steps. The configuration is that of the replaced
+    scheduler: other schedulers can be made from the configuration as before. Its ``clip_sample`` and ``thresholding`` have no
+    effect on plans.
 
     >>> pipe.scheduler = IIAScheduler.of(fit, pipe.scheduler)
     >>> image = pipe(prompt, num_inference_steps=fit.nfe).images[0]
