@@ -171,8 +171,9 @@ class EDMDenoiser(nn.Module):
         InputError : the network is no :class:`UNet`.
         """
         if not isinstance(self.network, UNet) or self.state_shape is None:
+            kind = type(self.network).__name__
             raise InputError(
-                f"a file describes a UNet of this package with its state_shape, not {type(self.network).__name__}."
+                f"a file describes a UNet of this package with its state_shape, and the network is a {kind}."
             )
         return {"network": self.network.config, "sigma_data": self.sigma_data, "state_shape": list(self.state_shape)}
 

@@ -70,7 +70,7 @@ def _arguments(module: nn.Module) -> tuple[str, str]:
     """The names of the arguments of a network for the state and for the time."""
     for candidate in _unwrapped(module):
         names = list(inspect.signature(candidate.forward).parameters)
-        time = next((name for name in ("timestep", "timesteps", "t") if name in names), None)
+        time = next((name for name in ("timestep", "timesteps", "timestep_ratio", "t") if name in names), None)
         if time is not None:
             return names[0], time
     raise InputError(

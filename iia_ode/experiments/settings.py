@@ -121,7 +121,7 @@ class _Trained(Setting):
         if classes := self._model.network.classes:
             conditions["class_labels"] = torch.randint(classes, (n,), generator=generator, device="cpu")
         return conditions, self.sigma_max * torch.randn(
-            (n, *self._model.state_shape), generator=generator, device="cpu"
+            (n, *(self._model.state_shape or ())), generator=generator, device="cpu"
         )
 
     def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:

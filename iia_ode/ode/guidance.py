@@ -114,7 +114,8 @@ def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
         torch.linalg.vector_norm(v - v.mean(axes, True), dim=axes, keepdim=True) for v in (guided, condition)
     )
     ratio = theirs / torch.where(ours > 0, ours, torch.ones_like(ours))
-    return guided * (1 - share + share * ratio)
+    moved: Tensor = guided * (1 - share + share * ratio)
+    return moved
 
 
 def checked_scale(value: object) -> Scale:
