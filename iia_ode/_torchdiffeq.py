@@ -76,9 +76,14 @@ def integrate(
     Raises
     ------
     GridError : two times are equal in the dtype of y0.
-    InputError : the method does not take one of the options.
+    InputError : the method does not take one of the options; or a gradient by y0 or t through ``scipy_solver``.
     NonFiniteError : the step size vanished or the state is not finite.
     """
+    if method == "scipy_solver" and any(map(carries_derivative, (y0, t))):
+        raise InputError(
+            "torchdiffeq's scipy_solver computes outside of torch, and no gradient flows through it: use method='dopri5', or "
+            "give states and times without a gradient."
+        )
     times, given = t.tolist(), dict(options or {})
     clock = t.to(y0.device, y0.dtype)
     _check_apart(times, y0.dtype)

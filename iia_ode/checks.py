@@ -62,16 +62,20 @@ def check_number(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    finite: bool = True,
     such_as: object = None,
     error: ErrorType = InputError,
 ) -> float:
     """Return `value` as a float, or raise an error unless `value` is a finite number in the range.
+
+    Numbers are real numbers of Python, NumPy and torch, and arrays and tensors without dimensions.
 
     Parameters
     ----------
     name : of the option, the subject of the error message.
     least, most : inclusive bounds.
     above, below : exclusive bounds.
+    finite : whether infinity is an error; NaN always is.
     such_as : a valid value to show in the error message.
     error : class of the error.
 
@@ -79,9 +83,10 @@ def check_number(
     ------
     InputError : or another `error`: not a number, not finite, or out of range.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = _as_real(value)
     if (
-        not math.isfinite(number)
+        math.isnan(number)
+        or (finite and math.isinf(number))
         or (least is not None and number < least)
         or (most is not None and number > most)
         or (above is not None and number <= above)
@@ -140,6 +145,16 @@ def _as_index(value: Any) -> int | None:
         return index(value)
     except TypeError:
         return None
+
+
+def _as_real(value: Any) -> float:
+    """`value` as a float for a real number of Python, NumPy or torch; NaN for everything else."""
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _range(

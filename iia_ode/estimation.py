@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .checks import check_seed, check_whole
@@ -22,13 +19,13 @@ from .errors import FileFormatError, GridError, InputError, NonFiniteError, Rank
 from .files import read_tensors
 from .forms import conversion
 from .integrate import sample
+from .jacobians import Forward, Products, Reverse, check_derivatives, rounding_of
 from .ode import ProbabilityFlowODE
 from .ode.clock import recorded_time
 from .ode.guidance import recorded
 from .ode.hosted import in_float64
-from .ode.mode import check_mode, in_training
-from .plan import check_grid, check_start
-from .plan.checks import check_samples
+from .ode.mode import in_training
+from .plan import check_grid, check_ode, check_states
 from .schedules import Schedule
 from .schedules.base import derivative_of
 from .sizes import size_of_data
@@ -120,18 +117,21 @@ class ModelStatistics(StatisticsTables):
 
         Raises
         ------
-        InputError, GridError, UnknownNameError : an argument is not usable.
-        NonFiniteError : the model returned NaN or infinity.
+        InputError, GridError, UnknownNameError : an argument is not usable, or the model cuts its derivatives, by ``detach``
+            or ``torch.no_grad`` inside.
+        NonFiniteError : the states, the model or its derivatives are not finite.
+
+        Warns
+        -----
+        StateSizeWarning : the states are too small for the noise level at the start of the grid.
         """
-        check_start(ode, x)
-        check_mode(ode)
-        check_samples(x)
+        given = check_grid(check_ode(ode).schedule, grid if isinstance(grid, Tensor) else list(grid))
+        check_states(ode, x, given[0])
         points, probes = check_whole("points", points, least=2), check_whole("probes", probes, least=1)
         size = len(x) if batch_size is None else check_whole("batch_size", batch_size, least=1)
         seed = check_seed(seed)
         if mode not in _MODES:
             raise unknown_name("mode", mode, _MODES)
-        given = check_grid(ode.schedule, grid if isinstance(grid, Tensor) else list(grid))
         unit = 1.0 if ode.schedule.alpha(given[0]) > 0 else size_of_data(ode, x, given[0], _lowest(ode.schedule, given))
         times, nodes = _times(ode.schedule, given, points, _PURE_NOISE - math.log(unit))
         dims, generator = _shared_dims(shared, x.ndim - 1), torch.Generator("cpu").manual_seed(seed)
@@ -162,7 +162,9 @@ class ModelStatistics(StatisticsTables):
             "evaluations": spent.evaluations,
         }
         lam = torch.tensor([ode.schedule.lam(times[k]) for k in nodes], dtype=_F64, device="cpu")
-        return _solve(lam, collector.moments, max(_ROUNDING, 1e3 * _eps(*in_float64(ode, x[:1]))), ode.schedule, about)
+        return _solve(
+            lam, collector.moments, max(_ROUNDING, 1e3 * rounding_of(*in_float64(ode, x[:1]))), ode.schedule, about
+        )
 
 
 def read_statistics(path: str | os.PathLike[str], schedule: Schedule | None = None) -> ModelStatistics:
@@ -224,22 +226,7 @@ def _shared_dims(shared: str | Sequence[int], ndim: int) -> tuple[int, ...] | No
     return (-1 - ndim, *sorted({d - ndim if d >= 0 else d for d in shared}))
 
 
-def _eps(ode: ProbabilityFlowODE, x: Tensor) -> float:
-    """Relative rounding of the model for float64 states x."""
-    return float(torch.finfo(ode.compute_dtype(x)).eps)
-
-
 # ---- one node --------------------------------------------------------------------------------------------------------
-
-
-class _Products(Protocol):
-    """Products with the Jacobian of the model's output."""
-
-    def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and a Hutchinson estimate of the Jacobian's diagonal from Rademacher probes [probes, B, ...]."""
-
-    def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
-        """The derivative of the output in the direction (dx, dt)."""
 
 
 class _Collector:
@@ -255,6 +242,8 @@ class _Collector:
         def visit(k: int, t: float, state: Tensor) -> None:
             if k in self.nodes:
                 self.moments[self.nodes[k]].add(self._columns(ode, state, t, signs))
+                if self.nodes[k] == len(self.nodes) // 2:
+                    check_derivatives(ode, state, t, signs, self.products)
                 self.bar.update()
 
         visit(0, times[0], x)
@@ -263,7 +252,7 @@ class _Collector:
     def _columns(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> Tensor:
         if self.mode == "auto":
             try:
-                found = _columns(ode, x, t, signs, _Forward())
+                found = _columns(ode, x, t, signs, Forward())
                 self.mode = "forward"
                 return found
             except (RankError, torch.OutOfMemoryError):
@@ -271,10 +260,15 @@ class _Collector:
             except RuntimeError as error:  # NotImplementedError is one
                 _log.info("no forward differentiation of this model (%s); reverse it is", error)
                 self.mode = "reverse"
-        return _columns(ode, x, t, signs, _Forward() if self.mode == "forward" else _Reverse())
+        return _columns(ode, x, t, signs, self.products)
+
+    @property
+    def products(self) -> Products:
+        """The products of the mode."""
+        return Reverse() if self.mode == "reverse" else Forward()
 
 
-def _columns(ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor, products: _Products) -> Tensor:
+def _columns(ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor, products: Products) -> Tensor:
     """y = x / alpha, D, dD/dlambda along the flow, and an estimate of l, stacked: float64 [4, B, ...]."""
     schedule, time = ode.schedule, torch.tensor(t, dtype=_F64, device="cpu")
     alpha, alpha_dt = schedule.alpha(t), schedule.alpha_prime(t)
@@ -291,51 +285,6 @@ def _columns(ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor, produc
     dx = alpha_dt * dt * y + alpha * (data - y)
     slope = p_slope * x + p * dx + q_slope * out + q * products.along(ode, x, t, dx, dt)
     return torch.stack([y, data, slope, 1 - alpha * (p + q * diagonal)])
-
-
-class _Forward:
-    """By forward differentiation: exact, at the price of an evaluation or two."""
-
-    def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
-        products = [_jvp(ode, x, t, v, 0.0) for v in signs]
-        return products[0][0], torch.stack([v * jv for v, (_, jv) in zip(signs, products, strict=True)]).mean(0)
-
-    def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
-        return _jvp(ode, x, t, dx, dt)[1]
-
-
-class _Reverse:
-    """Reverse differentiation, since the Jacobian and its transpose have the same diagonal, and central differences."""
-
-    def diagonal(self, ode: ProbabilityFlowODE, x: Tensor, t: float, signs: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            state = x.detach().clone().requires_grad_()
-            out = ode.output(state, t)
-            products = [v * torch.autograd.grad(out, state, v, retain_graph=True)[0] for v in signs]
-        return out.detach(), torch.stack(products).mean(0)
-
-    def along(self, ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> Tensor:
-        step = _eps(ode, x) ** (1 / 3)  # balances truncation and rounding
-        schedule = ode.schedule
-        ahead, behind = (h if schedule.covers(u := t + h * dt) and schedule.knows(u) else 0.0 for h in (step, -step))
-        return (ode.output(x + ahead * dx, t + ahead * dt) - ode.output(x + behind * dx, t + behind * dt)) / (
-            ahead - behind
-        )
-
-
-def _jvp(ode: ProbabilityFlowODE, x: Tensor, t: float, dx: Tensor, dt: float) -> tuple[Tensor, Tensor]:
-    """The output at (x, t) and its derivative in the direction (dx, dt)."""
-    make_dual: Any = forward_ad.make_dual  # torch leaves it without types
-    unpack_dual: Any = forward_ad.unpack_dual
-    time, tangent = (torch.tensor(v, dtype=_F64, device=x.device) for v in (t, dt))
-    with warnings.catch_warnings():
-        # torch scripts its own decompositions when forward differentiation is first used, and warns about that.
-        warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
-        # Of the attention kernels only the plain one has forward derivatives everywhere.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            out = ode.output(make_dual(x, dx), make_dual(time, tangent))
-            value, derivative = unpack_dual(out)
-    return value, torch.zeros_like(value) if derivative is None else derivative
 
 
 # ---- from moments to tables ------------------------------------------------------------------------------------------

@@ -232,7 +232,11 @@ def read_kind(path: str | os.PathLike[str]) -> str:
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """An open file of this library, and its header with the checksum."""
     own = as_path(path)
-    if not own.is_file():
+    try:
+        known = own.is_file()
+    except OSError as error:  # a name that the system does not take
+        raise FileFormatError(f"no file {str(own)[:100]!r}: {error.strerror}.") from error
+    if not known:
         raise FileFormatError(f"{str(own)!r} is a folder." if own.is_dir() else f"no file {str(own)!r}.")
     try:
         with safe_open(own, framework="pt", device="cpu") as file:

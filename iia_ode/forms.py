@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import ScheduleError, unknown_name
 from .schedules import Schedule
+from .transforms import may_write
 
 __all__ = ["PREDICTIONS", "Evaluation", "Forms", "Prediction", "check_prediction", "conversion", "converted"]
 
@@ -64,7 +65,10 @@ def converted(x: Tensor, output: Tensor, factors: tuple[float, float]) -> Tensor
     factors : (p, q) of :func:`conversion`.
     """
     p, q = factors
-    return output.clone() if (p, q) == (0.0, 1.0) else torch.mul(x, p).add_(output, alpha=q)
+    if (p, q) == (0.0, 1.0):
+        return output.clone()
+    scaled = torch.mul(x, p)
+    return scaled.add_(output, alpha=q) if may_write() else scaled.add(output, alpha=q)
 
 
 def check_prediction(prediction: object) -> None:

@@ -20,9 +20,8 @@ from .ode.distributed import agree
 from .ode.mode import check_mode
 from .plan import Plan, Run, advance, check_grid, check_ode, check_size, check_start, run_rows, traced
 from .plan.callbacks import Callback, Notifier, notifier
-from .plan.checks import factors_at
+from .plan.checks import check_constants, factors_at
 from .plan.run import Runnable
-from .schedules import Schedule
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 from .transforms import carries_derivative, differentiated, vectorized
 
@@ -266,31 +265,18 @@ def _as_plan(ode: ProbabilityFlowODE, x: Tensor, grid: Tensor | None, method: Fi
                 f"torch.export reads no times of a grid: make the plan before, plan = iia_ode.get_solver({method.label!r})"
                 ".plan(schedule, grid), and pass solver=plan without a grid."
             )
-        plan = traced(method, ode.schedule, grid)
-        _check_numbers(ode.schedule, plan)
-        return plan
+        check_constants(ode.schedule)
+        return traced(method, ode.schedule, grid)
     if isinstance(method, FittedSolver):
         check_start(ode, x)  # the check of the fit reads the shape of x
         if not torch.compiler.is_compiling():  # a graph knows no values of the model's parameters
             method.check(ode, x)
     plan = method if isinstance(method, Plan) else method.plan
-    _check_numbers(ode.schedule, plan)
     if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(
             f"{plan.name} has its own grid of {len(plan.grid)} times, and another grid was given: omit it."
         )
     return plan
-
-
-def _check_numbers(schedule: Schedule, plan: Plan) -> None:
-    """Raise InputError if parameters of the schedule require a gradient; a plan does not carry this gradient."""
-    if torch.is_grad_enabled():
-        start = torch.tensor(plan.grid[0], dtype=torch.float64, device="cpu")
-        if any(carries_derivative(level(start)) for level in (schedule.alpha, schedule.sigma)):
-            raise InputError(
-                "the weights of a plan are numbers, through which no gradient flows to the schedule: switch the gradients of "
-                "its parameters off, or take method='torchdiffeq:rk4'."
-            )
 
 
 def _refuse(plan: Runnable | Solver, **given: object) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from .checks import check_shape, check_whole
 from .errors import InputError
 
-__all__ = ["sample_seeds", "seeded_noise"]
+__all__ = ["MOST", "sample_seeds", "seed_generators", "seeded_noise"]
 
-_MOST = 2**32  # torch's generator on the host drops the bits of a seed above 32
+MOST = 2**32  # torch's generator on the host drops the bits of a seed above 32
 
 
 def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
@@ -39,7 +39,7 @@ def sample_seeds(seed: int, index: Iterable[int]) -> list[int]:
     if not isinstance(index, Iterable):
         raise InputError(f"index must be the numbers of samples, such as range(64), got {index!r}.")
     first = int(np.random.SeedSequence(check_whole("seed", seed, least=0)).generate_state(1)[0])
-    return [(first + check_whole("the number of a sample", k, least=0, below=_MOST)) % _MOST for k in index]
+    return [(first + check_whole("the number of a sample", k, least=0, below=MOST)) % MOST for k in index]
 
 
 def seeded_noise(
@@ -77,6 +77,30 @@ def seeded_noise(
     return torch.stack(rows).to(device) if rows else torch.empty((0, *size), dtype=dtype, device=device)
 
 
+def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator on the host for each seed, as diffusers' pipelines take them: ``pipe(generator=seed_generators(seeds))``.
+
+    ``diffusers.utils.torch_utils.randn_tensor`` draws the numbers of :func:`seeded_noise` from the generators: image k of a
+    pipeline starts from the noise of ``seeded_noise([seeds[k]], shape)``, on every device. Every call makes new generators,
+    because a generator moves on with each draw.
+
+    Parameters
+    ----------
+    seeds : one seed per sample, whole numbers from 0 to below 2**32.
+
+    Returns
+    -------
+    One generator per seed.
+
+    Raises
+    ------
+    InputError : a seed is out of range.
+    """
+    if not isinstance(seeds, Sequence):
+        raise InputError(f"seeds must be a sequence of whole numbers, such as [0, 1], got {seeds!r}.")
+    return [generator_of(seed) for seed in seeds]
+
+
 def generator_of(seed: int) -> torch.Generator:
     """A generator on the host; InputError unless the seed is from 0 to below 2**32."""
-    return torch.Generator("cpu").manual_seed(check_whole("the seed of a generator", seed, least=0, below=_MOST))
+    return torch.Generator("cpu").manual_seed(check_whole("the seed of a generator", seed, least=0, below=MOST))

@@ -24,8 +24,7 @@ from .errors import GridError, InputError, NonFiniteError, unknown_name
 from .ode import ProbabilityFlowODE
 from .ode.distributed import agree
 from .ode.hosted import in_float64
-from .ode.mode import check_mode
-from .plan import check_grid, check_size, check_start
+from .plan import check_grid, check_ode, check_states
 from .plan.checks import factors_at
 from .schedules import Schedule
 from .schedules.levels import check_floor, known_level, lowest_level
@@ -104,7 +103,8 @@ class Trajectory:
         near = slice(k, min(k + 6, count))
         values, slopes = _hermite(self.knots[near].tolist(), u)
         terms = zip((*values, *slopes), (*self.states[near], *self.slopes[near]), strict=True)
-        w = sum((weight * term for weight, term in terms), start=torch.zeros_like(self.states[0]))
+        start = torch.zeros_like(self.states[0], dtype=torch.promote_types(self.states.dtype, torch.float32))
+        w = sum((weight * term.to(start.dtype) for weight, term in terms), start=start)
         return w * clock.scale(t)
 
 
@@ -241,8 +241,6 @@ def _times(
     ode: ProbabilityFlowODE, x: Tensor, t_start: float, t_end: float, sigma_min: float | None, method: str
 ) -> list[float]:
     """Both times, after a check of all arguments."""
-    check_start(ode, x)
-    check_mode(ode)
     if not is_adaptive(method):
         adaptive = [name for name in method_names() if is_adaptive(name)]
         if method not in method_names():
@@ -251,9 +249,9 @@ def _times(
             f"a reference needs an adaptive method, and torchdiffeq's {method} takes one step per interval: use "
             f"{', '.join(adaptive)}."
         )
-    schedule = ode.schedule
+    schedule = check_ode(ode).schedule
     times = check_grid(schedule, [t_start, t_end])
-    check_size(schedule, times[0], x)
+    check_states(ode, x, times[0])
     agree(ode, "reference", x, times, sigma_min, method)
     if sigma_min is not None and any(map(ode.is_data, times)):
         check_floor(known_level(schedule, sigma_min, "sigma_min"), max(map(schedule.noise_to_signal, times)))

@@ -14,10 +14,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 __all__ = [
+    "bare",
     "carries_derivative",
     "differentiated",
     "has_tangent",
     "kept_property",
+    "may_write",
     "number_of",
     "outside",
     "readable",
@@ -44,6 +46,11 @@ def vectorized() -> bool:
 def readable(values: Tensor) -> bool:
     """Whether the program may read numbers of a tensor: not on device ``meta``, under ``vmap``, or in a graph."""
     return not (values.is_meta or torch.compiler.is_compiling() or vectorized())
+
+
+def may_write() -> bool:
+    """Whether a result may be written to memory of an operand: not where ``vmap`` may give the operands other batches."""
+    return not torch.compiler.is_compiling() and "Vmap" not in _at_work()
 
 
 def has_tangent(value: object) -> bool:
@@ -76,6 +83,13 @@ def outside() -> Iterator[None]:
     """Compute as if no transform of ``torch.func`` were around this call."""
     with temporarily_clear_interpreter_stack() if _at_work() else nullcontext():
         yield
+
+
+def bare(value: Tensor) -> Tensor:
+    """The tensor inside the wrappers of ``torch.func``."""
+    while _functorch.is_functorch_wrapped_tensor(value):
+        value = _functorch.get_unwrapped(value)
+    return value
 
 
 def _at_work() -> list[str]:

@@ -322,7 +322,7 @@ def test_a_list_of_prompts_has_a_string_per_sample():
         return x * torch.tensor([[float(len(p))] for p in prompt], dtype=x.dtype)
 
     prompts, x = ["a", "bb", "ccc", "dddd"], normal(4, 3)
-    ode = ProbabilityFlowODE(model, iia.EDM(), conditioning={"prompt": prompts, "encoders": ["x", "y", "z"]})
+    ode = ProbabilityFlowODE(model, iia.EDM(), conditioning={"prompt": prompts, "encoders": Shared(["x", "y", "z"])})
     close(ode.output(x, 1.0), x * torch.arange(1.0, 5.0)[:, None])
     close(
         ode.subset(torch.tensor([False, True, False, True]), 4).output(x[:2], 1.0), x[:2] * torch.tensor([[2.0], [4.0]])
@@ -333,6 +333,31 @@ def test_a_list_of_prompts_has_a_string_per_sample():
     close(ode.output(x, 1.0), x * (2 * torch.arange(1.0, 5.0)[:, None] - 1), rtol=1e-12)
     assert ode.nfe == 1 and seen[-1] == [*prompts, "-", "-", "-", "-"]
     iia.preset("iia-ddim").fit(ode, 80 * x, GRID, chunk_size=2)
+    single = ProbabilityFlowODE(
+        model, iia.EDM(), conditioning={"prompt": prompts}, unconditional={"prompt": [""]}, guidance_scale=2.0
+    )
+    single.output(x, 1.0)
+    assert single.nfe == 1 and seen[-1] == [*prompts, "", "", "", ""]
+
+
+def test_a_list_of_numbers_is_split_with_the_samples_and_a_tuple_of_numbers_is_one_value():
+    seen = []
+
+    def model(x, t, y, size):
+        seen.append((list(y), size))
+        return x * torch.tensor(y, dtype=x.dtype)[:, None]
+
+    x = normal(4, 3)
+    ode = ProbabilityFlowODE(model, iia.EDM(), conditioning={"y": [1, 2, 3, 4.5], "size": (64, 32, 8, 4)})
+    close(ode.output(x, 1.0), x * torch.tensor([[1.0], [2.0], [3.0], [4.5]]))
+    ode.subset(slice(1, 3), 4).output(x[1:3], 1.0)
+    assert seen[-1] == ([2, 3], (64, 32, 8, 4))
+    ode.condition(y=[7], size=(1, 1)).output(x, 1.0)
+    assert seen[-1] == ([7, 7, 7, 7], (1, 1))
+    iia.preset("iia-ddim").fit(ode, 80 * x, GRID, chunk_size=2)
+    for wrong in ([1, 2, 3], ["a", "b"], ("a", "b")):
+        with pytest.raises(iia.errors.InputError, match=r"'y' is a .* entries for a batch of 4: .*Shared"):
+            iia.sample(ode.condition(y=wrong, size=(1, 1)), 80 * x, GRID)
 
 
 def test_a_condition_of_stride_zero_is_hashed_and_compared():

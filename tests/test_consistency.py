@@ -132,6 +132,11 @@ def test_an_end_on_the_data_estimate_is_consistent_for_every_number_of_timesteps
         assert solver.plan(TABLE, iia.grids.discrete(n, TABLE)).steps >= n - 1
 
 
+@pytest.mark.parametrize("solver", [Lawson2(), Lawson4()], ids=lambda s: s.name)
+def test_a_kink_at_the_end_of_a_table_is_no_inconsistency(solver: iia.Solver) -> None:
+    assert solver.plan(TABLE, iia.grids.discrete(3, TABLE)).steps == 3
+
+
 def test_rounding_is_no_inconsistency() -> None:
     plan = iia.get_solver("deis_rho_kutta").plan(iia.VP(), iia.grids.karras(2, schedule=iia.VP()))
     assert 0 < consistency_error(plan) < 1e-8
@@ -196,6 +201,32 @@ def test_a_zero_unstable_method_is_refused_on_a_grid_where_it_is_exact() -> None
     unstable = Written("-4 * x + 5 * x1 + h * (4 * v + 2 * v1)")
     with pytest.raises(iia.errors.PlanError, match="is zero-unstable"):
         unstable.plan(iia.EDM(), iia.grids.uniform(3, 5.0, 0.5))
+
+
+class Hidden(iia.Solver):
+    """Roots 1 and -1.5 of the earlier states, which steps to half the level damp for data that does not move."""
+
+    order = 1
+
+    def step(self, ode: Any, x: Any, t: float, s: float, past: Past) -> Any:
+        f = ode.velocity(x, t)
+        if not past.memory:
+            return x + (s - t) * f, (x, f, t)
+        x1, f1, t1 = past.memory
+        own, last = s + 0.5 * t - 1.5 * t1 - 6 * (s - t), 6 * (s - t)  # straight lines are kept
+        return -0.5 * x + 1.5 * x1 + own * f + last * f1, (x, f, t)
+
+
+def test_a_zero_unstable_method_is_refused_on_coarse_grids_that_damp_its_growth() -> None:
+    with pytest.raises(iia.errors.PlanError, match="is zero-unstable"):
+        Hidden().plan(iia.EDM(), 8.0 * 0.5 ** torch.arange(6, dtype=F64))
+    assert iia.testing.stability_limit(Hidden()) == 0.0
+
+
+def test_a_double_root_at_one_leaves_no_region_of_stability() -> None:
+    double = Written("2 * x - x1 + h * (v - v1)")
+    assert iia.testing.stability_limit(double) == 0.0
+    assert iia.testing.stability_limit("ab2") == pytest.approx(1.0, abs=1e-2)
 
 
 def test_a_step_that_cannot_be_traced_on_a_finer_grid_is_refused_with_its_own_error() -> None:

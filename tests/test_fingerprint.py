@@ -317,3 +317,118 @@ def test_arguments_of_a_partial_are_part_of_the_model() -> None:
         for label in (3, 5, torch.tensor(3), torch.tensor(5))
     ]
     assert all(a != b for i, a in enumerate(prints) for b in prints[:i])
+
+
+# ---- numbers that are configuration, and numbers that change in use ---------------------------------------------------
+
+
+class Guided:
+    """A model in plain Python with an interval of guidance, a count of calls and a log."""
+
+    def __init__(self, net, low, high):
+        self.net, self.low, self.options, self.calls, self.log = net, low, {"high": [high]}, 0, [0, []]
+
+    def __call__(self, x, t):
+        self.calls += 1
+        self.log[0] += 1
+        self._note(t)
+        return self.net(x)
+
+    def _note(self, t):
+        self.log[1].append(float(t[0]))
+        self.last = float(t[0])
+
+    def widen(self, low):  # never called by an evaluation: `low` is configuration
+        self.low = low
+
+
+def test_whole_numbers_of_closures_and_wrappers_are_part_of_the_model():
+    net = network()
+
+    def between(low, high, names=("a",)):
+        interval = [low, {"high": high, "names": names}]
+        return lambda x, t: net(x) * ((t > interval[0]) & (t < interval[1]["high"]))[:, None]
+
+    class Interval(Wrapped):
+        def __init__(self, inner, low, high):
+            super().__init__(inner)
+            self.low, self.rest = low, (high, "cfg")
+
+        def output(self, x, t):
+            return self.inner.output(x, t) if self.low < t < self.rest[0] else x
+
+    def closed(low):
+        class Closed(Wrapped):
+            def output(self, x, t):
+                return self.inner.output(x, t) if low < t else x
+
+        return Closed(ProbabilityFlowODE(Deep(net), iia.EDM()))
+
+    plain = ProbabilityFlowODE(Deep(net), iia.EDM())
+    families = (
+        [fingerprint(between(*own)) for own in ((1, 5), (1, 6), (2, 5), (1, 5, ("b",)))],
+        [fingerprint(Guided(net, *own)) for own in ((1, 5), (1, 6), (2, 5))],
+        [Interval(plain, *own).fingerprint() for own in ((1, 5), (1, 6), (2, 5))],
+        [closed(low).fingerprint() for low in (1, 2)],
+    )
+    for found in families:
+        assert len(set(map(str, found))) == len(found)
+    assert fingerprint(between(1, 5)) == families[0][0] and fingerprint(Guided(net, 1, 5)) == families[1][0]
+
+
+def test_an_evaluation_never_changes_a_fingerprint():
+    net, counts, total, seen = network(), {"calls": 0}, 0, [0.0]
+
+    def counting(x, t):
+        nonlocal total
+        total += 1
+        counts["calls"] += 1
+        seen.append(float(t[0]))
+        return net(x)
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+            self.register_buffer("table", torch.ones(1), persistent=False)
+            self.register_buffer("shift", torch.ones(3), persistent=False)
+
+        def forward(self, x, t):
+            self.table = torch.ones(len(x))
+            return self.net(x) + self.shift
+
+    rotary, guided = Rotary(), Guided(net, 1, 5)
+    for model in (counting, guided, rotary):
+        ode = ProbabilityFlowODE(model, iia.EDM())
+        before = str(ode.fingerprint())
+        ode.output(torch.ones(2, 3), 1.0)
+        assert str(ode.fingerprint()) == before
+    before = fingerprint(rotary)
+    rotary.shift += 1  # a buffer that the model only reads is part of the model
+    assert fingerprint(rotary) != before
+    before = fingerprint(guided)
+    guided.widen(3)
+    assert fingerprint(guided) != before
+
+
+def test_tied_weights_equal_their_untied_twins():
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
+    untied = copy.deepcopy(tied)
+    untied[2].weight = nn.Parameter(untied[0].weight.detach().clone())
+    assert fingerprint_of_module(tied) == fingerprint_of_module(untied)
+    with torch.no_grad():
+        untied[2].weight += 1
+    assert fingerprint_of_module(tied) != fingerprint_of_module(untied)
+
+
+def test_a_loaded_fit_samples_inside_transforms_of_torch_func(tmp_path):
+    model = Deep(network()).double()
+    ode = ProbabilityFlowODE(model, iia.EDM())
+    path = iia.preset("iia-ddim").fit(ode, 10 * torch.randn(16, 3, dtype=torch.float64), GRID).save(tmp_path / "f")
+    fit, x = iia.load(path), normal(2, 3).double()
+    fresh = ProbabilityFlowODE(copy.deepcopy(model), iia.EDM())  # with no fingerprint yet
+    found = torch.func.jacrev(lambda z: iia.sample(fresh, z, solver=fit))(x)
+    assert found.shape == (2, 3, 2, 3) and found.isfinite().all()
+    late = ProbabilityFlowODE(copy.deepcopy(model), iia.EDM())
+    assert torch.func.vmap(lambda z: iia.sample(late, z[None], solver=fit)[0])(x).shape == x.shape

@@ -431,14 +431,14 @@ def test_the_samples_that_are_said_to_be_needed_refuse_the_fit():
     assert not verdict(squares, len(y), 1e-14).kept
 
 
-def test_with_a_teacher_all_samples_judge_and_none_ends_apart_from_them():
+def test_with_a_teacher_training_samples_are_measured_and_are_no_judges():
     ode, grid = rare_mode()
     x = noise(200, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit = IIA("heun", terms="biia-edm", ridge="auto").fit(ode, x, grid, teacher=Teacher.solve(ode, x, 80.0, 0.0))
-    assert fit.record.endpoint.judged == 200 < fit.record.endpoint.needed
-    assert "Judged on 200 samples, which may miss modes of the data with a share below 0.015" in fit.explain()
+    assert fit.record.endpoint.judged == fit.record.held_out == 50 < fit.record.endpoint.needed
+    assert "Judged on 50 samples, which may miss modes of the data with a share below 0.06" in fit.explain()
 
 
 def test_a_fit_without_held_out_samples_records_no_guard():

@@ -212,11 +212,12 @@ CASES = [
 def test_a_field_that_is_missing_or_of_another_type_is_named(whole, path, node, field):
     body = to_json(whole)
     without = changed(body, path, lambda n: n.pop(field.name))
-    if field.default is MISSING:
+    if field.default is MISSING and field.default_factory is MISSING:
         with pytest.raises(FileFormatError, match=rf"^the file is damaged, or from another.*`{field.name}`"):
             from_json(type(whole), without, "the file")
     elif not getattr(node, "chosen", False):  # one ingredient has to be chosen
-        with_default = changed(body, path, lambda n: n.update({field.name: field.default}))
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        with_default = changed(body, path, lambda n: n.update({field.name: default}))
         assert from_json(type(whole), without, "") == from_json(type(whole), with_default, "")
     for value in wrong_values(getattr(node, field.name)):
         mutant = changed(body, path, lambda n, v=value: n.update({field.name: v}))

@@ -11,6 +11,7 @@ import iia_ode as iia
 from iia_ode.errors import GuardWarning, TrainModeWarning
 from iia_ode.iia import refine
 from iia_ode.ode import Wrapped, cached
+from iia_ode.ode.mode import in_training
 
 GRID = iia.grids.karras(3, 0.05, 10.0)
 INNER = iia.grids.karras(3, 0.05, 10.0, to_data=False)
@@ -144,3 +145,24 @@ def test_spectral_norms_and_scripted_dropout_in_train_mode_are_warned_of() -> No
         ode = iia.ProbabilityFlowODE(lambda x, t, net=net: net(x), iia.EDM())
         with pytest.warns(iia.errors.TrainModeWarning):
             iia.sample(ode, 80 * torch.randn(4, 3), iia.grids.karras(3), "ddim")
+
+
+class Checkpointed(nn.Module):
+    """A model with gradient checkpointing, which changes no output."""
+
+    gradient_checkpointing = False
+
+    def forward(self, x, t):
+        if self.training and self.gradient_checkpointing:
+            return torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False)
+        return torch.tanh(x)
+
+
+class Noisy(Checkpointed):
+    def forward(self, x, t):
+        return x + 1 if self.training or self.gradient_checkpointing else x
+
+
+def test_gradient_checkpointing_alone_is_no_reason_for_a_warning():
+    assert in_training(ode_of(Checkpointed().train())) == []
+    assert in_training(ode_of(Noisy().train())) == ["Noisy model"]

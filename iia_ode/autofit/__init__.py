@@ -1,6 +1,7 @@
 """Automatic fits: the search behind `iia_ode.fit` for grid, warm start, kind of weights and refinement."""
 
 from .budget import BUDGETS, Budget
+from .cost import FitCost, fit_cost
 from .fit import fit
 from .grids import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels, two_fold
 from .pipeline import Contender, Pipeline
@@ -10,6 +11,7 @@ __all__ = [
     "BUDGETS",
     "Budget",
     "Contender",
+    "FitCost",
     "FreeGrid",
     "LeapGrid",
     "Objective",
@@ -18,6 +20,7 @@ __all__ = [
     "Trial",
     "coordinate_descent",
     "fit",
+    "fit_cost",
     "halving",
     "leap_grids",
     "search_grid",

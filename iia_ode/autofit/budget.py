@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from ..checks import check_flag, check_number, check_whole
+from ..checks import check_choice, check_flag, check_number, check_whole
 from ..errors import InputError, unknown_name
 from .search import check_rounds, samples_of
 
@@ -15,6 +16,9 @@ AGAIN = 2
 """Iterations of the last refinement, which starts from a refined plan and uses all samples."""
 
 _WARM = 2  # kinds of warm start, where any is tried
+
+# Leap grids have seven first steps. Shares of candidates with the first step of another: of all, and of the better.
+_FIRSTS, _LIKE, _LIKE_LATER = 7, 0.8, 0.6
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Budget:
     draws : minimum number of initial states where no teacher is given. Missing states are drawn as sigma N(0, I), reusing the
         given conditions evenly. Each state costs a trajectory of the teacher, in memory too, and the work of the fits.
     teacher_steps : minimum number of steps of the accurate trajectories; see :meth:`steps`.
+    teacher_knots, teacher_dtype : number and dtype (``"float16"`` or ``"bfloat16"``) of the stored states of a trajectory; see
+        :meth:`iia_ode.Teacher.solve`. By default a trajectory holds every step in the dtype of the draws, 8 (steps + 1) bytes
+        per component in float32. With 20 knots in float16, a teacher of 60 steps takes a sixth of the memory.
     rounds, descent : of the search for a grid; see :func:`~iia_ode.autofit.search_grid`.
     levels : passes of :func:`~iia_ode.autofit.search_levels` over the levels of the best grid.
     warm_starts : whether pipelines with a :class:`~iia_ode.WarmStart` are tried.
@@ -57,6 +64,8 @@ class Budget:
     held_out: float = 0.5
     chunk_size: int = 64
     checkpointed: bool = False
+    teacher_knots: int | None = None
+    teacher_dtype: Literal["float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds)
@@ -68,6 +77,9 @@ class Budget:
         check_whole("chunk_size", self.chunk_size, least=1)
         check_flag("warm_starts", self.warm_starts)
         check_flag("checkpointed", self.checkpointed)
+        if self.teacher_knots is not None:
+            check_whole("teacher_knots", self.teacher_knots, least=6)
+        check_choice("teacher_dtype", self.teacher_dtype, (None, "float16", "bfloat16"))
 
     def steps(self, nfe: int) -> int:
         """Number of steps of the teacher of fits with `nfe` evaluations: `teacher_steps`, and at least four per evaluation.
@@ -89,21 +101,30 @@ class Budget:
         -------
         The number of sample evaluations, with a backward pass counted as two.
         """
-        search, alive = 0, candidates if nfe > 1 else 0
+        # All grids share the first evaluation, and grids with an equal first step share the second too.
+        search, alive, shared = 0.0, candidates if nfe > 2 else min(candidates, _FIRSTS) * (nfe > 1), _LIKE
         for share, keep in self.rounds:
-            search, alive = search + alive * 2 * samples_of(share, train), min(alive, keep)
+            search += alive * 2 * samples_of(share, train) * (nfe - 1 - shared * (nfe > 2))
+            alive, shared = min(alive, keep), _LIKE_LATER
         if nfe > 1:
-            search += 6 * self.descent * 2 * samples_of(self.rounds[-1][0], train)
+            moves = 6 if nfe > 2 else 2
+            search += moves * self.descent * 2 * samples_of(self.rounds[-1][0], train) * (nfe - 1 - _LIKE_LATER)
             # Two trials per level, half of whose evaluations are in the cache.
-            search += (nfe - 1) * self.levels * 2 * train
-        searches = search * (_WARM * self.warm_starts + 1 - 1 / nfe)  # a cold start's first evaluation is in the cache
+            search += (nfe - 1) * self.levels * 2 * train * (nfe - 1)
+        searches = search * (_WARM * self.warm_starts + 1)
         fits = 7 * batch  # two fits per kind of weights on a half; then the chosen one on that half and on all
         passes = 2 * self.probes + 4 + (self.probes + 1) * self.checkpointed
         refinement = self.starts * self.iterations * (train * passes + batch - train)
         refinement += AGAIN * batch * passes if self.starts else 0
         made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
         finals = self.finals_of(batch)
-        return (self.steps(nfe) + 1) * (batch + finals) + round(nfe * (searches + fits + refinement + made * finals))
+        return (self.steps(nfe) + 1) * (batch + finals) + round(searches + nfe * (fits + refinement + made * finals))
+
+    def memory(self, nfe: int, components: int) -> int:
+        """Bytes of the accurate trajectories of `components` numbers in float32: states and slopes at every knot."""
+        steps = self.steps(nfe) + 1
+        knots = steps if self.teacher_knots is None else min(self.teacher_knots, steps)
+        return components * knots * 2 * (4 if self.teacher_dtype is None else 2)
 
     def finals_of(self, batch: int) -> int:
         """Number of fresh samples for the final choice."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_seed, check_whole
-from ..errors import GridError, InputError, one_run
+from ..checks import check_choice, check_seed, check_whole
+from ..errors import InputError, one_run
 from ..files import to_json
 from ..iia.batch import Batch, held_out_of
 from ..iia.fitted import FittedSolver
@@ -32,26 +31,19 @@ from ..iia.refinement import Refinement
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
 from ..ode.mode import check_mode
-from ..plan import check_start
-from ..plan.checks import check_samples
-from ..schedules.levels import default_levels, known_level
-from ..sizes import size_of_data, size_of_noise, smallest_level
+from ..schedules.levels import known_level
 from ..teacher.teacher import Teacher, check_teacher
 from .budget import Budget, budget_of
+from .cost import announce
+from .draws import check_additions, initial_states, levels_of
 from .grids import leap_grids
 from .pipeline import SCALARS, Contender
 from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
 from .thorough import ends_of, fresh_states, judged, more_states, warm_started
 
-__all__ = ["fit", "start_time"]
+__all__ = ["fit"]
 
-# Level of the start where the output does not determine the data at the schedule's noisiest time, relative to the size of
-# the data: EDM's 80 for data of size 0.5.
-_NOISIEST = 160.0
-_FEW = 64  # draws, below which the log warns that a choice is uncertain
 _FEWEST = 8  # draws, below which a search is refused
-
-_log = logging.getLogger(__name__)
 
 
 @one_run()
@@ -62,8 +54,10 @@ def fit(
     noise: Tensor | None = None,
     x: Tensor | None = None,
     shape: tuple[int, ...] | None = None,
+    images: Tensor | None = None,
     samples: int = 256,
     budget: str | Budget = "standard",
+    weights: Literal["auto", "scalars"] = "auto",
     sigma_max: float | None = None,
     sigma_min: float | None = None,
     teacher: Teacher | None = None,
@@ -94,8 +88,12 @@ def fit(
         are good. Copies are left out.
     x : initial states [B, ...] at the noisiest level, float32 or float64, instead of `noise`.
     shape : shape of one sample, instead of `noise` and `x`: the search makes `samples` draws in float32.
+    images : clean samples [B, ...], float32 or float64, instead of `noise`, for a solver that starts in the middle, as
+        image-to-image does: the search adds noise of level `sigma_max` to them.
     samples : number of draws for `shape`.
     budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`. A budget may add draws.
+    weights : ``"scalars"`` for one number per direction, which serves samples of every shape. ``"auto"`` also tries weights
+        per frequency band, constants and the budget's warm starts, which are for samples of one shape.
     sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule. Where the output of the
         model does not determine the data there (noise or score prediction at alpha = 0), the default is 160 times the root
         mean square of the data, estimated by a coarse integration of a few samples.
@@ -127,23 +125,29 @@ def fit(
     check_seed(seed)
     if sigma_min is not None:
         sigma_min = known_level(ode.schedule, sigma_min, "sigma_min")
+    if check_choice("weights", weights, ("auto", "scalars")) == "scalars":
+        chosen = replace(chosen, warm_starts=False)
     check_mode(ode)
-    draws = _draws(ode, noise, x, shape, samples, seed)
-    agree(ode, "fit", nfe, sigma_max, sigma_min, chosen, seed, getattr(teacher, "record", teacher), x is None, draws)
-    start = start_time(ode, sigma_max, None if x is not None else draws)
-    states = draws if x is not None else ode.schedule.sigma(start) * draws
+    sources = {"noise": noise, "x": x, "shape": shape, "images": images}
+    options = nfe, sigma_max, sigma_min, chosen, weights, seed, samples
+    agree(ode, "fit", options, getattr(teacher, "record", teacher), list(sources.values()))
+    initial = initial_states(ode, sources, samples=samples, sigma_max=sigma_max, seed=seed)
+    start, states = initial.t, initial.x
     if teacher is not None:
         check_teacher(teacher, ode, states, start)
-    batch = Batch(ode, states.detach().to(ode.device or states.device), teacher, chosen.chunk_size)
+    device = ode.device or states.device
+    batch = Batch(ode, states.detach().to(device), teacher, chosen.chunk_size, signal=initial.signal)
     batch = batch if shape is not None else batch.without_copies()
     if len(batch) < _FEWEST:
         raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
     begun, given = time.perf_counter(), len(batch)
     with ode.counting() as spent:
-        levels = _levels(batch, start, sigma_min)
-        if teacher is None and chosen.draws > given:
+        levels = levels_of(batch, start, sigma_min)
+        more = max(0, chosen.draws - given) if teacher is None else 0
+        check_additions(batch, start, levels["data_size"], more + chosen.finals_of(given + more))
+        if more:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
-        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, levels, seed, progress)
+        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, levels, seed, progress, weights)
         made: list[Contender | Ingredient] = [*rival(context)]
         grids = leap_grids(context.levels.highest, context.scale) if nfe > 1 else []
         made += closed_form(context, None, grids)
@@ -176,70 +180,6 @@ def fit(
 # ---- before the search -----------------------------------------------------------------------------------------------
 
 
-def start_time(ode: ProbabilityFlowODE, sigma_max: float | None, noise: Tensor | None = None) -> float:
-    """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule.
-
-    The size of the data behind `noise` decides where the noisiest time of the schedule is not usable.
-    """
-    schedule = ode.schedule
-    if sigma_max is not None:
-        return schedule.t_of_noise_to_signal(known_level(schedule, sigma_max, "sigma_max"))
-    if not schedule.knows(schedule.t_noise):
-        return schedule.t_of_noise_to_signal(default_levels(schedule)[1])
-    if schedule.alpha(schedule.t_noise) > 0 or ode.prediction not in ("noise", "score"):
-        return schedule.t_noise
-    if noise is None:
-        raise GridError(
-            f"{ode.prediction} prediction says nothing about the data where alpha = 0, so the states x do not tell their "
-            "level: give sigma_max, their level sigma/alpha, or noise= instead of x=."
-        )
-    return schedule.t_of_noise_to_signal(_NOISIEST * size_of_noise(ode, noise))
-
-
-def _draws(
-    ode: ProbabilityFlowODE,
-    noise: Tensor | None,
-    x: Tensor | None,
-    shape: tuple[int, ...] | None,
-    samples: int,
-    seed: int,
-) -> Tensor:
-    """Standard normal noise, given or drawn for the shape of one sample; the initial states where they are given."""
-    if sum(v is not None for v in (noise, x, shape)) != 1:
-        raise InputError(
-            "a fit takes exactly one of noise= (standard normal draws), x= (initial states) or shape= (of a sample)."
-        )
-    if x is not None:
-        check_start(ode, x)
-        check_samples(x)
-        return x
-    if shape is not None:
-        if not isinstance(shape, tuple | list) or not all(type(n) is int and n > 0 for n in shape):
-            raise InputError(f"shape must be that of one sample, a tuple of positive whole numbers, got {shape!r}.")
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((samples, *shape), generator=generator, device="cpu")
-    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 1:
-        raise InputError(f"noise must be a float tensor [B, ...], got {getattr(noise, 'shape', type(noise).__name__)}.")
-    check_start(ode, noise)
-    size = float(noise.cpu().double().square().mean().sqrt())
-    if not 0.5 < size < 2.0:
-        raise InputError(
-            f"noise must be standard normal, and its root mean square is {size:.3g}: pass initial states as x=."
-        )
-    return noise
-
-
-def _levels(batch: Batch, start: float, sigma_min: float | None) -> dict[str, float]:
-    """The smallest level and the size of the data, as options of a teacher."""
-    if batch.teacher is not None:
-        size = batch.teacher.record.data_size
-    else:
-        lowest = smallest_level(batch.ode.schedule, 0.0) if sigma_min is None else sigma_min
-        size = size_of_data(batch.ode, batch.x, start, lowest)
-    level = smallest_level(batch.ode.schedule, size) if sigma_min is None else sigma_min
-    return {"sigma_min": level, "data_size": size}
-
-
 def _prepared(
     batch: Batch,
     given: int,
@@ -249,13 +189,14 @@ def _prepared(
     levels: dict[str, float],
     seed: int,
     progress: bool,
+    weights: str,
 ) -> tuple[Context, dict[str, StageCost], Batch | None]:
     """The context with its teacher, the costs of the stages so far, and fresh samples with their final states."""
     held, finals = held_out_of(len(batch), budget.held_out), budget.finals_of(len(batch))
     ranks = ranks_of(batch.ode)
     memoized = replace(batch, ode=cached(batch.ode))
-    context = Context(memoized, held, nfe, budget, seed, progress, ranks is None or ranks.rank == 0)
-    _announce(context, batch, given, finals, start)
+    context = Context(memoized, held, nfe, budget, seed, progress, ranks is None or ranks.rank == 0, weights)
+    announce(context, batch, given, finals, start)
     fresh = None
     with context.stage() as cost:
         if batch.teacher is None:
@@ -266,6 +207,8 @@ def _prepared(
                 batch.ode.schedule.t_data,
                 steps=budget.steps(nfe),
                 chunk_size=budget.chunk_size,
+                knots=budget.teacher_knots,
+                dtype=None if budget.teacher_dtype is None else getattr(torch, budget.teacher_dtype),
                 progress=progress,
                 **levels,
             )
@@ -275,37 +218,6 @@ def _prepared(
             fresh = replace(fresh, final=ends_of(drawn, start, budget.steps(nfe), progress, **levels))
     context.say(f"teacher: {cost.sample_evaluations} sample evaluations, {cost.seconds:.1f} s")
     return context, {"teacher": cost}, fresh
-
-
-def _announce(context: Context, batch: Batch, given: int, finals: int, start: float) -> None:
-    """Log the expected cost, from the time of the model's second call; without a listener nothing is timed."""
-    listens, ranks = context.leads and _log.isEnabledFor(logging.INFO), ranks_of(batch.ode)
-    if ranks is not None:  # a call of a distributed model is one in every process
-        flag = torch.tensor([listens], dtype=torch.int64, device="cpu")
-        listens = any(bool(other) for other in ranks.gathered(flag, "listening"))
-    if not listens:
-        return
-    part, budget, nfe = batch[: context.budget.chunk_size], context.budget, context.nfe
-    with torch.no_grad():
-        for _ in range(2):  # the first call may allocate or compile
-            began = time.perf_counter()
-            part.ode.output(part.x, start).sum().item()
-            seconds = (time.perf_counter() - began) / len(part)
-    cost = budget.cost(nfe, len(leap_grids(math.inf, 1.0)), len(batch), len(batch) - context.held_out)
-    cost -= (budget.steps(nfe) + 1) * len(batch) if batch.teacher is not None else 0
-    more = f" and {len(batch) - given} more" if len(batch) > given else ""
-    more += f", {finals} for the last choice" if finals else ""
-    context.say(
-        f"{nfe} evaluations, {given} draws of noise{more}: about {cost} sample evaluations, {cost * seconds:.0f} s at "
-        f"{1e3 * seconds:.2g} ms each"
-    )
-    if batch.teacher is not None and budget.draws > len(batch):
-        context.say(f"the teacher has {len(batch)} trajectories: the budget's {budget.draws} draws are not made")
-    if len(batch) < _FEW:
-        context.say(
-            f"only {len(batch)} draws of noise: on other noise the chosen solver may be worse than an unfitted solver; give "
-            f"{_FEW} or more, 256 are good"
-        )
 
 
 def _contenders(made: list[Contender | Ingredient]) -> list[Contender]:

@@ -53,6 +53,7 @@ class Context:
     nfe : evaluations of the solver.
     budget, seed, progress : as for :func:`iia_ode.fit`.
     leads : whether this process logs; in a group, only the first process does.
+    weights : ``"auto"``, or ``"scalars"`` for scalar weights alone.
     """
 
     batch: Batch
@@ -62,6 +63,7 @@ class Context:
     seed: int
     progress: bool
     leads: bool
+    weights: str = "auto"
 
     @cached_property
     def train(self) -> Batch:
@@ -165,6 +167,8 @@ def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
     """The kind of weights with the lowest cross-validated error on the pipeline's grid."""
     if pipeline.start is not None and pipeline.start.moments is not None:
         return SCALARS  # a plan cannot mix maps over directions of the data with maps over bands
+    if context.weights == "scalars":
+        return SCALARS
     train = context.train
     kinds = weights_of(train.x.shape[1:], intercepts=pipeline.start is None)
     if len(kinds) < 2 or len(train) < 4:

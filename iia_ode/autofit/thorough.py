@@ -33,6 +33,8 @@ _LARGEST = 4096  # components of a sample, above which no covariance is estimate
 def more_states(batch: Batch, t: float, draws: int, held_out: float, seed: int) -> Batch:
     """Extend the batch to `draws` samples: each given sample is followed by new samples under the same condition.
 
+    New samples of images with noise are the same images with new noise.
+
     Held-out samples stay held out with their conditions, and each half of the training samples keeps its conditions.
 
     Parameters
@@ -46,9 +48,9 @@ def more_states(batch: Batch, t: float, draws: int, held_out: float, seed: int) 
     held, own = held_out_of(draws, held_out), held_out_of(len(x), held_out)
     index = torch.cat([_in_turn(draws - held, len(x) - own), len(x) - own + _in_turn(held, own)])
     new = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), index[1:] == index[:-1]])
-    states = x.cpu()[index]
-    states[new] = _drawn(ode, x, t, int(new.sum()), _OWN + seed)
-    return replace(batch, ode=ode.subset(index, len(x)), x=states.to(x.device))
+    states, signal = x.cpu()[index], None if batch.signal is None else batch.signal.cpu()[index]
+    states[new] = _drawn(ode, x, t, int(new.sum()), _OWN + seed) + (0 if signal is None else signal[new])
+    return replace(batch, ode=ode.subset(index, len(x)), x=states.to(x.device), signal=signal)
 
 
 def fresh_states(batch: Batch, t: float, draws: int, first: int, seed: int) -> Batch:
@@ -56,6 +58,8 @@ def fresh_states(batch: Batch, t: float, draws: int, first: int, seed: int) -> B
     ode, x = batch.ode, batch.x
     index = first + _in_turn(draws, len(x) - first)
     new = _drawn(ode, x, t, draws, _FRESH + seed).to(x.device)
+    if batch.signal is not None:
+        new = new + batch.signal[index.to(batch.signal.device)].to(new)
     return Batch(ode.subset(index, len(x)), new, None, batch.chunk_size)
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from torch import Tensor
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from ..autofit import BUDGETS
 from ..errors import MissingDependencyError, unknown_name
-from ..experiments import Comparison, compare
+from ..experiments import Comparison, batch_seed, compare
 from ..experiments.lines import RECIPE
 from ..files import check_writable, write_bytes
 from ..grids import GRIDS
@@ -98,17 +99,13 @@ def compare_command(
     say = partial(tqdm.write, file=sys.stderr)
     with findings_as_lines(lambda line: say(f"  {line}")):
         result = compare(
-            job.setting,
-            _loaded(solvers),
-            nfe,
-            {name: replace(job, grid=name).family() for name in families or (job.grid,)},
-            samples=samples,
-            fit_samples=fit_samples,
+            **_task(job, samples, fit_samples),
+            solvers=_loaded(solvers),
+            nfes=nfe,
+            grids={name: replace(job, grid=name).family() for name in families or (job.grid,)},
             target=target,
             budget=budget,
-            guidance_scale=job.guidance,
             seed=job.seed,
-            device=job.device,
             progress=interactive(),
             report=say,
         )
@@ -118,6 +115,19 @@ def compare_command(
     fits = sum(p.parent != out for p in written)
     names = [p.name for p in written if p.parent == out] + ([f"fits/*.safetensors ({fits})"] if fits else [])
     click.echo(f"\nwritten to {out}/: {', '.join(names)}")
+
+
+def _task(job: Job, samples: int, fit_samples: int) -> dict[str, Any]:
+    """The arguments of a comparison on a setting, or on a model of the user's own."""
+    if job.own is None:
+        scale, device = job.guidance, job.device
+        model: dict[str, Any] = {"model": job.setting, "samples": samples, "guidance_scale": scale, "device": device}
+        return {**model, "fit_samples": fit_samples}
+    seeds = (batch_seed(job.seed, unseen=unseen) for unseen in (True, False))
+    (ode, x), (_, fit_x) = (
+        job.setting.draw(n, seed, device=job.device) for n, seed in zip((samples, fit_samples), seeds, strict=True)
+    )
+    return {"model": ode, "x": x, "fit_x": fit_x, "sigma_min": job.lowest, "name": job.setting.name}
 
 
 def _loaded(solvers: tuple[str, ...]) -> dict[str, str | FittedSolver]:

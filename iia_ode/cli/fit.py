@@ -14,10 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..autofit import BUDGETS, Budget, fit
+from ..autofit.draws import start_time
 from ..errors import unknown_name
+from ..experiments import batch_seed
 from ..files import check_writable
 from ..iia import IIA, PRESETS, FittedSolver, TeacherTrajectory, preset
 from ..iia.targets import resolve_target
+from ..noise import sample_seeds
 from ..ode import ProbabilityFlowODE, distributed
 from ..solvers import solver_names
 from ..teacher import Teacher
@@ -188,34 +191,58 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
     if files.save_teacher is not None:
         # `iia_ode.fit` adds no noise to a given teacher, so all samples of the budget are drawn here.
         count = max(count, budget.draws)
-    ode, x = job.draw(count)
-    ode = distributed(ode)
-    schedule, top = job.setting.schedule, job.setting.sigma_max
+    states = _states(job, count)
+    schedule, low = job.setting.schedule, states.sigma_min
 
     def solve() -> Teacher:
-        start, steps = schedule.t_of_noise_to_signal(top), budget.steps(nfe)
+        start, steps = start_time(states.ode, states.sigma_max, states.draws), budget.steps(nfe)
         return Teacher.solve(
-            ode,
-            x,
+            states.ode,
+            states.at(schedule.sigma(start)),
             start,
             schedule.t_data,
             steps=steps,
-            sigma_min=job.lowest,
+            sigma_min=job.lowest if low is None else low,
             chunk_size=budget.chunk_size,
             progress=leads and interactive(),
         )
 
     return fit(
-        ode,
+        states.ode,
         nfe,
-        x=x,
+        noise=states.draws if states.is_noise else None,
+        x=None if states.is_noise else states.draws,
         budget=budget,
-        sigma_max=top,
-        sigma_min=job.lowest,
+        sigma_max=states.sigma_max,
+        sigma_min=low,
         teacher=files.teach(solve, leads),
         seed=job.seed,
         progress=leads and interactive(),
     )
+
+
+@dataclass(frozen=True)
+class _States:
+    """Draws of a search: initial states, or noise for the noisiest level of the search; levels are None where not given."""
+
+    ode: ProbabilityFlowODE
+    draws: Tensor
+    is_noise: bool
+    sigma_min: float | None
+    sigma_max: float | None
+
+    def at(self, sigma: float) -> Tensor:
+        """The initial states [B, ...], where the noise has the standard deviation `sigma`."""
+        return sigma * self.draws if self.is_noise else self.draws
+
+
+def _states(job: Job, count: int) -> _States:
+    """Draw the states of a search; a model of the user's own leaves its levels to the search, unless they are given."""
+    if job.own is None:
+        ode, x = job.draw(count)
+        return _States(distributed(ode), x, False, job.lowest, job.setting.sigma_max)
+    ode, noise = job.own.noise(sample_seeds(batch_seed(job.seed, unseen=False), range(count)), job.device)
+    return _States(distributed(ode), noise, True, *job.own.levels)
 
 
 def _method(solver: str, budget: str | None, changes: dict[str, Any], files: _Files) -> IIA:

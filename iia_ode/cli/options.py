@@ -22,6 +22,8 @@ from ..errors import first_line
 from ..experiments import Setting, batch_seed, get_setting, setting_names
 from ..noise import sample_seeds
 from ..ode import ProbabilityFlowODE
+from .model import OwnModel, own_model
+from .ranks import process_count
 
 __all__ = [
     "COUNT",
@@ -35,6 +37,7 @@ __all__ = [
     "names",
     "numbers",
     "on_a_model",
+    "seed_numbers",
     "usable_device",
     "warnings_as_lines",
 ]
@@ -96,17 +99,42 @@ def usable_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value
 
 
+def seed_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Parse seeds such as ``0-999,5000``; a callback of click."""
+    if value is None:
+        return None
+    found: list[int] = []
+    for part in value.split(","):
+        first, dash, last = (v.strip() for v in part.partition("-"))
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) < int(first):
+            raise click.BadParameter(f"{part!r} is no seed and no range: use numbers and ranges, such as 0-49999.")
+        if len(found) + int(last or first) - int(first) >= _MANY:
+            raise click.BadParameter(f"{value!r} has more than {_MANY} seeds.")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found
+
+
 _MODEL_OPTIONS = [
     click.option("--setting", default="digits", show_default=True, help=f"Model: {', '.join(setting_names())}."),
     click.option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="Model of your own, instead of --setting: a function without arguments that returns a ProbabilityFlowODE, a pair "
+        "(ode, shape), or an object with attributes ode and shape and, if wanted, conditions (a function from a seed to the "
+        "conditions of one sample), decode (from states to images), sigma_min and sigma_max.",
+    ),
+    click.option(
         "--guidance",
         type=Range(-1e3, 1e3),
-        default=1.0,
-        show_default=True,
-        help="Scale of classifier-free guidance.",
+        help="Scale of classifier-free guidance [default: 1, or the model's own].",
     ),
     click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of noise and labels."),
-    click.option("--device", default="cpu", show_default=True, callback=usable_device, help="Where the model runs."),
+    click.option(
+        "--device",
+        default="cpu",
+        callback=usable_device,
+        help="Where the model runs [default: cpu, or where a --model is].",
+    ),
     click.option(
         "--grid",
         type=click.Choice(list(grids.GRIDS)),
@@ -178,21 +206,42 @@ class Job:
         seeds = sample_seeds(self.seed, range(index.start, index.stop))
         return self.setting.draw_each(seeds, guidance_scale=self.guidance, device=self.device)
 
+    @property
+    def own(self) -> OwnModel | None:
+        """The model of ``--model``; None for a built-in setting."""
+        return self.setting if isinstance(self.setting, OwnModel) else None
+
 
 def on_a_model(command: Callable[..., None]) -> Callable[..., None]:
     """Add `_MODEL_OPTIONS` to a command, which receives them as one `Job`."""
 
     @wraps(command)
-    def run(setting: str, sigma_max: float | None, **options: Any) -> None:
+    def run(setting: str, model: str | None, sigma_max: float | None, **options: Any) -> None:
         own = {name: options.pop(name) for name in ("guidance", "seed", "device", "grid", "rho", "sigma_min")}
-        job = Job(get_setting(setting), **own)
-        if sigma_max is not None:
-            job.setting.sigma_max = sigma_max
+        if model is None:
+            job = Job(get_setting(setting), **{**own, "guidance": 1.0 if own["guidance"] is None else own["guidance"]})
+            if sigma_max is not None:
+                job.setting.sigma_max = sigma_max
+        else:
+            if given("setting"):
+                raise click.UsageError("--model brings a model of its own: leave out --setting.")
+            found = own_model(model, own["guidance"], own["sigma_min"], sigma_max)
+            scale = found.ode.guidance_scale
+            own |= {"guidance": scale if isinstance(scale, float) else 1.0, "device": _device_of(found, own["device"])}
+            job = Job(found, **own)
         command(job, **options)
 
     for option in reversed(_MODEL_OPTIONS):
         run = option(run)
     return run
+
+
+def _device_of(model: OwnModel, device: str) -> str:
+    """Device of a model of the user's own: ``--device``, or else where the model is."""
+    place = model.ode.device
+    if given("device") or place is None:
+        return device
+    return place.type if process_count() > 1 else str(place)  # of several processes, each has a device of its own
 
 
 @contextmanager

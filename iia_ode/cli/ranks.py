@@ -11,7 +11,7 @@ import click
 import torch
 import torch.distributed as dist
 
-__all__ = ["Process", "joined", "process_count"]
+__all__ = ["Process", "joined", "process_count", "ranked"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,7 @@ def joined(device: str) -> Iterator[Process]:
         return
     if not dist.is_available():
         raise click.ClickException("this build of torch cannot join several processes: run one, without torchrun.")
-    place = torch.device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index)
-        torch.cuda.set_device(place)
+    place = _place(device)
     try:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
@@ -81,3 +78,25 @@ def joined(device: str) -> Iterator[Process]:
         yield Process(dist.get_rank(), dist.get_world_size(), str(place))
     finally:
         dist.destroy_process_group()
+
+
+def ranked(device: str) -> Process:
+    """This process among those of a launcher, for work without communication; devices as for :func:`joined`.
+
+    Raises
+    ------
+    click.ClickException : RANK or WORLD_SIZE is not a number.
+    """
+    size, rank = process_count(), os.environ.get("RANK", "0")
+    if not rank.isdecimal():
+        raise click.ClickException(f"RANK must be the number of a process, got {rank!r}.")
+    return Process(int(rank), size, str(_place(device)) if size > 1 else device)
+
+
+def _place(device: str) -> torch.device:
+    """The device of one of several processes."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index)
+        torch.cuda.set_device(place)
+    return place

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..autofit import Budget
 from ..autofit import fit as find
 from ..autofit.budget import budget_of
-from ..autofit.fit import start_time
+from ..autofit.draws import start_time
 from ..checks import check_whole
 from ..errors import GridError, InputError, one_run
 from ..iia import IIA, FittedSolver

@@ -120,9 +120,8 @@ class _Trained(Setting):
         conditions = {}
         if classes := self._model.network.classes:
             conditions["class_labels"] = torch.randint(classes, (n,), generator=generator, device="cpu")
-        return conditions, self.sigma_max * torch.randn(
-            (n, *(self._model.state_shape or ())), generator=generator, device="cpu"
-        )
+        shape = (n, *(self._model.state_shape or ()))
+        return conditions, self.sigma_max * torch.randn(shape, generator=generator, device="cpu")
 
     def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:
         options: dict[str, Any] = {}

@@ -14,7 +14,10 @@ from ..errors import DuplicateWarning, InputError, warn
 from ..files import bytes_of
 from ..metrics import flat
 from ..ode import ProbabilityFlowODE
+from ..ode.conditions import digest_of
+from ..ode.fingerprint import OF_ODE
 from ..ode.origin import conditions_digest
+from ..ode.wrapped import layers_of
 from ..plan import Plan
 from ..teacher.teacher import Teacher, slices
 
@@ -32,6 +35,7 @@ class Batch:
     teacher : accurate trajectories of the samples, or None.
     chunk_size : number of samples per model call; None for all.
     final : true final states [B, ...] in the dtype of x, on any device; by default the final states of the teacher.
+    signal : part alpha x_0 of the initial states, [B, ...], where they are images with noise; None for pure noise.
 
     Raises
     ------
@@ -43,6 +47,7 @@ class Batch:
     teacher: Teacher | None = None
     chunk_size: int | None = None
     final: Tensor | None = None
+    signal: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
@@ -54,8 +59,9 @@ class Batch:
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """A part of the batch: the samples of a slice or of an index tensor [n], integer or boolean."""
         teacher = None if self.teacher is None else self.teacher.subset(index)
-        final = None if self.final is None else self.final[index]
-        return replace(self, ode=self.ode.subset(index, len(self.x)), x=self.x[index], teacher=teacher, final=final)
+        final, signal = (None if own is None else own[index] for own in (self.final, self.signal))
+        ode = self.ode.subset(index, len(self.x))
+        return replace(self, ode=ode, x=self.x[index], teacher=teacher, final=final, signal=signal)
 
     def chunks(self) -> Iterator[Batch]:
         """The batch in parts of `chunk_size`, in order."""
@@ -100,11 +106,11 @@ class Batch:
     # ---- copies ------------------------------------------------------------------------------------------------------
 
     def distinct(self) -> Tensor:
-        """Whether each sample is the first with its state and conditions, bool [B]."""
+        """Whether each sample is the first with its state, conditions, guidance scale and attributes of wrappers, bool [B]."""
         states = [hashlib.sha256(bytes_of(state)).digest() for state in self.x.cpu()]
         if len(set(states)) == len(states):
             return torch.ones(len(states), dtype=torch.bool, device="cpu")
-        conditions = [conditions_digest(self.ode.subset(slice(i, i + 1), len(self.x))) for i in range(len(self.x))]
+        conditions = [_own_digest(self.ode, slice(i, i + 1), len(self.x)) for i in range(len(self.x))]
         first: dict[object, int] = {}
         for i, key in enumerate(zip(states, conditions, strict=True)):
             first.setdefault(key, i)
@@ -126,6 +132,17 @@ class Batch:
             DuplicateWarning,
         )
         return self[own]
+
+
+def _own_digest(ode: ProbabilityFlowODE, index: slice, batch: int) -> str:
+    """A hash of all that an ODE has for some samples alone: conditions, guidance scale, and tensors that `subset` indexes."""
+    part = ode.subset(index, batch)
+    layers = zip(layers_of(ode), layers_of(part), strict=True)
+    own = [
+        {k: v for k, v in vars(b).items() if isinstance(v, Tensor) and v is not vars(a).get(k) and k not in OF_ODE}
+        for a, b in layers
+    ]
+    return conditions_digest(part) + digest_of(*own)
 
 
 def per_sample(difference: Tensor) -> Tensor:

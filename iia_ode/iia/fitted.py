@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,12 @@ from ..plan.reading import unpacked
 from ..plan.storing import pack, tensors_misfit
 from ..schedules import Schedule
 from ..schedules.stored import stored_schedule
+from ..sharing.card import card_of
+from ..sharing.hub import SOLVER, check_repo, pushed
+from ..sharing.report import describe_fit, explain_fit, table_of, table_of_weights
+from ..sharing.serving import at_scale, checked_scales, measured, range_of
 from ..warm_starts import WarmStart
 from .provenance import Record, StepReport, later
-from .report import describe_fit, explain_fit, table_of, table_of_weights
 
 __all__ = ["FittedSolver", "describe", "read_fit"]
 
@@ -87,7 +93,7 @@ class FittedSolver:
 
         Warns
         -----
-        MismatchWarning : another guidance scale.
+        MismatchWarning : another guidance scale, outside of the range of :meth:`serves`.
         FingerprintWarning : the model has other parameters.
         """
         self.record.origin.check(ode, x if has_shape(self.plan) else None, name=self.name)
@@ -125,6 +131,136 @@ class FittedSolver:
         """
         plan = warm.then(self.plan)
         return replace(self, plan=plan, reports=later(self.reports, plan.steps - self.plan.steps))
+
+    # ---- sharing -----------------------------------------------------------------------------------------------------
+
+    def serves(
+        self,
+        ode: ProbabilityFlowODE,
+        x: Tensor,
+        scales: Sequence[float],
+        *,
+        sigma_min: float | None = None,
+        progress: bool = False,
+    ) -> FittedSolver:
+        """Measure the fit at further guidance scales, and record the range of scales that the fit serves.
+
+        At each scale, the endpoint error of the fit and the errors of ``dpmpp_2m``, ``ipndm3`` and ``heun`` on Karras grids
+        are measured against accurate states (:class:`~iia_ode.Teacher`). The range reaches from the scale of the fit over
+        all measured scales at which the fit is at least as good as the best of these solvers. :meth:`check` and
+        :func:`iia_ode.sample` warn outside of the range only. The errors are in ``fit.record.served``.
+
+        Parameters
+        ----------
+        ode : the ODE of the fit, at any guidance scale.
+        x : initial states [B, ...] at ``fit.grid[0]``, float32 or float64; best not the states of the fit.
+        scales : the guidance scales to measure.
+        sigma_min : level sigma/alpha at which the accurate integration stops, as for :func:`iia_ode.fit`.
+        progress : show a bar over the scales.
+
+        Returns
+        -------
+        The fit with the errors and the range in its record, which replace earlier ones.
+
+        Raises
+        ------
+        InputError : the scales are no numbers, x is no batch of states, or the ODE has no null condition.
+        MismatchError : the ODE is not the ODE of the fit.
+
+        Examples
+        --------
+        >>> fit = fit.serves(ode, x, [1.0, 1.5, 2.0, 3.0, 5.0])
+        """
+        numbers, origin = checked_scales(scales), self.record.origin
+        # The scales to measure do not warn.
+        replace(origin, serves=(numbers[0], numbers[-1])).check(at_scale(ode, numbers[0]), x, name=self.name)
+        found = measured(self.plan, ode, x, numbers, sigma_min, progress)
+        origin = replace(origin, serves=range_of(found, origin.guidance_scale))
+        return replace(self, record=replace(self.record, origin=origin, served=found))
+
+    def note(self, **values: Any) -> FittedSolver:
+        """Add free notes to the record of the fit, for its file and its card.
+
+        The card uses the notes ``model`` (such as ``"owner/name"`` on the hub), ``revision`` and ``license``. Useful further
+        notes are ``prompts`` (number and kind of the prompts of the fit) and ``dtype``.
+
+        Parameters
+        ----------
+        values : notes by name: texts, numbers, lists and dicts as in JSON; None removes a note.
+
+        Returns
+        -------
+        The fit with the notes; notes of other names stay.
+
+        Raises
+        ------
+        InputError : a value is not valid in JSON.
+
+        Examples
+        --------
+        >>> fit.note(model="owner/name", revision="fp16", license="apache-2.0", prompts="64 captions").save(
+        ...     "fit.safetensors"
+        ... )
+        """
+        try:
+            own = json.loads(json.dumps(values, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"a note must be a text, a finite number, a list or a dict of these: {error}.") from error
+        notes = {k: v for k, v in {**self.record.notes, **own}.items() if v is not None}
+        return replace(self, record=replace(self.record, notes=notes))
+
+    def card(self, repo: str = "owner/name") -> str:
+        """The model card of the fit: use, errors against solvers without a fit, settings, versions, notes and license.
+
+        Parameters
+        ----------
+        repo : name of the repository in the lines on the use of the fit.
+
+        Returns
+        -------
+        Markdown with a YAML header, for the ``README.md`` of a repository of the Hugging Face hub.
+        """
+        return card_of(self.plan, self.record, repo, self.citation())
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        file: str = SOLVER,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str | None = None,
+        card: bool = True,
+    ) -> str:
+        """Upload the file of the fit, and its card, to a repository of the Hugging Face hub; needs the extra ``hub``.
+
+        Parameters
+        ----------
+        repo : name of the repository, such as ``"owner/name"``; made if it does not exist.
+        file : name of the file in the repository. Several fits go into one repository under several names.
+        revision : branch to commit to; by default the main branch.
+        private : whether a new repository is private.
+        token : access token; by default the token of ``hf auth login``.
+        message : message of the commit.
+        card : write the card as the ``README.md`` of the repository.
+
+        Returns
+        -------
+        Address of the commit.
+
+        Raises
+        ------
+        InputError : `repo` is no name of a repository.
+        MissingDependencyError : huggingface_hub is not installed.
+        FileFormatError : the hub refuses the commit, or does not answer.
+        """
+        check_repo(repo)
+        with tempfile.TemporaryDirectory() as folder:
+            files = {file: self.save(Path(folder, "fit")).read_bytes()}
+        if card:
+            files["README.md"] = self.card(repo).encode()
+        return pushed(repo, files, message or f"Add {self.name}", revision=revision, private=private, token=token)
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind IIA and the base; of IIA alone where the base has no paper of its own."""

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..__about__ import __version__
-from ..checks import check_flag, check_whole
+from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, one_run, unknown_name
 from ..ode import Ledger, ProbabilityFlowODE
 from ..ode.distributed import agree
-from ..ode.mode import check_mode
 from ..ode.origin import Origin
-from ..plan import check_grid, check_size, check_start
-from ..plan.checks import check_samples
+from ..plan import check_grid, check_ode, check_states
+from ..sharing.records import surroundings
 from ..solvers import Solver, SolverLike, as_solver
 from ..teacher.teacher import Teacher, check_teacher
 from .batch import Batch
@@ -144,14 +143,10 @@ class IIA:
         DuplicateWarning : copies among the samples are left out.
         StateSizeWarning : the states are too small for the noise level at the start of the grid.
         """
-        check_start(ode, x)
-        check_mode(ode)
-        check_samples(x)
-        times = check_grid(ode.schedule, grid)
-        check_size(ode.schedule, times[0], x)
+        times = check_grid(check_ode(ode).schedule, grid)
+        check_states(ode, x, times[0])
         share = (0.25 if self.guard or self.ridge == "auto" else 0.0) if held_out is None else held_out
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise InputError(f"held_out must be a share of the batch, from 0 to below 1, got {held_out!r}.")
+        share = check_number("held_out, a share of the batch,", share, least=0, below=1)
         batch = Batch(ode, x, teacher, chunk_size)
         agree(ode, "IIA", self.options(), x, times, share, chunk_size, teacher is not None)
         if teacher is not None:
@@ -224,6 +219,7 @@ def record_of(
         sample_evaluations=spent.samples,
         seed=seed,
         search=search,
+        surroundings=surroundings(batch.device),
     )
 
 

@@ -7,12 +7,13 @@ number for NaN and infinity: a field stores None instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import InputError
 from ..ode.origin import Origin
 from ..schedules.stored import brief
+from ..sharing.records import Served
 from ..teacher import TeacherOptions
 
 __all__ = [
@@ -60,7 +61,7 @@ class Endpoint:
     fell_back : whether the base is in use instead of the fit.
     reference : how the true final states were computed; ``"none"`` without a guard.
     why : reason of the guard for using the base; empty where the fit is in use.
-    judged : number of samples behind the decision; 0 without a guard.
+    judged : number of held-out samples behind the decision; 0 without a guard. Training samples are not counted.
     needed : number of samples needed. Where the fit is in use: the samples that show, with a probability of at least 95%, any
         failure frequent enough to undo the gain. Where the base is in use: the samples for a clear gain, if further samples
         are like the samples seen. None where such a number does not exist.
@@ -275,6 +276,9 @@ class Record:
         evaluations of its samples.
     seed : seed of a search; None for a single fit, which draws no random numbers.
     search : account of the search; None for a single fit.
+    surroundings : versions and hardware of the fit, by name.
+    served : errors at further guidance scales; see :meth:`~iia_ode.FittedSolver.serves`.
+    notes : values added by :meth:`~iia_ode.FittedSolver.note`, JSON-ready.
     """
 
     library: str
@@ -295,6 +299,9 @@ class Record:
     seed: int | None = None
     search: SearchRecord | None = None
     last_step: bool = True
+    surroundings: dict[str, str] = field(default_factory=dict)
+    served: tuple[Served, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def finite(value: float) -> float | None:

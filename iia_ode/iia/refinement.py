@@ -19,8 +19,7 @@ from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, one_run, unknown_name
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
-from ..ode.mode import check_mode
-from ..plan import Plan, check_size, check_start
+from ..plan import Plan, check_states
 from ..plan.checks import check_samples
 from .batch import Batch, per_sample
 from .minimizers import Adam, GaussNewton, Minimizer, Status
@@ -152,6 +151,7 @@ class Refinement:
 
 
 @one_run()
+@torch.inference_mode(False)
 def refine(
     ode: ProbabilityFlowODE,
     x: Tensor,
@@ -206,14 +206,11 @@ def refine(
     InputError : an argument is not usable, the plan has other weights, or no gradient flows through the model.
     RankError : for a distributed ODE: another process failed, or was asked for another refinement.
     """
-    check_start(ode, x)
-    check_mode(ode)
-    check_samples(x)
     if not isinstance(plan, Plan):
         raise InputError(f"refine takes a plan, such as fit.plan, got {type(plan).__name__}.")
     if not isinstance(target, Tensor):
         raise InputError(f"targets are a torch.Tensor of the shape of the states, got {type(target).__name__}.")
-    check_size(plan.schedule, plan.grid[0], x)
+    check_states(ode, x, plan.grid[0])
     if method not in _METHODS:
         raise unknown_name("method of refinement", method, _METHODS)
     newton, (default, unit) = method == "gauss-newton", _METHODS[method]
@@ -225,12 +222,14 @@ def refine(
     if x.shape != target.shape:
         raise InputError(f"targets {list(target.shape)} must have the shape of the states {list(x.shape)}.")
     check_samples(target)
-    check_number("held_out", held_out, least=0, below=1)
-    if not isinstance(outliers, int | float) or not outliers > 0:
-        raise InputError(f"outliers must be a positive number, or infinity for plain means, got {outliers!r}.")
-    check_number("sigma_min", sigma_min, least=0)
-    check_number("tolerance", tolerance, least=0)
+    held_out = check_number("held_out", held_out, least=0, below=1)
+    outliers = check_number("outliers (infinity for plain means)", outliers, above=0, finite=False)
+    sigma_min = check_number("sigma_min", sigma_min, least=0)
+    tolerance = check_number("tolerance", tolerance, least=0)
     check_flag("learn_grid", learn_grid)
+    x, target = (
+        v.clone() if v.is_inference() else v for v in (x, target)
+    )  # autograd keeps no tensors of inference mode
     search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
     agree(ode, "refine", x, plan, target, search)
     n = len(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -202,7 +203,9 @@ class Stepwise:
             found = verdict(squares, held_out, 100 * torch.finfo(batch.x.dtype).eps)
             ends = Range.of(torch.cat([chunk.values[len(plan.code)] for chunk in chunks]), len(squares))
             against = samples_against(float((squares[:, 0] - squares[:, 1]).mean()), ends.reach)
-            number, needed = len(squares), against if found.kept else found.needed
+            # Training samples are measured, but favor the fit: only held-out samples are counted as judges.
+            like = None if found.needed is None else math.ceil(found.needed * held_out / len(squares))
+            number, needed = held_out, against if found.kept else like
             samples = f"{held_out} held-out sample{'s' * (held_out > 1)}"
             seen = f"on {samples} its RMSE is {found.fit:.3g}, and the base's {found.base:.3g}; "
         else:
@@ -215,7 +218,7 @@ class Stepwise:
             if ends.strays:
                 warn(
                     f"{plan.name} is kept, but {ends.strays} of {len(batch)} samples end where no judged sample does: "
-                    f"{endpoint.limits}. Give more samples, a larger held_out, or a teacher, with which all samples judge.",
+                    f"{endpoint.limits}. Give more samples, a larger held_out, or a teacher, which measures all samples.",
                     GuardWarning,
                 )
             return replace(fit, endpoint=endpoint)

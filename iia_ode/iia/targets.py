@@ -123,7 +123,7 @@ class TeacherTrajectory(Target):
 
     def aim(self, tracer: Tracer, base: Steppable, step: StepRecord) -> Numeric:
         """A function that looks the states up."""
-        return lambda batch, x: batch.taught.path(step.s).to(x.device)
+        return lambda batch, x: batch.taught.at(step.s).to(x.device)
 
     def options(self) -> dict[str, Any]:
         """Name and steps."""

@@ -51,7 +51,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     prediction : form of the model's output: ``"data"`` (x_0), ``"noise"`` (eps), ``"score"``, ``"v"``
         (alpha eps - sigma x_0) or ``"velocity"`` (dx/dt).
     conditioning : keyword arguments of the model: values, or trees of values (dicts, lists, tuples and similar). A tensor has
-        leading dimension B, or 1 to serve every sample, and a list of B strings has a string per sample.
+        leading dimension B, or 1 to serve every sample, and a list of B strings or numbers has an entry per sample.
         :class:`~iia_ode.ode.Shared` marks a value without batch axis. All other values go to the model as they are.
     unconditional : the keywords of `conditioning` with the null condition, for classifier-free guidance
         [Ho & Salimans 2022].
@@ -211,10 +211,35 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         InputError : the model does not return a floating-point tensor of the shape of x, the conditions do not fit the
             batch, or the guidance scale fails at this time.
         """
+        return self._output(x, t, own=True)
+
+    def borrowed(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The output for a caller that reads it at once: :meth:`output` without a copy, maybe in memory of the model.
+
+        The tensor must be neither changed nor kept beyond the next call of the model.
+
+        Parameters
+        ----------
+        x, t : state [B, ...] and time, as for :meth:`output`.
+
+        Returns
+        -------
+        The output [B, ...], in the dtype of x.
+
+        Raises
+        ------
+        InputError : as :meth:`output`.
+        """
+        if type(self).output is not ProbabilityFlowODE.output:
+            return self.output(x, t)
+        return self._output(x, t, own=False)
+
+    def _output(self, x: Tensor, t: Tensor | float, *, own: bool) -> Tensor:
         scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
-            return self._answers(x, t, self.conditioning)[0]
-        condition, null = self.branches(x, t)
+            return self._answers(x, t, self.conditioning, own=own)[0]
+        check_branches(self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         guided = torch.lerp(null, condition, scale)
         return rescaled(guided, condition, self.guidance_rescale) if self.guidance_rescale else guided
@@ -239,14 +264,15 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         InputError : the ODE has no null condition.
         """
         check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=True)
         return condition, null
 
-    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any]) -> Sequence[Tensor]:
+    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool) -> Sequence[Tensor]:
         self.check_conditions(x.shape[0])
         times = told(self.time, self.time_rounding, self.schedule, t)
         model = self.model.at(self.schedule, t) if isinstance(self.model, ByLevel) else self.model
-        return answers(model, self.ledger, x, times, branches, self.compute_dtype(x), joint=self.batched_guidance)
+        dtype, joint = self.compute_dtype(x), self.batched_guidance
+        return answers(model, self.ledger, x, times, branches, dtype, joint=joint, own=own)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -13,7 +12,7 @@ from ..bounded import Bounded
 from ..files import bytes_of
 from ..transforms import has_tangent, transformed
 from .base import ProbabilityFlowODE
-from .conditions import pieces
+from .conditions import Shared, named, pieces
 from .distributed import Distributed
 from .fingerprint import Fingerprint
 from .wrapped import Wrapped, layers_of
@@ -68,6 +67,7 @@ class Cached(Wrapped):
     def __init__(self, inner: ProbabilityFlowODE) -> None:
         super().__init__(inner)
         self.memory = Memory()
+        self._known: tuple[list[tuple[str, Any, object]], bytes] | None = None
 
     def output(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The memoized output for states x [B, ...] at time t, or a new one."""
@@ -81,9 +81,20 @@ class Cached(Wrapped):
         self.memory.outputs.put(key, made.detach().to("cpu", copy=True))
         return made
 
-    @cached_property
+    @property
     def _conditions(self) -> bytes:
+        """The digest of the conditions, made again where an assignment or an operation in place changed one."""
+        leaves = [("scale", self.guidance_scale), *named(self.conditioning), (";", None), *named(self.unconditional)]
+        seen = [(name, leaf, _state(leaf)) for name, leaf in leaves]
+        known = self._known
+        if known is None or len(seen) != len(known[0]) or not all(map(_is_same, seen, known[0])):
+            self._known = known = seen, self._digested()
+        return known[1]
+
+    def _digested(self) -> bytes:
         def place(leaf: Any) -> object:
+            if isinstance(leaf, list | tuple) and all(isinstance(v, str | int | float) for v in leaf):
+                return leaf
             return leaf if isinstance(leaf, str | int | float) else ("object", self.memory.place(leaf))
 
         scale = self.guidance_scale if isinstance(self.guidance_scale, Tensor) else place(self.guidance_scale)
@@ -93,7 +104,7 @@ class Cached(Wrapped):
     def over(self, inner: ProbabilityFlowODE) -> Self:
         """The same cache around another view of the model."""
         twin = super().over(inner)
-        twin.__dict__.pop("_conditions", None)
+        twin._known = None
         return twin
 
     changes = False  # the results are those of the inner ODE
@@ -127,6 +138,26 @@ class Memory:
 def _size(value: Tensor) -> int:
     """Bytes of a tensor's numbers."""
     return value.numel() * value.element_size()
+
+
+def _state(leaf: Any) -> object:
+    """A value that changes when a condition is changed in place."""
+    if isinstance(leaf, Shared):
+        return [(value, _state(value)) for _, value in named({"": leaf.value})]
+    if isinstance(leaf, Tensor):
+        return 0 if leaf.is_inference() else leaf._version
+    return tuple(leaf) if isinstance(leaf, list) else None
+
+
+def _is_same(new: tuple[str, Any, Any], old: tuple[str, Any, Any]) -> bool:
+    """Whether a condition is the one seen before, and unchanged."""
+    if new[0] != old[0] or new[1] is not old[1]:
+        return False
+    if isinstance(new[1], Shared):
+        return len(new[2]) == len(old[2]) and all(
+            a is b and v == w for (a, v), (b, w) in zip(new[2], old[2], strict=True)
+        )
+    return bool(new[2] == old[2])
 
 
 def _digest(*parts: Any) -> bytes:

@@ -59,6 +59,7 @@ def answers(
     dtype: torch.dtype,
     *,
     joint: bool,
+    own: bool,
 ) -> Sequence[Tensor]:
     """The model's outputs [B, ...] under one condition or two, in the dtype of x.
 
@@ -69,9 +70,10 @@ def answers(
     branches : the conditions, checked for the batch.
     dtype : dtype of the model's arithmetic.
     joint : whether two branches share a call, if their conditions fit one batch.
+    own : whether the outputs are copies. Memory of the model may change at the next call.
     """
 
-    def called(condition: Mapping[str, Any], copies: int) -> Tensor:
+    def called(condition: Mapping[str, Any], copies: int, own: bool) -> Tensor:
         """The answer for `copies` copies of the batch, which the model may write to."""
         time_dtype = torch.promote_types(dtype, torch.float32)
         if isinstance(t, Tensor):
@@ -81,14 +83,16 @@ def answers(
             times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
         y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
         ledger.add(batch)
-        return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=True)
+        return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=own)
 
     batch = x.shape[0]
     if len(branches) == 2 and joint:
         both = paired(branches[0], branches[1], batch, x.device)
         if both is not None:
-            return called(both, 2).chunk(2)
-    return [called(batched(branch, batch, x.device), 1) for branch in branches]
+            return called(both, 2, own).chunk(2)
+    # The second call may write to the memory of the first answer.
+    own = own or len(branches) > 1
+    return [called(batched(branch, batch, x.device), 1, own) for branch in branches]
 
 
 def own_device(model: object) -> torch.device | None:

@@ -1,8 +1,9 @@
 """Conditions of a model: trees of tensors, split, paired, moved and hashed leaf by leaf.
 
 A tree is a value that ``torch.utils._pytree`` takes apart: nested dicts, lists, tuples, named tuples, and classes registered
-there. A tensor leaf has leading dimension B, or 1 to serve every sample; a list of B strings has a string per sample. A
-:class:`Shared` leaf and every other leaf go to the model as they are.
+there. A tensor leaf has leading dimension B, or 1 to serve every sample; a list of numbers or strings has B entries, or 1
+to serve every sample, and so has a tuple of strings. A tuple of numbers is a single value, such as a size. A :class:`Shared`
+leaf and every other leaf go to the model as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -55,12 +57,16 @@ class Shared:
 
 
 def _is_leaf(value: object) -> bool:
-    return isinstance(value, Shared) or _is_text(value)
+    return isinstance(value, Shared) or _is_list(value)
 
 
-def _is_text(value: object) -> bool:
-    """Whether a value is a list or tuple of strings."""
-    return type(value) in (list, tuple) and bool(value) and all(isinstance(v, str) for v in value)  # type: ignore[attr-defined]
+def _is_list(value: object) -> bool:
+    """Whether a value is a list of numbers or strings, or a tuple of strings."""
+    if not isinstance(value, list | tuple) or type(value) not in (list, tuple) or not value:
+        return False
+    return all(isinstance(v, str) for v in value) or (
+        isinstance(value, list) and all(isinstance(v, Number) for v in value)
+    )
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
@@ -106,8 +112,13 @@ def _is_record(value: object) -> bool:
 
 
 def check_entries(values: Mapping[str, Any], batch: int) -> None:
-    """Raise InputError unless every tensor has an entry for each of `batch` samples, or a single entry."""
+    """Raise InputError unless every tensor and every list has an entry for each of `batch` samples, or a single entry."""
     for name, leaf in named(values):
+        if _is_list(leaf) and len(leaf) not in (1, batch):
+            raise InputError(
+                f"conditioning {name!r} is a {type(leaf).__name__} of {len(leaf)} entries for a batch of {batch}: give one "
+                "per sample, or one for all; a value that all samples share goes in as iia_ode.ode.Shared(value)."
+            )
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) not in (1, batch):
             raise InputError(
                 f"conditioning {name!r} has {len(leaf)} entries for a batch of {batch}: give one per sample, or one for all; "
@@ -135,7 +146,7 @@ def picked(values: Mapping[str, Any], index: slice | Tensor, batch: int) -> dict
     def pick(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf[index] if leaf.ndim and len(leaf) == batch else leaf
-        if _is_text(leaf) and len(leaf) == batch:
+        if _is_list(leaf) and len(leaf) == batch:
             places = torch.arange(batch, device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
             return type(leaf)(leaf[i] for i in places.tolist())
         return leaf
@@ -153,6 +164,8 @@ def batched(values: Mapping[str, Any], batch: int, device: torch.device) -> dict
 
 
 def _rows(leaf: Any, batch: int, device: torch.device) -> Any:
+    if _is_list(leaf):
+        return leaf * batch if len(leaf) == 1 else leaf
     if not isinstance(leaf, Tensor):
         return leaf
     # A copy, which the model may write to.
@@ -199,8 +212,8 @@ def _pair(a: Any, b: Any, batch: int, device: torch.device) -> Any:
         return torch.cat([_rows(a, batch, device), _rows(b, batch, device)])
     if isinstance(a, Shared) and isinstance(b, Shared):
         return _moved(a.value, device) if _same(a.value, b.value) else _APART
-    if _is_text(a) and _is_text(b) and len(a) == len(b) == batch and type(a) is type(b):
-        return a + b
+    if _is_list(a) and _is_list(b):
+        return _rows(a, batch, device) + _rows(b, batch, device) if type(a) is type(b) else _APART
     return a if _same(a, b) else _APART
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from enum import Enum
 from functools import partial
-from itertools import chain
+from numbers import Number
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..transforms import bare, outside
+from .changes import changed_names, globals_of
 from .checksums import dense, marks, sums
 from .networks import ByLevel
 
@@ -24,7 +27,7 @@ _WEIGHTS = re.compile(r"[0-9a-f]{8}(-[dfbhx][0-9a-f]{12})+")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COUNTERS = [["num_batches_tracked"], ["n_averaged"]]  # buffers that count calls, and do not change outputs
 # Attributes of every ODE and wrapper, beside those of a subclass.
-_OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
+OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "unconditional", "guidance_scale"} | {
     "guidance_rescale",
     "batched_guidance",
     "time",
@@ -35,9 +38,10 @@ _OF_ODE = {"model", "inner", "schedule", "prediction", "conditioning", "uncondit
     "tag",
     "training",
 }
-# Plain values that count. Whole numbers, devices and tensors outside of modules do not: counters, ranks and memory for results
-# change in use or between processes.
-_PLAIN = (float, complex, str, bytes, bool, torch.dtype)
+# Plain values that count. Devices, ranks and tensors outside of modules do not, because they differ between processes, or are
+# memory for results.
+_PLAIN = (Number, str, bytes, torch.dtype, Enum, range)
+_RANKS = {"rank", "local_rank", "world_size", "device", "device_id", "gpu"}
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hip|meta)(:\d+)?")
 _WIDE = {torch.float32, torch.float64}
 # The dtypes from which a cast to the dtype of a part is a plain rounding.
@@ -54,10 +58,12 @@ class Fingerprint(str):
     A bfloat16 and a float16 cast of one model have no common precision, and are not equal.
 
     Names are read without the prefixes of wrappers (``module.``, ``_orig_mod.``) and without a prefix of all names. Running
-    statistics of normalization layers count as weights; counters of calls do not. The hash of a module covers weights and no
+    statistics of normalization layers count as weights; counters of calls and buffers outside of the ``state_dict`` that the
+    model changes do not. A weight under several names counts under each. The hash of a module covers weights and no
     code: two modules with equal weights and different arithmetic have equal fingerprints. The hash of a function, partial or
-    bound method covers the modules and parameters that it uses. The code of a function counts too, with the floats, booleans
-    and strings that it uses.
+    bound method covers the modules and parameters that it uses. The code of a function counts too, with the numbers and
+    strings that it uses, also in lists, tuples and dicts. Values that the model's own code changes, such as a count of
+    calls, do not count.
 
     The fingerprint of a model without weights begins with ``"unknown"``: such a model is identified by its code alone. A `tag`
     of the ODE replaces the whole fingerprint.
@@ -98,13 +104,16 @@ class Fingerprint(str):
     def changed_by(self, layer: object) -> Fingerprint:
         """The fingerprint of `layer`, a module over an ODE whose class changes the output."""
         state: Any = layer
-        own = {k: v for k, v in vars(layer).items() if k not in _OF_ODE and not k.startswith("_")}
+        own = {k: v for k, v in vars(layer).items() if k not in OF_ODE and not k.startswith("_")}
         held = {**state._parameters, **state._modules}
         found = Parts()
-        for name, value in sorted({**own, **held}.items()):
-            if name not in _OF_ODE:
+        found.kinds.append(type(layer))
+        for name, value in sorted({**_class_values(type(layer)), **own, **held}.items()):
+            if name not in OF_ODE:
                 found.add(value, name, deep=False)
+        found.add_closure(type(layer).output, "output")  # type: ignore[attr-defined]
         found.tensors += [(name, v) for name, v in sorted(state._buffers.items()) if v is not None]
+        found.settle()
         weights = [_text(found.tensors, [])] if found.tensors else []
         return Fingerprint(f"{self}+{type(layer).__qualname__}({', '.join([*found.pieces, *weights])})")
 
@@ -120,8 +129,15 @@ def fingerprint_of(model: object, tag: str | None = None) -> Fingerprint:
     """The fingerprint of a model: of its tag, or of its weights, which are read with one transfer from the device."""
     if tag is not None:
         return Fingerprint(f"tag-{tag}")
+    with outside():
+        return _read(model)
+
+
+def _read(model: Any) -> Fingerprint:
     found = Parts()
     found.add(model, "")
+    found.settle()
+    found.tensors = [(name, bare(v)) for name, v in found.tensors]
     if not found.tensors:
         name = getattr(model, "__qualname__", type(model).__qualname__)
         return Fingerprint(f"unknown-{name}-{_hash(repr(found.pieces).encode(), 12)}")
@@ -150,18 +166,24 @@ class Parts:
     modules : modules that the callable uses.
     tensors : weights with their names.
     pieces : plain values and code, printable.
+    codes, kinds : code of functions, and classes of objects.
     """
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.pieces: list[str] = []
+        self.codes: list[CodeType] = []
+        self.kinds: list[type] = []
+        self._named: dict[int, str] = {}  # names of the pieces that have one, by place
+        self._spare: list[tuple[str, Tensor]] = []  # buffers outside of the state_dict
         self._seen: dict[int, Any] = {}
 
     def add(self, value: Any, name: str, deep: bool = True) -> None:
         """Add a value and, with `deep`, whatever it holds or calls."""
         if isinstance(value, _PLAIN):
-            if not (isinstance(value, str) and _DEVICE.fullmatch(value)):
+            if not (isinstance(value, str) and _DEVICE.fullmatch(value)) and name.rpartition(".")[2] not in _RANKS:
+                self._named[len(self.pieces)] = name
                 self.pieces.append(f"{name}={value!r}" if name else repr(value))
             return
         if id(value) in self._seen:
@@ -177,8 +199,20 @@ class Parts:
         elif isinstance(value, Mapping):
             for key, v in value.items():
                 self.add(v, f"{name}.{key}", deep)
-        elif deep and not isinstance(value, Tensor):
+        elif isinstance(value, set | frozenset):
+            self.add(sorted(repr(v) for v in value if isinstance(v, _PLAIN)), name)
+        elif deep and value is not None and not isinstance(value, Tensor):
             self._add_callable(value, name)
+
+    def settle(self) -> None:
+        """Drop the values that the model's own code changes, such as counters."""
+        if not self._named and not self._spare:
+            return
+        changed = changed_names(self.codes, self.kinds)
+        drop = {k for k, name in self._named.items() if not changed.isdisjoint(name.split("."))}
+        self.pieces = [piece for k, piece in enumerate(self.pieces) if k not in drop]
+        self.tensors += [(name, v) for name, v in self._spare if name.rpartition(".")[2] not in changed]
+        self._named, self._spare = {}, []
 
     def _add_module(self, module: nn.Module, name: str) -> None:
         if isinstance(module, ByLevel):
@@ -187,9 +221,16 @@ class Parts:
                 self.add(network, f"{name}.{k}" if name else f"{k}")
             return
         self.modules.append(module)
-        own = list(chain(module.named_parameters(), module.named_buffers()))
-        self.tensors += [(f"{name}.{n}" if name else n, v) for n, v in own]
-        if not own:
+        empty = True
+        for path, part in module.named_modules():
+            prefix = ".".join(filter(None, (name, path)))
+            self.kinds.append(type(part))
+            for n, v in (*part._parameters.items(), *part._buffers.items()):  # tied weights under each name
+                if v is not None:
+                    empty = False
+                    own = self._spare if n in part._non_persistent_buffers_set else self.tensors
+                    own.append((f"{prefix}.{n}" if prefix else n, v))
+        if empty:
             self.pieces.append(type(module).__qualname__)
             for key, v in sorted(vars(module).items()):
                 if not key.startswith("_") and key != "training":
@@ -209,15 +250,15 @@ class Parts:
             self._add_function(value, name)
         else:
             self.pieces.append(type(value).__qualname__)
-            for key, v in sorted(getattr(value, "__dict__", {}).items()):
+            self.kinds.append(type(value))
+            own = {**_class_values(type(value)), **getattr(value, "__dict__", {})}
+            for key, v in sorted(own.items()):
                 self.add(v, f"{name}.{key}", deep=callable(v))
 
     def _add_argument(self, value: Any, name: str) -> None:
-        """Add an argument of a partial, which never changes: whole numbers and tensors count too."""
+        """Add an argument of a partial, which never changes: tensors count too."""
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.tensors.append((name, value))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            self.pieces.append(f"{name}={value!r}")
         else:
             self.add(value, name)
 
@@ -226,23 +267,41 @@ class Parts:
         self.pieces.append(_hash(repr(_shown(code)).encode(), 12))
         self.add(function.__defaults__ or (), f"{name}.defaults")
         self.add(dict(sorted((function.__kwdefaults__ or {}).items())), f"{name}.defaults")
-        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                self.add(cell.cell_contents, f"{name}.{variable}")
-            except ValueError:  # not yet assigned
-                continue
-        for variable in _globals_of(code):
-            v = function.__globals__.get(variable)
+        self.add_closure(function, name)
+        for variable in globals_of(code):
+            v = function.__globals__.get(variable, ...)
             own = isinstance(v, FunctionType) and v.__module__ == function.__module__
-            if own or isinstance(v, (*_PLAIN, nn.Parameter, nn.Module, partial, MethodType)):
+            if own or _is_plain(v) or isinstance(v, nn.Parameter | nn.Module | partial | MethodType):
                 self.add(v, f"{name}.{variable}")
 
+    def add_closure(self, function: FunctionType, name: str) -> None:
+        """Add the variables of enclosing functions that a function uses."""
+        self.codes.append(function.__code__)
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not yet assigned
+                continue
+            if variable != "__class__":
+                self.add(value, f"{name}.{variable}")
 
-def _globals_of(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            yield from _globals_of(const)
+
+def _class_values(kind: type) -> dict[str, Any]:
+    """Plain values that are attributes of a class outside of this library and of torch."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] not in ("builtins", "torch", __name__.partition(".")[0]):
+            found = {k: v for k, v in vars(base).items() if not k.startswith("_") and _is_plain(v)} | found
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a number, text or the like, or a list, tuple or dict of such values."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, _PLAIN)
 
 
 def _shown(code: CodeType) -> tuple[Any, ...]:

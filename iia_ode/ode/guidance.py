@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -114,8 +115,8 @@ def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
         torch.linalg.vector_norm(v - v.mean(axes, True), dim=axes, keepdim=True) for v in (guided, condition)
     )
     ratio = theirs / torch.where(ours > 0, ours, torch.ones_like(ours))
-    moved: Tensor = guided * (1 - share + share * ratio)
-    return moved
+    found: Tensor = guided * (1 - share + share * ratio)
+    return found
 
 
 def checked_scale(value: object) -> Scale:
@@ -125,6 +126,7 @@ def checked_scale(value: object) -> Scale:
     ------
     InputError : neither a finite number, nor a tensor [B] of finite numbers, nor a function.
     """
+    value = _as_tensor(value)
     if isinstance(value, Tensor):
         numeric = not (value.is_complex() or value.dtype == torch.bool) and value.ndim <= 1 and value.numel() > 0
         if not numeric or (not value.is_meta and not bool(torch.isfinite(value).all())):
@@ -176,9 +178,11 @@ def scale_at(scale: Scale, t: Tensor | float, x: Tensor) -> float | Tensor:
     Nothing on a device is read. A function receives t itself, a number or a tensor [] or [B]; a function that cannot take a
     tensor [B] is called for each entry.
     """
+    if isinstance(scale, float):  # nearly always, and asking for numbers in general takes far longer
+        return scale
     if isinstance(scale, Real):
         return float(scale)
-    value = scale if isinstance(scale, Tensor) else _called(cast(Function, scale), t)
+    value = scale if isinstance(scale, Tensor) else _called(scale, t)
     if isinstance(value, float):
         return value
     value = value.to(x.dtype).to(x.device, non_blocking=True)
@@ -193,6 +197,7 @@ def _called(scale: Function, t: Tensor | float) -> float | Tensor:
         raise InputError(
             f"the guidance scale {_name(scale)} failed at t = {t}: {type(error).__name__}: {error}"
         ) from error
+    value = _as_tensor(value)
     if isinstance(value, Tensor) and (value.shape in ((), (1,)) or (isinstance(t, Tensor) and value.shape == t.shape)):
         on_host = not isinstance(t, Tensor) and value.is_cpu and not value.requires_grad
         return _finite(scale, t, value.item()) if on_host else value
@@ -204,6 +209,11 @@ def _of_each(scale: Function, t: Tensor) -> Any:
         return scale(t)
     except (TypeError, ValueError, RuntimeError):  # it branches on the time, or takes numbers
         return torch.stack([torch.as_tensor(scale(u), dtype=t.dtype, device=t.device) for u in t])
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of real numbers as a tensor; any other value unchanged."""
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
 
 
 def _finite(scale: Function, t: object, value: object) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import re
 from functools import lru_cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = ["check_mode", "in_training"]
 
 _SHOWN = 3  # modules that a warning names
 _KNOWN = ("torch", "builtins", "abc", "typing", "iia_ode")  # packages whose modules are told by their kind
+_IDLE = {"NOP", "CACHE", "TO_BOOL", "EXTENDED_ARG", "COPY"}  # instructions that other versions of Python put between
 _SETTERS = ("train", "eval", "__init__")
 
 
@@ -84,8 +86,27 @@ def _reads_mode(kind: Any) -> bool:
     """Whether a method of a class outside of torch and of this library reads the mode, other than to set it."""
     foreign = (base for base in kind.__mro__ if base.__module__.split(".")[0] not in _KNOWN)
     return any(
-        "training" in value.__code__.co_names
+        _uses_mode(value.__code__)
         for base in foreign
         for name, value in vars(base).items()
         if isinstance(value, FunctionType) and name not in _SETTERS
     )
+
+
+def _uses_mode(code: CodeType) -> bool:
+    """Whether code reads the mode, other than together with a flag of gradient checkpointing, which changes no output."""
+    if "training" not in code.co_names:
+        return False
+    steps = [ins for ins in dis.get_instructions(code) if ins.opname not in _IDLE]
+    return any(
+        ins.argval == "training" and ins.opname == "LOAD_ATTR" and not _is_checkpointing(steps, k)
+        for k, ins in enumerate(steps)
+    )
+
+
+def _is_checkpointing(steps: list[dis.Instruction], k: int) -> bool:
+    """Whether instruction k reads the mode in ``training and flag`` or ``flag and training``, with a flag of checkpointing."""
+    for flag in (k - 3, k + 3):  # a jump and the object stand between the two attributes
+        if 0 <= flag < len(steps) and steps[flag].opname == "LOAD_ATTR" and "checkpoint" in str(steps[flag].argval):
+            return "IF_FALSE" in steps[min(k, flag) + 1].opname
+    return False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import FingerprintWarning, InputError, MismatchError, MismatchWarning, warn
 from ..schedules.stored import brief
+from ..transforms import outside
 from .base import ProbabilityFlowODE
 from .clock import Told, recorded_time, same_time
 from .conditions import digest_of, kinds
@@ -38,6 +39,7 @@ class Origin:
     train_mode : whether the model was in train mode, with modules that depend on the mode.
     time : the time that the model was told.
     guidance_rescale : share of the rescaled output in the guided output.
+    serves : smallest and largest guidance scale at which a fit was measured and found good; None if not measured.
     """
 
     schedule: dict[str, Any]
@@ -50,6 +52,7 @@ class Origin:
     train_mode: bool = False
     time: Told = Told()
     guidance_rescale: float = 0.0
+    serves: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule.get("type"), str):
@@ -95,13 +98,14 @@ class Origin:
 
         Warns
         -----
-        MismatchWarning : another guidance scale or rescaling; for a scale per sample, a scale outside of the range of the fit.
-            The model is told another time, apart from rounding.
+        MismatchWarning : another guidance scale, outside of the measured range `serves`, or another rescaling; for a scale per
+            sample, a scale outside of the range of the fit. The model is told another time, apart from rounding.
         FingerprintWarning : the model has other weights. An unknown model, on either side, is not compared.
         """
         advice = f"{'Fit again' if made == 'fitted' else 'Make one'} for this ODE, or use the ODE it was {made} for."
-        schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
-        scale, rescale = recorded(ode.guidance_scale, ode.schedule), ode.guidance_rescale
+        with outside():
+            schedule, conditioning, fingerprint = ode.schedule.config(), kinds(ode.conditioning), ode.fingerprint()
+            scale, rescale = recorded(ode.guidance_scale, ode.schedule), ode.guidance_rescale
 
         def against(what: str, theirs: object, ours: object) -> str:
             return f"{name} was {made} {what} {theirs}, and this ODE has {ours}."
@@ -110,13 +114,16 @@ class Origin:
             raise MismatchError(f"{against('for schedule', brief(self.schedule), brief(schedule))} {advice}")
         if self.prediction != ode.prediction:
             raise MismatchError(f"{against('for prediction', self.prediction, ode.prediction)} {advice}")
-        for what, theirs, ours, suits in (
-            ("guidance_scale", self.guidance_scale, scale, _suits(scale, self.guidance_scale, strict_guidance)),
+        measured = "" if self.serves is None else " (measured from {:g} to {:g})".format(*self.serves)
+        served = not strict_guidance and _within(scale, self.serves)
+        suits = served or _suits(scale, self.guidance_scale, strict_guidance)
+        for what, theirs, ours, fine in (
+            ("guidance_scale", f"{self.guidance_scale}{measured}", scale, suits),
             ("guidance_rescale", self.guidance_rescale, rescale, self.guidance_rescale == rescale),
         ):
-            if not suits and strict_guidance:
+            if not fine and strict_guidance:
                 raise MismatchError(f"{against(f'for {what}', theirs, ours)} {advice}")
-            if not suits:
+            if not fine:
                 warn(f"{against(f'for {what}', theirs, ours)} Its weights suit the former.", MismatchWarning)
         time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
         if not same_time(self.time, time, ode.schedule):
@@ -143,7 +150,8 @@ class Origin:
 def conditions_digest(ode: ProbabilityFlowODE) -> str:
     """A hash of the values of all conditions, with and without guidance, and of a guidance scale per sample."""
     trees = [ode.conditioning, ode.unconditional]
-    return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
+    with outside():
+        return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
 
 
 def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:
@@ -154,6 +162,14 @@ def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:
         return scale.kind == fitted.kind  # the values per sample are in the digest of the conditions
     (low, high), (least, most) = scale.range if isinstance(scale, Scales) else (scale, scale), fitted.range
     return not strict and least <= low and high <= most
+
+
+def _within(scale: float | Scales, measured: tuple[float, float] | None) -> bool:
+    """Whether a guidance scale, or all scales of a batch, are in a measured range."""
+    if measured is None or (isinstance(scale, Scales) and scale.kind == "per time" and None in scale.values):
+        return False
+    low, high = scale.range if isinstance(scale, Scales) else (scale, scale)
+    return measured[0] <= low and high <= measured[1]
 
 
 def _shapes(conditioning: Mapping[str, tuple[int, ...] | str]) -> str:

@@ -3,7 +3,7 @@
 from .analysis import CanonicalForm, GaussianErrors, GaussianResponse, gaussian_errors
 from .bands import Bands
 from .checks import check_grid, check_ode, check_start
-from .initial import check_size
+from .initial import check_size, check_states
 from .instructions import Combine, Evaluate, Instruction, run_code
 from .loop import advance, evaluator
 from .maps import LinearMap, PerCondition, projections_from
@@ -40,6 +40,7 @@ __all__ = [
     "check_ode",
     "check_size",
     "check_start",
+    "check_states",
     "evaluator",
     "gaussian_errors",
     "projections_from",

@@ -15,12 +15,14 @@ from ..grids.origin import check_levels, check_origin
 from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..schedules import Discrete, Schedule
+from ..transforms import carries_derivative
 from .instructions import Combine, Evaluate, Instruction, Program
 from .maps import LinearMap, PerCondition
 from .vectors import format_terms
 
 __all__ = [
     "check_code",
+    "check_constants",
     "check_grid",
     "check_ode",
     "check_samples",
@@ -155,13 +157,14 @@ def check_samples(x: Tensor) -> None:
         raise NonFiniteError(f"the initial states hold NaN or infinity in {samples_of(found)}.")
 
 
-def check_start(ode: object, x: object) -> None:
-    """Raise InputError unless `ode` is a ProbabilityFlowODE and x a state for its shape and conditions."""
+def check_start(ode: object, x: object) -> tuple[ProbabilityFlowODE, Tensor]:
+    """`ode` and x, if `ode` is a ProbabilityFlowODE and x a state for its shape and conditions; otherwise raise InputError."""
     found = check_ode(ode)
     state = check_state(x)
     found.check_state_shape(state)
     # Of the whole batch: a chunk may happen to have as many samples as a condition has entries.
     found.check_conditions(len(state))
+    return found, state
 
 
 def check_ode(ode: object) -> ProbabilityFlowODE:
@@ -172,6 +175,17 @@ def check_ode(ode: object) -> ProbabilityFlowODE:
             "iia_ode.ProbabilityFlowODE(model, iia_ode.EDM(), prediction='data')."
         )
     return ode
+
+
+def check_constants(schedule: Schedule) -> None:
+    """Raise InputError if parameters of the schedule require a gradient; the weights of a plan do not carry this gradient."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        start = torch.tensor(schedule.t_noise, dtype=torch.float64, device="cpu")
+        if any(carries_derivative(level(start)) for level in (schedule.alpha, schedule.sigma)):
+            raise InputError(
+                "the weights of a plan are numbers, through which no gradient flows to the schedule: switch the gradients of "
+                "its parameters off, or take method='torchdiffeq:rk4'."
+            )
 
 
 def check_code(plan: Program) -> None:

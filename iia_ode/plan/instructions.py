@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -22,9 +22,7 @@ __all__ = [
     "last_uses",
     "most_alive",
     "originals",
-    "release",
     "run_code",
-    "run_sums",
 ]
 
 
@@ -155,13 +153,12 @@ def most_alive(last_use: Sequence[int]) -> int:
     return peak
 
 
-def run_sums(
+def _run_sums(
     code: Sequence[Instruction],
     values: dict[int, Tensor],
     k: int,
     like: Tensor,
     last_use: Sequence[int] | None,
-    sums: Mapping[int, Sum] | None = None,
 ) -> Iterator[int]:
     """Run the sums after instruction k, up to the next evaluation or the end; yields the index of each new vector.
 
@@ -169,19 +166,18 @@ def run_sums(
     ----------
     code, values, last_use : as in :func:`run_code`.
     like : [B, ...], gives shape, dtype and device.
-    sums : each sum by the index of its vector, with its tensors in place; made from the code by default.
     """
     while k < len(code):
         ins = code[k]
         if isinstance(ins, Evaluate):
             return
         k += 1
-        values[k] = (ins.ready(like) if sums is None else sums[k])(values.__getitem__, like)
+        values[k] = ins.ready(like)(values.__getitem__, like)
         yield k
-        release(values, k, code, last_use)
+        _release(values, k, code, last_use)
 
 
-def release(values: dict[int, Tensor], k: int, code: Sequence[Instruction], last_use: Sequence[int] | None) -> None:
+def _release(values: dict[int, Tensor], k: int, code: Sequence[Instruction], last_use: Sequence[int] | None) -> None:
     """Drop the vectors not read after instruction k."""
     if last_use is not None and k < len(code):
         for j in {*code[k - 1].reads, k}:
@@ -217,8 +213,8 @@ def run_code(
             k += 1
             values[k] = evaluate(values[ins.state], ins.t, ins.form)
             yield k, ins
-            release(values, k, code, last_use)
+            _release(values, k, code, last_use)
         else:
-            for done in run_sums(code, values, k, like, last_use):
+            for done in _run_sums(code, values, k, like, last_use):
                 k = done
                 yield k, code[k - 1]

@@ -18,8 +18,8 @@ from ..ode.mode import check_mode
 from ..schedules.stored import brief
 from ..transforms import differentiated, readable
 from .callbacks import Callback, notifier
-from .checks import check_start, factors_at
-from .initial import root_mean_square, warn_of_size
+from .checks import check_constants, check_start, factors_at
+from .initial import check_size, root_mean_square, warn_of_size
 from .run import Run, Runnable, start
 
 __all__ = ["advance", "evaluator", "run_plan"]
@@ -29,7 +29,7 @@ def evaluator(ode: ProbabilityFlowODE) -> Callable[[Tensor, float, str], Tensor]
     """The `evaluate` of :func:`run_code` for an ODE; the same bits as a :class:`Run` stores."""
 
     def evaluate(x: Tensor, t: float, form: str) -> Tensor:
-        return converted(x, ode.output(x, t), factors_at(ode.schedule, t, ode.prediction, form))
+        return converted(x, ode.borrowed(x, t), factors_at(ode.schedule, t, ode.prediction, form))
 
     return evaluate
 
@@ -48,6 +48,7 @@ def run_plan(
     check_start(ode, x)
     check_mode(ode)
     _check_schedule(plan, ode)
+    check_constants(ode.schedule)
     states, notify = [x.clone()] if trajectory else [], notifier(callback)
     run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=notify.takes_data)
 
@@ -93,6 +94,10 @@ def advance(
     MismatchError : the ODE has another schedule or prediction type than the run.
     NonFiniteError : the run is done, and its final state holds NaN or infinity.
 
+    Warns
+    -----
+    StateSizeWarning : the run is at its start, and its state is smaller than the noise at ``grid[0]``.
+
     Examples
     --------
     >>> run = iia_ode.plan.advance(ode, plan.start(x, ode.prediction), until=6)
@@ -103,6 +108,7 @@ def advance(
     check_start(ode, run.current)
     check_mode(ode)
     _check_schedule(run.plan, ode)
+    check_constants(ode.schedule)
     if ode.prediction != run.prediction:
         raise MismatchError(f"this run takes {run.prediction} prediction, and the ODE has {ode.prediction}.")
     last = run.plan.steps
@@ -118,7 +124,8 @@ def advance(
 
     # A derivative of torch.func is asked for by the transform itself.
     with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated()):
-        _drive(found, ode, goal, visit, progress, (lambda: copy.copy(run)) if check_finite else None)
+        x = run.values.get(0) if run.evaluation == 0 else None
+        _drive(found, ode, goal, visit, progress, (lambda: copy.copy(run)) if check_finite else None, x)
     return found
 
 
@@ -150,7 +157,7 @@ def _drive(
     try:
         while not run.done and point < goal:
             run.reached = ()  # no state is kept during the model call
-            run.give(ode.output(run.current, run.t))
+            run.give(ode.borrowed(run.current, run.t))
             if bar is not None:
                 bar.update()
             for k, state in run.reached:
@@ -159,7 +166,11 @@ def _drive(
     finally:
         if bar is not None:
             bar.close()
-    if first is None or not run.done or not readable(run.current):
+    if first is None or not readable(run.current):
+        return
+    if not run.done:
+        if x is not None:
+            check_size(plan.schedule, plan.grid[0], x)
         return
     finite = _are_finite(run.current)
     if x is not None:

@@ -15,7 +15,8 @@ from ..ode import ProbabilityFlowODE
 from ..ode.mode import check_mode
 from ..transforms import carries_derivative, readable
 from .callbacks import Callback, notifier
-from .checks import check_start, factors_at, samples_of
+from .checks import check_constants, check_start, factors_at, samples_of
+from .initial import warn_of_sizes
 from .instructions import Combine, Evaluate
 from .plan import Plan
 from .tracer import Steppable, traced
@@ -59,6 +60,10 @@ def run_rows(
     GridError : the grids are not usable, or their number is not the number of samples.
     InputError : x is not a float32 or float64 tensor with a batch dimension.
     NonFiniteError : a final state holds NaN or infinity; the message names the samples.
+
+    Warns
+    -----
+    StateSizeWarning : the states of some samples are smaller than the noise at the starts of their grids.
     """
     check_start(ode, x)
     check_mode(ode)
@@ -66,6 +71,7 @@ def run_rows(
         raise InputError("the times of a plan are numbers, to which no gradient flows: pass grid.detach().")
     if len(grids) not in (1, len(x)):
         raise GridError(f"grids per sample are [B, N + 1] times, got {list(grids.shape)} for {len(x)} samples.")
+    check_constants(ode.schedule)
     rows = grids.detach().to("cpu", _F64).expand(len(x), -1)
     plans = [traced(solver, ode.schedule, row) for row in rows]
     places: dict[Any, list[int]] = {}
@@ -86,6 +92,7 @@ def run_rows(
                 states.append(state)
             notify(k, rows[:, k], state, lambda: _merged([d for g in groups if (d := g.data()) is not None], groups, x))
     if check_finite and readable(state):
+        warn_of_sizes(ode.schedule, rows[:, 0].tolist(), x)
         finite = state.detach().reshape(len(x), -1).isfinite().all(dim=1)
         if not bool(finite.all()):
             raise NonFiniteError(

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..files import write_tensors
 from ..forms import check_prediction, conversion, converted
 from .checks import check_state, check_weights, factors_at
-from .instructions import Combine, Evaluate, Program, release, run_sums
+from .instructions import Combine, Evaluate, Program
 from .maps import PerCondition
 from .storing import pack
 from .vectors import Sum
@@ -30,17 +30,63 @@ OWN = "run."
 
 
 @dataclass(frozen=True)
+class Step:
+    """A sum of a plan, ready for a run.
+
+    Attributes
+    ----------
+    index : index of the new vector.
+    sum : the sum, with its tensors in place.
+    drops : the vectors without a later use.
+    point : k if the vector is the state at grid point k, else None.
+    """
+
+    index: int
+    sum: Sum
+    drops: tuple[int, ...]
+    point: int | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An evaluation of a plan with the sums up to the next evaluation, ready for a run.
+
+    Attributes
+    ----------
+    state, t, form : index of the evaluated vector, the time, and the form of the stored output.
+    factors : the pair (p, q) of :func:`~iia_ode.forms.conversion`, from the prediction type to the stored form.
+    drops : the vectors without a use after the evaluation.
+    sums : the sums, in order.
+    """
+
+    state: int
+    t: float
+    form: str
+    factors: tuple[float, float]
+    drops: tuple[int, ...]
+    sums: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """The part of a run shared by all runs of a plan with equal prediction type, sample shape, dtype and device.
 
     Attributes
     ----------
-    factors : (p, q) from the model's output to the stored form, by the index of the evaluation's vector.
-    sums : the sums by the index of their vector, with tensor weights in place.
+    first : the sums before the first evaluation.
+    stages : each evaluation by the number of instructions before it.
     """
 
-    factors: Mapping[int, tuple[float, float]]
-    sums: Mapping[int, Sum]
+    first: tuple[Step, ...]
+    stages: Mapping[int, Stage]
+
+    def with_rows(self, rows: Mapping[int, Tensor]) -> Prepared:
+        """The same with constants of a batch, by the index of the vector."""
+
+        def own(sums: tuple[Step, ...]) -> tuple[Step, ...]:
+            return tuple(replace(s, sum=replace(s.sum, constant=rows[s.index])) if s.index in rows else s for s in sums)
+
+        return Prepared(own(self.first), {k: replace(s, sums=own(s.sums)) for k, s in self.stages.items()})
 
 
 class Runnable(Program, Protocol):
@@ -66,7 +112,7 @@ class Runnable(Program, Protocol):
         """Factors and weights for states like `like`."""
 
 
-def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
+def prepare(plan: Runnable, prediction: str, like: Tensor) -> Prepared:
     """Check a plan against the samples of `like` [B, ...] and put its weights in place.
 
     Raises
@@ -78,15 +124,19 @@ def prepare(plan: Program, prediction: str, like: Tensor) -> Prepared:
     """
     check_prediction(prediction)
     check_weights(plan, tuple(like.shape[1:]))
-    factors: dict[int, tuple[float, float]] = {}
-    sums: dict[int, Sum] = {}
+    code, last, stages = plan.code, plan.last_use, {}
     with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
-        for k, ins in enumerate(plan.code, start=1):
+        sums: list[Step] = []
+        for k in range(len(code), 0, -1):
+            ins = code[k - 1]
+            drops = tuple(j for j in {*ins.reads, k} if last[j] == k) if k < len(code) else ()
             if isinstance(ins, Evaluate):
-                factors[k] = factors_at(plan.schedule, ins.t, prediction, ins.form)
+                factors = factors_at(plan.schedule, ins.t, prediction, ins.form)
+                stages[k - 1] = Stage(ins.state, ins.t, ins.form, factors, drops, tuple(reversed(sums)))
+                sums = []
             else:
-                sums[k] = ins.ready(like)
-    return Prepared(factors, sums)
+                sums.append(Step(k, ins.ready(like), drops, ins.step))
+    return Prepared(tuple(reversed(sums)), stages)
 
 
 @dataclass(eq=False)
@@ -131,8 +181,7 @@ class Run:
         x = next(iter(self.values.values())).detach()
         self._like = x.new_empty(()).expand(x.shape)  # one number in memory
         ready = self.plan.prepared(self.prediction, x)
-        own = {k: replace(ready.sums[k], constant=row) for k, row in self.rows.items()}
-        self._factors, self._sums = ready.factors, {**ready.sums, **own} if own else ready.sums
+        self._ready = ready.with_rows(self.rows) if self.rows else ready
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -166,23 +215,19 @@ class Run:
     @property
     def current(self) -> Tensor:
         """The run's own tensor behind :attr:`state`, for callers that do not write to the tensor."""
-        return self.values[self.position if self.done else self._next.state]
+        return self.values[self.position if self.done else self._stage.state]
 
     @property
     def t(self) -> float:
         """The time of the next evaluation; the last time of the grid when the run is done."""
-        return self.plan.grid[-1] if self.done else self._next.t
+        return self.plan.grid[-1] if self.done else self._stage.t
 
     @property
-    def _next(self) -> Evaluate:
-        return self._evaluation(self.position + 1)
-
-    def _evaluation(self, k: int) -> Evaluate:
-        """The evaluation whose output is vector k."""
-        ins = self.plan.code[k - 1] if k <= len(self.plan.code) else None
-        if not isinstance(ins, Evaluate):
+    def _stage(self) -> Stage:
+        """The evaluation that the run waits at."""
+        if self.done:
             raise InputError(f"this run of {self.plan.name} waits for no evaluation: it is done, read run.state.")
-        return ins
+        return self._ready.stages[self.position]
 
     def give(self, output: Tensor) -> None:
         """Take the model's output at :attr:`state` and :attr:`t`, and run on to the next evaluation or to the end.
@@ -196,25 +241,31 @@ class Run:
         ------
         InputError : the run is done, or the output has another shape or device, or is not real.
         """
-        ins = self._next
-        state, k = self.values[ins.state], self.position + 1
-        stored = converted(state, self._checked(output, state), self._factors[k])
-        self.values[k] = stored
-        self.position = k
-        self.seen = (k, state, stored) if self.keeps_seen else None
-        release(self.values, k, self.plan.code, self.plan.last_use)
-        self.proceed()
+        stage, values = self._stage, self.values
+        state = values[stage.state]
+        stored = converted(state, self._checked(output, state), stage.factors)
+        self.position += 1
+        values[self.position] = stored
+        self.seen = (self.position, state, stored) if self.keeps_seen else None
+        for j in stage.drops:
+            del values[j]
+        self._add_up(stage.sums)
 
-    def proceed(self) -> None:
-        """Run the sums before the next evaluation."""
-        code, reached = self.plan.code, []
-        for k in run_sums(code, self.values, self.position, self._like, self.plan.last_use, self._sums):
-            ins = code[k - 1]
-            if isinstance(ins, Combine) and ins.step is not None:
-                reached.append((ins.step, self.values[k]))
-            self.position = k
+    def begin(self) -> None:
+        """Run the sums before the first evaluation."""
+        self._add_up(self._ready.first)
+
+    def _add_up(self, sums: tuple[Step, ...]) -> None:
+        values, reached = self.values, []
+        for step in sums:
+            value = values[step.index] = step.sum(values.__getitem__, self._like)
+            if step.point is not None:
+                reached.append((step.point, value))
+            for j in step.drops:
+                del values[j]
+            self.position = step.index
         if self.done:
-            self.values = {self.position: self.values[self.position]}
+            self.values = {self.position: values[self.position]}
         self.reached = tuple(reached)
 
     def _checked(self, output: Tensor, state: Tensor) -> Tensor:
@@ -226,7 +277,8 @@ class Run:
         if output.device != state.device:
             raise InputError(f"the state is on {state.device} and the model's output on {output.device}.")
         # Expanded memory is rounded in other places than memory with a number for each entry.
-        return output.to(state.dtype, copy=0 in output.stride())
+        expanded = 0 in output.stride()
+        return output.to(state.dtype, copy=expanded) if expanded or output.dtype != state.dtype else output
 
     def edit(self, x: Tensor) -> None:
         """Replace the state of the next evaluation, for inpainting and other constraints.
@@ -244,7 +296,7 @@ class Run:
         ------
         InputError : the run is done, or x does not fit.
         """
-        state, same = self.values[self._next.state], self.plan.same
+        state, same = self.values[self._stage.state], self.plan.same
         if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (state.shape, state.dtype, state.device):
             got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(
@@ -252,7 +304,7 @@ class Run:
             )
         own = x.clone()
         for j in self.values:
-            if same[j] == same[self._next.state]:
+            if same[j] == same[self._stage.state]:
                 self.values[j] = own
 
     @property
@@ -268,8 +320,8 @@ class Run:
                 f"this run of {self.plan.name} has made no evaluation yet: run.data is the estimate of the last."
             )
         k, state, stored = self.seen
-        ins = self._evaluation(k)
-        return converted(state, stored, conversion(self.plan.schedule, ins.t, ins.form, "data"))
+        stage = self._ready.stages[k - 1]
+        return converted(state, stored, conversion(self.plan.schedule, stage.t, stage.form, "data"))
 
     # ---- copies and files ----------------------------------------------------------------------------------------------
 
@@ -293,7 +345,7 @@ class Run:
         return self._with(torch.clone)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_like", "_factors", "_sums")}
+        return {k: v for k, v in vars(self).items() if k not in ("_like", "_ready")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -330,5 +382,5 @@ def start(
         if isinstance(ins, Combine) and isinstance(ins.constant, PerCondition)
     }
     run = Run(plan, prediction, {0: x.clone()}, rows, keeps_seen=keeps_seen)
-    run.proceed()
+    run.begin()
     return run

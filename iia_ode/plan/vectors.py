@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from ..transforms import may_write
 from .maps import LinearMap, PerCondition
 from .projections import Projections
 
@@ -253,11 +254,13 @@ class Sum:
     terms : pairs (index, weight) with numbers or tensors as weights, in order.
     mapped : for each decomposition, pairs (index, prepared coefficients) of the linear maps over the decomposition.
     constant : a tensor, a `PerCondition` before the look-up of rows, or None.
+    numbers_alone : whether numbers are the only weights, without a constant.
     """
 
     terms: tuple[tuple[int, float | Tensor], ...]
     mapped: tuple[tuple[Projections, tuple[tuple[int, tuple[Tensor, ...]], ...]], ...]
     constant: Constant | None
+    numbers_alone: bool
 
     @classmethod
     def of(cls, terms: tuple[tuple[int, Weight], ...], constant: Constant | None, like: Tensor) -> Sum:
@@ -270,22 +273,25 @@ class Sum:
             else:
                 plain.append((index, weight.to(like) if isinstance(weight, Tensor) else weight))
         placed = constant.to(like) if isinstance(constant, Tensor) else constant
-        return cls(tuple(plain), tuple(zip(mapped, map(tuple, mapped.values()), strict=True)), placed)
+        numbers_alone = bool(plain) and not mapped and constant is None and all(is_number(w) for _, w in plain)
+        return cls(tuple(plain), tuple(zip(mapped, map(tuple, mapped.values()), strict=True)), placed, numbers_alone)
 
     def __call__(self, read: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """The value of the sum; no vector is changed. `like` [B, ...] gives shape, dtype and device."""
+        if self.numbers_alone:
+            return _weighted(self.terms, read)
         if isinstance(self.constant, PerCondition):
             raise PlanError(
                 f"this plan has a constant per {self.constant.key!r}: run it as plan.run(ode, x), which looks it up."
             )
-        total, fresh = None, False  # `fresh`: a tensor of our own, which may be written to
+        total, fresh, writes = None, False, may_write()  # `fresh`: a tensor of our own, which may be written to
         for index, weight in self.terms:
             if isinstance(weight, Tensor):
                 product = weight * read(index)
                 total, fresh = product if total is None else total + product, True
             elif total is None:
                 total, fresh = (read(index), False) if weight == 1.0 else (read(index) * weight, True)
-            elif fresh:
+            elif fresh and writes:
                 total = total.add_(read(index), alpha=weight)
             else:
                 total, fresh = torch.add(total, read(index), alpha=weight), True
@@ -295,6 +301,19 @@ class Sum:
         if total is None:
             return torch.zeros_like(like) if self.constant is None else self.constant.expand_as(like).clone()
         return total if self.constant is None else total + self.constant
+
+
+def _weighted(terms: Sequence[tuple[int, Any]], read: Callable[[int], Tensor]) -> Tensor:
+    """The sum of vectors with numbers as weights; a single vector with weight 1 is returned itself."""
+    (index, weight), *others = terms
+    if not others:
+        return read(index) if weight == 1.0 else read(index) * weight
+    (second, other), *others = others
+    first = read(index) if weight == 1.0 else read(index) * weight
+    total = torch.add(first, read(second), alpha=other) if weight == 1.0 else first.add_(read(second), alpha=other)
+    for j, w in others:
+        total.add_(read(j), alpha=w)
+    return total
 
 
 def combine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -134,16 +135,28 @@ class Integration:
         """Whether the first step is a leap from a level far above the data."""
         return self.schedule.noise_to_signal(self.t_start) > _NOISIEST * self.size
 
-    @property
-    def knots(self) -> list[float]:
-        """Times u = asinh(size alpha / sigma) of the grid."""
+    def knots(self, kept: Sequence[int]) -> list[float]:
+        """Times u = asinh(size alpha / sigma) of some grid points."""
         alpha, sigma = self.schedule.alpha, self.schedule.sigma
-        return [math.asinh(self.size * alpha(t) / sigma(t)) for t in self.plan.grid]
+        return [math.asinh(self.size * alpha(t) / sigma(t)) for t in (self.plan.grid[k] for k in kept)]
 
-    def path(self, ode: ProbabilityFlowODE, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled states and slopes [K, B, ...] at the knots, and the last data estimate [B, ...]; on the host.
+    def spread(self, count: int | None) -> list[int]:
+        """Indices of about `count` grid points, the first and the last included; all grid points for None."""
+        last = self.plan.steps
+        count = last + 1 if count is None else min(count, last + 1)
+        return sorted({round(k * last / (count - 1)) for k in range(count)})
 
-        The first sample has the index `first` in the batch, for the message of an error.
+    def path(
+        self, ode: ProbabilityFlowODE, x: Tensor, first: int, kept: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled states and slopes [K, B, ...] at some grid points, and the last data estimate [B, ...]; on the host.
+
+        Parameters
+        ----------
+        ode, x : the ODE with the conditions of x, and the initial states [B, ...].
+        first : index of the first sample in the batch, for the message of an error.
+        kept : indices of the grid points.
+        dtype : dtype of states and slopes.
 
         Raises
         ------
@@ -161,12 +174,15 @@ class Integration:
                 data = run.data
             if self._jumps and k == 1:  # the predicted end of the leap is no state of the trajectory
                 continue
+            point = k - (self._jumps and k > 1)
+            if point not in kept:
+                continue
             signal = self.size * self.schedule.alpha(t)
             scale = math.hypot(signal, self.schedule.sigma(t))
-            states.append((state / scale).cpu())
+            states.append((state / scale).to("cpu", dtype))
             # The slope in u = asinh(signal / sigma), for which tanh(u) = signal / scale.
-            slopes.append(torch.sub(data / self.size, state, alpha=signal / scale / scale).cpu())
-        finite = flat(states[-1]).isfinite().all(dim=1)
+            slopes.append(torch.sub(data / self.size, state, alpha=signal / scale / scale).to("cpu", dtype))
+        finite = (flat(states[-1]).isfinite() & flat(slopes[-1]).isfinite()).all(dim=1)
         if not bool(finite.all()):
             found = [first + int(i) for i in (~finite).nonzero()]
             raise NonFiniteError(

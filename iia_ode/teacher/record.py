@@ -18,14 +18,20 @@ class TeacherOptions:
     solver : name of the solver.
     sigma_min : level sigma/alpha at which the data estimate replaces the data.
     steps : number of steps.
+    knots : number of stored states per sample; None for one per step.
+    dtype : dtype of the stored states; None for the dtype of the initial states.
     """
 
     solver: str
     sigma_min: float
     steps: int
+    knots: int | None = None
+    dtype: str | None = None
 
     def __str__(self) -> str:
-        return f"solver {self.solver}, steps {self.steps}, sigma_min {self.sigma_min:g}"
+        kept = "" if self.knots is None else f", {self.knots} knots"
+        kept += "" if self.dtype is None else f" in {self.dtype}"
+        return f"solver {self.solver}, steps {self.steps}, sigma_min {self.sigma_min:g}{kept}"
 
 
 @dataclass(frozen=True)

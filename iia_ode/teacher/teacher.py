@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_whole
+from ..checks import check_choice, check_whole
 from ..errors import FileFormatError, InputError, MismatchError
 from ..files import read_tensors, to_json, write_tensors
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
-from ..ode.mode import check_mode
 from ..ode.origin import Origin, conditions_digest
-from ..plan import check_grid, check_size, check_start
-from ..plan.checks import check_samples
+from ..plan import check_grid, check_states
 from ..reference import Trajectory
 from ..schedules import Schedule
 from ..schedules.stored import schedule_tensors, stored_schedule
@@ -34,6 +32,7 @@ __all__ = ["DEFAULT", "Teacher", "check_teacher", "read_teacher", "slices"]
 
 _F64 = torch.float64
 _KIND = "teacher"
+_HALVES = (torch.float16, torch.bfloat16)
 DEFAULT = f"solver {SOLVER}, steps {STEPS}"
 """Solver and default number of steps, for reports."""
 
@@ -45,7 +44,7 @@ class Teacher:
     Attributes
     ----------
     initial : initial states [B, ...], float32 or float64, on the host.
-    path : states and slopes at the knots in the dtype of `initial`; see :class:`~iia_ode.reference.Trajectory`.
+    path : states and slopes at the knots; see :class:`~iia_ode.reference.Trajectory`.
     record : provenance of the trajectories.
 
     Raises
@@ -70,6 +69,8 @@ class Teacher:
         sigma_min: float | None = None,
         data_size: float | None = None,
         chunk_size: int | None = None,
+        knots: int | None = None,
+        dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> Teacher:
         """Integrate a batch from `t_start` to `t_end` by a fourth-order exponential multistep method.
@@ -91,6 +92,10 @@ class Teacher:
         data_size : root mean square of the data, the unit of the noise levels; by default estimated by a coarse integration of
             a few samples.
         chunk_size : samples per model call; by default the whole batch.
+        knots : number of stored states per sample, at least 6; by default `steps` + 1. Each is stored with its slope. The
+            states between the knots are interpolated by polynomials of degree 11.
+        dtype : dtype of the stored states, float16 or bfloat16; by default the dtype of x. Final states at the data keep the
+            dtype of x.
         progress : show a bar over the chunks.
 
         Returns
@@ -99,7 +104,7 @@ class Teacher:
 
         Raises
         ------
-        InputError : `steps`, `chunk_size`, the ODE or the states are not usable.
+        InputError : `steps`, `chunk_size`, `knots`, `dtype`, the ODE or the states are not usable.
         GridError : the times or `sigma_min` are not usable.
         NonFiniteError : the integration ended in NaN or infinity.
         RankError : for a distributed ODE: another process failed, or was asked for another teacher.
@@ -108,7 +113,8 @@ class Teacher:
         -----
         StateSizeWarning : the states are too small for the noise level at `t_start`.
         """
-        return cls._solved(ode, x, t_start, t_end, steps, chunk_size, progress, sigma_min=sigma_min, size=data_size)
+        levels = {"sigma_min": sigma_min, "size": data_size}
+        return cls._solved(ode, x, t_start, t_end, steps, chunk_size, progress, knots, dtype, **levels)
 
     @classmethod
     def for_grid(
@@ -148,31 +154,37 @@ class Teacher:
         steps: int | None,
         chunk_size: int | None,
         progress: bool,
+        knots: int | None = None,
+        dtype: torch.dtype | None = None,
         **levels: Any,
     ) -> Teacher:
         """The teacher of :meth:`solve`; `levels` are further options of :meth:`Integration.of`."""
-        check_start(ode, x)
-        check_mode(ode)
-        check_samples(x)
-        check_size(ode.schedule, t_start, x)
+        check_states(ode, x, t_start)
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size, least=1)
         steps = check_whole("steps", STEPS if steps is None else steps, least=2)
-        agree(ode, "teacher", x, (t_start, t_end), steps, levels, chunk_size)
+        if knots is not None:
+            check_whole("knots", knots, least=6)
+        if dtype is not None:
+            check_choice("dtype of a teacher's states", dtype, (*_HALVES, x.dtype))
+        agree(ode, "teacher", x, (t_start, t_end), steps, levels, chunk_size, knots, dtype)
         parts = []
         with ode.counting() as spent:
             made = Integration.of(ode, x, t_start, t_end, steps=steps, **levels)
+            kept = made.spread(knots)
             for part in tqdm(list(slices(len(x), chunk_size)), desc="teacher", disable=not progress):
-                parts.append(made.path(ode.subset(part, len(x)), x[part], part.start))
+                parts.append(made.path(ode.subset(part, len(x)), x[part], part.start, kept, dtype or x.dtype))
             states, slopes, data = (torch.cat(values, dim=-x.ndim) for values in zip(*parts, strict=True))
             final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
             clean = x.detach().cpu() if ode.is_data(t_start) else final
-            knots = torch.tensor(made.knots, dtype=_F64, device="cpu")
-            path = Trajectory(ode.schedule, knots, states.to(x.dtype), slopes.to(x.dtype), clean, 0, made.size)
+            times = torch.tensor(made.knots(kept), dtype=_F64, device="cpu")
+            path = Trajectory(ode.schedule, times, states, slopes, clean, 0, made.size)
             error = made.error(ode, x, path.final)
         record = TeacherRecord(
             origin=Origin.of(ode, x),
-            options=TeacherOptions(SOLVER, made.sigma_min, steps),
+            options=TeacherOptions(
+                SOLVER, made.sigma_min, steps, knots, None if dtype is None else str(dtype).removeprefix("torch.")
+            ),
             t_start=made.t_start,
             t_end=made.t_end,
             conditions=conditions_digest(ode),
@@ -202,12 +214,12 @@ class Teacher:
         ------
         GridError : t lies outside the trajectory.
         """
-        return _part(self.path, index)(t)
+        return _part(self.path, index)(t).to(self.initial.dtype)
 
     @property
     def final(self) -> Tensor:
         """The states [B, ...] at `t_end`."""
-        return self.path.final
+        return self.path.final.to(self.initial.dtype)
 
     @property
     def t_start(self) -> float:
@@ -332,8 +344,11 @@ def _misfit(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None
     for name, expected in shapes.items():
         if name in tensors and tensors[name].shape != expected:
             return f"{name} {list(tensors[name].shape)} instead of {list(expected)}"
-    vectors = [tensors[name] for name in ("initial", *shapes) if name in tensors]
-    return "states are not float32 or float64" if any(v.dtype not in (torch.float32, _F64) for v in vectors) else None
+    full = (torch.float32, _F64)
+    if any(tensors[name].dtype not in full for name in ("initial", "data") if name in tensors):
+        return "states are not float32 or float64"
+    halves = any(tensors[name].dtype not in (*full, *_HALVES) for name in ("states", "slopes"))
+    return "states at the knots are no floating-point numbers" if halves else None
 
 
 def _monotone(knots: Tensor) -> bool:

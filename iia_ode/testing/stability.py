@@ -25,6 +25,7 @@ _C128 = torch.complex128
 FAR, STEP, STEPS = 4000.0, 1.0, 48
 FIRST, PERIOD = 28, 12  # the steps that are looked at: past the start-up, and whole blocks of 2, 3, 4 and 6 steps
 SCANS = ((6.0, 0.005), (60.0, 0.05))  # how far along a ray, and how finely
+POWERS = 1.5  # factor between two powers of the map at z = 0, the second of twice the exponent, that counts as growth
 STILL = 1e-6  # logarithm of the growth per step at and below which growth counts as rounding
 
 
@@ -76,7 +77,8 @@ def stability_limit(solver: SolverLike, direction: complex = -1.0) -> float | No
 
     Returns
     -------
-    The limit r; 0 for a zero-unstable method, which has unbounded solutions already at h mu = 0; None for a solver that
+    The limit r; 0 for a zero-unstable method, which has unbounded solutions already at h mu = 0, by a large root or by a
+    double root of size 1; None for a solver that
     stays bounded on the whole tested ray, up to 60.
 
     Raises
@@ -86,6 +88,8 @@ def stability_limit(solver: SolverLike, direction: complex = -1.0) -> float | No
     """
     size = check_number("abs(direction)", abs(direction), above=0)
     plan = _plan(solver)
+    if not _is_zero_stable(plan):
+        return 0.0
     for reach, spacing in SCANS:
         r = torch.arange(0, reach + spacing / 2, spacing, dtype=torch.float64, device="cpu")
         growth = _growth(plan, r * (direction / size)).log()
@@ -105,8 +109,22 @@ def _plan(solver: SolverLike) -> Plan:
     return trace(as_solver(solver), EDM(), uniform(STEPS, FAR + STEPS * STEP, FAR), consistent=False)
 
 
+def _is_zero_stable(plan: Plan) -> bool:
+    """Whether the powers of the map at z = 0 stay bounded: no root is larger than 1, and none of size 1 is double."""
+    few, many = (torch.linalg.matrix_power(_maps(plan, torch.zeros(1, dtype=_C128))[0], n).norm() for n in (64, 128))
+    return bool(many <= POWERS * few)
+
+
 def _growth(plan: Plan, z: Tensor) -> Tensor:
-    """The spectral radius per step, for complex z [Z]: of the map from all that one step hands on to the same, later."""
+    """The spectral radius per step, for complex z [Z]; infinity where the map overflows."""
+    maps = _maps(plan, z)
+    bounded = torch.isfinite(torch.view_as_real(maps)).all(-1).all(-1).all(-1)
+    roots = torch.linalg.eigvals(torch.where(bounded[:, None, None], maps, torch.zeros_like(maps))).abs().amax(-1)
+    return torch.where(bounded, roots, math.inf) ** (1 / PERIOD)
+
+
+def _maps(plan: Plan, z: Tensor) -> Tensor:
+    """The maps from all that one step hands on to the same `PERIOD` steps later, complex [Z, n, n] for complex z [Z]."""
     ends = [0, *(k for k, ins in enumerate(plan.code, start=1) if isinstance(ins, Combine) and ins.step is not None)]
     first, last = ends[FIRST], ends[FIRST + PERIOD]
     alive = [[j for j in range(end + 1) if j == end or plan.last_use[j] > end] for end in (first, last)]
@@ -126,7 +144,4 @@ def _growth(plan: Plan, z: Tensor) -> Tensor:
     values = {j: unit[i].expand(len(z), -1) for i, j in enumerate(before)}
     for _ in run_code(plan.code[:last], values, model, start=first):
         pass
-    maps = torch.stack([values[j] for j in after], dim=1)
-    bounded = torch.isfinite(torch.view_as_real(maps)).all(-1).all(-1).all(-1)
-    roots = torch.linalg.eigvals(torch.where(bounded[:, None, None], maps, torch.zeros_like(maps))).abs().amax(-1)
-    return torch.where(bounded, roots, math.inf) ** (1 / PERIOD)
+    return torch.stack([values[j] for j in after], dim=1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_share
 from ..errors import InputError
 from ..plan import Bands, PerCondition, Principal, Projections
 
@@ -176,9 +177,8 @@ def estimate_moments(
 def _named(shrink: float | str) -> str:
     if shrink in ("ledoit-wolf", "dct"):
         return str(shrink)
-    if isinstance(shrink, bool) or not isinstance(shrink, int | float) or not 0 <= shrink <= 1:
-        raise InputError(f"shrink is 'auto', 'ledoit-wolf', 'dct' or a number from 0 to 1, got {shrink!r}.")
-    return f"isotropic {float(shrink):g}"
+    share = check_share("shrink, if not 'auto', 'ledoit-wolf' or 'dct',", shrink)
+    return f"isotropic {share:g}"
 
 
 def _checked(samples: Tensor) -> Tensor:

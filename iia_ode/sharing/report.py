@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..forms import conversion
+from ..iia.provenance import Record, SearchRecord, Split, StepReport
 from ..ode.clock import Told
 from ..ode.guidance import Scales
 from ..ode.origin import Origin
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
 from ..plan.vectors import Weight, is_number, weight_mean
 from ..schedules.stored import brief
-from .provenance import Record, SearchRecord, Split, StepReport
 
 __all__ = ["describe_fit", "explain_fit", "table_of", "table_of_weights"]
 
@@ -92,6 +92,9 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     ]
     if search is not None:
         lines.insert(3, f"chosen: {search.chosen.name}{_refined(search)}")
+    if origin.serves is not None:
+        lines.append("measured at further guidance scales: serves {:g} to {:g}".format(*origin.serves))
+    lines += [f"{name}: {value}" for name, value in record.notes.items()]
     if origin.train_mode:
         lines.append("the model was in train mode: its outputs were random, or depended on the batch")
     if end.base is not None:

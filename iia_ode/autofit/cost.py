@@ -1,0 +1,133 @@
+"""The cost of a search, before anything is spent."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import check_shape, check_whole
+from ..iia.batch import Batch, held_out_of
+from ..ode import ProbabilityFlowODE
+from ..ode.distributed import ranks_of
+from ..plan.checks import check_ode
+from ..schedules.levels import default_levels
+from .budget import Budget, budget_of
+from .grids import leap_grids
+from .stages import Context
+
+__all__ = ["FitCost", "announce", "fit_cost"]
+
+_FEW = 64  # draws, below which the log warns that a choice is uncertain
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitCost:
+    """The expected cost of a fit.
+
+    Attributes
+    ----------
+    sample_evaluations : evaluations of single samples, with a backward pass counted as two.
+    teacher : number of them for the accurate trajectories, teacher and last choice together.
+    draws : number of draws.
+    memory : bytes of the accurate trajectories on the host; None where the shape of a sample is not known.
+    """
+
+    sample_evaluations: int
+    teacher: int
+    draws: int
+    memory: int | None
+
+    def seconds(self, per_evaluation: float) -> float:
+        """Seconds of the evaluations, at `per_evaluation` seconds for one sample, guidance included."""
+        return self.sample_evaluations * per_evaluation
+
+    def __str__(self) -> str:
+        kept = "" if self.memory is None else f", {self.memory / 2**20:.0f} MiB of trajectories"
+        return (
+            f"about {self.sample_evaluations} sample evaluations for {self.draws} draws ({self.teacher} for the teacher)"
+            f"{kept}: {self.seconds(0.05) / 60:.3g} minutes at 50 ms each"
+        )
+
+
+def fit_cost(
+    ode: ProbabilityFlowODE,
+    nfe: int,
+    budget: str | Budget = "standard",
+    *,
+    samples: int = 256,
+    shape: tuple[int, ...] | None = None,
+) -> FitCost:
+    """The expected cost of :func:`iia_ode.fit` with the same arguments; the model is not called.
+
+    Parameters
+    ----------
+    ode : the model with its schedule.
+    nfe : number of evaluations of the solver, at least 1.
+    budget : a name or a :class:`~iia_ode.Budget`.
+    samples : number of draws that the fit is given, or makes for `shape`.
+    shape : shape of one sample, for the memory; by default the ODE's ``state_shape``, if any.
+
+    Returns
+    -------
+    The cost. ``print`` it, or read ``cost.sample_evaluations``; ``cost.seconds(0.05)`` is the time at 50 ms per sample.
+
+    Raises
+    ------
+    InputError, UnknownNameError : an argument is not usable.
+
+    Examples
+    --------
+    >>> print(iia.fit_cost(ode, 8, "closed-form", samples=64))
+    """
+    chosen = budget_of(budget)
+    check_ode(ode)
+    check_whole("nfe", nfe, least=1)
+    draws = max(check_whole("samples", samples, least=1), chosen.draws)
+    size = ode.state_shape if shape is None else check_shape("shape", shape)
+    train = draws - held_out_of(draws, chosen.held_out) if draws > 1 else draws
+    total = chosen.cost(nfe, _candidates(default_levels(ode.schedule)[1]), draws, train)
+    teacher = (chosen.steps(nfe) + 1) * (draws + chosen.finals_of(draws))
+    return FitCost(total, teacher, draws, None if size is None else chosen.memory(nfe, draws * math.prod(size)))
+
+
+def _candidates(highest: float) -> int:
+    """Leap grids of a search on data of size about 1, from the level `highest`."""
+    return len(leap_grids(highest, 1.0))
+
+
+def announce(context: Context, batch: Batch, given: int, finals: int, start: float) -> None:
+    """Log the expected cost, from the time of the model's second call; without a listener nothing is timed."""
+    listens, ranks = context.leads and _log.isEnabledFor(logging.INFO), ranks_of(batch.ode)
+    if ranks is not None:  # a call of a distributed model is one in every process
+        flag = torch.tensor([listens], dtype=torch.int64, device="cpu")
+        listens = any(bool(other) for other in ranks.gathered(flag, "listening"))
+    if not listens:
+        return
+    part, budget, nfe = batch[: context.budget.chunk_size], context.budget, context.nfe
+    with torch.no_grad():
+        for _ in range(2):  # the first call may allocate or compile
+            began = time.perf_counter()
+            part.ode.output(part.x, start).sum().item()
+            seconds = (time.perf_counter() - began) / len(part)
+    highest = batch.ode.schedule.noise_to_signal(start)
+    cost = budget.cost(nfe, _candidates(highest), len(batch), len(batch) - context.held_out)
+    cost -= (budget.steps(nfe) + 1) * len(batch) if batch.teacher is not None else 0
+    more = f" and {len(batch) - given} more" if len(batch) > given else ""
+    more += f", {finals} for the last choice" if finals else ""
+    context.say(
+        f"{nfe} evaluations, {given} draws of noise{more}: about {cost} sample evaluations, {cost * seconds:.0f} s at "
+        f"{1e3 * seconds:.2g} ms each"
+    )
+    if batch.teacher is not None and budget.draws > len(batch):
+        context.say(f"the teacher has {len(batch)} trajectories: the budget's {budget.draws} draws are not made")
+    if len(batch) < _FEW:
+        context.say(
+            f"only {len(batch)} draws of noise: on other noise the chosen solver may be worse than an unfitted solver; give "
+            f"{_FEW} or more, 256 are good"
+        )
