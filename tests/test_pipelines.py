@@ -666,6 +666,17 @@ def test_a_scheduler_of_something_else_is_refused(arguments: tuple[Any, ...], me
         IIAScheduler.of(*arguments)
 
 
+def test_channels_of_a_learned_variance_are_left_out() -> None:
+    base = tiny.sd_scheduler("DDPMScheduler", variance_type="learned_range")
+    scheduler, x = IIAScheduler.of("ddim", base), noise(1, 4, 8, 8)
+    plain = IIAScheduler.of("ddim", tiny.sd_scheduler("DDPMScheduler"))
+    found = [
+        s.step(output, s.timesteps[0], x).prev_sample
+        for s, output in ((scheduler, torch.cat([0.9 * x, x], dim=1)), (plain, 0.9 * x))
+    ]
+    assert torch.equal(*found)
+
+
 # ---- calls as ODEs ---------------------------------------------------------------------------------------------------
 
 WORDS = {"prompt": ["a red cat", "a blue dog", "green ship"], "negative_prompt": ["ship", "a", "cat"]}

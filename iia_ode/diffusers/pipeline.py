@@ -117,7 +117,7 @@ class PipelineODE(ProbabilityFlowODE):
 
     def _by_times(self, x: Tensor, t: Tensor) -> Tensor:
         """The output for samples with a time each [B]: a call of the pipeline for each different time."""
-        times, place = t.detach().cpu().double().unique(return_inverse=True)
+        times, place = t.detach().cpu().double().unique(return_inverse=True)  # type: ignore[no-untyped-call]
         found = torch.empty_like(x)
         for k, time in enumerate(times.tolist()):
             own = (place == k).nonzero()[:, 0]
@@ -178,7 +178,9 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
             f"ode takes a pipeline of diffusers, such as StableDiffusionPipeline, got {type(pipe).__name__}."
         )
     rows, shared, repeats = arguments(pipe, call)
-    scheduler: Any = pipe.scheduler
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise InputError(f"{type(pipe).__name__} has no scheduler, and its call is no ODE.")
     if isinstance(scheduler, IIAScheduler):
         whole = scheduler.whole_timesteps if whole_timesteps is None else whole_timesteps
         scheduler = scheduler.replaced

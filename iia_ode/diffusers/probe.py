@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..bounded import Bounded
 from ..errors import InputError
 from .borrowed import borrowed, same_draws
+from .running import mean_of
 
 __all__ = ["Moment", "PipelineDenoiser"]
 
@@ -54,7 +55,7 @@ class _Answer(Exception):  # noqa: N818  (the way out of a pipeline)
         self.output, self.state = output, state
 
 
-class _Probe(SchedulerMixin, ConfigMixin):
+class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases declare config_name differently
     """A scheduler whose `step` ends the pipeline with the model's output.
 
     Parameters
@@ -114,7 +115,7 @@ class _Probe(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Any:
         if not self._waits or self._x is None:
-            raise _Answer(model_output, sample)
+            raise _Answer(mean_of(model_output, sample, self.config), sample)
         self._waits = False
         state = _repeated(self._x, len(sample)).to(sample)
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)

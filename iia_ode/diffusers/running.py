@@ -13,7 +13,13 @@ from ..plan import Plan
 from ..plan.checks import check_weights
 from ..plan.run import Run, start
 
-__all__ = ["PipelineRun", "first_state"]
+__all__ = ["PipelineRun", "first_state", "mean_of"]
+
+
+def mean_of(output: Tensor, sample: Tensor, config: Any) -> Tensor:
+    """A model's output [B, C, ...] without the C channels of a learned variance, which some networks add."""
+    learned = str(config.get("variance_type")).startswith("learned")
+    return output[:, : sample.shape[1]] if learned and output.ndim == sample.ndim > 1 else output
 
 
 def first_state(plan: Plan, x: Tensor, prediction: str) -> Tensor:
@@ -49,7 +55,7 @@ class PipelineRun:
         except InputError as error:
             raise MismatchError(
                 f"{str(error).rstrip('.')}: a fit with weights per channel, frequency or component runs at the resolution of "
-                "the fit alone. Call the pipeline for states of that shape, or fit for this one."
+                "the fit alone. Call the pipeline for states of that shape, or fit with weights='scalars' for all shapes."
             ) from error
         return cls(start(plan, _wide(sample), prediction, keeps_seen=False))
 

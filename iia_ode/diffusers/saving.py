@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import diffusers
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
@@ -122,7 +122,7 @@ def _find(name: str, source: str | os.PathLike[str], subfolder: str | None, opti
     return str(hf_hub_download(str(source), filename=name, subfolder=subfolder, **options))
 
 
-class Saved(SchedulerMixin, ConfigMixin):
+class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases declare config_name differently
     """The files and copies of a scheduler: how diffusers saves, uploads, loads and copies it."""
 
     _choice: Choice
@@ -158,7 +158,7 @@ class Saved(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         subfolder: str | None = None,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
@@ -213,5 +213,5 @@ class Saved(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _of_config(cls, config: Any, find: Callable[[str], str]) -> Any:
-        base = _base_of(config)
-        return cls(*_choice_of(config, base, find))
+        base, made = _base_of(config), cast("Any", cls)
+        return made(*_choice_of(config, base, find))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError, MismatchError
 from ..solvers.base import SolverLike
 from .choice import Choice, Fixed, chosen
-from .running import PipelineRun, first_state
+from .running import PipelineRun, first_state, mean_of
 from .saving import KEY, Saved, described, frozen
 from .timesteps import Clock, Order, order_of
 from .translation import prediction_of, schedule_of
@@ -204,7 +204,7 @@ class IIAScheduler(Saved):
 
         Parameters
         ----------
-        model_output : output of the model [B, ...], guidance included.
+        model_output : output of the model [B, ...], guidance included; channels of a learned variance are left out.
         timestep : the timestep of the evaluation.
         sample : the state [B, ...] that was evaluated. A changed state, as by inpainting or a callback, replaces the state of
             the run.
@@ -229,7 +229,7 @@ class IIAScheduler(Saved):
             run, k = self._run, self._step_index or 0
             self._order.check(timestep, k, self.plan.name)
             run.accept(sample)
-        state = run.give(model_output, sample.dtype)
+        state = run.give(mean_of(model_output, sample, self.config), sample.dtype)
         self._run, self._step_index = run, k + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 

@@ -6,6 +6,7 @@ sigma)|. Data and noise are the same on both.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from .vectors import Vector
 
 __all__ = ["moved"]
 
+_SLACK = 1e-6  # relative rounding of a level beyond an end of the schedule
 _KEPT = ("data", "noise")  # forms with equal values on both schedules
 
 
@@ -59,9 +61,16 @@ class _Move:
         if self.old.sigma(t) == 0:
             return self.new.t_data
         if self.old.alpha(t) > 0:
-            found = self.new.t_of_noise_to_signal(self.old.noise_to_signal(t))
+            level = self.old.noise_to_signal(t)
+            found = self.new.t_of_noise_to_signal(level)
             low, high = sorted((self.new.t_data, self.new.t_noise))
-            return min(max(found, low), high) if self.new._ends_at_noise else found
+            kept = min(max(found, low), high) if self.new._ends_at_noise else found
+            if math.isclose(self.new.noise_to_signal(kept), level, rel_tol=_SLACK):
+                return kept
+            raise GridError(
+                f"{self.plan.name} has the level sigma/alpha = {level:.6g} (t = {t:g}), which the schedule "
+                f"{type(self.new).__name__} does not reach: make the plan on another grid."
+            )
         if self.new.alpha(self.new.t_noise) == 0:
             return self.new.t_noise
         raise GridError(
