@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..bounded import Bounded
 from ..errors import InputError
-from .borrowed import borrowed, same_draws
+from .borrowed import answered, borrowed, same_draws
 from .running import mean_of
 
 __all__ = ["Moment", "PipelineDenoiser"]
@@ -28,6 +28,7 @@ _NO_NETWORKS = ("vae", "text_encoder", "image_encoder", "safety", "movq", "vqgan
 _ENTRIES = ("latents", "noise", "second step")
 """The ways of a state into a pipeline: as its latents, as the noised image, or as the result of a first step."""
 _PROMPTS = 32  # encodings of prompts in memory
+_OUTPUTS = 8  # outputs without effect in memory, of each network and number of samples
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases de
         self.timesteps = torch.tensor([self._now.timestep] * n, device=device)
         self.sigmas = torch.full((n + 1,), self._now.level)
         self.num_inference_steps = n
+
+    def waits(self) -> bool:
+        """Whether the state has not yet entered the pipeline."""
+        return self._waits
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         self.begin_index = begin_index
@@ -152,6 +157,7 @@ class PipelineDenoiser(nn.Module):
         numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
         self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
         self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
+        self._outputs: Bounded[Any, Any] = Bounded(_OUTPUTS)
         self._entry, self.dtype = "latents", torch.float32
         self.state_shape: tuple[int, ...] = ()
 
@@ -214,7 +220,10 @@ class PipelineDenoiser(nn.Module):
         if x is not None and entry == "latents":
             call["latents"] = x
         probe = _Probe(self.pipe.scheduler, now, x, entry)
-        with borrowed(self.pipe, probe, self._encodings):
+        with (
+            borrowed(self.pipe, probe, self._encodings),
+            answered(dict(self.networks.items()), probe.waits, self._outputs, count),
+        ):
             try:
                 self.pipe(**call)
             except _Answer as answer:

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, InputError
 from ..files import write_bytes
 from ..loading import load
 from ..solvers import Solver
@@ -179,6 +179,8 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         ------
         FileFormatError : the configuration names no solver, or a file is damaged.
         """
+        if pretrained_model_name_or_path is None:
+            raise InputError("from_pretrained takes a folder, or the name of a repository such as 'owner/name'.")
         options = {k: v for k, v in kwargs.items() if k in _DOWNLOAD}
         config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **options)
         made = cls._of_config(
