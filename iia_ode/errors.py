@@ -27,6 +27,7 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteError",
     "PlanError",
+    "PredictionWarning",
     "RankError",
     "ScheduleError",
     "StateSizeWarning",
@@ -104,6 +105,10 @@ class MismatchWarning(UserWarning):
 
 class GuardWarning(UserWarning):
     """A fit was not clearly better than its base, and was replaced by the base."""
+
+
+class PredictionWarning(UserWarning):
+    """A model does not behave as its prediction type says."""
 
 
 class TrainModeWarning(UserWarning):

@@ -1,7 +1,36 @@
-"""Objects of diffusers as objects of this library: schedulers in its terms, and networks as models."""
+"""Pipelines of diffusers as ODEs, solvers of this library as their schedulers, and schedulers and networks in its terms.
+
+>>> ode = iia.diffusers.ode(pipe, prompt=prompts, guidance_scale=7.5)
+>>> fit = iia.fit(ode, nfe=6, shape=ode.state_shape)
+>>> pipe.scheduler = iia.diffusers.IIAScheduler.of(fit, pipe.scheduler)
+"""
+
+from ..errors import MissingDependencyError
+
+try:
+    from diffusers import SchedulerMixin  # noqa: F401  (a pipeline looks for this name in the module of its scheduler)
+except ImportError as error:
+    raise MissingDependencyError("iia_ode.diffusers needs diffusers: pip install 'iia-ode[diffusers]'.") from error
 
 from .counterparts import solver_of
 from .denoiser import denoiser
+from .pipeline import PipelineODE, ode
+from .saving import register
+from .scheduler import IIAScheduler
 from .translation import grid_of, prediction_of, schedule_of, time_of
 
-__all__ = ["denoiser", "grid_of", "prediction_of", "schedule_of", "solver_of", "time_of"]
+__all__ = [
+    "IIAScheduler",
+    "PipelineODE",
+    "denoiser",
+    "grid_of",
+    "ode",
+    "prediction_of",
+    "schedule_of",
+    "solver_of",
+    "time_of",
+]
+
+# The name under which a saved pipeline finds the class, and under which a reader imports the class.
+IIAScheduler.__module__ = __name__
+register(__name__)

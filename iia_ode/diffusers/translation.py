@@ -207,5 +207,5 @@ def _whole_timesteps(scheduler: Any, name: str, config: dict[str, Any]) -> Tenso
     times: Tensor = scheduler.timesteps.to(_F64).cpu()
     if name == "PNDM" and not config.get("skip_prk_steps"):  # three steps of four calls
         times = torch.cat([times[:12:4], times[12:]])
-    to_data = name != "TCD" and float(scheduler.final_alpha_cumprod) == 1.0
+    to_data = name != "TCD" and float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1.0
     return torch.cat([times, times.new_tensor([-1.0 if to_data else 0.0])])

@@ -23,6 +23,7 @@ from .exact import exact_key
 from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals
 from .loop import run_plan
 from .maps import LinearMap, PerCondition
+from .moving import moved
 from .projections import PLACES
 from .run import Prepared, Run, prepare, start
 from .storing import pack
@@ -164,6 +165,30 @@ class Plan:
         True if the difference is within the tolerance.
         """
         return self.difference(other) <= tolerance
+
+    def on(self, schedule: Schedule) -> Plan:
+        """The plan on another schedule, at the same levels sigma/alpha.
+
+        The states of the new plan are the states of this plan times a factor per time, such as alpha from EDM to VP. Both
+        plans give the same data for the same model, up to rounding.
+
+        Parameters
+        ----------
+        schedule : the other schedule.
+
+        Returns
+        -------
+        The plan; this plan itself if the schedule is its own.
+
+        Raises
+        ------
+        GridError : the other schedule lacks a level of the plan, or the model there does not know a level.
+        """
+        if not isinstance(schedule, Schedule):
+            raise PlanError(f"a plan moves to a Schedule such as iia_ode.VP(), got {schedule!r}.")
+        if schedule is self.schedule or schedule.config() == self.schedule.config():
+            return self
+        return Plan(schedule, *moved(self, schedule), self.name)
 
     def on_gaussian(self, mean: Tensor | float, variance: Tensor | float) -> GaussianResponse:
         """Compute the exact response to data N(mean, diag variance), and the exact flow; no network, no sampling.

@@ -1,0 +1,81 @@
+"""The arguments of a pipeline's call: those with an entry per prompt, and those that all samples share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["arguments", "count_of", "picked"]
+
+_NO_EFFECT = {
+    *("num_inference_steps", "timesteps", "sigmas", "latents", "strength", "output_type", "return_dict"),
+    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+}
+"""Arguments of a call without effect on the model."""
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_TEXTS = ("prompt", "negative_prompt")
+_COUNTS = (*_TEXTS, "class_labels", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
+"""Arguments that tell the number of prompts, in order."""
+
+
+class Rows(list[Any]):
+    """A list with an entry per sample, as a single value of a condition."""
+
+
+def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int | None]:
+    """The arguments of a call with an entry per prompt, the others, and the number of images per prompt if given.
+
+    Raises
+    ------
+    InputError : the call of the pipeline has no such argument.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    unknown = sorted(set(call) - set(known))
+    if unknown:
+        raise InputError(
+            f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}."
+        )
+    used = {k: v for k, v in call.items() if k not in _NO_EFFECT}
+    repeats = [used.pop(name) for name in _PER_PROMPT if name in used]
+    takes_count = any(name in known for name in (*_PER_PROMPT, "batch_size"))
+    if not takes_count:  # the pipeline draws a single sample per prompt
+        used |= {k: [v] for k, v in used.items() if k in _TEXTS and isinstance(v, str)}
+    rows, shared = _split(used, 2 if takes_count else 1)
+    return rows, shared, repeats[0] if repeats and rows else None
+
+
+def _split(call: Mapping[str, Any], least: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments with an entry per prompt, where there are at least so many prompts, and the others."""
+    lengths = (_length(call[name]) for name in _COUNTS if name in call)
+    count = next((n for n in lengths if n is not None), None)
+    if count is None or count < least:
+        return {}, dict(call)
+    rows = {k: _entries(k, v) for k, v in call.items() if _length(v) == count and k != "generator"}
+    return rows, {k: v for k, v in call.items() if k not in rows}
+
+
+def _length(value: Any) -> int | None:
+    sized = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
+    return len(value) if sized else None
+
+
+def _entries(name: str, value: Any) -> Any:
+    if name == "class_labels":
+        return torch.as_tensor(value)
+    return value if isinstance(value, Tensor) or all(isinstance(v, str) for v in value) else Rows(value)
+
+
+def count_of(rows: Mapping[str, Any]) -> int | None:
+    """The number of prompts; None where all samples share the arguments."""
+    return next((len(v) for v in rows.values()), None)
+
+
+def picked(value: Any, index: list[int]) -> Any:
+    """The entries of an argument for some samples, by their prompts."""
+    return value[index] if isinstance(value, Tensor) else type(value)(value[i] for i in index)

@@ -1,0 +1,88 @@
+"""A pipeline in use by this library: with another scheduler, and afterwards as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bounded import Bounded
+
+__all__ = ["answered", "borrowed", "same_draws"]
+
+
+@contextmanager
+def borrowed(pipe: Any, scheduler: Any, encodings: Bounded[Any, Any]) -> Iterator[None]:
+    """A block in which a pipeline has another scheduler, no progress bar, and memoized encodings of prompts."""
+    own = vars(pipe)  # past the pipeline's __setattr__, which would enter the scheduler into the configuration
+    kept = {k: own[k] for k in ("scheduler", "_progress_bar_config", "encode_prompt") if k in own}
+    own |= {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+    if hasattr(type(pipe), "encode_prompt"):
+        own["encode_prompt"] = _memoized(pipe.encode_prompt, encodings)
+    try:
+        yield
+    finally:
+        for name in ("scheduler", "_progress_bar_config", "encode_prompt"):
+            own.pop(name, None)
+        own |= kept
+        if getattr(pipe, "_all_hooks", None):
+            pipe.maybe_free_model_hooks()
+
+
+@contextmanager
+def answered(
+    networks: Mapping[str, nn.Module], waits: Callable[[], bool], known: Bounded[Any, Any], count: int
+) -> Iterator[None]:
+    """A block in which networks return earlier outputs, for the same number of samples, for as long as `waits` says so.
+
+    The outputs of a first step have no effect on the answer of a pipeline, except by their shapes.
+    """
+    own = {name: net for name, net in networks.items() if not hasattr(net, "_orig_mod")}  # compiled ones compute
+    kept = {name: vars(net).get("forward") for name, net in own.items()}
+
+    def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = known.get((name, count)) if waits() else None
+        if found is not None:
+            return found
+        output = forward(*args, **kwargs)
+        return known.put((name, count), output) if waits() else output
+
+    for name, net in own.items():
+        net.forward = partial(answer, name, net.forward)
+    try:
+        yield
+    finally:
+        for name, net in own.items():
+            del net.forward
+            if kept[name] is not None:
+                net.forward = kept[name]  # as a hook of offloading has it
+
+
+def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callable[..., Any]:
+    """A function of hashable arguments that keeps its results; with other arguments nothing is kept."""
+
+    def memoized(*args: Any, **kwargs: Any) -> Any:
+        values = [tuple(v) if isinstance(v, list) else v for v in (*args, *kwargs.values())]
+        key = (*values, *kwargs)
+        if any(isinstance(v, Tensor) for v in values):
+            return function(*args, **kwargs)
+        try:
+            found = known.get(key)
+        except TypeError:
+            return function(*args, **kwargs)
+        return known.put(key, function(*args, **kwargs)) if found is None else found
+
+    return memoized
+
+
+def same_draws(generator: Any) -> Any:
+    """A generator with the same state, or of seed 0."""
+    if isinstance(generator, list):
+        return [same_draws(g) for g in generator]
+    if generator is None:
+        return torch.Generator("cpu").manual_seed(0)
+    return torch.Generator(generator.device).set_state(generator.get_state())

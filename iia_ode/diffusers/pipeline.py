@@ -1,0 +1,220 @@
+"""Calls of pipelines as ODEs: guidance, prompts and all else that the pipeline does belong to the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..errors import InputError, PredictionWarning, warn
+from ..ode import ProbabilityFlowODE
+from ..ode.clock import told
+from ..ode.fingerprint import Fingerprint, fingerprint_of
+from ..schedules import FlowMatching
+from .arguments import arguments, count_of, picked
+from .probe import Moment, PipelineDenoiser
+from .scheduler import IIAScheduler
+from .timesteps import Clock
+from .translation import prediction_of
+
+__all__ = ["PipelineODE", "ode"]
+
+_SHARE = 0.5  # of the noise in an output, between predictions with and without the noise
+
+
+class PipelineODE(ProbabilityFlowODE):
+    """The probability-flow ODE of a pipeline's call; :func:`ode` makes it.
+
+    Conditions are the arguments of the call with an entry per prompt. More samples than prompts take the prompts in turn.
+
+    Attributes
+    ----------
+    pipe : the pipeline.
+    repeats : number of neighboring samples with one prompt, as with ``num_images_per_prompt``. None to take the prompts in
+        turn.
+    """
+
+    model: PipelineDenoiser
+
+    def __init__(
+        self, model: PipelineDenoiser, clock: Clock, prediction: str, rows: Mapping[str, Any], **options: Any
+    ) -> None:
+        self.repeats = options.pop("repeats", None)
+        super().__init__(model, clock.schedule, prediction, conditioning=rows, **options)
+        self.time, self.time_rounding = clock.time, clock.rounding
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        return self.model.pipe
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device on which the pipeline runs."""
+        found: torch.device = self.pipe._execution_device
+        return found
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype of the pipeline's states."""
+        return self.model.dtype
+
+    def check_conditions(self, batch: int) -> None:
+        """Raise InputError unless the prompts can serve `batch` samples."""
+        count = count_of(self.conditioning)
+        if count is not None and (batch < count or (self.repeats and batch != count * self.repeats)):
+            raise InputError(
+                f"this pipeline call has {count} prompts"
+                + (f" with {self.repeats} images each" if self.repeats else "")
+                + f", and the batch has {batch} samples: give as many samples, or more for several samples per prompt."
+            )
+
+    def subset(self, index: slice | Tensor, batch: int) -> Self:
+        """The ODE of some samples of a batch, with their prompts.
+
+        Parameters
+        ----------
+        index : the samples, a slice or an integer or boolean tensor [n].
+        batch : size of the whole batch.
+
+        Returns
+        -------
+        The ODE, with the same model and ledger.
+        """
+        count = count_of(self.conditioning)
+        if count is None:
+            return self._view(self.conditioning, {})
+        self.check_conditions(batch)
+        places = torch.arange(batch, device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
+        own = (places // self.repeats if self.repeats else places % count).tolist()
+        view = self._view({k: picked(v, own) for k, v in self.conditioning.items()}, {})
+        view.repeats = None
+        return view
+
+    @torch.no_grad()
+    def output(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The output that the pipeline hands to its scheduler; one evaluation, through which no gradient flows.
+
+        Parameters
+        ----------
+        x : state [B, ...], float32 or float64.
+        t : time, a number or a tensor [] or [B].
+
+        Returns
+        -------
+        The output [B, ...], in the dtype of x.
+        """
+        self.check_conditions(len(x))
+        if isinstance(t, Tensor) and t.ndim and len(t) > 1:
+            return self._by_times(x, t)
+        rows = self.subset(slice(None), len(x)).conditioning
+        self.ledger.add(len(x))
+        found: Tensor = self.model(x, self._moment(float(t)), rows)
+        return found
+
+    def _by_times(self, x: Tensor, t: Tensor) -> Tensor:
+        """The output for samples with a time each [B]: a call of the pipeline for each different time."""
+        times, place = t.detach().cpu().double().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        found = torch.empty_like(x)
+        for k, time in enumerate(times.tolist()):
+            own = (place == k).nonzero()[:, 0]
+            found[own] = self.subset(own, len(x)).output(x[own], time)
+        return found
+
+    def _moment(self, t: float) -> Moment:
+        schedule = self.schedule
+        level = schedule.sigma(t) if isinstance(schedule, FlowMatching) else schedule.noise_to_signal(t)
+        return Moment(
+            float(told(self.time, self.time_rounding, schedule, t)), schedule.alpha(t), schedule.sigma(t), level
+        )
+
+    def fingerprint(self) -> Fingerprint:
+        """The identity of the pipeline's networks, with the class of the pipeline and the guidance of the call."""
+        found = fingerprint_of(self.model.networks, self.tag)
+        settings = ", ".join(f"{k}={v!r}" for k, v in sorted(self.model.guidance.items()))
+        return Fingerprint(f"{found}+{type(self.pipe).__name__}({settings})")
+
+
+def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> PipelineODE:
+    """The probability-flow ODE of a pipeline's call, for fits, samples and comparisons.
+
+    The model of the ODE is the output that the pipeline hands to its scheduler: guidance and its rescaling, pooled and packed
+    inputs, and adapters included. The function calls the pipeline a few times, to learn the shape of its states. A pipeline
+    whose call takes no initial state makes two steps at each evaluation, and its networks compute in the second step only.
+    Pipelines compute without gradients: a fit takes its weights in closed form. Where the call draws random numbers, as for masked images, every
+    evaluation has the same draws. Networks that depend on the index of a step get the first index.
+
+    Parameters
+    ----------
+    pipe : a pipeline of diffusers, on its device.
+    whole_timesteps : whether the networks are told whole numbers; by default as the pipeline's :class:`IIAScheduler` does, or
+        else False.
+    call : arguments of the call, such as ``prompt`` and ``guidance_scale``. Lists and tensors with an entry per prompt
+        become conditions: more samples than prompts take the prompts in turn, or in the order of ``num_images_per_prompt``.
+        Arguments about steps, outputs and initial states have no effect.
+
+    Returns
+    -------
+    The ODE. ``ode.state_shape`` is the shape of one sample, and `x` at the noisiest level is standard normal noise.
+
+    Raises
+    ------
+    InputError : no pipeline, an argument that its call does not take, or a call without an ODE.
+
+    Warns
+    -----
+    PredictionWarning : on noise, the model does not behave as the prediction type of the scheduler says.
+
+    Examples
+    --------
+    >>> ode = iia.diffusers.ode(pipe, prompt=prompts, guidance_scale=7.5)
+    >>> fit = iia.fit(ode, nfe=6, shape=ode.state_shape, budget="closed-form")
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise InputError(
+            f"ode takes a pipeline of diffusers, such as StableDiffusionPipeline, got {type(pipe).__name__}."
+        )
+    rows, shared, repeats = arguments(pipe, call)
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise InputError(f"{type(pipe).__name__} has no scheduler, and its call is no ODE.")
+    if isinstance(scheduler, IIAScheduler):
+        whole = scheduler.whole_timesteps if whole_timesteps is None else whole_timesteps
+        scheduler = scheduler.replaced
+    else:
+        whole = bool(whole_timesteps)
+    clock, prediction = Clock.of(scheduler, whole), prediction_of(scheduler)
+    model = PipelineDenoiser(pipe, shared)
+    found = PipelineODE(model, clock, prediction, rows, repeats=repeats)
+    count = count_of(rows) or 1
+    state, output = model.settle(found._moment(_start(clock)), found.conditioning, count)
+    found.state_shape = model.state_shape
+    _check_prediction(prediction, state, output)
+    return found
+
+
+def _start(clock: Clock) -> float:
+    """The noisiest time."""
+    return clock.schedule.t_noise
+
+
+def _check_prediction(prediction: str, x: Tensor, output: Tensor) -> None:
+    """Warn if a model's output on noise x [B, ...] does not look like its prediction type.
+
+    The output of noise prediction is nearly the noise, that of velocity prediction holds the noise, and the others hold
+    nearly none.
+    """
+    share = float((x * output).sum() / (x * x).sum())
+    if not math.isfinite(share):
+        return
+    if (prediction in ("noise", "velocity")) == (share > _SHARE):
+        return
+    others = ("'v_prediction' or 'sample'", "'epsilon'")[prediction in ("data", "v")]
+    warn(
+        f"the configuration of the scheduler says {prediction} prediction, and on noise the model returns {share:.2g} times "
+        f"this noise: check prediction_type, which may be {others}.",
+        PredictionWarning,
+    )

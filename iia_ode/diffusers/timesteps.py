@@ -1,0 +1,154 @@
+"""The clock of a pipeline: times of a schedule as the timesteps and sigmas that a pipeline reads from its scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..ode.clock import Rounding, Time, told
+from ..plan import Plan
+from ..schedules import EDM, VE, FlowMatching, Schedule
+from .translation import schedule_of, time_of
+
+__all__ = ["Clock", "Order", "order_of"]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The map from times of a schedule to the timesteps of a pipeline.
+
+    Attributes
+    ----------
+    schedule : the schedule of the pipeline's states.
+    time : the told time, as for :class:`~iia_ode.ProbabilityFlowODE`.
+    scale : timesteps per unit of time, for schedulers whose timesteps are multiples of the time; None for ``"c_noise"``.
+    rounding : ``"nearest"`` or ``"floor"`` for whole timesteps; None without rounding.
+    """
+
+    schedule: Schedule
+    time: Time | None
+    scale: float | None
+    rounding: Rounding | None = None
+
+    @classmethod
+    def of(cls, scheduler: Any, whole: bool) -> Clock:
+        """The clock of a scheduler of diffusers.
+
+        Raises
+        ------
+        InputError : the pipeline's states are no states alpha x_0 + sigma noise of unit size.
+        """
+        schedule, time = schedule_of(scheduler), time_of(scheduler)
+        if isinstance(schedule, EDM | VE):
+            raise InputError(
+                f"{type(scheduler).__name__} scales the states and the outputs of its network by rules of its own, and a plan "
+                "cannot take its place: use iia_ode.sample on an ODE of the network, see iia_ode.diffusers.denoiser."
+            )
+        flow = isinstance(schedule, FlowMatching)
+        total = float(scheduler.config.get("num_train_timesteps", 1000))
+        scale = None if time == "c_noise" else total if flow and time is not None else 1.0
+        return cls(schedule, time, scale, None if not whole else "floor" if flow else "nearest")
+
+    def timestep(self, t: float) -> float:
+        """The timestep at time t."""
+        return float(told(self.time, self.rounding, self.schedule, t))
+
+    def time_of(self, timestep: Tensor) -> Tensor:
+        """The times of timesteps, without rounding."""
+        return self.schedule.t_of_lam(-4.0 * timestep) if self.scale is None else timestep / self.scale
+
+    def timesteps(self, times: Sequence[float], device: Any = None) -> Tensor:
+        """The timesteps at the times of evaluations [N]: whole numbers with a rounding, else float32."""
+        values = [self.timestep(t) for t in times]
+        return torch.tensor(values, dtype=torch.float32 if self.rounding is None else torch.int64, device=device)
+
+    def sigmas(self, times: Sequence[float]) -> Tensor:
+        """The levels at times [N], float32 on the host: sigma of a flow, else sigma/alpha."""
+        flow = isinstance(self.schedule, FlowMatching)
+        level = self.schedule.sigma if flow else self.schedule.noise_to_signal
+        return torch.tensor([level(t) for t in times], dtype=torch.float32, device="cpu")
+
+    def noised(self, x: Tensor, noise: Tensor, timesteps: Tensor, times: Sequence[float]) -> Tensor:
+        """alpha x + sigma noise at timesteps [B] or [1]; nothing is read from a device.
+
+        Parameters
+        ----------
+        x, noise : data and noise [B, ...].
+        timesteps : timesteps; the nearest time of `times` with this timestep counts, or else the time of the timestep.
+        times : times of the evaluations.
+        """
+        told = timesteps.to(x.device, torch.float32).reshape(-1)
+        own = self.timesteps(times, x.device).to(torch.float32)
+        distance, index = (told[:, None] - own).abs().min(dim=1)
+        factors = []
+        for level in (self.schedule.alpha, self.schedule.sigma):
+            known = torch.tensor([level(t) for t in times], dtype=torch.float32).to(x.device)
+            factor = torch.where(distance < _NEAR, known[index], level(self.time_of(told)).to(torch.float32))
+            factors.append(factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)))
+        return factors[0] * x + factors[1] * noise
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order of the timesteps of a run. Nothing is read from a device where the pipeline hands back entries of `timesteps`.
+
+    Attributes
+    ----------
+    timesteps : the timesteps on the device of the pipeline [N].
+    values : the same numbers on the host.
+    """
+
+    timesteps: Tensor
+    values: tuple[float, ...]
+
+    def index(self, timestep: Tensor | float) -> int:
+        """The index of a timestep: of this very entry of `timesteps`, or else of the first nearest value."""
+        found = self._found(timestep)
+        return self._nearest(float(timestep)) if found is None else found
+
+    def check(self, timestep: Tensor | float, k: int, name: str) -> None:
+        """Raise InputError if the timestep is known to be another one than number k; `name` is the subject of the message."""
+        if k >= len(self.values):
+            raise InputError(
+                f"{name} has made its {len(self.values)} evaluations: call set_timesteps before the next run."
+            )
+        found = self._found(timestep)
+        if found is not None and self.values[found] != self.values[k]:
+            raise InputError(
+                f"a step out of order: {name} expects timestep {self.values[k]:g} at evaluation {k}, got {float(timestep):g}. "
+                "Run all timesteps in order, and call set_timesteps before each run."
+            )
+
+    def _found(self, timestep: Tensor | float) -> int | None:
+        """The index of a timestep, or None where only a read from the device could tell."""
+        if isinstance(timestep, Tensor):
+            own, size = self.timesteps, self.timesteps.element_size()
+            if timestep.numel() != 1:
+                return None
+            offset = timestep.data_ptr() - own.data_ptr()
+            if timestep.dtype == own.dtype and timestep.device == own.device and 0 <= offset < size * len(own):
+                return offset // size
+            if not timestep.is_cpu:
+                return None
+        return self._nearest(float(timestep))
+
+    def _nearest(self, timestep: float) -> int:
+        return min(range(len(self.values)), key=lambda k: abs(self.values[k] - timestep))
+
+
+_NEAR = 1e-3  # between timesteps that are one, rounded to float32
+
+
+def order_of(plan: Plan) -> int:
+    """Evaluations in every step but the last, which may have fewer; 1 for a plan with other counts.
+
+    Pipelines count ``num_inference_steps`` in steps of this many evaluations.
+    """
+    *rest, last = plan.evaluations_per_step
+    order = max(rest, default=last)
+    return order if order > 1 and set(rest) <= {order} and 0 < last <= order else 1

@@ -1,0 +1,777 @@
+"""Solvers inside of diffusers' pipelines, and pipelines as ODEs: small random networks, the same numbers on both sides."""
+
+import copy
+import json
+import logging
+import pickle  # noqa: TID251  (a user may pickle a scheduler, the library does not)
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import iia_ode as iia
+from iia_ode.errors import MismatchError, PredictionWarning
+from iia_ode.solvers import LowerOrderFinal, UniPC, get_solver
+from iia_ode.warm_starts import WarmStart
+
+diffusers = pytest.importorskip("diffusers", reason="needs an extra: pip install 'iia-ode[diffusers]'")
+pytest.importorskip("transformers", reason="pipelines of diffusers need transformers")
+
+import tiny  # noqa: E402  (needs diffusers)
+from tiny import gap, latents, noise  # noqa: E402
+
+from iia_ode.diffusers import IIAScheduler, ode  # noqa: E402
+
+# Random networks predict nothing, and NumPy warns of the tensors that diffusers hands to it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::iia_ode.errors.PredictionWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context and return_scalar:DeprecationWarning"),
+]
+
+ROUNDING = 2e-6
+"""What float32 inside of diffusers' schedulers may do to latents, relative to their largest value."""
+
+BATCHED = 2e-5
+"""What another batch size may do to a guided output."""
+
+DPM = LowerOrderFinal(get_solver("dpmpp_2m"))
+UNIPC = LowerOrderFinal(UniPC(max_order=2, variant="bh2"))
+
+
+def dpm() -> Any:
+    return tiny.sd_scheduler("DPMSolverMultistepScheduler")
+
+
+def karras(kind: str) -> Any:
+    """A scheduler with states x / alpha; with this spacing its initial noise is that of the others."""
+    return tiny.sd_scheduler(kind, timestep_spacing="leading")
+
+
+def flow(kind: str = "Euler", **options: Any) -> Any:
+    return getattr(diffusers, f"FlowMatch{kind}DiscreteScheduler")(**(options or {"shift": 3.0}))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, its call, a scheduler of diffusers, and the solver that does the same."""
+
+    name: str
+    pipe: Callable[[], Any]
+    call: dict[str, Any]
+    scheduler: Callable[[], Any]
+    solver: Any
+    steps: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    is_ode: bool = True
+    """Whether the pipeline does nothing but to solve its ODE."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def full(self) -> dict[str, Any]:
+        return {**self.call, **self.options, "num_inference_steps": self.steps}
+
+
+def generator(seed: int = 11) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x])
+
+
+SD, XL, SD3, FLUX = tiny.sd_call(), tiny.sdxl_call(), tiny.sd3_call(), tiny.flux_call()
+PICTURE = {"image": twice(tiny.image())}
+MASKED = {"image": twice(tiny.image()), "mask_image": twice(tiny.mask())}
+SHIFTED = {"use_dynamic_shifting": True}
+CASES = [
+    Case("ddim", tiny.ddim, {"batch_size": 2}, lambda: diffusers.DDIMScheduler(clip_sample=False), "ddim"),
+    Case("sd", tiny.sd, SD, dpm, DPM),
+    Case("sd-ddim", tiny.sd, SD, tiny.sd_scheduler, "ddim"),
+    Case("sd-euler", tiny.sd, SD, lambda: karras("EulerDiscreteScheduler"), "ddim"),
+    Case("sd-heun", tiny.sd, SD, lambda: karras("HeunDiscreteScheduler"), "deis_rho_heun"),
+    Case("sd-img2img", lambda: tiny.sd("StableDiffusionImg2ImgPipeline"), SD, dpm, DPM, 5, PICTURE | {"strength": 0.6}),
+    Case("sd-inpaint", lambda: tiny.sd("StableDiffusionInpaintPipeline"), SD, dpm, DPM, 4, MASKED, is_ode=False),
+    Case(
+        "sd-inpaint-0.7",
+        lambda: tiny.sd("StableDiffusionInpaintPipeline"),
+        SD,
+        dpm,
+        DPM,
+        5,
+        MASKED | {"strength": 0.7},
+        is_ode=False,
+    ),
+    Case("controlnet", tiny.controlnet, SD, dpm, DPM, 4, {"image": twice(tiny.image())}),
+    Case(
+        "controlnet-end",
+        tiny.controlnet,
+        SD,
+        dpm,
+        DPM,
+        4,
+        {"image": twice(tiny.image()), "control_guidance_end": 0.5},
+        is_ode=False,
+    ),
+    Case("sdxl", tiny.sdxl, XL, dpm, DPM),
+    Case("sd3", tiny.sd3, SD3, flow, "euler"),
+    Case("sd3-heun", tiny.sd3, SD3, lambda: flow("Heun", shift=3.0), "heun"),
+    Case("sd3-img2img", lambda: tiny.sd3("StableDiffusion3Img2ImgPipeline"), SD3, flow, "euler", 5, PICTURE),
+    Case("flux", tiny.flux, FLUX, lambda: flow(**SHIFTED), "euler"),
+    Case("flux-img2img", lambda: tiny.flux("FluxImg2ImgPipeline"), FLUX, lambda: flow(**SHIFTED), "euler", 5, PICTURE),
+    Case(
+        "flux-inpaint",
+        lambda: tiny.flux("FluxInpaintPipeline"),
+        FLUX,
+        lambda: flow(**SHIFTED),
+        "euler",
+        5,
+        MASKED,
+        is_ode=False,
+    ),
+    Case("dit", tiny.dit, {"class_labels": [1, 2]}, lambda: diffusers.DDIMScheduler(clip_sample=False), "ddim"),
+    Case("pixart", tiny.pixart, tiny.pixart_call(), diffusers.DPMSolverMultistepScheduler, DPM),
+    Case("wan", tiny.wan, tiny.wan_call(), lambda: tiny.wan().scheduler, UNIPC, whole=True),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def pipe(case: Case) -> Any:
+    return case.pipe()
+
+
+def evaluated(pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
+    """The first state that the scheduler steps from, and the final latents."""
+    scheduler, first = pipe.scheduler, []
+    with tiny.recorded(pipe) as states:
+        step = scheduler.step
+
+        def stepping(output: Tensor, t: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            first.append(x.clone())
+            return step(output, t, x, *args, **kwargs)
+
+        scheduler.step = stepping
+        pipe(**call)
+    return first[0], states[-1]
+
+
+# ---- the same numbers ------------------------------------------------------------------------------------------------
+
+
+def test_a_solver_draws_what_its_scheduler_of_diffusers_draws(case: Case, pipe: Any) -> None:
+    scheduler = case.scheduler()
+    theirs = latents(pipe, scheduler, generator=generator(), **case.full())
+    ours = latents(
+        pipe,
+        IIAScheduler.of(case.solver, scheduler, whole_timesteps=case.whole),
+        generator=generator(),
+        **case.full(),
+    )
+    assert ours.dtype == theirs.dtype and gap(ours, theirs) < ROUNDING
+
+
+def test_a_pipeline_draws_what_sample_draws_on_its_ode(case: Case, pipe: Any) -> None:
+    if not case.is_ode:
+        pytest.skip("this pipeline changes states between steps, or its network by the step")
+    pipe.scheduler = IIAScheduler.of(case.solver, case.scheduler(), whole_timesteps=case.whole)
+    first, final = evaluated(pipe, generator=generator(), **case.full())
+    whole = ode(pipe, **case.call, **case.options)
+    count = len(first) // 2 if case.name == "dit" else len(first)  # with a copy of the batch for guidance
+    plan = pipe.scheduler.plan
+    if "img2img" in case.name:
+        begin = len(plan.evaluation_times) - int(case.steps * case.options.get("strength", 0.6)) * pipe.scheduler.order
+        plan = pipe.scheduler._choice.rest(plan, begin)
+    ours = iia.sample(whole, first[:count], solver=plan)
+    assert whole.state_shape == tuple(first.shape[1:])
+    assert gap(final[:count], ours) == 0.0
+
+
+def test_every_solver_runs_in_a_pipeline(subtests: Any) -> None:
+    pipe = tiny.ddim()
+    base, model = pipe.scheduler, ode(pipe)
+    x = noise(2, 3, 8, 8, seed=3)
+    for name in ("unipc", "heun", "rk4", "fpndm", "ipndm", "dpmpp_3s", "dpm2"):
+        with subtests.test(name):
+            pipe.scheduler = IIAScheduler.of(name, base)
+            found = latents(pipe, batch_size=2, generator=generator(3), num_inference_steps=5)
+            assert gap(found, iia.sample(model, x, solver=pipe.scheduler.plan)) == 0.0
+
+
+# ---- a fit, and what pipelines do with one ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd() -> Any:
+    return tiny.sd()
+
+
+@pytest.fixture(scope="module")
+def model(sd: Any) -> Any:
+    sd.scheduler = tiny.sd_scheduler()
+    return ode(sd, **tiny.sd_call(4))
+
+
+@pytest.fixture(scope="module")
+def fit(model: Any) -> Any:
+    grid = torch.tensor([999.0, 640.0, 260.0, -1.0], dtype=torch.float64)
+    return iia.IIA("ddim", history=1, substeps=2, guard=False).fit(model, noise(4, 4, 8, 8, seed=9), grid)
+
+
+@pytest.fixture(scope="module")
+def scheduler(fit: Any) -> IIAScheduler:
+    return IIAScheduler.of(fit, tiny.sd_scheduler())
+
+
+def draw(sd: Any, scheduler: Any, **call: Any) -> Tensor:
+    own = SD | {"latents": noise(2, 4, 8, 8), "num_inference_steps": 3, "output_type": "latent"} | call
+    return latents(sd, scheduler, **own)
+
+
+def test_a_fit_of_a_pipeline_draws_in_the_pipeline_what_sample_draws(sd: Any, fit: Any, scheduler: Any) -> None:
+    assert gap(draw(sd, scheduler), iia.sample(ode(sd, **SD), noise(2, 4, 8, 8), solver=fit)) == 0.0
+    assert len(scheduler.timesteps) == fit.nfe and len(scheduler.sigmas) == fit.nfe + 1
+
+
+def test_several_fits_are_chosen_by_their_evaluations(sd: Any, model: Any, fit: Any, scheduler: Any) -> None:
+    plan = get_solver("dpmpp_2m").plan(model.schedule, iia.grids.karras(5, schedule=model.schedule))
+    both = IIAScheduler.of([fit, plan], tiny.sd_scheduler())
+    assert torch.equal(draw(sd, both), draw(sd, scheduler))
+    ours = iia.sample(ode(sd, **SD), noise(2, 4, 8, 8), solver=plan)
+    assert torch.equal(draw(sd, both, num_inference_steps=5), ours)
+    with pytest.raises(MismatchError, match="num_inference_steps=3 or num_inference_steps=5"):
+        draw(sd, both, num_inference_steps=4)
+
+
+def test_a_plan_on_noise_levels_moves_to_the_states_of_the_pipeline(sd: Any, model: Any) -> None:
+    levels = [model.schedule.noise_to_signal(t) for t in (999.0, 600.0, 300.0, 50.0)]
+    grid = torch.tensor([*levels, 0.0], dtype=torch.float64)
+    plan = get_solver("heun").plan(iia.EDM(), grid)
+    found = draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()), num_inference_steps=4)
+    edm = iia.ProbabilityFlowODE(Renamed(ode(sd, **SD)), iia.EDM(), prediction="noise")
+    theirs = iia.sample(edm, noise(2, 4, 8, 8) / model.schedule.alpha(999.0), solver=plan)
+    assert gap(found, theirs) < ROUNDING
+
+
+class Renamed(torch.nn.Module):
+    """An ODE of timesteps as a model of noise levels."""
+
+    def __init__(self, ode: Any) -> None:
+        super().__init__()
+        self.ode = ode
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = self.ode.schedule.t_of_noise_to_signal(float(t[0]))
+        return self.ode.output(x * self.ode.schedule.alpha(time), time)
+
+
+def test_a_run_that_begins_in_the_middle_takes_the_other_solver(fit: Any) -> None:
+    pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
+    call = SD | PICTURE | {"strength": 0.7, "num_inference_steps": 3}
+    pipe.scheduler = IIAScheduler.of(fit, tiny.sd_scheduler())
+    with pytest.raises(MismatchError, match="otherwise='dpmpp_2m'"):
+        pipe(**call)
+    pipe.scheduler = IIAScheduler.of(fit, tiny.sd_scheduler(), otherwise="ddim")
+    first, final = evaluated(pipe, generator=generator(), **call)
+    assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, grid=fit.grid[1:], solver="ddim")) == 0.0
+    whole = call | {"strength": 1.0}
+    first, final = evaluated(pipe, generator=generator(), **whole)
+    assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, solver=fit.plan)) == 0.0
+
+
+def test_a_refiner_goes_on_where_the_base_stopped() -> None:
+    base, refiner = tiny.sdxl(), tiny.sdxl("StableDiffusionXLImg2ImgPipeline")
+    found = []
+    for scheduler in (dpm(), IIAScheduler.of(DPM, dpm())):
+        base.scheduler, refiner.scheduler = scheduler, copy.deepcopy(scheduler)
+        call = XL | {"num_inference_steps": 8, "output_type": "latent"}
+        half = base(**call, denoising_end=0.5, generator=generator()).images
+        call = {k: v for k, v in call.items() if k not in ("height", "width")}
+        found.append(latents(refiner, image=half, denoising_start=0.5, generator=generator(), **call))
+    assert gap(found[1], found[0]) < ROUNDING
+
+
+def test_inpainting_keeps_the_known_part_under_a_fit(fit: Any) -> None:
+    pipe = tiny.sd("StableDiffusionInpaintPipeline")
+    pipe.scheduler = IIAScheduler.of(fit, tiny.sd_scheduler())
+    found = pipe(**SD, **MASKED, num_inference_steps=3, generator=generator(), output_type="latent").images
+    pipe.scheduler = tiny.sd_scheduler()
+    theirs = pipe(**SD, **MASKED, num_inference_steps=3, generator=generator(), output_type="latent").images
+    known = (..., slice(4, None))
+    assert torch.equal(found[known], theirs[known]) and not torch.equal(found, theirs)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["a new state", "in place"])
+def test_a_callback_that_changes_the_state_changes_the_run(sd: Any, fit: Any, scheduler: Any, in_place: bool) -> None:
+    def callback(pipe: Any, i: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if i == 0:
+            changed = values["latents"].mul_(0.5) if in_place else 0.5 * values["latents"]
+            return {"latents": changed}
+        return {}
+
+    found = draw(sd, scheduler, callback_on_step_end=callback)
+    whole = ode(sd, **SD)
+    run = fit.plan.start(noise(2, 4, 8, 8), "noise")
+    run.give(whole.output(run.state, run.t))
+    run.edit(0.5 * run.state)
+    assert torch.equal(found, iia.sample(whole, run))
+
+
+def test_inference_mode_changes_nothing(sd: Any, scheduler: Any) -> None:
+    with torch.inference_mode():
+        found = draw(sd, scheduler)
+    assert torch.equal(found, draw(sd, scheduler))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_costs_no_more_than_under_a_scheduler_of_diffusers(scheduler: Any, dtype: torch.dtype) -> None:
+    full, half = tiny.sd(), tiny.sd().to(dtype)
+    call = SD | {"num_inference_steps": 3}
+    low = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in call.items()}
+    x = noise(2, 4, 8, 8).to(dtype)
+    errors = []
+    for own in (scheduler, dpm()):
+        found = latents(half, own, latents=x, **low)
+        assert found.dtype == dtype
+        errors.append(gap(found.float(), latents(full, own, latents=x.float(), **call)))
+    assert errors[0] < 1.5 * errors[1]
+
+
+def test_copies_in_the_middle_of_a_run_go_on_alone(sd: Any, scheduler: Any) -> None:
+    final = draw(sd, scheduler)
+    steps, copies = [], []
+
+    def callback(pipe: Any, i: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if i == 0:
+            own = copy.copy(scheduler)
+            del own.step  # the recording
+            copies.extend([copy.deepcopy(own), pickle.loads(pickle.dumps(own))])
+        return {}
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        null, own = output[0].chunk(2)
+        steps.append(null + SD["guidance_scale"] * (own - null))
+
+    with sd.unet.register_forward_hook(hook):
+        draw(sd, scheduler, callback_on_step_end=callback)
+    for twin in copies:
+        x = twin._run.run.state
+        for output, t in zip(steps[1:], twin.timesteps[1:], strict=True):
+            x = twin.step(output, t, x, return_dict=False)[0]
+        assert torch.equal(x, final)
+    assert copies[0].plan is scheduler.plan
+
+
+def test_an_interrupted_pipeline_runs_again_as_if_for_the_first_time(sd: Any, scheduler: Any) -> None:
+    class StopError(Exception):
+        pass
+
+    def callback(pipe: Any, i: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise StopError
+
+    first = draw(sd, scheduler)
+    with pytest.raises(StopError):
+        draw(sd, scheduler, callback_on_step_end=callback)
+    assert torch.equal(draw(sd, scheduler), first)
+
+
+def test_a_warm_start_is_served_where_the_pipeline_scales_its_inputs(sd: Any, model: Any, fit: Any) -> None:
+    start = model.schedule.t_noise
+    warm = WarmStart.gaussian(
+        model.schedule, start, 800.0, mean=torch.zeros(4, 8, 8).double(), covariance=torch.ones(4, 8, 8).double() / 2
+    )
+    plan = warm.then(get_solver("ddim").plan(model.schedule, torch.tensor([800.0, 500.0, 200.0, -1.0]).double()))
+    found = draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()))
+    assert gap(found, iia.sample(ode(sd, **SD), noise(2, 4, 8, 8), solver=plan)) < ROUNDING
+    pipe = tiny.sd3()
+    flat = torch.full((4, 8, 8), 0.5, dtype=torch.float64)
+    warm = WarmStart.gaussian(iia.FlowMatching(), 1.0, 0.8, mean=0 * flat, covariance=flat)
+    plan = warm.then(get_solver("euler").plan(iia.FlowMatching(), torch.tensor([0.8, 0.4, 0.0], dtype=torch.float64)))
+    pipe.scheduler = IIAScheduler.of(plan, flow())
+    with pytest.raises(MismatchError, match=r"warm start.*does not call scale_model_input"):
+        pipe(**SD3, num_inference_steps=2)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+FRESH = """
+import sys, torch, diffusers, iia_ode.diffusers
+from safetensors.torch import load_file, save_file
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+call = load_file(sys.argv[2])
+images = pipe(**call, num_inference_steps=3, output_type="pt").images
+save_file({"images": images.contiguous()}, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(scheduler: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe = tiny.sd(**tiny.texts())
+    pipe.scheduler = scheduler
+    folder = tmp_path_factory.mktemp("pipelines") / "my-model"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_pipeline_gives_bit_equal_images_in_a_fresh_process(sd: Any, scheduler: Any, saved: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    sd.scheduler = scheduler
+    call = {k: v for k, v in SD.items() if isinstance(v, Tensor)} | {"latents": noise(2, 4, 8, 8)}
+    images = sd(**call, num_inference_steps=3, output_type="pt").images
+    save_file(call, saved.parent / "call.safetensors")
+    paths = [str(saved.parent / name) for name in ("my-model", "call.safetensors", "images.safetensors")]
+    done = subprocess.run([sys.executable, "-c", FRESH, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(load_file(paths[2])["images"], images)
+
+
+def test_a_download_brings_every_file_of_a_saved_pipeline(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from diffusers.pipelines import pipeline_utils
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    brought: set[str] = set()
+
+    def snapshot(*args: Any, allow_patterns: list[str], ignore_patterns: list[str], **kwargs: Any) -> str:
+        brought.update(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(saved)
+
+    elsewhere = saved.parent / "cache"
+    elsewhere.mkdir(exist_ok=True)
+    (elsewhere / "model_index.json").write_text((saved / "model_index.json").read_text())
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files], sha="0" * 40)
+    monkeypatch.setattr(pipeline_utils, "model_info", lambda *args, **kwargs: info)
+    monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda *args, **kwargs: "0" * 40)
+    monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda *args, **kwargs: str(elsewhere / "model_index.json"))
+    monkeypatch.setattr(pipeline_utils, "snapshot_download", snapshot)
+    diffusers.DiffusionPipeline.download("somebody/my-model")
+    assert brought == files and "scheduler/solver.iia" in files
+    assert not [name for name in files if name.startswith("scheduler/") and name.endswith((".safetensors", ".bin"))]
+
+
+def test_a_scheduler_comes_back_from_its_folder(scheduler: Any, fit: Any, sd: Any, tmp_path: Path) -> None:
+    scheduler.save_pretrained(tmp_path)
+    assert "weights" not in (tmp_path / "scheduler_config.json").read_text()
+    found = IIAScheduler.from_pretrained(tmp_path)
+    assert found.plan == scheduler.plan and torch.equal(draw(sd, found), draw(sd, scheduler))
+    assert str(iia.load(tmp_path / "solver.iia")) == str(fit)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "unipc"])
+def test_a_classic_solver_comes_back_from_its_configuration(sd: Any, name: str, tmp_path: Path) -> None:
+    own = IIAScheduler.of(name, tiny.sd_scheduler(), otherwise="ddim", whole_timesteps=True)
+    own.save_pretrained(tmp_path)
+    for found in (IIAScheduler.from_pretrained(tmp_path), IIAScheduler.from_config(own.config)):
+        assert found.config["_iia_ode"] == own.config["_iia_ode"] and torch.equal(draw(sd, found), draw(sd, own))
+
+
+def test_other_schedulers_are_made_from_the_configuration_as_before(
+    scheduler: Any, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    loaded = IIAScheduler.from_pretrained(saved, subfolder="scheduler")
+    repr(loaded)
+    for own in (scheduler, loaded):
+        for kind in (diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler):
+            found, theirs = kind.from_config(own.config), kind.from_config(tiny.sd_scheduler().config)
+            assert torch.equal(found.alphas_cumprod, theirs.alphas_cumprod)
+            assert found.config.steps_offset == theirs.config.steps_offset
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+def test_an_upload_holds_the_solver(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from diffusers.utils import hub_utils
+
+    uploaded: list[str] = []
+
+    def upload(*, folder_path: Any, **kwargs: Any) -> None:
+        uploaded.extend(sorted(path.name for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda *args, **kwargs: SimpleNamespace(repo_id="somebody/solver"))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        hub_utils, "populate_model_card", lambda *args, **kwargs: SimpleNamespace(save=lambda path: None)
+    )
+    scheduler.push_to_hub("somebody/solver")
+    assert {"scheduler_config.json", "solver.iia"} <= set(uploaded)
+
+
+def test_a_damaged_configuration_is_refused(scheduler: Any, tmp_path: Path) -> None:
+    scheduler.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"format": 2}, "format version 2"),
+        ({"scheduler": "NoScheduler"}, "has no NoScheduler"),
+        ({"files": ["../solver.iia"]}, "elsewhere"),
+        ({"files": None}, "damaged"),
+        ({"files": ["other.iia"]}, "no file"),
+    ):
+        path.write_text(json.dumps(good | {"_iia_ode": good["_iia_ode"] | change}))
+        with pytest.raises(iia.IIAError, match=message):
+            IIAScheduler.from_pretrained(tmp_path)
+    with pytest.raises(iia.IIAError, match="from_pretrained"):
+        IIAScheduler.from_config(scheduler.config)
+    with pytest.raises(iia.IIAError, match=r"IIAScheduler\.of\(solver, pipe\.scheduler\)"):
+        IIAScheduler.from_config(tiny.sd_scheduler().config)
+
+
+# ---- bad use ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_for_another_configuration_is_refused(fit: Any) -> None:
+    linear = diffusers.DDIMScheduler(clip_sample=False)
+    with pytest.raises(MismatchError, match="was made for the schedule Discrete"):
+        IIAScheduler.of(fit, linear)
+    with pytest.raises(MismatchError, match="was made for the schedule Discrete"):
+        IIAScheduler.of(fit, flow())
+    with pytest.raises(MismatchError, match=r"of noise prediction.*says v"):
+        IIAScheduler.of(fit, tiny.sd_scheduler(prediction_type="v_prediction"))
+
+
+def test_a_wrong_number_of_steps_is_refused_with_the_call_to_make(sd: Any, model: Any, scheduler: Any) -> None:
+    with pytest.raises(MismatchError, match="call the pipeline with num_inference_steps=3"):
+        draw(sd, scheduler, num_inference_steps=50)
+    plan = get_solver("heun").plan(model.schedule, iia.grids.karras(4, schedule=model.schedule))
+    with pytest.raises(MismatchError, match=r"num_inference_steps=4 \(4 steps of 2 evaluations\)"):
+        draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()), num_inference_steps=7)
+
+
+def test_noise_in_the_steps_is_refused(sd: Any, scheduler: Any) -> None:
+    with pytest.raises(iia.errors.InputError, match=r"deterministic, and eta = 0\.5"):
+        sd.scheduler = scheduler
+        sd(**SD, num_inference_steps=3, eta=0.5)
+
+
+def test_a_step_out_of_order_is_refused(scheduler: Any) -> None:
+    scheduler, x = copy.deepcopy(scheduler), noise(1, 4, 8, 8)
+    scheduler.set_timesteps(3)
+    first, second, third = scheduler.timesteps
+    x = scheduler.step(x, first, x).prev_sample
+    with pytest.raises(iia.errors.InputError, match=r"out of order.*expects timestep 640"):
+        scheduler.step(x, third, x)
+    with pytest.raises(iia.errors.InputError, match="out of order"):
+        scheduler.step(x, 999, x)
+    for t in (second, third):
+        x = scheduler.step(x, t, x).prev_sample
+    with pytest.raises(iia.errors.InputError, match="has made its 3 evaluations"):
+        scheduler.step(x, third, x)
+
+
+def test_a_begin_inside_a_step_is_refused(model: Any) -> None:
+    pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
+    plan = get_solver("fpndm").plan(model.schedule, iia.grids.karras(6, schedule=model.schedule))
+    pipe.scheduler = IIAScheduler.of(plan, tiny.sd_scheduler(), otherwise="ddim")
+    with pytest.raises(MismatchError, match="lies inside a step"):
+        pipe(**SD, **PICTURE, strength=0.9, num_inference_steps=plan.nfe)
+
+
+def test_weights_for_another_resolution_are_refused(sd: Any, model: Any) -> None:
+    base = get_solver("ddim").plan(model.schedule, torch.tensor([999.0, 500.0, -1.0], dtype=torch.float64))
+    gains = torch.ones(4, 8, 8, dtype=torch.float64)
+    code = tuple(
+        iia.plan.Combine(tuple((j, w * gains) for j, w in i.terms), step=i.step)
+        if isinstance(i, iia.plan.Combine)
+        else i
+        for i in base.code
+    )
+    bound = IIAScheduler.of(iia.Plan(model.schedule, base.grid, code), tiny.sd_scheduler())
+    assert draw(sd, bound, num_inference_steps=2).shape == (2, 4, 8, 8)
+    with pytest.raises(MismatchError, match="runs at the resolution of the fit alone"):
+        draw(sd, bound, num_inference_steps=2, height=24, width=24, latents=noise(2, 4, 12, 12))
+
+
+def test_tensors_that_do_not_fit_are_refused(scheduler: Any, model: Any) -> None:
+    scheduler, x = copy.deepcopy(scheduler), noise(1, 4, 8, 8)
+    scheduler.set_timesteps(3)
+    with pytest.raises(iia.errors.InputError, match="state's shape"):
+        scheduler.step(noise(1, 3, 8, 8), scheduler.timesteps[0], x)
+    with pytest.raises(iia.errors.InputError, match="must have shape"):
+        iia.sample(model, noise(4, 3, 8, 8), solver="ddim", grid=torch.tensor([999.0, 1.0]))
+
+
+def test_constants_per_condition_are_refused(model: Any) -> None:
+    constant = iia.plan.PerCondition("label", (0, 1), torch.zeros(2, 4, 8, 8, dtype=torch.float64))
+    base = get_solver("ddim").plan(model.schedule, torch.tensor([999.0, 500.0, -1.0], dtype=torch.float64))
+    last = base.code[-1]
+    plan = iia.Plan(model.schedule, base.grid, (*base.code[:-1], iia.plan.Combine(last.terms, constant, last.step)))
+    with pytest.raises(MismatchError, match="a pipeline does not tell its scheduler the conditions"):
+        IIAScheduler.of(plan, tiny.sd_scheduler())
+
+
+def test_a_wrong_prediction_type_shows_on_noise(sd: Any) -> None:
+    class Skip(torch.nn.Module):
+        """A network that knows the noise of pure noise, as trained ones do."""
+
+        def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+            from diffusers.models.unets.unet_2d import UNet2DOutput
+
+            return UNet2DOutput(sample=0.95 * x)
+
+    pipe = tiny.ddim()
+    pipe.unet.forward = Skip().forward
+    with warnings_as_errors():
+        ode(pipe)
+        pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+        with pytest.raises(PredictionWarning, match=r"says v prediction.*0\.95 times.*'epsilon'"):
+            ode(pipe)
+
+
+def warnings_as_errors() -> Any:
+    import contextlib
+    import warnings
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+
+    return block()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dpmpp_9m", tiny.sd_scheduler()), "unknown solver"),
+        ((3, tiny.sd_scheduler()), "takes a FittedSolver"),
+        (([], tiny.sd_scheduler()), "got nothing"),
+        (("ddim", "DDIMScheduler"), "the scheduler to be replaced"),
+        (("ddim", diffusers.EDMEulerScheduler()), "rules of its own"),
+    ],
+    ids=["name", "number", "empty", "scheduler", "edm"],
+)
+def test_a_scheduler_of_something_else_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(iia.IIAError, match=message):
+        IIAScheduler.of(*arguments)
+
+
+def test_channels_of_a_learned_variance_are_left_out() -> None:
+    base = tiny.sd_scheduler("DDPMScheduler", variance_type="learned_range")
+    scheduler, x = IIAScheduler.of("ddim", base), noise(1, 4, 8, 8)
+    plain = IIAScheduler.of("ddim", tiny.sd_scheduler("DDPMScheduler"))
+    found = [
+        s.step(output, s.timesteps[0], x).prev_sample
+        for s, output in ((scheduler, torch.cat([0.9 * x, x], dim=1)), (plain, 0.9 * x))
+    ]
+    assert torch.equal(*found)
+
+
+# ---- calls as ODEs ---------------------------------------------------------------------------------------------------
+
+WORDS = {"prompt": ["a red cat", "a blue dog", "green ship"], "negative_prompt": ["ship", "a", "cat"]}
+
+
+@pytest.fixture(scope="module")
+def worded() -> Any:
+    return tiny.sd(**tiny.texts())
+
+
+def test_prompts_go_with_their_samples(worded: Any) -> None:
+    whole = ode(worded, **WORDS, guidance_scale=5.0)
+    x = noise(6, 4, 8, 8)
+    found = whole.output(x, 700.0)
+    for k in range(6):
+        one = {name: [values[k % 3]] for name, values in WORDS.items()}
+        alone = ode(worded, **one, guidance_scale=5.0).output(x[k : k + 1], 700.0)
+        assert gap(found[k : k + 1], alone) < BATCHED
+        assert gap(whole.subset(slice(k, k + 1), 6).output(x[k : k + 1], 700.0), alone) < BATCHED
+    picked = whole.subset(torch.tensor([4, 0]), 6)
+    assert picked.conditioning["prompt"] == ["a blue dog", "a red cat"]
+    assert picked.subset(slice(1, 2), 2).conditioning["negative_prompt"] == ["ship"]
+    with pytest.raises(iia.errors.InputError, match="has 3 prompts, and the batch has 2 samples"):
+        whole.output(x[:2], 700.0)
+
+
+def test_images_per_prompt_stand_side_by_side(worded: Any) -> None:
+    whole = ode(worded, **WORDS, num_images_per_prompt=2)
+    assert whole.subset(slice(1, 4), 6).conditioning["prompt"] == ["a red cat", "a blue dog", "a blue dog"]
+    x = noise(6, 4, 8, 8)
+    worded.scheduler = IIAScheduler.of("ddim", tiny.sd_scheduler())
+    found = latents(worded, **WORDS, num_images_per_prompt=2, latents=x, num_inference_steps=2)
+    assert gap(found, iia.sample(whole, x, solver=worded.scheduler.plan)) == 0.0
+    with pytest.raises(iia.errors.InputError, match="3 prompts with 2 images each"):
+        whole.output(x[:4], 700.0)
+
+
+def test_one_prompt_serves_all_samples(worded: Any) -> None:
+    x = noise(3, 4, 8, 8)
+    found = ode(worded, prompt="a red cat").output(x, 300.0)
+    assert gap(found, ode(worded, prompt=["a red cat"] * 3).output(x, 300.0)) < BATCHED
+
+
+def test_prompts_are_encoded_once(worded: Any) -> None:
+    calls: list[int] = []
+    with worded.text_encoder.register_forward_hook(lambda *args: calls.append(1)):
+        whole = ode(worded, prompt="a red cat", guidance_scale=1.0)
+        for t in (900.0, 500.0, 100.0):
+            whole.output(noise(2, 4, 8, 8), t)
+    assert len(calls) == 2  # for one sample, and for two
+
+
+def test_a_call_as_an_ode_leaves_the_pipeline_as_it_was(worded: Any) -> None:
+    before = {k: v for k, v in vars(worded).items() if not k.startswith("_")}
+    own, state = generator(), torch.get_rng_state()
+    kept = own.get_state()
+    ode(worded, prompt="a red cat", generator=own).output(noise(2, 4, 8, 8), 5.0)
+    after = {k: v for k, v in vars(worded).items() if not k.startswith("_")}
+    assert before.keys() == after.keys() and all(before[k] is after[k] for k in before)
+    assert torch.equal(own.get_state(), kept) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fingerprint_tells_networks_and_guidance_apart(sd: Any, model: Any) -> None:
+    again = ode(sd, **tiny.sd_call(2))
+    assert again.fingerprint() == model.fingerprint() and again.fingerprint().known
+    assert ode(sd, **tiny.sd_call(2, guidance_scale=2.0)).fingerprint() != model.fingerprint()
+    other = tiny.sd()
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(0.1)
+    assert ode(other, **tiny.sd_call(4)).fingerprint() != model.fingerprint()
+
+
+def test_samples_may_have_times_of_their_own(model: Any) -> None:
+    x, t = noise(4, 4, 8, 8), torch.tensor([700.0, 20.0, 700.0, 3.0], dtype=torch.float64)
+    found = model.output(x, t)
+    for k in range(4):
+        alone = model.subset(slice(k, k + 1), 4).output(x[k : k + 1], float(t[k]))
+        assert gap(found[k : k + 1], alone) < BATCHED
+
+
+def test_a_fit_of_a_pipeline_takes_its_weights_in_closed_form(worded: Any) -> None:
+    worded.scheduler = tiny.sd_scheduler()
+    whole = ode(worded, **WORDS)
+    budget = iia.Budget(draws=8, teacher_steps=12, rounds=((1.0, 1),), descent=0, starts=1)
+    found = iia.fit(whole, 2, shape=whole.state_shape, samples=8, budget=budget)
+    assert found.nfe == 2 and found.record.origin.conditioning.keys() == WORDS.keys()
+    assert not whole.output(noise(3, 4, 8, 8).requires_grad_(), 500.0).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [({"guidance": 2.0}, "has no 'guidance'"), ({"denoising_end": 0.5}, "made no step|has no 'denoising_end'")],
+)
+def test_a_call_that_is_no_ode_is_refused(sd: Any, call: dict[str, Any], message: str) -> None:
+    with pytest.raises(iia.errors.InputError, match=message):
+        ode(sd, **SD, **call)
+    with pytest.raises(iia.errors.InputError, match="takes a pipeline of diffusers"):
+        ode(sd.unet)
