@@ -10,6 +10,7 @@ from support import F64, close, normal
 from torch import Tensor, nn
 
 import iia_ode as iia
+from iia_ode.denoisers import EDMDenoiser
 from iia_ode.errors import GridError, InputError
 from iia_ode.ode.clock import told
 
@@ -256,6 +257,35 @@ def test_whole_timesteps_equal_a_scheduler_between_its_timesteps():
     for t in scheduler.timesteps:
         y = scheduler.step(network(y, t).sample, t, y).prev_sample
     close(iia.sample(ode, x, grid_of(scheduler), solver_of(scheduler)), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rounding"),
+    [
+        ("UniPCMultistep", FLOW, "floor"),  # Wan
+        ("FlowMatchEulerDiscrete", {"shift": 3.0}, None),  # Stable Diffusion 3
+        ("FlowMatchEulerDiscrete", {"invert_sigmas": True}, None),  # Mochi
+        ("EulerDiscrete", CONTINUOUS, None),  # Stable Video Diffusion
+        ("EDMEuler", {}, None),  # Playground
+        ("EDMDPMSolverMultistep", {}, None),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_model_of_a_scheduler_equals_the_loop_of_its_pipelines(name, config, rounding):
+    network, scheduler = unet(), stepped(name, 6, **config)
+    schedule, grid = schedule_of(scheduler), grid_of(scheduler)
+    model = denoiser(network, time=time_of(scheduler))
+    if name.startswith("EDM"):
+        model = EDMDenoiser(model, scheduler.config.sigma_data)
+    ode = iia.ProbabilityFlowODE(model, schedule, prediction_of(scheduler), time_rounding=rounding)
+    x = schedule.sigma(float(grid[0])) * normal(2, 1, 8, 8).float()
+    ours = iia.sample(ode, x, grid, solver_of(scheduler))
+    y = x / schedule.alpha(float(grid[0])) if name == "EulerDiscrete" else x
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(y, t) if hasattr(scheduler, "scale_model_input") else y
+        y = scheduler.step(network(scaled, t).sample, t, y).prev_sample
+    close(ours, y, rtol=1e-5, atol=5e-6 * float(y.abs().max()))
 
 
 def test_a_denoiser_keeps_fingerprint_dtype_and_weights():
