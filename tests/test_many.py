@@ -269,6 +269,8 @@ def test_two_different_runs_do_not_mix_in_one_folder(tmp_path):
         (ode, {"conditions": {"c": torch.ones(4)}}, "conditions"),
         (ode, {"decode": lambda x: x}, "decode"),
         (trained, {}, "model"),
+        (an_ode(time="c_noise"), {}, "time"),
+        (an_ode(guidance_rescale=0.5), {}, "guidance_rescale"),
     ]:
         with pytest.raises(MismatchError, match=f"another run, made with {word} .*use another folder"):
             iia.sample_many(other, out=tmp_path, **{**base, **changes})
@@ -323,7 +325,7 @@ def test_a_file_of_another_run_is_found_when_it_is_read(tmp_path):
         ({"solver": 3}, InputError, "a name, a Solver"),
         ({"grid": None}, GridError, "needs a grid"),
         ({"conditions": {"c": torch.ones(3)}}, InputError, "3 entries for a batch of 4"),
-        ({"conditions": {"text": ["a", "b"]}}, InputError, "2 texts for 4 seeds"),
+        ({"conditions": {"text": ["a", "b"]}}, InputError, "2 entries for a batch of 4"),
         ({"conditions": torch.ones(4)}, InputError, "single condition"),
         ({"conditions": 3}, InputError, "conditions must be"),
         ({"conditions": lambda seed: 3}, InputError, "same names for every seed"),

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support import generator, normal
 
 import iia_ode as iia
 from iia_ode.errors import FileFormatError, InputError, MismatchError, MismatchWarning, MissingDependencyError
+from iia_ode.ode.guidance import Scales
 from iia_ode.sharing.hub import names_a_repo
 from iia_ode.sharing.records import Served
 from iia_ode.sharing.serving import range_of
@@ -171,6 +173,10 @@ def test_scales_that_cannot_be_measured_are_named(found):
         found.serves(guided(n=8), noise(8), 2.0)
     with pytest.raises(InputError, match="a guidance scale must be"):
         found.serves(guided(n=8), noise(8), ["a"])
+    record = found.record
+    timed = replace(record, origin=replace(record.origin, guidance_scale=Scales("per time", (1.0, 2.0))))
+    with pytest.raises(InputError, match="function of the time"):
+        replace(found, record=timed).serves(guided(n=8), noise(8), [1.0])
     plain = iia.ProbabilityFlowODE(Guided(), iia.EDM(), "data", conditioning={"y": torch.zeros(1, 4)})
     with pytest.raises(InputError, match="guidance needs"):
         found.serves(plain, noise(8), [1.0, 2.0])

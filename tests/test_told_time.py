@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 import torchdiffeq
+from emulated import DEVICE, chip
 from support import ALPHAS_CUMPROD, F64, close, normal
 from torch import Tensor, nn
 
 import iia_ode as iia
 from iia_ode import ProbabilityFlowODE
 from iia_ode.errors import InputError, MismatchWarning, UnknownNameError
-from iia_ode.ode import Wrapped, cached
+from iia_ode.ode import Wrapped, by_level, cached
 from iia_ode.ode.clock import TIMES, Told
+from iia_ode.ode.distributed import Distributed
 
 FLOW = iia.FlowMatching()
 GRID = torch.tensor([0.95, 0.7, 0.4, 0.1, 0.0], dtype=F64)
@@ -132,6 +134,57 @@ def test_wrapped_cached_and_cut_odes_tell_the_model_the_same(change):
     x = normal(5, 2)
     want = iia.sample(by_hand(), x, GRID, "dpmpp_2m")
     close(iia.sample(change(ode_of(time="1000 sigma")), x, GRID, "dpmpp_2m"), want, rtol=1e-12)
+
+
+class Alone:
+    """The processes of a group of one."""
+
+    size, rank, on_host = 1, 0, True
+
+    def share(self, samples: int, rank: int | None = None) -> slice:
+        return slice(0, samples)
+
+    def rows(self, own: Tensor, samples: int, *call: object) -> Tensor:
+        return own
+
+    def meet(self, *call: object) -> None:
+        """One process agrees with itself."""
+
+
+def test_a_distributed_ode_tells_its_model_the_same():
+    x = normal(5, 2)
+    ode = ode_of(time="1000 sigma", time_rounding="nearest")
+    shared = Distributed(ode, Alone())
+    assert (shared.time, shared.time_rounding) == ("1000 sigma", "nearest")
+    close(iia.sample(shared, x, GRID, "dpmpp_2m"), iia.sample(ode, x, GRID, "dpmpp_2m"))
+
+
+class OnChip(nn.Module):
+    """A float32 network for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        assert t.dtype == torch.float32
+        return self.scale * x * (t / 1000).sin()[:, None]
+
+
+@pytest.mark.parametrize("rounding", [None, "nearest"])
+def test_a_device_without_float64_is_told_the_same(rounding):
+    x, grid = normal(5, 2).float(), torch.tensor([0.95, 0.7, 0.4, 0.1], dtype=F64)
+
+    def run(device: torch.device | str, time: object, solver: str, **options: object) -> Tensor:
+        model = by_level({0.0: OnChip(), 1.0: OnChip()}).to(device)
+        ode = ProbabilityFlowODE(model, FLOW, "velocity", time=time, time_rounding=rounding)
+        return iia.sample(ode, x.to(device), grid, solver, **options).detach().cpu()
+
+    for time in ("1000 sigma", lambda t: 1000 * t):
+        for solver in ("dpmpp_2m", "torchdiffeq:rk4"):
+            want = run("cpu", time, solver)
+            with chip():
+                close(run(DEVICE, time, solver), want, rtol=1e-5, atol=1e-6)
 
 
 def test_torchdiffeq_and_references_tell_the_model_the_same():

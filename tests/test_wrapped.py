@@ -10,7 +10,8 @@ from support import F64, mixture, normal
 from torch import Tensor, nn
 
 import iia_ode as iia
-from iia_ode.experiments import Setting, compare
+from iia_ode.experiments import compare
+from iia_ode.experiments.settings import DrawnSetting
 from iia_ode.iia import refine
 from iia_ode.ode import Wrapped, cached
 
@@ -78,7 +79,7 @@ def odes() -> dict[str, iia.ProbabilityFlowODE]:
     }
 
 
-class OfODE(Setting):
+class OfODE(DrawnSetting):
     """A setting of an ODE with conditions for 16 samples."""
 
     name, reference_tolerance = "changed", 1e-3

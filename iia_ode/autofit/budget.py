@@ -121,7 +121,17 @@ class Budget:
         return (self.steps(nfe) + 1) * (batch + finals) + round(searches + nfe * (fits + refinement + made * finals))
 
     def memory(self, nfe: int, components: int) -> int:
-        """Bytes of the accurate trajectories of `components` numbers in float32: states and slopes at every knot."""
+        """Bytes of the accurate trajectories on the host: a state and a slope at every knot.
+
+        Parameters
+        ----------
+        nfe : evaluations of the solver.
+        components : components of all samples together, in float32.
+
+        Returns
+        -------
+        The number of bytes.
+        """
         steps = self.steps(nfe) + 1
         knots = steps if self.teacher_knots is None else min(self.teacher_knots, steps)
         return components * knots * 2 * (4 if self.teacher_dtype is None else 2)

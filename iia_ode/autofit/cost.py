@@ -65,6 +65,8 @@ def fit_cost(
 ) -> FitCost:
     """The expected cost of :func:`iia_ode.fit` with the same arguments; the model is not called.
 
+    A refinement that converges before its last iteration costs less.
+
     Parameters
     ----------
     ode : the model with its schedule.

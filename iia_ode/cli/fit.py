@@ -223,7 +223,7 @@ def _search(job: Job, nfe: int, budget: Budget, samples: int | None, files: _Fil
 
 @dataclass(frozen=True)
 class _States:
-    """Draws of a search: initial states, or noise for the noisiest level of the search; levels are None where not given."""
+    """The states of a search: initial states, or noise for the noisiest level that the search chooses."""
 
     ode: ProbabilityFlowODE
     draws: Tensor

@@ -99,12 +99,6 @@ class OwnModel(Setting):
         index = torch.tensor([seed % self.entries for seed in seeds], device="cpu")
         return self.ode.subset(index, self.entries), None
 
-    def _states(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        raise NotImplementedError  # `draw` and `draw_each` draw the states
-
-    def _ode(self, conditions: dict[str, Tensor], guidance_scale: float, device: str) -> ProbabilityFlowODE:
-        raise NotImplementedError
-
 
 def own_model(text: str, guidance: float | None, sigma_min: float | None, sigma_max: float | None) -> OwnModel:
     """Call the function of ``--model module:function`` and read its answer.

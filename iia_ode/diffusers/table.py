@@ -98,7 +98,8 @@ def _label(scheduler: Any) -> str:
     few, many = solver_of(scheduler, _FEW), solver_of(scheduler, _MANY)
     if isinstance(few, LowerOrderFinal):
         where = "" if isinstance(many, LowerOrderFinal) else " below 15 steps"
-        return f"`{few.base.label}` in `lower_order_final`{where}"
+        base: Any = few.base
+        return f"`{base.label}` in `lower_order_final`{where}"
     return f"`{few.label}`"
 
 

@@ -17,7 +17,7 @@ from ..ode import ProbabilityFlowODE
 from ..problems import Gaussian, Mixture, Problem
 from ..schedules import EDM, Schedule
 
-__all__ = ["Setting", "batch_seed", "get_setting", "setting_names"]
+__all__ = ["DrawnSetting", "Setting", "batch_seed", "get_setting", "setting_names"]
 
 
 class Setting(ABC):
@@ -41,6 +41,7 @@ class Setting(ABC):
     is_image: bool = False
     is_closed_form: bool = False
 
+    @abstractmethod
     def draw(
         self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
@@ -61,9 +62,8 @@ class Setting(ABC):
         ------
         InputError : guidance is requested and the setting has no conditions.
         """
-        conditions, x = self._states(n, generator_of(seed))
-        return self._ode(conditions, guidance_scale, device), x.to(device)
 
+    @abstractmethod
     def draw_each(
         self, seeds: Sequence[int], *, guidance_scale: float = 1.0, device: str = "cpu"
     ) -> tuple[ProbabilityFlowODE, Tensor]:
@@ -83,6 +83,22 @@ class Setting(ABC):
         ------
         InputError : `seeds` is empty, or guidance is requested and the setting has no conditions.
         """
+
+
+class DrawnSetting(Setting):
+    """A setting whose conditions and states come from a generator of random numbers."""
+
+    def draw(
+        self, n: int, seed: int, *, guidance_scale: float = 1.0, device: str = "cpu"
+    ) -> tuple[ProbabilityFlowODE, Tensor]:
+        """Draw n conditions and n initial states from the generator of a seed."""
+        conditions, x = self._states(n, generator_of(seed))
+        return self._ode(conditions, guidance_scale, device), x.to(device)
+
+    def draw_each(
+        self, seeds: Sequence[int], *, guidance_scale: float = 1.0, device: str = "cpu"
+    ) -> tuple[ProbabilityFlowODE, Tensor]:
+        """Draw conditions and initial states, each sample from the generator of its own seed."""
         if not seeds:
             raise InputError("a batch needs at least one sample: give at least one seed.")
         parts = [self._states(1, generator_of(seed)) for seed in seeds]
@@ -102,7 +118,7 @@ class Setting(ABC):
             raise InputError(f"{self.name} has no conditions to guide by: leave the guidance scale at 1.")
 
 
-class _Trained(Setting):
+class _Trained(DrawnSetting):
     """A trained network over images, with float32 states."""
 
     reference_tolerance = 1e-6
@@ -136,7 +152,7 @@ class _Trained(Setting):
         return ProbabilityFlowODE(self._model.to(device), self.schedule, "data", **options)
 
 
-class _ClosedForm(Setting):
+class _ClosedForm(DrawnSetting):
     """A problem with a closed-form denoiser and float64 states."""
 
     is_closed_form = True

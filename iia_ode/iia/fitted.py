@@ -164,14 +164,16 @@ class FittedSolver:
 
         Raises
         ------
-        InputError : the scales are no numbers, x is no batch of states, or the ODE has no null condition.
+        InputError : the scales are no numbers, the scale of the fit is a function of the time, x is no batch of states, or
+            the ODE has no null condition.
         MismatchError : the ODE is not the ODE of the fit.
 
         Examples
         --------
         >>> fit = fit.serves(ode, x, [1.0, 1.5, 2.0, 3.0, 5.0])
         """
-        numbers, origin = checked_scales(scales), self.record.origin
+        origin = self.record.origin
+        numbers = checked_scales(scales, origin.guidance_scale)
         # The scales to measure do not warn.
         replace(origin, serves=(numbers[0], numbers[-1])).check(at_scale(ode, numbers[0]), x, name=self.name)
         found = measured(self.plan, ode, x, numbers, sigma_min, progress)

@@ -26,7 +26,7 @@ __all__ = ["Claims", "claims_on"]
 _NAME = ".claims"
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_open: set[str] = set()  # locks belong to a process: two threads would share them
+_open: set[tuple[str, int]] = set()  # folder and process; locks belong to a process: two threads would share them
 _guard = threading.Lock()
 
 
@@ -95,7 +95,7 @@ def claims_on(folder: Path) -> Iterator[Claims]:
     ------
     InputError : another thread of this process works on the folder.
     """
-    name = os.path.realpath(folder)
+    name = os.path.realpath(folder), os.getpid()  # a fork has no locks of its parent
     with _guard:
         if name in _open:
             raise InputError(f"this process is writing samples to {str(folder)!r} already: use one call at a time.")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ode import ProbabilityFlowODE
-from ..ode.conditions import named
 from ..ode.origin import conditions_digest
 
 __all__ = ["Conditions", "Given", "collected", "conditions_of"]
@@ -64,9 +63,6 @@ def conditions_of(ode: ProbabilityFlowODE, given: Given, seeds: Sequence[int]) -
         own = {} if given is None else _by_name(ode, given)
         whole = Conditions(ode.condition(**{**ode.conditioning, **own}) if own else ode, seeds)
     whole.ode.check_conditions(len(seeds))
-    for name, leaf in [*named(whole.ode.conditioning), *named(whole.ode.unconditional)]:
-        if isinstance(leaf, list | tuple) and len(leaf) not in (1, len(seeds)):
-            raise InputError(f"condition {name!r} has {len(leaf)} texts for {len(seeds)} seeds: give one per seed.")
     return whole
 
 

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_shape, check_whole
 from ..errors import GridError, InputError, MismatchError, one_run
-from ..files import as_path, bytes_of
+from ..files import as_path, bytes_of, to_json
 from ..iia import FittedSolver
 from ..noise import MOST, seeded_noise
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import ranks_of
-from ..ode.guidance import Scales, recorded
+from ..ode.origin import Origin
 from ..plan import Plan, check_grid, check_ode, check_start, traced
 from ..plan.storing import pack
 from ..solvers import Solver, as_solver, get_solver
@@ -138,7 +138,7 @@ def sample_many(
     folder = as_path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = Folder(folder, numbers, batch, format == "png")
-    run = _account(ode, plan, whole, size, batch, format, decode, dtype)
+    run = _account(plan, whole, size, batch, format, decode, dtype)
     names = [name for k in range(files.batches) for name in files.names(k)]
 
     def make(k: int) -> None:
@@ -259,7 +259,6 @@ def _decoded(final: Tensor, decode: Callable[[Tensor], Tensor] | None, rows: sli
 
 
 def _account(
-    ode: ProbabilityFlowODE,
     plan: Plan,
     whole: Conditions,
     shape: tuple[int, ...],
@@ -275,15 +274,14 @@ def _account(
         weights.update(f"{name} {list(value.shape)}".encode())
         weights.update(bytes_of(value))
     seeds = torch.tensor(whole.seeds, dtype=torch.int64, device="cpu")
-    scale = recorded(ode.guidance_scale, ode.schedule)
+    origin = to_json(Origin.of(whole.ode, torch.empty((1, *shape), dtype=dtype, device="cpu")))
+    own = ("fingerprint", "conditioning", "state_shape", "state_dtype", "serves")
     run: dict[str, Any] = {
         "solver": plan.name,
         "grid": list(plan.grid),
         "weights": weights.hexdigest()[:16],
-        "schedule": ode.schedule.config(),
-        "prediction": ode.prediction,
-        "guidance_scale": str(scale) if isinstance(scale, Scales) else scale,
-        "model": str(ode.fingerprint()),
+        **{key: value for key, value in origin.items() if key not in own},
+        "model": origin["fingerprint"],
         "conditions": whole.digest(),
         "seeds": {
             "count": len(seeds),

@@ -63,16 +63,12 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     batched_guidance : whether guidance makes a single call on a doubled batch. If False, or if the two conditions do not fit
         one batch (trees, lengths, dtypes or shared values differ), guidance makes two calls.
     time : the time t [B] that the model is told. By default the attribute ``model_time`` of the model, if any, or else the
-        time of the schedule. A name is one of
-
-        - ``"index"``: the timestep of a ``Discrete`` schedule, which is its time (DDPM, Stable Diffusion, SDXL, DiT, PixArt);
-        - ``"sigma"``: sigma_t (Flux, whose network takes [0, 1]; k-diffusion and EDM networks on ``EDM()``);
-        - ``"1000 sigma"``: 1000 sigma_t (Stable Diffusion 3, Wan, LTX, Sana and most flow models of diffusers);
-        - ``"1 - sigma"``: 1 - sigma_t (Lumina 2, Z-Image);
-        - ``"c_noise"``: ln(sigma_t/alpha_t) / 4 (raw networks of EDM and EDM2, Stable Video Diffusion, Playground 2.5).
-
-        A function maps times of the schedule, a tensor [B] or [1], to what the model is told. Its argument has dtype float64
-        on the host, and on a device the dtype of the given time. Whole numbers that the function returns stay whole numbers.
+        time of the schedule. ``"index"``: the timestep of a ``Discrete`` schedule (DDPM, Stable Diffusion, SDXL, DiT, PixArt).
+        ``"1000 sigma"``: 1000 sigma_t (Stable Diffusion 3, Wan, LTX, Sana, and most flow models of diffusers). ``"sigma"``:
+        sigma_t (Flux, whose network takes [0, 1]). ``"1 - sigma"``: 1 - sigma_t (Lumina 2, Z-Image). ``"c_noise"``:
+        ln(sigma_t/alpha_t) / 4 (raw networks of EDM and EDM2, Stable Video Diffusion, Playground 2.5). A function maps times
+        of the schedule, a tensor [B] or [1], to the told times. Its argument has dtype float64 on the host, and float32 on
+        another device, unless the time was given in float64. Integers that the function returns stay integers.
     time_rounding : whether the model is told whole numbers: ``"nearest"`` or ``"floor"``. Schedulers of diffusers with Karras
         levels round to the nearest timestep; with exponential, beta and flow levels some round down.
     model_dtype : dtype of the model's arithmetic; by default the dtype of its parameters, or of the state for a model

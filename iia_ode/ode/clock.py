@@ -45,8 +45,8 @@ class Told:
     values : of a function, the values at nine levels of the schedule before any rounding; None where the function failed.
     """
 
-    name: str = "t"
-    rounding: str | None = None
+    name: str
+    rounding: Literal["nearest", "floor"] | None = None
     values: tuple[float | None, ...] = ()
 
     def __str__(self) -> str:

@@ -50,7 +50,7 @@ class Origin:
     state_dtype: str
     fingerprint: str
     train_mode: bool = False
-    time: Told = Told()
+    time: Told = Told("t")
     guidance_rescale: float = 0.0
     serves: tuple[float, float] | None = None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..iia.provenance import Record
+from ..ode.clock import Told
 from ..ode.guidance import Scales
 from ..plan import Plan
 from ..schedules.stored import brief
@@ -93,6 +94,10 @@ def _settings(record: Record) -> Iterator[tuple[str, str]]:
     yield "schedule", brief(origin.schedule)
     yield "prediction", origin.prediction
     yield "guidance scale", str(scale) if isinstance(scale, Scales) else f"{scale:g}"
+    if origin.guidance_rescale:
+        yield "guidance rescaled by", f"{origin.guidance_rescale:g}"
+    if origin.time != Told():
+        yield "time that the model is told", str(origin.time)
     yield "state", f"[{', '.join(map(str, origin.state_shape))}] {origin.state_dtype}"
     if origin.conditioning:
         shapes = (f"{k} {v if isinstance(v, str) else list(v)}" for k, v in origin.conditioning.items())

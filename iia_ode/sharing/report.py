@@ -7,7 +7,6 @@ from functools import partial
 
 from ..forms import conversion
 from ..iia.provenance import Record, SearchRecord, Split, StepReport
-from ..ode.clock import Told
 from ..ode.guidance import Scales
 from ..ode.origin import Origin
 from ..plan import Combine, Evaluate, LinearMap, Plan, Vector
@@ -82,7 +81,7 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
     lines = [
         f"{name}: {r.base.name}{'' if end.fell_back else ' with fitted weights'}, {steps} steps, {nfe} evaluations",
         f"schedule {brief(origin.schedule)}, prediction {origin.prediction}, guidance scale {_scale(origin)}"
-        f"{'' if origin.time == Told() else f', told {origin.time}'}",
+        f"{f', told {origin.time}' if str(origin.time) != 't' else ''}",
         f"terms {r.terms}{' and an intercept' if r.intercept else ''}{'' if r.last_step else ', step to the data left'}, "
         f"target {_target(r)}, "
         f"history {r.history}, ridge {ridge}",

@@ -41,8 +41,12 @@ def at_scale(ode: ProbabilityFlowODE, scale: float) -> ProbabilityFlowODE:
     return view
 
 
-def checked_scales(scales: object) -> list[float]:
-    """Guidance scales in order; InputError unless there is at least one, and all are numbers."""
+def checked_scales(scales: object, own: float | Scales) -> list[float]:
+    """Guidance scales in order; InputError unless there is at least one, and all are numbers, as the scale of the fit is."""
+    if isinstance(own, Scales) and own.kind == "per time":
+        raise InputError(
+            f"the guidance scale of this fit is a function of the time ({own}), and serves measures numbers."
+        )
     if not isinstance(scales, Sequence) or isinstance(scales, str) or not scales:
         raise InputError(f"scales must be numbers, such as [1.0, 2.0, 3.0], got {scales!r}.")
     return sorted({check_number("a guidance scale", scale) for scale in scales})

@@ -6,7 +6,7 @@ A teacher serves all grids and all numbers of evaluations from the same initial 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Teacher:
         StateSizeWarning : the states are too small for the noise level at `t_start`.
         """
         levels = {"sigma_min": sigma_min, "size": data_size}
-        return cls._solved(ode, x, t_start, t_end, steps, chunk_size, progress, knots, dtype, **levels)
+        return _solved(ode, x, t_start, t_end, steps, chunk_size, progress, knots, dtype, **levels)
 
     @classmethod
     def for_grid(
@@ -141,59 +141,7 @@ class Teacher:
         """
         times = check_grid(ode.schedule, grid)
         last = ode.schedule.noise_to_signal(times[1] if ode.is_data(times[0]) else times[-2])
-        return cls._solved(ode, x, times[0], times[-1], steps, chunk_size, progress, last=last)
-
-    @classmethod
-    @torch.no_grad()
-    def _solved(
-        cls,
-        ode: ProbabilityFlowODE,
-        x: Tensor,
-        t_start: float,
-        t_end: float,
-        steps: int | None,
-        chunk_size: int | None,
-        progress: bool,
-        knots: int | None = None,
-        dtype: torch.dtype | None = None,
-        **levels: Any,
-    ) -> Teacher:
-        """The teacher of :meth:`solve`; `levels` are further options of :meth:`Integration.of`."""
-        check_states(ode, x, t_start)
-        if chunk_size is not None:
-            check_whole("chunk_size", chunk_size, least=1)
-        steps = check_whole("steps", STEPS if steps is None else steps, least=2)
-        if knots is not None:
-            check_whole("knots", knots, least=6)
-        if dtype is not None:
-            check_choice("dtype of a teacher's states", dtype, (*_HALVES, x.dtype))
-        agree(ode, "teacher", x, (t_start, t_end), steps, levels, chunk_size, knots, dtype)
-        parts = []
-        with ode.counting() as spent:
-            made = Integration.of(ode, x, t_start, t_end, steps=steps, **levels)
-            kept = made.spread(knots)
-            for part in tqdm(list(slices(len(x), chunk_size)), desc="teacher", disable=not progress):
-                parts.append(made.path(ode.subset(part, len(x)), x[part], part.start, kept, dtype or x.dtype))
-            states, slopes, data = (torch.cat(values, dim=-x.ndim) for values in zip(*parts, strict=True))
-            final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
-            clean = x.detach().cpu() if ode.is_data(t_start) else final
-            times = torch.tensor(made.knots(kept), dtype=_F64, device="cpu")
-            path = Trajectory(ode.schedule, times, states, slopes, clean, 0, made.size)
-            error = made.error(ode, x, path.final)
-        record = TeacherRecord(
-            origin=Origin.of(ode, x),
-            options=TeacherOptions(
-                SOLVER, made.sigma_min, steps, knots, None if dtype is None else str(dtype).removeprefix("torch.")
-            ),
-            t_start=made.t_start,
-            t_end=made.t_end,
-            conditions=conditions_digest(ode),
-            evaluations=spent.evaluations,
-            sample_evaluations=spent.samples,
-            data_size=made.size,
-            error=error,
-        )
-        return cls(x.detach().cpu().clone(), replace(path, evaluations=spent.evaluations), record)
+        return _solved(ode, x, times[0], times[-1], steps, chunk_size, progress, last=last)
 
     def __len__(self) -> int:
         return len(self.initial)
@@ -301,6 +249,69 @@ class Teacher:
             tensors["data"] = self.path.data
         tensors |= schedule_tensors(self.path.schedule)
         return write_tensors(path, _KIND, tensors, {"record": to_json(self.record)})
+
+
+@torch.no_grad()
+def _solved(
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    t_start: float,
+    t_end: float,
+    steps: int | None,
+    chunk_size: int | None,
+    progress: bool,
+    knots: int | None = None,
+    dtype: torch.dtype | None = None,
+    **levels: Any,
+) -> Teacher:
+    """The teacher of :meth:`solve`; `levels` are further options of :meth:`Integration.of`."""
+    check_states(ode, x, t_start)
+    steps = check_whole("steps", STEPS if steps is None else steps, least=2)
+    _check_storage(x, chunk_size, knots, dtype)
+    agree(ode, "teacher", x, (t_start, t_end), steps, levels, chunk_size, knots, dtype)
+    with ode.counting() as spent:
+        made = Integration.of(ode, x, t_start, t_end, steps=steps, **levels)
+        kept = made.spread(knots)
+        parts = tqdm(list(slices(len(x), chunk_size)), desc="teacher", disable=not progress)
+        states, slopes, data = _joined(
+            made.path(ode.subset(part, len(x)), x[part], part.start, kept, dtype or x.dtype) for part in parts
+        )
+        final = (ode.schedule.alpha(t_end) * data).to(x.dtype) if ode.is_data(t_end) else None
+        clean = x.detach().cpu() if ode.is_data(t_start) else final
+        times = torch.tensor(made.knots(kept), dtype=_F64, device="cpu")
+        path = Trajectory(ode.schedule, times, states, slopes, clean, 0, made.size)
+        error = made.error(ode, x, path.final)
+    record = TeacherRecord(
+        origin=Origin.of(ode, x),
+        options=TeacherOptions(SOLVER, made.sigma_min, steps, knots, _name(dtype)),
+        t_start=made.t_start,
+        t_end=made.t_end,
+        conditions=conditions_digest(ode),
+        evaluations=spent.evaluations,
+        sample_evaluations=spent.samples,
+        data_size=made.size,
+        error=error,
+    )
+    return Teacher(x.detach().cpu().clone(), replace(path, evaluations=spent.evaluations), record)
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """States and slopes [K, B, ...] and data estimates [B, ...] of all parts of a batch."""
+    states, slopes, data = zip(*parts, strict=True)
+    return torch.cat(states, dim=1), torch.cat(slopes, dim=1), torch.cat(data)
+
+
+def _check_storage(x: Tensor, chunk_size: int | None, knots: int | None, dtype: torch.dtype | None) -> None:
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size, least=1)
+    if knots is not None:
+        check_whole("knots", knots, least=6)
+    if dtype is not None:
+        check_choice("dtype of a teacher's states", dtype, (*_HALVES, x.dtype))
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 _TENSORS = ("initial", "knots", "states", "slopes")
