@@ -58,8 +58,8 @@ def answered(
     finally:
         for name, net in own.items():
             del net.forward
-            if kept[name] is not None:
-                net.forward = kept[name]  # as a hook of offloading has it
+            if (own_forward := kept[name]) is not None:
+                net.forward = own_forward  # as a hook of offloading has it
 
 
 def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callable[..., Any]:

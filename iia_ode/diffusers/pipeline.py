@@ -145,7 +145,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     inputs, and adapters included. The function calls the pipeline a few times, to learn the shape of its states. A pipeline
     whose call takes no initial state makes two steps at each evaluation, and its networks compute in the second step only.
     Pipelines compute without gradients: a fit takes its weights in closed form. Where the call draws random numbers, as for
-    masked images, every evaluation has the same draws. Features by the index of a step have the first step.
+    masked images, every evaluation has the same draws. Networks that depend on the index of a step get the first index.
 
     Parameters
     ----------

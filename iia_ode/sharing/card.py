@@ -96,7 +96,7 @@ def _settings(record: Record) -> Iterator[tuple[str, str]]:
     yield "guidance scale", str(scale) if isinstance(scale, Scales) else f"{scale:g}"
     if origin.guidance_rescale:
         yield "guidance rescaled by", f"{origin.guidance_rescale:g}"
-    if origin.time != Told():
+    if origin.time != Told("t"):
         yield "time that the model is told", str(origin.time)
     yield "state", f"[{', '.join(map(str, origin.state_shape))}] {origin.state_dtype}"
     if origin.conditioning:
