@@ -349,6 +349,19 @@ def test_half_precision_costs_no_more_than_under_a_scheduler_of_diffusers(schedu
     assert errors[0] < 1.5 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "unipc"])
+def test_nothing_is_read_from_the_device_of_a_pipeline(name: str) -> None:
+    scheduler = IIAScheduler.of(name, tiny.sd_scheduler())
+    scheduler.set_timesteps(4, device="meta")  # a read from this device is an error
+    for dtype in (torch.float32, torch.float16):
+        scheduler.set_timesteps(4, device="meta")
+        x = torch.empty(2, 4, 8, 8, device="meta", dtype=dtype)
+        x = scheduler.add_noise(x, x, scheduler.timesteps[:1])
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.empty_like(x), t, x.clone(), return_dict=False)[0]
+        assert x.dtype == dtype and scheduler.sigmas.device.type == "cpu"
+
+
 def test_copies_in_the_middle_of_a_run_go_on_alone(sd: Any, scheduler: Any) -> None:
     final = draw(sd, scheduler)
     steps, copies = [], []

@@ -42,7 +42,7 @@ def answered(
     The outputs of a first step have no effect on the answer of a pipeline, except by their shapes.
     """
     own = {name: net for name, net in networks.items() if not hasattr(net, "_orig_mod")}  # compiled ones compute
-    kept = {name: vars(net).get("forward") for name, net in own.items()}
+    kept: dict[str, Any] = {name: vars(net).get("forward") for name, net in own.items()}
 
     def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = known.get((name, count)) if waits() else None

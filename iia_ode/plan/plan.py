@@ -19,8 +19,9 @@ from ..transforms import kept_property, transformed
 from .analysis import CanonicalForm, GaussianResponse, canonical_form, gaussian_response
 from .callbacks import Callback
 from .checks import check_code, check_grid
+from .counted import Counted
 from .exact import exact_key
-from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals
+from .instructions import Combine, Evaluate, Instruction
 from .loop import run_plan
 from .maps import LinearMap, PerCondition
 from .moving import moved
@@ -35,7 +36,7 @@ KIND = "plan"
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Counted):
     """A solver on a schedule and a grid, traced to numbers; immutable, and checked when made.
 
     Instruction k (from 1) writes vector k; vector 0 is the initial state. Weights are float64 numbers on the host, float64
@@ -72,64 +73,12 @@ class Plan:
         object.__setattr__(self, "code", tuple(self.code))
         check_code(self)
 
-    # ---- properties --------------------------------------------------------------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """Intervals of the grid."""
-        return len(self.grid) - 1
-
-    @kept_property
-    def nfe(self) -> int:
-        """Model evaluations of one run."""
-        return sum(isinstance(ins, Evaluate) for ins in self.code)
-
-    @property
-    def evaluations_per_step(self) -> tuple[int, ...]:
-        """Model evaluations of each step, in order."""
-        counts = [0]
-        for ins in self.code:
-            if isinstance(ins, Evaluate):
-                counts[-1] += 1
-            elif ins.step is not None:
-                counts.append(0)
-        return tuple(counts[:-1])
-
-    @property
-    def evaluation_times(self) -> tuple[float, ...]:
-        """Times of the evaluations, in order."""
-        return tuple(ins.t for ins in self.code if isinstance(ins, Evaluate))
-
-    @kept_property
-    def starts(self) -> tuple[int | None, ...]:
-        """For each evaluation, k if the evaluated state is the state at grid point k, else None (inside a step)."""
-        points = {(0, self.grid[0]): 0}
-        for k, ins in enumerate(self.code, start=1):
-            if isinstance(ins, Combine) and ins.step is not None:
-                points[self.same[k], self.grid[ins.step]] = ins.step
-        return tuple(points.get((self.same[ins.state], ins.t)) for ins in self.code if isinstance(ins, Evaluate))
-
-    @kept_property
-    def same(self) -> tuple[int, ...]:
-        """For each copy, the index of the original; for every other vector, its own index."""
-        return originals(self.code)
-
-    @kept_property
-    def last_use(self) -> tuple[int, ...]:
-        """For each vector, the last instruction that reads the vector; the vector's own index if no instruction reads it."""
-        return last_uses(self.code)
-
-    @kept_property
-    def peak_vectors(self) -> int:
-        """The most state-sized vectors alive at once during a run, the initial state included."""
-        return most_alive(self.last_use)
+    # ---- comparison and analysis -------------------------------------------------------------------------------------
 
     @kept_property
     def weight_bytes(self) -> int:
         """Memory of tensor weights, linear maps and constants, in bytes on the host."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
-
-    # ---- comparison and analysis -------------------------------------------------------------------------------------
 
     @kept_property
     def _content(self) -> Hashable:
