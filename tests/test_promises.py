@@ -206,7 +206,9 @@ def test_samples_that_differ_in_guidance_or_in_an_attribute_alone_are_no_copies(
 # ---- numbers and paths -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.array, torch.tensor, float], ids=str)
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, np.array, torch.tensor, float], ids=lambda kind: kind.__name__
+)
 def test_every_kind_of_real_number_is_a_number(kind, tmp_path):
     ode, x = ode_of(), noise(16, 3)
     fit = iia.IIA("ddim", guard=False).fit(ode, x, GRID, held_out=kind(0.25))
