@@ -47,7 +47,7 @@ def network() -> tuple[torch.nn.Module, dict[str, Any]]:
     spec.loader.exec_module(module)
     torch.set_rng_state(state)  # the module seeds torch
     net = module.UNet(dim=(32, 16), channels=2, dim_mults=(1, 2, 4, 8), cdn_len=None)
-    net.load_state_dict(torch.load(package / "denoiser_model.pt", map_location="cpu", weights_only=True))
+    net.load_state_dict(torch.load(package / "denoiser_model.pt", map_location="cpu", weights_only=True))  # noqa: TID251  (the package has no other file)
     constants = np.load(package / "constants.npz", allow_pickle=False)
     return net.eval().requires_grad_(False), {name: constants[name] for name in constants.files}
 
