@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_seed, check_whole
 from .errors import FileFormatError, GridError, InputError, NonFiniteError, RankError, one_run, unknown_name
-from .files import read_tensors
+from .files import read_tensors, to_json
 from .forms import conversion
 from .integrate import sample
 from .jacobians import Forward, Products, Reverse, check_derivatives, rounding_of
@@ -154,9 +153,9 @@ class ModelStatistics(StatisticsTables):
             "mode": collector.mode,
             "seed": seed,
             "prediction": ode.prediction,
-            "guidance_scale": scale if isinstance(scale, float) else asdict(scale),
+            "guidance_scale": scale if isinstance(scale, float) else to_json(scale),
             "guidance_rescale": ode.guidance_rescale,
-            "time": asdict(recorded_time(ode.time, ode.time_rounding, ode.schedule)),
+            "time": to_json(recorded_time(ode.time, ode.time_rounding, ode.schedule)),
             "fingerprint": str(ode.fingerprint()),
             "train_mode": bool(in_training(ode)),
             "evaluations": spent.evaluations,

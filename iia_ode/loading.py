@@ -85,7 +85,8 @@ def _found(path: str | os.PathLike[str], revision: str | None, file: str) -> str
             f"revision is for a repository such as 'owner/name', and {str(path)!r} is a local path: omit it."
         )
     own = as_path(path)
-    return own / file if own.is_dir() and (own / file).is_file() else path
+    # Unlike those of Path, these answer no where a name is too long.
+    return own / file if os.path.isdir(own) and os.path.isfile(own / file) else path
 
 
 def _denoiser(path: str | os.PathLike[str], schedule: Schedule | None) -> Any:

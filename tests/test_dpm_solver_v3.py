@@ -644,9 +644,9 @@ def test_tables_that_do_not_fit_are_refused(tables: Any, message: str) -> None:
 def test_arguments_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
     ode = gaussian().ode(iia.EDM())
     with pytest.raises(iia.errors.InputError, match=message):
-        ModelStatistics.estimate(ode, normal(4, 3), **{"grid": [20.0, 0.1], **change})
+        ModelStatistics.estimate(ode, 20 * normal(4, 3), **{"grid": [20.0, 0.1], **change})
     with pytest.raises(iia.errors.UnknownNameError, match="forward"):
-        ModelStatistics.estimate(ode, normal(4, 3), [20.0, 0.1], mode="backward")
+        ModelStatistics.estimate(ode, 20 * normal(4, 3), [20.0, 0.1], mode="backward")
 
 
 def test_a_model_that_is_not_finite_is_reported() -> None:

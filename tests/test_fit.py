@@ -80,7 +80,7 @@ def test_a_fit_starts_from_noise_or_from_states_or_from_a_shape():
 def test_a_fit_takes_exactly_one_of_noise_and_states_and_shape():
     ode = mixture().ode(EDM)
     for bad in ({}, {"noise": NOISE, "x": NOISE}, {"noise": NOISE, "shape": (4,)}, {"x": NOISE, "shape": (4,)}):
-        with pytest.raises(InputError, match=r"one of noise= .* x= .* or shape="):
+        with pytest.raises(InputError, match=r"one of noise= .* x= .* shape= .* or images="):
             fit(ode, 3, **bad)
     with pytest.raises(InputError, match=r"root mean square is 6\.9: pass initial states as x="):
         fit(ode, 3, noise=7.0 * NOISE)

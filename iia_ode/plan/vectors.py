@@ -278,7 +278,7 @@ class Sum:
 
     def __call__(self, read: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """The value of the sum; no vector is changed. `like` [B, ...] gives shape, dtype and device."""
-        if self.numbers_alone:
+        if self.numbers_alone and may_write():
             return _weighted(self.terms, read)
         if isinstance(self.constant, PerCondition):
             raise PlanError(

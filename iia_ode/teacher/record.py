@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..ode.origin import Origin
 
@@ -26,7 +27,7 @@ class TeacherOptions:
     sigma_min: float
     steps: int
     knots: int | None = None
-    dtype: str | None = None
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
 
     def __str__(self) -> str:
         kept = "" if self.knots is None else f", {self.knots} knots"

@@ -310,7 +310,7 @@ def _check_storage(x: Tensor, chunk_size: int | None, knots: int | None, dtype: 
         check_choice("dtype of a teacher's states", dtype, (*_HALVES, x.dtype))
 
 
-def _name(dtype: torch.dtype | None) -> str | None:
+def _name(dtype: torch.dtype | None) -> Any:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
