@@ -67,7 +67,7 @@ class Scales:
 class Interval:
     """A guidance scale within an interval of noise levels, and 1 outside [Kynkaanniemi et al. 2024].
 
-    Outside of the interval, the null condition is not evaluated at single times.
+    At a single time outside of the interval, only the condition is evaluated, and guidance costs nothing.
 
     Parameters
     ----------
