@@ -170,7 +170,7 @@ def _run(
     callback: Callable[[dict[str, Any]], object] | None,
     disable: bool | None,
 ) -> Tensor:
-    """Run a plan; a plan on another schedule keeps states that are larger by the ratio of the schedules' alpha."""
+    """Run a plan. States of a plan on another schedule are scaled by the ratio of the alphas of the two schedules."""
     own = plan.schedule.config() == schedule.config()
     flow = isinstance(schedule, FlowMatching)
 
@@ -199,7 +199,7 @@ def _run(
 
 
 def _steps(plan: Plan) -> dict[int, int]:
-    """The steps by their first evaluation: of the state at the start of the step, or else at the time of the start."""
+    """The step of each first evaluation: at the state of the start of the step, or else at the time of the start."""
     found: dict[int, int] = {}
     for k, t in enumerate(plan.grid[:-1]):
         exact = [e for e, start in enumerate(plan.starts) if start == k]

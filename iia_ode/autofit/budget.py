@@ -27,13 +27,14 @@ class Budget:
 
     Parameters
     ----------
-    draws : minimum number of initial states where no teacher is given. Missing states are drawn as sigma N(0, I), reusing the
-        given conditions evenly. Each state costs a trajectory of the teacher, in memory too, and the work of the fits.
+    draws : minimum number of initial states where no teacher is given. Missing states are drawn as sigma N(0, I), plus the
+        given images if any, reusing the given conditions evenly. Each state costs a trajectory of the teacher, in memory too,
+        and the work of the fits.
     teacher_steps : minimum number of steps of the accurate trajectories; see :meth:`steps`.
     teacher_knots, teacher_dtype : number and dtype (``"float16"`` or ``"bfloat16"``) of the stored states of a trajectory; see
         :meth:`iia_ode.Teacher.solve`. By default a trajectory holds every step in the dtype of the draws, 8 (steps + 1) bytes
         per component in float32. With 20 knots in float16, a teacher of 60 steps takes a sixth of the memory.
-    rounds, descent : of the search for a grid; see :func:`~iia_ode.autofit.search_grid`.
+    rounds, descent : options of the search for a grid; see :func:`~iia_ode.autofit.search_grid`.
     levels : passes of :func:`~iia_ode.autofit.search_levels` over the levels of the best grid.
     warm_starts : whether pipelines with a :class:`~iia_ode.WarmStart` are tried.
     starts : number of closed-form fits that are refined. With 2 or more, the best fit with a warm start and the best fit
@@ -43,8 +44,8 @@ class Budget:
         sample costs a trajectory; only the final state is kept.
     held_out : share of held-out samples, the last of the batch. These samples decide between solvers.
     chunk_size : number of samples per model call, in all processes together.
-    checkpointed : whether refinements recompute each evaluation in the backward pass. For models with large graphs: the memory
-        falls to the memory of a single evaluation of a chunk, and the work of a refinement grows by half.
+    checkpointed : whether refinements recompute each evaluation in the backward pass. The memory of the graph falls to the
+        memory of a single evaluation of a chunk, and the work of a refinement grows by half.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The cost of a search, before anything is spent."""
+"""The expected cost of a search, computed before the search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FitCost:
     Attributes
     ----------
     sample_evaluations : evaluations of single samples, with a backward pass counted as two.
-    teacher : number of them for the accurate trajectories, teacher and last choice together.
+    teacher : the part of `sample_evaluations` for accurate trajectories, of the teacher and of the last choice.
     draws : number of draws.
     memory : bytes of the accurate trajectories on the host; None where the shape of a sample is not known.
     """
@@ -104,7 +104,7 @@ def _candidates(highest: float) -> int:
 
 
 def announce(context: Context, batch: Batch, given: int, finals: int, start: float) -> None:
-    """Log the expected cost, from the time of the model's second call; without a listener nothing is timed."""
+    """Log the expected cost in seconds, by the time of the model's second call; without a listener the model is not called."""
     listens, ranks = context.leads and _log.isEnabledFor(logging.INFO), ranks_of(batch.ode)
     if ranks is not None:  # a call of a distributed model is one in every process
         flag = torch.tensor([listens], dtype=torch.int64, device="cpu")

@@ -32,7 +32,7 @@ class Initial:
     ----------
     t : their time.
     x : the states [B, ...], float32 or float64.
-    signal : their part alpha x_0, [B, ...]; None for pure noise, and where it is not known.
+    signal : part alpha x_0 of the states, [B, ...]; None for pure noise, and for states given as `x`.
     """
 
     t: float
@@ -60,7 +60,7 @@ def initial_states(
 
     Raises
     ------
-    InputError : not one of the four is given, or an argument is not usable.
+    InputError : none or several of the four are given, or an argument is not usable.
     GridError : the level is not usable, or not known.
     """
     named = {name: value for name, value in given.items() if value is not None}
@@ -109,7 +109,8 @@ def _randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
 def start_time(ode: ProbabilityFlowODE, sigma_max: float | None, noise: Tensor | None = None) -> float:
     """The time of the initial states: of level `sigma_max`, or by default the noisiest usable time of the schedule.
 
-    The size of the data behind `noise` decides where the noisiest time of the schedule is not usable.
+    At the noisiest time of the schedule, noise and score prediction may say nothing about the data. The level is then 160
+    times the size of the data, which is estimated from `noise`.
     """
     schedule = ode.schedule
     if sigma_max is not None:
@@ -138,7 +139,7 @@ def levels_of(batch: Batch, start: float, sigma_min: float | None) -> dict[str, 
 
 
 def check_additions(batch: Batch, start: float, data_size: float, added: int) -> None:
-    """Raise InputError if a budget would add draws of pure noise to states that carry images.
+    """Raise InputError if a budget would add draws of pure noise to states that contain images.
 
     `added` is the number of draws that the budget adds, fresh samples for the last choice included.
     """

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as ODEs, solvers of this library as their schedulers, and schedulers and networks in its terms.
+"""diffusers: pipelines as ODEs, solvers as schedulers of pipelines, and networks and schedulers in the terms of this library.
 
 >>> ode = iia.diffusers.ode(pipe, prompt=prompts, guidance_scale=7.5)
 >>> fit = iia.fit(ode, nfe=6, shape=ode.state_shape)

@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's call: those with an entry per prompt, and those that all samples share."""
+"""The arguments of a pipeline's call: arguments with an entry per prompt, and arguments that all samples share."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ _NO_EFFECT = {
     *("num_inference_steps", "timesteps", "sigmas", "latents", "strength", "output_type", "return_dict"),
     *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 }
-"""Arguments of a call without effect on the model."""
+"""Arguments of a call that do not change the model."""
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _TEXTS = ("prompt", "negative_prompt")
 _COUNTS = (*_TEXTS, "class_labels", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
-"""Arguments that tell the number of prompts, in order."""
+"""Arguments whose length is the number of prompts; the first given argument counts."""
 
 
 class Rows(list[Any]):
-    """A list with an entry per sample, as a single value of a condition."""
+    """A list with an entry per sample, which a condition treats as a single value."""
 
 
 def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """The arguments of a call with an entry per prompt, the others, and the number of images per prompt if given.
+    """Split the arguments of a call by prompts.
+
+    Returns
+    -------
+    The arguments with an entry per prompt, the arguments that all samples share, and the number of images per prompt (None if
+    not given).
 
     Raises
     ------
@@ -51,7 +56,7 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def _split(call: Mapping[str, Any], least: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments with an entry per prompt, where there are at least so many prompts, and the others."""
+    """The arguments with an entry per prompt, and the others. With fewer than `least` prompts, all are shared."""
     lengths = (_length(call[name]) for name in _COUNTS if name in call)
     count = next((n for n in lengths if n is not None), None)
     if count is None or count < least:
@@ -77,5 +82,5 @@ def count_of(rows: Mapping[str, Any]) -> int | None:
 
 
 def picked(value: Any, index: list[int]) -> Any:
-    """The entries of an argument for some samples, by their prompts."""
+    """The entries of an argument at the given indices of prompts."""
     return value[index] if isinstance(value, Tensor) else type(value)(value[i] for i in index)

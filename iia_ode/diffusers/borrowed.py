@@ -1,4 +1,4 @@
-"""A pipeline in use by this library: with another scheduler, and afterwards as before."""
+"""Calls of a pipeline by this library: another scheduler during the call, and an unchanged pipeline after the call."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def borrowed(pipe: Any, scheduler: Any, encodings: Bounded[Any, Any]) -> Iterato
 def answered(
     networks: Mapping[str, nn.Module], waits: Callable[[], bool], known: Bounded[Any, Any], count: int
 ) -> Iterator[None]:
-    """A block in which networks return earlier outputs, for the same number of samples, for as long as `waits` says so.
+    """A block in which networks return memoized outputs while ``waits()`` is true.
 
-    The outputs of a first step have no effect on the answer of a pipeline, except by their shapes.
+    A pipeline that takes no initial state makes a first step before the state enters. The outputs of the networks in the first
+    step have no effect on the answer, except by their shapes. The outputs are computed once for each number of samples.
     """
     own = {name: net for name, net in networks.items() if not hasattr(net, "_orig_mod")}  # compiled ones compute
     kept: dict[str, Any] = {name: vars(net).get("forward") for name, net in own.items()}
@@ -63,7 +64,7 @@ def answered(
 
 
 def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callable[..., Any]:
-    """A function of hashable arguments that keeps its results; with other arguments nothing is kept."""
+    """Memoize a function. Calls with a tensor, or with an argument that is not hashable, are not memoized."""
 
     def memoized(*args: Any, **kwargs: Any) -> Any:
         values = [tuple(v) if isinstance(v, list) else v for v in (*args, *kwargs.values())]
@@ -80,7 +81,7 @@ def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callabl
 
 
 def same_draws(generator: Any) -> Any:
-    """A generator with the same state, or of seed 0."""
+    """A copy of a generator, or of each generator in a list; for None, a generator with seed 0."""
     if isinstance(generator, list):
         return [same_draws(g) for g in generator]
     if generator is None:

@@ -103,12 +103,12 @@ def chosen(
     prediction: str,
     otherwise: SolverLike | None,
 ) -> Choice:
-    """The choice of a user, checked against the pipeline's schedule and prediction.
+    """The solvers given by a user, checked against the pipeline's schedule and prediction type.
 
     Raises
     ------
-    InputError : no solver, or two with one number of steps.
-    MismatchError : a solver was made for another schedule or prediction type, or needs conditions.
+    InputError : no solver, or two solvers with the same number of steps.
+    MismatchError : a solver was made for another schedule or prediction type, or has constants per condition.
     """
     second = None if otherwise is None else as_solver(otherwise)
     if isinstance(solver, str | Solver | Mapping):

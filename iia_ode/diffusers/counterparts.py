@@ -1,4 +1,4 @@
-"""Which solver of this library is which scheduler of diffusers, and the table of them all."""
+"""Solvers of this library that make the steps of the schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _FEW = 15  # steps below which lower_order_final of DPM-Solver and DEIS applies
 
 
 def solver_of(scheduler: Any, n: int | None = None) -> Solver:
-    """The solver of this library that does what a scheduler does.
+    """The solver of this library that makes the steps of a scheduler.
 
-    On the grid of :func:`~iia_ode.diffusers.grid_of`, both make the same numbers, apart from ``clip_sample`` and
-    ``thresholding``, which belong to the model here: :func:`~iia_ode.denoisers.static_thresholding` and
-    :func:`~iia_ode.denoisers.dynamic_thresholding`.
+    On the grid of :func:`~iia_ode.diffusers.grid_of`, solver and scheduler return the same numbers. ``clip_sample`` and
+    ``thresholding`` are not part of a solver: :func:`~iia_ode.denoisers.static_thresholding` and
+    :func:`~iia_ode.denoisers.dynamic_thresholding` wrap the ODE instead.
 
     Parameters
     ----------
     scheduler : a scheduler of diffusers.
-    n : steps, by default the steps that the scheduler has. Some schedulers lower their order at the end of few steps.
+    n : number of steps, by default the number of the scheduler. Some schedulers lower their order at the end of few steps.
 
     Returns
     -------
@@ -65,7 +65,7 @@ class _Options:
         return self._n
 
     def choice(self, key: str, *known: Any, default: Any = None) -> Any:
-        """The value of an option, if it has a counterpart."""
+        """The value of an option; InputError for a value without a counterpart."""
         value = self.config.get(key, known[0] if default is None else default)
         if value not in known:
             raise _none(self.scheduler, f"has no counterpart with {key}={value!r}")

@@ -19,16 +19,15 @@ def denoiser(module: nn.Module, *, time: Time | None = "index") -> Denoiser:
 
     Parameters
     ----------
-    module : network called as ``module(x, timestep=t, **conditions)``. A network with another order of arguments (DiT, SD3,
-        Flux) is called by keyword all the same.
-    time : the time that the network is told, by default the timestep of a ``Discrete`` schedule; see ``time`` of
-        :class:`~iia_ode.ProbabilityFlowODE`, which reads the option from the model. ``time_of(scheduler)`` has the time of a
-        scheduler.
+    module : network, called by keywords as ``module(sample=x, timestep=t, **conditions)``, with the network's own names for
+        state and time. The order of the arguments does not matter (DiT, SD3, Flux).
+    time : time that the network is told, as ``time`` of :class:`~iia_ode.ProbabilityFlowODE`; by default the timestep of a
+        ``Discrete`` schedule. The ODE reads the option from the model. ``time_of(scheduler)`` is the time of a scheduler.
 
     Returns
     -------
-    A module that returns one tensor of the shape of x. Its weights, dtype and fingerprint are those of `module`. The model is
-    told the network's own time: an ODE converts times of the schedule.
+    A module that returns one tensor of the shape of x, without channels of a learned variance. Weights, dtype and fingerprint
+    are those of `module`. A direct call takes the network's own time. In an ODE, the ODE converts the time of the schedule.
 
     Raises
     ------
@@ -79,7 +78,7 @@ def _arguments(module: nn.Module) -> tuple[str, str]:
 
 
 def _unwrapped(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and what it wraps: of torch.compile, DataParallel and adapters."""
+    """A module, and the modules inside of torch.compile, DataParallel and adapters."""
     yield module
     for name in ("_orig_mod", "module", "base_model", "model"):
         inner = getattr(module, name, None)

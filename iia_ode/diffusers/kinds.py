@@ -21,13 +21,13 @@ _OTHERS = (
 
 
 def name_of(scheduler: Any) -> str:
-    """The name of the nearest known class of a scheduler without the last word: ``"DDIM"`` for a ``DDIMScheduler``."""
+    """The name of the nearest known class of a scheduler, without "Scheduler": ``"DDIM"`` for a ``DDIMScheduler``."""
     names = [kind.__name__.removesuffix("Scheduler") for kind in type(scheduler).__mro__]
     return next((name for name in names if name in (*EDMS, *FLOWS, *_OTHERS)), names[0])
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """The configuration of a scheduler; InputError for any other object."""
+    """The configuration of a scheduler; InputError for an object that is no scheduler."""
     config = getattr(scheduler, "config", None)
     if config is None or not hasattr(scheduler, "set_timesteps"):
         raise InputError(f"expected a scheduler of diffusers, got {type(scheduler).__name__}.")

@@ -1,4 +1,4 @@
-"""Calls of pipelines as ODEs: guidance, prompts and all else that the pipeline does belong to the model."""
+"""Calls of pipelines as ODEs, whose models include guidance, prompts and all other work of the pipelines."""
 
 from __future__ import annotations
 
@@ -141,32 +141,33 @@ class PipelineODE(ProbabilityFlowODE):
 def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> PipelineODE:
     """The probability-flow ODE of a pipeline's call, for fits, samples and comparisons.
 
-    The model of the ODE is the output that the pipeline hands to its scheduler: guidance and its rescaling, pooled and packed
-    inputs, and adapters included. The function calls the pipeline a few times, to learn the shape of its states. A pipeline
-    whose call takes no initial state makes two steps at each evaluation, and its networks compute in the second step only.
-    Pipelines compute without gradients: a fit takes its weights in closed form. Where the call draws random numbers, as for
-    masked images, every evaluation has the same draws. Networks that depend on the index of a step get the first index.
+    The model of the ODE returns the output that the pipeline hands to its scheduler. The output includes guidance and its
+    rescaling, pooled and packed inputs, and adapters. The function calls the pipeline a few times, to learn the shape of its
+    states. A pipeline whose call takes no initial state makes two steps at each evaluation, and its networks compute in the
+    second step only. Pipelines compute without gradients, so a fit takes its weights in closed form. Where the call draws
+    random numbers, as for masked images, every evaluation has the same draws. Networks that depend on the index of a step get
+    the first index.
 
     Parameters
     ----------
     pipe : a pipeline of diffusers, on its device.
-    whole_timesteps : whether the networks are told whole numbers; by default as the pipeline's :class:`IIAScheduler` does, or
-        else False.
+    whole_timesteps : whether the networks are told whole numbers; by default as in the pipeline's :class:`IIAScheduler`, and
+        False with another scheduler.
     call : arguments of the call, such as ``prompt`` and ``guidance_scale``. Lists and tensors with an entry per prompt
         become conditions: more samples than prompts take the prompts in turn, or in the order of ``num_images_per_prompt``.
         Arguments about steps, outputs and initial states have no effect.
 
     Returns
     -------
-    The ODE. ``ode.state_shape`` is the shape of one sample, and `x` at the noisiest level is standard normal noise.
+    The ODE. ``ode.state_shape`` is the shape of one sample. Initial states at the noisiest level are standard normal noise.
 
     Raises
     ------
-    InputError : no pipeline, an argument that its call does not take, or a call without an ODE.
+    InputError : no pipeline, an argument that its call does not take, or a call that does not cover all noise levels.
 
     Warns
     -----
-    PredictionWarning : on noise, the model does not behave as the prediction type of the scheduler says.
+    PredictionWarning : the output of the model on noise does not look like the prediction type of the scheduler.
 
     Examples
     --------
@@ -204,8 +205,7 @@ def _start(clock: Clock) -> float:
 def _check_prediction(prediction: str, x: Tensor, output: Tensor) -> None:
     """Warn if a model's output on noise x [B, ...] does not look like its prediction type.
 
-    The output of noise prediction is nearly the noise, that of velocity prediction holds the noise, and the others hold
-    nearly none.
+    Outputs of noise and velocity prediction contain the noise; outputs of other prediction types contain nearly no noise.
     """
     share = float((x * output).sum() / (x * x).sum())
     if not math.isfinite(share):

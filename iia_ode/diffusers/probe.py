@@ -37,7 +37,7 @@ class Moment:
 
     Attributes
     ----------
-    timestep : what the pipeline tells its networks.
+    timestep : time that the pipeline tells its networks.
     alpha, sigma : scales of data and noise.
     level : the entry of ``sigmas``: sigma of a flow, else sigma/alpha.
     """
@@ -49,7 +49,7 @@ class Moment:
 
 
 class _Answer(Exception):  # noqa: N818  (the way out of a pipeline)
-    """The output of a pipeline's model, and the evaluated state."""
+    """The output of a pipeline's model, and the evaluated state. Raised to leave the pipeline."""
 
     def __init__(self, output: Tensor, state: Tensor) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases de
 
 
 def _repeated(x: Tensor, rows: int) -> Tensor:
-    """x [B, ...] as many times as `rows` has it; a pipeline may keep a copy of the batch for guidance."""
+    """x [B, ...], repeated up to `rows` rows; a pipeline may hold the batch twice, for guidance."""
     return x.repeat(rows // len(x), *[1] * (x.ndim - 1)) if rows > len(x) else x
 
 

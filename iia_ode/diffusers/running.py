@@ -35,7 +35,7 @@ class PipelineRun:
     ----------
     run : the run, with states in float32 or float64.
     handed : the state that the pipeline got last, or None before the first step.
-    version : version of that state's memory; -1 for a tensor without versions.
+    version : version of the memory of `handed`; -1 for a tensor without versions.
     """
 
     run: Run
@@ -62,7 +62,7 @@ class PipelineRun:
     def accept(self, sample: Tensor) -> None:
         """Take over the state of the next evaluation from the pipeline; nothing is read from a device.
 
-        Entries that are equal to the state that the pipeline got keep the digits that half precision has lost.
+        In half precision, entries that the pipeline did not change keep their digits in float32.
 
         Raises
         ------

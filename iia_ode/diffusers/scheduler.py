@@ -23,11 +23,11 @@ __all__ = ["IIAScheduler"]
 class IIAScheduler(Saved):
     """A scheduler of diffusers that runs the plan of a fitted or classic solver; :meth:`of` makes it.
 
-    The scheduler is deterministic. States are alpha x_0 + sigma noise, in float32 inside for pipelines in half precision.
-    ``num_inference_steps`` counts evaluations. For a classic solver, and for a plan with the same number of evaluations in
-    every step, such as Heun's method, ``num_inference_steps`` counts steps. The configuration is that of the replaced
-    scheduler: other schedulers can be made from the configuration as before. Its ``clip_sample`` and ``thresholding`` have no
-    effect on plans.
+    The scheduler is deterministic. States are alpha x_0 + sigma noise, and states of half precision are kept in float32 inside
+    of the scheduler. ``num_inference_steps`` counts the evaluations of a fitted solver or a plan. For a classic solver, and
+    for a plan with an equal number of evaluations in every step, such as Heun's method, ``num_inference_steps`` counts steps.
+    The configuration is the configuration of the replaced scheduler, from which other schedulers can still be made.
+    ``clip_sample`` and ``thresholding`` in the configuration have no effect.
 
     >>> pipe.scheduler = IIAScheduler.of(fit, pipe.scheduler)
     >>> image = pipe(prompt, num_inference_steps=fit.nfe).images[0]
@@ -78,9 +78,9 @@ class IIAScheduler(Saved):
 
         Raises
         ------
-        InputError : no solver, or a scheduler without deterministic counterpart.
+        InputError : no solver, or a scheduler whose states are not alpha x_0 + sigma noise of unit size.
         UnknownNameError : no such solver.
-        MismatchError : the solver was made for another schedule or prediction type, or needs conditions.
+        MismatchError : the solver was made for another schedule or prediction type, or has constants per condition.
         """
         if isinstance(scheduler, IIAScheduler):
             scheduler = scheduler.replaced
@@ -148,11 +148,11 @@ class IIAScheduler(Saved):
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: Tensor | float) -> int:
-        """The index of a timestep: of this very entry of ``timesteps``, or else of the first nearest value."""
+        """The index of a timestep: its own index for an entry of ``timesteps``, else the index of the first nearest value."""
         return self._order.index(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """The state of the evaluation: `sample` itself, or before the first step of a warm start its image.
+        """The state of the evaluation: `sample`, or before the first step of a warm start the end of the warm start.
 
         Parameters
         ----------

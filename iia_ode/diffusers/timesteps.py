@@ -79,7 +79,7 @@ class Clock:
         Parameters
         ----------
         x, noise : data and noise [B, ...].
-        timesteps : timesteps; the nearest time of `times` with this timestep counts, or else the time of the timestep.
+        timesteps : timesteps. A timestep of an entry of `times` stands for this entry; another timestep is converted.
         times : times of the evaluations.
         """
         told = timesteps.to(x.device, torch.float32).reshape(-1)
@@ -95,7 +95,7 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The order of the timesteps of a run. Nothing is read from a device where the pipeline hands back entries of `timesteps`.
+    """The order of the timesteps of a run. For entries of `timesteps`, nothing is read from a device.
 
     Attributes
     ----------
@@ -107,12 +107,12 @@ class Order:
     values: tuple[float, ...]
 
     def index(self, timestep: Tensor | float) -> int:
-        """The index of a timestep: of this very entry of `timesteps`, or else of the first nearest value."""
+        """The index of a timestep: its own index for an entry of `timesteps`, else the index of the first nearest value."""
         found = self._found(timestep)
         return self._nearest(float(timestep)) if found is None else found
 
     def check(self, timestep: Tensor | float, k: int, name: str) -> None:
-        """Raise InputError if the timestep is known to be another one than number k; `name` is the subject of the message."""
+        """Raise InputError if the timestep is known to differ from timestep k; `name` is the subject of the message."""
         if k >= len(self.values):
             raise InputError(
                 f"{name} has made its {len(self.values)} evaluations: call set_timesteps before the next run."
@@ -145,9 +145,9 @@ _NEAR = 1e-3  # between timesteps that are one, rounded to float32
 
 
 def order_of(plan: Plan) -> int:
-    """Evaluations in every step but the last, which may have fewer; 1 for a plan with other counts.
+    """The number of evaluations per step, if all steps agree (the last step may have fewer); otherwise 1.
 
-    Pipelines count ``num_inference_steps`` in steps of this many evaluations.
+    Pipelines count ``num_inference_steps`` in units of this order.
     """
     *rest, last = plan.evaluations_per_step
     order = max(rest, default=last)

@@ -32,17 +32,22 @@ _WHOLE = 1e-3  # distance from a whole timestep that is rounding of float32
 def schedule_of(scheduler: Any) -> Schedule:
     """The noise schedule of a scheduler of diffusers.
 
+    - ``FlowMatching`` for flow-matching schedulers and for ``use_flow_sigmas``,
+      with ``reverse=True`` for ``invert_sigmas`` and MiniMax-H3;
+    - ``EDM`` with the levels of the configuration for EDM schedulers;
+    - ``Cosine`` for IPNDM and for continuous timesteps (Stable Video Diffusion, Stable Audio);
+    - ``Discrete`` with the table of the scheduler for all others.
+
+    In a table with zero terminal SNR, 1e-30 replaces a last entry of 0. A last entry of 2^-24, as of some schedulers, stays;
+    lower entries before the last are raised just above the last.
+
     Parameters
     ----------
     scheduler : a scheduler of diffusers.
 
     Returns
     -------
-    ``FlowMatching`` for flow-matching schedulers and for ``use_flow_sigmas``, with ``reverse=True`` for ``invert_sigmas`` and
-    MiniMax-H3; ``EDM`` with the levels of the configuration for EDM schedulers; ``Cosine`` for IPNDM and for continuous
-    timesteps (Stable Video Diffusion, Stable Audio); and ``Discrete`` with the table of the scheduler for all others. In a
-    table with zero terminal SNR, the last entry is 1e-30 in place of 0. Schedulers that put 2^-24 there keep it, and the few
-    lower entries before it are raised to it.
+    The schedule of the states alpha x_0 + sigma eps of the scheduler.
 
     Raises
     ------
@@ -120,13 +125,13 @@ def time_of(scheduler: Any) -> str | Callable[[Tensor], Tensor] | None:
 def grid_of(scheduler: Any, n: int | None = None, *, tokens: int | None = None, **options: Any) -> Tensor:
     """The times through which a scheduler passes, repeats removed.
 
-    Every spacing, ``use_karras_sigmas`` and other rules of levels, shift and dynamic shifting are those of the scheduler.
+    The scheduler itself computes the times, with its spacing, its rule of levels (as ``use_karras_sigmas``) and its shift.
 
     Parameters
     ----------
     scheduler : a scheduler of diffusers, which stays as it is.
-    n : steps, for ``set_timesteps`` on a copy; by default the steps that the scheduler has.
-    tokens : number of image tokens, from which dynamic shifting has its ``mu`` by the configuration (Flux: pixels / 256).
+    n : number of steps, for ``set_timesteps`` on a copy; by default the steps that the scheduler has.
+    tokens : number of image tokens (Flux: pixels / 256). Dynamic shifting computes ``mu`` from the number.
     options : further arguments of ``set_timesteps``, such as ``mu`` or ``sigmas``.
 
     Returns
@@ -153,7 +158,7 @@ def grid_of(scheduler: Any, n: int | None = None, *, tokens: int | None = None, 
 
 
 def _decreasing(table: list[float]) -> Tensor:
-    """A table of alpha_bar whose last entry a scheduler changed, for zero terminal SNR, without its rise at the end."""
+    """A table of alpha_bar, made decreasing: for zero terminal SNR, a scheduler may have changed the last entry."""
     table[-1] = table[-1] or _ZERO
     for k in range(len(table) - 2, -1, -1):
         if table[k] > table[k + 1]:
@@ -184,7 +189,7 @@ def _with_steps(
 
 
 def _times_of_levels(scheduler: Any, schedule: Schedule, name: str, config: dict[str, Any]) -> Tensor:
-    """The times of the levels of a scheduler; float32 levels of whole timesteps are these timesteps."""
+    """The times of the levels of a scheduler. The float32 level of a whole timestep gives the whole timestep."""
     if name == "IPNDM":
         sigma: Tensor = scheduler.betas.to(_F64).cpu()
         levels = sigma / (1 - sigma**2).sqrt()
@@ -203,7 +208,7 @@ def _times_of_levels(scheduler: Any, schedule: Schedule, name: str, config: dict
 
 
 def _whole_timesteps(scheduler: Any, name: str, config: dict[str, Any]) -> Tensor:
-    """The timesteps of a scheduler without levels, and the timestep or the data where its last step ends."""
+    """The timesteps of a scheduler without levels, and the time at the end of its last step."""
     times: Tensor = scheduler.timesteps.to(_F64).cpu()
     if name == "PNDM" and not config.get("skip_prk_steps"):  # three steps of four calls
         times = torch.cat([times[:12:4], times[12:]])

@@ -1,4 +1,4 @@
-"""Conditions of many samples: an entry per seed, by position, or a function from a seed to the conditions of one sample."""
+"""Conditions of many samples: entry k for seed k of a list, or a function from a seed to the conditions of one sample."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Conditions:
 
 
 def conditions_of(ode: ProbabilityFlowODE, given: Given, seeds: Sequence[int]) -> Conditions:
-    """The ODE under the given conditions; conditions of the ODE itself stay where no other value is given.
+    """The ODE under the given conditions; the ODE keeps its own conditions for names without a given value.
 
     Raises
     ------

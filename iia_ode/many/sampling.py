@@ -70,7 +70,7 @@ def sample_many(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Samples:
-    """Draw a sample for each seed and write the samples to a folder; go on where an earlier call was stopped.
+    """Draw a sample for each seed and write the samples to a folder. A second call goes on where a stopped call ended.
 
     Sample k starts from ``sigma * seeded_noise([seeds[k]], shape)``, with the sigma of the first time of the grid. The noise
     depends on the seed alone. Batch k holds the seeds from ``k * batch`` on, in every process and after every interruption.
@@ -84,15 +84,16 @@ def sample_many(
 
     Parameters
     ----------
-    ode : the model with its schedule. A process of several has a model on a device of its own.
+    ode : the model with its schedule. With several processes, the model of each process is on a device of its own.
     solver : a registered name, a :class:`~iia_ode.Solver`, a fitted solver or a plan.
     seeds : seeds of the samples, different whole numbers from 0 to below 2**32, such as ``range(50_000)``.
     shape : shape of one sample.
-    out : folder of the samples. The folder gets a ``manifest.json`` with everything that determines the samples.
-    conditions : conditions by name with an entry per seed, by position, [len(seeds), ...] or a list of texts; a tensor, if the
-        ODE has a single condition; or a function from a seed to the conditions of one sample by name, tensors without batch
-        axis, numbers or texts. Conditions of the ODE itself stay where no other value is given; conditions and guidance scales
-        with len(seeds) entries are taken by position.
+    out : folder of the samples. The folder gets a ``manifest.json`` that describes the run. Of a function of conditions, the
+        manifest has the values for the first and the last seed; of `decode`, the name.
+    conditions : conditions by name, tensors [len(seeds), ...] or lists of texts, where entry k belongs to ``seeds[k]``; a
+        tensor, if the ODE has a single condition; or a function from a seed to the conditions of one sample by name, tensors
+        without batch axis, numbers or texts. The ODE keeps its own conditions for names without a given value. If these
+        conditions or the guidance scale have len(seeds) entries, entry k belongs to ``seeds[k]``.
     grid : float64 [N + 1] times; omitted for a fitted solver or a plan.
     batch : samples per model call.
     format : ``"safetensors"``, a file per batch with tensors ``samples`` and ``seeds``; or ``"png"``, a file per sample with

@@ -1,4 +1,4 @@
-"""Names that a model's own code assigns or changes in place: counters and memory, which are no part of its identity."""
+"""Names that a model's own code assigns or changes in place: counters and memory, no part of the model's identity."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ _MUTATORS = {
 
 
 def changed_names(codes: Iterable[CodeType], kinds: Iterable[type]) -> frozenset[str]:
-    """Names of variables and attributes that some code changes.
+    """Find the variables and attributes that the code of a model changes.
 
     Parameters
     ----------
     codes : the code of the model's functions.
-    kinds : classes of the model's objects. Their methods ``__call__``, ``forward`` and ``output`` count, and every method
-        whose name appears in code that counts.
+    kinds : classes of the model's objects. The search begins with the methods ``__call__``, ``forward`` and ``output`` of the
+        classes, and follows every method whose name appears in code already found.
+
+    Returns
+    -------
+    The names of the changed variables and attributes.
     """
     found = [_effects(code) for code in codes]
     methods: dict[str, list[CodeType]] = {}
@@ -63,17 +67,17 @@ def changed_names(codes: Iterable[CodeType], kinds: Iterable[type]) -> frozenset
 
 
 def globals_of(code: CodeType) -> tuple[str, ...]:
-    """Names of the global variables that some code reads, in the order of their first use."""
+    """Names of the global variables that a function's code reads, in the order of first use."""
     return _effects(code).globals
 
 
 @dataclass(frozen=True)
 class _Effects:
-    """What a function's code, with the functions inside, does to names.
+    """The effects of a function's code on names, inner functions included.
 
     Attributes
     ----------
-    changed : names of variables and attributes that are assigned, and of objects that are changed in place.
+    changed : names of assigned variables and attributes, and names of objects changed in place.
     read : names of attributes and global variables.
     globals : names of global variables, in order.
     """
@@ -112,7 +116,7 @@ def _effects(code: CodeType) -> _Effects:
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
-    """The code and all code inside."""
+    """The code of a function, and the code of all functions inside."""
     yield code
     for const in code.co_consts:
         if isinstance(const, CodeType):

@@ -58,7 +58,7 @@ class Told:
 
 
 def checked_time(time: object, schedule: Schedule) -> Time | None:
-    """`time`, if a model can be told such a time.
+    """Return `time`, the option of an ODE, after a check.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def checked_time(time: object, schedule: Schedule) -> Time | None:
 
 
 def checked_rounding(rounding: object) -> Rounding | None:
-    """`rounding`, if it is None or the name of a rounding; otherwise raise UnknownNameError."""
+    """Return `rounding`, if None or the name of a rounding; otherwise raise UnknownNameError."""
     if rounding is not None and rounding not in _ROUNDINGS:
         raise unknown_name("time_rounding", rounding, _ROUNDINGS)
     return cast("Rounding | None", rounding)
@@ -115,12 +115,12 @@ def told(time: Time | None, rounding: Rounding | None, schedule: Schedule, t: Te
 
 
 def _wide(t: Tensor) -> Tensor:
-    """Times in float64 on the host; elsewhere in float64 only if they were brought in float64."""
+    """Times in float64 on the host. On another device, float64 times stay float64 and other times become float32."""
     return t.to(torch.float64 if t.is_cpu or t.dtype == torch.float64 else torch.float32)
 
 
 def _called(function: Callable[[Tensor], Tensor], t: Tensor | float) -> Tensor | float:
-    """A function's time. The function always receives a tensor with a batch axis."""
+    """The value of a function at time t. The function always receives a tensor with a batch axis."""
     times = torch.tensor([t], dtype=torch.float64, device="cpu") if not isinstance(t, Tensor) else t.reshape(-1)
     try:
         value: object = function(times)
@@ -151,7 +151,7 @@ def _rounded(value: Tensor | float, rounding: Rounding) -> Tensor | float:
 
 
 def recorded_time(time: Time | None, rounding: Rounding | None, schedule: Schedule) -> Told:
-    """The record of what a model is told."""
+    """The record of the time that a model is told."""
     if time is None or isinstance(time, str):
         return Told(time or "t", rounding)
     return Told("function", rounding, _values(time, schedule))
@@ -172,7 +172,7 @@ def same_time(one: Told, other: Told, schedule: Schedule) -> bool:
 
 
 def _values(time: Time | None, schedule: Schedule) -> tuple[float | None, ...]:
-    """What a model is told at levels that the schedule has, equidistant in log-SNR from noise to data."""
+    """The told times at nine levels of the schedule, equidistant in log-SNR from noise to data."""
     noise, data = (max(-_FARTHEST, min(_FARTHEST, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
     lams = torch.linspace(noise, data, _PROBES, dtype=torch.float64, device="cpu").tolist()
     return tuple(_value(time, schedule, schedule.t_of_lam(lam)) for lam in lams)

@@ -1,4 +1,4 @@
-"""The identity of a model: a hash of its weights that wrappers, compilation and casts leave alone."""
+"""The identity of a model: a hash of its weights, which wrappers, compilation and casts do not change."""
 
 from __future__ import annotations
 
@@ -52,20 +52,23 @@ class Fingerprint(str):
     """The identity of a model as text, such as ``"0e6e1a2b-f1f0...-b77c...-h90ab..."``.
 
     The first part is a hash of the names and shapes of the weights (parameters and buffers). Each further part is a hash of
-    all their values in one precision: d float64, f float32, b bfloat16, h float16. A fingerprint has a part for the model's
-    own precision and a part for each lower precision. Two fingerprints are equal if they agree in the highest precision that
-    both have: a model equals its own cast to half precision, and two models in float32 are equal only if all values are equal.
-    A bfloat16 and a float16 cast of one model have no common precision, and are not equal.
+    all values in a precision: d float64, f float32, b bfloat16, h float16. A fingerprint has a part for the model's
+    own precision and a part for each lower precision. Two fingerprints are equal if they agree in the highest precision of
+    both. A model therefore equals its own cast to half precision, and two models in float32 are equal only if all values are
+    equal. A bfloat16 cast and a float16 cast of a model have no common precision, and are not equal.
 
-    Names are read without the prefixes of wrappers (``module.``, ``_orig_mod.``) and without a prefix of all names. Running
-    statistics of normalization layers count as weights; counters of calls and buffers outside of the ``state_dict`` that the
-    model changes do not. A weight under several names counts under each. The hash of a module covers weights and no
-    code: two modules with equal weights and different arithmetic have equal fingerprints. The hash of a function, partial or
-    bound method covers the modules and parameters that it uses. The code of a function counts too, with the numbers and
-    strings that it uses, also in lists, tuples and dicts. Values that the model's own code changes, such as a count of
-    calls, do not count.
+    Prefixes of wrappers (``module.``, ``_orig_mod.``) and a prefix common to all names are removed from the names. A weight
+    with several names is hashed under each name. The hash includes:
 
-    The fingerprint of a model without weights begins with ``"unknown"``: such a model is identified by its code alone. A `tag`
+    - the weights of a module, with the running statistics of normalization layers. The code of a module is not included: two
+      modules with equal weights and different arithmetic have equal fingerprints;
+    - the modules and parameters that a function, partial or bound method uses;
+    - the code of a function, and its numbers and strings, also inside of lists, tuples and dicts.
+
+    The hash excludes counts of batches of normalization layers and averages, values that the model's own code changes, such as
+    a count of calls, and buffers outside of the ``state_dict`` that the model changes.
+
+    The fingerprint of a model without weights begins with ``"unknown"``, because only the code identifies the model. A `tag`
     of the ODE replaces the whole fingerprint.
     """
 
@@ -78,7 +81,7 @@ class Fingerprint(str):
 
     @property
     def values(self) -> str:
-        """The part about the values of the weights, or the tag; empty for an unknown model. The same in every process."""
+        """The part about the values of the weights, or the tag; empty for an unknown model. Equal in every process."""
         model, plus, change = self.partition("+")
         own = model.partition("-")[2] if _WEIGHTS.fullmatch(model) else model
         return f"{own}{plus}{change}" if self.known else change
@@ -119,14 +122,14 @@ class Fingerprint(str):
 
 
 def checked_tag(tag: object) -> str | None:
-    """`tag`, if it is None or text; otherwise raise InputError."""
+    """Return `tag`, if None or text; otherwise raise InputError."""
     if tag is None or (isinstance(tag, str) and tag):
         return tag
     raise InputError(f"a tag is the name of the model as text, such as 'my-model-v2', got {tag!r}.")
 
 
 def fingerprint_of(model: object, tag: str | None = None) -> Fingerprint:
-    """The fingerprint of a model: of its tag, or of its weights, which are read with one transfer from the device."""
+    """The fingerprint of a model: of its tag if any, or of its weights, read with a single transfer from the device."""
     if tag is not None:
         return Fingerprint(f"tag-{tag}")
     with outside():
@@ -152,7 +155,7 @@ def _read(model: Any) -> Fingerprint:
 
 
 _LAST: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Fingerprint]] = WeakKeyDictionary()
-"""The last fingerprint of each model, with the mark of the weights behind it."""
+"""The last fingerprint of each model, with the mark of its weights at the time."""
 
 
 # ---- the parts of a model --------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ class Parts:
         self._seen: dict[int, Any] = {}
 
     def add(self, value: Any, name: str, deep: bool = True) -> None:
-        """Add a value and, with `deep`, whatever it holds or calls."""
+        """Add a value, and with `deep` also the contents of the value and the functions that the value calls."""
         if isinstance(value, _PLAIN):
             if not (isinstance(value, str) and _DEVICE.fullmatch(value)) and name.rpartition(".")[2] not in _RANKS:
                 self._named[len(self.pieces)] = name
@@ -256,7 +259,7 @@ class Parts:
                 self.add(v, f"{name}.{key}", deep=callable(v))
 
     def _add_argument(self, value: Any, name: str) -> None:
-        """Add an argument of a partial, which never changes: tensors count too."""
+        """Add an argument of a partial. Arguments never change, so tensors are included."""
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.tensors.append((name, value))
         else:
@@ -296,7 +299,7 @@ def _class_values(kind: type) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a number, text or the like, or a list, tuple or dict of such values."""
+    """Whether a value is a number, text or another plain value, or a list, tuple or dict of plain values."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):
@@ -339,7 +342,7 @@ def _hash(data: bytes, length: int) -> str:
 
 @torch.no_grad()
 def _mark(parts: Parts) -> tuple[Any, ...]:
-    """A mark of the weights as they are in memory, equal only if they are unchanged; cheaper than the fingerprint.
+    """A mark of the weights in memory, cheaper than the fingerprint; two marks are equal only if no weight has changed.
 
     The version of a tensor alone does not show writes through ``.data``.
     """

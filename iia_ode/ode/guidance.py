@@ -67,13 +67,13 @@ class Scales:
 class Interval:
     """A guidance scale within an interval of noise levels, and 1 outside [Kynkaanniemi et al. 2024].
 
-    Outside of the interval, guidance costs nothing.
+    At a single time outside of the interval, only the condition is evaluated, and guidance costs nothing.
 
     Parameters
     ----------
     scale : w within the interval.
     low, high : the interval, levels sigma/alpha with low < level <= high. EDM's levels are the levels of the paper.
-    schedule : the schedule of the ODE, which has the levels of times.
+    schedule : the schedule of the ODE, for the conversion of times to levels.
 
     Raises
     ------
@@ -107,7 +107,7 @@ class Interval:
 
 
 def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
-    """A guided output [B, ...] whose standard deviation over each sample moves to that of the condition, by a share."""
+    """Move the standard deviation of each sample of `guided` [B, ...] to the standard deviation of `condition`, by a share."""
     if guided.ndim < 2:
         return guided
     axes = tuple(range(1, guided.ndim))
@@ -120,7 +120,7 @@ def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
 
 
 def checked_scale(value: object) -> Scale:
-    """`value` as a guidance scale.
+    """Return `value` as a guidance scale, after a check.
 
     Raises
     ------

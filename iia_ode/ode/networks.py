@@ -28,13 +28,14 @@ def by_level(networks: Mapping[float, Callable[..., Tensor]]) -> ByLevel:
 
     Returns
     -------
-    A model for :class:`~iia_ode.ProbabilityFlowODE`, which chooses the network. All networks have the same prediction type,
+    A model for :class:`~iia_ode.ProbabilityFlowODE`. The ODE chooses the network. All networks have the same prediction type,
     conditions and told time. The fingerprint covers all networks and their ranges. For times in a tensor on a device, or with
     several ranges in one batch, every network is evaluated on the whole batch.
 
     Raises
     ------
-    InputError : the levels are not numbers from 0 on, or a network is not callable, or the networks are told different times.
+    InputError : the levels are not finite numbers with 0 as the lowest, a network is not callable, or the networks differ in
+        the told time or in the shape of a state.
 
     Examples
     --------
@@ -79,7 +80,7 @@ class ByLevel(nn.Module):
         )
 
     def at(self, schedule: Schedule, t: Tensor | float) -> Callable[..., Tensor]:
-        """The network for time t of the schedule, a number or a tensor [] or [B]; or all networks, joined per sample."""
+        """The network for time t of the schedule, a number or a tensor [] or [B]; for several ranges, all networks joined."""
         if isinstance(t, Tensor):
             level = schedule.noise_to_signal(t)
             if transformed() or not level.is_cpu or not readable(level):

@@ -21,7 +21,10 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def names_a_repo(path: object) -> bool:
-    """Whether a path is the name of a repository, "owner/name": neither the path nor a local folder "owner" exists."""
+    """Whether a path is the name of a repository, "owner/name".
+
+    A path is no such name if the path or a local folder "owner" exists, or if the path ends in ".safetensors".
+    """
     if not isinstance(path, str) or not _REPO.fullmatch(path) or os.path.exists(path):
         return False
     return not path.endswith(".safetensors") and not os.path.isdir(path.partition("/")[0])

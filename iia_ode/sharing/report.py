@@ -40,7 +40,7 @@ def table_of(reports: tuple[StepReport, ...]) -> str:
 
 
 def table_of_weights(plan: Plan) -> str:
-    """The weights of a plan on its initial state and its data estimates: a row per evaluated state, and a row for the last.
+    """The weights of a plan on its initial state and its data estimates: a row per evaluated state and for the final state.
 
     Linear maps have a table for each group. Maps with many groups, as in a warm start, have a single table of means.
     """
@@ -127,7 +127,7 @@ def _beyond(search: SearchRecord | None) -> str:
 
 
 def _refined(search: SearchRecord) -> str:
-    """Iterations on the training samples; a last fit has further iterations on all samples."""
+    """The iterations of a refinement on the training samples, in words; empty without a refinement."""
     if (refinement := search.refinement) is None:
         return ""
     return f": a fit in closed form, then {refinement.best} of {refinement.iterations} iterations over all weights and times"

@@ -1,4 +1,4 @@
-"""Guidance scales that a fit serves: its errors at further scales, against solvers without a fit."""
+"""The guidance scales that a fit serves: errors at further scales, compared with solvers without a fit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def at_scale(ode: ProbabilityFlowODE, scale: float) -> ProbabilityFlowODE:
 
 
 def checked_scales(scales: object, own: float | Scales) -> list[float]:
-    """Guidance scales in order; InputError unless there is at least one, and all are numbers, as the scale of the fit is."""
+    """Sort guidance scales; InputError for none, for an entry that is no number, and for a fit with a scale by time."""
     if isinstance(own, Scales) and own.kind == "per time":
         raise InputError(
             f"the guidance scale of this fit is a function of the time ({own}), and serves measures numbers."
@@ -70,7 +70,10 @@ def measured(
 
 
 def range_of(served: Sequence[Served], own: float | Scales) -> tuple[float, float] | None:
-    """The range around the scale of the fit in which the fit beats the solvers without a fit at every measured scale."""
+    """The range around the scale of the fit in which no solver without a fit is better, at any measured scale.
+
+    None if the scale of the fit is not finite.
+    """
     low, high = own.range if isinstance(own, Scales) else (own, own)
     below = [s for s in served if s.scale <= low][::-1]
     above = [s for s in served if s.scale >= high]

@@ -46,8 +46,8 @@ _FEWER = 1.5  # ratio of the numbers of steps for the estimate of the error
 class Integration:
     """A fourth-order integration from `t_start` to `t_end`.
 
-    The first steps of a multistep method have lower orders. The steps therefore grow smoothly from the start: the length of
-    the first step is of the order of the square of a later step, so that the whole integration keeps its order.
+    The first steps of a multistep method have lower orders. The steps therefore grow smoothly from the start. The length of
+    the first step is of the order of the square of a later step, and the whole integration keeps its order.
 
     Attributes
     ----------
@@ -83,10 +83,10 @@ class Integration:
 
         Parameters
         ----------
-        ode, x, t_start, t_end, steps : the model, its states and the interval.
-        sigma_min : by default the smallest level of the model, or `last` if that is lower.
-        size : by default an estimate from a few samples.
-        last : level of the last evaluation of a grid; by default there is none.
+        ode, x, t_start, t_end, steps : the model, its states, the interval and the number of steps.
+        sigma_min : by default the smallest level of the model, or `last` if `last` is lower.
+        size : root mean square of the data; by default an estimate from a few samples.
+        last : level of the last evaluation of the grid that the trajectories serve; by default no grid.
 
         Raises
         ------
@@ -149,7 +149,9 @@ class Integration:
     def path(
         self, ode: ProbabilityFlowODE, x: Tensor, first: int, kept: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled states and slopes [K, B, ...] at some grid points, and the last data estimate [B, ...]; on the host.
+        """States and slopes [K, B, ...] at some grid points, and the last data estimate [B, ...]; on the host.
+
+        The states are divided by hypot(size alpha, sigma), and the slopes are derivatives by u = asinh(size alpha / sigma).
 
         Parameters
         ----------

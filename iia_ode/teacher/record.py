@@ -1,4 +1,4 @@
-"""The account of a teacher, written into its file and into the fits made with it."""
+"""The record of a teacher, written into the file of the teacher and into the fits made with the teacher."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["TeacherOptions", "TeacherRecord"]
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """How the accurate trajectories were made.
+    """Options of the accurate trajectories.
 
     Attributes
     ----------
     solver : name of the solver.
     sigma_min : level sigma/alpha at which the data estimate replaces the data.
     steps : number of steps.
-    knots : number of stored states per sample; None for one per step.
+    knots : number of stored states per sample; None for all `steps` + 1.
     dtype : dtype of the stored states; None for the dtype of the initial states.
     """
 
@@ -37,12 +37,12 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """The account of a teacher.
+    """The record of a teacher.
 
     Attributes
     ----------
     origin : the ODE and the states.
-    options : how its trajectories were made.
+    options : options of the trajectories.
     t_start, t_end : times of the initial and of the final states.
     conditions : digest of the conditions' values; None for a part of a batch.
     evaluations, sample_evaluations : cost of the trajectories, in model calls and in samples.

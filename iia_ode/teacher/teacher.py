@@ -45,7 +45,7 @@ class Teacher:
     ----------
     initial : initial states [B, ...], float32 or float64, on the host.
     path : states and slopes at the knots; see :class:`~iia_ode.reference.Trajectory`.
-    record : provenance of the trajectories.
+    record : the origin, options and cost of the trajectories.
 
     Raises
     ------
@@ -92,8 +92,8 @@ class Teacher:
         data_size : root mean square of the data, the unit of the noise levels; by default estimated by a coarse integration of
             a few samples.
         chunk_size : samples per model call; by default the whole batch.
-        knots : number of stored states per sample, at least 6; by default `steps` + 1. Each is stored with its slope. The
-            states between the knots are interpolated by polynomials of degree 11.
+        knots : number of stored states per sample, at least 6; by default `steps` + 1. A slope is stored with each state.
+            States between the knots are interpolated by polynomials of degree 11.
         dtype : dtype of the stored states, float16 or bfloat16; by default the dtype of x. Final states at the data keep the
             dtype of x.
         progress : show a bar over the chunks.
@@ -131,8 +131,8 @@ class Teacher:
 
         Parameters
         ----------
-        grid : times, float64 [N + 1]. At the data, `sigma_min` is the default of :meth:`solve`, or the level of the grid next
-            to the data if that is lower.
+        grid : times, float64 [N + 1]. For a grid with an end at the data, `sigma_min` is the default of :meth:`solve`, or the
+            level of the grid next to the data if the latter is lower.
         ode, x, steps, chunk_size, progress : as for :meth:`solve`, also in the errors.
 
         Returns
