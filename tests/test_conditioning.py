@@ -540,8 +540,8 @@ def test_a_scale_of_time_has_a_derivative_by_the_time():
 @pytest.mark.parametrize(
     "scale",
     [
-        "5", True, None, [2.0, 3.0], np.array(["5"]), math.inf, torch.tensor([1.0, math.nan]), torch.ones(2, 2), torch.ones(2) * 1j,
-        float, torch.ones(0),
+        "5", True, None, [2.0, 3.0], np.array("5"), math.inf, torch.tensor([1.0, math.nan]), torch.ones(2, 2),
+        torch.ones(2) * 1j, float, torch.ones(0),
     ],
     ids=str,
 )  # fmt: skip

@@ -146,7 +146,8 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         -------
         The velocity [B, ...], in the dtype of x.
         """
-        return self.evaluate(x, t).velocity
+        t = number_of(t)
+        return Evaluation(self.schedule, t, x, self.borrowed(x, t), self.prediction).velocity
 
     def evaluate(self, x: Tensor, t: Tensor | float, form: str = "data") -> Evaluation[Tensor]:
         """Evaluate the model once; the evaluation can be read in every prediction form.

@@ -75,15 +75,16 @@ def answers(
 
     def called(condition: Mapping[str, Any], copies: int, own: bool) -> Tensor:
         """The answer for `copies` copies of the batch, which the model may write to."""
-        time_dtype = torch.promote_types(dtype, torch.float32)
+        time_dtype = dtype if dtype == torch.float64 else torch.float32
         if isinstance(t, Tensor):
             kept = time_dtype if t.is_floating_point() else t.dtype  # whole numbers may be the rows of an embedding
             times = t.to(device=x.device, dtype=kept, non_blocking=True).expand(batch).repeat(copies)
         else:
             times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
-        y = x.to(dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
+        y = _cast(x, dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
         ledger.add(batch)
-        return _checked(model(y, times, **condition), (copies * batch, *x.shape[1:])).to(x.dtype, copy=own)
+        out = _checked(model(y, times, **condition), x.shape if copies == 1 else (copies * batch, *x.shape[1:]))
+        return _cast(out, x.dtype, copy=own)
 
     batch = x.shape[0]
     if len(branches) == 2 and joint:
@@ -108,9 +109,16 @@ def own_dtype(model: object) -> torch.dtype | None:
     return None
 
 
+def _cast(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
+    """x in a dtype; where nothing is cast, a clone or x itself, which cost half of a cast to the same dtype."""
+    if x.dtype != dtype:
+        return x.to(dtype)
+    return x.clone() if copy else x
+
+
 def _checked(out: Any, shape: Sequence[int]) -> Tensor:
     """The output of a model, checked to be a real tensor of the right shape."""
-    if not isinstance(out, Tensor) or tuple(out.shape) != tuple(shape):
+    if not isinstance(out, Tensor) or out.shape != shape:
         got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(
             f"the model returned {got} for a state of shape {list(shape)}; it must return one tensor of that shape."

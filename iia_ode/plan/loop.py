@@ -19,7 +19,7 @@ from ..schedules.stored import brief
 from ..transforms import differentiated, readable
 from .callbacks import Callback, notifier
 from .checks import check_constants, check_start, factors_at
-from .initial import check_size, root_mean_square, warn_of_size
+from .initial import check_size, warn_of_size
 from .run import Run, Runnable, start
 
 __all__ = ["advance", "evaluator", "run_plan"]
@@ -172,22 +172,22 @@ def _drive(
         if x is not None:
             check_size(plan.schedule, plan.grid[0], x)
         return
-    finite = _are_finite(run.current)
+    largest = _largest(run.current)
     if x is not None:
-        own = root_mean_square(x)
-        finite, size = torch.stack([finite.to(own), own]).tolist()  # one read
-        warn_of_size(plan.schedule, plan.grid[0], size, x.numel())
-    if not finite:
+        largest, norm = torch.stack([largest, torch.linalg.vector_norm(x.detach())]).tolist()  # one read
+        warn_of_size(plan.schedule, plan.grid[0], norm / math.sqrt(x.numel()), x.numel())
+    if not math.isfinite(float(largest)):
         raise _culprit(first(), ode)
 
 
 def _finite(values: Tensor) -> bool:
-    return bool(_are_finite(values))
+    return math.isfinite(float(_largest(values)))
 
 
-def _are_finite(values: Tensor) -> Tensor:
+def _largest(values: Tensor) -> Tensor:
     # One pass over the values, in their own dtype: not every device has float64, and a sum of float32 overflows.
-    return torch.isfinite(torch.linalg.vector_norm(values.detach(), math.inf))
+    largest: Tensor = torch.linalg.vector_norm(values.detach(), math.inf)
+    return largest
 
 
 @torch.no_grad()
