@@ -92,6 +92,7 @@ SD, XL, SD3, FLUX = tiny.sd_call(), tiny.sdxl_call(), tiny.sd3_call(), tiny.flux
 PICTURE = {"image": twice(tiny.image())}
 MASKED = {"image": twice(tiny.image()), "mask_image": twice(tiny.mask())}
 SHIFTED = {"use_dynamic_shifting": True}
+COSXL = {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_max": 120.0}
 CASES = [
     Case("ddim", tiny.ddim, {"batch_size": 2}, lambda: diffusers.DDIMScheduler(clip_sample=False), "ddim"),
     Case("sd", tiny.sd, SD, dpm, DPM),
@@ -122,6 +123,7 @@ CASES = [
         is_ode=False,
     ),
     Case("sdxl", tiny.sdxl, XL, dpm, DPM),
+    Case("cosxl", tiny.sdxl, XL, lambda: diffusers.EDMEulerScheduler(**COSXL), "ddim"),
     Case("sd3", tiny.sd3, SD3, flow, "euler"),
     Case("sd3-heun", tiny.sd3, SD3, lambda: flow("Heun", shift=3.0), "heun"),
     Case("sd3-img2img", lambda: tiny.sd3("StableDiffusion3Img2ImgPipeline"), SD3, flow, "euler", 5, PICTURE),

@@ -15,6 +15,7 @@ from ..ode import ProbabilityFlowODE
 from ..ode.clock import told
 from ..ode.fingerprint import Fingerprint, fingerprint_of
 from ..schedules import FlowMatching
+from ..schedules.levels import default_levels
 from .arguments import arguments, count_of, picked
 from .probe import Moment, PipelineDenoiser
 from .scheduler import IIAScheduler
@@ -197,8 +198,11 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
 
 
 def _start(clock: Clock) -> float:
-    """The noisiest time."""
-    return clock.schedule.t_noise
+    """The noisiest time that the networks can be told."""
+    schedule = clock.schedule
+    if schedule.knows(schedule.t_noise) and math.isfinite(clock.timestep(schedule.t_noise)):
+        return schedule.t_noise
+    return schedule.t_of_noise_to_signal(default_levels(schedule)[1])
 
 
 def _check_prediction(prediction: str, x: Tensor, output: Tensor) -> None:
