@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..bounded import Bounded
 from ..errors import InputError
-from .borrowed import answered, borrowed, same_draws
+from .borrowed import answered, borrowed, same_draws, states_of
 from .running import mean_of
 
 __all__ = ["Moment", "PipelineDenoiser"]
@@ -143,6 +143,7 @@ class PipelineDenoiser(nn.Module):
     ----------
     networks : the pipeline's networks without encoders and decoders of images and texts.
     guidance : the numbers of the call about guidance, defaults included.
+    held_conditions : the arguments of the call that all samples share, with the state of the generator.
     state_shape, dtype : of the states of the pipeline.
     """
 
@@ -153,7 +154,8 @@ class PipelineDenoiser(nn.Module):
         self._pipe = (pipe,)  # no module, and not copied with this one
         self._call = dict(call)
         self._names = inspect.signature(type(pipe).__call__).parameters
-        self._generator = call.get("generator")
+        self._generator = same_draws(call.get("generator"))  # the caller's generator may go on
+        self.held_conditions = {**call, "generator": states_of(self._generator)}
         numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
         self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
         self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
