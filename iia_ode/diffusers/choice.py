@@ -44,6 +44,12 @@ class Choice:
     plans: dict[int, Plan]
     otherwise: Solver | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a fit was made for a model that is told whole timesteps."""
+        fits = (own.record for own in self.fixed.values() if isinstance(own, FittedSolver))
+        return any(record.origin.time.rounding is not None for record in fits)
+
     def plan(self, n: int, base: Any, options: Mapping[str, Any]) -> Plan:
         """The plan for ``num_inference_steps=n``, with the options that the pipeline hands to ``set_timesteps``.
 

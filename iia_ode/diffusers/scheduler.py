@@ -58,7 +58,7 @@ class IIAScheduler(Saved):
         scheduler: Any,
         *,
         otherwise: SolverLike | None = None,
-        whole_timesteps: bool = False,
+        whole_timesteps: bool | None = None,
     ) -> Self:
         """Make a scheduler from a solver and the scheduler that it replaces.
 
@@ -70,7 +70,7 @@ class IIAScheduler(Saved):
         scheduler : the pipeline's scheduler: its noise schedule, prediction type and configuration stay.
         otherwise : classic solver for runs that begin in the middle of a fitted solver or a plan, as image-to-image does with
             ``strength`` below 1. The solver takes the remaining timesteps. By default such a run is an error.
-        whole_timesteps : whether the model is told whole numbers, as by ``UniPCMultistepScheduler``.
+        whole_timesteps : whether the model is told whole numbers, as by ``UniPCMultistepScheduler``; by default as in the fit.
 
         Returns
         -------
@@ -89,7 +89,7 @@ class IIAScheduler(Saved):
                 f"the second argument is the scheduler to be replaced, such as pipe.scheduler, got {type(scheduler).__name__}."
             )
         choice = chosen(solver, schedule_of(scheduler), prediction_of(scheduler), otherwise)
-        return cls(choice, copy.deepcopy(scheduler), whole_timesteps)
+        return cls(choice, copy.deepcopy(scheduler), choice.is_whole if whole_timesteps is None else whole_timesteps)
 
     # ---- before a run --------------------------------------------------------------------------------------------------
 
