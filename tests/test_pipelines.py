@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.errors import MismatchError, PredictionWarning
+from iia_ode.errors import MismatchError, MismatchWarning, PredictionWarning
+from iia_ode.ode.origin import conditions_digest
 from iia_ode.solvers import LowerOrderFinal, UniPC, get_solver
 from iia_ode.warm_starts import WarmStart
 
@@ -495,6 +496,17 @@ def test_a_classic_solver_comes_back_from_its_configuration(sd: Any, name: str, 
         assert found.config["_iia_ode"] == own.config["_iia_ode"] and torch.equal(draw(sd, found), draw(sd, own))
 
 
+def test_entries_of_a_configuration_can_be_changed(tmp_path: Path) -> None:
+    own = IIAScheduler.of("ddim", tiny.sd_scheduler())
+    own.save_pretrained(tmp_path)
+    trailing = IIAScheduler.of("ddim", tiny.sd_scheduler(timestep_spacing="trailing"))
+    change = {"timestep_spacing": "trailing"}
+    for found in (IIAScheduler.from_config(own.config, **change), IIAScheduler.from_pretrained(tmp_path, **change)):
+        assert torch.equal(found.timesteps, trailing.timesteps) and not torch.equal(found.timesteps, own.timesteps)
+    with pytest.raises(iia.errors.InputError, match="has no 'spacing'"):
+        IIAScheduler.from_config(own.config, spacing="trailing")
+
+
 def test_other_schedulers_are_made_from_the_configuration_as_before(
     scheduler: Any, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -762,6 +774,40 @@ def test_a_fingerprint_tells_networks_and_guidance_apart(sd: Any, model: Any) ->
     with torch.no_grad():
         next(other.unet.parameters()).add_(0.1)
     assert ode(other, **tiny.sd_call(4)).fingerprint() != model.fingerprint()
+
+
+def test_another_shared_prompt_or_image_is_another_condition(worded: Any) -> None:
+    digests = [conditions_digest(ode(worded, prompt=words)) for words in ("a red cat", "a blue dog", "a red cat")]
+    assert digests[0] == digests[2] != digests[1]
+    pipe, own = tiny.sd("StableDiffusionImg2ImgPipeline"), generator()
+    whole = ode(pipe, **SD, **PICTURE, generator=own)
+    digest = conditions_digest(whole)
+    torch.randn(3, generator=own)
+    assert conditions_digest(whole) == digest
+    assert conditions_digest(ode(pipe, **SD, **PICTURE, generator=own)) != digest
+    pictures = [[numpy_image(seed)] for seed in (1, 2, 1)]
+    digests = [conditions_digest(ode(pipe, **tiny.sd_call(1), image=images)) for images in pictures]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def numpy_image(seed: int) -> Any:
+    return tiny.image(seed)[0].permute(1, 2, 0).numpy()
+
+
+def test_a_network_that_goes_by_the_index_of_a_step_is_a_warning() -> None:
+    call = SD | {"image": twice(tiny.image())}
+    with pytest.warns(MismatchWarning, match=r"control_guidance_start=0\.3 switches a network by the index"):
+        ode(tiny.controlnet(), **call, control_guidance_start=0.3)
+
+
+def test_a_scheduler_tells_whole_timesteps_if_its_fit_did() -> None:
+    pipe = tiny.ddim()
+    grid = torch.tensor([999.0, 640.5, 260.2, -1.0], dtype=torch.float64)
+    whole = ode(pipe, whole_timesteps=True)
+    fit = iia.IIA("ddim", history=1, substeps=2, guard=False).fit(whole, noise(4, 3, 8, 8, seed=9), grid)
+    assert IIAScheduler.of(fit, pipe.scheduler).whole_timesteps
+    assert not IIAScheduler.of(fit, pipe.scheduler, whole_timesteps=False).whole_timesteps
+    assert not IIAScheduler.of("ddim", pipe.scheduler).whole_timesteps
 
 
 def test_samples_may_have_times_of_their_own(model: Any) -> None:

@@ -168,6 +168,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     Warns
     -----
     PredictionWarning : on noise, the model does not behave as the prediction type of the scheduler says.
+    MismatchWarning : an argument, such as ``control_guidance_end``, switches a network by the index of the step.
 
     Examples
     --------
