@@ -769,7 +769,7 @@ def test_a_call_as_an_ode_leaves_the_pipeline_as_it_was(worded: Any) -> None:
 def test_a_fingerprint_tells_networks_and_guidance_apart(sd: Any, model: Any) -> None:
     again = ode(sd, **tiny.sd_call(2))
     assert again.fingerprint() == model.fingerprint() and again.fingerprint().known
-    assert ode(sd, **tiny.sd_call(2, guidance_scale=2.0)).fingerprint() != model.fingerprint()
+    assert ode(sd, **SD, guidance_rescale=0.5).fingerprint() != model.fingerprint()
     other = tiny.sd()
     with torch.no_grad():
         next(other.unet.parameters()).add_(0.1)
@@ -808,6 +808,22 @@ def test_a_scheduler_tells_whole_timesteps_if_its_fit_did() -> None:
     assert IIAScheduler.of(fit, pipe.scheduler).whole_timesteps
     assert not IIAScheduler.of(fit, pipe.scheduler, whole_timesteps=False).whole_timesteps
     assert not IIAScheduler.of("ddim", pipe.scheduler).whole_timesteps
+
+
+def test_the_guidance_scale_of_a_call_is_that_of_the_fit(sd: Any, model: Any, fit: Any) -> None:
+    assert fit.record.origin.guidance_scale == model.guidance_scale == 7.5
+    x = noise(4, 4, 8, 8, seed=9)
+    with pytest.warns(MismatchWarning, match=r"fitted for guidance_scale 7\.5, and this ODE has 3\.0"):
+        fit.check(ode(sd, **tiny.sd_call(4, guidance_scale=3.0)), x)
+    view = model.condition(**model.conditioning)
+    view.guidance_scale = 3.0
+    assert torch.equal(view.output(x, 500.0), ode(sd, **tiny.sd_call(4, guidance_scale=3.0)).output(x, 500.0))
+    assert not torch.equal(view.output(x, 500.0), model.output(x, 500.0))
+    served = fit.serves(model, x, [3.0, 7.5])
+    assert [s.scale for s in served.record.served] == [3.0, 7.5]
+    view.guidance_scale = torch.tensor([3.0])
+    with pytest.raises(iia.errors.InputError, match="scale of a pipeline is a number"):
+        view.output(x, 500.0)
 
 
 def test_samples_may_have_times_of_their_own(model: Any) -> None:

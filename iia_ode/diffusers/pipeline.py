@@ -31,6 +31,7 @@ class PipelineODE(ProbabilityFlowODE):
     """The probability-flow ODE of a pipeline's call; :func:`ode` makes it.
 
     Conditions are the arguments of the call with an entry per prompt. More samples than prompts take the prompts in turn.
+    ``guidance_scale`` is that of the call, and may be set to another number.
 
     Attributes
     ----------
@@ -47,11 +48,25 @@ class PipelineODE(ProbabilityFlowODE):
         self.repeats = options.pop("repeats", None)
         super().__init__(model, clock.schedule, prediction, conditioning=rows, **options)
         self.time, self.time_rounding = clock.time, clock.rounding
+        self.guidance_scale = float(model.guidance.get("guidance_scale", 1.0))
 
     @property
     def pipe(self) -> Any:
         """The pipeline."""
         return self.model.pipe
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All arguments except model and tag, for an ODE over the same model, whose output includes the guidance."""
+        return {**super().settings, "guidance_scale": 1.0}
+
+    def _check_guidance(self) -> None:
+        scale = self.guidance_scale
+        if not isinstance(scale, int | float) or (scale != 1.0 and "guidance_scale" not in self.model.guidance):
+            raise InputError(
+                f"the guidance scale of a pipeline is a number, for pipelines that take guidance_scale, got {scale!r} for "
+                f"{type(self.pipe).__name__}."
+            )
 
     @property
     def device(self) -> torch.device | None:
@@ -109,11 +124,12 @@ class PipelineODE(ProbabilityFlowODE):
         The output [B, ...], in the dtype of x.
         """
         self.check_conditions(len(x))
+        self._check_guidance()
         if isinstance(t, Tensor) and t.ndim and len(t) > 1:
             return self._by_times(x, t)
         rows = self.subset(slice(None), len(x)).conditioning
         self.ledger.add(len(x))
-        found: Tensor = self.model(x, self._moment(float(t)), rows)
+        found: Tensor = self.model(x, self._moment(float(t)), rows, self.guidance_scale)
         return found
 
     def _by_times(self, x: Tensor, t: Tensor) -> Tensor:
@@ -133,9 +149,9 @@ class PipelineODE(ProbabilityFlowODE):
         )
 
     def fingerprint(self) -> Fingerprint:
-        """The identity of the pipeline's networks, with the class of the pipeline and the guidance of the call."""
+        """The identity of the pipeline's networks, with its class and the guidance of the call, except for the scale."""
         found = fingerprint_of(self.model.networks, self.tag)
-        settings = ", ".join(f"{k}={v!r}" for k, v in sorted(self.model.guidance.items()))
+        settings = ", ".join(f"{k}={v!r}" for k, v in sorted(self.model.guidance.items()) if k != "guidance_scale")
         return Fingerprint(f"{found}+{type(self.pipe).__name__}({settings})")
 
 

@@ -155,9 +155,12 @@ class PipelineDenoiser(nn.Module):
         self._call = dict(call)
         self._names = inspect.signature(type(pipe).__call__).parameters
         self._generator = same_draws(call.get("generator"))  # the caller's generator may go on
-        self.held_conditions = {**call, "generator": states_of(self._generator)}
         numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
         self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
+        held = {
+            k: v for k, v in call.items() if k != "guidance_scale" or k not in self.guidance
+        }  # the scale is the ODE's
+        self.held_conditions = {**held, "generator": states_of(self._generator)}
         self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
         self._outputs: Bounded[Any, Any] = Bounded(_OUTPUTS)
         self._entry, self.dtype = "latents", torch.float32
@@ -200,7 +203,7 @@ class PipelineDenoiser(nn.Module):
             "see iia_ode.diffusers.denoiser."
         ) from problem
 
-    def forward(self, x: Tensor, now: Moment, rows: Mapping[str, Any]) -> Tensor:
+    def forward(self, x: Tensor, now: Moment, rows: Mapping[str, Any], scale: float = 1.0) -> Tensor:
         """The output for states x [B, ...], in the shape and dtype of x; no gradient flows through a pipeline.
 
         Parameters
@@ -208,17 +211,28 @@ class PipelineDenoiser(nn.Module):
         x : states of the pipeline.
         now : the time.
         rows : arguments of the call with an entry for each sample.
+        scale : the guidance scale, for pipelines that take a number.
         """
-        found = self._answer(x.detach().to(self.dtype), now, rows, len(x), self._entry)
+        found = self._answer(x.detach().to(self.dtype), now, rows, len(x), self._entry, scale)
         return found.output[: len(x)].to(x)
 
-    def _answer(self, x: Tensor | None, now: Moment, rows: Mapping[str, Any], count: int, entry: str) -> _Answer:
+    def _answer(
+        self,
+        x: Tensor | None,
+        now: Moment,
+        rows: Mapping[str, Any],
+        count: int,
+        entry: str,
+        scale: float | None = None,
+    ) -> _Answer:
         call = {**self._call, **{k: v.tolist() if k == "class_labels" else v for k, v in rows.items()}}
         if not rows:
             call |= {name: count for name in _COUNTS if name in self._names}
         call |= {k: v for k, v in (("num_inference_steps", 2), ("strength", 1.0)) if k in self._names}
         if "generator" in self._names:  # the same draws in each evaluation, and none from the user's generator
             call["generator"] = same_draws(self._generator)
+        if scale is not None and "guidance_scale" in self.guidance:
+            call["guidance_scale"] = scale
         if x is not None and entry == "latents":
             call["latents"] = x
         probe = _Probe(self.pipe.scheduler, now, x, entry)
