@@ -184,7 +184,7 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         if pretrained_model_name_or_path is None:
             raise InputError("from_pretrained takes a folder, or the name of a repository such as 'owner/name'.")
         options = {k: v for k, v in kwargs.items() if k in _DOWNLOAD}
-        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        config: Any = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **options)
         changes = {k: v for k, v in kwargs.items() if k in config and k not in options}
         find = partial(_find, source=pretrained_model_name_or_path, subfolder=subfolder, options=options)
         made, used = cls._of_config(config, find, changes), {*options, *changes}
