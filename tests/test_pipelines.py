@@ -605,6 +605,16 @@ def test_a_step_out_of_order_is_refused(scheduler: Any) -> None:
         scheduler.step(x, third, x)
 
 
+def test_a_plan_from_noised_images_is_not_for_pure_noise(sd: Any, model: Any) -> None:
+    plan = get_solver("ddim").plan(model.schedule, torch.tensor([400.0, 200.0, -1.0], dtype=torch.float64))
+    with pytest.warns(MismatchWarning, match=r"begins at level sigma/alpha = .*noised no image"):
+        draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()), num_inference_steps=2)
+    pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
+    pipe.scheduler = IIAScheduler.of(plan, tiny.sd_scheduler())
+    first, final = evaluated(pipe, generator=generator(), **SD, **PICTURE, strength=1.0, num_inference_steps=2)
+    assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, solver=plan)) == 0.0
+
+
 def test_a_begin_inside_a_step_is_refused(model: Any) -> None:
     pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
     plan = get_solver("fpndm").plan(model.schedule, iia.grids.karras(6, schedule=model.schedule))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import InputError, MismatchError
+from ..errors import InputError, MismatchError, MismatchWarning, warn
 from ..grids import cut
 from ..iia.fitted import FittedSolver
 from ..plan import Combine, PerCondition, Plan, traced
@@ -23,6 +23,7 @@ __all__ = ["Choice", "Fixed", "chosen"]
 
 Fixed: TypeAlias = FittedSolver | Plan
 _CLOSE = 1e-6
+_SIGNAL = 2.0  # level sigma/alpha below which a state of pure noise lacks much of the signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,17 @@ class Choice:
             calls.append(f"num_inference_steps={steps}{note}")
         names = " and ".join(dict.fromkeys(plan.name for plan in self.plans.values()))
         return f"{names} cannot run with num_inference_steps={n}: call the pipeline with {' or '.join(calls)}."
+
+    def check_noise(self, plan: Plan) -> None:
+        """Warn if a fit or a plan begins at a level of noised images, where a pipeline begins with pure noise."""
+        start, schedule = plan.grid[0], self.schedule
+        if self.fixed and schedule.sigma(start) < _SIGNAL * schedule.alpha(start):
+            warn(
+                f"{plan.name} begins at level sigma/alpha = {schedule.noise_to_signal(start):.3g}, in images with noise, and "
+                "the pipeline has noised no image: use an image-to-image pipeline with strength=1, or a fit from pure noise. "
+                "Latents of this level may be handed in.",
+                MismatchWarning,
+            )
 
     def rest(self, plan: Plan, k: int) -> Plan:
         """The plan of the evaluations from k on, for a run that begins there, as image-to-image does.
