@@ -615,6 +615,19 @@ def test_a_plan_from_noised_images_is_not_for_pure_noise(sd: Any, model: Any) ->
     assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, solver=plan)) == 0.0
 
 
+def test_a_pipeline_may_slice_the_timesteps_without_a_begin_index() -> None:
+    finals = []
+    for begins in (False, True):
+        scheduler, x = IIAScheduler.of("dpmpp_2m", tiny.sd_scheduler()), noise(1, 4, 8, 8)
+        scheduler.set_timesteps(5)
+        if begins:
+            scheduler.set_begin_index(2)
+        for t in scheduler.timesteps[2:]:
+            x = scheduler.step(0.9 * x, t, x, return_dict=False)[0]
+        finals.append(x)
+    assert torch.equal(*finals)
+
+
 def test_a_begin_inside_a_step_is_refused(model: Any) -> None:
     pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
     plan = get_solver("fpndm").plan(model.schedule, iia.grids.karras(6, schedule=model.schedule))
@@ -780,6 +793,9 @@ def test_a_fingerprint_tells_networks_and_guidance_apart(sd: Any, model: Any) ->
     again = ode(sd, **tiny.sd_call(2))
     assert again.fingerprint() == model.fingerprint() and again.fingerprint().known
     assert ode(sd, **SD, guidance_rescale=0.5).fingerprint() != model.fingerprint()
+    pipe, call = tiny.controlnet(), SD | {"image": twice(tiny.image())}
+    strong, weak = (ode(pipe, **call, controlnet_conditioning_scale=w).fingerprint() for w in (1.0, 0.5))
+    assert strong != weak
     other = tiny.sd()
     with torch.no_grad():
         next(other.unet.parameters()).add_(0.1)

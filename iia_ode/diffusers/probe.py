@@ -7,6 +7,7 @@ adapters, pooled and packed inputs, rounding of the timestep.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_
 _NO_NETWORKS = ("vae", "text_encoder", "image_encoder", "safety", "movq", "vqgan", "vqvae", "vocoder")
 _ENTRIES = ("latents", "noise", "second step")
 """The ways of a state into a pipeline: as its latents, as the noised image, or as the result of a first step."""
+_STRENGTH = re.compile("guidance|cfg|_scale$")
 _PROMPTS = 32  # encodings of prompts in memory
 _OUTPUTS = 8  # outputs without effect in memory, of each network and number of samples
 
@@ -142,7 +144,7 @@ class PipelineDenoiser(nn.Module):
     Attributes
     ----------
     networks : the pipeline's networks without encoders and decoders of images and texts.
-    guidance : the numbers of the call about guidance, defaults included.
+    guidance : the numbers of the call about guidance and the strength of adapters, defaults included.
     held_conditions : the arguments of the call that all samples share, with the state of the generator.
     state_shape, dtype : of the states of the pipeline.
     """
@@ -155,8 +157,8 @@ class PipelineDenoiser(nn.Module):
         self._call = dict(call)
         self._names = inspect.signature(type(pipe).__call__).parameters
         self._generator = same_draws(call.get("generator"))  # the caller's generator may go on
-        numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
-        self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
+        numbers = ((k, call.get(k, p.default)) for k, p in self._names.items() if _STRENGTH.search(k))
+        self.guidance = {k: v for k, v in numbers if isinstance(v, bool | int | float)}
         held = {
             k: v for k, v in call.items() if k != "guidance_scale" or k not in self.guidance
         }  # the scale is the ODE's
@@ -217,13 +219,7 @@ class PipelineDenoiser(nn.Module):
         return found.output[: len(x)].to(x)
 
     def _answer(
-        self,
-        x: Tensor | None,
-        now: Moment,
-        rows: Mapping[str, Any],
-        count: int,
-        entry: str,
-        scale: float | None = None,
+        self, x: Tensor | None, now: Moment, rows: Mapping[str, Any], count: int, entry: str, scale: float | None = None
     ) -> _Answer:
         call = {**self._call, **{k: v.tolist() if k == "class_labels" else v for k, v in rows.items()}}
         if not rows:
