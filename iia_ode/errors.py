@@ -100,7 +100,7 @@ class FingerprintWarning(UserWarning):
 
 
 class MismatchWarning(UserWarning):
-    """A fitted solver is used at another guidance scale than the scale of the fit."""
+    """A fitted solver is used in another way than it was made for: guidance, told times, initial states, or steps by index."""
 
 
 class GuardWarning(UserWarning):

@@ -42,6 +42,7 @@ CONTINUOUS = {
     "sigma_min": 0.002,
     "sigma_max": 700.0,
 } | {"use_karras_sigmas": True}
+COSXL = {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_max": 120.0}
 
 
 # ---- schedulers ------------------------------------------------------------------------------------------------------
@@ -56,6 +57,7 @@ CONTINUOUS = {
         ("FlowMatchEulerDiscrete", {}, "FlowMatching", "velocity", "1000 sigma"),
         ("EulerDiscrete", CONTINUOUS, "Cosine", "v", "c_noise"),
         ("EDMEuler", {}, "EDM", "data", "c_noise"),
+        ("EDMEuler", COSXL, "Cosine", "v", "c_noise"),
         ("MiniMaxH3", {}, "FlowMatching", "velocity", None),
         ("LCM", dict(prediction_type="sample"), "Discrete", "data", "index"),
     ],
@@ -66,6 +68,12 @@ def test_a_scheduler_says_what_its_model_is(name, config, schedule, prediction, 
     assert type(schedule_of(scheduler)).__name__ == schedule
     assert prediction_of(scheduler) == prediction
     assert time_of(scheduler) == time
+
+
+@pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep"])
+def test_outputs_of_the_opposite_sign_are_refused(name):
+    with pytest.raises(InputError, match="minus the network"):
+        prediction_of(make(name, **COSXL | {"sigma_data": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,7 @@ def test_a_scheduler_says_what_its_model_is(name, config, schedule, prediction, 
         ("MiniMaxH3", {}, 1e-6),
         ("EulerDiscrete", CONTINUOUS, 1e-5),
         ("EDMEuler", {}, 1e-6),
+        ("EDMEuler", COSXL, 1e-5),
         ("IPNDM", {}, 1e-6),
     ],
     ids=str,
@@ -268,6 +277,8 @@ def test_whole_timesteps_equal_a_scheduler_between_its_timesteps():
         ("EulerDiscrete", CONTINUOUS, None),  # Stable Video Diffusion
         ("EDMEuler", {}, None),  # Playground
         ("EDMDPMSolverMultistep", {}, None),
+        ("EDMEuler", COSXL, None),
+        ("EDMDPMSolverMultistep", COSXL, None),
     ],
     ids=str,
 )
@@ -276,12 +287,12 @@ def test_the_model_of_a_scheduler_equals_the_loop_of_its_pipelines(name, config,
     network, scheduler = unet(), stepped(name, 6, **config)
     schedule, grid = schedule_of(scheduler), grid_of(scheduler)
     model = denoiser(network, time=time_of(scheduler))
-    if name.startswith("EDM"):
+    if isinstance(schedule, iia.EDM):
         model = EDMDenoiser(model, scheduler.config.sigma_data)
     ode = iia.ProbabilityFlowODE(model, schedule, prediction_of(scheduler), time_rounding=rounding)
     x = schedule.sigma(float(grid[0])) * normal(2, 1, 8, 8).float()
     ours = iia.sample(ode, x, grid, solver_of(scheduler))
-    y = x / schedule.alpha(float(grid[0])) if name == "EulerDiscrete" else x
+    y = x / schedule.alpha(float(grid[0])) if isinstance(schedule, iia.Cosine) else x
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(y, t) if hasattr(scheduler, "scale_model_input") else y
         y = scheduler.step(network(scaled, t).sample, t, y).prev_sample

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.errors import MismatchError, PredictionWarning
+from iia_ode.errors import MismatchError, MismatchWarning, PredictionWarning
+from iia_ode.ode.origin import conditions_digest
 from iia_ode.solvers import LowerOrderFinal, UniPC, get_solver
 from iia_ode.warm_starts import WarmStart
 
@@ -92,6 +93,7 @@ SD, XL, SD3, FLUX = tiny.sd_call(), tiny.sdxl_call(), tiny.sd3_call(), tiny.flux
 PICTURE = {"image": twice(tiny.image())}
 MASKED = {"image": twice(tiny.image()), "mask_image": twice(tiny.mask())}
 SHIFTED = {"use_dynamic_shifting": True}
+COSXL = {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_max": 120.0}
 CASES = [
     Case("ddim", tiny.ddim, {"batch_size": 2}, lambda: diffusers.DDIMScheduler(clip_sample=False), "ddim"),
     Case("sd", tiny.sd, SD, dpm, DPM),
@@ -122,6 +124,7 @@ CASES = [
         is_ode=False,
     ),
     Case("sdxl", tiny.sdxl, XL, dpm, DPM),
+    Case("cosxl", tiny.sdxl, XL, lambda: diffusers.EDMEulerScheduler(**COSXL), "ddim"),
     Case("sd3", tiny.sd3, SD3, flow, "euler"),
     Case("sd3-heun", tiny.sd3, SD3, lambda: flow("Heun", shift=3.0), "heun"),
     Case("sd3-img2img", lambda: tiny.sd3("StableDiffusion3Img2ImgPipeline"), SD3, flow, "euler", 5, PICTURE),
@@ -493,6 +496,17 @@ def test_a_classic_solver_comes_back_from_its_configuration(sd: Any, name: str, 
         assert found.config["_iia_ode"] == own.config["_iia_ode"] and torch.equal(draw(sd, found), draw(sd, own))
 
 
+def test_entries_of_a_configuration_can_be_changed(tmp_path: Path) -> None:
+    own = IIAScheduler.of("ddim", tiny.sd_scheduler())
+    own.save_pretrained(tmp_path)
+    trailing = IIAScheduler.of("ddim", tiny.sd_scheduler(timestep_spacing="trailing"))
+    change = {"timestep_spacing": "trailing"}
+    for found in (IIAScheduler.from_config(own.config, **change), IIAScheduler.from_pretrained(tmp_path, **change)):
+        assert torch.equal(found.timesteps, trailing.timesteps) and not torch.equal(found.timesteps, own.timesteps)
+    with pytest.raises(iia.errors.InputError, match="has no 'spacing'"):
+        IIAScheduler.from_config(own.config, spacing="trailing")
+
+
 def test_other_schedulers_are_made_from_the_configuration_as_before(
     scheduler: Any, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -589,6 +603,29 @@ def test_a_step_out_of_order_is_refused(scheduler: Any) -> None:
         x = scheduler.step(x, t, x).prev_sample
     with pytest.raises(iia.errors.InputError, match="has made its 3 evaluations"):
         scheduler.step(x, third, x)
+
+
+def test_a_plan_from_noised_images_is_not_for_pure_noise(sd: Any, model: Any) -> None:
+    plan = get_solver("ddim").plan(model.schedule, torch.tensor([400.0, 200.0, -1.0], dtype=torch.float64))
+    with pytest.warns(MismatchWarning, match=r"begins at level sigma/alpha = .*noised no image"):
+        draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()), num_inference_steps=2)
+    pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
+    pipe.scheduler = IIAScheduler.of(plan, tiny.sd_scheduler())
+    first, final = evaluated(pipe, generator=generator(), **SD, **PICTURE, strength=1.0, num_inference_steps=2)
+    assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, solver=plan)) == 0.0
+
+
+def test_a_pipeline_may_slice_the_timesteps_without_a_begin_index() -> None:
+    finals = []
+    for begins in (False, True):
+        scheduler, x = IIAScheduler.of("dpmpp_2m", tiny.sd_scheduler()), noise(1, 4, 8, 8)
+        scheduler.set_timesteps(5)
+        if begins:
+            scheduler.set_begin_index(2)
+        for t in scheduler.timesteps[2:]:
+            x = scheduler.step(0.9 * x, t, x, return_dict=False)[0]
+        finals.append(x)
+    assert torch.equal(*finals)
 
 
 def test_a_begin_inside_a_step_is_refused(model: Any) -> None:
@@ -755,11 +792,64 @@ def test_a_call_as_an_ode_leaves_the_pipeline_as_it_was(worded: Any) -> None:
 def test_a_fingerprint_tells_networks_and_guidance_apart(sd: Any, model: Any) -> None:
     again = ode(sd, **tiny.sd_call(2))
     assert again.fingerprint() == model.fingerprint() and again.fingerprint().known
-    assert ode(sd, **tiny.sd_call(2, guidance_scale=2.0)).fingerprint() != model.fingerprint()
+    assert ode(sd, **SD, guidance_rescale=0.5).fingerprint() != model.fingerprint()
+    pipe, call = tiny.controlnet(), SD | {"image": twice(tiny.image())}
+    strong, weak = (ode(pipe, **call, controlnet_conditioning_scale=w).fingerprint() for w in (1.0, 0.5))
+    assert strong != weak
     other = tiny.sd()
     with torch.no_grad():
         next(other.unet.parameters()).add_(0.1)
     assert ode(other, **tiny.sd_call(4)).fingerprint() != model.fingerprint()
+
+
+def test_another_shared_prompt_or_image_is_another_condition(worded: Any) -> None:
+    digests = [conditions_digest(ode(worded, prompt=words)) for words in ("a red cat", "a blue dog", "a red cat")]
+    assert digests[0] == digests[2] != digests[1]
+    pipe, own = tiny.sd("StableDiffusionImg2ImgPipeline"), generator()
+    whole = ode(pipe, **SD, **PICTURE, generator=own)
+    digest = conditions_digest(whole)
+    torch.randn(3, generator=own)
+    assert conditions_digest(whole) == digest
+    assert conditions_digest(ode(pipe, **SD, **PICTURE, generator=own)) != digest
+    pictures = [[numpy_image(seed)] for seed in (1, 2, 1)]
+    digests = [conditions_digest(ode(pipe, **tiny.sd_call(1), image=images)) for images in pictures]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def numpy_image(seed: int) -> Any:
+    return tiny.image(seed)[0].permute(1, 2, 0).numpy()
+
+
+def test_a_network_that_goes_by_the_index_of_a_step_is_a_warning() -> None:
+    call = SD | {"image": twice(tiny.image())}
+    with pytest.warns(MismatchWarning, match=r"control_guidance_start=0\.3 switches a network by the index"):
+        ode(tiny.controlnet(), **call, control_guidance_start=0.3)
+
+
+def test_a_scheduler_tells_whole_timesteps_if_its_fit_did() -> None:
+    pipe = tiny.ddim()
+    grid = torch.tensor([999.0, 640.5, 260.2, -1.0], dtype=torch.float64)
+    whole = ode(pipe, whole_timesteps=True)
+    fit = iia.IIA("ddim", history=1, substeps=2, guard=False).fit(whole, noise(4, 3, 8, 8, seed=9), grid)
+    assert IIAScheduler.of(fit, pipe.scheduler).whole_timesteps
+    assert not IIAScheduler.of(fit, pipe.scheduler, whole_timesteps=False).whole_timesteps
+    assert not IIAScheduler.of("ddim", pipe.scheduler).whole_timesteps
+
+
+def test_the_guidance_scale_of_a_call_is_that_of_the_fit(sd: Any, model: Any, fit: Any) -> None:
+    assert fit.record.origin.guidance_scale == model.guidance_scale == 7.5
+    x = noise(4, 4, 8, 8, seed=9)
+    with pytest.warns(MismatchWarning, match=r"fitted for guidance_scale 7\.5, and this ODE has 3\.0"):
+        fit.check(ode(sd, **tiny.sd_call(4, guidance_scale=3.0)), x)
+    view = model.condition(**model.conditioning)
+    view.guidance_scale = 3.0
+    assert torch.equal(view.output(x, 500.0), ode(sd, **tiny.sd_call(4, guidance_scale=3.0)).output(x, 500.0))
+    assert not torch.equal(view.output(x, 500.0), model.output(x, 500.0))
+    served = fit.serves(model, x, [3.0, 7.5])
+    assert [s.scale for s in served.record.served] == [3.0, 7.5]
+    view.guidance_scale = torch.tensor([3.0])
+    with pytest.raises(iia.errors.InputError, match="scale of a pipeline is a number"):
+        view.output(x, 500.0)
 
 
 def test_samples_may_have_times_of_their_own(model: Any) -> None:

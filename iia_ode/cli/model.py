@@ -18,7 +18,6 @@ from ..many.conditions import Given, collected
 from ..noise import sample_seeds, seeded_noise
 from ..ode import ProbabilityFlowODE
 from ..ode.conditions import named
-from ..ode.guidance import check_guidance
 from ..schedules.levels import default_levels
 
 __all__ = ["OwnModel", "own_model"]
@@ -138,7 +137,7 @@ def own_model(text: str, guidance: float | None, sigma_min: float | None, sigma_
     if guidance is not None:
         ode = ode.condition(**ode.conditioning)  # a copy
         ode.guidance_scale = guidance
-        check_guidance(ode.conditioning, ode.unconditional, guidance)
+        ode._check_guidance()
     parts |= {k: v for k, v in (("sigma_min", sigma_min), ("sigma_max", sigma_max)) if v is not None}
     return OwnModel(text, ode, check_shape("shape", shape), **parts)
 

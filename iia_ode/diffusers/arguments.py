@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, MismatchWarning, warn
 
 __all__ = ["arguments", "count_of", "picked"]
 
@@ -22,6 +23,10 @@ _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_
 _TEXTS = ("prompt", "negative_prompt")
 _COUNTS = (*_TEXTS, "class_labels", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "image")
 """Arguments whose length is the number of prompts; the first given argument counts."""
+
+
+_BY_STEP = re.compile(r".*_guidance_(start|end|stop)")
+"""Arguments that switch a network by the index of the step."""
 
 
 class Rows(list[Any]):
@@ -39,6 +44,10 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     Raises
     ------
     InputError : the call of the pipeline has no such argument.
+
+    Warns
+    -----
+    MismatchWarning : an argument switches a network by the index of the step.
     """
     known = inspect.signature(type(pipe).__call__).parameters
     unknown = sorted(set(call) - set(known))
@@ -46,6 +55,13 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         raise InputError(
             f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}."
         )
+    for name in filter(_BY_STEP.fullmatch, call):
+        if call[name] != known[name].default:
+            warn(
+                f"{name}={call[name]} switches a network by the index of the step, and the ODE has the network of the first "
+                f"step at all noise levels. The pipeline's own run differs: omit {name}.",
+                MismatchWarning,
+            )
     used = {k: v for k, v in call.items() if k not in _NO_EFFECT}
     repeats = [used.pop(name) for name in _PER_PROMPT if name in used]
     takes_count = any(name in known for name in (*_PER_PROMPT, "batch_size"))

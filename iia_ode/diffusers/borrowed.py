@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..bounded import Bounded
 
-__all__ = ["answered", "borrowed", "same_draws"]
+__all__ = ["answered", "borrowed", "same_draws", "states_of"]
 
 
 @contextmanager
@@ -87,3 +87,8 @@ def same_draws(generator: Any) -> Any:
     if generator is None:
         return torch.Generator("cpu").manual_seed(0)
     return torch.Generator(generator.device).set_state(generator.get_state())
+
+
+def states_of(generator: Any) -> list[Tensor]:
+    """The states of a generator, or of a list of generators."""
+    return [g.get_state() for g in (generator if isinstance(generator, list) else [generator])]

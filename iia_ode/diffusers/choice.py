@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import InputError, MismatchError
+from ..errors import InputError, MismatchError, MismatchWarning, warn
 from ..grids import cut
 from ..iia.fitted import FittedSolver
 from ..plan import Combine, PerCondition, Plan, traced
@@ -23,6 +23,7 @@ __all__ = ["Choice", "Fixed", "chosen"]
 
 Fixed: TypeAlias = FittedSolver | Plan
 _CLOSE = 1e-6
+_SIGNAL = 2.0  # level sigma/alpha below which a state of pure noise lacks much of the signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,12 @@ class Choice:
     fixed: dict[int, Fixed]
     plans: dict[int, Plan]
     otherwise: Solver | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a fit was made for a model that is told whole timesteps."""
+        fits = (own.record for own in self.fixed.values() if isinstance(own, FittedSolver))
+        return any(record.origin.time.rounding is not None for record in fits)
 
     def plan(self, n: int, base: Any, options: Mapping[str, Any]) -> Plan:
         """The plan for ``num_inference_steps=n``, with the options that the pipeline hands to ``set_timesteps``.
@@ -66,6 +73,17 @@ class Choice:
             calls.append(f"num_inference_steps={steps}{note}")
         names = " and ".join(dict.fromkeys(plan.name for plan in self.plans.values()))
         return f"{names} cannot run with num_inference_steps={n}: call the pipeline with {' or '.join(calls)}."
+
+    def check_noise(self, plan: Plan) -> None:
+        """Warn if a fit or a plan begins at a level of noised images, where a pipeline begins with pure noise."""
+        start, schedule = plan.grid[0], self.schedule
+        if self.fixed and schedule.sigma(start) < _SIGNAL * schedule.alpha(start):
+            warn(
+                f"{plan.name} begins at level sigma/alpha = {schedule.noise_to_signal(start):.3g}, in images with noise, and "
+                "the pipeline has noised no image: use an image-to-image pipeline with strength=1, or a fit from pure noise. "
+                "Latents of this level may be handed in.",
+                MismatchWarning,
+            )
 
     def rest(self, plan: Plan, k: int) -> Plan:
         """The plan of the evaluations from k on, for a run that begins there, as image-to-image does.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..solvers import BlockDPMSolver, DPMSolverMultistep, LowerOrderFinal, OrderRamp, Solver, UniPC, get_solver
-from .kinds import config_of, name_of
+from .kinds import config_of, is_edm, name_of
 
 __all__ = ["solver_of"]
 
@@ -125,6 +125,10 @@ def _flow_euler(o: _Options) -> Solver:
     return get_solver("euler")
 
 
+def _edm_euler(o: _Options) -> Solver:
+    return get_solver("euler" if is_edm("EDMEuler", o.config) else "ddim")  # Euler's method on x / alpha
+
+
 _SOLVERS: dict[str, Callable[[_Options], Solver]] = {
     "DDIM": _named("ddim"),
     "DDIMParallel": _named("ddim"),
@@ -143,7 +147,7 @@ _SOLVERS: dict[str, Callable[[_Options], Solver]] = {
     "DPMSolverSinglestep": _dpm_singlestep,
     "UniPCMultistep": _unipc,
     "DEISMultistep": _deis,
-    "EDMEuler": _named("euler"),
+    "EDMEuler": _edm_euler,
     "FlowMatchEulerDiscrete": _flow_euler,
     "FlowMapEulerDiscrete": _flow_euler,
     "LTXEulerAncestralRF": _flow_euler,

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InputError
 
-__all__ = ["EDMS", "FLOWS", "config_of", "is_flow", "name_of"]
+__all__ = ["EDMS", "FLOWS", "config_of", "is_edm", "is_flow", "name_of"]
 
 EDMS = ("EDMEuler", "EDMDPMSolverMultistep")
 FLOWS = (
@@ -32,6 +32,16 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     if config is None or not hasattr(scheduler, "set_timesteps"):
         raise InputError(f"expected a scheduler of diffusers, got {type(scheduler).__name__}.")
     return dict(config)
+
+
+def is_edm(name: str, config: dict[str, Any]) -> bool:
+    """Whether the states of a scheduler are x_0 + sigma eps, with the scalings of EDM.
+
+    EDM schedulers with v prediction and ``sigma_data=1`` (CosXL) have the states and outputs of a cosine schedule, because
+    their c_out has the opposite sign.
+    """
+    is_cosine = config.get("prediction_type") == "v_prediction" and config.get("sigma_data") == 1
+    return name in EDMS and not is_cosine
 
 
 def is_flow(name: str, config: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from ..ode import ProbabilityFlowODE
 from ..ode.clock import told
 from ..ode.fingerprint import Fingerprint, fingerprint_of
 from ..schedules import FlowMatching
+from ..schedules.levels import default_levels
 from .arguments import arguments, count_of, picked
 from .probe import Moment, PipelineDenoiser
 from .scheduler import IIAScheduler
@@ -30,6 +31,7 @@ class PipelineODE(ProbabilityFlowODE):
     """The probability-flow ODE of a pipeline's call; :func:`ode` makes it.
 
     Conditions are the arguments of the call with an entry per prompt. More samples than prompts take the prompts in turn.
+    ``guidance_scale`` is that of the call, and may be set to another number.
 
     Attributes
     ----------
@@ -46,11 +48,25 @@ class PipelineODE(ProbabilityFlowODE):
         self.repeats = options.pop("repeats", None)
         super().__init__(model, clock.schedule, prediction, conditioning=rows, **options)
         self.time, self.time_rounding = clock.time, clock.rounding
+        self.guidance_scale = float(model.guidance.get("guidance_scale", 1.0))
 
     @property
     def pipe(self) -> Any:
         """The pipeline."""
         return self.model.pipe
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All arguments except model and tag, for an ODE over the same model, whose output includes the guidance."""
+        return {**super().settings, "guidance_scale": 1.0}
+
+    def _check_guidance(self) -> None:
+        scale = self.guidance_scale
+        if not isinstance(scale, int | float) or (scale != 1.0 and "guidance_scale" not in self.model.guidance):
+            raise InputError(
+                f"the guidance scale of a pipeline is a number, for pipelines that take guidance_scale, got {scale!r} for "
+                f"{type(self.pipe).__name__}."
+            )
 
     @property
     def device(self) -> torch.device | None:
@@ -108,11 +124,12 @@ class PipelineODE(ProbabilityFlowODE):
         The output [B, ...], in the dtype of x.
         """
         self.check_conditions(len(x))
+        self._check_guidance()
         if isinstance(t, Tensor) and t.ndim and len(t) > 1:
             return self._by_times(x, t)
         rows = self.subset(slice(None), len(x)).conditioning
         self.ledger.add(len(x))
-        found: Tensor = self.model(x, self._moment(float(t)), rows)
+        found: Tensor = self.model(x, self._moment(float(t)), rows, self.guidance_scale)
         return found
 
     def _by_times(self, x: Tensor, t: Tensor) -> Tensor:
@@ -132,9 +149,9 @@ class PipelineODE(ProbabilityFlowODE):
         )
 
     def fingerprint(self) -> Fingerprint:
-        """The identity of the pipeline's networks, with the class of the pipeline and the guidance of the call."""
+        """The identity of the pipeline's networks, with its class and the guidance of the call, except for the scale."""
         found = fingerprint_of(self.model.networks, self.tag)
-        settings = ", ".join(f"{k}={v!r}" for k, v in sorted(self.model.guidance.items()))
+        settings = ", ".join(f"{k}={v!r}" for k, v in sorted(self.model.guidance.items()) if k != "guidance_scale")
         return Fingerprint(f"{found}+{type(self.pipe).__name__}({settings})")
 
 
@@ -168,6 +185,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     Warns
     -----
     PredictionWarning : the output of the model on noise does not look like the prediction type of the scheduler.
+    MismatchWarning : an argument, such as ``control_guidance_end``, switches a network by the index of the step.
 
     Examples
     --------
@@ -198,8 +216,11 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
 
 
 def _start(clock: Clock) -> float:
-    """The noisiest time."""
-    return clock.schedule.t_noise
+    """The noisiest time that the networks can be told."""
+    schedule = clock.schedule
+    if schedule.knows(schedule.t_noise) and math.isfinite(clock.timestep(schedule.t_noise)):
+        return schedule.t_noise
+    return schedule.t_of_noise_to_signal(default_levels(schedule)[1])
 
 
 def _check_prediction(prediction: str, x: Tensor, output: Tensor) -> None:

@@ -7,6 +7,7 @@ adapters, pooled and packed inputs, rounding of the timestep.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..bounded import Bounded
 from ..errors import InputError
-from .borrowed import answered, borrowed, same_draws
+from .borrowed import answered, borrowed, same_draws, states_of
 from .running import mean_of
 
 __all__ = ["Moment", "PipelineDenoiser"]
@@ -27,6 +28,7 @@ _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_
 _NO_NETWORKS = ("vae", "text_encoder", "image_encoder", "safety", "movq", "vqgan", "vqvae", "vocoder")
 _ENTRIES = ("latents", "noise", "second step")
 """The ways of a state into a pipeline: as its latents, as the noised image, or as the result of a first step."""
+_STRENGTH = re.compile("guidance|cfg|_scale$")
 _PROMPTS = 32  # encodings of prompts in memory
 _OUTPUTS = 8  # outputs without effect in memory, of each network and number of samples
 
@@ -142,7 +144,8 @@ class PipelineDenoiser(nn.Module):
     Attributes
     ----------
     networks : the pipeline's networks without encoders and decoders of images and texts.
-    guidance : the numbers of the call about guidance, defaults included.
+    guidance : the numbers of the call about guidance and the strength of adapters, defaults included.
+    held_conditions : the arguments of the call that all samples share, with the state of the generator.
     state_shape, dtype : of the states of the pipeline.
     """
 
@@ -153,9 +156,13 @@ class PipelineDenoiser(nn.Module):
         self._pipe = (pipe,)  # no module, and not copied with this one
         self._call = dict(call)
         self._names = inspect.signature(type(pipe).__call__).parameters
-        self._generator = call.get("generator")
-        numbers = {k: call.get(k, p.default) for k, p in self._names.items() if "guidance" in k or "cfg" in k}
-        self.guidance = {k: v for k, v in numbers.items() if isinstance(v, bool | int | float)}
+        self._generator = same_draws(call.get("generator"))  # the caller's generator may go on
+        numbers = ((k, call.get(k, p.default)) for k, p in self._names.items() if _STRENGTH.search(k))
+        self.guidance = {k: v for k, v in numbers if isinstance(v, bool | int | float)}
+        held = {
+            k: v for k, v in call.items() if k != "guidance_scale" or k not in self.guidance
+        }  # the scale is the ODE's
+        self.held_conditions = {**held, "generator": states_of(self._generator)}
         self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
         self._outputs: Bounded[Any, Any] = Bounded(_OUTPUTS)
         self._entry, self.dtype = "latents", torch.float32
@@ -198,7 +205,7 @@ class PipelineDenoiser(nn.Module):
             "see iia_ode.diffusers.denoiser."
         ) from problem
 
-    def forward(self, x: Tensor, now: Moment, rows: Mapping[str, Any]) -> Tensor:
+    def forward(self, x: Tensor, now: Moment, rows: Mapping[str, Any], scale: float = 1.0) -> Tensor:
         """The output for states x [B, ...], in the shape and dtype of x; no gradient flows through a pipeline.
 
         Parameters
@@ -206,17 +213,22 @@ class PipelineDenoiser(nn.Module):
         x : states of the pipeline.
         now : the time.
         rows : arguments of the call with an entry for each sample.
+        scale : the guidance scale, for pipelines that take a number.
         """
-        found = self._answer(x.detach().to(self.dtype), now, rows, len(x), self._entry)
+        found = self._answer(x.detach().to(self.dtype), now, rows, len(x), self._entry, scale)
         return found.output[: len(x)].to(x)
 
-    def _answer(self, x: Tensor | None, now: Moment, rows: Mapping[str, Any], count: int, entry: str) -> _Answer:
+    def _answer(
+        self, x: Tensor | None, now: Moment, rows: Mapping[str, Any], count: int, entry: str, scale: float | None = None
+    ) -> _Answer:
         call = {**self._call, **{k: v.tolist() if k == "class_labels" else v for k, v in rows.items()}}
         if not rows:
             call |= {name: count for name in _COUNTS if name in self._names}
         call |= {k: v for k, v in (("num_inference_steps", 2), ("strength", 1.0)) if k in self._names}
         if "generator" in self._names:  # the same draws in each evaluation, and none from the user's generator
             call["generator"] = same_draws(self._generator)
+        if scale is not None and "guidance_scale" in self.guidance:
+            call["guidance_scale"] = scale
         if x is not None and entry == "latents":
             call["latents"] = x
         probe = _Probe(self.pipe.scheduler, now, x, entry)

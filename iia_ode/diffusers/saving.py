@@ -70,8 +70,8 @@ def _files(choice: Choice) -> list[tuple[str, Fixed]]:
     return [(f"solver-{n}.iia", solver) for n, solver in sorted(choice.fixed.items())]
 
 
-def _base_of(config: Any) -> Any:
-    """The replaced scheduler, from a configuration with the entry of :func:`described`.
+def _base_of(config: Any, changes: dict[str, Any]) -> Any:
+    """The replaced scheduler, from a configuration with the entry of :func:`described`, with other entries in `changes`.
 
     Raises
     ------
@@ -92,7 +92,9 @@ def _base_of(config: Any) -> Any:
         raise FileFormatError(
             f"diffusers {diffusers.__version__} has no {own['scheduler']}, whose configuration this is."
         )
-    return kind.from_config({**{k: v for k, v in config.items() if k != KEY}, "_class_name": own["scheduler"]})
+    return kind.from_config(
+        {**{k: v for k, v in config.items() if k != KEY}, "_class_name": own["scheduler"]}, **changes
+    )
 
 
 def _choice_of(config: Any, base: Any, find: Callable[[str], str]) -> tuple[Choice, Any, bool]:
@@ -169,7 +171,7 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         ----------
         pretrained_model_name_or_path, subfolder : the folder, or ``"owner/name"``, and a folder inside.
         return_unused_kwargs : whether to return a pair with the options without effect.
-        kwargs : options of a download, such as ``revision``.
+        kwargs : options of a download, such as ``revision``, and entries of the configuration in place of the saved ones.
 
         Returns
         -------
@@ -182,11 +184,11 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         if pretrained_model_name_or_path is None:
             raise InputError("from_pretrained takes a folder, or the name of a repository such as 'owner/name'.")
         options = {k: v for k, v in kwargs.items() if k in _DOWNLOAD}
-        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **options)
-        made = cls._of_config(
-            config, partial(_find, source=pretrained_model_name_or_path, subfolder=subfolder, options=options)
-        )
-        return (made, {k: v for k, v in kwargs.items() if k not in options}) if return_unused_kwargs else made
+        config: Any = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        changes = {k: v for k, v in kwargs.items() if k in config and k not in options}
+        find = partial(_find, source=pretrained_model_name_or_path, subfolder=subfolder, options=options)
+        made, used = cls._of_config(config, find, changes), {*options, *changes}
+        return (made, {k: v for k, v in kwargs.items() if k not in used}) if return_unused_kwargs else made
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -196,7 +198,7 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         ----------
         config : a configuration of this class.
         return_unused_kwargs : whether to return a pair with the options without effect.
-        kwargs : no effect.
+        kwargs : entries in place of those of the configuration, such as ``timestep_spacing``.
 
         Returns
         -------
@@ -205,15 +207,21 @@ class Saved(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         Raises
         ------
         FileFormatError : a configuration of another scheduler, or of a fitted solver, which is in a file.
+        InputError : the configuration has no such entry.
         """
+        unused = {k: v for k, v in kwargs.items() if k not in (config or {})}
+        if unused and not return_unused_kwargs:
+            raise InputError(
+                f"the configuration of this scheduler has no {next(iter(unused))!r}: {', '.join(config or {})}."
+            )
 
         def find(name: str) -> str:
             raise FileFormatError(f"this configuration needs its file {name!r}: load both by from_pretrained(folder).")
 
-        made = cls._of_config(config, find)
-        return (made, kwargs) if return_unused_kwargs else made
+        made = cls._of_config(config, find, {k: v for k, v in kwargs.items() if k not in unused})
+        return (made, unused) if return_unused_kwargs else made
 
     @classmethod
-    def _of_config(cls, config: Any, find: Callable[[str], str]) -> Any:
-        base, made = _base_of(config), cast("Any", cls)
+    def _of_config(cls, config: Any, find: Callable[[str], str], changes: dict[str, Any]) -> Any:
+        base, made = _base_of(config, changes), cast("Any", cls)
         return made(*_choice_of(config, base, find))

@@ -58,7 +58,7 @@ class IIAScheduler(Saved):
         scheduler: Any,
         *,
         otherwise: SolverLike | None = None,
-        whole_timesteps: bool = False,
+        whole_timesteps: bool | None = None,
     ) -> Self:
         """Make a scheduler from a solver and the scheduler that it replaces.
 
@@ -70,7 +70,7 @@ class IIAScheduler(Saved):
         scheduler : the pipeline's scheduler: its noise schedule, prediction type and configuration stay.
         otherwise : classic solver for runs that begin in the middle of a fitted solver or a plan, as image-to-image does with
             ``strength`` below 1. The solver takes the remaining timesteps. By default such a run is an error.
-        whole_timesteps : whether the model is told whole numbers, as by ``UniPCMultistepScheduler``.
+        whole_timesteps : whether the model is told whole numbers, as by ``UniPCMultistepScheduler``; by default as in the fit.
 
         Returns
         -------
@@ -89,7 +89,7 @@ class IIAScheduler(Saved):
                 f"the second argument is the scheduler to be replaced, such as pipe.scheduler, got {type(scheduler).__name__}."
             )
         choice = chosen(solver, schedule_of(scheduler), prediction_of(scheduler), otherwise)
-        return cls(choice, copy.deepcopy(scheduler), whole_timesteps)
+        return cls(choice, copy.deepcopy(scheduler), choice.is_whole if whole_timesteps is None else whole_timesteps)
 
     # ---- before a run --------------------------------------------------------------------------------------------------
 
@@ -115,9 +115,8 @@ class IIAScheduler(Saved):
         InputError : no number of steps.
         MismatchError : no plan has this number of steps.
         """
-        given: dict[str, Any] = {
-            k: v for k, v in (("sigmas", sigmas), ("timesteps", timesteps), ("mu", mu)) if v is not None
-        }
+        options: dict[str, Any] = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
+        given = {k: v for k, v in options.items() if v is not None}
         n = next((len(given[k]) for k in ("sigmas", "timesteps") if k in given), num_inference_steps)
         if n is None:
             raise InputError("set_timesteps takes num_inference_steps, sigmas or timesteps.")
@@ -129,7 +128,8 @@ class IIAScheduler(Saved):
         self.sigmas = self._clock.sigmas((*times, self.plan.grid[-1]))
         self.init_noise_sigma = max(1.0, self._clock.schedule.sigma(self.plan.grid[0]))
         self._run: PipelineRun | None = None
-        self._is_started = False
+        self._is_started = self._is_noised = False
+        self._is_warm = self.plan.starts[0] != 0  # the model is evaluated at another state than the initial one
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
@@ -180,8 +180,8 @@ class IIAScheduler(Saved):
         -------
         The state [B, ...], in the dtype and on the device of `original_samples`.
         """
-        times = list(self.plan.evaluation_times)
-        times[0] = self.plan.grid[0]  # a warm start comes before the first evaluation
+        self._is_noised = True
+        times = (self.plan.grid[0], *self.plan.evaluation_times[1:])  # a warm start comes before the first evaluation
         return self._clock.noised(original_samples, noise, timesteps, times)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -220,6 +220,10 @@ class IIAScheduler(Saved):
         ------
         InputError : eta is not 0, the step is out of order, or a tensor does not fit.
         MismatchError : the run cannot begin at this timestep, or the weights belong to states of another shape.
+
+        Warns
+        -----
+        MismatchWarning : a fit from noised images begins, and the pipeline has noised no image.
         """
         if eta:
             raise InputError(f"{self.plan.name} is deterministic, and eta = {eta} asks for noise: pass eta=0.")
@@ -241,10 +245,6 @@ class IIAScheduler(Saved):
                 f"{self.plan.name} begins with a warm start, which changes the first state before its evaluation, and this "
                 "pipeline does not call scale_model_input: fit again without a warm start (budget='standard')."
             )
-        plan = self.plan if k == 0 else self._choice.rest(self.plan, k)
-        return PipelineRun.begin(plan, sample, self._prediction), k
-
-    @property
-    def _is_warm(self) -> bool:
-        """Whether the plan evaluates the model at another state than the initial one."""
-        return self.plan.starts[0] != 0
+        if k == 0 and not self._is_noised:
+            self._choice.check_noise(self.plan)
+        return PipelineRun.begin(self._choice.rest(self.plan, k) if k else self.plan, sample, self._prediction), k

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import GridError, InputError
 from ..grids.origin import made_for
 from ..schedules import EDM, Cosine, Discrete, FlowMatching, Schedule
-from .kinds import EDMS, FLOWS, config_of, is_flow, name_of
+from .kinds import EDMS, FLOWS, config_of, is_edm, is_flow, name_of
 
 __all__ = ["grid_of", "prediction_of", "schedule_of", "time_of"]
 
@@ -35,7 +35,8 @@ def schedule_of(scheduler: Any) -> Schedule:
     - ``FlowMatching`` for flow-matching schedulers and for ``use_flow_sigmas``,
       with ``reverse=True`` for ``invert_sigmas`` and MiniMax-H3;
     - ``EDM`` with the levels of the configuration for EDM schedulers;
-    - ``Cosine`` for IPNDM and for continuous timesteps (Stable Video Diffusion, Stable Audio);
+    - ``Cosine`` for IPNDM, for continuous timesteps (Stable Video Diffusion, Stable Audio),
+      and for EDM schedulers with v prediction (CosXL);
     - ``Discrete`` with the table of the scheduler for all others.
 
     In a table with zero terminal SNR, 1e-30 replaces a last entry of 0. A last entry of 2^-24, as of some schedulers, stays;
@@ -54,9 +55,9 @@ def schedule_of(scheduler: Any) -> Schedule:
     InputError : the scheduler has no noise schedule with states alpha x_0 + sigma eps.
     """
     name, config = name_of(scheduler), config_of(scheduler)
-    if name in EDMS:
+    if is_edm(name, config):
         return EDM(known_levels=(float(config["sigma_min"]), float(config["sigma_max"])))
-    if name == "CosineDPMSolverMultistep" or config.get("timestep_type") == "continuous":
+    if name in (*EDMS, "CosineDPMSolverMultistep") or config.get("timestep_type") == "continuous":
         low, high = config.get("sigma_min"), config.get("sigma_max")
         return Cosine(known_levels=None if low is None or high is None else (float(low), float(high)))
     if is_flow(name, config):
@@ -82,20 +83,33 @@ def prediction_of(scheduler: Any) -> str:
     Returns
     -------
     ``"noise"``, ``"data"``, ``"v"`` or ``"velocity"``. EDM schedulers have ``"data"``: their raw network becomes a model by
-    :class:`~iia_ode.denoisers.EDMDenoiser`.
+    :class:`~iia_ode.denoisers.EDMDenoiser`. With v prediction (CosXL) the network itself is the model.
 
     Raises
     ------
-    InputError : another prediction type, such as ``"trigflow"``.
+    InputError : another prediction type, such as ``"trigflow"``, or one with the opposite sign of its counterpart.
     """
     name, config = name_of(scheduler), config_of(scheduler)
-    if name in EDMS:
-        return "data"
+    if name in (*EDMS, "CosineDPMSolverMultistep"):
+        return _preconditioned(scheduler, name, config)
     default = "flow_prediction" if name in FLOWS else "v_prediction" if name == "IPNDM" else None
     kind = config.get("prediction_type", default)
     if kind not in _PREDICTIONS:
         raise InputError(f"{type(scheduler).__name__} has prediction_type {kind!r}, which has no counterpart.")
     return _PREDICTIONS[kind]
+
+
+def _preconditioned(scheduler: Any, name: str, config: dict[str, Any]) -> str:
+    """The prediction type of a model with the scalings of EDM, x_0 = c_skip x + c_out F, where v prediction has -c_out."""
+    kind, size = config.get("prediction_type"), config.get("sigma_data")
+    if is_edm(name, config) and kind == "epsilon":
+        return "data"
+    if kind == "v_prediction" and size == 1:
+        return "v"
+    raise InputError(
+        f"{type(scheduler).__name__} with prediction_type={kind!r} and sigma_data={size} has no counterpart. For v_prediction "
+        "the model of data prediction is EDMDenoiser around minus the network."
+    )
 
 
 def time_of(scheduler: Any) -> str | Callable[[Tensor], Tensor] | None:
@@ -195,7 +209,7 @@ def _times_of_levels(scheduler: Any, schedule: Schedule, name: str, config: dict
         levels = sigma / (1 - sigma**2).sqrt()
     else:
         levels = torch.as_tensor(scheduler.sigmas, dtype=_F64, device="cpu")
-    if name in EDMS or is_flow(name, config):
+    if is_edm(name, config) or is_flow(name, config):
         if isinstance(schedule, FlowMatching) and schedule.reverse:
             return 1 - levels if name == "MiniMaxH3" else levels
         return levels

@@ -28,6 +28,7 @@ __all__ = [
     "check_entries",
     "check_tree",
     "digest_of",
+    "held_by",
     "kinds",
     "named",
     "paired",
@@ -235,7 +236,8 @@ def _same(a: Any, b: Any) -> bool:
 def pieces(values: Mapping[str, Any], opaque: Callable[[Any], object] | None = None) -> Iterator[bytes | memoryview]:
     """The content of conditions as bytes, for a hash: equal for equal conditions, whatever the order of the keys.
 
-    `opaque` makes a printable value of a leaf that is no tensor; by default its ``repr`` without addresses in memory.
+    `opaque` makes a printable value of a leaf that is no tensor. The default is the content of images and arrays, and the
+    ``repr`` of other values, without addresses in memory.
     """
     for name, leaf in sorted(named(values), key=lambda item: item[0]):
         yield f"\n{name} ".encode()
@@ -246,8 +248,23 @@ def pieces(values: Mapping[str, Any], opaque: Callable[[Any], object] | None = N
             yield f"{leaf.dtype} {list(leaf.shape)} ".encode()
             yield bytes_of(leaf)
         else:
-            shown = re.sub(" at 0x[0-9a-fA-F]+", "", repr(leaf)) if opaque is None else opaque(leaf)
-            yield f"{shown!r}".encode()
+            yield _content(leaf) if opaque is None else f"{opaque(leaf)!r}".encode()
+
+
+def _content(leaf: Any) -> bytes:
+    """A leaf as bytes: images, arrays and tensors by their content, others by ``repr`` without addresses in memory."""
+    if isinstance(leaf, Tensor):
+        return f"{leaf.dtype} {list(leaf.shape)} ".encode() + bytes(bytes_of(leaf))
+    if isinstance(leaf, list) and not _is_list(leaf):
+        return b", ".join(_content(v) for v in leaf)
+    shown = re.sub(" at 0x[0-9a-fA-F]+", "", repr(leaf))
+    return f"{shown!r}".encode() + (leaf.tobytes() if hasattr(leaf, "tobytes") else b"")
+
+
+def held_by(model: object) -> Mapping[str, Any]:
+    """Conditions that a model holds itself, in its attribute ``held_conditions``, such as the prompt of a pipeline's call."""
+    found = getattr(model, "held_conditions", None)
+    return found if isinstance(found, Mapping) else {}
 
 
 def digest_of(*trees: Mapping[str, Any]) -> str:

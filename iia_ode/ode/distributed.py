@@ -17,7 +17,7 @@ from ..errors import InputError, RankError, first_line
 from ..files import bytes_of
 from .base import Ledger, ProbabilityFlowODE
 from .clock import recorded_time
-from .conditions import digest_of
+from .conditions import digest_of, held_by
 from .guidance import recorded
 from .wrapped import Wrapped, layers_of
 
@@ -96,7 +96,7 @@ def agree(ode: ProbabilityFlowODE, *task: object) -> None:
     time = recorded_time(ode.time, ode.time_rounding, ode.schedule)
     own = ode.schedule.config(), ode.prediction, scale, ode.fingerprint().values, time, ode.guidance_rescale
     ranks.meet(
-        ("agree", own, digest_of(ode.conditioning, ode.unconditional), task),
+        ("agree", own, digest_of(ode.conditioning, ode.unconditional, held_by(ode.model)), task),
         "the processes were asked for different things: give all of them the same noise or states, conditions, model, grid, "
         "options and teacher.",
     )

@@ -13,7 +13,7 @@ from ..schedules.stored import brief
 from ..transforms import outside
 from .base import ProbabilityFlowODE
 from .clock import Told, recorded_time, same_time
-from .conditions import digest_of, kinds
+from .conditions import digest_of, held_by, kinds
 from .fingerprint import Fingerprint
 from .guidance import Scales, recorded
 from .mode import in_training
@@ -148,10 +148,10 @@ class Origin:
 
 
 def conditions_digest(ode: ProbabilityFlowODE) -> str:
-    """A hash of the values of all conditions, with and without guidance, and of a guidance scale per sample."""
-    trees = [ode.conditioning, ode.unconditional]
+    """A hash of the values of all conditions, with and without guidance, held by the model, and of a scale per sample."""
+    scale = {"scale": ode.guidance_scale} if isinstance(ode.guidance_scale, Tensor) else {}
     with outside():
-        return digest_of(*trees, *([{"scale": ode.guidance_scale}] if isinstance(ode.guidance_scale, Tensor) else []))
+        return digest_of(ode.conditioning, ode.unconditional, *(own for own in (held_by(ode.model), scale) if own))
 
 
 def _suits(scale: float | Scales, fitted: float | Scales, strict: bool) -> bool:

@@ -36,7 +36,7 @@ class Views(nn.Module):
         InputError : guidance lacks a keyword, or a condition cannot be split with the samples.
         """
         view = self._view(conditioning, self.unconditional)
-        check_guidance(view.conditioning, view.unconditional, view.guidance_scale)
+        view._check_guidance()
         return view
 
     def subset(self, index: slice | Tensor, batch: int) -> Self:
@@ -54,6 +54,10 @@ class Views(nn.Module):
         view = self._view(picked(self.conditioning, index, batch), picked(self.unconditional, index, batch))
         view.guidance_scale = picked({"scale": self.guidance_scale}, index, batch)["scale"]
         return view
+
+    def _check_guidance(self) -> None:
+        """Raise InputError if a condition cannot be split with the samples, or if guidance lacks a null condition."""
+        check_guidance(self.conditioning, self.unconditional, self.guidance_scale)
 
     def _view(self, conditioning: Mapping[str, Any], unconditional: Mapping[str, Any]) -> Self:
         """A shallow copy with other conditions, and with the same class, model and ledger."""

@@ -99,6 +99,9 @@ class Wrapped(ProbabilityFlowODE):
             layer.ledger = self.ledger
         return self.over(inner)
 
+    def _check_guidance(self) -> None:
+        self.inner._check_guidance()
+
     def check_conditions(self, batch: int) -> None:
         """Raise InputError unless the conditions of the inner ODE fit the batch."""
         self.inner.check_conditions(batch)

@@ -15,7 +15,7 @@ from ..grids import karras
 from ..iia.batch import Batch
 from ..iia.provenance import finite
 from ..ode import ProbabilityFlowODE
-from ..ode.guidance import Scales, check_guidance
+from ..ode.guidance import Scales
 from ..plan import Plan, check_start, trace
 from ..schedules.levels import default_levels
 from ..solvers import get_solver
@@ -37,7 +37,7 @@ def at_scale(ode: ProbabilityFlowODE, scale: float) -> ProbabilityFlowODE:
     """
     view = ode.condition(**ode.conditioning)
     view.guidance_scale = scale
-    check_guidance(view.conditioning, view.unconditional, scale)
+    view._check_guidance()
     return view
 
 
