@@ -28,6 +28,7 @@ import tiny  # noqa: E402  (needs diffusers)
 from tiny import gap, latents, noise  # noqa: E402
 
 from iia_ode.diffusers import IIAScheduler, ode  # noqa: E402
+from iia_ode.diffusers.arguments import arguments  # noqa: E402
 
 # Random networks predict nothing, and NumPy warns of the tensors that diffusers hands to it.
 pytestmark = [
@@ -590,6 +591,13 @@ def test_noise_in_the_steps_is_refused(sd: Any, scheduler: Any) -> None:
         sd(**SD, num_inference_steps=3, eta=0.5)
 
 
+def test_arguments_of_schedulers_of_one_kind_are_refused(scheduler: Any) -> None:
+    scheduler, x = copy.deepcopy(scheduler), noise(1, 4, 8, 8)
+    scheduler.set_timesteps(3)
+    with pytest.raises(iia.errors.InputError, match="passes per_token_timesteps to its scheduler"):
+        scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=x)
+
+
 def test_a_step_out_of_order_is_refused(scheduler: Any) -> None:
     scheduler, x = copy.deepcopy(scheduler), noise(1, 4, 8, 8)
     scheduler.set_timesteps(3)
@@ -777,6 +785,31 @@ def test_prompts_are_encoded_once(worded: Any) -> None:
         for t in (900.0, 500.0, 100.0):
             whole.output(noise(2, 4, 8, 8), t)
     assert len(calls) == 2  # for one sample, and for two
+
+
+def test_changed_text_encoders_encode_anew() -> None:
+    pipe = tiny.sd(**tiny.texts())
+    whole, x = ode(pipe, prompt="a red cat", guidance_scale=1.0), noise(2, 4, 8, 8)
+    before = whole.output(x, 500.0)
+    assert torch.equal(whole.output(x, 500.0), before)
+    with torch.no_grad():
+        for parameter in pipe.text_encoder.parameters():
+            parameter.mul_(1.5)
+    assert gap(whole.output(x, 500.0), before) > 1e-4
+
+
+def test_entries_of_adapters_and_one_image_are_not_entries_of_prompts(worded: Any) -> None:
+    call = {"prompt": ["a cat", "a dog", "ship"], "ip_adapter_image": [1, 2, 3], "prompt_embeds": None}
+    rows, shared, _ = arguments(worded, call)
+    assert list(rows) == ["prompt"] and shared["ip_adapter_image"] == [1, 2, 3]
+    pipe = tiny.sd("StableDiffusionImg2ImgPipeline")
+    rows, shared, _ = arguments(pipe, {"prompt": ["a", "b", "c"], "image": torch.zeros(3, 8, 8)})
+    assert list(rows) == ["prompt"] and shared["image"].shape == (3, 8, 8)
+
+
+def test_a_list_of_generators_is_refused(worded: Any) -> None:
+    with pytest.raises(iia.errors.InputError, match="give one generator"):
+        ode(worded, prompt="a red cat", generator=[generator(), generator()])
 
 
 def test_a_call_as_an_ode_leaves_the_pipeline_as_it_was(worded: Any) -> None:

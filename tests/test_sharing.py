@@ -145,6 +145,14 @@ def test_a_fit_serves_the_scales_that_were_measured_and_warns_outside_of_them_on
     assert "The fit serves guidance scales from 1 to 3" in served.card() and "serves 1 to 3" in str(served)
 
 
+def test_a_fit_may_measure_its_range_of_scales_at_once():
+    budget = iia.Budget(teacher_steps=12, rounds=((1.0, 1),), descent=0)
+    fit = iia.fit(guided(), 2, x=noise(32), budget=budget, scales=[2.0, 1.0])
+    assert [s.scale for s in fit.record.served] == [1.0, 2.0]
+    with pytest.raises(InputError, match="a guidance scale must be"):
+        iia.fit(guided(), 2, x=noise(32), budget=budget, scales=["strong"])
+
+
 def test_the_errors_at_a_scale_are_those_of_runs_at_that_scale(found):
     ode, x = guided(n=16), noise(16, 2)
     entry = found.serves(ode, x, [2.5]).record.served[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -30,8 +31,10 @@ from ..iia.ranking import Range, samples_against
 from ..iia.refinement import Refinement
 from ..ode import Ledger, ProbabilityFlowODE, cached
 from ..ode.distributed import agree, ranks_of
+from ..ode.guidance import recorded
 from ..ode.mode import check_mode
 from ..schedules.levels import known_level
+from ..sharing.serving import at_scale, checked_scales
 from ..teacher.teacher import Teacher, check_teacher
 from .budget import Budget, budget_of
 from .cost import announce
@@ -44,6 +47,7 @@ from .thorough import ends_of, fresh_states, judged, more_states, warm_started
 __all__ = ["fit"]
 
 _FEWEST = 8  # draws, below which a search is refused
+_MEASURED, _SERVED = 64, 7919  # draws for the measured guidance scales, and the distance of their seed
 
 
 @one_run()
@@ -61,6 +65,7 @@ def fit(
     sigma_max: float | None = None,
     sigma_min: float | None = None,
     teacher: Teacher | None = None,
+    scales: Sequence[float] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> FittedSolver:
@@ -101,6 +106,8 @@ def fit(
         level of the model's training. By default 0.004 times the root mean square of the data, or the lowest of the schedule's
         ``known_levels`` if that is higher.
     teacher : accurate trajectories from these initial states, if available. A budget then adds no draws.
+    scales : guidance scales at which the result is measured on new draws, to record the range that it serves; see
+        :meth:`iia_ode.FittedSolver.serves`. By default only the scale of the ODE.
     seed : seed of the draws for `shape`, of added draws and of the Rademacher probes of refinements.
     progress : show bars.
 
@@ -127,9 +134,12 @@ def fit(
         sigma_min = known_level(ode.schedule, sigma_min, "sigma_min")
     if check_choice("weights", weights, ("auto", "scalars")) == "scalars":
         chosen = replace(chosen, warm_starts=False)
+    if scales is not None:
+        scales = checked_scales(scales, recorded(ode.guidance_scale, ode.schedule))
+        at_scale(ode, scales[0])
     check_mode(ode)
     sources = {"noise": noise, "x": x, "shape": shape, "images": images}
-    options = nfe, sigma_max, sigma_min, chosen, weights, seed, samples
+    options = nfe, sigma_max, sigma_min, chosen, weights, seed, samples, scales
     agree(ode, "fit", options, getattr(teacher, "record", teacher), list(sources.values()))
     initial = initial_states(ode, sources, samples=samples, sigma_max=sigma_max, seed=seed)
     start, states = initial.t, initial.x
@@ -174,7 +184,11 @@ def fit(
     failed = [m for m in made if isinstance(m, Ingredient)]
     sizes = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
     search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **sizes)
-    return _solver(context, contenders, best, last, search, spent)
+    solver = _solver(context, contenders, best, last, search, spent)
+    if scales is None:
+        return solver
+    new = fresh_states(batch, start, min(_MEASURED, len(batch)), 0, seed + _SERVED)
+    return solver.serves(new.ode, new.x, scales, sigma_min=levels["sigma_min"], progress=progress)
 
 
 # ---- before the search -----------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ _COUNTS = (*_TEXTS, "class_labels", "prompt_embeds", "negative_prompt_embeds", "
 """Arguments whose length is the number of prompts; the first given argument counts."""
 
 
+_PER_NETWORK = re.compile(r"(control|ip_adapter|adapter|cross_attention|joint_attention|attention).*|.*_scales?")
+"""Arguments whose entries belong to adapters, not to prompts."""
 _BY_STEP = re.compile(r".*_guidance_(start|end|stop)")
 """Arguments that switch a network by the index of the step."""
 
@@ -62,28 +64,40 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
                 f"step at all noise levels. The pipeline's own run differs: omit {name}.",
                 MismatchWarning,
             )
+    if isinstance(call.get("generator"), list):
+        raise InputError(
+            "a list of generators is for one number of samples, and an ODE serves any: give one generator, whose draws every "
+            "evaluation repeats."
+        )
     used = {k: v for k, v in call.items() if k not in _NO_EFFECT}
     repeats = [used.pop(name) for name in _PER_PROMPT if name in used]
     takes_count = any(name in known for name in (*_PER_PROMPT, "batch_size"))
     if not takes_count:  # the pipeline draws a single sample per prompt
         used |= {k: [v] for k, v in used.items() if k in _TEXTS and isinstance(v, str)}
-    rows, shared = _split(used, 2 if takes_count else 1)
+    several = len(getattr(getattr(pipe, "controlnet", None), "nets", ())) > 1  # an image for each network
+    rows, shared = _split(used, 2 if takes_count else 1, ("generator", *(("image",) * several)))
     return rows, shared, repeats[0] if repeats and rows else None
 
 
-def _split(call: Mapping[str, Any], least: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments with an entry per prompt, and the others. With fewer than `least` prompts, all are shared."""
-    lengths = (_length(call[name]) for name in _COUNTS if name in call)
+def _split(call: Mapping[str, Any], least: int, whole: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments with an entry per prompt, and the others. With fewer than `least` prompts, all are shared.
+
+    The arguments `whole`, and the arguments of adapters, have no entry per prompt.
+    """
+    lengths = (_length(name, call[name]) for name in _COUNTS if name in call and name not in whole)
     count = next((n for n in lengths if n is not None), None)
     if count is None or count < least:
         return {}, dict(call)
-    rows = {k: _entries(k, v) for k, v in call.items() if _length(v) == count and k != "generator"}
+    own = (k for k in call if k not in whole and not _PER_NETWORK.fullmatch(k))
+    rows = {k: _entries(k, call[k]) for k in own if _length(k, call[k]) == count}
     return rows, {k: v for k, v in call.items() if k not in rows}
 
 
-def _length(value: Any) -> int | None:
-    sized = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
-    return len(value) if sized else None
+def _length(name: str, value: Any) -> int | None:
+    """Number of entries of an argument; None for a single value, such as one image [C, H, W]."""
+    if isinstance(value, Tensor):
+        return len(value) if value.ndim > (3 if "image" in name and "embeds" not in name else 0) else None
+    return len(value) if isinstance(value, list) else None
 
 
 def _entries(name: str, value: Any) -> Any:

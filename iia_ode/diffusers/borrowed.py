@@ -14,6 +14,8 @@ from ..bounded import Bounded
 
 __all__ = ["answered", "borrowed", "same_draws", "states_of"]
 
+_DENOISERS = ("unet", "transformer")
+
 
 @contextmanager
 def borrowed(pipe: Any, scheduler: Any, encodings: Bounded[Any, Any]) -> Iterator[None]:
@@ -22,7 +24,7 @@ def borrowed(pipe: Any, scheduler: Any, encodings: Bounded[Any, Any]) -> Iterato
     kept = {k: own[k] for k in ("scheduler", "_progress_bar_config", "encode_prompt") if k in own}
     own |= {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
     if hasattr(type(pipe), "encode_prompt"):
-        own["encode_prompt"] = _memoized(pipe.encode_prompt, encodings)
+        own["encode_prompt"] = _memoized(pipe.encode_prompt, encodings, _encoders(pipe))
     try:
         yield
     finally:
@@ -39,10 +41,15 @@ def answered(
 ) -> Iterator[None]:
     """A block in which networks return memoized outputs while ``waits()`` is true.
 
-    A pipeline that takes no initial state makes a first step before the state enters. The outputs of the networks in the first
+    A pipeline that takes no initial state makes a first step before the state enters. The outputs of its denoiser in the first
     step have no effect on the answer, except by their shapes. The outputs are computed once for each number of samples.
+    Other networks, such as projections of prompts, compute in every call.
     """
-    own = {name: net for name, net in networks.items() if not hasattr(net, "_orig_mod")}  # compiled ones compute
+    own = {
+        name: net
+        for name, net in networks.items()
+        if name.startswith(_DENOISERS) and not hasattr(net, "_orig_mod")  # compiled ones compute
+    }
     kept: dict[str, Any] = {name: vars(net).get("forward") for name, net in own.items()}
 
     def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,12 +70,19 @@ def answered(
                 net.forward = own_forward  # as a hook of offloading has it
 
 
-def _memoized(function: Callable[..., Any], known: Bounded[Any, Any]) -> Callable[..., Any]:
+def _encoders(pipe: Any) -> tuple[Any, ...]:
+    """The parameters of the text encoders, by identity and version: adapters and new words change them."""
+    encoders = (v for k, v in pipe.components.items() if k.startswith("text_encoder") and isinstance(v, nn.Module))
+    parameters = (p for encoder in encoders for p in encoder.parameters())
+    return tuple((id(p), None if p.is_inference() else p._version) for p in parameters)
+
+
+def _memoized(function: Callable[..., Any], known: Bounded[Any, Any], about: tuple[Any, ...]) -> Callable[..., Any]:
     """Memoize a function. Calls with a tensor, or with an argument that is not hashable, are not memoized."""
 
     def memoized(*args: Any, **kwargs: Any) -> Any:
         values = [tuple(v) if isinstance(v, list) else v for v in (*args, *kwargs.values())]
-        key = (*values, *kwargs)
+        key = (*values, *kwargs, about)
         if any(isinstance(v, Tensor) for v in values):
             return function(*args, **kwargs)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,24 @@ from ..plan import Plan
 from ..plan.checks import check_weights
 from ..plan.run import Run, start
 
-__all__ = ["PipelineRun", "first_state", "mean_of"]
+__all__ = ["PipelineRun", "check_step", "first_state", "mean_of"]
 
 
 def mean_of(output: Tensor, sample: Tensor, config: Any) -> Tensor:
     """A model's output [B, C, ...] without the C channels of a learned variance, which some networks add."""
     learned = str(config.get("variance_type")).startswith("learned")
     return output[:, : sample.shape[1]] if learned and output.ndim == sample.ndim > 1 else output
+
+
+def check_step(name: str, eta: float, others: Mapping[str, Any]) -> None:
+    """Raise InputError if a step of the plan `name` asks for noise, or has arguments for schedulers of one kind."""
+    if others:
+        raise InputError(
+            f"this pipeline passes {', '.join(others)} to its scheduler, which a plan cannot use: keep the scheduler of the "
+            "pipeline."
+        )
+    if eta:
+        raise InputError(f"{name} is deterministic, and eta = {eta} asks for noise: pass eta=0.")
 
 
 def first_state(plan: Plan, x: Tensor, prediction: str) -> Tensor:

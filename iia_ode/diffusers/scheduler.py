@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError, MismatchError
 from ..solvers.base import SolverLike
 from .choice import Choice, Fixed, chosen
-from .running import PipelineRun, first_state, mean_of
+from .running import PipelineRun, check_step, first_state, mean_of
 from .saving import KEY, Saved, described, frozen
 from .timesteps import Clock, Order, order_of
 from .translation import prediction_of, schedule_of
@@ -199,6 +199,7 @@ class IIAScheduler(Saved):
         use_clipped_model_output: bool | None = None,
         generator: Any = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take the model's output, and run on to the state of the next evaluation.
 
@@ -211,6 +212,7 @@ class IIAScheduler(Saved):
         eta : 0; a plan is deterministic.
         use_clipped_model_output, generator : no effect.
         return_dict : whether to return a ``SchedulerOutput``, or a tuple.
+        others : refused: arguments for schedulers of one kind, such as ``per_token_timesteps``.
 
         Returns
         -------
@@ -225,8 +227,7 @@ class IIAScheduler(Saved):
         -----
         MismatchWarning : a fit from noised images begins, and the pipeline has noised no image.
         """
-        if eta:
-            raise InputError(f"{self.plan.name} is deterministic, and eta = {eta} asks for noise: pass eta=0.")
+        check_step(self.plan.name, eta, others)
         if self._run is None:
             run, k = self._begun(timestep, sample)
         else:
