@@ -209,8 +209,7 @@ class IIAScheduler(Saved):
         timestep : the timestep of the evaluation.
         sample : the state [B, ...] that was evaluated. A changed state, as by inpainting or a callback, replaces the state of
             the run.
-        eta : 0; a plan is deterministic.
-        use_clipped_model_output, generator : no effect.
+        eta, use_clipped_model_output, generator : 0, and arguments without effect: a plan is deterministic.
         return_dict : whether to return a ``SchedulerOutput``, or a tuple.
         others : refused: arguments for schedulers of one kind, such as ``per_token_timesteps``.
 
