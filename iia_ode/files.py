@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +45,7 @@ FORMATS: dict[str, int] = {"fitted solver": 2, "teacher": 2}
 """Format version of each kind of file; 1 for any other kind."""
 
 _KEY = "iia_ode"
+_ATTEMPTS = 20  # readings of a file that other processes replace all the time
 _DEEPEST = 50  # levels of lists and objects in a header; the library's own headers have fewer than ten
 
 _T = TypeVar("_T")
@@ -203,14 +204,7 @@ def read_tensors(
         another format version, or its header does not fit the schema.
     InputError : `path` is no path.
     """
-    with _opened(path) as (file, header):
-        # Copies: memory of the file changes when another process writes into the file, and lies at any address.
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    digest = header.pop("sha256", None)
-    if digest != _digest(tensors, header):
-        raise FileFormatError(
-            f"{str(path)!r} is damaged or edited: its checksum does not match. Take an unharmed copy, or make it again."
-        )
+    tensors, header = _unreplaced(path, _whole)
     if header["kind"] != kind:
         raise FileFormatError(f"{str(path)!r} holds a {header['kind']!r}, expected a {kind!r}.")
     return tensors, header if schema is None else from_json(schema, header, repr(str(path)))
@@ -224,8 +218,45 @@ def read_kind(path: str | os.PathLike[str]) -> str:
     FileFormatError : the file is missing, not safetensors, not of this library, of another format version, or has no kind.
     InputError : `path` is no path.
     """
+    return _unreplaced(path, _kind)
+
+
+def _whole(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file, after the check of the checksum."""
+    with _opened(path) as (file, header):
+        # Copies: memory of the file changes when another process writes into the file, and lies at any address.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    if header.pop("sha256", None) != _digest(tensors, header):
+        raise FileFormatError(
+            f"{str(path)!r} is damaged or edited: its checksum does not match. Take an unharmed copy, or make it again."
+        )
+    return tensors, header
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
     with _opened(path) as (_, header):
         return str(header["kind"])
+
+
+def _unreplaced(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]], _T]) -> _T:
+    """Read a file, and read it again if another process replaced it meanwhile: safetensors opens a path twice."""
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            return read(path)
+        except FileFormatError:
+            if before is None or before == _identity(path):
+                raise
+    return read(path)
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+    """What tells a file from its replacement; None without a file."""
+    try:
+        found = os.stat(as_path(path))
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager
