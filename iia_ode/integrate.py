@@ -21,7 +21,7 @@ from .ode.mode import check_mode
 from .plan import Plan, Run, advance, check_grid, check_ode, check_size, check_start, run_rows, traced
 from .plan.callbacks import Callback, Notifier, notifier
 from .plan.checks import check_constants, factors_at
-from .plan.run import Runnable
+from .plan.prepared import Runnable
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 from .transforms import carries_derivative, differentiated, vectorized
 

@@ -50,7 +50,10 @@ def readable(values: Tensor) -> bool:
 
 def may_write() -> bool:
     """Whether a result may be written to memory of an operand: not where ``vmap`` may give the operands other batches."""
-    return not torch.compiler.is_compiling() and "Vmap" not in _at_work()
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack()
+    return not stack or "Vmap" not in _at_work()
 
 
 def has_tangent(value: object) -> bool:

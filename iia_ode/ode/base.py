@@ -13,7 +13,7 @@ from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
 from ..transforms import number_of
-from .calls import Ledger, answers, own_dtype
+from .calls import Ledger, Loans, answers, own_dtype
 from .clock import Rounding, Time, checked_rounding, checked_time, told
 from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
@@ -210,7 +210,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         """
         return self._output(x, t, own=True)
 
-    def borrowed(self, x: Tensor, t: Tensor | float) -> Tensor:
+    def borrowed(self, x: Tensor, t: Tensor | float, loans: Loans | None = None) -> Tensor:
         """The output for a caller that reads it at once: :meth:`output` without a copy, maybe in memory of the model.
 
         The tensor must be neither changed nor kept beyond the next call of the model.
@@ -218,6 +218,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         Parameters
         ----------
         x, t : state [B, ...] and time, as for :meth:`output`.
+        loans : the loans of a run that hands its states to the model without copies.
 
         Returns
         -------
@@ -226,17 +227,20 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         Raises
         ------
         InputError : as :meth:`output`.
+        SpoiledError : the model wrote to a state that was lent.
         """
         if type(self).output is not ProbabilityFlowODE.output:
             return self.output(x, t)
-        return self._output(x, t, own=False)
+        return self._output(x, t, own=False, loans=loans)
 
-    def _output(self, x: Tensor, t: Tensor | float, *, own: bool) -> Tensor:
-        scale = scale_at(self.guidance_scale, t, x)
+    def _output(self, x: Tensor, t: Tensor | float, *, own: bool, loans: Loans | None = None) -> Tensor:
+        scale = self.guidance_scale
+        if not isinstance(scale, float):
+            scale = scale_at(scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
-            return self._answers(x, t, self.conditioning, own=own)[0]
+            return self._answers(x, t, self.conditioning, own=own, loans=loans)[0]
         check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False)
+        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False, loans=loans)
         # In the state's dtype: a half-precision model must not lose the difference of its two branches.
         guided = torch.lerp(null, condition, scale)
         return rescaled(guided, condition, self.guidance_rescale) if self.guidance_rescale else guided
@@ -264,12 +268,18 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=True)
         return condition, null
 
-    def _answers(self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool) -> Sequence[Tensor]:
-        self.check_conditions(x.shape[0])
-        times = told(self.time, self.time_rounding, self.schedule, t)
-        model = self.model.at(self.schedule, t) if isinstance(self.model, ByLevel) else self.model
+    def _answers(
+        self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool, loans: Loans | None = None
+    ) -> Sequence[Tensor]:
+        if self.conditioning or self.unconditional or not isinstance(self.guidance_scale, float):
+            self.check_conditions(x.shape[0])
+        times, model = t, self.model
+        if self.time is not None or self.time_rounding is not None or isinstance(t, Tensor):
+            times = told(self.time, self.time_rounding, self.schedule, t)
+        if isinstance(model, ByLevel):
+            model = model.at(self.schedule, t)
         dtype, joint = self.compute_dtype(x), self.batched_guidance
-        return answers(model, self.ledger, x, times, branches, dtype, joint=joint, own=own)
+        return answers(model, self.ledger, x, times, branches, dtype, joint=joint, own=own, loans=loans)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

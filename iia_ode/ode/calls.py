@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..transforms import has_tangent, transformed
 from .conditions import batched, paired
 
-__all__ = ["Ledger", "answers", "counted", "own_device", "own_dtype"]
+__all__ = ["Ledger", "Loans", "SpoiledError", "answers", "counted", "own_device", "own_dtype"]
 
 
 @dataclass
@@ -50,6 +53,60 @@ def counted(ledger: Ledger) -> Iterator[Ledger]:
         spent.evaluations, spent.samples = ledger.evaluations - before[0], ledger.samples - before[1]
 
 
+class SpoiledError(Exception):
+    """A model wrote to a state that was lent to it; the run has to be made again with copies."""
+
+
+class Loans:
+    """States that a run hands to a model without copies, and the watch over them.
+
+    The first call gets a copy. If the model leaves the copy as it was, later calls get the states themselves, and the versions
+    of all states in use are compared after each call. A write outside of torch, such as by NumPy, is seen in the first call
+    on the host only.
+    """
+
+    def __init__(self) -> None:
+        self._trusted: bool | None = None
+        self._lent: list[tuple[ref[Tensor], int]] = []
+
+    def call(self, model: Callable[..., Any], x: Tensor, times: Tensor, condition: Mapping[str, Any]) -> Any:
+        """The model's answer for the state x, or for a copy of x.
+
+        Raises
+        ------
+        SpoiledError : the model wrote to a state that was lent.
+        """
+        if self._trusted is None and not _is_tracked(x):
+            self._trusted = False
+        if not self._trusted:
+            copy = x.clone()
+            out = model(copy, times, **condition)
+            if self._trusted is None:
+                self._trusted = copy._version == 0 and (not x.is_cpu or _same(x, copy))
+            return out
+        self._lent.append((ref(x), x._version))
+        out = model(x, times, **condition)
+        lent = []
+        for loan in self._lent:
+            state = loan[0]()
+            if state is not None:
+                if state._version != loan[1]:
+                    raise SpoiledError
+                lent.append(loan)
+        self._lent = lent
+        return out
+
+
+def _is_tracked(x: Tensor) -> bool:
+    """Whether writes to a state change its version: not in inference mode, and not for what a transform wraps."""
+    return not (type(x) is not Tensor or x.is_inference() or transformed() or has_tangent(x))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    # On the host, ``torch.equal`` costs five times as much.
+    return bool(np.array_equal(x.detach().numpy(), y.detach().numpy()))
+
+
 def answers(
     model: Callable[..., Tensor],
     ledger: Ledger,
@@ -60,6 +117,7 @@ def answers(
     *,
     joint: bool,
     own: bool,
+    loans: Loans | None = None,
 ) -> Sequence[Tensor]:
     """The model's outputs [B, ...] under one condition or two, in the dtype of x.
 
@@ -71,29 +129,41 @@ def answers(
     dtype : dtype of the model's arithmetic.
     joint : whether two branches share a call, if their conditions fit one batch.
     own : whether the outputs are copies. Memory of the model may change at the next call.
+    loans : of a run that may lend its states; without loans, the model gets a copy of x.
     """
-
-    def called(condition: Mapping[str, Any], copies: int, own: bool) -> Tensor:
-        """The answer for `copies` copies of the batch, which the model may write to."""
-        time_dtype = dtype if dtype == torch.float64 else torch.float32
-        if isinstance(t, Tensor):
-            kept = time_dtype if t.is_floating_point() else t.dtype  # whole numbers may be the rows of an embedding
-            times = t.to(device=x.device, dtype=kept, non_blocking=True).expand(batch).repeat(copies)
-        else:
-            times = torch.full((copies * batch,), t, dtype=time_dtype, device=x.device)
-        y = _cast(x, dtype, copy=True) if copies == 1 else torch.cat([x.to(dtype)] * copies)
-        ledger.add(batch)
-        out = _checked(model(y, times, **condition), x.shape if copies == 1 else (copies * batch, *x.shape[1:]))
-        return _cast(out, x.dtype, copy=own)
-
-    batch = x.shape[0]
+    batch, device = x.shape[0], x.device
     if len(branches) == 2 and joint:
-        both = paired(branches[0], branches[1], batch, x.device)
+        both = paired(branches[0], branches[1], batch, device)
         if both is not None:
-            return called(both, 2, own).chunk(2)
+            ledger.add(batch)
+            doubled = torch.cat([x.to(dtype)] * 2)
+            out = _checked(model(doubled, _times(t, batch, 2, dtype, device), **both), doubled.shape)
+            return _cast(out, x.dtype, copy=True).chunk(2)
     # The second call may write to the memory of the first answer.
     own = own or len(branches) > 1
-    return [called(batched(branch, batch, x.device), 1, own) for branch in branches]
+    found = []
+    for branch in branches:
+        condition = batched(branch, batch, device) if branch else branch
+        times = _times(t, batch, 1, dtype, device)
+        ledger.add(batch)
+        out: Any
+        if loans is not None and x.dtype == dtype:
+            out = loans.call(model, x, times, condition)
+        else:
+            out = model(_cast(x, dtype, copy=True), times, **condition)
+        if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype or own:
+            out = _cast(_checked(out, x.shape), x.dtype, copy=own)
+        found.append(out)
+    return found
+
+
+def _times(t: Tensor | float, batch: int, copies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The times of `copies` copies of a batch, in memory that the model may write to."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not isinstance(t, Tensor):
+        return torch.full((copies * batch,), t, dtype=wide, device=device)
+    kept = wide if t.is_floating_point() else t.dtype  # whole numbers may be the rows of an embedding
+    return t.to(device=device, dtype=kept, non_blocking=True).expand(batch).repeat(copies)
 
 
 def own_device(model: object) -> torch.device | None:

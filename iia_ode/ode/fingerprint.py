@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Number
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -267,7 +267,7 @@ class Parts:
 
     def _add_function(self, function: FunctionType, name: str) -> None:
         code = function.__code__
-        self.pieces.append(_hash(repr(_shown(code)).encode(), 12))
+        self.pieces.append(_code_hash(code))
         self.add(function.__defaults__ or (), f"{name}.defaults")
         self.add(dict(sorted((function.__kwdefaults__ or {}).items())), f"{name}.defaults")
         self.add_closure(function, name)
@@ -305,6 +305,11 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, _PLAIN)
+
+
+@lru_cache(maxsize=4096)
+def _code_hash(code: CodeType) -> str:
+    return _hash(repr(_shown(code)).encode(), 12)
 
 
 def _shown(code: CodeType) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from types import FunctionType
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ def _key(value: Any) -> Hashable:
         return kind, str(value)
     if isinstance(value, Tensor):
         return _tensor_key(value)
+    if kind in (tuple, list) and all(type(v) is float for v in value):  # a grid
+        return kind, struct.pack(f"<{len(value)}d", *value)
     if kind in (tuple, list):
         return kind, tuple(_key(v) for v in value)
     if kind is dict:
@@ -108,5 +110,18 @@ def _state(value: Any) -> Any:
     state = value.__getstate__() or {}
     if not isinstance(state, dict):
         return state
-    kept = {name for kind in type(value).__mro__ for name, v in vars(kind).items() if isinstance(v, cached_property)}
+    kept = _cached_names(type(value))
     return {name: v for name, v in state.items() if name not in kept}
+
+
+def _cached_names(kind: type) -> set[str]:
+    """Names of the cached properties of a class; memoized for the classes of this package, which do not change."""
+    names = _CACHED_NAMES.get(kind)
+    if names is None:
+        names = {name for base in kind.__mro__ for name, v in vars(base).items() if isinstance(v, cached_property)}
+        if kind.__module__.partition(".")[0] == _OWN:
+            _CACHED_NAMES[kind] = names
+    return names
+
+
+_CACHED_NAMES: WeakKeyDictionary[type, set[str]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bounded import Bounded
 from ..schedules import Schedule
-from ..transforms import kept_property
+from ..transforms import kept_property, may_write
 from .projections import PLACES, Cache, place
 from .vectors import Constant, Sum, Weight
 
@@ -172,7 +172,7 @@ def _run_sums(
         if isinstance(ins, Evaluate):
             return
         k += 1
-        values[k] = ins.ready(like)(values.__getitem__, like)
+        values[k] = ins.ready(like)(values, like, may_write())
         yield k
         _release(values, k, code, last_use)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,13 +15,15 @@ from ..checks import check_whole
 from ..errors import InputError, MismatchError, NonFiniteError
 from ..forms import converted
 from ..ode import ProbabilityFlowODE
+from ..ode.calls import Loans, SpoiledError
 from ..ode.mode import check_mode
 from ..schedules.stored import brief
 from ..transforms import differentiated, readable
 from .callbacks import Callback, notifier
 from .checks import check_constants, check_start, factors_at
 from .initial import check_size, warn_of_size
-from .run import Run, Runnable, start
+from .prepared import Runnable
+from .run import Run, start
 
 __all__ = ["advance", "evaluator", "run_plan"]
 
@@ -50,15 +53,24 @@ def run_plan(
     _check_schedule(plan, ode)
     check_constants(ode.schedule)
     states, notify = [x.clone()] if trajectory else [], notifier(callback)
-    run = start(plan, x, ode.prediction, ode.conditioning, keeps_seen=notify.takes_data)
+
+    def begun() -> Run:
+        return start(plan, x, ode.prediction, ode.conditioning, keeps_seen=notify.takes_data)
+
+    run = begun()
 
     def visit(k: int, state: Tensor) -> None:
         if trajectory:
             states.append(state)
-        notify(k, plan.grid[k], state, lambda: None if run.seen is None else run.data)
+        if callback is not None:
+            notify(k, plan.grid[k], state, lambda: None if run.seen is None else run.data)
 
-    first = None if not check_finite else lambda: start(plan, x, ode.prediction, ode.conditioning, keeps_seen=False)
-    _drive(run, ode, plan.steps, visit, progress, first, x)
+    culprit, lends = begun if check_finite else None, not trajectory and callback is None
+    try:
+        _drive(run, ode, plan.steps, visit, progress, culprit, x, Loans() if lends else None)
+    except SpoiledError:
+        run = begun()
+        _drive(run, ode, plan.steps, visit, progress, culprit, x)
     return torch.stack(states) if trajectory else run.current
 
 
@@ -143,26 +155,30 @@ def _drive(
     progress: bool,
     first: Callable[[], Run] | None,
     x: Tensor | None = None,
+    loans: Loans | None = None,
 ) -> None:
     """Evaluate the model until the run has reached grid point `goal`.
 
     `visit` is called with the index and the state of each grid point. `first` makes a new run, which finds the cause of a
-    final state that is not finite; None switches the check off. The check also reads the size of the initial states x.
+    final state that is not finite; None switches the check off. The check also reads the size of the initial states x. With
+    `loans`, the model gets the run's own states.
     """
     plan, point = run.plan, run.point
+    reached: tuple[int, Tensor] | None
     if run.evaluation == 0:  # steps before the first evaluation
         for k, state in run.reached:
             visit(k, state)
     bar = tqdm(total=plan.nfe, initial=run.evaluation, desc=plan.name) if progress else None
+    evaluate = partial(ode.borrowed, loans=loans)
     try:
         while not run.done and point < goal:
-            run.reached = ()  # no state is kept during the model call
-            run.give(ode.borrowed(run.current, run.t))
+            run.step(evaluate)
             if bar is not None:
                 bar.update()
-            for k, state in run.reached:
-                point = k
-                visit(k, state)
+            for reached in run.reached:  # no name for the state, which would keep it in memory
+                point = reached[0]
+                visit(*reached)
+            reached = None
     finally:
         if bar is not None:
             bar.close()
@@ -172,22 +188,20 @@ def _drive(
         if x is not None:
             check_size(plan.schedule, plan.grid[0], x)
         return
-    largest = _largest(run.current)
+    read = [*torch.aminmax(run.current.detach())]
     if x is not None:
-        largest, norm = torch.stack([largest, torch.linalg.vector_norm(x.detach())]).tolist()  # one read
-        warn_of_size(plan.schedule, plan.grid[0], norm / math.sqrt(x.numel()), x.numel())
-    if not math.isfinite(float(largest)):
+        read.append(torch.linalg.vector_norm(x.detach()))
+    low, high, *norm = torch.stack(read).tolist()  # one read
+    if norm and x is not None:
+        warn_of_size(plan.schedule, plan.grid[0], norm[0] / math.sqrt(x.numel()), x.numel())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise _culprit(first(), ode)
 
 
 def _finite(values: Tensor) -> bool:
-    return math.isfinite(float(_largest(values)))
-
-
-def _largest(values: Tensor) -> Tensor:
     # One pass over the values, in their own dtype: not every device has float64, and a sum of float32 overflows.
-    largest: Tensor = torch.linalg.vector_norm(values.detach(), math.inf)
-    return largest
+    low, high = torch.aminmax(values.detach())
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ from .loop import run_plan
 from .maps import LinearMap, PerCondition
 from .moving import moved
 from .projections import PLACES
-from .run import Prepared, Run, prepare, start
+from .prepared import Prepared, prepare
+from .run import Run, start
 from .storing import pack
 from .vectors import format_terms
 

@@ -6,137 +6,30 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import write_tensors
-from ..forms import check_prediction, conversion, converted
-from .checks import check_state, check_weights, factors_at
-from .instructions import Combine, Evaluate, Program
+from ..forms import conversion, converted
+from ..transforms import may_write
+from .checks import check_state
+from .instructions import Combine, Evaluate
 from .maps import PerCondition
+from .prepared import Runnable, Stage, Step
 from .storing import pack
-from .vectors import Sum
 
-__all__ = ["KIND", "OWN", "Prepared", "Run", "Runnable", "prepare", "start"]
+__all__ = ["KIND", "OWN", "Run", "start"]
+
+_UNCHANGED = (0.0, 1.0)  # factors of an output in the stored form
 
 KIND = "run"
 """The kind of a run's file."""
 
 OWN = "run."
 """Beginning of the names of a run's own tensors in its file."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A sum of a plan, ready for a run.
-
-    Attributes
-    ----------
-    index : index of the new vector.
-    sum : the sum, with its tensors in place.
-    drops : the vectors without a later use.
-    point : k if the vector is the state at grid point k, else None.
-    """
-
-    index: int
-    sum: Sum
-    drops: tuple[int, ...]
-    point: int | None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """An evaluation of a plan with the sums up to the next evaluation, ready for a run.
-
-    Attributes
-    ----------
-    state, t, form : index of the evaluated vector, the time, and the form of the stored output.
-    factors : the pair (p, q) of :func:`~iia_ode.forms.conversion`, from the prediction type to the stored form.
-    drops : the vectors without a use after the evaluation.
-    sums : the sums, in order.
-    """
-
-    state: int
-    t: float
-    form: str
-    factors: tuple[float, float]
-    drops: tuple[int, ...]
-    sums: tuple[Step, ...]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The part of a run shared by all runs of a plan with equal prediction type, sample shape, dtype and device.
-
-    Attributes
-    ----------
-    first : the sums before the first evaluation.
-    stages : each evaluation by the number of instructions before it.
-    """
-
-    first: tuple[Step, ...]
-    stages: Mapping[int, Stage]
-
-    def with_rows(self, rows: Mapping[int, Tensor]) -> Prepared:
-        """The same with constants of a batch, by the index of the vector."""
-
-        def own(sums: tuple[Step, ...]) -> tuple[Step, ...]:
-            return tuple(replace(s, sum=replace(s.sum, constant=rows[s.index])) if s.index in rows else s for s in sums)
-
-        return Prepared(own(self.first), {k: replace(s, sums=own(s.sums)) for k, s in self.stages.items()})
-
-
-class Runnable(Program, Protocol):
-    """The part of a :class:`~iia_ode.Plan` read by a run."""
-
-    @property
-    def nfe(self) -> int:
-        """Model evaluations of one run."""
-
-    @property
-    def steps(self) -> int:
-        """Intervals of the grid."""
-
-    @property
-    def last_use(self) -> tuple[int, ...]:
-        """For each vector, the last instruction to read the vector."""
-
-    @property
-    def same(self) -> tuple[int, ...]:
-        """For each vector, the original of the copy; the vector itself where it is no copy."""
-
-    def prepared(self, prediction: str, like: Tensor) -> Prepared:
-        """Factors and weights for states like `like`."""
-
-
-def prepare(plan: Runnable, prediction: str, like: Tensor) -> Prepared:
-    """Check a plan against the samples of `like` [B, ...] and put its weights in place.
-
-    Raises
-    ------
-    UnknownNameError : no such prediction type.
-    InputError : a weight does not fit the samples.
-    GridError : the prediction does not determine a stored form at the data.
-    ScheduleError : the prediction does not determine a stored form at another time.
-    """
-    check_prediction(prediction)
-    check_weights(plan, tuple(like.shape[1:]))
-    code, last, stages = plan.code, plan.last_use, {}
-    with torch.inference_mode(False):  # made in the first run, and used by later runs with gradients
-        sums: list[Step] = []
-        for k in range(len(code), 0, -1):
-            ins = code[k - 1]
-            drops = tuple(j for j in {*ins.reads, k} if last[j] == k) if k < len(code) else ()
-            if isinstance(ins, Evaluate):
-                factors = factors_at(plan.schedule, ins.t, prediction, ins.form)
-                stages[k - 1] = Stage(ins.state, ins.t, ins.form, factors, drops, tuple(reversed(sums)))
-                sums = []
-            else:
-                sums.append(Step(k, ins.ready(like), drops, ins.step))
-    return Prepared(tuple(reversed(sums)), stages)
 
 
 @dataclass(eq=False)
@@ -179,7 +72,6 @@ class Run:
 
     def __post_init__(self) -> None:
         x = next(iter(self.values.values())).detach()
-        self._like = x.new_empty(()).expand(x.shape)  # one number in memory
         ready = self.plan.prepared(self.prediction, x)
         self._ready = ready.with_rows(self.rows) if self.rows else ready
 
@@ -225,9 +117,10 @@ class Run:
     @property
     def _stage(self) -> Stage:
         """The evaluation that the run waits at."""
-        if self.done:
+        stage = self._ready.stages.get(self.position)
+        if stage is None:
             raise InputError(f"this run of {self.plan.name} waits for no evaluation: it is done, read run.state.")
-        return self._ready.stages[self.position]
+        return stage
 
     def give(self, output: Tensor) -> None:
         """Take the model's output at :attr:`state` and :attr:`t`, and run on to the next evaluation or to the end.
@@ -241,29 +134,59 @@ class Run:
         ------
         InputError : the run is done, or the output has another shape or device, or is not real.
         """
-        stage, values = self._stage, self.values
+        self._store(self._stage, output)
+
+    def step(self, evaluate: Callable[[Tensor, float], Tensor]) -> None:
+        """Make the next evaluation, and run on to the one after or to the end.
+
+        Parameters
+        ----------
+        evaluate : called once as ``evaluate(state, t)`` with the run's own state [B, ...]; returns the output as for
+            :meth:`give`. No state is kept in :attr:`reached` during the call.
+        """
+        stage, self.reached = self._stage, ()
+        self._store(stage, evaluate(self.values[stage.state], stage.t))
+
+    def _store(self, stage: Stage, output: Tensor) -> None:
+        values, writes, position = self.values, may_write(), self.position + 1
         state = values[stage.state]
-        stored = converted(state, self._checked(output, state), stage.factors)
-        self.position += 1
-        values[self.position] = stored
-        self.seen = (self.position, state, stored) if self.keeps_seen else None
+        if not self._fits(output, state):
+            output = self._checked(output, state)
+        passes = stage.passes and stage.factors == _UNCHANGED and writes and not self.keeps_seen
+        stored = output if passes else converted(state, output, stage.factors)
+        self.position, values[position] = position, stored
+        self.seen = (position, state, stored) if self.keeps_seen else None
         for j in stage.drops:
             del values[j]
-        self._add_up(stage.sums)
+        self._add_up(stage.sums, state, writes)
+
+    @staticmethod
+    def _fits(output: object, state: Tensor) -> bool:
+        """Whether the checks of an output have nothing to say, as nearly always."""
+        return (
+            type(output) is Tensor
+            and output.dtype == state.dtype
+            and output.shape == state.shape
+            and output.device == state.device
+            and output.is_contiguous()
+        )
 
     def begin(self) -> None:
         """Run the sums before the first evaluation."""
-        self._add_up(self._ready.first)
+        self._add_up(self._ready.first, self.values[0], may_write())
 
-    def _add_up(self, sums: tuple[Step, ...]) -> None:
+    def _add_up(self, sums: tuple[Step, ...], like: Tensor, writes: bool) -> None:
         values, reached = self.values, []
         for step in sums:
-            value = values[step.index] = step.sum(values.__getitem__, self._like)
+            numbers = step.numbers if writes else None
+            value = step.sum(values, like, writes) if numbers is None else numbers(values)
+            values[step.index] = value
             if step.point is not None:
                 reached.append((step.point, value))
             for j in step.drops:
                 del values[j]
-            self.position = step.index
+        if sums:
+            self.position = sums[-1].index
         if self.done:
             self.values = {self.position: values[self.position]}
         self.reached = tuple(reached)
@@ -345,7 +268,7 @@ class Run:
         return self._with(torch.clone)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_like", "_ready")}
+        return {k: v for k, v in vars(self).items() if k != "_ready"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

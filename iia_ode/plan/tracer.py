@@ -215,9 +215,9 @@ def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]
     """
     times = grid.detach().cpu().tolist() if isinstance(grid, Tensor) else grid
     # A step may make tensors in torch's default dtype, on its default device.
-    defaults = torch.get_default_dtype(), torch.get_default_device()
     with outside():
-        key = exact_key(solver, solver.label, schedule, times, *defaults)
+        default = torch.empty(0)
+        key = exact_key(solver, solver.label, schedule, times, default.dtype, default.device)
     known = None if key is None else _PLANS.get(key)
     if known is not None:
         return known
