@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
@@ -22,8 +22,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # a subpackage is imported at its first use
 import torch
-from scipy.interpolate import CubicSpline, PPoly
 from torch import Tensor
 
 from .errors import InputError, MismatchError
@@ -50,9 +50,9 @@ class Curve:
         self.ends = float(lam[0]), float(lam[-1])
         self.at_ends = values[0], values[-1]
         if len(lam) > 1:
-            self._value: PPoly = CubicSpline(lam, values)
+            self._value = scipy.interpolate.CubicSpline(lam, values)
         else:
-            self._value = PPoly(values[None], np.array([lam[0], lam[0] + 1.0]))
+            self._value = scipy.interpolate.PPoly(values[None], np.array([lam[0], lam[0] + 1.0]))
         self._integral = self._value.antiderivative()
         self._slope = self._value.derivative()
 
@@ -72,7 +72,7 @@ class Curve:
         out: Array = self._inside(self._integral, u) + beyond
         return out
 
-    def _inside(self, polynomial: PPoly, lam: Array | float) -> Array:
+    def _inside(self, polynomial: Callable[[Any], Array], lam: Array | float) -> Array:
         out: Array = polynomial(np.clip(lam, *self.ends))
         return out
 

@@ -73,12 +73,12 @@ def carries_derivative(value: object) -> bool:
 
 
 def number_of(t: Tensor | float) -> Tensor | float:
-    """A time; times on the host without a derivative in float64, with the values that they have."""
-    if not isinstance(t, Tensor) or t.device.type != "cpu" or t.dtype == torch.float64:
+    """A time without a derivative on the host: a number for one time, float64 for several; other times unchanged."""
+    if not isinstance(t, Tensor) or t.device.type != "cpu" or (t.ndim and t.dtype == torch.float64):
         return t
     if torch.compiler.is_compiling() or vectorized() or carries_derivative(t):
         return t
-    return torch.tensor(t.tolist(), dtype=torch.float64, device="cpu")
+    return torch.tensor(t.tolist(), dtype=torch.float64, device="cpu") if t.ndim else float(t)
 
 
 @contextmanager

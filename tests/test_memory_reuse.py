@@ -189,3 +189,54 @@ def test_a_model_may_write_to_its_conditions(entries: int) -> None:
         for m in (writes, plain)
     )
     assert torch.equal(first, second) and torch.equal(given, kept)
+
+
+class WritesLate(nn.Module):
+    """Changes the states in place from the third call on, for states that it has seen too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.known: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        out = answer(x, t)
+        if self.calls >= 3:
+            for v in (x, *self.known):
+                v.fill_(1e9)
+        self.known.append(x)
+        return out
+
+
+class WritesByNumPy(nn.Module):
+    """Changes the states in place where torch does not see the change."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out = answer(x, t)
+        x.numpy()[...] = 1e9
+        return out
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "unipc", "ipndm"])
+@pytest.mark.parametrize("kind", [WritesLate, WritesByNumPy, Spoiler], ids=lambda k: k.__name__)
+def test_a_run_notices_a_model_that_writes_to_its_states(kind: type[nn.Module], solver: str) -> None:
+    expected = iia.sample(iia.ProbabilityFlowODE(answer, EDM), X, GRID, solver)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(iia.sample(iia.ProbabilityFlowODE(kind(), EDM), X, GRID, solver), expected)
+
+
+def test_a_run_copies_the_state_once_for_a_model_that_only_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    clone, copied = Tensor.clone, []
+
+    def counting(self: Tensor, **options: Any) -> Tensor:
+        copied.append(self)
+        return clone(self, **options)
+
+    plan = iia.get_solver("ddim").plan(EDM, iia.grids.karras(20, 0.05, 20.0, to_data=False))
+    ode = iia.ProbabilityFlowODE(answer, EDM)
+    expected = plan.run(ode, X, callback=lambda *_: None)
+    monkeypatch.setattr(Tensor, "clone", counting)
+    assert torch.equal(plan.run(ode, X), expected)
+    assert len(copied) <= 3  # of the initial state, for the first call, and of no later state or output

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -210,3 +212,14 @@ def test_no_file_is_longer_than_400_lines_and_no_class_than_250() -> None:
             if isinstance(node, ast.ClassDef) and (n := (node.end_lineno or 0) - node.lineno + 1) > 250:
                 long[f"{path.relative_to(PACKAGE)}: {node.name}"] = n
     assert long == {}
+
+
+# ---- imports ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_import_loads_no_package_that_few_programs_need() -> None:
+    heavy = ("torchdiffeq", "matplotlib", "sklearn", "diffusers", "transformers", "PIL")
+    parts = ("scipy.special", "scipy.interpolate", "scipy.integrate", "scipy.optimize", "scipy.linalg")
+    program = f"import sys, torch; before = set(sys.modules); import iia_ode; print(*(set({heavy + parts}) & (set(sys.modules) - before)))"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert loaded.split() == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scipy.special import betaincinv, wrightomega
+import scipy  # a subpackage is imported at its first use
 from torch import Tensor
 
 from ..errors import GridError
@@ -117,7 +117,7 @@ def linear_log(
     n, (low, high) = as_count(n, "level"), as_range(sigma_min, sigma_max, schedule)
     if crossover is None:
         # Equal parts: high/c - 1 = log(c/low). With y = high/c that is y + log y = 1 + log(high/low), Wright's omega.
-        c = high / float(wrightomega(1 + math.log(high) - math.log(low)))
+        c = high / float(scipy.special.wrightomega(1 + math.log(high) - math.log(low)))
     else:
         c = min(max(as_positive(crossover, "crossover"), low), high)  # beyond its limits it changes nothing
     a, b = high / c - 1, math.log(low) - math.log(c)
@@ -156,4 +156,4 @@ def beta(
 
 def beta_quantile(probability: float, a: float = 0.6, b: float = 0.6) -> float:
     """F^-1 of Beta(a, b), as ``scipy.stats.beta.ppf``, without the import of scipy.stats."""
-    return float(betaincinv(a, b, probability))
+    return float(scipy.special.betaincinv(a, b, probability))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
+import scipy  # a subpackage is imported at its first use
 import torch
-from scipy.special import bdtrc, ndtr, stdtrit
 from torch import Tensor
 
 from ..metrics import paired_ratio
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 _SPREAD = 0.25  # prior standard deviation of the logarithm of a ratio of plain means
 _MEAN_ERRORS = 3.0  # standard errors by which the mean square must be lower; heavy tails want more than the usual two
-_SIGN_CHANCE = float(ndtr(-2.0))  # level of the sign test; counts have no tails
+_SIGN_CHANCE = NormalDist().cdf(-2.0)  # level of the sign test; counts have no tails
 _UNSEEN = 3.0  # rule of three: a failure of rate 3/n is missed by n samples with probability 5%
 _FAR = 9.0  # squared distance from the judged final states, relative to their largest, beyond which a final state is a stray
 
@@ -143,7 +144,7 @@ def verdict(squares: Tensor, held_out: int, relative: float) -> Verdict:
     needed = _fewest(n)
     gain, largest = float(gaps.sum()), float(squares[:, :2].max())
     error = math.sqrt(n) * float(gaps.std()) if n > 1 else math.inf
-    doubt = -float(stdtrit(n - 1, ndtr(-_MEAN_ERRORS))) if n > 1 else math.inf
+    doubt = -float(scipy.special.stdtrit(n - 1, NormalDist().cdf(-_MEAN_ERRORS))) if n > 1 else math.inf
     clear = nearer >= needed and gain > doubt * error and gain > _UNSEEN * largest and fit <= base + rounding
     exact_already = float(by_fit.mean().sqrt()) <= rounding
     finite, base_finite = (bool(v.isfinite().all()) for v in (by_fit, by_base))
@@ -226,7 +227,7 @@ def _cannot_say(n: int) -> str:
 def _fewest(n: int) -> int:
     """Fewest of n samples that must end nearer: the critical value of the sign test."""
     # scipy.stats.binom.isf, without the import of all of scipy.stats.
-    return int(np.argmax(bdtrc(np.arange(n + 1), n, 0.5) <= _SIGN_CHANCE)) + 1
+    return int(np.argmax(scipy.special.bdtrc(np.arange(n + 1), n, 0.5) <= _SIGN_CHANCE)) + 1
 
 
 def _ratio(a: float, b: float) -> str:

@@ -99,7 +99,7 @@ class Loans:
 
 def _is_tracked(x: Tensor) -> bool:
     """Whether writes to a state change its version: not in inference mode, and not for what a transform wraps."""
-    return not (type(x) is not Tensor or x.is_inference() or transformed() or has_tangent(x))
+    return not (transformed() or type(x) is not Tensor or x.is_inference() or has_tangent(x))
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -25,8 +25,8 @@ from .instructions import Combine, Evaluate, Instruction
 from .loop import run_plan
 from .maps import LinearMap, PerCondition
 from .moving import moved
-from .projections import PLACES
 from .prepared import Prepared, prepare
+from .projections import PLACES
 from .run import Run, start
 from .storing import pack
 from .vectors import format_terms

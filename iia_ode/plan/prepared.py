@@ -77,9 +77,7 @@ class Prepared:
         """The same with constants of a batch, by the index of the vector."""
 
         def own(sums: tuple[Step, ...]) -> tuple[Step, ...]:
-            return tuple(
-                replace(s, sum=replace(s.sum, constant=rows[s.index])) if s.index in rows else s for s in sums
-            )
+            return tuple(replace(s, sum=replace(s.sum, constant=rows[s.index])) if s.index in rows else s for s in sums)
 
         return Prepared(own(self.first), {k: replace(s, sums=own(s.sums)) for k, s in self.stages.items()})
 
