@@ -65,8 +65,26 @@ def _key(value: Any) -> Hashable:
     if kind is dict:
         return kind, tuple((_key(k), _key(v)) for k, v in value.items())
     if isinstance(value, Schedule) or (not isinstance(value, type) and (is_dataclass(value) or hasattr(value, "step"))):
-        return ref(kind), _class_key(kind), _key(_state(value))
+        return _instance_key(value, kind)
     raise _NoKeyError
+
+
+def _instance_key(value: Any, kind: type) -> Hashable:
+    known = _KNOWN.get(id(value))
+    if known is not None and known[0]() is value:
+        return known[1]
+    state = _state(value)
+    key = ref(kind), _class_key(kind), _key(state)
+    # A frozen value of this package, whose attributes are numbers and texts, never has another key.
+    if kind.__module__.partition(".")[0] == _OWN and all(isinstance(v, _LASTING) for v in dict(state).values()):
+        place = id(value)
+        _KNOWN[place] = ref(value, lambda _: _KNOWN.pop(place, None)), key
+    return key
+
+
+_LASTING = (bool, int, float, str, type(None))
+_KNOWN: dict[int, tuple[ref[Any], Hashable]] = {}
+"""Keys of values in memory, by place."""
 
 
 def _class_key(kind: type) -> Hashable:
