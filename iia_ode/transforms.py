@@ -73,7 +73,7 @@ def carries_derivative(value: object) -> bool:
 
 
 def number_of(t: Tensor | float) -> Tensor | float:
-    """A time without a derivative on the host: a number for one time, float64 for several; other times unchanged."""
+    """A time on the host without a derivative as a number, and several in float64; other times unchanged."""
     if not isinstance(t, Tensor) or t.device.type != "cpu" or (t.ndim and t.dtype == torch.float64):
         return t
     if torch.compiler.is_compiling() or vectorized() or carries_derivative(t):

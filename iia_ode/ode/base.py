@@ -12,12 +12,11 @@ from ..checks import check_flag, check_number
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
-from ..transforms import number_of
 from .calls import Ledger, Loans, answers, own_dtype
-from .clock import Rounding, Time, checked_rounding, checked_time, told
+from .clock import Rounding, Time, checked_rounding, checked_time, exact_time, told
 from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
-from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, rescaled, scale_at
+from .guidance import Scale, check_branches, check_guidance, check_scales, checked_scale, guided, scale_at
 from .networks import ByLevel
 from .views import Views
 
@@ -146,7 +145,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         -------
         The velocity [B, ...], in the dtype of x.
         """
-        t = number_of(t)
+        t = exact_time(self.schedule, t)
         return Evaluation(self.schedule, t, x, self.borrowed(x, t), self.prediction).velocity
 
     def evaluate(self, x: Tensor, t: Tensor | float, form: str = "data") -> Evaluation[Tensor]:
@@ -161,7 +160,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         -------
         The evaluation, with tensors of the shape and dtype of x.
         """
-        t = number_of(t)
+        t = exact_time(self.schedule, t)
         return Evaluation(self.schedule, t, x, self.output(x, t), self.prediction)
 
     def is_data(self, t: float) -> bool:
@@ -234,16 +233,12 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         return self._output(x, t, own=False, loans=loans)
 
     def _output(self, x: Tensor, t: Tensor | float, *, own: bool, loans: Loans | None = None) -> Tensor:
-        scale = self.guidance_scale
-        if not isinstance(scale, float):
-            scale = scale_at(scale, t, x)
+        scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
             return self._answers(x, t, self.conditioning, own=own, loans=loans)[0]
         check_branches(self.conditioning, self.unconditional)
         condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False, loans=loans)
-        # In the state's dtype: a half-precision model must not lose the difference of its two branches.
-        guided = torch.lerp(null, condition, scale)
-        return rescaled(guided, condition, self.guidance_rescale) if self.guidance_rescale else guided
+        return guided(condition, null, scale, self.guidance_rescale)
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Compute the two outputs that guidance combines, at the cost of one guided evaluation.
@@ -273,9 +268,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     ) -> Sequence[Tensor]:
         if self.conditioning or self.unconditional or not isinstance(self.guidance_scale, float):
             self.check_conditions(x.shape[0])
-        times, model = t, self.model
-        if self.time is not None or self.time_rounding is not None or isinstance(t, Tensor):
-            times = told(self.time, self.time_rounding, self.schedule, t)
+        times, model = told(self.time, self.time_rounding, self.schedule, t), self.model
         if isinstance(model, ByLevel):
             model = model.at(self.schedule, t)
         dtype, joint = self.compute_dtype(x), self.batched_guidance

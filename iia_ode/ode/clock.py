@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnknownNameError, unknown_name
 from ..schedules import Discrete, Schedule
+from ..transforms import number_of
 
 __all__ = ["TIMES", "Told", "checked_rounding", "checked_time", "recorded_time", "same_time", "told"]
 
@@ -112,6 +113,14 @@ def told(time: Time | None, rounding: Rounding | None, schedule: Schedule, t: Te
     else:
         value = _called(time, t)
     return value if rounding is None else _rounded(value, rounding)
+
+
+def exact_time(schedule: Schedule, t: Tensor | float) -> Tensor | float:
+    """A time on the host in full precision: as a number if no derivative passes through it or through the schedule."""
+    found = number_of(t)
+    if isinstance(found, float) and isinstance(t, Tensor) and not schedule.is_of_numbers:
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
+    return found
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ __all__ = [
     "check_guidance",
     "check_scales",
     "checked_scale",
+    "guided",
     "recorded",
-    "rescaled",
     "scale_at",
 ]
 
@@ -106,7 +106,16 @@ class Interval:
         return self.scale if self.low < self.schedule.noise_to_signal(t) <= self.high else 1.0
 
 
-def rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
+def guided(condition: Tensor, null: Tensor, scale: float | Tensor, rescale: float) -> Tensor:
+    """The guided output [B, ...] of two branches, by ``null + scale (condition - null)`` with a share of rescaling.
+
+    In the dtype of the state: a half-precision model must not lose the difference of its two branches.
+    """
+    found = torch.lerp(null, condition, scale)
+    return _rescaled(found, condition, rescale) if rescale else found
+
+
+def _rescaled(guided: Tensor, condition: Tensor, share: float) -> Tensor:
     """Move the standard deviation of each sample of `guided` [B, ...] to the standard deviation of `condition`, by a share."""
     if guided.ndim < 2:
         return guided

@@ -179,20 +179,13 @@ def check_ode(ode: object) -> ProbabilityFlowODE:
 
 def check_constants(schedule: Schedule) -> None:
     """Raise InputError if parameters of the schedule require a gradient; the weights of a plan do not carry this gradient."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _is_of_numbers(schedule):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not schedule.is_of_numbers:
         start = torch.tensor(schedule.t_noise, dtype=torch.float64, device="cpu")
         if any(carries_derivative(level(start)) for level in (schedule.alpha, schedule.sigma)):
             raise InputError(
                 "the weights of a plan are numbers, through which no gradient flows to the schedule: switch the gradients of "
                 "its parameters off, or take method='torchdiffeq:rk4'."
             )
-
-
-def _is_of_numbers(schedule: Schedule) -> bool:
-    """Whether a schedule is one of this library without tensors and functions; asked because levels cost ten times more."""
-    if not type(schedule).__module__.startswith(f"{__package__.partition('.')[0]}."):
-        return False
-    return all(v is None or isinstance(v, bool | int | float | str | dict) for v in vars(schedule).values())
 
 
 def check_code(plan: Program) -> None:

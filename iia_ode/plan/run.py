@@ -150,7 +150,7 @@ class Run:
     def _store(self, stage: Stage, output: Tensor) -> None:
         values, writes, position = self.values, may_write(), self.position + 1
         state = values[stage.state]
-        if not self._fits(output, state):
+        if not _fits(output, state):
             output = self._checked(output, state)
         passes = stage.passes and stage.factors == _UNCHANGED and writes and not self.keeps_seen
         stored = output if passes else converted(state, output, stage.factors)
@@ -159,17 +159,6 @@ class Run:
         for j in stage.drops:
             del values[j]
         self._add_up(stage.sums, state, writes)
-
-    @staticmethod
-    def _fits(output: object, state: Tensor) -> bool:
-        """Whether the checks of an output have nothing to say, as nearly always."""
-        return (
-            type(output) is Tensor
-            and output.dtype == state.dtype
-            and output.shape == state.shape
-            and output.device == state.device
-            and output.is_contiguous()
-        )
 
     def begin(self) -> None:
         """Run the sums before the first evaluation."""
@@ -288,6 +277,17 @@ class Run:
         header = {"name": self.plan.name, "code": code, "schedule": self.plan.schedule.config()}
         own = {"prediction": self.prediction, "position": self.position, "seen": seen}
         return write_tensors(path, KIND, tensors, header | own)
+
+
+def _fits(output: object, state: Tensor) -> bool:
+    """Whether the checks of an output have nothing to say, as nearly always."""
+    return (
+        type(output) is Tensor
+        and output.dtype == state.dtype
+        and output.shape == state.shape
+        and output.device == state.device
+        and output.is_contiguous()
+    )
 
 
 def start(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ..schedules import Schedule
+from ..transforms import may_write
 from .instructions import Combine, Evaluate, Program, last_uses, originals
 from .maps import LinearMap
 
@@ -122,7 +123,8 @@ def _sum(ins: Combine, values: dict[int, Array], first: Array) -> Array:
             total += weight * values[j]
         return total
     like = torch.from_numpy(first)
-    return ins.ready(like)(lambda j: torch.from_numpy(values[j]), like).numpy()
+    vectors = {j: torch.from_numpy(values[j]) for j, _ in ins.terms}
+    return ins.ready(like)(vectors, like, may_write()).numpy()
 
 
 def _factors(schedule: Schedule, asked: Sequence[Evaluate]) -> tuple[Array, Array]:

@@ -199,6 +199,12 @@ class Schedule(ABC):
             return bool(((levels >= low) & (levels <= high)).all())
         return low <= self.noise_to_signal(t) <= high
 
+    @property
+    def is_of_numbers(self) -> bool:
+        """Whether the schedule is of this library and holds numbers alone: then no derivative passes through it."""
+        held = (v for name, v in vars(self).items() if name not in ("_numbers", "known_levels"))
+        return type(self).__module__.startswith(f"{__package__}.") and all(isinstance(v, int | float) for v in held)
+
     def everywhere(self) -> Self:
         """A copy without known levels, for analyses that evaluate no model."""
         twin = copy.copy(self)
