@@ -50,7 +50,7 @@ class Curve:
         self.ends = float(lam[0]), float(lam[-1])
         self.at_ends = values[0], values[-1]
         if len(lam) > 1:
-            self._value = scipy.interpolate.CubicSpline(lam, values)
+            self._value: Any = scipy.interpolate.CubicSpline(lam, values)
         else:
             self._value = scipy.interpolate.PPoly(values[None], np.array([lam[0], lam[0] + 1.0]))
         self._integral = self._value.antiderivative()

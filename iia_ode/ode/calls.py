@@ -137,8 +137,8 @@ def answers(
         if both is not None:
             ledger.add(batch)
             doubled = torch.cat([x.to(dtype)] * 2)
-            out = _checked(model(doubled, _times(t, batch, 2, dtype, device), **both), doubled.shape)
-            return _cast(out, x.dtype, copy=True).chunk(2)
+            both_out = _checked(model(doubled, _times(t, batch, 2, dtype, device), **both), doubled.shape)
+            return _cast(both_out, x.dtype, copy=True).chunk(2)
     # The second call may write to the memory of the first answer.
     own = own or len(branches) > 1
     found = []

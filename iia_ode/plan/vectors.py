@@ -325,12 +325,12 @@ def _of_numbers(terms: Sequence[tuple[int, Any]]) -> Callable[[Mapping[int, Tens
     if not others:
         return (lambda values: values[index]) if whole else (lambda values: values[index] * weight)
     (second, alpha), *rest = others
-    add = torch.add
 
     def two(values: Mapping[int, Tensor]) -> Tensor:
         if whole:
-            return add(values[index], values[second], alpha=alpha)
-        return (values[index] * weight).add_(values[second], alpha=alpha)
+            return torch.add(values[index], values[second], alpha=alpha)
+        scaled: Tensor = values[index] * weight
+        return scaled.add_(values[second], alpha=alpha)
 
     def many(values: Mapping[int, Tensor]) -> Tensor:
         total = two(values)
