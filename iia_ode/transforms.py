@@ -30,7 +30,7 @@ __all__ = [
 
 def transformed() -> bool:
     """Whether new tensors may be those of a transform or of a graph, which nothing may keep beyond this computation."""
-    return torch.compiler.is_compiling() or bool(_at_work())
+    return torch.compiler.is_compiling() or bool(_functorch.get_interpreter_stack())
 
 
 def differentiated() -> bool:
