@@ -5,7 +5,8 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Python compiles what is imported: to compile everything takes minutes.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
 # Targets share one virtual environment, and two pips must not write to it at once.

@@ -222,7 +222,7 @@ def results(name: str, scale: float, searched: bool) -> list[object]:
 @pytest.mark.parametrize("name", NESTINGS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_fit_and_its_samples_do_not_depend_on_the_nesting_of_conditions(name, scale):
-    searched = name == "deep"
+    searched = name == "deep" and scale == 3.0
     for found, expected in zip(results(name, scale, searched), results("flat", scale, searched), strict=True):
         if isinstance(expected, torch.Tensor):
             assert torch.equal(found, expected)
@@ -392,7 +392,7 @@ def test_constants_per_class_know_a_class_in_a_tree():
         return model(x, t, {"y": y})
 
     x = 80 * normal(32, 3)
-    budget = iia.Budget(draws=32, teacher_steps=6, rounds=((0.5, 1),), descent=0, levels=1, starts=0, warm_starts=True)
+    budget = iia.Budget(draws=32, teacher_steps=6, rounds=((0.25, 1),), descent=0, levels=0, starts=0, warm_starts=True)
     found = [
         iia.fit(ProbabilityFlowODE(f, iia.EDM(), conditioning=c), 2, x=x, budget=budget)
         for f, c in ((model, {"cond": {"y": label}}), (flat, {"y": label}))

@@ -336,8 +336,9 @@ def test_a_refinement_in_several_processes_is_that_of_one(folder):
 
 
 def test_samples_and_what_they_cost_are_those_of_one_process(found):
+    expected = sampled(plain)
     for own in found:
-        assert own["sampled"] == sampled(plain)
+        assert own["sampled"] == expected
 
 
 def test_derivatives_are_those_of_one_process_even_where_samples_are_fewer_than_processes(found):

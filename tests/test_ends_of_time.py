@@ -74,14 +74,15 @@ def test_every_output_that_determines_the_velocity_at_the_data_gives_one_result(
     schedule: iia.Schedule, prediction: str
 ) -> None:
     x, grid = DATA.sample(8, torch.Generator().manual_seed(0)), iia.grids.uniform(40, 0.0, 0.8)
+    ends = grid[[0, -1]]
     exact, ode = (
         DATA.flow(x, schedule, 0.0, 0.8),
         iia.ProbabilityFlowODE(Exact(schedule, prediction), schedule, prediction),
     )
     for name in ("heun", "ddim", "torchdiffeq:rk4", "dopri5"):
-        error = rms(iia.sample(ode, x, grid, name) - exact)
+        error = rms(iia.sample(ode, x, ends if name == "dopri5" else grid, name) - exact)
         assert error < (0.1 if name == "ddim" else 2e-3), name
-    decoded = iia.sample(ode, exact, grid.flip(0), "dopri5")
+    decoded = iia.sample(ode, exact, ends.flip(0), "dopri5")
     assert rms(decoded - x) < 1e-6
 
 

@@ -107,20 +107,27 @@ def test_the_memory_of_a_fit_is_that_of_the_teachers_file():
     assert cost.memory == kept == 16 * SIZE * 10 * 2 * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_teacher_with_short_states_and_few_knots_gives_nearly_the_same_fit(tmp_path, dtype):
+@pytest.fixture(scope="module")
+def in_full():
+    """Draws, their teacher with every step in their dtype, its fit, and unseen draws with their accurate final states."""
     ode, x = _ode(), 80 * torch.randn(48, SIZE, generator=generator(0))
     whole = iia.Teacher.solve(ode, x, 80.0, 0.0)
+    unseen = 80 * torch.randn(64, SIZE, generator=generator(9))
+    exact = iia.Teacher.solve(ode, unseen, 80.0, 0.0).final
+    return x, whole, iia.fit(ode, 3, x=x, teacher=whole, budget=SMALL), unseen, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_with_short_states_and_few_knots_gives_nearly_the_same_fit(tmp_path, dtype, in_full):
+    ode, (x, whole, fit, unseen, exact) = _ode(), in_full
     short = iia.Teacher.solve(ode, x, 80.0, 0.0, knots=16, dtype=dtype)
     assert short.final.dtype == x.dtype
     assert torch.equal(short.final, whole.final)  # the ends at the data are whole
     saved = iia.load(short.save(tmp_path / "teacher.safetensors"))
     assert torch.equal(saved.at(1.0), short.at(1.0))
     assert saved.at(1.0).dtype == x.dtype
-    fits = [iia.fit(ode, 4, x=x, teacher=teacher, budget=SMALL) for teacher in (whole, short)]
-    unseen = 80 * torch.randn(64, SIZE, generator=generator(9))
-    exact = iia.Teacher.solve(ode, unseen, 80.0, 0.0).final
-    errors = [float((iia.sample(ode, unseen, solver=fit) - exact).square().mean().sqrt()) for fit in fits]
+    shorter = iia.fit(ode, 3, x=x, teacher=short, budget=SMALL)
+    errors = [float((iia.sample(ode, unseen, solver=f) - exact).square().mean().sqrt()) for f in (fit, shorter)]
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
     assert "16 knots" in str(short.record.options)
 

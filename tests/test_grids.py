@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ALPHAS_CUMPROD, EPS, F64, close, every_schedule, gaussian, normal
 
@@ -57,6 +57,7 @@ def test_log_snr_is_equidistant_in_lam_on_every_schedule(schedule, n, low, high)
 @every_level_grid
 @every_schedule
 @given(n=COUNTS, low=KNOWN, high=HIGH)
+@settings(max_examples=8)
 def test_every_schedule_visits_the_same_noise_levels(schedule, make, n, low, high):
     times = make(n, low, high, schedule=schedule)
     assert times.dtype == F64 and times.shape == (n + 1,)

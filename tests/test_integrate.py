@@ -235,7 +235,7 @@ def test_every_method_of_torchdiffeq_is_torchdiffeqs_own(method: str) -> None:
     for name in names:
         assert torch.equal(iia.odeint(ode, x, grid, method=name, rtol=1e-6, atol=1e-6), theirs)
         # Without tolerances, which are tight, over a shorter way.
-        assert torch.equal(iia.sample(ode, x, FINE[:3], name), iia.odeint(ode, x, FINE[:3], method=name)[-1])
+        assert torch.equal(iia.sample(ode, x, FINE[:2], name), iia.odeint(ode, x, FINE[:2], method=name)[-1])
 
 
 @pytest.mark.parametrize("schedule", SMOOTH, ids=lambda s: type(s).__name__)

@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path):
 
 def test_killed_processes_leave_every_seed_once_and_the_bits_of_an_undisturbed_run():
     script = [sys.executable, str(ROOT / "benchmarks" / "many_images.py")]
-    sizes = ["--seeds", "240", "--batch", "12", "--nfe", "2", "--kills", "2"]
+    sizes = ["--seeds", "120", "--batch", "6", "--nfe", "2", "--kills", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*script, *sizes], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -54,8 +54,9 @@ def test_the_flow_of_gaussian_data_is_followed_from_pure_noise_to_the_data(sched
     x = G.noisy(4, schedule, t, generator(0))
     for end in finals(G.ode(schedule), x, t, s):
         close(end, G.flow(x, schedule, t, s), atol=1e-9 if schedule.known_levels is None else 3 * 0.01**2)
-    for end in finals(G.ode(schedule.everywhere()), x, t, s):
-        close(end, G.flow(x, schedule, t, s), atol=1e-9)
+    if schedule.known_levels is not None:
+        for end in finals(G.ode(schedule.everywhere()), x, t, s):
+            close(end, G.flow(x, schedule, t, s), atol=1e-9)
 
 
 @every_schedule

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import F64, close, every_solver, mixture, normal
+from support import F64, close, every_solver, in_turn, mixture, normal
 from torch import Tensor
 
 import iia_ode as iia
@@ -204,19 +204,16 @@ def test_there_is_no_estimate_before_the_first_evaluation() -> None:
 # ---- a level per sample ----------------------------------------------------------------------------------------------
 
 
-@every_solver
-def test_samples_on_grids_of_their_own_are_those_of_single_runs(name: str) -> None:
-    problem = mixture()
-    for schedule, tops in ((iia.EDM(), (5.0, 1.0, 0.2)), (FLOW, (1.0, 0.8, 0.4))):
-        if name == "analytic_first_step" and schedule is FLOW:
-            continue
-        grids = torch.stack(
-            [iia.grids.uniform(5, t, 0.0) if schedule is FLOW else iia.grids.karras(5, 0.02, t) for t in tops]
-        )
-        x, model = normal(3, 4), problem.ode(schedule, "velocity" if schedule is FLOW else "data")
-        single = torch.cat([iia.odeint(model, x[i : i + 1], grids[i], method=name) for i in range(3)], dim=1)
-        close(iia.odeint(model, x, grids, method=name), single, atol=1e-10)
-        close(iia.sample(model, x, grids, name), single[-1], atol=1e-10)
+@in_turn("name, schedule", [name for name in iia.solver_names() if name != "analytic_first_step"], [iia.EDM(), FLOW])
+def test_samples_on_grids_of_their_own_are_those_of_single_runs(name: str, schedule: iia.Schedule) -> None:
+    if schedule is FLOW:
+        grids = torch.stack([iia.grids.uniform(5, t, 0.0) for t in (1.0, 0.8, 0.4)])
+    else:
+        grids = torch.stack([iia.grids.karras(5, 0.02, t) for t in (5.0, 1.0, 0.2)])
+    x, model = normal(3, 4), mixture().ode(schedule, "velocity" if schedule is FLOW else "data")
+    single = torch.cat([iia.odeint(model, x[i : i + 1], grids[i], method=name) for i in range(3)], dim=1)
+    close(iia.odeint(model, x, grids, method=name), single, atol=1e-10)
+    close(iia.sample(model, x, grids, name), single[-1], atol=1e-10)
 
 
 def test_samples_on_grids_of_their_own_share_every_model_call() -> None:

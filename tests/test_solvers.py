@@ -26,8 +26,9 @@ from iia_ode.solvers import (
     log_snr_fractions,
     phi_functions,
 )
+from iia_ode.testing.cases import TRACKS
 from iia_ode.testing.conformance import check_order_is_the_claimed_one, order_result
-from iia_ode.testing.orders import TOLERANCE
+from iia_ode.testing.orders import LONG, TOLERANCE, measure_order
 
 # ---- the suite -------------------------------------------------------------------------------------------------------
 
@@ -48,20 +49,29 @@ def expected_order(name: str, found: testing.OrderMeasurement) -> int:
         # Where alpha and sigma are linear in t, the slope on Gaussian data is a(t) x with a = t / (v + t^2), and the leading
         # error of the rule, (a'' + 6 a a' + 4 a^3) x h^3 / 24, vanishes identically.
         return 3
-    if name in UNIFORM_WEIGHTS and (found.schedule, found.grid) == ("EDM", "t"):  # there t is sigma/alpha
-        return UNIFORM_WEIGHTS[name]
     return iia.get_solver(name).order
 
 
-# Alpha and sigma are linear in t on EDM and in flow matching: each solver is measured on one of them.
+# Alpha and sigma are linear in t on EDM and in flow matching: each solver is measured on one of them, along one track.
 @in_turn("name, linear", iia.solver_names(), (iia.EDM(), iia.FlowMatching()))
 def test_the_measured_order_is_the_claimed_one_wherever_no_error_term_is_known_to_vanish(
     name: str, linear: iia.Schedule
 ) -> None:
-    measured = testing.measure_orders(name, [linear, iia.VP()])
+    in_t, decoding, encoding = TRACKS
+    measured = (
+        *measure_order(name, iia.VP(), in_t, finest_at_least=LONG),
+        *measure_order(name, iia.VP(), encoding),
+        *measure_order(name, linear, decoding),
+    )
     wrong = [str(m) for m in measured if abs(m.order - expected_order(name, m)) > TOLERANCE]
     assert not wrong
     assert order_result(iia.get_solver(name), measured).problem is None
+
+
+@pytest.mark.parametrize("name", UNIFORM_WEIGHTS)
+def test_weights_of_a_uniform_grid_have_their_full_order_on_one(name: str) -> None:
+    for found in measure_order(name, iia.EDM(), TRACKS[0]):  # there t is sigma/alpha
+        assert abs(found.order - UNIFORM_WEIGHTS[name]) <= TOLERANCE, str(found)
 
 
 # ---- tableaus --------------------------------------------------------------------------------------------------------
