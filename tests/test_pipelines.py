@@ -7,7 +7,7 @@ import pickle  # noqa: TID251  (a user may pickle a scheduler, the library does 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.errors import MismatchError, MismatchWarning, PredictionWarning
+from iia_ode.errors import FingerprintWarning, MismatchError, MismatchWarning, PredictionWarning
 from iia_ode.ode.origin import conditions_digest
 from iia_ode.solvers import LowerOrderFinal, UniPC, get_solver
 from iia_ode.warm_starts import WarmStart
@@ -626,6 +626,59 @@ def test_a_wrong_number_of_steps_is_refused_with_the_call_to_make(sd: Any, model
         draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()), num_inference_steps=7)
 
 
+def test_a_grid_of_the_user_is_refused_unless_it_is_that_of_the_fit(sd: Any, scheduler: Any) -> None:
+    own = draw(sd, scheduler)
+    for name in ("timesteps", "sigmas"):
+        scheduler.set_timesteps(3)
+        levels = getattr(scheduler, name)[:3].tolist()
+        call = {name: levels, "num_inference_steps": 3}
+        assert torch.equal(draw(sd, scheduler, **call), own)
+        other = [*levels[:1], 0.9 * levels[1], levels[2]]
+        with pytest.raises(MismatchError, match=rf"has the {name} .*asks for .*: omit {name}"):
+            draw(sd, scheduler, **(call | {name: other}))
+    with pytest.raises(MismatchError, match="has the timesteps"):
+        scheduler.set_timesteps(timesteps=[999, 500, 0], sigmas=scheduler.sigmas[:3])
+
+
+def test_a_flow_pipeline_may_pass_its_default_sigmas_and_no_others() -> None:
+    plan = get_solver("euler").plan(iia.FlowMatching(), torch.tensor([1.0, 0.8, 0.5, 0.3, 0.0], dtype=torch.float64))
+    pipe = tiny.flux()
+    scheduler = IIAScheduler.of(plan, pipe.scheduler)
+    found = latents(pipe, scheduler, **FLUX, num_inference_steps=4, generator=generator())  # with sigmas of its own
+    own = scheduler.sigmas[:4].tolist()
+    assert torch.equal(latents(pipe, scheduler, **FLUX, sigmas=own, generator=generator()), found)
+    with pytest.raises(
+        MismatchError, match=r"has the sigmas 1, 0\.8, 0\.5, 0\.3, 0, and the pipeline asks for 1, 0\.9"
+    ):
+        pipe(**FLUX, sigmas=[1.0, 0.9, 0.2, 0.1])
+    steps = torch.arange(4).double() / 4
+    cut = torch.linspace(1000, 1, 4).int().double()
+    scheduler.set_timesteps(timesteps=cut, sigmas=cut / 1000)  # as CogView4
+    scheduler.set_timesteps(sigmas=[1.0, *torch.sigmoid(6 - 10 * steps[1:]).tolist()])  # as Stable Audio 3
+    with pytest.raises(MismatchError, match="has the timesteps"):
+        scheduler.set_timesteps(timesteps=[1000.0, 900.0, 200.0, 100.0], sigmas=own)
+
+
+def test_a_fit_of_another_network_is_a_warning_where_the_pipeline_is_known(fit: Any, sd: Any) -> None:
+    sd.scheduler = tiny.sd_scheduler()
+    for pipe in (sd, tiny.sd("StableDiffusionImg2ImgPipeline"), tiny.sd().to(torch.bfloat16)):
+        assert IIAScheduler.of(fit, pipe).plan == fit.plan
+    alone = iia.ProbabilityFlowODE(iia.diffusers.denoiser(sd.unet), fit.plan.schedule, "noise")
+    origin = replace(fit.record.origin, fingerprint=alone.fingerprint())
+    of_unet = replace(fit, record=replace(fit.record, origin=origin))
+    assert IIAScheduler.of(of_unet, sd).plan == fit.plan
+    other = tiny.sd()
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(0.1)
+    for own in (fit, of_unet, [fit]):
+        with pytest.warns(
+            FingerprintWarning, match="was fitted to a network with fingerprint .*StableDiffusionPipeline has"
+        ):
+            IIAScheduler.of(own, other)
+    assert IIAScheduler.of(fit, other.scheduler).plan == fit.plan  # a scheduler has no networks
+    assert IIAScheduler.of("ddim", other).plan.name == "ddim"
+
+
 def test_noise_in_the_steps_is_refused(sd: Any, scheduler: Any) -> None:
     with pytest.raises(iia.errors.InputError, match=r"deterministic, and eta = 0\.5"):
         sd.scheduler = scheduler
@@ -894,10 +947,21 @@ def numpy_image(seed: int) -> Any:
     return tiny.image(seed)[0].permute(1, 2, 0).numpy()
 
 
-def test_a_network_that_goes_by_the_index_of_a_step_is_a_warning() -> None:
+def test_a_model_that_goes_by_the_index_of_a_step_is_a_warning(sd: Any) -> None:
+    from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+
     call = SD | {"image": twice(tiny.image())}
-    with pytest.warns(MismatchWarning, match=r"control_guidance_start=0\.3 switches a network by the index"):
+    with pytest.warns(MismatchWarning, match=r"control_guidance_start=0\.3 changes the model by the index"):
         ode(tiny.controlnet(), **call, control_guidance_start=0.3)
+    with pytest.warns(MismatchWarning, match=r"skip_guidance_layers=\[0\] changes.*omit skip_guidance_layers\."):
+        ode(tiny.sd3(), **SD3, skip_guidance_layers=[0], skip_layer_guidance_scale=2.0)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
+    for callback in (cutoff, MultiPipelineCallbacks([cutoff])):
+        with pytest.warns(MismatchWarning, match="callback_on_step_end changes the model by the index"):
+            ode(sd, **SD, callback_on_step_end=callback)
+    with warnings_as_errors():
+        arguments(tiny.controlnet(), call | {"control_guidance_start": 0, "control_guidance_end": 1.0})
+        arguments(sd, SD | {"callback_on_step_end": print})
 
 
 def test_a_scheduler_tells_whole_timesteps_if_its_fit_did() -> None:

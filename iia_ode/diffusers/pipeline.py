@@ -185,7 +185,8 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     Warns
     -----
     PredictionWarning : the output of the model on noise does not look like the prediction type of the scheduler.
-    MismatchWarning : an argument, such as ``control_guidance_end``, switches a network by the index of the step.
+    MismatchWarning : an argument, such as ``control_guidance_end`` or ``skip_guidance_layers``, or a callback of diffusers
+        changes the model by the index of the step.
 
     Examples
     --------

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ..bounded import Bounded
 from ..errors import InputError
 from .borrowed import answered, borrowed, same_draws, states_of
+from .identity import networks_of
 from .running import mean_of
 
 __all__ = ["Moment", "PipelineDenoiser"]
 
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
-_NO_NETWORKS = ("vae", "text_encoder", "image_encoder", "safety", "movq", "vqgan", "vqvae", "vocoder")
 _ENTRIES = ("latents", "noise", "second step")
 """The ways of a state into a pipeline: as its latents, as the noised image, or as the result of a first step."""
 _STRENGTH = re.compile("guidance|cfg|_scale$")
@@ -151,8 +151,7 @@ class PipelineDenoiser(nn.Module):
 
     def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
         super().__init__()
-        parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
-        self.networks = nn.ModuleDict({k: v for k, v in parts.items() if not k.startswith(_NO_NETWORKS)})
+        self.networks = nn.ModuleDict(networks_of(pipe))
         self._pipe = (pipe,)  # no module, and not copied with this one
         self._call = dict(call)
         self._names = inspect.signature(type(pipe).__call__).parameters
