@@ -39,9 +39,9 @@ def mask(size: int = 2 * SIZE) -> Tensor:
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def unet2d(channels: int = 3) -> Any:
+def unet2d(channels: int = 3, **options: Any) -> Any:
     _seeded()
-    return diffusers.UNet2DModel(
+    sizes = dict(
         sample_size=SIZE,
         in_channels=channels,
         out_channels=channels,
@@ -50,7 +50,8 @@ def unet2d(channels: int = 3) -> Any:
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()
+    )
+    return diffusers.UNet2DModel(**(sizes | options)).eval()
 
 
 def unet(**options: Any) -> Any:

@@ -54,8 +54,10 @@ def check_networks(solvers: Iterable[object], pipe: Any) -> None:
         return
     known: list[Fingerprint] | None = None
     for solver in solvers:
-        own = Fingerprint(solver.record.origin.fingerprint) if isinstance(solver, FittedSolver) else None
-        if own is None or not own.known or own.startswith("tag"):
+        if not isinstance(solver, FittedSolver):
+            continue
+        own = Fingerprint(solver.record.origin.fingerprint)
+        if not own.known or own.startswith("tag"):
             continue
         known = list(_fingerprints(pipe)) if known is None else known
         if Fingerprint(own.partition("+")[0]) not in known:

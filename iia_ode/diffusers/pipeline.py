@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError, PredictionWarning, warn
 from ..ode import ProbabilityFlowODE
 from ..ode.clock import told
+from ..ode.conditions import places_of
 from ..ode.fingerprint import Fingerprint, fingerprint_of
 from ..schedules import FlowMatching
 from ..schedules.levels import default_levels
@@ -104,8 +105,7 @@ class PipelineODE(ProbabilityFlowODE):
         if count is None:
             return self._view(self.conditioning, {})
         self.check_conditions(batch)
-        places = torch.arange(batch, device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
-        own = (places // self.repeats if self.repeats else places % count).tolist()
+        own = [k // self.repeats if self.repeats else k % count for k in places_of(index, batch)]
         view = self._view({k: picked(v, own) for k, v in self.conditioning.items()}, {})
         view.repeats = None
         return view
@@ -123,7 +123,6 @@ class PipelineODE(ProbabilityFlowODE):
         -------
         The output [B, ...], in the dtype of x.
         """
-        self.check_conditions(len(x))
         self._check_guidance()
         if isinstance(t, Tensor) and t.ndim and len(t) > 1:
             return self._by_times(x, t)

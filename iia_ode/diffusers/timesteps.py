@@ -160,8 +160,9 @@ def check_given(given: Mapping[str, Any], timesteps: Tensor, sigmas: Tensor, nam
     name : subject of the message.
     clock : clock of the pipeline.
     """
-    flow = isinstance(clock.schedule, FlowMatching)
-    if flow and clock.schedule.reverse:
+    schedule = clock.schedule
+    flow = isinstance(schedule, FlowMatching)
+    if isinstance(schedule, FlowMatching) and schedule.reverse:
         return
     for key, own in (("timesteps", timesteps), ("sigmas", sigmas)):
         if given.get(key) is None:
