@@ -1004,7 +1004,59 @@ def test_a_fit_of_a_pipeline_takes_its_weights_in_closed_form(worded: Any) -> No
     budget = iia.Budget(draws=8, teacher_steps=12, rounds=((1.0, 1),), descent=0, starts=1)
     found = iia.fit(whole, 2, shape=whole.state_shape, samples=8, budget=budget)
     assert found.nfe == 2 and found.record.origin.conditioning.keys() == WORDS.keys()
+    (used,) = found.record.in_use
+    assert used.name == "DDIMScheduler(clip_sample=False, set_alpha_to_one=False)"
+    assert (used.evaluations, used.samples) == (2, found.record.held_out)
+    assert used.fit_error == found.record.endpoint.fit and f"| `{used.name}` | 2 | {used.error:.3g} |" in found.card()
     assert not whole.output(noise(3, 4, 8, 8).requires_grad_(), 500.0).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete", "flow"])
+def test_the_scheduler_in_use_is_measured_as_it_is(sd: Any, kind: str) -> None:
+    nfe = 5
+    if kind == "flow":
+        pipe, call = tiny.flux(), FLUX
+        pipe.scheduler = flow(**SHIFTED)
+    else:
+        pipe, call, sd.scheduler = sd, SD, tiny.sd_scheduler(f"{kind}Scheduler")
+    scheduler, whole = pipe.scheduler, ode(pipe, **call)
+    x = noise(2, *whole.state_shape)
+    name, evaluations, final = whole.sampled_in_use(x, nfe)
+    steps = 3 if kind == "HeunDiscrete" else nfe  # of at most two evaluations
+    draws = {"num_inference_steps": steps, "generator": generator(0), "output_type": "latent"}
+    theirs = pipe(latents=x, **draws, **call).images
+    assert name.startswith(type(scheduler).__name__) and evaluations == nfe and pipe.scheduler is scheduler
+    assert gap(final, theirs) < ROUNDING
+
+
+def test_a_card_has_the_scheduler_in_use_now(sd: Any, model: Any, fit: Any, tmp_path: Path) -> None:
+    sd.scheduler = IIAScheduler.of(fit, dpm())
+    x = noise(4, 4, 8, 8, seed=21)
+    found = iia.diffusers.against(fit, model, x)
+    assert [i.name for i in found.record.in_use] == ["DPMSolverMultistepScheduler()"]
+    others = [tiny.sd_scheduler("EulerDiscreteScheduler", use_karras_sigmas=True), tiny.sd_scheduler()]
+    found = iia.load(iia.diffusers.against(fit, model, x, others).save(tmp_path / "fit"))
+    euler, ddim = found.record.in_use
+    assert euler.name == "EulerDiscreteScheduler(use_karras_sigmas=True)" and euler.samples == 4
+    teacher = iia.Teacher.solve(model, x, fit.plan.grid[0], fit.plan.grid[-1])
+    sd.scheduler = tiny.sd_scheduler()
+    theirs = latents(sd, latents=x, num_inference_steps=3, **tiny.sd_call(4))
+    assert ddim.error == pytest.approx(float((theirs - teacher.final).square().mean().sqrt()), rel=1e-4)
+    assert "## The scheduler in use" in found.card() and f"| `{euler.name}` | 3 | {euler.error:.3g} |" in found.card()
+    assert "The scheduler in use" not in fit.card()
+
+
+def test_a_scheduler_that_cannot_run_is_refused_by_name(sd: Any, model: Any, fit: Any) -> None:
+    x = noise(4, 4, 8, 8)
+    with pytest.raises(iia.errors.InputError, match="DDIMInverseScheduler cannot run with StableDiffusionPipeline"):
+        broken = tiny.sd_scheduler()
+        broken.__class__ = type("DDIMInverseScheduler", (diffusers.DDIMScheduler,), {"step": None})
+        iia.diffusers.against(fit, model, x, [broken])
+    plain = iia.ProbabilityFlowODE(iia.diffusers.denoiser(sd.unet), model.schedule, "noise")
+    with pytest.raises(
+        iia.errors.InputError, match=r"has no scheduler in use: make the ODE by iia_ode\.diffusers\.ode"
+    ):
+        iia.diffusers.against(fit, plain, x)
 
 
 @pytest.mark.parametrize(
