@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from ..errors import InputError, first_line
 from ..iia.batch import Batch
 from ..iia.fitted import FittedSolver
 from ..iia.provenance import finite
+from ..ode import ProbabilityFlowODE
 from ..sharing.in_use import Sampled, beside
 from ..teacher import Teacher
 from .arguments import count_of
 from .probe import Moment, Probe
 from .timesteps import Clock
-
-if TYPE_CHECKING:
-    from .pipeline import PipelineODE
 
 __all__ = ["against", "sampled_by"]
 
@@ -35,7 +33,12 @@ _SHOWN = (
 
 
 def against(
-    fit: FittedSolver, ode: PipelineODE, x: Tensor, schedulers: Sequence[Any] = (), *, sigma_min: float | None = None
+    fit: FittedSolver,
+    ode: ProbabilityFlowODE,
+    x: Tensor,
+    schedulers: Sequence[Any] = (),
+    *,
+    sigma_min: float | None = None,
 ) -> FittedSolver:
     """Measure a fit against the scheduler in use of a pipeline, for the card of the fit.
 
@@ -106,13 +109,13 @@ class _Settler(Probe):
 
 
 @torch.no_grad()
-def sampled_by(scheduler: Any, ode: PipelineODE, x: Tensor, nfe: int) -> Sampled:
+def sampled_by(scheduler: Any, ode: Any, x: Tensor, nfe: int) -> Sampled:
     """The final states of a scheduler of diffusers as it is, stochastic steps and clipping included.
 
     Parameters
     ----------
     scheduler : the scheduler, which stays as it is.
-    ode : the ODE of the pipeline, which gives the outputs of the model.
+    ode : the :class:`PipelineODE`, which gives the outputs of the model.
     x : standard normal noise [B, ...], as the pipeline would draw.
     nfe : largest number of evaluations.
 
@@ -140,14 +143,14 @@ def sampled_by(scheduler: Any, ode: PipelineODE, x: Tensor, nfe: int) -> Sampled
     return Sampled(_name(scheduler), len(own.timesteps), state)
 
 
-def _moment(ode: PipelineODE, clock: Clock, t: Tensor) -> Moment:
+def _moment(ode: Any, clock: Clock, t: Tensor) -> Moment:
     """The time of a timestep, with the timestep itself."""
     ends = sorted((clock.schedule.t_data, clock.schedule.t_noise))
     time = float(clock.time_of(t.double()).clamp(*ends))
     return replace(ode.moment(time), timestep=float(t))
 
 
-def _with_steps(scheduler: Any, ode: PipelineODE, nfe: int) -> Any:
+def _with_steps(scheduler: Any, ode: Any, nfe: int) -> Any:
     """A copy of a scheduler, with the most steps of at most `nfe` evaluations that the pipeline would set."""
     for n in range(nfe, 0, -1):
         own = copy.deepcopy(scheduler)
@@ -157,7 +160,7 @@ def _with_steps(scheduler: Any, ode: PipelineODE, nfe: int) -> Any:
     raise InputError(f"{type(scheduler).__name__} has no run of at most {nfe} evaluations.")
 
 
-def _settings(ode: PipelineODE, n: int) -> dict[str, Any]:
+def _settings(ode: Any, n: int) -> dict[str, Any]:
     """The arguments that the pipeline gives to ``set_timesteps`` for n steps."""
     probe = _Settler(ode.pipe.scheduler, Moment(0.0, 1.0, 0.0, 0.0), None, "latents")
     try:
