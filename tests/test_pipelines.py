@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -879,6 +880,57 @@ def test_prompts_are_encoded_once(worded: Any) -> None:
         for t in (900.0, 500.0, 100.0):
             whole.output(noise(2, 4, 8, 8), t)
     assert len(calls) == 2  # for one sample, and for two
+
+
+def counted(calls: list[str], name: str, function: Any) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return counting
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint", "controlnet"])
+def test_images_are_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="images in the form that users have")
+    pictures = [pillow.fromarray((255 * numpy_image(seed)).astype("uint8")) for seed in (1, 2)]
+    masks = {"mask_image": [pillow.fromarray((255 * tiny.mask()[0, 0].numpy()).astype("uint8"))] * 2}
+    kinds = {"img2img": "StableDiffusionImg2ImgPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
+    pipe = tiny.controlnet() if kind == "controlnet" else tiny.sd(kinds[kind])
+    calls: list[str] = []
+    part, name = (pipe.control_image_processor, "preprocess") if kind == "controlnet" else (pipe.vae, "encode")
+    monkeypatch.setitem(vars(part), name, counted(calls, name, getattr(part, name)))
+    call = SD | {"image": pictures} | (masks if kind == "inpaint" else {})
+    whole, x = ode(pipe, **call), noise(2, 4, 8, 8)
+    first, made = whole.output(x, 900.0), len(calls)
+    for t in (700.0, 300.0, 900.0):
+        found = whole.output(x, t)
+    assert len(calls) == made and torch.equal(found, first)
+    assert vars(part)[name].__qualname__.startswith("counted")  # the pipeline has its own again
+    whole.subset(torch.tensor([1, 0]), 2).output(x, 300.0)
+    assert len(calls) > made  # other images at other places
+
+
+def test_parameters_of_encoders_are_listed_once_per_run(worded: Any) -> None:
+    whole, lists = ode(worded, prompt="a red cat", guidance_scale=1.0), []
+    for t in (900.0, 500.0, 100.0, 900.0, 500.0):
+        whole.output(noise(2, 4, 8, 8), t)
+        lists.append(whole.model._encodings._parameters)
+    assert [a is b for a, b in pairwise(lists)] == [True, True, False, True]
+
+
+def test_encodings_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iia_ode.diffusers import encodings
+
+    monkeypatch.setattr(encodings, "_MOST", 4096)
+    pipe = tiny.sd(**tiny.texts())
+    whole, x = ode(pipe, prompt="a red cat", guidance_scale=1.0), noise(2, 4, 8, 8)
+    known = whole.model._encodings
+    assert len(known) > 0
+    for n in range(1, 40):
+        whole.output(noise(n, 4, 8, 8), 500.0)
+    assert known._known._total <= 4096 and len(copy.deepcopy(known)) == 0
+    assert torch.equal(whole.output(x, 500.0), ode(pipe, prompt="a red cat", guidance_scale=1.0).output(x, 500.0))
 
 
 def test_changed_text_encoders_encode_anew() -> None:

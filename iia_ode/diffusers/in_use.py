@@ -147,7 +147,8 @@ def _moment(ode: Any, clock: Clock, t: Tensor) -> Moment:
     """The time of a timestep, with the timestep itself."""
     ends = sorted((clock.schedule.t_data, clock.schedule.t_noise))
     time = float(clock.time_of(t.double()).clamp(*ends))
-    return replace(ode.moment(time), timestep=float(t))
+    now: Moment = ode.moment(time)
+    return replace(now, timestep=float(t))
 
 
 def _with_steps(scheduler: Any, ode: Any, nfe: int) -> Any:

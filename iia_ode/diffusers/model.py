@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..bounded import Bounded
 from ..errors import InputError
 from .borrowed import answered, borrowed, same_draws, states_of
+from .encodings import Encodings
 from .identity import networks_of
 from .probe import Answer, Moment, Probe
 
@@ -26,7 +27,6 @@ _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_
 _ENTRIES = ("latents", "noise", "second step")
 """The ways of a state into a pipeline: as its latents, as the noised image, or as the result of a first step."""
 _STRENGTH = re.compile("guidance|cfg|_scale$")
-_PROMPTS = 32  # encodings of prompts in memory
 _OUTPUTS = 8  # outputs without effect in memory, of each network and number of samples
 
 
@@ -59,7 +59,7 @@ class PipelineDenoiser(nn.Module):
             k: v for k, v in call.items() if k != "guidance_scale" or k not in self.guidance
         }  # the scale is the ODE's
         self.held_conditions = {**held, "generator": states_of(self._generator)}
-        self._encodings: Bounded[Any, Any] = Bounded(_PROMPTS)
+        self._encodings = Encodings()
         self._outputs: Bounded[Any, Any] = Bounded(_OUTPUTS)
         self._entry, self.dtype = "latents", torch.float32
         self.state_shape: tuple[int, ...] = ()
@@ -132,7 +132,8 @@ class PipelineDenoiser(nn.Module):
         if "generator" in self._names:  # the same draws in each evaluation, and none from the user's generator
             call["generator"] = same_draws(self._generator)
         with (
-            borrowed(self.pipe, probe, self._encodings),
+            borrowed(self.pipe, probe),
+            self._encodings.used(self.pipe, probe.level),
             answered(dict(self.networks.items()), probe.waits, self._outputs, count),
         ):
             self.pipe(**(call | more))

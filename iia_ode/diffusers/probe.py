@@ -75,6 +75,11 @@ class Probe(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the bases dec
         self.sigmas = torch.full((n + 1,), self._now.level)
         self.num_inference_steps = n
 
+    @property
+    def level(self) -> float:
+        """Level of the evaluation."""
+        return self._now.level
+
     def waits(self) -> bool:
         """Whether the state has not yet entered the pipeline."""
         return self._waits
