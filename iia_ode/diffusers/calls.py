@@ -11,14 +11,16 @@ from torch import Tensor
 from ..errors import InputError, PredictionWarning, warn
 from ..schedules.levels import default_levels
 from .arguments import arguments, count_of
+from .in_use import settings_of
 from .model import PipelineDenoiser
 from .pipeline import PipelineODE
 from .scheduler import IIAScheduler
-from .timesteps import Clock
+from .timesteps import Clock, check_told
 from .translation import prediction_of
 
 __all__ = ["ode"]
 
+_STEPS = 8  # whose timesteps are compared with the levels
 _SHARE = 0.5  # of the noise in an output, between predictions with and without the noise
 
 
@@ -48,6 +50,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     Raises
     ------
     InputError : no pipeline, an argument that its call does not take, or a call that does not cover all noise levels.
+    MismatchError : the pipeline tells its networks other timesteps than those of the noise levels, as CogView4.
 
     Warns
     -----
@@ -79,6 +82,7 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     count = count_of(rows) or 1
     state, output = model.settle(found.moment(_start(clock)), found.conditioning, count)
     found.state_shape = model.state_shape
+    check_told(scheduler, settings_of(found, _STEPS), clock)
     _check_prediction(prediction, state, output)
     return found
 

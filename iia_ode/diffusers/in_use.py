@@ -22,7 +22,7 @@ from .arguments import count_of
 from .probe import Moment, Probe
 from .timesteps import Clock
 
-__all__ = ["against", "sampled_by"]
+__all__ = ["against", "sampled_by", "settings_of"]
 
 _CHUNK = 64
 _SHOWN = (
@@ -52,8 +52,8 @@ def against(
     fit : a fit to the ODE of the pipeline.
     ode : the ODE of a call of the pipeline, made by :func:`iia_ode.diffusers.ode`.
     x : initial states [B, ...] at ``fit.grid[0]``, float32 or float64; best not the states of the fit.
-    schedulers : schedulers of diffusers; by default the scheduler of the pipeline, or the scheduler that an
-        :class:`IIAScheduler` replaced.
+    schedulers : schedulers of diffusers, and None for the scheduler of the pipeline, or for the scheduler that an
+        :class:`IIAScheduler` replaced. By default None alone.
     sigma_min : level sigma/alpha at which the accurate integration stops, as for :func:`iia_ode.fit`.
 
     Returns
@@ -155,13 +155,13 @@ def _with_steps(scheduler: Any, ode: Any, nfe: int) -> Any:
     """A copy of a scheduler, with the most steps of at most `nfe` evaluations that the pipeline would set."""
     for n in range(nfe, 0, -1):
         own = copy.deepcopy(scheduler)
-        own.set_timesteps(**_settings(ode, n))
+        own.set_timesteps(**settings_of(ode, n))
         if len(own.timesteps) <= nfe:
             return own
     raise InputError(f"{type(scheduler).__name__} has no run of at most {nfe} evaluations.")
 
 
-def _settings(ode: Any, n: int) -> dict[str, Any]:
+def settings_of(ode: Any, n: int) -> dict[str, Any]:
     """The arguments that the pipeline gives to ``set_timesteps`` for n steps."""
     probe = _Settler(ode.pipe.scheduler, Moment(0.0, 1.0, 0.0, 0.0), None, "latents")
     try:

@@ -15,7 +15,7 @@ from .choice import Choice, Fixed, chosen
 from .identity import check_networks, scheduler_of
 from .running import PipelineRun, check_step, first_state, mean_of
 from .saving import KEY, Saved, described, frozen
-from .timesteps import Clock, Order, check_given, order_of
+from .timesteps import Clock, Order, check_given, check_told, order_of
 from .translation import prediction_of, schedule_of
 
 __all__ = ["IIAScheduler"]
@@ -123,6 +123,7 @@ class IIAScheduler(Saved):
         n = next((len(given[k]) for k in ("sigmas", "timesteps") if k in given), num_inference_steps)
         if n is None:
             raise InputError("set_timesteps takes num_inference_steps, sigmas or timesteps.")
+        check_told(self.replaced, given, self._clock)
         self.plan = self._choice.plan(n, self.replaced, given)
         self.num_inference_steps, self.order = n, order_of(self.plan)
         times = self.plan.evaluation_times

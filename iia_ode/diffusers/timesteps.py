@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, MismatchError
+from ..errors import GridError, InputError, MismatchError
 from ..ode.clock import Rounding, Time, told
 from ..plan import Plan
 from ..schedules import EDM, VE, FlowMatching, Schedule
-from .translation import schedule_of, time_of
+from .translation import grid_of, schedule_of, time_of
 
-__all__ = ["Clock", "Order", "check_given", "order_of"]
+__all__ = ["Clock", "Order", "check_given", "check_told", "order_of"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,17 @@ class Order:
                 f"{name} has made its {len(self.values)} evaluations: call set_timesteps before the next run."
             )
         found = self._found(timestep)
-        if found is not None and self.values[found] != self.values[k]:
+        if found is not None and self.values[found] != self.values[k] and not self._is_rounded(timestep, k):
             raise InputError(
                 f"a step out of order: {name} expects timestep {self.values[k]:g} at evaluation {k}, got {float(timestep):g}. "
                 "Run all timesteps in order, and call set_timesteps before each run."
             )
+
+    def _is_rounded(self, timestep: Tensor | float, k: int) -> bool:
+        """Whether a timestep is timestep k in half precision, where several timesteps may be one number."""
+        if not isinstance(timestep, Tensor) or timestep.dtype not in (torch.bfloat16, torch.float16):
+            return False
+        return float(torch.tensor(self.values[k], device="cpu").to(timestep.dtype)) == float(timestep)
 
     def _found(self, timestep: Tensor | float) -> int | None:
         """The index of a timestep, or None where only a read from the device could tell."""
@@ -177,6 +184,33 @@ def check_given(given: Mapping[str, Any], timesteps: Tensor, sigmas: Tensor, nam
         raise MismatchError(
             f"{name} has the {key} {shown}, and the pipeline asks for {', '.join(f'{v:.4g}' for v in theirs.tolist())}: "
             f"omit {key}, and pass num_inference_steps={len(timesteps)}."
+        )
+
+
+def check_told(scheduler: Any, given: Mapping[str, Any], clock: Clock) -> None:
+    """Raise MismatchError if a pipeline tells its network other timesteps than those of the noise levels.
+
+    CogView4 and GLM-Image pass both timesteps and sigmas. The scheduler shifts the sigmas alone.
+
+    Parameters
+    ----------
+    scheduler : the scheduler of the pipeline, which stays as it is.
+    given : arguments of ``set_timesteps``.
+    clock : clock of the scheduler.
+    """
+    if not {"sigmas", "timesteps"} <= given.keys():
+        return
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(**given)
+    except Exception as error:  # of any kind: the scheduler is not ours
+        raise GridError(f"{type(own).__name__}.set_timesteps failed: {type(error).__name__}: {error}") from error
+    told, ours = own.timesteps.double().cpu(), clock.timesteps(grid_of(own).tolist()[:-1]).double()
+    if told.shape != ours.shape or not torch.allclose(told, ours, rtol=_WHOLE, atol=_WHOLE * float(told.abs().max())):
+        raise MismatchError(
+            f"this pipeline tells its network the timesteps {', '.join(f'{t:.4g}' for t in told.tolist())}, and the noise "
+            f"levels of {type(own).__name__} have the timesteps {', '.join(f'{t:.4g}' for t in ours.tolist())}: a plan cannot "
+            "take the place of this scheduler. Use iia_ode.sample on an ODE of the network, see iia_ode.diffusers.denoiser."
         )
 
 
