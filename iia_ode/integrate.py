@@ -25,7 +25,7 @@ from .plan.prepared import Runnable
 from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
 from .transforms import carries_derivative, differentiated, vectorized
 
-__all__ = ["odeint", "sample"]
+__all__ = ["fixed_method", "odeint", "sample"]
 
 _PREFIX = "torchdiffeq:"
 _RTOL, _ATOL = 1e-7, 1e-9  # torchdiffeq's own defaults
@@ -245,6 +245,14 @@ def _resolve(solver: object) -> Fixed | _Foreign:
     if solver.startswith(_PREFIX):
         raise unknown_name("torchdiffeq method", name, theirs)
     raise unknown_solver(name, [*theirs, *PRESETS])
+
+
+def fixed_method(solver: object) -> Fixed:
+    """The method of this library that the argument stands for; InputError for methods of torchdiffeq and unfitted presets."""
+    found = _resolve(solver)
+    if isinstance(found, _Foreign):
+        raise InputError(f"{found.name!r} is a method of torchdiffeq: give a solver of this library, such as 'heun'.")
+    return found
 
 
 # ---- methods of this library -----------------------------------------------------------------------------------------

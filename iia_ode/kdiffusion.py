@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from .errors import InputError, MismatchError
 from .iia import FittedSolver
+from .integrate import fixed_method
 from .plan import Plan, traced
 from .schedules import EDM, FlowMatching, Schedule
-from .solvers import Solver, as_solver, get_solver
+from .solvers import Solver
 
 __all__ = ["Sampler", "sampler", "sigmas_of"]
 
@@ -72,13 +73,7 @@ def sampler(solver: str | Solver | FittedSolver | Plan, *, flow: bool = False) -
     >>> sample_unipc = iia.kdiffusion.sampler("unipc")
     >>> x_0 = sample_unipc(model, sigmas[0] * noise, sigmas, extra_args={"cond": cond})
     """
-    if isinstance(solver, str):
-        solver = get_solver(solver)
-    elif isinstance(solver, Mapping):
-        solver = as_solver(solver)
-    if not isinstance(solver, Solver | FittedSolver | Plan):
-        raise InputError(f"solver must be a name, a Solver, a FittedSolver or a Plan, got {type(solver).__name__}.")
-    method, schedule = solver, FlowMatching() if flow else EDM()
+    method, schedule = fixed_method(solver), FlowMatching() if flow else EDM()
 
     @torch.no_grad()
     def sample(

@@ -16,6 +16,8 @@ from iia_ode.ode.clock import told
 
 diffusers = pytest.importorskip("diffusers", reason="needs an extra: pip install 'iia-ode[diffusers]'")
 
+from tiny import unet2d  # noqa: E402  (needs diffusers)
+
 from iia_ode.diffusers import denoiser, grid_of, prediction_of, schedule_of, solver_of, time_of  # noqa: E402
 from iia_ode.diffusers.table import scheduler_table  # noqa: E402
 
@@ -227,22 +229,11 @@ def test_the_table_has_every_scheduler_of_the_installed_diffusers():
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def unet(out_channels: int = 1, **options: Any) -> Any:
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": out_channels,
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-        },
-        block_out_channels=(8, 16),
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **options,
-    ).eval()
+def unet(**options: Any) -> Any:
+    """A network with attention and one channel."""
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    sizes = dict(block_out_channels=(8, 16), attention_head_dim=8, down_block_types=down, up_block_types=up)
+    return unet2d(1, **(sizes | options))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import pickle  # noqa: TID251  (a user may pickle a scheduler, the library does 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.errors import MismatchError, MismatchWarning, PredictionWarning
+from iia_ode.errors import FingerprintWarning, MismatchError, MismatchWarning, PredictionWarning
 from iia_ode.ode.origin import conditions_digest
 from iia_ode.solvers import LowerOrderFinal, UniPC, get_solver
 from iia_ode.warm_starts import WarmStart
@@ -39,6 +40,9 @@ pytestmark = [
 
 ROUNDING = 2e-6
 """What float32 inside of diffusers' schedulers may do to latents, relative to their largest value."""
+
+TABLES = 2.5e-7
+"""What the float32 tables of levels inside of diffusers' schedulers may do to latents of float64."""
 
 BATCHED = 2e-5
 """What another batch size may do to a guided output."""
@@ -74,6 +78,10 @@ class Case:
     whole: bool = False
     is_ode: bool = True
     """Whether the pipeline does nothing but to solve its ODE."""
+    rounding: float = ROUNDING
+    """What float32 inside of the scheduler may do to latents."""
+    tables: float = TABLES
+    """What the float32 tables of the scheduler may do to latents of float64."""
 
     def __str__(self) -> str:
         return self.name
@@ -125,7 +133,7 @@ CASES = [
         is_ode=False,
     ),
     Case("sdxl", tiny.sdxl, XL, dpm, DPM),
-    Case("cosxl", tiny.sdxl, XL, lambda: diffusers.EDMEulerScheduler(**COSXL), "ddim"),
+    Case("cosxl", tiny.sdxl, XL, lambda: diffusers.EDMEulerScheduler(**COSXL), "ddim", tables=6e-7),
     Case("sd3", tiny.sd3, SD3, flow, "euler"),
     Case("sd3-heun", tiny.sd3, SD3, lambda: flow("Heun", shift=3.0), "heun"),
     Case("sd3-img2img", lambda: tiny.sd3("StableDiffusion3Img2ImgPipeline"), SD3, flow, "euler", 5, PICTURE),
@@ -143,6 +151,7 @@ CASES = [
     ),
     Case("dit", tiny.dit, {"class_labels": [1, 2]}, lambda: diffusers.DDIMScheduler(clip_sample=False), "ddim"),
     Case("pixart", tiny.pixart, tiny.pixart_call(), diffusers.DPMSolverMultistepScheduler, DPM),
+    Case("svd", tiny.svd, tiny.svd_call(), lambda: tiny.svd().scheduler, "ddim", rounding=8e-6, tables=3e-6),
     Case("wan", tiny.wan, tiny.wan_call(), lambda: tiny.wan().scheduler, UNIPC, whole=True),
 ]
 
@@ -175,16 +184,52 @@ def evaluated(pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
 # ---- the same numbers ------------------------------------------------------------------------------------------------
 
 
-def test_a_solver_draws_what_its_scheduler_of_diffusers_draws(case: Case, pipe: Any) -> None:
-    scheduler = case.scheduler()
-    theirs = latents(pipe, scheduler, generator=generator(), **case.full())
-    ours = latents(
-        pipe,
-        IIAScheduler.of(case.solver, scheduler, whole_timesteps=case.whole),
-        generator=generator(),
-        **case.full(),
+@dataclass(frozen=True)
+class Drawn:
+    """Final latents of one call: by a solver of this library, and by its scheduler of diffusers; in two precisions."""
+
+    ours: Tensor
+    theirs: Tensor
+    ours_in_double: Tensor
+    theirs_in_double: Tensor
+
+
+@pytest.fixture(scope="module")
+def drawn(case: Case, pipe: Any) -> Drawn:
+    draw, found = torch.randn, []
+
+    def in_single(*shape: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return draw(*shape, dtype=torch.float32, **options).to(dtype or torch.float32)
+
+    double = copy.deepcopy(pipe).to(torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", in_single)  # the noise of a seed depends on the dtype
+        for own, dtype in ((pipe, torch.float32), (double, torch.float64)):
+            call = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.full().items()}
+            for scheduler in (
+                IIAScheduler.of(case.solver, case.scheduler(), whole_timesteps=case.whole),
+                case.scheduler(),
+            ):
+                found.append(latents(own, scheduler, generator=generator(), **call))
+    return Drawn(*found)
+
+
+def test_a_solver_draws_what_its_scheduler_of_diffusers_draws(case: Case, drawn: Drawn) -> None:
+    assert drawn.ours.dtype == drawn.theirs.dtype and gap(drawn.ours, drawn.theirs) < case.rounding
+
+
+def test_in_double_precision_nothing_but_tables_tells_a_solver_from_its_scheduler(case: Case, drawn: Drawn) -> None:
+    dtype = torch.float32 if case.name == "wan" else torch.float64  # the states of Wan are always float32
+    assert drawn.ours_in_double.dtype == drawn.theirs_in_double.dtype == dtype
+    assert gap(drawn.ours_in_double, drawn.theirs_in_double) < case.tables
+
+
+def test_rounding_in_single_precision_costs_no_more_than_under_the_scheduler_of_diffusers(drawn: Drawn) -> None:
+    ours, theirs = (
+        float((single.double() - double.double()).square().mean().sqrt())
+        for single, double in ((drawn.ours, drawn.ours_in_double), (drawn.theirs, drawn.theirs_in_double))
     )
-    assert ours.dtype == theirs.dtype and gap(ours, theirs) < ROUNDING
+    assert ours < 1.25 * theirs
 
 
 def test_a_pipeline_draws_what_sample_draws_on_its_ode(case: Case, pipe: Any) -> None:
@@ -192,7 +237,7 @@ def test_a_pipeline_draws_what_sample_draws_on_its_ode(case: Case, pipe: Any) ->
         pytest.skip("this pipeline changes states between steps, or its network by the step")
     pipe.scheduler = IIAScheduler.of(case.solver, case.scheduler(), whole_timesteps=case.whole)
     first, final = evaluated(pipe, generator=generator(), **case.full())
-    whole = ode(pipe, **case.call, **case.options)
+    whole = ode(pipe, generator=generator(), **case.call, **case.options)  # svd adds noise to its image
     count = len(first) // 2 if case.name == "dit" else len(first)  # with a copy of the batch for guidance
     plan = pipe.scheduler.plan
     if "img2img" in case.name:
@@ -350,6 +395,37 @@ def test_half_precision_costs_no_more_than_under_a_scheduler_of_diffusers(schedu
         found = latents(half, own, latents=x, **low)
         assert found.dtype == dtype
         errors.append(gap(found.float(), latents(full, own, latents=x.float(), **call)))
+    assert errors[0] < 1.5 * errors[1]
+
+
+def test_timesteps_in_half_precision_are_those_of_their_evaluations() -> None:
+    grid = torch.tensor([1.0, 0.9985, 0.6, 0.5995, 0.1, 0.0], dtype=torch.float64)  # 1000 and 998.5 are one in bfloat16
+    scheduler = IIAScheduler.of(get_solver("euler").plan(iia.FlowMatching(), grid), flow())
+    finals = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        scheduler.set_timesteps(5)
+        x = noise(1, 4, 8, 8)
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.9 * x, t.to(dtype), x).prev_sample
+        finals.append(x)
+    assert torch.equal(finals[0], finals[1]) and torch.equal(finals[0], finals[2])
+    scheduler.set_timesteps(5)
+    x = scheduler.step(x, scheduler.timesteps[0].bfloat16(), x).prev_sample
+    with pytest.raises(iia.errors.InputError, match="out of order"):
+        scheduler.step(x, scheduler.timesteps[2].bfloat16(), x)
+
+
+def test_a_flow_pipeline_in_half_precision_tells_its_network_rounded_times() -> None:
+    full, half = tiny.sd3(), tiny.sd3().to(torch.bfloat16)
+    own = IIAScheduler.of("euler", flow())
+    call = SD3 | {"num_inference_steps": 4}
+    low = {k: v.bfloat16() if isinstance(v, Tensor) else v for k, v in call.items()}
+    x = noise(2, 4, 8, 8).bfloat16()
+    errors = []
+    for scheduler in (own, flow()):
+        found = latents(half, scheduler, latents=x, **low)
+        assert found.dtype == torch.bfloat16
+        errors.append(gap(found.float(), latents(full, scheduler, latents=x.float(), **call)))
     assert errors[0] < 1.5 * errors[1]
 
 
@@ -524,7 +600,11 @@ def test_other_schedulers_are_made_from_the_configuration_as_before(
     assert not caplog.records
 
 
-def test_an_upload_holds_the_solver(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("several", [False, True], ids=["one fit", "two fits"])
+def test_an_upload_holds_every_solver(
+    fit: Any, model: Any, several: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import shutil
     from types import SimpleNamespace
 
     from diffusers.utils import hub_utils
@@ -533,6 +613,7 @@ def test_an_upload_holds_the_solver(scheduler: Any, monkeypatch: pytest.MonkeyPa
 
     def upload(*, folder_path: Any, **kwargs: Any) -> None:
         uploaded.extend(sorted(path.name for path in Path(folder_path).iterdir()))
+        shutil.copytree(folder_path, tmp_path / "hub")
 
     monkeypatch.setattr(hub_utils, "create_repo", lambda *args, **kwargs: SimpleNamespace(repo_id="somebody/solver"))
     monkeypatch.setattr(hub_utils, "upload_folder", upload)
@@ -540,8 +621,14 @@ def test_an_upload_holds_the_solver(scheduler: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         hub_utils, "populate_model_card", lambda *args, **kwargs: SimpleNamespace(save=lambda path: None)
     )
-    scheduler.push_to_hub("somebody/solver")
-    assert {"scheduler_config.json", "solver.iia"} <= set(uploaded)
+    plan = get_solver("dpmpp_2m").plan(model.schedule, iia.grids.karras(5, schedule=model.schedule))
+    IIAScheduler.of([fit, plan] if several else fit, tiny.sd_scheduler()).push_to_hub("somebody/solver")
+    names = {"solver-3.iia", "solver-5.iia"} if several else {"solver.iia"}
+    assert {"scheduler_config.json", *names} <= set(uploaded)
+    found = IIAScheduler.from_pretrained(tmp_path / "hub")
+    for steps, own in ((3, fit.plan), (5, plan))[: 1 + several]:
+        found.set_timesteps(steps)
+        assert found.plan == own
 
 
 def test_a_damaged_configuration_is_refused(scheduler: Any, tmp_path: Path) -> None:
@@ -583,6 +670,57 @@ def test_a_wrong_number_of_steps_is_refused_with_the_call_to_make(sd: Any, model
     plan = get_solver("heun").plan(model.schedule, iia.grids.karras(4, schedule=model.schedule))
     with pytest.raises(MismatchError, match=r"num_inference_steps=4 \(4 steps of 2 evaluations\)"):
         draw(sd, IIAScheduler.of(plan, tiny.sd_scheduler()), num_inference_steps=7)
+
+
+def test_a_grid_of_the_user_is_refused_unless_it_is_that_of_the_fit(sd: Any, scheduler: Any) -> None:
+    own = draw(sd, scheduler)
+    for name in ("timesteps", "sigmas"):
+        scheduler.set_timesteps(3)
+        levels = getattr(scheduler, name)[:3].tolist()
+        call = {name: levels, "num_inference_steps": 3}
+        assert torch.equal(draw(sd, scheduler, **call), own)
+        other = [*levels[:1], 0.9 * levels[1], levels[2]]
+        with pytest.raises(MismatchError, match=rf"has the {name} .*asks for .*: omit {name}"):
+            draw(sd, scheduler, **(call | {name: other}))
+
+
+def test_a_flow_pipeline_may_pass_its_default_sigmas_and_no_others() -> None:
+    plan = get_solver("euler").plan(iia.FlowMatching(), torch.tensor([1.0, 0.8, 0.5, 0.3, 0.0], dtype=torch.float64))
+    pipe = tiny.flux()
+    scheduler = IIAScheduler.of(plan, pipe.scheduler)
+    found = latents(pipe, scheduler, **FLUX, num_inference_steps=4, generator=generator())  # with sigmas of its own
+    own = scheduler.sigmas[:4].tolist()
+    assert torch.equal(latents(pipe, scheduler, **FLUX, sigmas=own, generator=generator()), found)
+    with pytest.raises(
+        MismatchError, match=r"has the sigmas 1, 0\.8, 0\.5, 0\.3, 0, and the pipeline asks for 1, 0\.9"
+    ):
+        pipe(**FLUX, sigmas=[1.0, 0.9, 0.2, 0.1])
+    steps = torch.arange(4).double() / 4
+    cut = torch.linspace(1000, 1, 4).int().double()
+    scheduler.set_timesteps(timesteps=cut, sigmas=cut / 1000, mu=0.0)  # cut to whole numbers
+    scheduler.set_timesteps(sigmas=[1.0, *torch.sigmoid(6 - 10 * steps[1:]).tolist()])  # as Stable Audio 3
+    with pytest.raises(MismatchError, match="has the timesteps"):
+        scheduler.set_timesteps(timesteps=[1000.0, 900.0, 200.0, 100.0])
+
+
+def test_a_fit_of_another_network_is_a_warning_where_the_pipeline_is_known(fit: Any, sd: Any) -> None:
+    sd.scheduler = tiny.sd_scheduler()
+    for pipe in (sd, tiny.sd("StableDiffusionImg2ImgPipeline"), tiny.sd().to(torch.bfloat16)):
+        assert IIAScheduler.of(fit, pipe).plan == fit.plan
+    alone = iia.ProbabilityFlowODE(iia.diffusers.denoiser(sd.unet), fit.plan.schedule, "noise")
+    origin = replace(fit.record.origin, fingerprint=alone.fingerprint())
+    of_unet = replace(fit, record=replace(fit.record, origin=origin))
+    assert IIAScheduler.of(of_unet, sd).plan == fit.plan
+    other = tiny.sd()
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(0.1)
+    for own in (fit, of_unet, [fit]):
+        with pytest.warns(
+            FingerprintWarning, match="was fitted to a network with fingerprint .*StableDiffusionPipeline has"
+        ):
+            IIAScheduler.of(own, other)
+    assert IIAScheduler.of(fit, other.scheduler).plan == fit.plan  # a scheduler has no networks
+    assert IIAScheduler.of("ddim", other).plan.name == "ddim"
 
 
 def test_noise_in_the_steps_is_refused(sd: Any, scheduler: Any) -> None:
@@ -675,6 +813,30 @@ def test_constants_per_condition_are_refused(model: Any) -> None:
     plan = iia.Plan(model.schedule, base.grid, (*base.code[:-1], iia.plan.Combine(last.terms, constant, last.step)))
     with pytest.raises(MismatchError, match="a pipeline does not tell its scheduler the conditions"):
         IIAScheduler.of(plan, tiny.sd_scheduler())
+
+
+def test_a_pipeline_may_pass_both_sigmas_and_timesteps_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.pipelines.flux import pipeline_flux
+
+    both = {"sigmas": [1.0, 0.7, 0.2], "timesteps": [1000.0, 700.0, 200.0]}
+    base, scheduler = flow(shift=1.0), IIAScheduler.of("euler", flow(shift=1.0))
+    base.set_timesteps(**both)
+    scheduler.set_timesteps(**both)
+    assert torch.allclose(scheduler.sigmas, base.sigmas) and torch.allclose(scheduler.timesteps, base.timesteps)
+    with pytest.raises(
+        MismatchError, match=r"tells its network the timesteps 1000, 700, 200, .*timesteps 1000, 875, 428\.6"
+    ):
+        IIAScheduler.of("euler", flow()).set_timesteps(**both)  # shifted sigmas
+
+    def both_passed(scheduler: Any, n: int, device: Any, sigmas: Any = None, mu: Any = None) -> Any:
+        scheduler.set_timesteps(sigmas=sigmas, timesteps=[1000 * s for s in sigmas], mu=mu)  # as CogView4 does
+        return scheduler.timesteps, len(scheduler.timesteps)
+
+    monkeypatch.setattr(pipeline_flux, "retrieve_timesteps", both_passed)
+    with pytest.raises(MismatchError, match="tells its network the timesteps 1000, 875"):
+        ode(tiny.flux(), **FLUX)
+    with pytest.raises(iia.errors.GridError, match=r"DPMSolverMultistepScheduler\.set_timesteps failed"):
+        IIAScheduler.of("dpmpp_2m", dpm()).set_timesteps(sigmas=[14.0, 2.0], timesteps=[999, 500])
 
 
 def test_a_wrong_prediction_type_shows_on_noise(sd: Any) -> None:
@@ -787,6 +949,57 @@ def test_prompts_are_encoded_once(worded: Any) -> None:
     assert len(calls) == 2  # for one sample, and for two
 
 
+def counted(calls: list[str], name: str, function: Any) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return counting
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint", "controlnet"])
+def test_images_are_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="images in the form that users have")
+    pictures = [pillow.fromarray((255 * numpy_image(seed)).astype("uint8")) for seed in (1, 2)]
+    masks = {"mask_image": [pillow.fromarray((255 * tiny.mask()[0, 0].numpy()).astype("uint8"))] * 2}
+    kinds = {"img2img": "StableDiffusionImg2ImgPipeline", "inpaint": "StableDiffusionInpaintPipeline"}
+    pipe = tiny.controlnet() if kind == "controlnet" else tiny.sd(kinds[kind])
+    calls: list[str] = []
+    part, name = (pipe.control_image_processor, "preprocess") if kind == "controlnet" else (pipe.vae, "encode")
+    monkeypatch.setitem(vars(part), name, counted(calls, name, getattr(part, name)))
+    call = SD | {"image": pictures} | (masks if kind == "inpaint" else {})
+    whole, x = ode(pipe, **call), noise(2, 4, 8, 8)
+    first, made = whole.output(x, 900.0), len(calls)
+    for t in (700.0, 300.0, 900.0):
+        found = whole.output(x, t)
+    assert len(calls) == made and torch.equal(found, first)
+    assert vars(part)[name].__qualname__.startswith("counted")  # the pipeline has its own again
+    whole.subset(torch.tensor([1, 0]), 2).output(x, 300.0)
+    assert len(calls) > made  # other images at other places
+
+
+def test_parameters_of_encoders_are_listed_once_per_run(worded: Any) -> None:
+    whole, lists = ode(worded, prompt="a red cat", guidance_scale=1.0), []
+    for t in (900.0, 500.0, 100.0, 900.0, 500.0):
+        whole.output(noise(2, 4, 8, 8), t)
+        lists.append(whole.model._encodings._parameters)
+    assert [a is b for a, b in pairwise(lists)] == [True, True, False, True]
+
+
+def test_encodings_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iia_ode.diffusers import encodings
+
+    monkeypatch.setattr(encodings, "_MOST", 4096)
+    pipe = tiny.sd(**tiny.texts())
+    whole, x = ode(pipe, prompt="a red cat", guidance_scale=1.0), noise(2, 4, 8, 8)
+    known = whole.model._encodings
+    assert len(known) > 0
+    for n in range(1, 40):
+        whole.output(noise(n, 4, 8, 8), 500.0)
+    assert known._known._total <= 4096 and len(copy.deepcopy(known)) == 0
+    assert torch.equal(whole.output(x, 500.0), ode(pipe, prompt="a red cat", guidance_scale=1.0).output(x, 500.0))
+
+
 def test_changed_text_encoders_encode_anew() -> None:
     pipe = tiny.sd(**tiny.texts())
     whole, x = ode(pipe, prompt="a red cat", guidance_scale=1.0), noise(2, 4, 8, 8)
@@ -853,10 +1066,21 @@ def numpy_image(seed: int) -> Any:
     return tiny.image(seed)[0].permute(1, 2, 0).numpy()
 
 
-def test_a_network_that_goes_by_the_index_of_a_step_is_a_warning() -> None:
+def test_a_model_that_goes_by_the_index_of_a_step_is_a_warning(sd: Any) -> None:
+    from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+
     call = SD | {"image": twice(tiny.image())}
-    with pytest.warns(MismatchWarning, match=r"control_guidance_start=0\.3 switches a network by the index"):
+    with pytest.warns(MismatchWarning, match=r"control_guidance_start=0\.3 changes the model by the index"):
         ode(tiny.controlnet(), **call, control_guidance_start=0.3)
+    with pytest.warns(MismatchWarning, match=r"skip_guidance_layers=\[0\] changes.*omit skip_guidance_layers\."):
+        ode(tiny.sd3(), **SD3, skip_guidance_layers=[0], skip_layer_guidance_scale=2.0)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
+    for callback in (cutoff, MultiPipelineCallbacks([cutoff])):
+        with pytest.warns(MismatchWarning, match="callback_on_step_end changes the model by the index"):
+            ode(sd, **SD, callback_on_step_end=callback)
+    with warnings_as_errors():
+        arguments(tiny.controlnet(), call | {"control_guidance_start": 0, "control_guidance_end": 1.0})
+        arguments(sd, SD | {"callback_on_step_end": print})
 
 
 def test_a_scheduler_tells_whole_timesteps_if_its_fit_did() -> None:
@@ -899,7 +1123,65 @@ def test_a_fit_of_a_pipeline_takes_its_weights_in_closed_form(worded: Any) -> No
     budget = iia.Budget(draws=8, teacher_steps=12, rounds=((1.0, 1),), descent=0, starts=1)
     found = iia.fit(whole, 2, shape=whole.state_shape, samples=8, budget=budget)
     assert found.nfe == 2 and found.record.origin.conditioning.keys() == WORDS.keys()
+    (used,) = found.record.in_use
+    assert used.name == "DDIMScheduler(clip_sample=False, set_alpha_to_one=False)"
+    assert (used.evaluations, used.samples) == (2, found.record.held_out)
+    assert used.fit_error == found.record.endpoint.fit and f"| `{used.name}` | 2 | {used.error:.3g} |" in found.card()
     assert not whole.output(noise(3, 4, 8, 8).requires_grad_(), 500.0).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete", "flow"])
+def test_the_scheduler_in_use_is_measured_as_it_is(sd: Any, kind: str) -> None:
+    nfe = 5
+    if kind == "flow":
+        pipe, call = tiny.flux(), FLUX
+        pipe.scheduler = flow(**SHIFTED)
+    else:
+        pipe, call, sd.scheduler = sd, SD, tiny.sd_scheduler(f"{kind}Scheduler")
+    scheduler, whole = pipe.scheduler, ode(pipe, **call)
+    x = noise(2, *whole.state_shape)
+    name, evaluations, final = whole.sampled_in_use(x, nfe)
+    steps = 3 if kind == "HeunDiscrete" else nfe  # of at most two evaluations
+    draws = {"num_inference_steps": steps, "generator": generator(0), "output_type": "latent"}
+    theirs = pipe(latents=x, **draws, **call).images
+    assert name.startswith(type(scheduler).__name__) and evaluations == nfe and pipe.scheduler is scheduler
+    assert gap(final, theirs) < ROUNDING
+
+
+def test_a_card_has_the_scheduler_in_use_now(
+    sd: Any, model: Any, fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, solve, solved = noise(4, 4, 8, 8, seed=21), iia.Teacher.solve, []
+
+    def solving(*args: Any, **kwargs: Any) -> Any:
+        solved.append(solve(*args, steps=20, **kwargs))
+        return solved[-1]
+
+    monkeypatch.setattr(iia.Teacher, "solve", solving)
+    sd.scheduler = IIAScheduler.of(fit, dpm())
+    euler = tiny.sd_scheduler("EulerDiscreteScheduler", use_karras_sigmas=True)
+    found = iia.diffusers.against(fit, model, x, [None, euler, tiny.sd_scheduler()])
+    now, euler, ddim = iia.load(found.save(tmp_path / "fit")).record.in_use
+    assert now.name == "DPMSolverMultistepScheduler()" and now.fit_error == euler.fit_error == ddim.fit_error
+    assert euler.name == "EulerDiscreteScheduler(use_karras_sigmas=True)" and euler.samples == 4
+    sd.scheduler = tiny.sd_scheduler()
+    theirs = latents(sd, latents=x, num_inference_steps=3, **tiny.sd_call(4))
+    assert ddim.error == pytest.approx(float((theirs - solved[0].final).square().mean().sqrt()), rel=1e-4)
+    assert "## The scheduler in use" in found.card() and f"| `{euler.name}` | 3 | {euler.error:.3g} |" in found.card()
+    assert "The scheduler in use" not in fit.card()
+
+
+def test_a_scheduler_that_cannot_run_is_refused_by_name(sd: Any, model: Any, fit: Any) -> None:
+    x = noise(4, 4, 8, 8)
+    with pytest.raises(iia.errors.InputError, match="DDIMInverseScheduler cannot run with StableDiffusionPipeline"):
+        broken = tiny.sd_scheduler()
+        broken.__class__ = type("DDIMInverseScheduler", (diffusers.DDIMScheduler,), {"step": None})
+        model.sampled_in_use(x, 3, broken)
+    plain = iia.ProbabilityFlowODE(iia.diffusers.denoiser(sd.unet), model.schedule, "noise")
+    with pytest.raises(
+        iia.errors.InputError, match=r"has no scheduler in use: make the ODE by iia_ode\.diffusers\.ode"
+    ):
+        iia.diffusers.against(fit, plain, x)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def mask(size: int = 2 * SIZE) -> Tensor:
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def unet2d(channels: int = 3) -> Any:
+def unet2d(channels: int = 3, **options: Any) -> Any:
     _seeded()
-    return diffusers.UNet2DModel(
+    sizes = dict(
         sample_size=SIZE,
         in_channels=channels,
         out_channels=channels,
@@ -50,7 +50,8 @@ def unet2d(channels: int = 3) -> Any:
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()
+    )
+    return diffusers.UNet2DModel(**(sizes | options)).eval()
 
 
 def unet(**options: Any) -> Any:
@@ -312,6 +313,52 @@ def wan_call(images: int = 1) -> dict[str, Any]:
         width=32,
         num_frames=5,
     )
+
+
+def svd() -> Any:
+    """Stable Video Diffusion: v prediction, continuous timesteps ln(sigma) / 4, levels up to 700, an image as the prompt."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    _seeded()
+    sizes = dict(hidden_size=16, projection_dim=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
+    net = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=SIZE,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        num_attention_heads=2,
+        cross_attention_dim=16,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    ).eval()
+    decoder = diffusers.AutoencoderKLTemporalDecoder(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    ).eval()
+    scheduler = diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    processor = CLIPImageProcessor(crop_size=16, size=16)
+    return quiet(diffusers.StableVideoDiffusionPipeline(decoder, encoder, net, scheduler, processor))
+
+
+def svd_call(images: int = 2) -> dict[str, Any]:
+    pictures = torch.cat([image(seed) for seed in range(5, 5 + images)])
+    return dict(image=pictures, height=2 * SIZE, width=2 * SIZE, num_frames=2, decode_chunk_size=2)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from ..ode.distributed import agree, ranks_of
 from ..ode.guidance import recorded
 from ..ode.mode import check_mode
 from ..schedules.levels import known_level
+from ..sharing.in_use import at_fit
 from ..sharing.serving import at_scale, checked_scales
 from ..teacher.teacher import Teacher, check_teacher
 from .budget import Budget, budget_of
@@ -175,6 +176,8 @@ def fit(
         with context.stage() as costs["last"]:
             last = last_fit(context, best, fresh)
         costs["last"].sample_evaluations += last.backward
+        held = replace(batch.split(context.held_out)[1], final=context.batch.target[-context.held_out :])
+        in_use = at_fit(held, start, nfe, best.error)
     seconds = time.perf_counter() - begun
     context.say(f"chosen: {best.name}, error {best.error:.4g}; {seconds:.0f} s in all")
     if (ranks := ranks_of(ode)) is not None:
@@ -185,6 +188,7 @@ def fit(
     sizes = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
     search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **sizes)
     solver = _solver(context, contenders, best, last, search, spent)
+    solver = replace(solver, record=replace(solver.record, in_use=in_use))
     if scales is None:
         return solver
     new = fresh_states(batch, start, min(_MEASURED, len(batch)), 0, seed + _SERVED)

@@ -12,9 +12,11 @@ try:
 except ImportError as error:
     raise MissingDependencyError("iia_ode.diffusers needs diffusers: pip install 'iia-ode[diffusers]'.") from error
 
+from .calls import ode
 from .counterparts import solver_of
 from .denoiser import denoiser
-from .pipeline import PipelineODE, ode
+from .in_use import against
+from .pipeline import PipelineODE
 from .saving import register
 from .scheduler import IIAScheduler
 from .translation import grid_of, prediction_of, schedule_of, time_of
@@ -22,6 +24,7 @@ from .translation import grid_of, prediction_of, schedule_of, time_of
 __all__ = [
     "IIAScheduler",
     "PipelineODE",
+    "against",
     "denoiser",
     "grid_of",
     "ode",

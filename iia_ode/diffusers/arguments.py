@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
 from ..errors import InputError, MismatchWarning, warn
@@ -27,8 +28,12 @@ _COUNTS = (*_TEXTS, "class_labels", "prompt_embeds", "negative_prompt_embeds", "
 
 _PER_NETWORK = re.compile(r"(control|ip_adapter|adapter|cross_attention|joint_attention|attention).*|.*_scales?")
 """Arguments whose entries belong to adapters, not to prompts."""
-_BY_STEP = re.compile(r".*_guidance_(start|end|stop)")
-"""Arguments that switch a network by the index of the step."""
+_BY_STEP = re.compile(
+    r".*_guidance_(start|end|stop)|cfg_interval_(start|end)|cfg_trunc_ratio|guidance_schedule|use_dynamic_cfg"
+    r"|skip_guidance_layers|num_temporal_reasoning_steps|mixed_precision_(first|last)_steps"
+)
+"""Arguments that change a network or its guidance by the index of the step."""
+_CALLBACKS = ("callback_on_step_end", "callback")
 
 
 class Rows(list[Any]):
@@ -49,7 +54,7 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
     Warns
     -----
-    MismatchWarning : an argument switches a network by the index of the step.
+    MismatchWarning : an argument changes the model by the index of the step.
     """
     known = inspect.signature(type(pipe).__call__).parameters
     unknown = sorted(set(call) - set(known))
@@ -57,13 +62,7 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         raise InputError(
             f"the call of {type(pipe).__name__} has no {unknown[0]!r}: its arguments are {', '.join(known)}."
         )
-    for name in filter(_BY_STEP.fullmatch, call):
-        if call[name] != known[name].default:
-            warn(
-                f"{name}={call[name]} switches a network by the index of the step, and the ODE has the network of the first "
-                f"step at all noise levels. The pipeline's own run differs: omit {name}.",
-                MismatchWarning,
-            )
+    _check_steps(call, known)
     if isinstance(call.get("generator"), list):
         raise InputError(
             "a list of generators is for one number of samples, and an ODE serves any: give one generator, whose draws every "
@@ -77,6 +76,27 @@ def arguments(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     several = len(getattr(getattr(pipe, "controlnet", None), "nets", ())) > 1  # an image for each network
     rows, shared = _split(used, 2 if takes_count else 1, ("generator", *(("image",) * several)))
     return rows, shared, repeats[0] if repeats and rows else None
+
+
+def _check_steps(call: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
+    """Warn once if arguments change the model by the index of the step."""
+    found = [k for k, v in call.items() if _BY_STEP.fullmatch(k) and not _is_same(v, known[k].default)]
+    for name in _CALLBACKS:
+        own = getattr(call.get(name), "callbacks", [call.get(name)])
+        if any(isinstance(callback, PipelineCallback) for callback in own):
+            found.append(name)
+    if found:
+        shown = ", ".join(f"{k}={call[k]}" if k not in _CALLBACKS else k for k in found)
+        warn(
+            f"{shown} changes the model by the index of the step, and the ODE has one model for all steps, the model of the "
+            f"first step. The pipeline's own run differs: omit {', '.join(found)}.",
+            MismatchWarning,
+        )
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether a value is the default; arrays are no defaults."""
+    return value is default or (not hasattr(value, "shape") and bool(value == default))
 
 
 def _split(call: Mapping[str, Any], least: int, whole: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,17 +18,15 @@ _DENOISERS = ("unet", "transformer")
 
 
 @contextmanager
-def borrowed(pipe: Any, scheduler: Any, encodings: Bounded[Any, Any]) -> Iterator[None]:
-    """A block in which a pipeline has another scheduler, no progress bar, and memoized encodings of prompts."""
+def borrowed(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """A block in which a pipeline has another scheduler, and no progress bar."""
     own = vars(pipe)  # past the pipeline's __setattr__, which would enter the scheduler into the configuration
-    kept = {k: own[k] for k in ("scheduler", "_progress_bar_config", "encode_prompt") if k in own}
+    kept = {k: own[k] for k in ("scheduler", "_progress_bar_config") if k in own}
     own |= {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
-    if hasattr(type(pipe), "encode_prompt"):
-        own["encode_prompt"] = _memoized(pipe.encode_prompt, encodings, _encoders(pipe))
     try:
         yield
     finally:
-        for name in ("scheduler", "_progress_bar_config", "encode_prompt"):
+        for name in ("scheduler", "_progress_bar_config"):
             own.pop(name, None)
         own |= kept
         if getattr(pipe, "_all_hooks", None):
@@ -68,30 +66,6 @@ def answered(
             del net.forward
             if (own_forward := kept[name]) is not None:
                 net.forward = own_forward  # as a hook of offloading has it
-
-
-def _encoders(pipe: Any) -> tuple[Any, ...]:
-    """The parameters of the text encoders, by identity and version: adapters and new words change them."""
-    encoders = (v for k, v in pipe.components.items() if k.startswith("text_encoder") and isinstance(v, nn.Module))
-    parameters = (p for encoder in encoders for p in encoder.parameters())
-    return tuple((id(p), None if p.is_inference() else p._version) for p in parameters)
-
-
-def _memoized(function: Callable[..., Any], known: Bounded[Any, Any], about: tuple[Any, ...]) -> Callable[..., Any]:
-    """Memoize a function. Calls with a tensor, or with an argument that is not hashable, are not memoized."""
-
-    def memoized(*args: Any, **kwargs: Any) -> Any:
-        values = [tuple(v) if isinstance(v, list) else v for v in (*args, *kwargs.values())]
-        key = (*values, *kwargs, about)
-        if any(isinstance(v, Tensor) for v in values):
-            return function(*args, **kwargs)
-        try:
-            found = known.get(key)
-        except TypeError:
-            return function(*args, **kwargs)
-        return known.put(key, function(*args, **kwargs)) if found is None else found
-
-    return memoized
 
 
 def same_draws(generator: Any) -> Any:

@@ -6,15 +6,16 @@ import copy
 from typing import Any, Self
 
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from torch import Tensor
 
 from ..errors import InputError, MismatchError
 from ..solvers.base import SolverLike
 from .choice import Choice, Fixed, chosen
+from .identity import check_networks, scheduler_of
 from .running import PipelineRun, check_step, first_state, mean_of
 from .saving import KEY, Saved, described, frozen
-from .timesteps import Clock, Order, order_of
+from .timesteps import Clock, Order, check_given, check_told, order_of
 from .translation import prediction_of, schedule_of
 
 __all__ = ["IIAScheduler"]
@@ -60,14 +61,15 @@ class IIAScheduler(Saved):
         otherwise: SolverLike | None = None,
         whole_timesteps: bool | None = None,
     ) -> Self:
-        """Make a scheduler from a solver and the scheduler that it replaces.
+        """Make a scheduler from a solver and the pipeline, or the scheduler that it replaces.
 
         Parameters
         ----------
         solver : a fitted solver or a plan; a list of them with different numbers of evaluations; or a classic solver by name,
             such as ``"dpmpp_2m"``, which takes the grid of `scheduler` for each ``num_inference_steps``. A plan on ``EDM()``
             moves to the schedule of the pipeline.
-        scheduler : the pipeline's scheduler: its noise schedule, prediction type and configuration stay.
+        scheduler : the pipeline, or its scheduler, whose noise schedule, prediction type and configuration stay. The networks
+            of a fit are compared with those of a pipeline; a scheduler has no networks.
         otherwise : classic solver for runs that begin in the middle of a fitted solver or a plan, as image-to-image does with
             ``strength`` below 1. The solver takes the remaining timesteps. By default such a run is an error.
         whole_timesteps : whether the model is told whole numbers, as by ``UniPCMultistepScheduler``; by default as in the fit.
@@ -81,15 +83,16 @@ class IIAScheduler(Saved):
         InputError : no solver, or a scheduler whose states are not alpha x_0 + sigma noise of unit size.
         UnknownNameError : no such solver.
         MismatchError : the solver was made for another schedule or prediction type, or has constants per condition.
+
+        Warns
+        -----
+        FingerprintWarning : the fit was made for a network that the pipeline does not have.
         """
-        if isinstance(scheduler, IIAScheduler):
-            scheduler = scheduler.replaced
-        if not isinstance(scheduler, SchedulerMixin):
-            raise InputError(
-                f"the second argument is the scheduler to be replaced, such as pipe.scheduler, got {type(scheduler).__name__}."
-            )
-        choice = chosen(solver, schedule_of(scheduler), prediction_of(scheduler), otherwise)
-        return cls(choice, copy.deepcopy(scheduler), choice.is_whole if whole_timesteps is None else whole_timesteps)
+        base = scheduler_of(scheduler)
+        base = base.replaced if isinstance(base, IIAScheduler) else base
+        choice = chosen(solver, schedule_of(base), prediction_of(base), otherwise)
+        check_networks(choice.fixed.values(), scheduler)
+        return cls(choice, copy.deepcopy(base), choice.is_whole if whole_timesteps is None else whole_timesteps)
 
     # ---- before a run --------------------------------------------------------------------------------------------------
 
@@ -107,25 +110,28 @@ class IIAScheduler(Saved):
         ----------
         num_inference_steps : number of steps; by default the length of `sigmas` or `timesteps`.
         device : of ``timesteps``.
-        sigmas, timesteps, mu : grid of a classic solver, as for the replaced scheduler. A fitted solver or a plan has its own
-            grid, and reads the length alone.
+        sigmas, timesteps, mu : grid of a classic solver, as for the replaced scheduler. A fitted solver or a plan accepts its
+            own levels only, and the equidistant sigmas that pipelines of flow models pass by default.
 
         Raises
         ------
         InputError : no number of steps.
-        MismatchError : no plan has this number of steps.
+        MismatchError : no plan has this number of steps, or the levels are not those of the plan.
         """
         options: dict[str, Any] = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}
         given = {k: v for k, v in options.items() if v is not None}
         n = next((len(given[k]) for k in ("sigmas", "timesteps") if k in given), num_inference_steps)
         if n is None:
             raise InputError("set_timesteps takes num_inference_steps, sigmas or timesteps.")
+        check_told(self.replaced, given, self._clock)
         self.plan = self._choice.plan(n, self.replaced, given)
         self.num_inference_steps, self.order = n, order_of(self.plan)
         times = self.plan.evaluation_times
         self.timesteps = self._clock.timesteps(times, device)
         self._order = Order(self.timesteps, tuple(self._clock.timesteps(times).tolist()))
         self.sigmas = self._clock.sigmas((*times, self.plan.grid[-1]))
+        if self._choice.classic is None:
+            check_given(given, torch.tensor(self._order.values), self.sigmas, self.plan.name, self._clock)
         self.init_noise_sigma = max(1.0, self._clock.schedule.sigma(self.plan.grid[0]))
         self._run: PipelineRun | None = None
         self._is_started = self._is_noised = False
@@ -152,17 +158,7 @@ class IIAScheduler(Saved):
         return self._order.index(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """The state of the evaluation: `sample`, or before the first step of a warm start the end of the warm start.
-
-        Parameters
-        ----------
-        sample : state [B, ...].
-        timestep : the timestep.
-
-        Returns
-        -------
-        The state, in the dtype of `sample`.
-        """
+        """The state of the evaluation [B, ...]: `sample`, or at the first timestep the end of a warm start."""
         if not self._is_warm or self._run is not None or (timestep is not None and self.index_for_timestep(timestep)):
             return sample
         self._is_started = True

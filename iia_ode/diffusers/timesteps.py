@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import GridError, InputError, MismatchError
 from ..ode.clock import Rounding, Time, told
 from ..plan import Plan
 from ..schedules import EDM, VE, FlowMatching, Schedule
-from .translation import schedule_of, time_of
+from .translation import grid_of, schedule_of, time_of
 
-__all__ = ["Clock", "Order", "order_of"]
+__all__ = ["Clock", "Order", "check_given", "check_told", "order_of"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,17 @@ class Order:
                 f"{name} has made its {len(self.values)} evaluations: call set_timesteps before the next run."
             )
         found = self._found(timestep)
-        if found is not None and self.values[found] != self.values[k]:
+        if found is not None and self.values[found] != self.values[k] and not self._is_rounded(timestep, k):
             raise InputError(
                 f"a step out of order: {name} expects timestep {self.values[k]:g} at evaluation {k}, got {float(timestep):g}. "
                 "Run all timesteps in order, and call set_timesteps before each run."
             )
+
+    def _is_rounded(self, timestep: Tensor | float, k: int) -> bool:
+        """Whether a timestep is timestep k in half precision, where several timesteps may be one number."""
+        if not isinstance(timestep, Tensor) or timestep.dtype not in (torch.bfloat16, torch.float16):
+            return False
+        return float(torch.tensor(self.values[k], device="cpu").to(timestep.dtype)) == float(timestep)
 
     def _found(self, timestep: Tensor | float) -> int | None:
         """The index of a timestep, or None where only a read from the device could tell."""
@@ -142,6 +149,85 @@ class Order:
 
 
 _NEAR = 1e-3  # between timesteps that are one, rounded to float32
+_SAME = 1e-4  # relative difference of levels that are one, rounded by a user
+_WHOLE = 2e-3  # relative difference from equidistant values, in timesteps cut to whole numbers
+
+
+def check_given(given: Mapping[str, Any], timesteps: Tensor, sigmas: Tensor, name: str, clock: Clock) -> None:
+    """Raise MismatchError if a pipeline hands over other timesteps or sigmas than the plan `name` has.
+
+    Most flow pipelines hand over sigmas that nobody asked for. Sigmas that are equidistant, or equidistant in log-SNR or in
+    its quantiles, count as the default of a pipeline. The defaults of pipelines with ``invert_sigmas`` (Mochi) have no such
+    form, and are not checked.
+
+    Parameters
+    ----------
+    given : the timesteps and sigmas of the pipeline, by name.
+    timesteps, sigmas : of the plan, [N] and [N + 1].
+    name : subject of the message.
+    clock : clock of the pipeline.
+    """
+    schedule = clock.schedule
+    flow = isinstance(schedule, FlowMatching)
+    if isinstance(schedule, FlowMatching) and schedule.reverse:
+        return
+    for key, own in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if given.get(key) is None:
+            continue
+        theirs = torch.as_tensor(given[key], dtype=torch.float64, device="cpu").flatten()
+        mine = own[: len(theirs)].to("cpu", torch.float64)
+        if theirs.shape == mine.shape and torch.allclose(theirs, mine, rtol=_SAME, atol=_SAME):
+            continue
+        if flow and _is_default(theirs / (clock.scale or 1.0) if key == "timesteps" else theirs):
+            continue
+        shown = ", ".join(f"{v:.4g}" for v in own.tolist())
+        raise MismatchError(
+            f"{name} has the {key} {shown}, and the pipeline asks for {', '.join(f'{v:.4g}' for v in theirs.tolist())}: "
+            f"omit {key}, and pass num_inference_steps={len(timesteps)}."
+        )
+
+
+def check_told(scheduler: Any, given: Mapping[str, Any], clock: Clock) -> None:
+    """Raise MismatchError if a pipeline tells its network other timesteps than those of the noise levels.
+
+    CogView4 and GLM-Image pass both timesteps and sigmas. The scheduler shifts the sigmas alone.
+
+    Parameters
+    ----------
+    scheduler : the scheduler of the pipeline, which stays as it is.
+    given : arguments of ``set_timesteps``.
+    clock : clock of the scheduler.
+    """
+    if not {"sigmas", "timesteps"} <= given.keys():
+        return
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(**given)
+    except Exception as error:  # of any kind: the scheduler is not ours
+        raise GridError(f"{type(own).__name__}.set_timesteps failed: {type(error).__name__}: {error}") from error
+    told, ours = own.timesteps.double().cpu(), clock.timesteps(grid_of(own).tolist()[:-1]).double()
+    if told.shape != ours.shape or not torch.allclose(told, ours, rtol=_WHOLE, atol=_WHOLE * float(told.abs().max())):
+        raise MismatchError(
+            f"this pipeline tells its network the timesteps {', '.join(f'{t:.4g}' for t in told.tolist())}, and the noise "
+            f"levels of {type(own).__name__} have the timesteps {', '.join(f'{t:.4g}' for t in ours.tolist())}: a plan cannot "
+            "take the place of this scheduler. Use iia_ode.sample on an ODE of the network, see iia_ode.diffusers.denoiser."
+        )
+
+
+def _is_default(sigmas: Tensor) -> bool:
+    """Whether sigmas [N] of a flow look like the default of a pipeline."""
+    steps = torch.arange(len(sigmas), dtype=torch.float64, device="cpu") / len(sigmas)
+    inside = sigmas[1:].clamp(1e-12, 1 - 1e-12)  # the first is 1, or a bound
+    return _is_affine(sigmas, steps) or any(
+        _is_affine(torch.logit(inside), base[1:]) for base in (steps, torch.special.ndtri(steps))
+    )
+
+
+def _is_affine(values: Tensor, base: Tensor) -> bool:
+    """Whether values [N] are an affine function of `base` [N]."""
+    columns = torch.stack([torch.ones_like(base), base], dim=1)
+    fitted = columns @ torch.linalg.lstsq(columns, values[:, None]).solution
+    return bool((fitted[:, 0] - values).abs().max() <= _WHOLE * values.abs().max()) if len(values) > 2 else True
 
 
 def order_of(plan: Plan) -> int:

@@ -212,7 +212,10 @@ class FittedSolver:
         return replace(self, record=replace(self.record, notes=notes))
 
     def card(self, repo: str = "owner/name") -> str:
-        """The model card of the fit: use, errors against solvers without a fit, settings, versions, notes and license.
+        """The model card of the fit: use, errors, settings, versions, notes and license.
+
+        The errors stand beside errors of solvers without a fit. For a fit to a pipeline of diffusers, the card also has the
+        error of the scheduler in use; see ``iia_ode.diffusers.against``.
 
         Parameters
         ----------

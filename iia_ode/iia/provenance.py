@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ..errors import InputError
 from ..ode.origin import Origin
 from ..schedules.stored import brief
-from ..sharing.records import Served
+from ..sharing.records import InUse, Served
 from ..teacher import TeacherOptions
 
 __all__ = [
@@ -279,6 +279,7 @@ class Record:
     surroundings : versions and hardware of the fit, by name.
     served : errors at further guidance scales; see :meth:`~iia_ode.FittedSolver.serves`.
     notes : values added by :meth:`~iia_ode.FittedSolver.note`, JSON-ready.
+    in_use : errors of the schedulers in use for the model; see ``iia_ode.diffusers.against``.
     """
 
     library: str
@@ -302,6 +303,7 @@ class Record:
     surroundings: dict[str, str] = field(default_factory=dict)
     served: tuple[Served, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    in_use: tuple[InUse, ...] = ()
 
 
 def finite(value: float) -> float | None:

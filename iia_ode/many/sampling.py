@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from ..checks import check_choice, check_shape, check_whole
 from ..errors import GridError, InputError, MismatchError, one_run
 from ..files import as_path, bytes_of, to_json
 from ..iia import FittedSolver
+from ..integrate import fixed_method
 from ..noise import MOST, seeded_noise
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import ranks_of
 from ..ode.origin import Origin
 from ..plan import Plan, check_grid, check_ode, check_start, traced
 from ..plan.storing import pack
-from ..solvers import Solver, as_solver, get_solver
+from ..solvers import Solver
 from .claims import Claims, claims_on
 from .conditions import Conditions, Given, conditions_of
 from .folder import Folder, check_manifest, load_pillow
@@ -217,17 +218,12 @@ def _checked(seeds: object) -> list[int]:
 
 def _plan_of(ode: ProbabilityFlowODE, solver: object, grid: Tensor | None) -> Plan:
     """The plan of a solver on the ODE's schedule and the grid."""
-    if isinstance(solver, str):
-        solver = get_solver(solver)
-    elif isinstance(solver, Mapping):
-        solver = as_solver(solver)
-    if isinstance(solver, Solver):
+    method = fixed_method(solver)
+    if isinstance(method, Solver):
         if grid is None:
-            raise GridError(f"solver {solver.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
-        return traced(solver, ode.schedule, grid)
-    if not isinstance(solver, FittedSolver | Plan):
-        raise InputError(f"solver must be a name, a Solver, a FittedSolver or a Plan, got {type(solver).__name__}.")
-    plan = solver.plan if isinstance(solver, FittedSolver) else solver
+            raise GridError(f"solver {method.label!r} needs a grid, such as grid=iia_ode.grids.karras(10).")
+        return traced(method, ode.schedule, grid)
+    plan = method.plan if isinstance(method, FittedSolver) else method
     if grid is not None and check_grid(plan.schedule, grid) != list(plan.grid):
         raise MismatchError(f"{plan.name} has its own grid of {len(plan.grid)} times: omit grid=.")
     return plan

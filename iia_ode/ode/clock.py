@@ -14,7 +14,7 @@ from ..errors import InputError, UnknownNameError, unknown_name
 from ..schedules import Discrete, Schedule
 from ..transforms import number_of
 
-__all__ = ["TIMES", "Told", "checked_rounding", "checked_time", "recorded_time", "same_time", "told"]
+__all__ = ["TIMES", "Told", "checked_rounding", "checked_time", "probe_times", "recorded_time", "same_time", "told"]
 
 Rounding: TypeAlias = Literal["nearest", "floor"]
 Time: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -182,9 +182,21 @@ def same_time(one: Told, other: Told, schedule: Schedule) -> bool:
 
 def _values(time: Time | None, schedule: Schedule) -> tuple[float | None, ...]:
     """The told times at nine levels of the schedule, equidistant in log-SNR from noise to data."""
-    noise, data = (max(-_FARTHEST, min(_FARTHEST, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
-    lams = torch.linspace(noise, data, _PROBES, dtype=torch.float64, device="cpu").tolist()
-    return tuple(_value(time, schedule, schedule.t_of_lam(lam)) for lam in lams)
+    return tuple(_value(time, schedule, t) for t in probe_times(schedule, _PROBES, _FARTHEST))
+
+
+def probe_times(schedule: Schedule, n: int, farthest: float) -> list[float]:
+    """Times at which a function of time is recorded: n, equidistant in log-SNR from noise to data.
+
+    Parameters
+    ----------
+    schedule : the schedule.
+    n : number of times.
+    farthest : log-SNR beyond which there is no time.
+    """
+    noise, data = (max(-farthest, min(farthest, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
+    lams = torch.linspace(noise, data, n, dtype=torch.float64, device="cpu").tolist()
+    return [schedule.t_of_lam(lam) for lam in lams]
 
 
 def _value(time: Time | None, schedule: Schedule, t: float) -> float | None:

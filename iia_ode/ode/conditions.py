@@ -34,6 +34,7 @@ __all__ = [
     "paired",
     "picked",
     "pieces",
+    "places_of",
 ]
 
 _APART = object()  # in place of a pair that is no single condition
@@ -148,11 +149,16 @@ def picked(values: Mapping[str, Any], index: slice | Tensor, batch: int) -> dict
         if isinstance(leaf, Tensor):
             return leaf[index] if leaf.ndim and len(leaf) == batch else leaf
         if _is_list(leaf) and len(leaf) == batch:
-            places = torch.arange(batch, device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
-            return type(leaf)(leaf[i] for i in places.tolist())
+            return type(leaf)(leaf[i] for i in places_of(index, batch))
         return leaf
 
     return {k: _mapped(pick, v) for k, v in values.items()}
+
+
+def places_of(index: slice | Tensor, batch: int) -> list[int]:
+    """The places of some samples in a batch: of a slice, or of an integer or boolean tensor [n]."""
+    places: list[int] = torch.arange(batch, device="cpu")[index.cpu() if isinstance(index, Tensor) else index].tolist()
+    return places
 
 
 def batched(values: Mapping[str, Any], batch: int, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checks import check_number
 from ..errors import InputError
 from ..schedules import Schedule
+from .clock import probe_times
 from .conditions import check_tree
 
 __all__ = [
@@ -246,9 +247,8 @@ def recorded(scale: Scale, schedule: Schedule) -> float | Scales:
     if isinstance(scale, Tensor):
         values = scale.detach().cpu().double()
         return Scales("per sample", (float(values.min()), float(values.max())))
-    noise, data = (max(-_FARTHEST, min(_FARTHEST, schedule.lam(t))) for t in (schedule.t_noise, schedule.t_data))
-    lams = torch.linspace(noise, data, _PROBES, dtype=torch.float64, device="cpu").tolist()
-    return Scales("per time", tuple(_known(cast(Function, scale), schedule.t_of_lam(lam)) for lam in lams))
+    times = probe_times(schedule, _PROBES, _FARTHEST)
+    return Scales("per time", tuple(_known(cast(Function, scale), t) for t in times))
 
 
 def _known(scale: Function, t: float) -> float | None:

@@ -27,6 +27,8 @@ def card_of(plan: Plan, record: Record, repo: str, citation: str) -> str:
         f"## Use\n\n{_use(plan, repo)}",
         f"## Errors\n\n{_errors(plan, record)}",
     ]
+    if record.in_use:
+        sections.append(f"## The scheduler in use\n\n{_in_use(plan, record)}")
     if record.served:
         sections.append(f"## Guidance scales\n\n{_scales(record)}")
     sections.append(f"## Fit\n\n{_table(('', ''), _settings(record))}")
@@ -79,6 +81,14 @@ def _errors(plan: Plan, record: Record) -> str:
     known = "" if end.teacher_error is None else f" The accurate states are known to about {end.teacher_error:.2g}."
     told = "The error is the root mean square distance of the final states to accurate states from the same noise"
     return f"{text}\n\n{told}{judged}.{known}"
+
+
+def _in_use(plan: Plan, record: Record) -> str:
+    """Errors of the schedulers in use beside the error of the fit on the same samples."""
+    own = record.in_use[0]
+    rows = [(f"**{plan.name}**", str(plan.nfe), _error(own.fit_error))]
+    rows += [(f"`{i.name}`", str(i.evaluations), _error(i.error)) for i in record.in_use]
+    return f"{_table(('sampler', 'evaluations', 'error'), rows)}\n\nThe errors are of {own.samples} held-out samples."
 
 
 def _scales(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""Records for the reader of a shared fit: versions and hardware, and errors at guidance scales."""
+"""Records for the reader of a shared fit: versions and hardware, and errors at guidance scales and of schedulers in use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Served", "surroundings"]
+__all__ = ["InUse", "Served", "surroundings"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,26 @@ class Served:
     def good(self) -> bool:
         """Whether the fit is at least as good as the best solver without a fit."""
         return self.error is not None and (self.rival_error is None or self.error <= self.rival_error)
+
+
+@dataclass(frozen=True)
+class InUse:
+    """Errors of a fit and of the scheduler in use, at no more evaluations, on the same samples.
+
+    Attributes
+    ----------
+    name : name of the scheduler, with its options.
+    evaluations : evaluations of the scheduler.
+    error : root mean square endpoint error of the scheduler; None if not finite.
+    fit_error : root mean square endpoint error of the fit; None if not finite.
+    samples : number of samples.
+    """
+
+    name: str = ""
+    evaluations: int = 0
+    error: float | None = None
+    fit_error: float | None = None
+    samples: int = 0
 
 
 def surroundings(device: torch.device) -> dict[str, str]:
