@@ -1167,6 +1167,7 @@ def test_a_card_has_the_scheduler_in_use_now(
     sd.scheduler = tiny.sd_scheduler()
     theirs = latents(sd, latents=x, num_inference_steps=3, **tiny.sd_call(4))
     assert ddim.error == pytest.approx(float((theirs - solved[0].final).square().mean().sqrt()), rel=1e-4)
+    assert f"in use before: {euler.name}, 3 evaluations, error {euler.error:.3g}; fit" in str(found)
     assert "## The scheduler in use" in found.card() and f"| `{euler.name}` | 3 | {euler.error:.3g} |" in found.card()
     assert "The scheduler in use" not in fit.card()
 

@@ -1,4 +1,4 @@
-"""Nodes of ComfyUI for the solvers of iia_ode: copy this file into the folder custom_nodes, beside an installed iia_ode."""
+"""Nodes of ComfyUI for the solvers of iia_ode: copy this file into custom_nodes."""
 
 import comfy.samplers
 
@@ -14,7 +14,8 @@ def _solver(name):
 class IIASampler:
     """A sampler for the node SamplerCustom, by the name of a solver or from a file."""
 
-    RETURN_TYPES, FUNCTION, CATEGORY = ("SAMPLER",), "make", "sampling/custom_sampling/samplers"
+    RETURN_TYPES, FUNCTION = ("SAMPLER",), "make"
+    CATEGORY = "sampling/custom_sampling/samplers"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -28,7 +29,8 @@ class IIASampler:
 class IIASigmas:
     """The levels of a fitted solver, for the node SamplerCustom."""
 
-    RETURN_TYPES, FUNCTION, CATEGORY = ("SIGMAS",), "make", "sampling/custom_sampling/schedulers"
+    RETURN_TYPES, FUNCTION = ("SIGMAS",), "make"
+    CATEGORY = "sampling/custom_sampling/schedulers"
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -31,8 +31,8 @@ def ode(pipe: Any, *, whole_timesteps: bool | None = None, **call: Any) -> Pipel
     rescaling, pooled and packed inputs, and adapters. The function calls the pipeline a few times, to learn the shape of its
     states. A pipeline whose call takes no initial state makes two steps at each evaluation, and its networks compute in the
     second step only. Pipelines compute without gradients, so a fit takes its weights in closed form. Where the call draws
-    random numbers, as for masked images, every evaluation has the same draws. Networks that depend on the index of a step get
-    the first index.
+    random numbers, as for masked images, every evaluation has the same draws, those of ``generator`` if given. Networks that
+    depend on the index of a step get the first index. Prompts and images are encoded once.
 
     Parameters
     ----------

@@ -93,6 +93,10 @@ def describe_fit(name: str, steps: int, nfe: int, record: Record, reports: tuple
         lines.insert(3, f"chosen: {search.chosen.name}{_refined(search)}")
     if origin.serves is not None:
         lines.append("measured at further guidance scales: serves {:g} to {:g}".format(*origin.serves))
+    lines += [
+        f"in use before: {i.name}, {i.evaluations} evaluations, error {_number(i.error)}; fit {_number(i.fit_error)}"
+        for i in record.in_use
+    ]
     lines += [f"{name}: {value}" for name, value in record.notes.items()]
     if origin.train_mode:
         lines.append("the model was in train mode: its outputs were random, or depended on the batch")
