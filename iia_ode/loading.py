@@ -85,8 +85,13 @@ def _found(path: str | os.PathLike[str], revision: str | None, file: str) -> str
             f"revision is for a repository such as 'owner/name', and {str(path)!r} is a local path: omit it."
         )
     own = as_path(path)
-    # Unlike those of Path, these answer no where a name is too long.
-    return own / file if os.path.isdir(own) and os.path.isfile(own / file) else path
+    if not os.path.isdir(own):  # unlike that of Path, this answers no where a name is too long
+        return path
+    if not os.path.isfile(own / file):
+        others = sorted(p.name for p in own.iterdir() if p.suffix in (".safetensors", ".iia"))[:5]
+        advice = f": take file={' or file='.join(map(repr, others))}" if others else ""
+        raise FileFormatError(f"{str(own)!r} is a folder without a file {file!r}{advice}.")
+    return own / file
 
 
 def _denoiser(path: str | os.PathLike[str], schedule: Schedule | None) -> Any:

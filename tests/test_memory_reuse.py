@@ -219,6 +219,65 @@ class WritesByNumPy(nn.Module):
         return out
 
 
+class GradientByState(nn.Module):
+    """The gradient of an energy, which torch adds to the gradient that a state has."""
+
+    def __init__(self, first: int = 1) -> None:
+        super().__init__()
+        self.first, self.calls = first, 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        x = x if self.calls >= self.first else x.clone()
+        with torch.enable_grad():
+            x.requires_grad_(True)
+            torch.cos(x / (1 + t[:, None])).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+
+def test_the_gradient_of_an_energy_is_that_of_one_call() -> None:
+    def finals(kind: Callable[[], Any]) -> Tensor:
+        def doubled(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            return model(x, t) * c[:, None]
+
+        model, conditions = kind(), {"conditioning": {"c": torch.ones(24)}, "unconditional": {"c": 2 * torch.ones(1)}}
+        apart = iia.ProbabilityFlowODE(doubled, EDM, guidance_scale=3.0, batched_guidance=False, **conditions)
+        plan = iia.get_solver("ddim").plan(EDM, GRID)
+        plain = plan.run(iia.ProbabilityFlowODE(kind(), EDM), X)
+        return torch.stack([plain.detach(), iia.sample(apart, X, GRID, "heun")])
+
+    expected = finals(lambda: careful(GradientByState))
+    assert torch.equal(finals(GradientByState), expected)
+    assert torch.equal(finals(lambda: GradientByState(first=4)), expected)
+
+
+def test_a_hook_on_the_input_of_a_model_sees_the_gradient_by_the_model_alone() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(torch.zeros_like)
+        return answer(x, t)
+
+    x = X.clone().requires_grad_(True)
+    plan = iia.get_solver("ddim").plan(EDM, INNER)
+    (found,) = torch.autograd.grad(plan.run(iia.ProbabilityFlowODE(model, EDM), x).sum(), x)
+    (kept,) = torch.autograd.grad(plan.run(iia.ProbabilityFlowODE(lambda x, t: answer(x.detach(), t), EDM), x).sum(), x)
+    assert torch.allclose(found, kept)
+
+
+def test_the_second_of_two_networks_may_write_to_the_data_of_its_states() -> None:
+    def writes(x: Tensor, t: Tensor) -> Tensor:
+        out = answer(x, t)
+        x.data.clamp_(-1.0, 1.0)
+        return out
+
+    found, expected = (
+        iia.sample(iia.ProbabilityFlowODE(iia.ode.by_level({0.0: low, 5.0: answer}), EDM), X, GRID, "heun")
+        for low in (writes, answer)
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "heun", "unipc", "ipndm"])
 @pytest.mark.parametrize("kind", [WritesLate, WritesByNumPy, Spoiler], ids=lambda k: k.__name__)
 def test_a_run_notices_a_model_that_writes_to_its_states(kind: type[nn.Module], solver: str) -> None:

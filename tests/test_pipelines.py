@@ -335,6 +335,8 @@ def test_a_run_that_begins_in_the_middle_takes_the_other_solver(fit: Any) -> Non
     pipe.scheduler = IIAScheduler.of(fit, tiny.sd_scheduler(), otherwise="ddim")
     first, final = evaluated(pipe, generator=generator(), **call)
     assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, grid=fit.grid[1:], solver="ddim")) == 0.0
+    with pytest.raises(iia.errors.InputError, match="Raise strength"):
+        pipe(**call | {"strength": 0.2})
     whole = call | {"strength": 1.0}
     first, final = evaluated(pipe, generator=generator(), **whole)
     assert gap(final, iia.sample(ode(pipe, **SD, **PICTURE), first, solver=fit.plan)) == 0.0
@@ -876,10 +878,12 @@ def warnings_as_errors() -> Any:
         (("dpmpp_9m", tiny.sd_scheduler()), "unknown solver"),
         ((3, tiny.sd_scheduler()), "takes a FittedSolver"),
         (([], tiny.sd_scheduler()), "got nothing"),
+        (("fit.safetensors", tiny.sd_scheduler()), r"iia_ode\.load\('fit.safetensors'\)"),
+        ((Path("fit"), tiny.sd_scheduler()), r"iia_ode\.load reads a file"),
         (("ddim", "DDIMScheduler"), "the scheduler to be replaced"),
         (("ddim", diffusers.EDMEulerScheduler()), "rules of its own"),
     ],
-    ids=["name", "number", "empty", "scheduler", "edm"],
+    ids=["name", "number", "empty", "file", "path", "scheduler", "edm"],
 )
 def test_a_scheduler_of_something_else_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(iia.IIAError, match=message):
@@ -1170,6 +1174,10 @@ def test_a_card_has_the_scheduler_in_use_now(
     assert f"in use before: {euler.name}, 3 evaluations, error {euler.error:.3g}; fit" in str(found)
     assert "## The scheduler in use" in found.card() and f"| `{euler.name}` | 3 | {euler.error:.3g} |" in found.card()
     assert "The scheduler in use" not in fit.card()
+    rough = replace(solved[0], record=replace(solved[0].record, error=2e3))
+    monkeypatch.setattr(iia.Teacher, "solve", lambda *_, **__: rough)
+    (used,) = iia.diffusers.against(fit, model, x).record.in_use
+    assert used.error == used.fit_error == 2e3  # no error is known better than the true states
 
 
 def test_a_scheduler_that_cannot_run_is_refused_by_name(sd: Any, model: Any, fit: Any) -> None:

@@ -205,6 +205,9 @@ def test_a_folder_with_a_solver_loads_as_its_solver(tmp_path, fitted):
     assert iia.load(str(tmp_path), file="eight.safetensors").record.notes == {"nfe": 8}
     with pytest.raises(InputError, match="revision is for a repository"):
         iia.load(tmp_path, revision="main")
+    (tmp_path / "solver.safetensors").unlink()
+    with pytest.raises(FileFormatError, match=r"without a file 'solver.safetensors': take file='eight.safetensors'"):
+        iia.load(tmp_path)
 
 
 def test_a_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):

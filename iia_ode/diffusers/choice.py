@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -134,8 +135,9 @@ def chosen(
     several = list(solver) if isinstance(solver, list | tuple) else [solver]
     if not several or not all(isinstance(s, FittedSolver | Plan) for s in several):
         kinds = ", ".join(type(s).__name__ for s in several) or "nothing"
+        advice = " (iia_ode.load reads a file)" if any(isinstance(s, str | os.PathLike) for s in several) else ""
         raise InputError(
-            f"a scheduler takes a FittedSolver, a Plan, a list of them, or a solver such as 'dpmpp_2m', got {kinds}."
+            f"a scheduler takes a FittedSolver, a Plan, a list of them, or a solver such as 'dpmpp_2m', got {kinds}{advice}."
         )
     fixed: dict[int, Fixed] = {}
     plans: dict[int, Plan] = {}

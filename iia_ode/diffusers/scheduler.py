@@ -175,6 +175,10 @@ class IIAScheduler(Saved):
         Returns
         -------
         The state [B, ...], in the dtype and on the device of `original_samples`.
+
+        Raises
+        ------
+        InputError : no timestep, as with a small ``strength``.
         """
         self._is_noised = True
         times = (self.plan.grid[0], *self.plan.evaluation_times[1:])  # a warm start comes before the first evaluation

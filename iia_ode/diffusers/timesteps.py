@@ -72,7 +72,7 @@ class Clock:
         """The levels at times [N], float32 on the host: sigma of a flow, else sigma/alpha."""
         flow = isinstance(self.schedule, FlowMatching)
         level = self.schedule.sigma if flow else self.schedule.noise_to_signal
-        return torch.tensor([level(t) for t in times], dtype=torch.float32, device="cpu")
+        return torch.tensor([abs(level(t)) for t in times], dtype=torch.float32, device="cpu")
 
     def noised(self, x: Tensor, noise: Tensor, timesteps: Tensor, times: Sequence[float]) -> Tensor:
         """alpha x + sigma noise at timesteps [B] or [1]; nothing is read from a device.
@@ -82,7 +82,16 @@ class Clock:
         x, noise : data and noise [B, ...].
         timesteps : timesteps. A timestep of an entry of `times` stands for this entry; another timestep is converted.
         times : times of the evaluations.
+
+        Raises
+        ------
+        InputError : no timestep.
         """
+        if timesteps.numel() == 0:
+            raise InputError(
+                "the pipeline has left no timestep to noise an image for, because strength times num_inference_steps is "
+                "below 1. Raise strength."
+            )
         told = timesteps.to(x.device, torch.float32).reshape(-1)
         own = self.timesteps(times, x.device).to(torch.float32)
         distance, index = (told[:, None] - own).abs().min(dim=1)

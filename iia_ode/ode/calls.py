@@ -58,15 +58,16 @@ class SpoiledError(Exception):
 
 
 class Loans:
-    """States that a run hands to a model without copies, and the watch over them.
+    """States on the host that a run hands to a model without copies, and the watch over them.
 
-    The first call gets a copy. If the model leaves the copy as it was, later calls get the states themselves, and the versions
-    of all states in use are compared after each call. A write outside of torch, such as by NumPy, is seen in the first call
-    on the host only.
+    The first call of each network gets a copy. If the network leaves the copy as it was, later calls get the states
+    themselves, and all states in use are looked at after each call: their versions, and whether the model asked for gradients
+    by them. A write outside of torch's versions, such as by NumPy or to ``x.data``, is seen in the first call alone. States
+    in a graph of autograd are never lent: the model may put hooks on its input.
     """
 
     def __init__(self) -> None:
-        self._trusted: bool | None = None
+        self._trusted: dict[int, bool] = {}
         self._lent: list[tuple[ref[Tensor], int]] = []
 
     def call(self, model: Callable[..., Any], x: Tensor, times: Tensor, condition: Mapping[str, Any]) -> Any:
@@ -76,13 +77,13 @@ class Loans:
         ------
         SpoiledError : the model wrote to a state that was lent.
         """
-        if self._trusted is None and not _is_tracked(x):
-            self._trusted = False
-        if not self._trusted:
+        trusted = self._trusted.get(id(model))
+        if not trusted or x.requires_grad:
+            first = trusted is None and not x.requires_grad
             copy = x.clone()
             out = model(copy, times, **condition)
-            if self._trusted is None:
-                self._trusted = copy._version == 0 and (not x.is_cpu or _same(x, copy))
+            if first:
+                self._trusted[id(model)] = _is_tracked(x) and _is_untouched(copy, 0) and _same(x, copy)
             return out
         self._lent.append((ref(x), x._version))
         out = model(x, times, **condition)
@@ -90,7 +91,7 @@ class Loans:
         for loan in self._lent:
             state = loan[0]()
             if state is not None:
-                if state._version != loan[1]:
+                if not _is_untouched(state, loan[1]):
                     raise SpoiledError
                 lent.append(loan)
         self._lent = lent
@@ -98,13 +99,18 @@ class Loans:
 
 
 def _is_tracked(x: Tensor) -> bool:
-    """Whether writes to a state change its version: not in inference mode, and not for what a transform wraps."""
-    return not (transformed() or type(x) is not Tensor or x.is_inference() or has_tangent(x))
+    """Whether writes to a state are seen: on the host, not in inference mode, and not for what a transform wraps."""
+    return x.is_cpu and not (transformed() or type(x) is not Tensor or x.is_inference() or has_tangent(x))
+
+
+def _is_untouched(x: Tensor, version: int) -> bool:
+    """Whether a tensor outside of graphs has its version, and no gradient by it was asked for."""
+    return x._version == version and not x.requires_grad and x.grad is None
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
     # On the host, ``torch.equal`` costs five times as much.
-    return bool(np.array_equal(x.detach().numpy(), y.detach().numpy()))
+    return bool(np.array_equal(x.numpy(), y.numpy()))
 
 
 def answers(

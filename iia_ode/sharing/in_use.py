@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..iia.batch import Batch, per_sample
-from ..iia.provenance import finite
+from ..iia.provenance import finite, raised
 from .records import InUse
 
 __all__ = ["Sampled", "at_fit", "beside"]
@@ -45,6 +45,8 @@ def at_fit(batch: Batch, t: float, nfe: int, fit_error: float | None) -> tuple[I
 def beside(batch: Batch, nfe: int, fit_error: float | None, schedulers: Sequence[Any] = (None,)) -> tuple[InUse, ...]:
     """Errors of schedulers with at most `nfe` evaluations, on the samples of a batch with true final states.
 
+    The errors are raised to the error of the true final states where they are below it, as all errors of a record.
+
     Parameters
     ----------
     batch : samples with an ODE that has a method ``sampled_in_use(x, nfe, scheduler) -> Sampled``.
@@ -56,12 +58,12 @@ def beside(batch: Batch, nfe: int, fit_error: float | None, schedulers: Sequence
     ------
     InputError : a scheduler cannot run.
     """
-    found = []
+    found, least = [], None if batch.teacher is None else batch.teacher.record.error
     for scheduler in schedulers:
         errors = []
         for part in batch.chunks():
             sampled: Sampled = part.ode.sampled_in_use(part.x, nfe, scheduler)  # type: ignore[operator]
             errors.append(per_sample(sampled.final.cpu().double() - part.target.cpu().double()))
-        error = finite(float(torch.cat(errors).square().mean().sqrt()))
-        found.append(InUse(sampled.name, sampled.evaluations, error, fit_error, len(batch)))
+        error = raised(finite(float(torch.cat(errors).square().mean().sqrt())), least)
+        found.append(InUse(sampled.name, sampled.evaluations, error, raised(fit_error, least), len(batch)))
     return tuple(found)

@@ -312,7 +312,7 @@ def solver_names(torchdiffeq: bool = False) -> list[str]:
 
 
 def unknown_solver(name: object, also: Iterable[str] = ()) -> UnknownNameError:
-    """The error for an unregistered name, with an explanation for methods of torchdiffeq and for stochastic samplers.
+    """The error for an unregistered name, with an explanation for files, methods of torchdiffeq and stochastic samplers.
 
     Parameters
     ----------
@@ -323,6 +323,8 @@ def unknown_solver(name: object, also: Iterable[str] = ()) -> UnknownNameError:
 
 
 def _hint(name: str) -> str:
+    if name.endswith((".safetensors", ".iia")):
+        return f"A solver in a file is read by iia_ode.load({name!r})."
     method = name.removeprefix("torchdiffeq:")
     if method in _torchdiffeq.method_names():
         return (
