@@ -3,5 +3,6 @@
 from .compare import compare
 from .results import Comparison, Protocol, Row
 from .settings import Setting, batch_seed, get_setting, setting_names
+from .slopes import Slope
 
-__all__ = ["Comparison", "Protocol", "Row", "Setting", "batch_seed", "compare", "get_setting", "setting_names"]
+__all__ = ["Comparison", "Protocol", "Row", "Setting", "Slope", "batch_seed", "compare", "get_setting", "setting_names"]
