@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import mixture
+from support import mixture, run
 
 import iia_ode as iia
-from iia_ode.experiments import Comparison, Row, compare
+from iia_ode.experiments import Comparison, Row, compare, step_errors
 
 WINDOW = iia.IIA("ddim", "window", "trajectory", guard=False)
 
@@ -249,3 +249,60 @@ def test_a_slope_is_that_of_least_squares_with_its_scatter_over_the_range_that_i
     assert two.nfes == (16, 32) and math.isnan(two.standard_error)
     with pytest.raises(iia.errors.InputError, match="a slope needs two numbers of evaluations"):
         Comparison(noisy).slopes(least=64)
+
+
+# ---- errors of single steps ------------------------------------------------------------------------------------------
+
+
+def test_the_local_errors_of_a_study_are_those_of_its_plans_along_the_reference(tmp_path):
+    ode, x, _ = problem()
+    result, _ = study(ode, x, ["ddim", WINDOW], [2, 3], grids="karras")
+    teacher = iia.Teacher.for_grid(ode, x, iia.grids.karras(3))
+    found = step_errors(ode, x, result, 3, teacher=teacher)
+    assert [(r.solver, r.nfe, r.step) for r in found.rows] == [(s, 3, k) for s in result.solvers for k in range(3)]
+    by_hand = iia.testing.local_errors(ode, x, iia.get_solver("ddim").plan(iia.EDM(), iia.grids.karras(3)), teacher)
+    for row, own in zip(found.rows[:3], by_hand, strict=True):
+        assert row.rmse == pytest.approx(float(own.square().mean().sqrt()), rel=1e-12)
+        assert row.level == row.t and row.standard_error > 0
+    assert [r.fitted for r in found.rows] == [False] * 3 + [True] * 3
+    head, first, *_ = found.table().splitlines()
+    assert head.split() == ["solver", "NFE", "step", "0", "step", "1", "step", "2"] and first.split()[:2] == [
+        "ddim",
+        "3",
+    ]
+    assert found.csv(tmp_path / "steps.csv") == (tmp_path / "steps.csv").read_text()
+    assert len(step_errors(ode, x, result, teacher=teacher).rows) == 2 * (2 + 3)
+    with pytest.raises(iia.errors.InputError, match=r"no plan of 7 evaluations; it has plans of \[2, 3\]"):
+        step_errors(ode, x, result, 7)
+    with pytest.raises(iia.errors.InputError, match="it has plans of no evaluations"):
+        step_errors(ode, x, Comparison(result.rows))
+
+
+def test_local_errors_of_a_study_start_where_alpha_is_zero_and_are_those_of_a_fine_teacher_by_default():
+    ode = mixture().ode(iia.FlowMatching())
+    x = torch.randn((4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    uniform = {"uniform": lambda n: iia.grids.uniform(n, 1.0, 0.0)}
+    found = step_errors(ode, x, study(ode, x, ["ddim"], [4], grids=uniform)[0])
+    assert found.rows[0].level == math.inf and found.teacher_error < min(r.rmse for r in found.rows)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_the_csv_and_goes_on_in_the_folder(tmp_path, capsys):
+    small = ["compare", "--setting", "mixture", "--samples", "4", "--fit-samples", "4", "--solvers", "ddim,heun"]
+    places = [
+        "--out",
+        str(tmp_path / "out"),
+        "--resume",
+        str(tmp_path / "kept"),
+        "--csv",
+        str(tmp_path / "a" / "all.csv"),
+    ]
+    assert run(capsys, *small, "--nfe", "3", *places)[0] == 0
+    status, printed, said = run(capsys, *small, "--nfe", "3,5", *places)
+    assert status == 0 and printed.splitlines()[-1].endswith(f"; {tmp_path / 'a' / 'all.csv'}")
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("(found)")] == ["reference:", "ddim", "heun"]
+    rows = Comparison.read_csv(tmp_path / "a" / "all.csv").rows
+    assert [(r.solver, r.nfe) for r in rows] == [("ddim", 3), ("ddim", 5), ("heun", 3), ("heun", 5)]
+    assert (tmp_path / "a" / "all.csv").read_text() == (tmp_path / "out" / "compare.csv").read_text()
