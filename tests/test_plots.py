@@ -171,7 +171,7 @@ def test_the_legend_says_which_lines_are_solid_where_a_plot_has_both_kinds():
 def test_errors_against_seconds_are_those_of_the_rows_and_rows_without_seconds_are_left_out(comparison):
     ax = plots.error_against_seconds(comparison, Figure().add_subplot())
     for container, solver in zip(ax.containers, comparison.solvers, strict=True):
-        points = sorted((r.seconds, r.rmse) for r in comparison.rows if r.solver == solver)
+        points = [(r.seconds, r.rmse) for r in sorted(comparison.rows, key=lambda r: r.nfe) if r.solver == solver]
         assert list(zip(*container[0].get_data(), strict=True)) == points
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and "seconds, cpu" in ax.get_xlabel()
     rows = [Row("a", 4, 0.1, 0.01, seconds=0.2), Row("b", 4, 0.1, 0.01)]
@@ -189,6 +189,7 @@ def test_errors_of_steps_go_from_noise_to_data_with_a_line_for_each_solver_and_c
     ax = plots.error_of_steps(several)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [f"{k} evaluations" for k in ("a, 3", "a, 6", "b, 3")]
     assert [line[2] == "-" for line in styles(ax)] == [False, False, True]
+    assert ax.get_ylim()[0] == pytest.approx(1e-7) and [tuple(v.get_ydata()) for v in ax.lines if v.get_label()[0] == "_"]
     assert ax.xaxis_inverted() and list(ax.containers[0][0].get_xdata()) == [8.0, 4.0, 1.0]
     alone = plots.error_of_steps(StepErrors(tuple(steps("a", 3)), None))
     assert alone.get_title() == "steps of 3 evaluations"

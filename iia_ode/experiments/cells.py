@@ -56,6 +56,7 @@ def compared(
     folder = opened(options.resume, task, ends, options.repeats, say)
     exact = _reference(task, ends, folder, say)
     found: dict[tuple[str, int], Cell] = {}
+    plans: dict[tuple[str, int], Plan] = {}
     for line, nfe, grid in tqdm(cells, desc="compare", disable=not options.progress):
         key = folder and folder.key(line, nfe, grid, fits)
         cell = folder.cell(key) if folder and key else None
@@ -66,11 +67,9 @@ def compared(
                 folder.keep(key, cell)
         row = replace(cell.row, solver=line.name, method=line.solver, grid=line.family)
         found[line.name, nfe] = replace(cell, row=row)
+        plans[line.name, nfe] = _plan(schedule, cell.fit or line.method, grid)
         say(f"{line.name:>10} at {nfe:>3} evaluations: RMSE {row.rmse:.4g}{source}")
     own = {key: cell.fit for key, cell in found.items() if cell.fit is not None}
-    plans = {
-        (line.name, nfe): _plan(schedule, own.get((line.name, nfe), line.method), grid) for line, nfe, grid in cells
-    }
     return Comparison(
         tuple(cell.row for cell in found.values()),
         tuple(line.name for line in lines),

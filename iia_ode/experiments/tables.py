@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
@@ -57,7 +57,12 @@ def from_text(kind: type[_T], row: Mapping[str, str], source: str) -> _T:
     return kind(**found)
 
 
-_PARSERS = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": {"True": True, "False": False}.__getitem__,
+}
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

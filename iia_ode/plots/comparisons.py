@@ -86,7 +86,7 @@ def error_against_seconds(comparison: Comparison, ax: Axes | None = None) -> Axe
 
 def _work_precision(comparison: Comparison, rows: Sequence[Row], work: Callable[[Row], float], ax: Axes | None) -> Axes:
     """Draw a line of errors against work for each line of the comparison."""
-    lines = {s: sorted((r for r in rows if r.solver == s), key=work) for s in comparison.solvers}
+    lines = {s: sorted((r for r in rows if r.solver == s), key=lambda r: r.nfe) for s in comparison.solvers}
     fitted = {solver: any(r.fitted for r in own) for solver, own in lines.items() if own}
     ax, beside = _axes_for(len(fitted), ax)
     for solver, style in _line_styles(fitted).items():
@@ -106,7 +106,8 @@ def error_of_steps(errors: StepErrors, ax: Axes | None = None) -> Axes:
     """Plot the local error of each step against the noise level at the start of the step, from noise on the left to data.
 
     Every line of the study has a line for each number of evaluations. A start at an infinite level, where alpha is 0, is drawn
-    at twice the largest finite level. Error bars are one standard error.
+    at twice the largest finite level. Error bars are one standard error. A gray line marks the estimated error of the accurate
+    trajectories; errors below a tenth of it are not shown.
 
     Parameters
     ----------
@@ -136,6 +137,9 @@ def error_of_steps(errors: StepErrors, ax: Axes | None = None) -> Axes:
     ax.invert_xaxis()
     ax.set_xlabel("noise level sigma/alpha at the start of the step")
     ax.set_ylabel("local error (RMSE per component)")
+    if errors.teacher_error:
+        ax.axhline(errors.teacher_error, color="#999999", linewidth=0.8)
+        ax.set_ylim(bottom=errors.teacher_error / 10)
     _finish(ax, beside, "solid: fitted" if len({own[0].fitted for own in lines.values()}) > 1 else None)
     if not several:
         ax.set_title(f"steps of {errors.rows[0].nfe} evaluations", fontsize="medium")
