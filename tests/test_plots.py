@@ -189,7 +189,9 @@ def test_errors_of_steps_go_from_noise_to_data_with_a_line_for_each_solver_and_c
     ax = plots.error_of_steps(several)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [f"{k} evaluations" for k in ("a, 3", "a, 6", "b, 3")]
     assert [line[2] == "-" for line in styles(ax)] == [False, False, True]
-    assert ax.get_ylim()[0] == pytest.approx(1e-7) and [tuple(v.get_ydata()) for v in ax.lines if v.get_label()[0] == "_"]
+    assert ax.get_ylim()[0] == pytest.approx(1e-7) and [
+        tuple(v.get_ydata()) for v in ax.lines if v.get_label()[0] == "_"
+    ]
     assert ax.xaxis_inverted() and list(ax.containers[0][0].get_xdata()) == [8.0, 4.0, 1.0]
     alone = plots.error_of_steps(StepErrors(tuple(steps("a", 3)), None))
     assert alone.get_title() == "steps of 3 evaluations"
