@@ -15,6 +15,7 @@ from iia_ode.experiments import Comparison, Row, compare, get_setting, setting_n
 from iia_ode.metrics import paired_ratio, rmse, rmse_with_error
 
 SMALL = ["--setting", "mixture", "--samples", "16", "--fit-samples", "16"]
+PLOTS = {"compare.png", "seconds.png"}
 
 
 # ---- the promise of the README, on fewer samples and counts ----------------------------------------------------------
@@ -270,7 +271,7 @@ def test_compare_prints_a_table_and_writes_everything_it_made(tmp_path, capsys):
     out = tmp_path / "out"
     status, printed, _ = run(capsys, "compare", *SMALL, "--nfe", "5,6", "--out", str(out))
     assert status == 0
-    assert {p.name for p in out.iterdir()} == {"compare.csv", "compare.json", "compare.png", "fits", "table.md"}
+    assert {p.name for p in out.iterdir()} == {"compare.csv", "compare.json", "fits", "table.md", *PLOTS}
     rows = list(csv.DictReader(io.StringIO((out / "compare.csv").read_text())))
     assert {(r["solver"], r["nfe"]) for r in rows} == {
         *(("ddim", n) for n in "56"),
@@ -328,7 +329,7 @@ def test_compare_lists_what_it_wrote_and_nothing_of_an_earlier_run(tmp_path, cap
         return set(printed.splitlines()[-1].removeprefix(f"written to {tmp_path}/: ").split(", "))
 
     (tmp_path / "stale.csv").touch()
-    plain = {"compare.csv", "table.md", "compare.json", "compare.png"}
+    plain = {"compare.csv", "table.md", "compare.json", *PLOTS}
     assert listed("ddim", "iia-ddim") == plain | {"fits/*.safetensors (1)"}
     assert listed("ddim") == plain
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import iia_ode as iia
 from iia_ode import plots
-from iia_ode.experiments import Comparison, Row, compare, get_setting
+from iia_ode.experiments import Comparison, Row, StepError, StepErrors, compare, get_setting
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,36 @@ def test_lines_with_a_style_of_their_own_differ_from_the_others():
 def test_the_legend_says_which_lines_are_solid_where_a_plot_has_both_kinds():
     assert plots.error_against_nfe(measured(3, fitted=[1])).get_legend().get_title().get_text() == "solid: fitted"
     assert plots.error_against_nfe(measured(3)).get_legend().get_title().get_text() == ""
+
+
+def test_errors_against_seconds_are_those_of_the_rows_and_rows_without_seconds_are_left_out(comparison):
+    ax = plots.error_against_seconds(comparison, Figure().add_subplot())
+    for container, solver in zip(ax.containers, comparison.solvers, strict=True):
+        points = [(r.seconds, r.rmse) for r in sorted(comparison.rows, key=lambda r: r.nfe) if r.solver == solver]
+        assert list(zip(*container[0].get_data(), strict=True)) == points
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and "seconds, cpu" in ax.get_xlabel()
+    rows = [Row("a", 4, 0.1, 0.01, seconds=0.2), Row("b", 4, 0.1, 0.01)]
+    assert len(plots.error_against_seconds(Comparison(rows)).containers) == 1
+    with pytest.raises(iia.errors.InputError, match="no row of the comparison has seconds"):
+        plots.error_against_seconds(measured(2))
+
+
+def test_errors_of_steps_go_from_noise_to_data_with_a_line_for_each_solver_and_count():
+    def steps(name, nfe, fitted=False):
+        levels = [float("inf"), 4.0, 1.0]
+        return [StepError(name, nfe, k, 0.5, 0.4, v, 0.1 / (k + 1), 0.01, fitted) for k, v in enumerate(levels)]
+
+    several = StepErrors((*steps("a", 3), *steps("a", 6), *steps("b", 3, fitted=True)), 1e-6)
+    ax = plots.error_of_steps(several)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [f"{k} evaluations" for k in ("a, 3", "a, 6", "b, 3")]
+    assert [line[2] == "-" for line in styles(ax)] == [False, False, True]
+    assert ax.get_ylim()[0] == pytest.approx(1e-7) and [
+        tuple(v.get_ydata()) for v in ax.lines if v.get_label()[0] == "_"
+    ]
+    assert ax.xaxis_inverted() and list(ax.containers[0][0].get_xdata()) == [8.0, 4.0, 1.0]
+    alone = plots.error_of_steps(StepErrors(tuple(steps("a", 3)), None))
+    assert alone.get_title() == "steps of 3 evaluations"
+    assert [t.get_text() for t in alone.get_legend().get_texts()] == ["a"]
 
 
 def test_a_plot_of_one_number_of_evaluations_or_of_close_errors_has_numbers_on_its_axes():

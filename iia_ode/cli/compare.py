@@ -22,7 +22,7 @@ from ..files import check_writable, write_bytes
 from ..grids import GRIDS
 from ..iia import FittedSolver
 from ..iia.fitted import read_fit
-from ..plots import error_against_nfe, sample_panels, save_figure
+from ..plots import error_against_nfe, error_against_seconds, sample_panels, save_figure
 from .options import COUNT, Job, findings_as_lines, given, interactive, names, numbers, on_a_model
 
 __all__ = ["compare_command"]
@@ -71,6 +71,20 @@ __all__ = ["compare_command"]
     show_default=True,
     help=f"Budget for fitting the solver {RECIPE!r}.",
 )
+@click.option(
+    "--csv",
+    "table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write all rows to this file; iia_ode.experiments.Comparison.read_csv reads the file back.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep the reference and every finished cell in this folder, and find them again: the same command goes on after an "
+    "interruption.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/compare", show_default=True)
 def compare_command(
     job: Job,
@@ -81,12 +95,15 @@ def compare_command(
     target: str,
     budget: str,
     families: tuple[str, ...],
+    table: Path | None,
+    resume: Path | None,
     out: Path,
 ) -> None:
     """Compare the endpoint errors of solvers at equal numbers of evaluations, on unseen noise.
 
-    Prints a table and writes into --out: compare.csv, table.md, compare.json (settings of the run), compare.png,
-    samples.png (images from the same noise, a panel per solver) and the fitted solvers.
+    Prints a table and writes into --out: compare.csv, table.md, compare.json (settings of the run), compare.png and
+    seconds.png (errors against evaluations and against sampling time), samples.png (images from the same noise, a panel per
+    solver) and the fitted solvers.
     """
     if given("budget") and RECIPE not in solvers:
         raise click.UsageError(f"--budget is for solver {RECIPE!r}: add {RECIPE} to --solvers, or leave out --budget.")
@@ -95,7 +112,8 @@ def compare_command(
     for family in families:
         if family not in GRIDS:
             raise unknown_name("family of grids", family, GRIDS)
-    check_writable(out / "compare.csv")
+    for path in (out / "compare.csv", *([] if table is None else [table])):
+        check_writable(path)
     say = partial(tqdm.write, file=sys.stderr)
     with findings_as_lines(lambda line: say(f"  {line}")):
         result = compare(
@@ -106,15 +124,18 @@ def compare_command(
             target=target,
             budget=budget,
             seed=job.seed,
+            resume=resume,
             progress=interactive(),
             report=say,
         )
     written = _write_comparison(result, job.setting.is_image, out)
+    if table is not None:
+        result.csv(table)
     click.echo(f"\nRMSE of the final state against a converged reference, {samples} unseen samples (lowest: *)\n")
     click.echo(result.table())
     fits = sum(p.parent != out for p in written)
     names = [p.name for p in written if p.parent == out] + ([f"fits/*.safetensors ({fits})"] if fits else [])
-    click.echo(f"\nwritten to {out}/: {', '.join(names)}")
+    click.echo(f"\nwritten to {out}/: {', '.join(names)}" + ("" if table is None else f"; {table}"))
 
 
 def _task(job: Job, samples: int, fit_samples: int) -> dict[str, Any]:
@@ -137,8 +158,9 @@ def _loaded(solvers: tuple[str, ...]) -> dict[str, str | FittedSolver]:
 
 
 def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Path]:
+    result.csv(out / "compare.csv")
     written = [
-        write_bytes(out / "compare.csv", result.csv().encode()),
+        out / "compare.csv",
         write_bytes(out / "table.md", (result.table(markdown=True) + "\n").encode()),
         write_bytes(out / "compare.json", (json.dumps(result.settings, indent=2) + "\n").encode()),
     ]
@@ -147,6 +169,7 @@ def _write_comparison(result: Comparison, is_image: bool, out: Path) -> list[Pat
         written.append(fit.save(out / "fits" / f"{file}.safetensors"))
     try:
         written.append(save_figure(error_against_nfe(result), out / "compare.png"))
+        written.append(save_figure(error_against_seconds(result), out / "seconds.png"))
         if is_image:
             written.append(save_figure(sample_panels(_panels(result)), out / "samples.png"))
     except MissingDependencyError as error:

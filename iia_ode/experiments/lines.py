@@ -41,11 +41,13 @@ class Line:
     name : distinct name.
     method : solver of the line.
     family : name of the family of grids; ``""`` for a method with a grid of its own.
+    solver : name of the solver, without the family.
     """
 
     name: str
     method: Method
     family: str
+    solver: str
 
 
 def lines_of(solvers: Solvers, families: Iterable[str], target: str) -> list[Line]:
@@ -65,11 +67,11 @@ def lines_of(solvers: Solvers, families: Iterable[str], target: str) -> list[Lin
     families, lines = list(families), []
     for name, method in _named(solvers, target):
         if method is None or isinstance(method, FittedSolver | Plan):
-            lines.append(Line(name, method, ""))
+            lines.append(Line(name, method, "", name))
         elif len(families) == 1:
-            lines.append(Line(name, method, families[0]))
+            lines.append(Line(name, method, families[0], name))
         else:
-            lines += [Line(f"{name} on {family}", method, family) for family in families]
+            lines += [Line(f"{name} on {family}", method, family, name) for family in families]
     twice = [line.name for k, line in enumerate(lines) if line.name in [other.name for other in lines[:k]]]
     if twice:
         raise InputError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import FileFormatError, InputError
+from ..files import as_path, write_bytes
 from ..iia import FittedSolver
+from ..plan import Plan
+from .slopes import Slope, slope_of
+from .tables import csv_of, error_table, flat_markdown, rows_of_csv
 
 __all__ = ["Comparison", "Protocol", "Row"]
 
@@ -33,6 +36,12 @@ class Row:
         fit, also where several fits share them.
     fit_seconds : wall-clock time of the fit in seconds, 0 without a fit. Accurate trajectories count in full here too.
     fitted : whether the weights were fitted to a model, in the comparison or before.
+    method : name of the solver without the family of grids; by default `solver`.
+    sample_evaluations : model evaluations of the run, summed over samples: `nfe` times the number of samples.
+    seconds : wall-clock time of a run over all samples in seconds, the median of the timed runs; 0 if not measured. The
+        protocol names the device.
+    fit_sample_evaluations : model evaluations of the fit, summed over samples, 0 without a fit. A backward pass counts as two
+        evaluations. Accurate trajectories count in full.
     """
 
     solver: str
@@ -44,6 +53,14 @@ class Row:
     fit_evaluations: int = 0
     fit_seconds: float = 0.0
     fitted: bool = False
+    method: str = ""
+    sample_evaluations: int = 0
+    seconds: float = 0.0
+    fit_sample_evaluations: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.method:
+            object.__setattr__(self, "method", self.solver)
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,10 @@ class Protocol:
     guidance_scale : scale of classifier-free guidance; None if it is not one number.
     seed : seed of the draws.
     device : device of the states.
+    tolerance : relative and absolute tolerance of the reference; None where the reference was given.
+    repeats : number of timed runs of each row after the first run; with 0 the first run was timed.
+    fingerprint : identity of the model, see :class:`~iia_ode.ode.Fingerprint`.
+    surroundings : versions and hardware, by name.
     """
 
     setting: str
@@ -72,6 +93,10 @@ class Protocol:
     guidance_scale: float | None
     seed: int
     device: str
+    tolerance: float | None = None
+    repeats: int = 1
+    fingerprint: str = "unknown"
+    surroundings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +112,7 @@ class Comparison:
     samples : final states [B, ...] of each row, by (name of the line, nfe).
     grids : times of each row, float64 [N + 1], by (name of the line, nfe).
     fits : solvers fitted in the comparison, by (name of the line, nfe).
+    plans : plan of each row, by (name of the line, nfe).
     protocol : the conditions of the comparison; None if unknown.
     """
 
@@ -98,6 +124,7 @@ class Comparison:
     grids: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     fits: Mapping[tuple[str, int], FittedSolver] = field(default_factory=dict)
     protocol: Protocol | None = None
+    plans: Mapping[tuple[str, int], Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = tuple(self.rows)
@@ -134,36 +161,110 @@ class Comparison:
         -------
         The table as text.
         """
-        width = max(len("solver / NFE"), *(len(s) for s in self.solvers))
-        best = {
-            n: min((e for s in self.solvers if (e := self.error(s, n)) is not None), default=None) for n in self.nfes
-        }
-        # Four decimals, or four digits where an error is too small for them: data may have any unit.
-        small = min((r.rmse for r in self.rows if r.rmse > 0), default=1.0) < 1e-3
-        style = ".3e" if small or max(r.rmse for r in self.rows) >= 1e4 else ".4f"
+        errors = {(r.solver, r.nfe): r.rmse for r in self.rows}
+        return error_table(errors, self.solvers, self.nfes, markdown=markdown)
 
-        def cell(solver: str, nfe: int) -> str:
-            error = self.error(solver, nfe)
-            return "-" if error is None else f"{error:{style}}{'*' if error == best[nfe] else ' '}"
+    def csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Format all rows as comma-separated values: a header line, and a line for each solver, family of grids and count.
 
-        column = 8 if style == ".4f" else 11
-        body = [[f"{s:<{width}}", *(f"{cell(s, n):>{column}}" for n in self.nfes)] for s in self.solvers]
-        head = [f"{'solver / NFE':<{width}}", *(f"{n:>{column}}" for n in self.nfes)]
-        if not markdown:
-            return "\n".join(" ".join(row) for row in (head, *body))
-        rule = ["-" * width, *(f"{'-' * (column - 1)}:" for _ in self.nfes)]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+        Parameters
+        ----------
+        path : file to write, atomically; by default none.
 
-    def csv(self) -> str:
-        """Format all rows as comma-separated values, with a header line."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in self.rows)
-        return out.getvalue()
+        Returns
+        -------
+        The text. :meth:`read_csv` reads the rows back without loss.
+
+        Raises
+        ------
+        OSError : the file cannot be written.
+        """
+        return _written(path, csv_of(Row, self.rows))
+
+    def markdown(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Format all rows as a Markdown table: a line for each solver, family of grids and count, with errors and costs.
+
+        Parameters
+        ----------
+        path : file to write, atomically; by default none.
+
+        Returns
+        -------
+        The text.
+
+        Raises
+        ------
+        OSError : the file cannot be written.
+        """
+        text = flat_markdown(self.rows)
+        _written(path, f"{text}\n")
+        return text
+
+    @classmethod
+    def read_csv(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the rows of :meth:`csv`.
+
+        Parameters
+        ----------
+        path : the file. Columns other than the fields of :class:`Row` are ignored.
+
+        Returns
+        -------
+        A comparison with the rows, to print and to plot; states, grids and fits are not in the file.
+
+        Raises
+        ------
+        FileFormatError : the file is missing, has no rows, lacks a column, or a value has another type.
+        """
+        source = as_path(path)
+        try:
+            rows = rows_of_csv(Row, source.read_text("utf-8"), repr(str(source)))
+        except (OSError, UnicodeError) as error:
+            raise FileFormatError(f"{str(source)!r} is not readable as text: {error}.") from error
+        if not rows:
+            raise FileFormatError(f"{str(source)!r} has no rows: give a file of Comparison.csv.")
+        return cls(rows)
+
+    def slopes(self, least: int = 1, most: int | None = None) -> tuple[Slope, ...]:
+        """Observed orders: slopes of log(error) against log(evaluations) by least squares, a slope for each line.
+
+        Parameters
+        ----------
+        least, most : range of the numbers of evaluations, both included; by default all. Choose the asymptotic range: above
+            the counts at which the error does not yet fall as a power, and below the counts at which the error of the
+            reference shows.
+
+        Returns
+        -------
+        The slopes of all lines with two or more counts in the range, in the order of the lines.
+
+        Raises
+        ------
+        InputError : no line has two counts with positive errors in the range.
+        """
+        found = []
+        for solver in self.solvers:
+            points = [(r.nfe, r.rmse) for r in self.rows if r.solver == solver and r.rmse > 0]
+            points = [p for p in points if least <= p[0] and (most is None or p[0] <= most)]
+            if len({nfe for nfe, _ in points}) > 1:
+                found.append(slope_of(solver, *zip(*points, strict=True)))
+        if not found:
+            counts = ", ".join(map(str, self.nfes))
+            raise InputError(
+                f"a slope needs two numbers of evaluations in the range from {least} to {most or 'any'}; the comparison has "
+                f"{counts}: choose another range or add numbers of evaluations."
+            )
+        return tuple(found)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of the protocol and the grids, JSON-ready: ``{"setting": ..., ..., "grids": {"heun 5": [...]}}``."""
         about = {} if self.protocol is None else asdict(self.protocol)
         return about | {"grids": {f"{name} {nfe}": grid.tolist() for (name, nfe), grid in self.grids.items()}}
+
+
+def _written(path: str | os.PathLike[str] | None, text: str) -> str:
+    """The text, after a file was written if there is a path."""
+    if path is not None:
+        write_bytes(path, text.encode())
+    return text

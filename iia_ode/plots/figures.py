@@ -1,0 +1,65 @@
+"""Figures without pyplot, and their files."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, MissingDependencyError
+from ..files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["axes_of", "figure_of", "save_figure"]
+
+
+def axes_of(ax: Axes | None, **size: Any) -> Axes:
+    """The given axes, or those of a new figure."""
+    if ax is not None:
+        return ax
+    return figure_of(**size).add_subplot()
+
+
+def figure_of(**size: Any) -> Figure:
+    """A new figure.
+
+    Raises
+    ------
+    MissingDependencyError : matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("plots need matplotlib: pip install 'iia-ode[plot]'.") from error
+    # Without pyplot, a figure needs no display and leaves no global state behind.
+    return Figure(layout="constrained", **size)
+
+
+def save_figure(drawing: Figure | Axes, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG, atomically.
+
+    Parameters
+    ----------
+    drawing : figure, or axes of a figure.
+    path : file to write; an existing file is replaced.
+
+    Returns
+    -------
+    The path of the file.
+
+    Raises
+    ------
+    InputError : the axes belong to no figure.
+    OSError : the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure = drawing.get_figure(root=True)
+    if figure is None:
+        raise InputError("the axes belong to no figure: give axes made by Figure.add_subplot, or a figure.")
+    # Without matplotlib's version in the file, equal pictures have equal bytes.
+    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    return write_bytes(path, buffer.getvalue())
