@@ -1196,6 +1196,7 @@ def test_a_fit_from_noised_images_is_not_measured_against_a_scheduler_that_begin
     late = iia.IIA("ddim", history=0, substeps=2, guard=False).fit(model, x, grid)
     with pytest.raises(iia.errors.InputError, match=r"begins at level .* in images with noise"):
         iia.diffusers.against(late, model, x)
+    assert "sample(ode, 0.651523 * images + 0.758629 * noise, solver=fit)" in late.card()
 
 
 def test_a_scheduler_that_cannot_run_is_refused_by_name(sd: Any, model: Any, fit: Any) -> None:
