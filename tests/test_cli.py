@@ -107,7 +107,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(capsys, monkeyp
 
 
 def test_fit_then_show_then_sample(tmp_path, capsys):
-    file = str(tmp_path / "fit.safetensors")
+    file = str(tmp_path / "solver.safetensors")
     common = ["--setting", "mixture", "--samples", "12"]
     status, printed, _ = run(
         capsys, "fit", *common, "--preset", "iia-edm", "--nfe", "7", "--history", "2", "--out", file
@@ -125,6 +125,9 @@ def test_fit_then_show_then_sample(tmp_path, capsys):
     ode, x = get_setting("mixture").draw_each(iia.noise.sample_seeds(0, range(12)))
     stored = iia.files.read_tensors(out / "samples.safetensors", "samples")[0]["samples"]
     assert torch.equal(stored, iia.sample(ode, x, solver=iia.load(file)))
+    assert run(capsys, "sample", str(tmp_path), *common, "--out", str(tmp_path / "again"))[0] == 0
+    again = iia.files.read_tensors(tmp_path / "again" / "samples.safetensors", "samples")[0]["samples"]
+    assert torch.equal(stored, again)
 
 
 def test_a_warning_at_sampling_is_one_line_on_standard_error(tmp_path, capsys):

@@ -30,6 +30,8 @@ from tiny import gap, latents, noise  # noqa: E402
 
 from iia_ode.diffusers import IIAScheduler, ode  # noqa: E402
 from iia_ode.diffusers.arguments import arguments  # noqa: E402
+from iia_ode.iia.batch import Batch  # noqa: E402
+from iia_ode.sharing.in_use import Sampled, at_fit  # noqa: E402
 
 # Random networks predict nothing, and NumPy warns of the tensors that diffusers hands to it.
 pytestmark = [
@@ -1178,6 +1180,24 @@ def test_a_card_has_the_scheduler_in_use_now(
     monkeypatch.setattr(iia.Teacher, "solve", lambda *_, **__: rough)
     (used,) = iia.diffusers.against(fit, model, x).record.in_use
     assert used.error == used.fit_error == 2e3  # no error is known better than the true states
+
+
+def test_a_fit_from_noised_images_is_not_measured_against_a_scheduler_that_begins_with_noise(
+    sd: Any, model: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampled(ode: Any, x: Tensor, nfe: int, scheduler: Any = None) -> Sampled:
+        return Sampled("any", nfe, x)
+
+    monkeypatch.setattr(type(model), "sampled_in_use", sampled)
+    x, t = noise(4, 4, 8, 8), 600.0  # level 2.3
+    batch = Batch(model, x, final=x)
+    assert at_fit(batch, t, 3, 0.5) and not at_fit(batch, 400.0, 3, 0.5)
+    assert at_fit(replace(batch, signal=x), t, 3, 0.5) == ()
+    grid = torch.tensor([400.0, 200.0, -1.0], dtype=torch.float64)
+    late = iia.IIA("ddim", history=0, substeps=2, guard=False).fit(model, x, grid)
+    with pytest.raises(iia.errors.InputError, match=r"begins at level .* in images with noise"):
+        iia.diffusers.against(late, model, x)
+    assert "sample(ode, 0.651523 * images + 0.758629 * noise, solver=fit)" in late.card()
 
 
 def test_a_scheduler_that_cannot_run_is_refused_by_name(sd: Any, model: Any, fit: Any) -> None:

@@ -20,6 +20,7 @@ from ..many import sample_many
 from ..many.conditions import Given
 from ..ode import ProbabilityFlowODE, distributed
 from ..plots import image_grid, save_figure
+from ..sharing.hub import SOLVER
 from ..solvers import Solver, get_solver, solver_names
 from .options import COUNT, NFE, Job, given, interactive, on_a_model, seed_numbers, warnings_as_lines
 from .ranks import joined, ranked
@@ -94,8 +95,10 @@ class _Method:
 
 
 def _method(job: Job, solver: str, nfe: int) -> _Method:
-    """The solver of the argument: of a name, or of a file."""
+    """The solver of the argument: of a name, of a file, or of a folder with a solver."""
     known = {*PRESETS, RECIPE, *solver_names()}
+    if solver not in known and (Path(solver) / SOLVER).is_file():
+        solver = str(Path(solver) / SOLVER)
     if solver.endswith(".safetensors") or (solver not in known and Path(solver).is_file()):
         _refuse_grid_options(solver)
         fit = read_fit(solver)

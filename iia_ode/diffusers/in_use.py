@@ -16,7 +16,7 @@ from ..iia.batch import Batch
 from ..iia.fitted import FittedSolver
 from ..iia.provenance import finite
 from ..ode import ProbabilityFlowODE
-from ..sharing.in_use import Sampled, beside
+from ..sharing.in_use import Sampled, beside, is_noise
 from ..teacher import Teacher
 from .arguments import count_of
 from .probe import Moment, Probe
@@ -51,7 +51,8 @@ def against(
     ----------
     fit : a fit to the ODE of the pipeline.
     ode : the ODE of a call of the pipeline, made by :func:`iia_ode.diffusers.ode`.
-    x : initial states [B, ...] at ``fit.grid[0]``, float32 or float64; best not the states of the fit.
+    x : initial states [B, ...] at ``fit.grid[0]``, float32 or float64, of pure noise; best not the states of the fit. A
+        scheduler cannot begin with noised images.
     schedulers : schedulers of diffusers, and None for the scheduler of the pipeline, or for the scheduler that an
         :class:`IIAScheduler` replaced. By default None alone.
     sigma_min : level sigma/alpha at which the accurate integration stops, as for :func:`iia_ode.fit`.
@@ -62,7 +63,7 @@ def against(
 
     Raises
     ------
-    InputError : the ODE is not the ODE of a pipeline, or a scheduler cannot run.
+    InputError : the ODE is not the ODE of a pipeline, the fit begins in images with noise, or a scheduler cannot run.
     MismatchError : the ODE is not the ODE of the fit.
 
     Examples
@@ -77,6 +78,12 @@ def against(
         )
     fit.check(ode, x)
     plan = fit.plan
+    if not is_noise(plan.schedule, plan.grid[0]):
+        level = plan.schedule.noise_to_signal(plan.grid[0])
+        raise InputError(
+            f"{plan.name} begins at level sigma/alpha = {level:.3g}, in images with noise, and a scheduler begins with "
+            "pure noise: compare solvers from these states by iia_ode.experiments.compare."
+        )
     teacher = Teacher.solve(ode, x, plan.grid[0], plan.grid[-1], sigma_min=sigma_min, chunk_size=_CHUNK)
     batch = Batch(ode, x, teacher, _CHUNK)
     fit_error = finite(float(batch.errors(plan).square().mean().sqrt()))

@@ -12,6 +12,7 @@ from ..ode.guidance import Scales
 from ..plan import Plan
 from ..schedules.stored import brief
 from .hub import SOLVER
+from .in_use import is_noise
 
 __all__ = ["card_of"]
 
@@ -52,14 +53,15 @@ def _header(notes: Mapping[str, Any]) -> str:
 
 
 def _use(plan: Plan, repo: str) -> str:
-    sigma = plan.schedule.sigma(plan.grid[0])
+    alpha, sigma = plan.schedule.alpha(plan.grid[0]), plan.schedule.sigma(plan.grid[0])
+    signal = "" if is_noise(plan.schedule, plan.grid[0]) else f"{alpha:.6g} * images + "
     return "\n".join(
         [
             "```py",
             "import iia_ode as iia",
             "",
             f"fit = iia.load({json.dumps(repo)})  # or a path of {SOLVER}",
-            f"x_0 = iia.sample(ode, {sigma:.6g} * noise, solver=fit)  # ode: the model as an iia.ProbabilityFlowODE",
+            f"x_0 = iia.sample(ode, {signal}{sigma:.6g} * noise, solver=fit)  # ode: the model as an iia.ProbabilityFlowODE",
             "```",
         ]
     )

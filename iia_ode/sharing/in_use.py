@@ -12,9 +12,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..iia.batch import Batch, per_sample
 from ..iia.provenance import finite, raised
+from ..schedules import Schedule
 from .records import InUse
 
-__all__ = ["Sampled", "at_fit", "beside"]
+__all__ = ["Sampled", "at_fit", "beside", "is_noise"]
 
 _NOISE = 2.0  # level sigma/alpha from which initial states are those of a scheduler, pure noise
 
@@ -33,13 +34,18 @@ def at_fit(batch: Batch, t: float, nfe: int, fit_error: float | None) -> tuple[I
     Empty where the ODE has no scheduler in use, for images with noise, and where the scheduler cannot run.
     """
     schedule = batch.ode.schedule
-    if not hasattr(batch.ode, "sampled_in_use") or schedule.sigma(t) < _NOISE * schedule.alpha(t):
+    if not hasattr(batch.ode, "sampled_in_use") or batch.signal is not None or not is_noise(schedule, t):
         return ()
     try:
         return beside(batch, nfe, fit_error)
     except InputError as error:
         logging.getLogger("iia_ode").info("the scheduler in use was not measured: %s", error)
         return ()
+
+
+def is_noise(schedule: Schedule, t: float) -> bool:
+    """Whether a scheduler's initial states, pure noise, may stand for states at time t."""
+    return schedule.sigma(t) >= _NOISE * schedule.alpha(t)
 
 
 def beside(batch: Batch, nfe: int, fit_error: float | None, schedulers: Sequence[Any] = (None,)) -> tuple[InUse, ...]:
