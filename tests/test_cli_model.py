@@ -47,6 +47,7 @@ MODELS = """
     nothing = lambda: 3
     odd = lambda: SimpleNamespace(ode=ode(), shape=(4,), conditions=3)
     number = 3
+    def needing(path): return ode(), (4,)
     def missing():
         import no_such_package
 """
@@ -144,6 +145,7 @@ def test_guidance_is_the_models_own_or_the_given_one(capsys):
         ("no_such:plain", "no module 'no_such'"),
         ("my_models:other", "no function 'other'; it has"),
         ("my_models:number", "no function 'number'"),
+        ("my_models:needing", "needing is called without arguments (missing a required argument: 'path')"),
         ("my_models:nothing", "must return a ProbabilityFlowODE"),
         ("my_models:bare", "does not give the shape"),
         ("my_models:odd", "conditions must be a function"),

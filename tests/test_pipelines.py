@@ -1200,6 +1200,18 @@ def test_a_fit_from_noised_images_is_not_measured_against_a_scheduler_that_begin
     assert "sample(ode, 0.651523 * images + 0.758629 * noise, solver=fit)" in late.card()
 
 
+def test_a_fit_from_images_is_known_as_one_at_every_level(sd: Any, model: Any, tmp_path: Path) -> None:
+    quick = iia.Budget(teacher_steps=4, rounds=((1.0, 1),), descent=0)
+    level = model.schedule.noise_to_signal(600.0)  # 2.3, where a state of pure noise would do
+    made = iia.fit(model, 2, images=noise(8, 4, 8, 8), sigma_max=level, budget=quick)
+    fit = iia.load(made.save(tmp_path / "fit.safetensors"))
+    with pytest.warns(MismatchWarning, match="noised no image"):
+        draw(sd, IIAScheduler.of(fit, tiny.sd_scheduler()), num_inference_steps=2)
+    with pytest.raises(iia.errors.InputError, match="in images with noise"):
+        iia.diffusers.against(fit, model, noise(2, 4, 8, 8))
+    assert " * images + " in fit.card()
+
+
 def test_a_scheduler_that_cannot_run_is_refused_by_name(sd: Any, model: Any, fit: Any) -> None:
     x = noise(4, 4, 8, 8)
     with pytest.raises(iia.errors.InputError, match="DDIMInverseScheduler cannot run with StableDiffusionPipeline"):

@@ -259,6 +259,7 @@ def _search(
         steps=last.fit.split if last.fit and last.fit.reports else None,
         fitted_to_all=last.plan is not best.plan,
         checkpointed=context.budget.checkpointed,
+        from_images=context.batch.signal is not None,
         **rest,
     )
 

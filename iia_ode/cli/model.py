@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -163,4 +164,12 @@ def _called(text: str) -> Any:
     if not callable(found):
         public = ", ".join(k for k, v in vars(place).items() if callable(v) and not k.startswith("_"))
         raise click.UsageError(f"--model {text}: {module} has no function {name!r}; it has {public or 'none'}.")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise click.UsageError(
+            f"--model {text}: {name} is called without arguments ({error}): give the arguments defaults."
+        ) from error
+    except ValueError:  # a function of C without a signature
+        pass
     return found()

@@ -78,7 +78,9 @@ class Choice:
     def check_noise(self, plan: Plan) -> None:
         """Warn if a fit or a plan begins at a level of noised images, where a pipeline begins with pure noise."""
         start, schedule = plan.grid[0], self.schedule
-        if self.fixed and schedule.sigma(start) < _SIGNAL * schedule.alpha(start):
+        own = [self.fixed[n] for n, other in self.plans.items() if other is plan]
+        from_images = any(isinstance(fit, FittedSolver) and fit.record.from_images for fit in own)
+        if self.fixed and (from_images or schedule.sigma(start) < _SIGNAL * schedule.alpha(start)):
             warn(
                 f"{plan.name} begins at level sigma/alpha = {schedule.noise_to_signal(start):.3g}, in images with noise, and "
                 "the pipeline has noised no image: use an image-to-image pipeline with strength=1, or a fit from pure noise. "

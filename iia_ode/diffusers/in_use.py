@@ -78,7 +78,7 @@ def against(
         )
     fit.check(ode, x)
     plan = fit.plan
-    if not is_noise(plan.schedule, plan.grid[0]):
+    if fit.record.from_images or not is_noise(plan.schedule, plan.grid[0]):
         level = plan.schedule.noise_to_signal(plan.grid[0])
         raise InputError(
             f"{plan.name} begins at level sigma/alpha = {level:.3g}, in images with noise, and a scheduler begins with "

@@ -236,6 +236,7 @@ class SearchRecord:
     final_draws : number of draws made for the last choice.
     checkpointed : whether refinements recomputed each evaluation on the backward pass.
     seconds : wall-clock time of the search.
+    from_images : whether the initial states were images with noise.
     """
 
     rival: str
@@ -249,6 +250,7 @@ class SearchRecord:
     final_draws: int
     checkpointed: bool
     seconds: float
+    from_images: bool = False
 
     def __post_init__(self) -> None:
         if [i.error is not None for i in self.ingredients if i.chosen] != [True]:
@@ -304,6 +306,11 @@ class Record:
     served: tuple[Served, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     in_use: tuple[InUse, ...] = ()
+
+    @property
+    def from_images(self) -> bool:
+        """Whether the fit was made on images with noise, at any level."""
+        return self.search is not None and self.search.from_images
 
 
 def finite(value: float) -> float | None:

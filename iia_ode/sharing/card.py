@@ -25,7 +25,7 @@ def card_of(plan: Plan, record: Record, repo: str, citation: str) -> str:
         f"# {plan.name}: {plan.nfe} evaluations{f' for {model}' if model else ''}",
         f"A solver of the probability-flow ODE of {model or 'one diffusion or flow model'}, fitted by iia_ode. A sample takes "
         f"{plan.nfe} evaluations of the model.",
-        f"## Use\n\n{_use(plan, repo)}",
+        f"## Use\n\n{_use(plan, repo, record.from_images)}",
         f"## Errors\n\n{_errors(plan, record)}",
     ]
     if record.in_use:
@@ -52,9 +52,9 @@ def _header(notes: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _use(plan: Plan, repo: str) -> str:
+def _use(plan: Plan, repo: str, from_images: bool) -> str:
     alpha, sigma = plan.schedule.alpha(plan.grid[0]), plan.schedule.sigma(plan.grid[0])
-    signal = "" if is_noise(plan.schedule, plan.grid[0]) else f"{alpha:.6g} * images + "
+    signal = "" if is_noise(plan.schedule, plan.grid[0]) and not from_images else f"{alpha:.6g} * images + "
     return "\n".join(
         [
             "```py",
