@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ class _Header:
     options: dict[str, Any]
 
 
-def _tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a training by name, except the state of the random numbers."""
+def _tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """List every tensor of a training by name, without the state of the random numbers."""
     for prefix, module in modules.items():
         yield from ((f"{prefix}.{name}", value) for name, value in module.state_dict().items())
     for k, parameter in enumerate(optimizer.param_groups[0]["params"]):
@@ -42,7 +42,7 @@ def save_training(
     path: str | os.PathLike[str],
     step: int,
     options: dict[str, Any],
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write the state of a training as one safetensors file, atomically.
@@ -50,7 +50,7 @@ def save_training(
     Parameters
     ----------
     path : file to write; an existing file is replaced.
-    step : steps that were made.
+    step : number of finished steps.
     options : options of the training, JSON-ready.
     modules : modules of the training by name.
     optimizer : Adam over one group of parameters.
@@ -62,7 +62,7 @@ def save_training(
 def load_training(
     path: str | os.PathLike[str],
     options: dict[str, Any],
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
 ) -> int:
     """Read a state written by :func:`save_training` into modules, optimizer and the random numbers of the CPU.
@@ -70,12 +70,12 @@ def load_training(
     Parameters
     ----------
     path : file to read.
-    options : options of this training; they must be those of the file.
+    options : options of this training, equal to the options in the file.
     modules, optimizer : receive the state.
 
     Returns
     -------
-    The number of steps that were made.
+    The number of finished steps.
 
     Raises
     ------

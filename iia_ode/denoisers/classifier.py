@@ -226,7 +226,7 @@ def _train(
         total, step = options.epochs * per_epoch, 0
         bar = tqdm(total=total, desc="train", disable=not progress, mininterval=1.0)
         for _ in range(options.epochs):
-            for pick in torch.randperm(len(seen)).split(options.batch):
+            for pick in torch.split(torch.randperm(len(seen)), options.batch):
                 for group in optimizer.param_groups:
                     warm = min(1.0, (step + 1) / (0.1 * total))
                     group["lr"] = options.lr * warm * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -238,7 +238,7 @@ def _train(
                 bar.update()
         bar.close()
     classifier.eval().requires_grad_(False)
-    features = torch.cat([classifier.features(x) for x in seen.split(512)]).double()
+    features = torch.cat([classifier.features(x) for x in torch.split(seen, 512)]).double()
     classifier.mean.copy_(features.mean(0))
     classifier.covariance.copy_(features.T.cov())
     accuracy = [_accuracy(classifier, images[part], labels[part]) for part in (~test, test)]
@@ -256,7 +256,7 @@ def _shifted(x: Tensor, most: int) -> Tensor:
 
 
 def _accuracy(classifier: ImageClassifier, images: Tensor, labels: Tensor) -> float:
-    found = torch.cat([classifier(x).argmax(1) for x in images.split(512)])
+    found = torch.cat([classifier(x).argmax(1) for x in torch.split(images, 512)])
     return float((found == labels).double().mean())
 
 

@@ -157,7 +157,8 @@ def train_edm(
         average = copy.deepcopy(denoiser).frozen()
         halfway = copy.deepcopy(average)
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=options.lr, betas=(0.9, 0.99))
-        state = options.to_dict(), {"denoiser": denoiser, "average": average, "halfway": halfway}, optimizer
+        modules = {"denoiser": denoiser, "average": average, "halfway": halfway}
+        state = options.to_dict(), modules, optimizer
         begin = load_training(checkpoint, *state) if checkpoint is not None and checkpoint.exists() else 0
         written = time.monotonic()
         bar = tqdm(
@@ -178,7 +179,7 @@ def train_edm(
                 written = time.monotonic()
         report = [_evaluate(average, _some(x), _some(y), options) for x, y in (train, test)]
     logger.info("trained: loss %.4f, held-out loss %.4f", *report)
-    return TrainingResult(average.cpu(), *report, halfway.cpu())
+    return TrainingResult(average.cpu(), report[0], report[1], halfway.cpu())
 
 
 def _step(

@@ -162,7 +162,7 @@ def image_features(images: Tensor, features: Callable[[Tensor], Tensor], *, batc
         raise InputError("features need images: got none.")
     found = []
     with torch.no_grad():
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             value = features(part)
             if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != len(part):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -306,4 +306,5 @@ def _by_size(features: Tensor, reference: FeatureStatistics, cuts: Sequence[int]
 def _limit(distances: Tensor, sizes: Tensor) -> Tensor:
     """Intercept of the least-squares line in 1/N."""
     design = torch.stack([torch.ones_like(sizes), 1 / sizes], dim=1)
-    return torch.linalg.lstsq(design, distances[:, None]).solution[0, 0]
+    intercept: Tensor = torch.linalg.lstsq(design, distances[:, None]).solution[0, 0]
+    return intercept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,9 +54,9 @@ def sliced_wasserstein(x: Tensor, reference: Tensor, *, projections: int = 1024,
     check_whole("projections", projections, least=1)
     first, second = (flat(samples.cpu().double()) for samples in (x, reference))
     total = 0.0
-    for directions in _directions(first.shape[1], projections, seed).split(_TOGETHER):
+    for directions in torch.split(_directions(first.shape[1], projections, seed), _TOGETHER):
         total += float(_squared_distances(first @ directions.T, second @ directions.T).sum())
-    return (total / projections) ** 0.5
+    return math.sqrt(total / projections)
 
 
 def _directions(dimension: int, count: int, seed: int) -> Tensor:
@@ -73,7 +75,8 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     n, m = len(a), len(b)
     # Quantile functions of samples are step functions, constant between neighboring multiples of 1/n and of 1/m.
     # Whole numbers, in units of 1/(n m), keep the steps exact.
-    steps = torch.cat([m * torch.arange(n + 1), n * torch.arange(m + 1)]).unique()
+    steps = torch.unique(torch.cat([m * torch.arange(n + 1), n * torch.arange(m + 1)]))
     weight = steps.diff().double() / (n * m)
     begin = steps[:-1]
-    return weight @ (a[begin // m] - b[begin // n]).square()
+    squares: Tensor = weight @ (a[begin // m] - b[begin // n]).square()
+    return squares
