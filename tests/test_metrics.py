@@ -143,7 +143,9 @@ def test_the_limit_meets_the_true_distance_within_its_standard_error():
     mean = torch.tensor([0.5, 0, 0, 0, 0], dtype=F64)
     std = torch.tensor([1, 1, 1.5, 1, 1], dtype=F64)
     reference, truth = FeatureStatistics(torch.zeros(5), torch.eye(5)), 0.5
-    found = [frechet_estimate(mean + std * normal(400, 5, seed=s), reference, parts=(1, 2), blocks=5) for s in range(12)]
+    found = [
+        frechet_estimate(mean + std * normal(400, 5, seed=s), reference, parts=(1, 2), blocks=5) for s in range(12)
+    ]
     scores = torch.tensor([(f.limit - truth) / f.limit_error for f in found])
     assert 0.5 < float(scores.square().mean().sqrt()) < 1.6
     assert abs(sum(f.limit for f in found) / 12 - truth) < abs(sum(f.distances[-1] for f in found) / 12 - truth)

@@ -135,7 +135,7 @@ def train_digits_command(options: TrainingOptions, **how: Any) -> TrainingResult
 @_data()
 @_trains(FASHION_WEIGHTS, FASHION_SOURCE, FASHION_OPTIONS, halfway=FASHION_HALFWAY, half_precision=True)
 def train_fashion_command(options: TrainingOptions, data: Path, **how: Any) -> TrainingResult:
-    """Train the denoiser of Fashion-MNIST from scratch (about half an hour on one core)."""
+    """Train the denoiser of Fashion-MNIST from scratch (about 35 minutes on one core)."""
     return train_fashion(options, folder=data, **how)
 
 
