@@ -151,6 +151,16 @@ def test_the_limit_meets_the_true_distance_within_its_standard_error():
     assert abs(sum(f.limit for f in found) / 12 - truth) < abs(sum(f.distances[-1] for f in found) / 12 - truth)
 
 
+def test_images_in_order_of_their_classes_have_the_same_estimate_as_mixed_ones():
+    classes = (torch.arange(1200) % 10).double()
+    features = normal(1200, 3) + 5 * classes[:, None]
+    reference = FeatureStatistics.of(features)
+    for images in (features, features[classes.argsort()]):
+        found = frechet_estimate(images, reference, parts=(1, 2), blocks=5)
+        assert found.distances[0] == pytest.approx(0, abs=1e-6)
+        assert found.distances[1] < 8  # for the even classes alone, 3 * 2.5**2 = 18.75 from the means
+
+
 def test_too_few_images_for_their_features_are_refused_with_the_number_that_is_needed():
     reference = FeatureStatistics(torch.zeros(8), torch.eye(8))
     with pytest.raises(InputError, match="leave too few for 8 features"):

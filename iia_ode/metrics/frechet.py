@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import check_whole
 from ..errors import InputError, MissingDependencyError
+from ..noise import generator_of
 
 __all__ = [
     "FeatureStatistics",
@@ -241,6 +242,7 @@ def frechet_estimate(
     *,
     parts: Sequence[int] = (1, 2, 4, 8),
     blocks: int = 10,
+    seed: int = 0,
 ) -> FrechetEstimate:
     """Compute the Frechet distance at several numbers of images, and extrapolate to infinitely many.
 
@@ -248,8 +250,8 @@ def frechet_estimate(
     at a finite N can therefore favor the wrong model [Chong & Forsyth 2020]. This function cuts the images into 1, 2, 4 and 8
     disjoint parts, averages the distance over the parts of each size, and fits a line in 1/N by least squares.
 
-    Images must be in random order: parts are taken in turn (every second image, every fourth). Standard errors are from the
-    jackknife over blocks of images. The reference counts as exact.
+    Parts and blocks are random, so images may be in any order, such as by class. Standard errors are from the jackknife over
+    blocks of images. The reference counts as exact.
 
     Parameters
     ----------
@@ -257,6 +259,7 @@ def frechet_estimate(
     reference : statistics of the data.
     parts : numbers of parts, at least two different ones. The smallest part must have more than D images.
     blocks : blocks of the jackknife, at least 2. The cost is sum(parts) (blocks + 1) distances.
+    seed : seed of the division into parts and blocks.
 
     Returns
     -------
@@ -279,6 +282,7 @@ def frechet_estimate(
             f"{count} images in {cuts[-1]} parts, less one block of {blocks}, leave too few for {dimension} features: "
             f"the distance follows d + c/N only above {dimension} images per part. Draw more images or give smaller parts."
         )
+    features = features[torch.randperm(count, generator=generator_of(seed), device="cpu")]
     sizes = torch.tensor([count / cut for cut in cuts], dtype=torch.float64)
     whole = _by_size(features, reference, cuts)
     index = torch.arange(count) % blocks
