@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from .denoisers import load_denoiser
+from .denoisers import load_classifier, load_denoiser
 from .errors import FileFormatError, InputError
 from .estimation import read_statistics
 from .files import as_path, read_kind
@@ -52,13 +52,14 @@ def load(
     ``Teacher.save``                  :class:`~iia_ode.Teacher`
     ``ModelStatistics.save``          :class:`~iia_ode.ModelStatistics`
     ``denoisers.save_denoiser``       the denoiser, in evaluation mode
+    ``denoisers.save_classifier``     the classifier, in evaluation mode
     ================================  =======================================
 
     Raises
     ------
     FileFormatError : the file is missing, damaged, not written by this library, or does not hold its schedule.
     MismatchError : `schedule` is not the schedule of the file.
-    InputError : `schedule` is no schedule, or is given for a denoiser; or `revision` is given for a local path.
+    InputError : `schedule` is no schedule, or is given for a network; or `revision` is given for a local path.
     MissingDependencyError : the path is the name of a repository, and huggingface_hub is not installed.
 
     Examples
@@ -94,10 +95,11 @@ def _found(path: str | os.PathLike[str], revision: str | None, file: str) -> str
     return own / file
 
 
-def _denoiser(path: str | os.PathLike[str], schedule: Schedule | None) -> Any:
+def _network(path: str | os.PathLike[str], schedule: Schedule | None) -> Any:
+    kind = read_kind(path)
     if schedule is not None:
-        raise InputError(f"{str(path)!r} holds a denoiser, which has no schedule: omit schedule=.")
-    return load_denoiser(path)
+        raise InputError(f"{str(path)!r} holds a {kind}, which has no schedule: omit schedule=.")
+    return load_denoiser(path) if kind == "denoiser" else load_classifier(path)
 
 
 _READERS: dict[str, Callable[[str | os.PathLike[str], Schedule | None], Any]] = {
@@ -106,5 +108,6 @@ _READERS: dict[str, Callable[[str | os.PathLike[str], Schedule | None], Any]] = 
     "run": lambda path, schedule: read_run(path, schedule=schedule),
     "teacher": lambda path, schedule: read_teacher(path, schedule=schedule),
     "model statistics": read_statistics,
-    "denoiser": _denoiser,
+    "denoiser": _network,
+    "classifier": _network,
 }

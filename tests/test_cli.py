@@ -90,6 +90,8 @@ def test_a_fitted_solver_brings_its_grid_and_takes_no_other(tmp_path, capsys):
         (["fit", "--save-teacher", "/dev/null/x", "--out", "x"], "iia_ode.Teacher.solve"),
         (["sample", "heun", "--out", "/dev/null/x"], "iia_ode.cli.sample.sample"),
         (["train", "digits", "--out", "/dev/null/x"], "iia_ode.cli.train.train_digits"),
+        (["train", "fashion", "--halfway", "/dev/null/x"], "iia_ode.cli.train.train_fashion"),
+        (["train", "fashion-classifier", "--out", "/dev/null/x"], "iia_ode.cli.train.train_fashion_classifier"),
         (["train", "patches", "--out", "/dev/null/x"], "iia_ode.cli.train.train_patches"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
@@ -299,6 +301,9 @@ def test_every_command_explains_itself(capsys):
         ["solvers"],
         ["train"],
         ["train", "digits"],
+        ["train", "digits-classifier"],
+        ["train", "fashion"],
+        ["train", "fashion-classifier"],
         ["train", "patches"],
     ):
         status, printed, _ = run(capsys, *command, "--help")

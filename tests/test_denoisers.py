@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import iia_ode as iia
-from iia_ode.denoisers import EDMDenoiser, TrainingOptions, UNet, load_denoiser, save_denoiser
+from iia_ode.denoisers import EDMDenoiser, TrainingOptions, UNet, load_denoiser, save_denoiser, training
+from iia_ode.denoisers.datasets import DIGITS_SOURCE, FASHION_SOURCE, PATCHES_SOURCE
 from iia_ode.denoisers.pretrained import (
     DIGITS_OPTIONS,
-    DIGITS_SOURCE,
     DIGITS_WEIGHTS,
+    FASHION_OPTIONS,
+    FASHION_WEIGHTS,
     PATCHES_OPTIONS,
-    PATCHES_SOURCE,
     PATCHES_WEIGHTS,
 )
 from iia_ode.denoisers.training import edm_loss, train_edm
@@ -25,6 +26,7 @@ from iia_ode.files import read_tensors, write_tensors
 LEVELS = [0.05, 0.5, 2.0]
 SHIPPED = {
     "digits": (DIGITS_WEIGHTS, DIGITS_SOURCE, DIGITS_OPTIONS, 5_000_000),
+    "fashion": (FASHION_WEIGHTS, FASHION_SOURCE, FASHION_OPTIONS, 2_000_000),
     "patches": (PATCHES_WEIGHTS, PATCHES_SOURCE, PATCHES_OPTIONS, 4_000_000),
 }
 
@@ -61,11 +63,12 @@ def test_the_weights_load_without_scikit_learn_and_without_a_network_connection(
     monkeypatch.setattr("socket.socket.connect", refuse)
     assert iia.denoisers.digits()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
     assert iia.denoisers.patches()(torch.zeros(2, 3, 16, 16), torch.ones(2)).shape == (2, 3, 16, 16)
+    assert iia.denoisers.fashion()(torch.zeros(2, 1, 28, 28), torch.ones(2)).shape == (2, 1, 28, 28)
     sources = Path(iia.__file__).parent.rglob("*.py")
     assert not any(re.search(r"^(import|from) sklearn", source.read_text(), re.M) for source in sources)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", ["digits", "patches"])
 def test_without_scikit_learn_the_data_names_the_extra_that_brings_it(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(iia.errors.MissingDependencyError, match=r"pip install 'iia-ode\[train\]'"):
@@ -198,14 +201,14 @@ def test_a_network_without_classes_takes_no_labels(patch_model):
         iia.sample(iia.ProbabilityFlowODE(patch_model, iia.EDM()), torch.randn(4, 1, 8, 8), iia.grids.karras(3), "heun")
 
 
-def train(data, **options):
+def train(data, *, checkpoint=None, channels=(8, 16), **options):
     """A network small enough to train in a test."""
 
     def build():
-        return EDMDenoiser(UNet(channels=(8, 16), blocks=1, embedding=16), 0.75, (1, 8, 8))
+        return EDMDenoiser(UNet(channels=channels, blocks=1, embedding=16), 0.75, (1, 8, 8))
 
-    images, labels = data[0][:80], data[1][:80]
-    return train_edm(build, images, labels, TrainingOptions(**{"batch": 16, **options}), progress=False)
+    images, labels, chosen = data[0][:80], data[1][:80], TrainingOptions(**{"batch": 16, **options})
+    return train_edm(build, images, labels, chosen, progress=False, checkpoint=checkpoint)
 
 
 def test_training_is_seeded_and_lowers_the_loss(tmp_path, data):
@@ -218,6 +221,69 @@ def test_training_is_seeded_and_lowers_the_loss(tmp_path, data):
     path = save_denoiser(tmp_path / "net.safetensors", first.denoiser, {"note": "test"})
     x, sigma = torch.randn(3, 1, 8, 8), torch.ones(3)
     assert torch.equal(load_denoiser(path)(x, sigma), first.denoiser(x, sigma))
+
+
+def test_an_interrupted_training_continues_with_the_same_result(tmp_path, monkeypatch, data):
+    expected, path = train(data, steps=6), tmp_path / "state.safetensors"
+    monkeypatch.setattr("iia_ode.denoisers.training._SECONDS", -1.0)
+    steps = iter(range(4))
+    original = training._step
+
+    def interrupted(*arguments):
+        next(steps)  # the fifth step does not come
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(training, "_step", interrupted)
+        train(data, steps=6, checkpoint=path)
+    found = train(data, steps=6, checkpoint=path)
+    for a, b in ((found.denoiser, expected.denoiser), (found.halfway, expected.halfway)):
+        for name, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[name])
+    assert found.held_out_loss == expected.held_out_loss
+    assert not torch.equal(found.halfway.network.stem.weight, found.denoiser.network.stem.weight)
+    with pytest.raises(iia.errors.MismatchError, match="delete the file to start anew"):
+        train(data, steps=7, checkpoint=path)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch, data):
+    path = tmp_path / "state.safetensors"
+    monkeypatch.setattr("iia_ode.denoisers.training._SECONDS", -1.0)
+    train(data, steps=2, checkpoint=path)
+    with pytest.raises(iia.errors.FileFormatError, match="does not hold the state of this network's training"):
+        train(data, steps=2, checkpoint=path, channels=(8,))
+
+
+def test_the_weights_halfway_are_those_of_a_less_trained_model(data, monkeypatch):
+    """Both halves of the training use the rates of the whole: it is no training with half of the steps."""
+    found = train(data, steps=40, lr=0.02)
+    x, sigma = noisy(data[0][:40], 0.5), torch.full((40,), 0.5)
+    halfway, final = ((model(x, sigma) - data[0][:40]).square().mean() for model in (found.halfway, found.denoiser))
+    assert final < halfway
+    assert not found.halfway.training
+    assert not any(p.requires_grad for p in found.halfway.parameters())
+
+
+def test_samples_of_a_denoiser_are_nearer_to_the_data_than_noise_is():
+    pytest.importorskip("torchmetrics")
+    found = iia.denoisers.fashion_classifier()
+    labels = torch.arange(60) % 10
+    ode = iia.ProbabilityFlowODE(iia.denoisers.fashion(), iia.EDM(), conditioning={"class_labels": labels})
+    x = 80 * torch.randn((60, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    samples = iia.sample(ode, x, iia.grids.karras(9), "dpmpp_2m")
+    near, far = (iia.metrics.frechet_classifier_distance(v, found) for v in (samples, torch.randn(60, 1, 28, 28)))
+    assert near < 0.2 * far
+    assert float((found(samples).argmax(1) == labels).float().mean()) > 0.7
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_of_patches_has_outputs_like_its_images_and_starts_at_the_mean(channels):
+    network = UNet(channels, (8, 16), blocks=1, classes=0, embedding=8, patch=2)
+    x = torch.randn(2, channels, 12, 12)
+    assert network.stem.in_channels == 4 * channels
+    assert torch.equal(
+        network(x, torch.zeros(2), torch.zeros(2).long()), torch.zeros_like(x)
+    )  # its head starts at zero
 
 
 def test_training_leaves_the_global_random_state_alone(data):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import iia_ode as iia
 from iia_ode import files, statistics
 from iia_ode.cli import main
-from iia_ode.denoisers import EDMDenoiser, UNet, pretrained, save_denoiser
+from iia_ode.denoisers import EDMDenoiser, ImageClassifier, UNet, classifier, pretrained, save_classifier, save_denoiser
 from iia_ode.errors import FileFormatError, InputError, MismatchError
 from iia_ode.files import FORMATS, check_writable, read_tensors, write_bytes, write_tensors
 from iia_ode.iia import Window, fitted
@@ -37,6 +37,7 @@ SCHEMAS = {
     "teacher": teacher._Header,
     "model statistics": statistics.Header,
     "denoiser": pretrained._Header,
+    "classifier": classifier._Header,
 }
 
 
@@ -71,6 +72,7 @@ def every_kind(tmp_path_factory):
     paths = {name: value.save(folder / name) for name, value in made.items()}
     network = UNet(channels=(8,), blocks=1, classes=2, embedding=8)
     paths["denoiser"] = save_denoiser(folder / "denoiser", EDMDenoiser(network, 0.5, (1, 8, 8)), {})
+    paths["classifier"] = save_classifier(folder / "classifier", ImageClassifier((1, 8, 8), (4,), 3, 2), {})
     found = Quiet()
     for name, path in paths.items():
         kind = files.read_kind(path)
@@ -92,7 +94,9 @@ class Quiet(dict):
     __repr__ = object.__repr__
 
 
-NAMES = ["fit", "search", "plan", "run", "teacher", "statistics", "denoiser"]
+NAMES = ["fit", "search", "plan", "run", "teacher", "statistics", "denoiser", "classifier"]
+
+NETWORKS = {"denoiser", "classifier"}
 
 
 def used(value):
@@ -109,6 +113,8 @@ def used(value):
     if isinstance(value, EDMDenoiser):
         image, level = torch.ones(1, 1, 8, 8, device="cpu", dtype=torch.float32), torch.ones(1, device="cpu")
         return value(image, level.float()).tolist()
+    if isinstance(value, ImageClassifier):
+        return value(torch.ones(1, 1, 8, 8, device="cpu", dtype=torch.float32)).tolist()
     if value is None:  # refused
         return []
     found = [value.data.tolist() if value.seen else None]
@@ -311,10 +317,26 @@ def test_a_small_file_that_names_huge_sizes_is_refused_before_anything_is_built(
             with Largest() as largest, pytest.raises(FileFormatError):
                 iia.load(path)
             assert largest.size < 2**20
-    kind, tensors, header = every_kind["denoiser"]
-    for change in ({"channels": [10**6] * 3}, {"blocks": 10**9}, {"embedding": 2**40}, {"classes": 10**12}):
+    changes = {
+        "denoiser": (
+            {"channels": [10**6] * 3},
+            {"blocks": 10**9},
+            {"embedding": 2**40},
+            {"classes": 10**12},
+            {"patch": 10**6},
+        ),
+        "classifier": (
+            {"channels": [10**6] * 2},
+            {"shape": [1, 10**9, 10**9]},
+            {"features": 2**40},
+            {"classes": 10**12},
+        ),
+    }
+    for name, change in [(name, change) for name, several in changes.items() for change in several]:
+        kind, tensors, header = every_kind[name]
         body = json.loads(json.dumps(header))
-        body["config"]["network"] |= change
+        config = body["config"]
+        config.get("network", config).update(change)
         path = write_tensors(tmp_path / "huge", kind, tensors, body)
         with Largest() as largest, pytest.raises(FileFormatError):
             iia.load(path)
@@ -361,11 +383,11 @@ def test_a_file_loads_and_is_saved_alike_under_any_default_device_and_dtype(tmp_
         try:
             loaded = iia.load(path)
             assert used(loaded) == expected
-            if name != "denoiser":
+            if name not in NETWORKS:
                 iia.load(path).save(tmp_path / "again")
         finally:
             change(back)
-        if name != "denoiser":
+        if name not in NETWORKS:
             assert used(iia.load(tmp_path / "again")) == expected
 
 

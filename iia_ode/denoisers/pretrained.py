@@ -1,8 +1,7 @@
-"""Trained denoisers inside the package: scikit-learn's 8x8 handwritten digits, and 16x16 patches of its photographs."""
+"""Trained denoisers inside the package: handwritten digits of 8x8, photograph patches of 16x16, and clothing of 28x28."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,41 +9,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..errors import FileFormatError, MissingDependencyError
+from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
+from .datasets import FASHION_FOLDER, digits_data, fashion_data, patches_data
 from .training import TrainingOptions, TrainingResult, train_edm
 from .unet import EDMDenoiser, UNet
 
 __all__ = [
     "DIGITS_OPTIONS",
     "DIGITS_WEIGHTS",
+    "FASHION_HALFWAY",
+    "FASHION_OPTIONS",
+    "FASHION_WEIGHTS",
     "PATCHES_OPTIONS",
     "PATCHES_WEIGHTS",
     "digits",
-    "digits_data",
+    "fashion",
     "load_denoiser",
     "patches",
-    "patches_data",
     "save_denoiser",
     "train_digits",
+    "train_fashion",
     "train_patches",
 ]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
 DIGITS_WEIGHTS = _WEIGHTS / "digits.safetensors"
-DIGITS_SOURCE = "scikit-learn load_digits: 1797 images of 8x8, scaled to [-1, 1]; a seeded tenth held out"
 DIGITS_OPTIONS = TrainingOptions()
 
 PATCHES_WEIGHTS = _WEIGHTS / "patches.safetensors"
-PATCHES_SOURCE = (
-    "scikit-learn load_sample_images: 16x16 patches of china.jpg and flower.jpg at full and half size, flipped too, "
-    "scaled to [-1, 1]; a tenth of the cells of 64x64 pixels held out"
-)
 # An image of more pixels can be told from its noise at higher levels, so training levels lie higher than for the digits.
 PATCHES_OPTIONS = TrainingOptions(steps=2400, batch=64, log_sigma_mean=0.0, log_sigma_std=1.8, label_dropout=0.0)
+
+FASHION_WEIGHTS = _WEIGHTS / "fashion.safetensors"
+FASHION_HALFWAY = _WEIGHTS / "fashion-halfway.safetensors"
+FASHION_OPTIONS = TrainingOptions(steps=2600, batch=64, log_sigma_mean=-0.3)
 
 
 def digits() -> EDMDenoiser:
@@ -84,63 +85,36 @@ def patches() -> EDMDenoiser:
     return load_denoiser(PATCHES_WEIGHTS)
 
 
-def digits_data() -> tuple[Tensor, Tensor]:
-    """Load the digits data set. Needs the extra ``train``.
+def fashion(*, halfway: bool = False) -> EDMDenoiser:
+    """Load the trained denoiser of Fashion-MNIST, a data-prediction model for the EDM schedule.
+
+    Call the model as ``model(x, sigma, class_labels=labels)``: x is float32 [B, 1, 28, 28] with white = +1 and black = -1,
+    sigma is [B], and labels are integers [B] from 0 to 9, see :data:`~iia_ode.denoisers.FASHION_CLASSES`. Label 10 means
+    "no class" and serves the unconditional half of classifier-free guidance. ``iia-ode train fashion`` made the weights; the
+    model card beside the weights states data, losses and seed. Loading needs neither the data set nor a network connection.
+    The weights are stored in float16.
+
+    Parameters
+    ----------
+    halfway : whether to load the weights after half of the same training instead.
 
     Returns
     -------
-    Images, float32 [1797, 1, 8, 8] in [-1, 1], and their labels, int64 [1797].
+    An :class:`EDMDenoiser` in evaluation mode on the CPU, float32, with gradients of the weights switched off.
 
     Raises
     ------
-    MissingDependencyError : scikit-learn is not installed.
+    FileFormatError : the file of weights is missing or damaged.
     """
-    data = _from_sklearn("digits", "load_digits")
-    images = torch.from_numpy(data.images).float()[:, None] / 8 - 1  # the raw values are 0 to 16
-    return images, torch.from_numpy(data.target).long()
-
-
-def patches_data() -> tuple[Tensor, Tensor]:
-    """Cut the patches data set from scikit-learn's two sample photographs. Needs the extra ``train``.
-
-    Patches are squares of 16x16 pixels, and squares of 32x32 pixels halved in size, at every eighth pixel of each
-    photograph. Each patch is also mirrored, left to right. For the split, each photograph is divided into cells of 64x64
-    pixels, and one cell of each row of ten is held out. A patch inside the held-out cells is held out. A patch partly
-    inside is left out, so no pixel is in both parts.
-
-    Returns
-    -------
-    Patches, float32 [N, 3, 16, 16] in [-1, 1], and a mask of the held-out patches, bool [N].
-
-    Raises
-    ------
-    MissingDependencyError : scikit-learn is not installed, or Pillow is not (scikit-learn reads the photographs with it).
-    """
-    found, held_out = [], []
-    for photograph in _from_sklearn("sample photographs", "load_sample_images").images:
-        image = torch.tensor(photograph).float().permute(2, 0, 1) / 127.5 - 1
-        row, column = (torch.arange(size) // 64 for size in image.shape[1:])
-        unseen = (3 * row[:, None] + column) % 10 == 5
-        marked = torch.cat([image, unseen[None].float()])
-        for size in (1, 2):
-            cut = F.unfold(F.avg_pool2d(marked, size)[None], 16, stride=8 // size)[0].T.reshape(-1, 4, 16, 16)
-            share = cut[:, 3].mean(dim=(1, 2))
-            cut, share = cut[(share == 0) | (share == 1)], share[(share == 0) | (share == 1)]
-            found += [cut[:, :3], cut[:, :3].flip(-1)]
-            held_out += [share == 1] * 2
-    return torch.cat(found), torch.cat(held_out)
-
-
-def _from_sklearn(what: str, function: str) -> Any:
-    """Call a function of ``sklearn.datasets`` by name."""
-    try:
-        return getattr(importlib.import_module("sklearn.datasets"), function)()
-    except ImportError as error:  # scikit-learn is missing, or Pillow, with which scikit-learn reads its photographs
-        raise MissingDependencyError(f"the {what} come with scikit-learn: pip install 'iia-ode[train]'.") from error
+    return load_denoiser(FASHION_HALFWAY if halfway else FASHION_WEIGHTS).float()
 
 
 def train_digits(
-    options: TrainingOptions = DIGITS_OPTIONS, *, device: str = "cpu", progress: bool = True
+    options: TrainingOptions = DIGITS_OPTIONS,
+    *,
+    device: str = "cpu",
+    progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> TrainingResult:
     """Train the digits denoiser from scratch. The same options on the same machine give the same weights.
 
@@ -149,6 +123,8 @@ def train_digits(
     options : length, learning rate, noise levels and seed of the training.
     device : device of the network, such as ``"cpu"`` or ``"cuda"``.
     progress : whether to show a progress bar.
+    checkpoint : file for the state of the training, written every two minutes. If the file exists, the training continues
+        from it.
 
     Returns
     -------
@@ -160,11 +136,15 @@ def train_digits(
     """
     images, labels = digits_data()
     network = {"channels": (48, 72), "embedding": 96}
-    return _train(network, images, labels, options, device=device, progress=progress)
+    return _train(network, images, labels, options, device=device, progress=progress, checkpoint=checkpoint)
 
 
 def train_patches(
-    options: TrainingOptions = PATCHES_OPTIONS, *, device: str = "cpu", progress: bool = True
+    options: TrainingOptions = PATCHES_OPTIONS,
+    *,
+    device: str = "cpu",
+    progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> TrainingResult:
     """Train the denoiser of photograph patches from scratch. The same options on the same machine give the same weights.
 
@@ -173,6 +153,8 @@ def train_patches(
     options : length, learning rate, noise levels and seed of the training.
     device : device of the network, such as ``"cpu"`` or ``"cuda"``.
     progress : whether to show a progress bar.
+    checkpoint : file for the state of the training, written every two minutes. If the file exists, the training continues
+        from it.
 
     Returns
     -------
@@ -184,7 +166,43 @@ def train_patches(
     """
     images, held_out = patches_data()
     network = {"channels": (32, 40, 48), "classes": 0, "embedding": 96, "dropout": 0.0}
-    return _train(network, images, None, options, held_out=held_out, device=device, progress=progress)
+    return _train(
+        network, images, None, options, held_out=held_out, device=device, progress=progress, checkpoint=checkpoint
+    )
+
+
+def train_fashion(
+    options: TrainingOptions = FASHION_OPTIONS,
+    *,
+    folder: str | os.PathLike[str] = FASHION_FOLDER,
+    device: str = "cpu",
+    progress: bool = True,
+    checkpoint: Path | None = None,
+) -> TrainingResult:
+    """Train the denoiser of Fashion-MNIST from scratch. The same options on the same machine give the same weights.
+
+    Parameters
+    ----------
+    options : length, learning rate, noise levels and seed of the training.
+    folder : folder of the data, see :func:`fashion_data`.
+    device : device of the network, such as ``"cpu"`` or ``"cuda"``.
+    progress : whether to show a progress bar.
+    checkpoint : file for the state of the training, written every two minutes. If the file exists, the training continues
+        from it.
+
+    Returns
+    -------
+    A :class:`TrainingResult`: the denoiser, and its losses on training and test images.
+
+    Raises
+    ------
+    MissingDependencyError : the folder does not have the data.
+    FileFormatError : a file of the data is damaged.
+    """
+    images, labels, test = fashion_data(folder)
+    network = {"channels": (32, 64), "dropout": 0.0, "patch": 2}
+    how = {"device": device, "progress": progress, "checkpoint": checkpoint}
+    return _train(network, images, labels, options, held_out=test, **how)
 
 
 def _train(
@@ -210,6 +228,7 @@ class _Network:
     classes: int
     embedding: int
     dropout: float
+    patch: int = 1
 
 
 @dataclass(frozen=True)

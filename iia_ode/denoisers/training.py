@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from tqdm.auto import tqdm
 
 from ..checks import check_whole
 from ..errors import InputError
+from .checkpoints import load_training, save_training
 from .unet import EDMDenoiser
 
 __all__ = ["TrainingOptions", "TrainingResult", "edm_loss", "train_edm"]
 
 logger = logging.getLogger(__name__)
+
+_SECONDS = 120.0  # between two writings of a training's state
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,14 @@ class TrainingResult:
     denoiser : denoiser with averaged weights, in evaluation mode on the CPU.
     train_loss : loss on training images.
     held_out_loss : loss on held-out images.
+    halfway : denoiser with the averaged weights after half of the steps, rounded up: a second, less trained model of the
+        same data. In evaluation mode on the CPU.
     """
 
     denoiser: EDMDenoiser
     train_loss: float
     held_out_loss: float
+    halfway: EDMDenoiser
 
 
 def edm_loss(denoiser: EDMDenoiser, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -110,6 +118,7 @@ def train_edm(
     held_out: float | Tensor = 0.1,
     device: str = "cpu",
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> TrainingResult:
     """Train a denoiser and return it with averaged weights.
 
@@ -123,6 +132,8 @@ def train_edm(
         marks the images.
     device : device of the network. Random numbers are drawn on the CPU and do not depend on the device.
     progress : whether to show a progress bar.
+    checkpoint : file for the state of the training, written every two minutes. If the file exists, the training continues
+        from it. On the CPU, the result is that of an uninterrupted training.
 
     Returns
     -------
@@ -131,6 +142,8 @@ def train_edm(
     Raises
     ------
     InputError : no image is held out, or every image is.
+    FileFormatError : the checkpoint is damaged or belongs to another network.
+    MismatchError : the checkpoint belongs to a training with other options.
     """
     # Random numbers are drawn on the CPU, so every device trains on the same noise.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -142,29 +155,55 @@ def train_edm(
         seen, unseen = _split(len(images), held_out)
         train, test = ((images[part].to(device), labels[part].to(device)) for part in (seen, unseen))
         average = copy.deepcopy(denoiser).frozen()
+        halfway = copy.deepcopy(average)
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=options.lr, betas=(0.9, 0.99))
-        bar = tqdm(range(options.steps), desc="train", disable=not progress, mininterval=1.0)
+        modules = {"denoiser": denoiser, "average": average, "halfway": halfway}
+        state = options.to_dict(), modules, optimizer
+        begin = load_training(checkpoint, *state) if checkpoint is not None and checkpoint.exists() else 0
+        written = time.monotonic()
+        bar = tqdm(
+            range(begin, options.steps), "train", options.steps, initial=begin, disable=not progress, mininterval=1.0
+        )
         for step in bar:
-            pick = torch.randint(len(train[0]), (options.batch,))
-            x, y = train[0][pick], train[1][pick]
-            y = torch.where(torch.rand(options.batch) < options.label_dropout, torch.full_like(y, null), y)
-            sigma = _noise_levels(options, options.batch).to(device)
-            loss = edm_loss(denoiser, x, y, sigma, torch.randn(x.shape).to(device))
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * _rate(step, options.steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-            optimizer.step()
+            loss = _step(denoiser, optimizer, train, options, step, device)
             decay = min(options.ema, (step + 1) / (step + 10))
             with torch.no_grad():
                 for a, p in zip(average.parameters(), denoiser.parameters(), strict=True):
                     a.lerp_(p, 1 - decay)
+            if step + 1 == (options.steps + 1) // 2:
+                halfway.load_state_dict(average.state_dict())
             if step % 100 == 0:
-                bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
+                bar.set_postfix(loss=f"{float(loss):.4f}")
+            if checkpoint is not None and time.monotonic() > written + _SECONDS:
+                save_training(checkpoint, step + 1, *state)
+                written = time.monotonic()
         report = [_evaluate(average, _some(x), _some(y), options) for x, y in (train, test)]
     logger.info("trained: loss %.4f, held-out loss %.4f", *report)
-    return TrainingResult(average.cpu(), *report)
+    return TrainingResult(average.cpu(), report[0], report[1], halfway.cpu())
+
+
+def _step(
+    denoiser: EDMDenoiser,
+    optimizer: torch.optim.Optimizer,
+    data: tuple[Tensor, Tensor],
+    options: TrainingOptions,
+    step: int,
+    device: str,
+) -> Tensor:
+    """Make one step of the optimizer on a random batch, and return the loss before the step."""
+    pick = torch.randint(len(data[0]), (options.batch,))
+    x, y = data[0][pick], data[1][pick]
+    null = torch.full_like(y, denoiser.network.classes)
+    y = torch.where(torch.rand(options.batch) < options.label_dropout, null, y)
+    sigma = _noise_levels(options, options.batch).to(device)
+    loss = edm_loss(denoiser, x, y, sigma, torch.randn(x.shape).to(device))
+    for group in optimizer.param_groups:
+        group["lr"] = options.lr * _rate(step, options.steps)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
 
 
 def _split(count: int, held_out: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_whole
 from ..errors import InputError
 
 __all__ = ["EDMDenoiser", "UNet"]
@@ -66,6 +67,13 @@ class UNet(nn.Module):
     classes : number of class labels. Label ``classes`` is the null label of unconditional use.
     embedding : width of the noise-and-class embedding.
     dropout : dropout rate inside the residual blocks, in training only.
+    patch : side of the squares of pixels that the network reads as one pixel with more channels. The network computes at
+        1/patch of the image's resolution; a patch of 2 makes an evaluation about four times cheaper. The sides of the image
+        must be multiples of `patch`.
+
+    Raises
+    ------
+    InputError : `patch` is below 1.
     """
 
     def __init__(
@@ -76,9 +84,11 @@ class UNet(nn.Module):
         classes: int = 10,
         embedding: int = 128,
         dropout: float = 0.1,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.patch = classes, check_whole("patch", patch, least=1)
+        pixel = image_channels * patch**2
         self.frequencies: Tensor
         self.config = {
             "image_channels": image_channels,
@@ -87,13 +97,14 @@ class UNet(nn.Module):
             "classes": classes,
             "embedding": embedding,
             "dropout": dropout,
+            "patch": patch,
         }
         # Fixed, low frequencies: high-order ODE solvers gain only if the network is a smooth function of the noise level.
         frequencies = math.pi / 4 * torch.arange(1, 17, dtype=torch.float32, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise_embedding = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.class_embedding = nn.Embedding(classes + 1, embedding)
-        self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(pixel, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width = [channels[0]], channels[0]
         for level, c in enumerate(channels):
@@ -111,7 +122,7 @@ class UNet(nn.Module):
                 width = c
             if level:
                 self.up.append(nn.ConvTranspose2d(c, c, 2, stride=2))
-        self.norm, self.head = nn.GroupNorm(8, width), nn.Conv2d(width, image_channels, 3, padding=1)
+        self.norm, self.head = nn.GroupNorm(8, width), nn.Conv2d(width, pixel, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # the bias exists: it is not switched off above
 
@@ -131,7 +142,7 @@ class UNet(nn.Module):
         angle = c_noise[:, None] * self.frequencies
         emb = self.noise_embedding(torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype))
         emb = F.silu(emb + self.class_embedding(class_labels))
-        h = self.stem(x)
+        h = self.stem(x if self.patch == 1 else F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, _ResBlock) else layer(h)
@@ -139,7 +150,7 @@ class UNet(nn.Module):
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, _ResBlock) else layer(h)
         out: Tensor = self.head(F.silu(self.norm(h)))
-        return out
+        return out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
 
 
 class EDMDenoiser(nn.Module):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..denoisers import EDMDenoiser, digits, patches
+from ..denoisers import EDMDenoiser, digits, fashion, patches
 from ..errors import InputError, unknown_name
 from ..noise import generator_of
 from ..ode import ProbabilityFlowODE
@@ -194,6 +194,8 @@ def _mixture64() -> Mixture:
 
 _SETTINGS: dict[str, Callable[[str], Setting]] = {
     "digits": lambda name: _Trained(name, digits),
+    "fashion": lambda name: _Trained(name, fashion),
+    "fashion-halfway": lambda name: _Trained(name, partial(fashion, halfway=True)),
     "gaussian": lambda name: _ClosedForm(name, _gaussian(dimension=8)),
     "mixture": lambda name: _ClosedForm(name, _mixture(dimension=8, components=6)),
     "mixture64": lambda name: _ClosedForm(name, _mixture64()),
@@ -219,7 +221,8 @@ def batch_seed(seed: int, *, unseen: bool) -> int:
 def get_setting(name: str) -> Setting:
     """Make a setting by name.
 
-    ``digits`` and ``patches`` are the trained networks of :mod:`iia_ode.denoisers`. ``mixture`` and ``gaussian`` have
+    ``digits``, ``fashion`` and ``patches`` are the trained networks of :mod:`iia_ode.denoisers`; ``fashion-halfway`` has the
+    weights of ``fashion`` after half of the training. ``mixture`` and ``gaussian`` have
     closed-form denoisers in 8 dimensions. ``mixture64`` has a closed-form denoiser too: 10 Gaussians in 64 dimensions, with
     means in a subspace of 8 dimensions.
 

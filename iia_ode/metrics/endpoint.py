@@ -1,13 +1,15 @@
-"""Error metrics: root mean square differences of states, and their standard errors."""
+"""Errors of final states: root mean square differences, peak signal-to-noise ratios, and their standard errors."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
-__all__ = ["flat", "paired_ratio", "rmse", "rmse_with_error"]
+__all__ = ["flat", "paired_ratio", "psnr", "psnr_with_error", "rmse", "rmse_with_error"]
 
 
 def rmse(x: Tensor, reference: Tensor) -> float:
@@ -56,6 +58,53 @@ def rmse_with_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else torch.nan
     return value, spread / (2 * value) if value > 0 else 0.0
+
+
+def psnr(x: Tensor, reference: Tensor, peak: float = 2.0) -> float:
+    """Compute the peak signal-to-noise ratio 20 log10(peak / RMSE) in decibels, over all samples.
+
+    The RMSE is :func:`rmse`, one for the whole batch. The mean of the ratios of single images is another number, and is
+    larger.
+
+    Parameters
+    ----------
+    x, reference : states [B, ...] of one shape, any dtype and device.
+    peak : range of the values; 2 for images in [-1, 1].
+
+    Returns
+    -------
+    The ratio in decibels, infinite for equal states.
+
+    Raises
+    ------
+    InputError : the shapes differ, or `peak` is not positive.
+    """
+    return psnr_with_error(x, reference, peak)[0]
+
+
+def psnr_with_error(x: Tensor, reference: Tensor, peak: float = 2.0) -> tuple[float, float]:
+    """Compute the peak signal-to-noise ratio of :func:`psnr` and its standard error over samples, to first order.
+
+    Parameters
+    ----------
+    x, reference : states [B, ...] of one shape, any dtype and device.
+    peak : range of the values; 2 for images in [-1, 1].
+
+    Returns
+    -------
+    The ratio and its standard error in decibels. For equal states they are infinite and 0. With a single sample, the
+    standard error is NaN.
+
+    Raises
+    ------
+    InputError : as for :func:`rmse_with_error`, or `peak` is not positive.
+    """
+    if not peak > 0 or math.isinf(peak):
+        raise InputError(f"the peak of a signal is a positive number, 2 for images in [-1, 1]; got {peak!r}.")
+    value, error = rmse_with_error(x, reference)
+    if value == 0:
+        return math.inf, 0.0
+    return 20 * math.log10(peak / value), 20 / math.log(10) * error / value
 
 
 def flat(x: Tensor) -> Tensor:
