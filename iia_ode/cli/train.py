@@ -62,7 +62,7 @@ def _out(default: Path) -> Callable[..., Callable[..., None]]:
 
 
 def _data() -> Callable[..., Callable[..., None]]:
-    text = "Folder of Fashion-MNIST's four *-ubyte.gz files."
+    text = "Folder of the four gzipped files of Fashion-MNIST."
     folder = click.Path(file_okay=False, path_type=Path)
     return click.option("--data", type=folder, default=FASHION_FOLDER, show_default=True, help=text)
 
