@@ -26,7 +26,7 @@ from diffusers import (
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.denoisers.pretrained import digits_data
+from iia_ode.denoisers import digits_data
 
 FOLDER = Path(__file__).parent / "unet2d_digits"
 STEPS, BATCH, RATE, DECAY = 2500, 64, 1.5e-3, 0.998
@@ -132,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", action="store_true", help="train the network again")
     parser.add_argument("--nfe", type=int, default=5, help="evaluations of the fitted pipeline")
-    parser.add_argument("--draws", type=int, default=256, help="draws of the fit")
-    parser.add_argument("--unseen", type=int, default=512, help="images of the comparison")
-    parser.add_argument("--budget", default="standard", help="budget of the fit")
+    parser.add_argument("--draws", type=int, default=64, help="draws of the fit")
+    parser.add_argument("--unseen", type=int, default=256, help="images of the comparison")
+    parser.add_argument("--budget", default="closed-form", help="budget of the fit")
     options = parser.parse_args()
     if options.train:
         train()

@@ -74,7 +74,7 @@ def test_a_study_that_was_killed_goes_on_with_the_missing_cells_and_computes_non
         {"solvers": ["dpmpp_2m"], "counts": [3]},
         {"grids": {"karras": lambda n: iia.grids.karras(n, rho=3)}, "counts": [3]},
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_a_cell_made_with_another_option_is_not_used(tmp_path_factory, kept, change):
     _, x, _ = problem()
