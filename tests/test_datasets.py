@@ -62,6 +62,7 @@ def test_missing_fashion_data_name_the_package_that_brings_them(tmp_path):
         (gzip.compress(idx(range(29), (30,))), r"should have values of shape \[30\], and has 29 values"),
         (gzip.compress(idx(range(29), (29,))), "has 30 images and 29 labels"),
     ],
+    ids=["no gzip", "cut", "floats", "images", "short", "fewer"],  # compressed bytes hold the time of day
 )
 def test_damaged_fashion_data_are_refused(folder, content, text):
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(content)
