@@ -28,6 +28,7 @@ from iia_ode.iia.provenance import (
     TeacherOptions,
 )
 from iia_ode.ode.origin import Origin
+from iia_ode.sharing.records import InUse, Served
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 WHOLE = st.integers(-(10**20), 10**20)
@@ -157,7 +158,10 @@ def a_record():
             final_draws=2,
             checkpointed=False,
             seconds=1.0,
+            from_images=True,
         ),
+        served=(Served(2.0, 0.1, "ipndm3", 0.2),),
+        in_use=(InUse("DDIMScheduler()", 5, 0.3, 0.1, 4),),
     )
 
 

@@ -46,11 +46,11 @@ class InUse:
     samples : number of samples.
     """
 
-    name: str = ""
-    evaluations: int = 0
-    error: float | None = None
-    fit_error: float | None = None
-    samples: int = 0
+    name: str
+    evaluations: int
+    error: float | None
+    fit_error: float | None
+    samples: int
 
 
 def surroundings(device: torch.device) -> dict[str, str]:
