@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 # Targets share one virtual environment, and two pips must not write to it at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint types docs figures readme tables acceptance never-worse ablation clean
+.PHONY: help venv demo test lint types docs pages figures readme tables acceptance never-worse ablation clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ types: $(VENV)/.stamp-dev ## check types
 # -E: a page whose own text has not changed must be executed again too.
 docs: $(VENV)/.stamp-dev ## build the documentation, executing its pages, into build/docs
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -j 2 -E -W --keep-going -b html -d build/doctrees docs build/docs
+
+pages: $(VENV)/.stamp-dev ## build the documentation without executing its pages, into build/pages
+	$(BIN)/sphinx-build -j 2 -E -W --keep-going -b html -d build/doctrees-pages -D nb_execution_mode=off \
+		-D suppress_warnings=myst-nb.lexer docs build/pages
 
 figures: demo ## remake the figures and the table that README and documentation show
 	$(BIN)/python benchmarks/update_figures.py build/demo
