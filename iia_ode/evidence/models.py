@@ -1,0 +1,123 @@
+"""Noise with converged final states, and the distance of samples from the data, shared by experiments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoisers import digits_classifier, fashion_classifier
+from ..experiments import Setting, batch_seed, get_setting
+from ..experiments.compare import compare
+from ..experiments.results import Comparison
+from ..metrics import FeatureStatistics, frechet_distance, image_features
+from ..ode import ProbabilityFlowODE
+from ..reference import solve
+from ..teacher import Teacher
+
+__all__ = ["Unseen", "compared", "fitting", "frechet", "setting_of", "unseen"]
+
+CHUNK = 64
+"""Samples per call of a network: fast on a CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unseen:
+    """Noise that no fit has seen, with converged final states.
+
+    Attributes
+    ----------
+    setting : the setting.
+    ode : its ODE, with the conditions of the samples.
+    x : initial states [B, ...].
+    final : converged final states [B, ...].
+    """
+
+    setting: Setting
+    ode: ProbabilityFlowODE
+    x: Tensor
+    final: Tensor
+
+    @property
+    def start(self) -> float:
+        """The time of the initial states."""
+        return self.setting.schedule.t_of_noise_to_signal(self.setting.sigma_max)
+
+
+@cache
+def setting_of(name: str) -> Setting:
+    """The setting, made once."""
+    return get_setting(name)
+
+
+@cache
+def unseen(name: str, samples: int, seed: int, *, guidance_scale: float = 1.0, steps: int = 90) -> Unseen:
+    """Draw noise to measure on, and solve it: dopri8 for closed forms, `steps` steps of the teacher's method for networks."""
+    setting = setting_of(name)
+    ode, x = setting.draw(samples, batch_seed(seed, unseen=True), guidance_scale=guidance_scale)
+    start, end = setting.schedule.t_of_noise_to_signal(setting.sigma_max), setting.schedule.t_data
+    if setting.is_closed_form:
+        tolerance = setting.reference_tolerance
+        final = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
+    else:
+        final = Teacher.solve(ode, x, start, end, steps=steps, sigma_min=setting.sigma_min, chunk_size=CHUNK).final
+    return Unseen(setting, ode, x, final)
+
+
+def fitting(name: str, samples: int, seed: int, *, guidance_scale: float = 1.0) -> tuple[ProbabilityFlowODE, Tensor]:
+    """Draw noise to fit on; no measurement sees it."""
+    return setting_of(name).draw(samples, batch_seed(seed, unseen=False), guidance_scale=guidance_scale)
+
+
+def compared(
+    batch: Unseen, solvers: Any, nfes: Any, fit_samples: int, seed: int, folder: Path, **options: Any
+) -> Comparison:
+    """Compare solvers on unseen noise; fits see the noise of :func:`fitting`. The folder keeps finished cells."""
+    setting = batch.setting
+    _, fit_x = fitting(setting.name, fit_samples, seed)
+    return compare(
+        batch.ode,
+        solvers,
+        nfes,
+        x=batch.x,
+        fit_x=fit_x,
+        reference=batch.final,
+        sigma_min=setting.sigma_min,
+        sigma_max=setting.sigma_max,
+        seed=seed,
+        name=setting.name,
+        repeats=0,
+        resume=folder,
+        **options,
+    )
+
+
+def frechet(name: str, images: Tensor) -> float:
+    """Frechet distance of images of a setting from its training images, on the features of the packaged classifier.
+
+    Features, statistics and digits of another kind than those of Inception networks: values compare within a setting, at
+    equal numbers of images.
+    """
+    features, data = _ruler(name)
+    return frechet_distance(FeatureStatistics.of(image_features(images, features)), data)
+
+
+def has_frechet(name: str) -> bool:
+    """Whether the package has a classifier for a setting."""
+    return name.split("-")[0] in ("digits", "fashion")
+
+
+@cache
+def _ruler(name: str) -> tuple[Any, FeatureStatistics]:
+    """Features and their statistics over the training images."""
+    classifier = {"digits": digits_classifier, "fashion": fashion_classifier}[name.split("-")[0]]()
+    return classifier.features, FeatureStatistics(classifier.mean, classifier.covariance)
+
+
+def one_thread() -> None:
+    """Small networks are fastest on a thread; two experiments at a time then use two cores."""
+    torch.set_num_threads(1)
