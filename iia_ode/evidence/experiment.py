@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from .measurements import Measurements, Row
 
@@ -75,13 +75,13 @@ class Experiment(ABC):
     again : seeds of the second run.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    question: ClassVar[str]
-    keys: ClassVar[tuple[str, ...]]
-    values: ClassVar[tuple[str, ...]]
-    seeds: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
-    again: ClassVar[tuple[int, ...]] = (100, 101, 102, 103)
+    name: str
+    title: str
+    question: str
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    again: tuple[int, ...] = (100, 101, 102)
 
     @abstractmethod
     def cells(self, quick: bool) -> Sequence[Cell]:

@@ -55,7 +55,7 @@ def setting_of(name: str) -> Setting:
 
 
 @cache
-def unseen(name: str, samples: int, seed: int, *, guidance_scale: float = 1.0, steps: int = 90) -> Unseen:
+def unseen(name: str, samples: int, seed: int, *, guidance_scale: float = 1.0, steps: int = 40) -> Unseen:
     """Draw noise to measure on, and solve it: dopri8 for closed forms, `steps` steps of the teacher's method for networks."""
     setting = setting_of(name)
     ode, x = setting.draw(samples, batch_seed(seed, unseen=True), guidance_scale=guidance_scale)
