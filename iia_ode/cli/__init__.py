@@ -10,6 +10,7 @@ import click
 from ..__about__ import __version__
 from ..errors import IIAError
 from .compare import compare_command
+from .experiment import experiment_command
 from .fit import fit_command
 from .sample import sample_command
 from .show import show_command
@@ -31,7 +32,15 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (compare_command, fit_command, sample_command, show_command, solvers_command, train_group):
+for command in (
+    compare_command,
+    experiment_command,
+    fit_command,
+    sample_command,
+    show_command,
+    solvers_command,
+    train_group,
+):
     cli.add_command(command)
 
 

@@ -40,12 +40,12 @@ def figure_of(**size: Any) -> Figure:
 
 
 def save_figure(drawing: Figure | Axes, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, atomically.
+    """Write a figure as PNG or SVG, atomically. Equal figures give equal bytes.
 
     Parameters
     ----------
     drawing : figure, or axes of a figure.
-    path : file to write; an existing file is replaced.
+    path : file to write; an existing file is replaced. The ending ``.svg`` makes an SVG file, any other a PNG file.
 
     Returns
     -------
@@ -60,6 +60,12 @@ def save_figure(drawing: Figure | Axes, path: str | os.PathLike[str]) -> Path:
     figure = drawing.get_figure(root=True)
     if figure is None:
         raise InputError("the axes belong to no figure: give axes made by Figure.add_subplot, or a figure.")
-    # Without matplotlib's version in the file, equal pictures have equal bytes.
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    if Path(path).suffix == ".svg":
+        from matplotlib import rc_context
+
+        with rc_context({"svg.hashsalt": "iia_ode"}):  # names of the file's parts, which are random otherwise
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    else:
+        # Without matplotlib's version in the file, equal pictures have equal bytes.
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return write_bytes(path, buffer.getvalue())

@@ -1,0 +1,67 @@
+"""Pages of results: the question, the answer, the figure, the tables, and the command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .agreement import agreement
+from .experiment import Claim, Experiment, markdown
+from .measurements import Measurements
+
+__all__ = ["claims_table", "page"]
+
+
+def page(
+    experiment: Experiment,
+    found: Measurements,
+    about: Mapping[str, Any],
+    image: str,
+    again: tuple[Measurements, Mapping[str, Any]] | None = None,
+) -> str:
+    """Write the page of an experiment.
+
+    Parameters
+    ----------
+    experiment : the experiment.
+    found : its measurements.
+    about : account of the runs, from :func:`~iia_ode.evidence.running.about`.
+    image : address of the figure, relative to the page.
+    again : measurements and account of a second run on other seeds.
+
+    Returns
+    -------
+    The page in Markdown.
+    """
+    parts = [
+        f"# {experiment.title}",
+        experiment.question,
+        f"**Answer.** {experiment.answer(found)}",
+        f"![{experiment.title}]({image})",
+        "Errors are means over seeds with one standard error.",
+    ]
+    for part in experiment.tables(found):
+        parts += [part.caption, part.table]
+    parts += ["## How it was measured", experiment.method, _run(about)]
+    if again is not None:
+        other, its = again
+        seeds = ", ".join(map(str, its["seeds"]))
+        parts.append(
+            f"A second run on seeds {seeds} repeated the experiment: {agreement(experiment, found, other)}. "
+            f"Its answer: {experiment.answer(other)}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _run(about: Mapping[str, Any]) -> str:
+    """The command, the seeds, and the versions."""
+    commands = "\n".join(about["commands"])
+    seeds, versions = ", ".join(map(str, about["seeds"])), about["surroundings"]
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"```sh\n{commands}\n```\n\nSeeds {seeds}; {said}; {about['seconds'] / 60:.0f} minutes of wall-clock time."
+
+
+def claims_table(claims: Sequence[tuple[Experiment, Claim]], address: str) -> str:
+    """A table of claims: each with what was measured, the verdict and a link; `address` has a place for the name."""
+    rows = [[c.text, c.measured, c.verdict, f"[{e.name}]({address.format(name=e.name)})"] for e, c in claims]
+    return markdown(["claim or question", "measured", "verdict", "page"], rows, left=4)
