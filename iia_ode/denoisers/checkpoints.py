@@ -1,11 +1,11 @@
-"""State of a training on disk: an interrupted training continues from it, with the same result."""
+"""Networks and the state of their training on disk: an interrupted training continues with the same result."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..errors import FileFormatError, MismatchError
 from ..files import read_tensors, write_tensors
 
-__all__ = ["load_training", "save_training"]
+__all__ = ["filled", "load_training", "save_training"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _RANDOM = "random state"
 
@@ -95,3 +97,38 @@ def load_training(
     except (KeyError, RuntimeError, TypeError) as error:
         raise FileFormatError(f"{str(path)!r} does not hold the state of this network's training: {error}.") from error
     return header.step
+
+
+def filled(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], make: Callable[[], _Module], least: int
+) -> _Module:
+    """Make the network that a file's header describes, with the weights of the file.
+
+    Parameters
+    ----------
+    path : the file, for messages.
+    tensors : its tensors.
+    make : makes the network. It runs on device ``"meta"``: the file has the memory of the weights.
+    least : a lower bound of the network's number of tensors, so that a damaged header cannot ask for a gigantic network.
+
+    Returns
+    -------
+    The network in evaluation mode, with channels-last weights that require no gradients.
+
+    Raises
+    ------
+    FileFormatError : the tensors do not fit the network, or the weights have no common floating-point dtype.
+    """
+    try:
+        if least > len(tensors):
+            raise ValueError(f"more layers than the {len(tensors)} tensors")
+        with torch.device("meta"):
+            module = make()
+        module.load_state_dict(tensors, assign=True)
+        kinds = {value.dtype for value in module.parameters()}
+        if len(kinds) != 1 or not kinds.pop().is_floating_point:
+            raise ValueError("the weights have several dtypes, or are not floating-point numbers")
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # see EDMDenoiser.frozen
+    return module.eval().requires_grad_(False)

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..checks import check_whole
-from ..errors import FileFormatError, InputError
+from ..errors import InputError
 from ..files import read_tensors, write_tensors
+from .checkpoints import filled
 from .datasets import FASHION_FOLDER, digits_data, fashion_data
 
 __all__ = [
@@ -320,18 +321,8 @@ def load_classifier(path: str | os.PathLike[str]) -> ImageClassifier:
         in its header.
     """
     tensors, header = read_tensors(path, "classifier", _Header)
-    try:
-        if len(header.config.channels) > len(tensors):
-            raise ValueError(f"more levels than the {len(tensors)} tensors")
-        with torch.device("meta"):  # no memory for weights: the file has them
-            classifier = ImageClassifier(**vars(header.config))
-        classifier.load_state_dict(tensors, assign=True)
-        if {str(v.dtype) for v in classifier.parameters()} != {"torch.float32"}:
-            raise ValueError("the weights are not all float32")
-        classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of the training
-    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error
-    return classifier.eval().requires_grad_(False)
+    options = header.config
+    return filled(path, tensors, lambda: ImageClassifier(**vars(options)), len(options.channels))
 
 
 def digits_classifier() -> ImageClassifier:

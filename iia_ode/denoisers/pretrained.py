@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import FileFormatError
 from ..files import read_tensors, write_tensors
+from .checkpoints import filled
 from .datasets import FASHION_FOLDER, digits_data, fashion_data, patches_data
 from .training import TrainingOptions, TrainingResult, train_edm
 from .unet import EDMDenoiser, UNet
@@ -288,14 +287,9 @@ def load_denoiser(path: str | os.PathLike[str]) -> EDMDenoiser:
     """
     tensors, header = read_tensors(path, "denoiser", _Header)
     config, network = header.config, header.config.network
-    try:
-        if network.blocks * len(network.channels) > len(tensors):
-            raise ValueError(f"more blocks than the {len(tensors)} tensors")
-        with torch.device("meta"):  # no memory for weights: the file has them
-            denoiser = EDMDenoiser(UNet(**vars(network)), config.sigma_data, config.state_shape)
-        denoiser.load_state_dict(tensors, assign=True)
-        if len({v.dtype for v in tensors.values()}) != 1 or not denoiser.network.head.weight.is_floating_point():
-            raise ValueError("the weights have several dtypes, or are not floating-point numbers")
-    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise FileFormatError(f"{str(path)!r} does not hold the network that its header describes: {error}.") from error
-    return denoiser.frozen()
+    return filled(
+        path,
+        tensors,
+        lambda: EDMDenoiser(UNet(**vars(network)), config.sigma_data, config.state_shape),
+        network.blocks * len(network.channels),
+    )

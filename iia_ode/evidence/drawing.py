@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..plots.figures import figure_of
+from ..plots.figures import error_axis, figure_of
 from .measurements import Measurements
 
 if TYPE_CHECKING:
@@ -66,8 +66,6 @@ def lines_with_bands(
             ax.set_xticks(places, [f"{place:g}" for place in places])
         ax.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
     if "y" in logarithmic:
-        ax.set_yscale("log")
-        if ax.get_ylim()[1] > 10 * ax.get_ylim()[0]:  # else minor ticks have the only labels
-            ax.yaxis.set_tick_params(which="minor", left=False)
+        error_axis(ax)
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", handlelength=3)

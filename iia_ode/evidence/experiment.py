@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..experiments.tables import markdown
 from .measurements import Measurements, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Cell", "Claim", "Experiment", "Part"]
+__all__ = ["Cell", "Claim", "Experiment", "Part", "markdown", "pivot"]
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,6 @@ class Experiment(ABC):
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The verdicts on the paper's claims and open questions; by default none."""
         return ()
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """A Markdown table; columns after the first `left` are right-aligned."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, rule, *rows))
 
 
 def pivot(

@@ -10,11 +10,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..errors import FileFormatError, InputError
-from ..files import as_path, write_bytes
+from ..files import as_path
 from ..iia import FittedSolver
 from ..plan import Plan
 from .slopes import Slope, slope_of
-from .tables import csv_of, error_table, flat_markdown, rows_of_csv
+from .tables import csv_of, error_table, flat_markdown, rows_of_csv, written
 
 __all__ = ["Comparison", "Protocol", "Row"]
 
@@ -179,7 +179,7 @@ class Comparison:
         ------
         OSError : the file cannot be written.
         """
-        return _written(path, csv_of(Row, self.rows))
+        return written(path, csv_of(Row, self.rows))
 
     def markdown(self, path: str | os.PathLike[str] | None = None) -> str:
         """Format all rows as a Markdown table: a line for each solver, family of grids and count, with errors and costs.
@@ -197,7 +197,7 @@ class Comparison:
         OSError : the file cannot be written.
         """
         text = flat_markdown(self.rows)
-        _written(path, f"{text}\n")
+        written(path, f"{text}\n")
         return text
 
     @classmethod
@@ -261,10 +261,3 @@ class Comparison:
         """The fields of the protocol and the grids, JSON-ready: ``{"setting": ..., ..., "grids": {"heun 5": [...]}}``."""
         about = {} if self.protocol is None else asdict(self.protocol)
         return about | {"grids": {f"{name} {nfe}": grid.tolist() for (name, nfe), grid in self.grids.items()}}
-
-
-def _written(path: str | os.PathLike[str] | None, text: str) -> str:
-    """The text, after a file was written if there is a path."""
-    if path is not None:
-        write_bytes(path, text.encode())
-    return text

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import write_bytes
 from ..metrics import rmse_with_error
 from ..ode import ProbabilityFlowODE
 from ..teacher import Teacher
 from ..testing import local_errors
 from .results import Comparison
-from .tables import csv_of
+from .tables import csv_of, written
 
 __all__ = ["StepError", "StepErrors", "step_errors"]
 
@@ -78,10 +77,7 @@ class StepErrors:
         ------
         OSError : the file cannot be written.
         """
-        text = csv_of(StepError, self.rows)
-        if path is not None:
-            write_bytes(path, text.encode())
-        return text
+        return written(path, csv_of(StepError, self.rows))
 
     def table(self) -> str:
         """Format the errors as text: a line for each solver and number of evaluations, a column for each step.

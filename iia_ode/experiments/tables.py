@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from ..errors import FileFormatError
+from ..files import write_bytes
 
-__all__ = ["csv_of", "error_table", "flat_markdown", "from_text", "rows_of_csv", "to_text"]
+__all__ = ["csv_of", "error_table", "flat_markdown", "from_text", "markdown", "rows_of_csv", "to_text", "written"]
 
 _T = TypeVar("_T")
 
@@ -68,18 +70,33 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+def written(path: str | os.PathLike[str] | None, text: str) -> str:
+    """The text, after a file was written if there is a path."""
+    if path is not None:
+        write_bytes(path, text.encode())
+    return text
+
+
+def markdown(head: Sequence[object], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """A Markdown table; columns after the first `left` are right-aligned."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in (head, rule, *rows)
+    )
+
+
 def flat_markdown(rows: Sequence[Any]) -> str:
     """A Markdown table with a line for each row of a comparison."""
     head = ["solver", "grid", "NFE", "RMSE", "std. error", "sample evaluations", "seconds"]
     fitted = any(r.fit_samples for r in rows)
     head += ["fit samples", "fit sample evaluations", "fit seconds"] if fitted else []
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    lines = []
     for r in rows:
         cells = [r.method, r.grid or "own", r.nfe, f"{r.rmse:.4g}", f"{r.standard_error:.2g}"]
         cells += [r.sample_evaluations, f"{r.seconds:.3g}"]
         cells += [r.fit_samples, r.fit_sample_evaluations, f"{r.fit_seconds:.3g}"] if fitted else []
-        lines.append([str(c).replace("|", "\\|") for c in cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append(cells)
+    return markdown(head, lines, left=2)
 
 
 def error_table(

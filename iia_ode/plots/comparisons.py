@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .figures import axes_of
+from .figures import axes_of, error_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,10 +154,7 @@ def _axes_for(lines: int, ax: Axes | None) -> tuple[Axes, bool]:
 
 def _finish(ax: Axes, beside: bool, title: str | None) -> None:
     """Logarithmic errors, grid lines, and the legend."""
-    ax.set_yscale("log")
-    if ax.get_ylim()[1] > 10 * ax.get_ylim()[0]:  # else minor ticks have the only labels
-        ax.yaxis.set_tick_params(which="minor", left=False)
-    ax.grid(alpha=0.3)
+    error_axis(ax)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": "small"} if beside else {}
     ax.legend(title=title, title_fontsize="small", handlelength=3.5, **place)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["axes_of", "figure_of", "save_figure"]
+__all__ = ["axes_of", "error_axis", "figure_of", "save_figure"]
 
 
 def axes_of(ax: Axes | None, **size: Any) -> Axes:
@@ -37,6 +37,14 @@ def figure_of(**size: Any) -> Figure:
         raise MissingDependencyError("plots need matplotlib: pip install 'iia-ode[plot]'.") from error
     # Without pyplot, a figure needs no display and leaves no global state behind.
     return Figure(layout="constrained", **size)
+
+
+def error_axis(ax: Axes) -> None:
+    """Make the vertical axis logarithmic, with few ticks, and draw grid lines."""
+    ax.set_yscale("log")
+    if ax.get_ylim()[1] > 10 * ax.get_ylim()[0]:  # else minor ticks have the only labels
+        ax.yaxis.set_tick_params(which="minor", left=False)
+    ax.grid(alpha=0.3)
 
 
 def save_figure(drawing: Figure | Axes, path: str | os.PathLike[str]) -> Path:
