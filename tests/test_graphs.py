@@ -12,7 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import iia_ode as iia
-from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Plan
+from iia_ode.plan import Bands, Combine, Evaluate, Graph, LinearMap, Plan, graph
 
 # torch scripts its own decompositions when forward differentiation is first used, and warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -209,3 +209,69 @@ def test_a_grid_per_sample_says_that_its_times_have_no_gradient_and_passes_vmap(
         iia.odeint(ODE, X, grid.clone().requires_grad_(), method="heun")
     found = vmap(lambda z: iia.sample(ODE, z[None], GRID[None], "heun")[0])(X)
     close(found, iia.sample(ODE, X, GRID, "heun"), rtol=1e-12, atol=1e-13)
+
+
+# ---- graphs of CUDA ----------------------------------------------------------------------------------------------------
+
+
+class Standing:
+    """Stands for a CUDA graph on the host: a replay repeats the run on its buffers, and writes to the same result."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def __call__(self, run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
+        self.captures += 1
+        final = run()
+        return (lambda: final.copy_(run())), final
+
+
+@pytest.fixture
+def standing(monkeypatch: pytest.MonkeyPatch) -> Standing:
+    """Captures on the host."""
+    found = Standing()
+    monkeypatch.setattr("iia_ode.plan.capture._captured", found)
+    return found
+
+
+def test_a_graph_gives_the_bits_of_the_run_for_any_states_and_keeps_none_of_them(standing: Standing) -> None:
+    guided = iia.ProbabilityFlowODE(
+        lambda x, t, y: model(x, t) * y[:, None],
+        EDM,
+        conditioning={"y": torch.linspace(0.5, 1, 5, dtype=F64)},
+        unconditional={"y": torch.ones(1, dtype=F64)},
+        guidance_scale=2.0,
+    )
+    draw = Graph(PLAN, guided, X)
+    first = draw(X)
+    kept = first.clone()
+    for scale in (1.0, 1.2, 0.9):
+        assert torch.equal(draw(scale * X), PLAN.run(guided, scale * X))
+    assert torch.equal(first, kept)
+    assert standing.captures == 1
+
+
+def test_a_graph_refuses_states_of_another_shape_dtype_or_device(standing: Standing) -> None:
+    draw = Graph(PLAN, ODE, X)
+    for other in (X[:2], X.float(), X.to("meta"), None):
+        with pytest.raises(iia.errors.InputError, match="this graph was captured for"):
+            draw(other)
+
+
+def test_a_graph_names_no_culprit_but_says_how_to_find_it(standing: Standing) -> None:
+    draw = Graph(PLAN, iia.ProbabilityFlowODE(lambda x, t: x / x.sum().clamp(min=0), EDM), X)
+    with pytest.raises(iia.errors.NonFiniteError, match=r"plan\.run\(ode, x\) names"):
+        draw(-X.abs())
+
+
+def test_states_on_the_host_have_no_graph_and_the_error_says_what_to_use() -> None:
+    with pytest.raises(iia.errors.InputError, match=r"use plan\.run"):
+        graph(PLAN, ODE, X)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_run_on_a_device_is_the_run() -> None:
+    x = X.cuda()
+    draw = graph(PLAN, ODE, x)
+    for scale in (1.0, 1.3):
+        close(draw(scale * x), PLAN.run(ODE, scale * x))

@@ -2,6 +2,7 @@
 
 from .analysis import CanonicalForm, GaussianErrors, GaussianResponse, gaussian_errors
 from .bands import Bands
+from .capture import Graph, graph
 from .checks import check_grid, check_ode, check_start
 from .initial import check_size, check_states
 from .instructions import Combine, Evaluate, Instruction, run_code
@@ -23,6 +24,7 @@ __all__ = [
     "Evaluate",
     "GaussianErrors",
     "GaussianResponse",
+    "Graph",
     "Instruction",
     "LinearMap",
     "Past",
@@ -43,6 +45,7 @@ __all__ = [
     "check_states",
     "evaluator",
     "gaussian_errors",
+    "graph",
     "projections_from",
     "read_plan",
     "read_run",
