@@ -1,0 +1,217 @@
+"""Gain of IIA over each base solver, and the number of evaluations at which the gain ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import InputError
+from ..iia import IIA
+from ..iia.directions import resolve_terms
+from ..solvers import get_solver
+from .drawing import panels, ratio_map
+from .experiment import Cell, Claim, Experiment, Part, markdown
+from .measurements import Estimate, Measurements, Row
+from .models import drawn, endpoint, fitting, karras_within
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EXPERIMENT", "Solvers"]
+
+BASES = {
+    "mixture64": (
+        *("ddim", "dpmpp_2m", "dpm_solver_2m", "expab2", "deis_tab2", "ipndm", "spndm", "plms", "unipc2"),
+        *("dpmpp_3m", "dpm_solver_3m", "deis_tab3", "expab3", "unipc"),
+        *("heun", "dpm2", "dpmpp_2s", "heun3", "dpm_solver_3s", "rk4"),
+    ),
+    "digits": ("ddim", "dpmpp_2m", "heun"),
+}
+COUNTS = {"mixture64": (5, 8, 12, 20, 40), "digits": (5, 9, 15)}
+SAMPLES = {"mixture64": 384, "digits": 48}
+FIT_SAMPLES = {"mixture64": 96, "digits": 32}
+STEPS = {"mixture64": 200, "digits": 40}
+BASE, PAPER, WINDOW = "base", "paper", "window"
+LEAST = 0.95
+"""A gain counts down to this ratio of the errors of fit and base."""
+
+
+class Solvers(Experiment):
+    """Each base on its Karras grid, with the terms of the paper and with the window."""
+
+    name = "solvers"
+    title = "Gain for each base solver"
+    question = "Which base solvers gain by IIA, and from how many evaluations on is the gain gone?"
+    keys = ("setting", "base", "form", "budget")
+    values = ("rmse",)
+    seeds = (0, 1, 2)
+    again = (100, 101, 102)
+    forms: ClassVar[tuple[str, ...]] = (PAPER, WINDOW)
+
+    def cells(self, quick: bool) -> Sequence[Cell]:
+        """A cell for each base on each model."""
+        if quick:
+            return [Cell("mixture64, ddim", partial(measured, "mixture64", "ddim", (5, 8), 64, 32))]
+        return [
+            Cell(f"{s}, {base}", partial(measured, s, base, COUNTS[s], SAMPLES[s], FIT_SAMPLES[s]))
+            for s, bases in BASES.items()
+            for base in bases
+        ]
+
+    def ratios(self, found: Measurements, setting: str, form: str) -> dict[str, dict[int, Estimate]]:
+        """The error of a form relative to its base, by base and number of evaluations."""
+        part = found.where(setting=setting)
+        ratios: dict[str, dict[int, Estimate]] = {}
+        for base in part.distinct("base"):
+            own = part.where(base=base)
+            by_count = {n: own.ratio("rmse", {"form": form}, {"form": BASE}, budget=n) for n in own.distinct("budget")}
+            ratios[base] = {n: r for n, r in by_count.items() if r.seeds}
+        return ratios
+
+    def answer(self, found: Measurements) -> str:
+        """The gain with few evaluations, and where the gain ends."""
+        sentences = []
+        for setting in found.distinct("setting"):
+            for form in self.forms:
+                ratios = self.ratios(found, setting, form)
+                few = min(n for line in ratios.values() for n in line)
+                first = [line[few] for line in ratios.values() if few in line]
+                worse = sum(r.above(1) for line in ratios.values() for r in line.values())
+                total = sum(len(line) for line in ratios.values())
+                sentences.append(
+                    f"On {setting}, the {form} terms lower the error of {sum(r.below(1) for r in first)} of {len(first)} "
+                    f"bases at {few} evaluations, to {median(r.mean for r in first):.2f} of the base in the median; "
+                    f"{_ends_in_words(ratios)}, and in {worse} of {total} cases the fit is worse than its base."
+                )
+        return " ".join(sentences)
+
+    def claims(self, found: Measurements) -> Sequence[Claim]:
+        """The open question on other high-order solvers."""
+        ratios = self.ratios(found, "mixture64", PAPER)
+        high = {b: line for b, line in ratios.items() if order_of(b) >= 2}
+        if not high:
+            return []
+        few = min(n for line in high.values() for n in line)
+        gains = [line[few] for line in high.values() if few in line]
+        clear = sum(r.below(1) for r in gains)
+        low, up = min(gains, key=lambda r: r.mean), max(gains, key=lambda r: r.mean)
+        verdict = (
+            "confirmed" if clear == len(gains) else "refuted" if not clear else f"for {clear} of {len(gains)} bases"
+        )
+        return [
+            Claim(
+                "Open question: does IIA help other high-order solvers?",
+                f"mixture64, {few} evaluations: error of the fit relative to the base from {low} to {up}, clearly lower for "
+                f"{clear} of {len(gains)} bases of order 2 or more; {_ends_in_words(high)}",
+                verdict,
+            )
+        ]
+
+    def tables(self, found: Measurements) -> Sequence[Part]:
+        """Errors of the bases, ratios of the forms, and the ends of the gain."""
+        parts = []
+        for setting in found.distinct("setting"):
+            part = found.where(setting=setting)
+            counts = sorted(part.distinct("budget"))
+            lines = [
+                [b, *(part.estimate("rmse", base=b, form=BASE, budget=n) for n in counts)]
+                for b in part.distinct("base")
+            ]
+            caption = f"{setting}: RMSE of the base per component, at no more than this number of evaluations."
+            parts.append(Part(caption, markdown(["base", *map(str, counts)], lines)))
+            for form in self.forms:
+                ratios = self.ratios(found, setting, form)
+                lines = [[b, *(line.get(n, "-") for n in counts), gain_ends(line)] for b, line in ratios.items()]
+                caption = (
+                    f"{setting}: error of the fit with {form} terms relative to the base, and the end of the gain."
+                )
+                parts.append(Part(caption, markdown(["base", *map(str, counts), "gain ends at"], lines)))
+        return parts
+
+    def figure(self, found: Measurements) -> Figure:
+        """A colored table of ratios for each model and form."""
+        settings = found.distinct("setting")
+        figure, axes = panels(len(settings), len(self.forms), width=4.2, height=3.4)
+        for row, setting in zip(axes, settings, strict=True):
+            for ax, form in zip(row, self.forms, strict=True):
+                ratios = self.ratios(found, setting, form)
+                counts = sorted({n for line in ratios.values() for n in line})
+                cells = [[line.get(n, Estimate(0.0, 0.0, 0)) for n in counts] for line in ratios.values()]
+                ratio_map(ax, list(ratios), counts, cells)
+                ax.set(title=f"{setting}, {form} terms", xlabel="model evaluations (NFE), at most")
+        ratio = [len(found.where(setting=s).distinct("base")) + 3 for s in settings]
+        axes[0][0].get_gridspec().set_height_ratios(ratio)
+        figure.set_figheight(0.24 * sum(ratio))
+        return figure
+
+    @property
+    def method(self) -> str:
+        """Terms, numbers of samples and rules."""
+        sizes = ", ".join(f"{FIT_SAMPLES[s]} and {SAMPLES[s]} on {s}" for s in BASES)
+        return (
+            "Grids have Karras levels from 80 to 0.002. A base makes the largest possible number of evaluations up to the "
+            'number of the column. The paper\'s terms are those of `IIA(base, terms="paper")`; for bases without terms of '
+            'their own in the paper, they are the increments of BIIA, `terms="biia-edm"`. The window has all states and data '
+            'estimates of two steps, with `ridge="auto"`. The target is the paper\'s, three sub-steps of the base, and there '
+            f"is no guard. Numbers of samples for fits and of unseen samples: {sizes}. The gain ends at the smallest number "
+            "of evaluations with an error above 95% of the base's, or with a 95% interval that reaches the error of the base. "
+            "Solvers that agree with another on EDM's schedule appear once: `euler` is `ddim`, `ab2` is `deis_tab2`, "
+            "`deis_rho_heun` is `heun`."
+        )
+
+
+def measured(
+    setting: str, base: str, counts: Sequence[int], samples: int, fit_samples: int, seed: int, folder: Path
+) -> list[Row]:
+    """Errors of a base and of its fits on unseen noise."""
+    batch = drawn(setting, samples, seed, unseen=True, steps=STEPS[setting])
+    fit_ode, fit_x = fitting(setting, fit_samples, seed)
+    solver, rows, done = get_solver(base), [], set[int]()
+    for budget in counts:
+        found = karras_within(solver, budget, batch.setting)
+        if found is None or found[0] in done or budget > 1.4 * found[0]:
+            continue
+        nfe, grid = found
+        done.add(nfe)
+        about: dict[str, Any] = {"setting": setting, "base": base, "budget": budget, "nfe": nfe}
+        rows.append({**about, "form": BASE, "rmse": endpoint(batch, solver, grid)})
+        for form in (PAPER, WINDOW):
+            fit = method_of(base, form).fit(fit_ode, fit_x, grid)
+            rows.append({**about, "form": form, "rmse": endpoint(batch, fit)})
+    return rows
+
+
+def method_of(base: str, form: str) -> IIA:
+    """The method of a form."""
+    if form == WINDOW:
+        return IIA(base, WINDOW, ridge="auto", guard=False)
+    try:
+        resolve_terms("paper", base)
+    except InputError:
+        return IIA(base, "biia-edm", guard=False)
+    return IIA(base, guard=False)
+
+
+def order_of(base: str) -> int:
+    """The order of a base."""
+    return int(get_solver(base).order)
+
+
+def gain_ends(line: dict[int, Estimate]) -> str:
+    """The smallest number of evaluations without a gain of a base."""
+    ends = [n for n in sorted(line) if line[n].mean > LEAST or not line[n].below(1)]
+    return str(ends[0]) if ends else f"above {max(line)}"
+
+
+def _ends_in_words(ratios: dict[str, dict[int, Estimate]]) -> str:
+    """Where the gain ends, by number of evaluations."""
+    ends = [gain_ends(line) for line in ratios.values()]
+    order = sorted(set(ends), key=lambda e: (not e.isdigit(), int(e.split()[-1])))
+    told = [f"at {e} for {ends.count(e)}" if e.isdigit() else f"{e}, if at all, for {ends.count(e)}" for e in order]
+    return f"the gain ends {', '.join(told)}"
+
+
+EXPERIMENT = Solvers()
