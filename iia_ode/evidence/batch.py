@@ -27,14 +27,13 @@ METHODS = {
     "window": IIA("ddim", "window", target="trajectory", ridge="auto", guard=False),
 }
 BATCHES = {"mixture64": (4, 8, 16, 32, 64, 128, 256, 512, 1024), "digits": (4, 16, 64, 256)}
-BLOCKS = {"mixture64": {4: 8, 8: 6, 16: 4, 32: 4, 64: 4, 128: 4, 256: 4, 512: 2}, "digits": {4: 3, 16: 2}}
+BLOCKS = {"mixture64": {4: 8, 8: 6, 16: 4, 32: 4, 64: 3, 128: 2, 256: 2}, "digits": {4: 2, 16: 2}}
 """Number of fits to disjoint batches of a size; larger batches have one."""
 CASES = (
     ("mixture64", 9, ("iia-ddim", "iia-edm", "window")),
-    ("mixture64", 15, ("iia-ddim", "window")),
-    ("digits", 9, ("iia-ddim", "iia-edm")),
+    ("digits", 5, ("iia-ddim", "iia-edm")),
 )
-SAMPLES = {"mixture64": 384, "digits": 48}
+SAMPLES = {"mixture64": 256, "digits": 32}
 STEPS = {"mixture64": 200, "digits": 40}
 LEAST = 1.02
 """More samples help while the error is clearly above this multiple of the error of the largest batch."""

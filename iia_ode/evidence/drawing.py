@@ -20,10 +20,13 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def panels(rows: int, columns: int, width: float = 3.6, height: float = 3.0) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of panels, as rows of axes."""
+def panels(
+    rows: int, columns: int, width: float = 3.6, height: float = 3.0, ratios: Sequence[float] | None = None
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of panels, as rows of axes; `height` is the mean height of a row, and `ratios` has the relative heights."""
     figure = figure_of(figsize=(width * columns, height * rows))
-    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
+    return figure, [list(row) for row in axes]
 
 
 def lines_with_bands(
