@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,32 @@ import torch
 from torch import Tensor
 
 from ..denoisers import digits_classifier, fashion_classifier
+from ..errors import GridError
 from ..experiments import Setting, batch_seed, get_setting
 from ..experiments.compare import compare
 from ..experiments.results import Comparison
-from ..metrics import FeatureStatistics, frechet_distance, image_features
+from ..grids import karras
+from ..iia import FittedSolver
+from ..integrate import sample
+from ..metrics import FeatureStatistics, frechet_distance, image_features, rmse
 from ..ode import ProbabilityFlowODE
+from ..plan import Plan
 from ..reference import solve
+from ..solvers import Solver
 from ..teacher import Teacher
 
-__all__ = ["Unseen", "compared", "fitting", "frechet", "setting_of", "unseen"]
+__all__ = [
+    "Unseen",
+    "compared",
+    "drawn",
+    "endpoint",
+    "fitting",
+    "frechet",
+    "karras_within",
+    "part_of",
+    "setting_of",
+    "unseen",
+]
 
 CHUNK = 64
 """Samples per call of a network: fast on a CPU."""
@@ -121,3 +138,45 @@ def _ruler(name: str) -> tuple[Any, FeatureStatistics]:
 def one_thread() -> None:
     """Small networks are fastest on a thread; two experiments at a time then use two cores."""
     torch.set_num_threads(1)
+
+
+@cache
+def drawn(name: str, samples: int, seed: int, *, unseen: bool, steps: int) -> Unseen:
+    """Draw noise to fit on (`unseen` False) or to measure on, and solve it with `steps` steps of the teacher's method.
+
+    With 200 steps the final states of ``mixture64`` have an RMS error of 2e-5, for a tenth of the time of dopri8.
+    """
+    setting = setting_of(name)
+    ode, x = setting.draw(samples, batch_seed(seed, unseen=unseen))
+    batch = Unseen(setting, ode, x, x)
+    end, chunk = setting.schedule.t_data, None if setting.is_closed_form else CHUNK
+    taught = Teacher.solve(ode, x, batch.start, end, steps=steps, sigma_min=setting.sigma_min, chunk_size=chunk)
+    return Unseen(setting, ode, x, taught.final)
+
+
+def part_of(batch: Unseen, first: int, last: int) -> Unseen:
+    """The samples from `first` to before `last`."""
+    part = slice(first, last)
+    return Unseen(batch.setting, batch.ode.subset(part, len(batch.x)), batch.x[part], batch.final[part])
+
+
+def endpoint(batch: Unseen, solver: Solver | FittedSolver | Plan | str, grid: Tensor | None = None) -> float:
+    """RMSE of the final states per component, against the converged final states."""
+    return rmse(sample(batch.ode, batch.x, grid, solver), batch.final)
+
+
+def karras_within(solver: Solver, most: int, setting: Setting) -> tuple[int, Tensor] | None:
+    """The largest number of evaluations up to `most` that a solver can make on a Karras grid, and the grid; None without."""
+    make = partial(karras, sigma_min=setting.sigma_min, sigma_max=setting.sigma_max, schedule=setting.schedule)
+    for nfe in range(most, 0, -1):
+        try:
+            return nfe, solver.grid_for(nfe, make, setting.schedule)
+        except GridError:
+            continue
+    return None
+
+
+def squares(batch: Unseen, solver: Solver | FittedSolver | Plan | str, grid: Tensor | None = None) -> Tensor:
+    """Mean squared error of the final state of each sample, float64 [B]."""
+    errors = sample(batch.ode, batch.x, grid, solver).double() - batch.final.double()
+    return errors.square().flatten(1).mean(dim=1)

@@ -1,0 +1,239 @@
+"""Gain of IIA against the number of samples of the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..grids import karras
+from ..iia import IIA, preset
+from ..teacher import Teacher
+from .drawing import lines_with_bands, panels
+from .experiment import Cell, Claim, Experiment, Part, markdown
+from .measurements import Estimate, Measurements, Row
+from .models import drawn, fitting, squares
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EXPERIMENT", "Batch"]
+
+METHODS = {
+    "iia-ddim": preset("iia-ddim"),
+    "iia-edm": preset("iia-edm"),
+    "window": IIA("ddim", "window", target="trajectory", ridge="auto", guard=False),
+}
+BATCHES = {"mixture64": (4, 8, 16, 32, 64, 128, 256, 512, 1024), "digits": (4, 16, 64, 256)}
+BLOCKS = {"mixture64": {4: 8, 8: 6, 16: 4, 32: 4, 64: 3, 128: 2, 256: 2}, "digits": {4: 2, 16: 2}}
+"""Number of fits to disjoint batches of a size; larger batches have one."""
+CASES = (
+    ("mixture64", 9, ("iia-ddim", "iia-edm", "window")),
+    ("digits", 5, ("iia-ddim", "iia-edm")),
+)
+SAMPLES = {"mixture64": 256, "digits": 32}
+STEPS = {"mixture64": 200, "digits": 40}
+TYPICAL = ("mixture64",)
+"""Models with the error of a typical sample: few samples end in another component and dominate the RMSE."""
+LEAST = 1.05
+"""A batch is enough if its error is clearly below this multiple of the error of the largest batch."""
+
+
+class Batch(Experiment):
+    """Errors of fits to 4 up to 1024 samples on unseen noise."""
+
+    name = "batch"
+    title = "Gain against the batch size of the fit"
+    question = "From how many samples on do more samples of the fit not lower the error on unseen noise?"
+    keys = ("setting", "method", "nfe", "batch")
+    values = ("rmse", "typical")
+    seeds = (0, 1, 2)
+    again = (100, 101, 102)
+    base_batch: ClassVar[int] = 0
+
+    def cells(self, quick: bool) -> Sequence[Cell]:
+        """A cell for each model, method and number of evaluations."""
+        if quick:
+            return [Cell("mixture64, iia-ddim, 5", partial(measured, "mixture64", "iia-ddim", 5, (4, 16), 32))]
+        return [
+            Cell(f"{s}, {method}, {nfe}", partial(measured, s, method, nfe, BATCHES[s], SAMPLES[s]))
+            for s, nfe, methods in CASES
+            for method in methods
+        ]
+
+    def curves(self, found: Measurements) -> dict[tuple[str, str, int], Measurements]:
+        """The rows of each case, by (model, method, evaluations)."""
+        names = dict.fromkeys((str(r["setting"]), str(r["method"]), int(r["nfe"])) for r in found.rows)
+        return {name: found.where(setting=name[0], method=name[1], nfe=name[2]) for name in names}
+
+    def measure(self, curve: Measurements) -> str:
+        """The error that decides: of a typical sample where measured, else the RMSE."""
+        return "typical" if any("typical" in row for row in curve.rows) else "rmse"
+
+    def excess(self, curve: Measurements, value: str = "rmse") -> dict[int, Estimate]:
+        """The error relative to the largest batch, by batch size."""
+        batches = [n for n in sorted(curve.distinct("batch")) if n]
+        return {n: curve.ratio(value, {"batch": n}, {"batch": batches[-1]}) for n in batches}
+
+    def gain(self, curve: Measurements, batch: int, value: str = "rmse") -> Estimate:
+        """The error relative to the base."""
+        return curve.ratio(value, {"batch": batch}, {"batch": self.base_batch})
+
+    def enough(self, curve: Measurements) -> int:
+        """The smallest batch from which on the error is clearly within 5% of the error of the largest batch."""
+        excess = self.excess(curve, self.measure(curve))
+        short = [n for n, e in excess.items() if n < max(excess) and not e.below(LEAST)]
+        return min(n for n in excess if n > max(short, default=0))
+
+    def answer(self, found: Measurements) -> str:
+        """Enough samples, and the errors of the smallest and the largest batch."""
+        sentences = []
+        for (setting, method, nfe), curve in self.curves(found).items():
+            enough, batches = self.enough(curve), list(self.excess(curve))
+            value = self.measure(curve)
+            what = "the error of a typical sample" if value == "typical" else "the RMSE"
+            told = (
+                f"from {enough} samples on {what} is within {LEAST - 1:.0%} of the fit to {batches[-1]}"
+                if enough < batches[-1]
+                else f"no batch below {batches[-1]} samples has {what} clearly within {LEAST - 1:.0%} of the largest"
+            )
+            sentences.append(
+                f"{method} on {setting} at {nfe} evaluations: {told}; {batches[0]} samples leave "
+                f"{self.gain(curve, batches[0], value)} of the base's error, {batches[-1]} leave "
+                f"{self.gain(curve, batches[-1], value)}."
+            )
+        return " ".join(sentences)
+
+    def claims(self, found: Measurements) -> Sequence[Claim]:
+        """The open question on the batch size."""
+        curves = self.curves(found)
+        enough = {name: self.enough(curve) for name, curve in curves.items()}
+        few = [next(iter(self.excess(curve, self.measure(curve)).values())) for curve in curves.values()]
+        told = "; ".join(f"{m} on {s} at {n}: {k}" for (s, m, n), k in enough.items())
+        return [
+            Claim(
+                "Open question: how many samples does a fit need?",
+                f"samples from which on the error is clearly within {LEAST - 1:.0%} of the largest batch: {told}; the "
+                f"smallest batch has between {min(few, key=lambda e: e.mean)} and {max(few, key=lambda e: e.mean)} of the "
+                "error of the largest",
+                f"{min(enough.values())} to {max(enough.values())} samples",
+            )
+        ]
+
+    def tables(self, found: Measurements) -> Sequence[Part]:
+        """A table for each model and number of evaluations."""
+        tables = []
+        for (setting, method, nfe), curve in self.curves(found).items():
+            value = self.measure(curve)
+            lines = [
+                [
+                    n,
+                    curve.estimate("rmse", batch=n),
+                    self.gain(curve, n),
+                    e,
+                    *([self.gain(curve, n, value), self.excess(curve, value)[n]] if value != "rmse" else []),
+                    curve.estimate("spread", batch=n),
+                ]
+                for n, e in self.excess(curve).items()
+            ]
+            base = curve.estimate("rmse", batch=self.base_batch)
+            caption = (
+                f"{method} on {setting}, {nfe} evaluations: RMSE per component on unseen noise (base {base}), relative to the "
+                "base, relative to the largest batch"
+                + (", the last two for a typical sample" if value != "rmse" else "")
+                + ", and the relative standard deviation of the RMSE over fits of one seed to disjoint batches."
+            )
+            typical = ["typical, of base", "typical, of largest"] if value != "rmse" else []
+            head = ["samples", "RMSE", "of base", "of largest batch", *typical, "spread of fits"]
+            tables.append(Part(caption, markdown(head, lines)))
+        return tables
+
+    def figure(self, found: Measurements) -> Figure:
+        """Error relative to the largest batch, and relative to the base."""
+        settings = found.distinct("setting")
+        figure, axes = panels(len(settings), 2, width=4.2)
+        for row, setting in zip(axes, settings, strict=True):
+            lines = {f"{m}, {n} evaluations": c for (s, m, n), c in self.curves(found).items() if s == setting}
+            value = self.measure(found.where(setting=setting))
+            what = "RMSE" if value == "rmse" else "typical sample"
+            for ax, under, label in (
+                (row[0], 0, "relative to the base"),
+                (row[1], -1, "relative to the largest batch"),
+            ):
+                shown = {name: _relative(curve, under, value) for name, curve in lines.items()}
+                lines_with_bands(ax, shown, "batch", "ratio", logarithmic="x")
+                ax.axhline(1, color="#999999", linewidth=0.8)
+                ax.set(title=f"{setting}, {what}", xlabel="samples of the fit", ylabel=f"error {label}")
+                ax.tick_params(axis="x", labelsize="small")
+        return figure
+
+    @property
+    def method(self) -> str:
+        """Methods and numbers of samples."""
+        sizes = ", ".join(f"{n} on {s}" for s, n in SAMPLES.items())
+        blocks = "; ".join(
+            f"{s}: {', '.join(f'{k} of {n} samples' for n, k in by_batch.items())}" for s, by_batch in BLOCKS.items()
+        )
+        return (
+            "`iia-ddim` and `iia-edm` have the paper's terms, target and settings, without a guard. `window` is "
+            '`IIA("ddim", "window", target="trajectory", ridge="auto")` without a guard. Grids have Karras levels from '
+            f"80 to 0.002. Unseen samples: {sizes}. Small batches are fitted several times per seed, to disjoint batches "
+            f"({blocks}), and the error is the root mean square over these fits. The error of a typical sample is the "
+            "geometric mean of the RMS errors of single samples; on mixture64 few samples end in another component and "
+            f"make up the RMSE. A batch is enough if its error and the errors of all larger batches are clearly below {LEAST} of the "
+            "error of the largest batch."
+        )
+
+
+def measured(
+    setting: str, method: str, nfe: int, batches: Sequence[int], samples: int, seed: int, folder: Path
+) -> list[Row]:
+    """Errors of fits to batches of several sizes on unseen noise."""
+    blocks = {n: BLOCKS[setting].get(n, 1) for n in batches}
+    known = METHODS[method]
+    unseen = drawn(setting, samples, seed, unseen=True, steps=STEPS[setting])
+    ode, x = fitting(setting, max(n * k for n, k in blocks.items()), seed)
+    place, base = unseen.setting, known.base_solver
+    levels = partial(karras, sigma_min=place.sigma_min, sigma_max=place.sigma_max, schedule=place.schedule)
+    grid = base.grid_for(nfe, levels, place.schedule)
+    teacher = None
+    if known.target == "trajectory":
+        end = place.schedule.t_data
+        teacher = Teacher.solve(ode, x, unseen.start, end, steps=60, sigma_min=place.sigma_min)
+    about: Row = {"setting": setting, "method": method, "nfe": nfe}
+    rows: list[Row] = [{**about, "batch": Batch.base_batch, **_errors([squares(unseen, base, grid)], setting)}]
+    for n, k in blocks.items():
+        found = []
+        for i in range(k):
+            own = slice(i * n, (i + 1) * n)
+            taught = None if teacher is None else teacher.subset(own)
+            fit = known.fit(ode.subset(own, len(x)), x[own], grid, teacher=taught)
+            found.append(squares(unseen, fit))
+        row: Row = {**about, "batch": n, **_errors(found, setting)}
+        errors = [float(e.mean().sqrt()) for e in found]
+        rows.append({**row, "spread": pstdev(errors) / fmean(errors)} if k > 1 else row)
+    return rows
+
+
+def _errors(found: Sequence[Tensor], setting: str) -> Row:
+    """The RMSE over samples and fits; on the mixture also the geometric mean of the errors of single samples."""
+    together = torch.cat(list(found))
+    rmse = float(together.mean().sqrt())
+    return (
+        {"rmse": rmse, "typical": float(together.log().mean().mul(0.5).exp())} if setting in TYPICAL else {"rmse": rmse}
+    )
+
+
+def _relative(curve: Measurements, under: int, value: str) -> Measurements:
+    """Errors of each seed relative to one batch size: 0 for the base, -1 for the largest."""
+    batches = sorted(curve.distinct("batch"))
+    bottom = curve.by_seed(value, batch=batches[under])
+    return Measurements({**r, "ratio": float(r[value]) / bottom[r["seed"]]} for r in curve.rows if r["batch"])
+
+
+EXPERIMENT = Batch()
