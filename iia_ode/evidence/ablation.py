@@ -284,9 +284,9 @@ class Ablation(Experiment):
             f"({', '.join(f'{k} of {n} samples' for n, k in BLOCKS['mixture64'].items())} on mixture64); errors are root mean "
             f"squares over these fits. Unseen samples: {', '.join(f'{n} on {s}' for s, n in UNSEEN.items())}. "
             f"Histories are measured at {', '.join(f'{n} evaluations on {s}' for s, n in COUNT.items())}. Heun's method has "
-            "four fitted steps on mixture64, so r = 4 is r = 3 there. The components of mixture64 are isotropic, so that earlier "
-            "steps span few further directions; mixture has other variances in each of its 8 dimensions. Samples are enough "
-            f"from the smallest batch on which, like all larger ones, has no clear excess above {EXCESS - 1:.0%}."
+            "four fitted steps on mixture64, so r = 4 is r = 3 there. The components of mixture64 are isotropic, so that "
+            "earlier steps span few further directions; mixture has other variances in each of its 8 dimensions. Samples are "
+            f"enough from the smallest batch on which, like all larger ones, has no clear excess above {EXCESS - 1:.0%}."
         )
 
 

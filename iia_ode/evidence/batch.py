@@ -185,8 +185,8 @@ class Batch(Experiment):
             f"80 to 0.002. Unseen samples: {sizes}. Small batches are fitted several times per seed, to disjoint batches "
             f"({blocks}), and the error is the root mean square over these fits. The error of a typical sample is the "
             "geometric mean of the RMS errors of single samples; on mixture64 few samples end in another component and "
-            f"make up the RMSE. A batch is enough if its error and the errors of all larger batches are clearly below {LEAST} of the "
-            "error of the largest batch."
+            f"make up the RMSE. A batch is enough if its error and the errors of all larger batches are clearly below {LEAST} "
+            "of the error of the largest batch."
         )
 
 

@@ -58,7 +58,7 @@ def _run(about: Mapping[str, Any]) -> str:
     commands = "\n".join(about["commands"])
     seeds, versions = ", ".join(map(str, about["seeds"])), about["surroundings"]
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"```sh\n{commands}\n```\n\nSeeds {seeds}; {said}; {about['seconds'] / 60:.0f} minutes of wall-clock time."
+    return f"```sh\n{commands}\n```\n\nSeeds {seeds}; {said}."
 
 
 def claims_table(claims: Sequence[tuple[Experiment, Claim]], address: str) -> str:
