@@ -90,11 +90,11 @@ class Table1(Experiment):
                 continue
             beaten = [case for case in cases if case.better]
             total = sum(len(case.ratios) for case in cases)
-            sentence = (
-                f"In {what}, another pair (M, r) is better than (3, 1) by the 95% interval in {len(beaten)} of "
-                f"{len(cases)} cases ({sum(len(c.better) for c in cases)} of {total} pairs)"
-            )
             top = min(cases, key=_rank)
+            sentence = (
+                f"In {what}, another pair (M, r) is better than (3, 1) by the 95% interval in {len(beaten)} of {len(cases)} "
+                f"cases ({_by_nfe(cases)}; {sum(len(c.better) for c in cases)} of {total} pairs)"
+            )
             sentences.append(f"{sentence}. {_largest(top, what)}")
         return " ".join(sentences)
 
@@ -205,6 +205,16 @@ def _cases(found: Measurements, value: str) -> list[_Case]:
         if ratios:
             cases.append(_Case(place, value, ratios))
     return cases
+
+
+def _by_nfe(cases: Sequence[_Case]) -> str:
+    """Cases with a better pair, by number of evaluations: ``"4 of 4 with 7 evaluations, 1 of 4 with 11"``."""
+    parts = []
+    for nfe in dict.fromkeys(case.place["nfe"] for case in cases):
+        own = [case for case in cases if case.place["nfe"] == nfe]
+        unit = "" if parts else " evaluations"
+        parts.append(f"{sum(bool(case.better) for case in own)} of {len(own)} with {nfe}{unit}")
+    return ", ".join(parts)
 
 
 def _rank(case: _Case) -> tuple[bool, float]:
