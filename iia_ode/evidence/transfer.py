@@ -20,7 +20,7 @@ __all__ = ["moved_error", "survival"]
 
 
 def moved_error(batch: Unseen, fit: FittedSolver) -> float:
-    """Endpoint error of a fit on unseen noise, whatever the model of the fit: scalar weights suit every shape."""
+    """Endpoint error of a fit on unseen noise, for a fit to any model: scalar weights suit samples of every shape."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MismatchWarning)
         warnings.simplefilter("ignore", FingerprintWarning)
@@ -33,8 +33,8 @@ def survival(
 ) -> Estimate:
     """Share of a gain that survives: log(moved / base) / log(own / base) of endpoint errors, a mean over seeds.
 
-    The share is 1 if the moved fit is as good as the own one, 0 if it is as good as the base, and negative if it is worse.
-    Where the own fit is not better than the base in every seed, there is no gain to divide by, and the estimate has no seeds.
+    The share is 1 if the moved fit is as good as the own fit, 0 if the moved fit is as good as the base, and negative if the
+    base is better. The estimate has no seeds if the own fit is not better than the base in every seed: then there is no gain.
 
     Parameters
     ----------
