@@ -231,27 +231,38 @@ def _own_gain(found: Measurements, method: str) -> str:
 
 
 def _served(found: Measurements) -> list[str]:
-    """Sentences on other scales, for each method."""
+    """Sentences on other scales: above and below the scale of the fit, for each method."""
     sentences = []
     for method in _methods(found):
-        ratios, shares = _moved(found, method), []
-        for part, fitted, used in _pairs(found, method):
-            if fitted != used:
-                own = {"solver": method, "fitted": used}
-                share = survival(part, {"solver": method, "fitted": fitted}, own, {"solver": BASE}, used=used)
-                shares += [(share.mean, fitted, used)] if share.seeds else []
-        better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
-        text = (
-            f"At other scales, {method} is better than {BASE} in {better} of {len(ratios)} cases and worse in {worse}"
-        )
-        if shares:
-            (least, *low), (most, *high) = min(shares), max(shares)
-            text += (
-                f"; of the gain of a fit at the scale of use, {least:.0%} (from {low[0]:g} to {low[1]:g}) to {most:.0%} "
-                f"(from {high[0]:g} to {high[1]:g}) survives"
+        for side in ("above", "below"):
+            pairs = [p for p in _pairs(found, method) if (p[2] > p[1] if side == "above" else p[2] < p[1])]
+            if not pairs:
+                continue
+            ratios = [_ratio(part, method, fitted, used) for part, fitted, used in pairs]
+            better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
+            low, high = min(ratios, key=lambda r: r.mean), max(ratios, key=lambda r: r.mean)
+            sentences.append(
+                f"Used {side} the scale of the fit, {method} is better than {BASE} in {better} of {len(ratios)} cases and "
+                f"worse in {worse}; its error is from {percent(low)} to {percent(high)}{_kept(pairs, method)}."
             )
-        sentences.append(f"{text}.")
     return sentences
+
+
+def _kept(pairs: Sequence[tuple[Measurements, float, float]], method: str) -> str:
+    """The surviving shares, where a fit at the scale of use is better than the base by the 95% interval."""
+    shares = []
+    for part, fitted, used in pairs:
+        own = {"solver": method, "fitted": used}
+        if _ratio(part, method, used, used).below(1):
+            share = survival(part, {"solver": method, "fitted": fitted}, own, {"solver": BASE}, used=used)
+            shares += [(share.mean, fitted, used)] if share.seeds else []
+    if not shares:
+        return ""
+    (least, *low), (most, *high) = min(shares), max(shares)
+    return (
+        f", and of the gain of a fit at the scale of use {least:.0%} (from {low[0]:g} to {low[1]:g}) to {most:.0%} (from "
+        f"{high[0]:g} to {high[1]:g}) survives"
+    )
 
 
 EXPERIMENT = Guidance()

@@ -130,7 +130,9 @@ class Shift(Experiment):
             verdict = f"better than the base in {better} of {len(ratios)} cases, worse in {worse}"
             what = f"{pairs[0][0]} to {pairs[0][1]} and back"
             measured = "; ".join(f"{m}: {_share_text(found, m, kind)} of the gain survives" for m in methods)
-            claims.append(Claim(f"Do coefficients serve another {kind} ({what}; open question)?", measured, verdict))
+            claims.append(
+                Claim(f"Does the gain survive a change of {kind} ({what}; open question)?", measured, verdict)
+            )
         return claims
 
     def tables(self, found: Measurements) -> Sequence[Part]:
