@@ -110,7 +110,7 @@ class Overhead(Experiment):
         for setting in found.distinct("setting"):
             numbers = [e.mean for *_, e in _break_evens(found, setting, "break_even_classic")]
             count = len([1 for s, *_ in _fits(found) if s == setting])
-            verdict = f"{min(numbers):.0f} to {max(numbers):.0f} images" if numbers else "never"
+            verdict = f"{min(numbers):.0f} to {max(numbers):.0f} images" if numbers else "no break-even measured"
             verdict += f" for {len(numbers)} of {count} fits" if 0 < len(numbers) < count else ""
             text = (
                 f"After how many images has a fit on {setting} paid, against the best classic solver (one-time cost)?"
@@ -360,7 +360,7 @@ def _paid(found: Measurements, setting: str) -> str:
     for value, rival in (("break_even_base", "its base"), ("break_even_classic", "the best classic solver")):
         numbers = _break_evens(found, setting, value)
         if not numbers:
-            sentences.append(f"No fit saves a measured number of evaluations against {rival}.")
+            sentences.append(f"Against {rival} no fit has a break-even within the measured numbers of evaluations.")
             continue
         texts = [f"{number:} images ({method} with {n})" for method, n, number in numbers]
         sentences.append(f"Against {rival} a fit has paid after {', '.join(texts)}.")
