@@ -109,7 +109,7 @@ def test_ays_lowers_the_bound_of_the_grid_it_starts_from():
         places = [int((levels - t).abs().argmin()) for t in times] + [39]
         return sum(float(costs[i, j]) for i, j in zip(places, places[1:], strict=False))
 
-    assert bound(learned.plan.grid[:-1]) < bound(karras(4, LOW, HIGH).tolist()[:-2] + [2 * LOW])
+    assert bound(learned.plan.grid[:-1]) < bound([*karras(4, LOW, HIGH).tolist()[:-2], 2 * LOW])
 
 
 def test_ays_estimates_the_bound_of_a_gaussian():

@@ -280,25 +280,29 @@ class LearnedSolvers(Experiment):
         """Models, budgets, and the choices made for the rivals."""
         sizes = "; ".join(f"{s}: {z.unseen} unseen samples, {z.draws} draws for each fit" for s, z in SIZES.items())
         statistics = ", ".join(f"{z.statistics} on {s}" for s, z in SIZES.items())
-        return f"{sizes}. {_METHOD} Draws for the statistics: {statistics}."
+        return f"{sizes}. {_METHOD}\nDraws for the statistics: {statistics}."
 
 
-_METHOD = (
-    "All fits see the same draws, and no measurement sees these draws. Final states for the fits come from 60 steps of the "
-    "teacher's method. Their cost is part of the cost of every fit that uses them, and a backward pass counts as two "
-    "evaluations. Seconds are processor time on a busy machine. The rivals are written from their papers. Choices that the papers "
-    "leave open were made on other seeds of mixture64, for the rivals' benefit.\n\n"
-    "**BNS**: all weights and times on the path of flow matching, from Euler's method (5 evaluations) or the midpoint rule (8), "
-    "by Adam in batches of 16, with first rates of 0.02 and 0.005 that fall like a cosine. The loss is the log of the squared "
-    'error, and a quarter of the draws chooses the iteration. BNS spends as many sample evaluations as the budget "standard" is '
-    'expected to spend. BNS, long, has the draws and the cost of the budget "thorough" instead.\n\n'
-    '**GITS**: times out of a teacher\'s 60 levels by dynamic programming, with the metric "deviation" and the coefficient 1.15 '
-    'of the authors; "tuned" has the metric "distance" and the coefficient 1.\n\n'
-    "**AYS**: the bound on 60 levels, and coordinate search from the Karras grid. The lower end of the bound is the smallest "
-    f'level of the model, or {TUNED:g} in "tuned".\n\n'
-    f"**DPM-Solver-v3**: statistics at {POINTS} points, order 2, on the Karras grid. Classic solvers run on the Karras grid, "
-    "without a search."
-)
+_METHOD = f"""
+All fits see the same draws, and no measurement sees these draws. Final states for the fits come from 60 steps of the
+teacher's method. Their cost is part of the cost of every fit that uses them, and a backward pass counts as two evaluations.
+Seconds are processor time on a busy machine. The rivals are written from their papers. Choices that the papers leave open
+were made on other seeds of mixture64, for the rivals' benefit.
+
+**BNS**: all weights and times on the path of flow matching, from Euler's method (5 evaluations) or the midpoint rule (8), by
+Adam in batches of 16, with first rates of 0.02 and 0.005 that fall like a cosine. The loss is the log of the squared error,
+and a quarter of the draws chooses the iteration. BNS spends as many sample evaluations as the budget "standard" is expected
+to spend. BNS, long, has {LONG_DRAWS} draws and the cost of the budget "thorough" instead.
+
+**GITS**: times out of a teacher's 60 levels by dynamic programming, with the metric "deviation" and the coefficient 1.15 of
+the authors; "tuned" has the metric "distance" and the coefficient 1.
+
+**AYS**: the bound on 60 levels, and coordinate search from the Karras grid. The lower end of the bound is the smallest level
+of the model, or {TUNED:g} in "tuned".
+
+**DPM-Solver-v3**: statistics at {POINTS} points, order 2, on the Karras grid. Classic solvers run on the Karras grid, without
+a search.
+"""
 
 
 @lru_cache(maxsize=1)

@@ -97,7 +97,7 @@ class Spectrum(Experiment):
                 f"small ones lose in {len(traded)}, both gain in {both}."
             )
         return (
-            "On falling spectra, with large eigenvalues (half of the variance) and small ones (last half of the indices) apart: "
+            "On falling spectra, with large eigenvalues (half of the variance) and small ones (last half of the indices): "
             f"{' '.join(sentences)} {self._dimension(found)}"
         )
 
