@@ -2,149 +2,31 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..autofit import fit, fit_cost
-from ..estimation import ModelStatistics
-from ..grids import karras, log_snr
-from ..iia.batch import per_sample
-from ..plan import Plan
-from ..solvers import get_solver
-from ..teacher import Teacher
 from .drawing import COLORS, MARKERS, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
-from .measurements import Estimate, Measurements, Row
-from .models import CHUNK, Unseen, fitting, one_thread, unseen
-from .rivals import Learned, Pairs, align, bns, gits, local_costs, squared_differences
+from .measurements import Estimate, Measurements, geometric
+from .rivals.side_by_side import CLASSIC, LONG, LONG_DRAWS, POINTS, SIZES, THOROUGH, TUNED, Size, measured, thorough
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "LearnedSolvers"]
 
-CLASSIC = ("ddim", "dpmpp_2m", "unipc", "deis_tab3", "ipndm")
 RIVALS = ("gits ddim", "gits ipndm", "gits ipndm, tuned", "ays dpmpp_2m", "ays dpmpp_2m, tuned", "dpm_solver_v3", "bns")
-LONG = "bns, long"
-LONG_DRAWS = 512
 FITS = (LONG, "iia closed-form", "iia standard", "iia thorough")
 STANDARD = "iia standard"
 EQUAL = 1.1  # a rival has an equal or lower cost up to this multiple of the cost of "standard"
-RATES = {5: ("euler", 2e-2), 8: ("midpoint", 5e-3)}
-TUNED = 0.3
-POINTS = 60
 IDEAS = {
     "gits": "times chosen by dynamic programming over local errors",
     "ays": "times that minimize a bound on the divergence of the stochastic process",
     "dpm_solver_v3": "a linear part per component, from the Jacobian of the model",
     "bns": "gradient descent on all weights and times in mini-batches",
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of the measurements on a model.
-
-    Attributes
-    ----------
-    unseen : samples of a measurement.
-    draws : draws of noise for each fit.
-    statistics : draws for the statistics of DPM-Solver-v3.
-    nfes : numbers of evaluations.
-    """
-
-    unseen: int
-    draws: int
-    statistics: int
-    nfes: tuple[int, ...]
-
-
-SIZES = {
-    "mixture64": Size(512, 96, 64, (5, 8)),
-    "digits": Size(48, 32, 12, (5, 8)),
-    "patches": Size(24, 16, 8, (5,)),
-    "fashion": Size(24, 16, 8, (5,)),
-}
-THOROUGH = (("mixture64", 5),)
-
-
-@dataclass(eq=False)
-class Work:
-    """The noise of a cell, and work that several fits share; `spent` has seconds of processor time by name."""
-
-    setting: str
-    size: Size
-    seed: int
-    spent: dict[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def batch(self) -> Unseen:
-        """Unseen noise with converged final states."""
-        return unseen(self.setting, self.size.unseen, self.seed)
-
-    @cached_property
-    def taught(self) -> tuple[Pairs, Teacher]:
-        """Noise of the fits, with accurate final states."""
-        ode, x = fitting(self.setting, self.size.draws, self.seed)
-        own = self.batch.setting
-        return self.timed("pairs", partial(Pairs.solve, ode, x, own.sigma_min, own.sigma_max, chunk_size=CHUNK))
-
-    @property
-    def pairs(self) -> Pairs:
-        """The training pairs."""
-        return self.taught[0]
-
-    @cached_property
-    def costs(self) -> dict[str, Tensor]:
-        """Local errors for GITS."""
-        grid = karras(60, self.pairs.sigma_min, self.pairs.sigma_max)
-        return self.timed("gits", partial(local_costs, self.pairs.ode, self.pairs.x, grid))
-
-    @cached_property
-    def differences(self) -> Tensor:
-        """Differences of data estimates for AYS."""
-        levels = log_snr(60, self.pairs.sigma_min, self.pairs.sigma_max, to_data=False)
-        call = partial(squared_differences, self.pairs.ode, self.pairs.final, levels, self.seed)
-        return self.timed("ays", call)
-
-    @cached_property
-    def statistics(self) -> tuple[ModelStatistics, int]:
-        """Statistics for DPM-Solver-v3, and their cost."""
-        ode, x = fitting(self.setting, self.size.statistics, self.seed)
-        grid = karras(10, self.pairs.sigma_min, self.pairs.sigma_max)
-        with ode.counting() as spent:
-            found = self.timed("statistics", partial(ModelStatistics.estimate, ode, x, grid, points=POINTS))
-        backward = 2 * POINTS * len(x) if found.about["mode"] == "reverse" else 0
-        return found, spent.samples + backward
-
-    def timed(self, name: str, call: Callable[[], Any]) -> Any:
-        """The result of a call, with its seconds under a name."""
-        begun = time.process_time()
-        found = call()
-        self.spent[name] = time.process_time() - begun
-        return found
-
-    def row(self, method: str, nfe: int, plan: Plan, evaluations: int, *shared: str) -> Row:
-        """The measurement of a solver."""
-        with torch.no_grad():
-            final = plan.run(self.batch.ode, self.batch.x, check_finite=False)
-        errors = per_sample(final.double() - self.batch.final.double())
-        return {
-            "setting": self.setting,
-            "nfe": nfe,
-            "method": method,
-            "rmse": float(errors.square().mean().sqrt()),
-            "typical": float(errors.log().mean().exp()),
-            "evaluations": evaluations,
-            "seconds": sum(self.spent[name] for name in shared),
-        }
+_TICKS = (1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6)
 
 
 class LearnedSolvers(Experiment):
@@ -164,18 +46,20 @@ class LearnedSolvers(Experiment):
     def cells(self, quick: bool) -> Sequence[Cell]:
         """A cell for each model and number of evaluations, and a cell for the budget "thorough"."""
         if quick:
-            return [Cell("mixture64, 5", partial(_measured, "mixture64", Size(32, 16, 8, (5,)), 5))]
-        cells = [Cell(f"{s}, {n}", partial(_measured, s, z, n)) for s, z in SIZES.items() for n in z.nfes]
-        return [*cells, *(Cell(f"{s}, {n}, thorough", partial(_thorough, s, SIZES[s], n)) for s, n in THOROUGH)]
+            return [Cell("mixture64, 5", partial(measured, "mixture64", Size(32, 16, 8, (5,)), 5))]
+        cells = [Cell(f"{s}, {n}", partial(measured, s, z, n)) for s, z in SIZES.items() for n in z.nfes]
+        return [*cells, *(Cell(f"{s}, {n}, thorough", partial(thorough, s, SIZES[s], n)) for s, n in THOROUGH)]
 
     # ---- the page ----------------------------------------------------------------------------------------------------
 
     def _ratio(self, found: Measurements, method: str, value: str = "rmse") -> Estimate:
         """Error of "standard" over the error of a method: geometric mean over models and numbers of evaluations."""
         return found.averaged(
-            lambda own: _geometric(
-                own.ratio(value, {"method": STANDARD}, {"method": method}, setting=s, nfe=n).mean
-                for s, n in _places(own)
+            lambda own: geometric(
+                [
+                    own.ratio(value, {"method": STANDARD}, {"method": method}, setting=s, nfe=n).mean
+                    for s, n in _places(own)
+                ]
             )
         )
 
@@ -194,12 +78,12 @@ class LearnedSolvers(Experiment):
     def answer(self, found: Measurements) -> str:
         """Cases won and lost by the budget "standard", and the ideas of rivals that are better at equal cost."""
         ratios = {m: self._ratio(found, m) for m in RIVALS}
-        nearest = min(ratios, key=lambda m: abs(ratios[m].mean - 1) if ratios[m].mean < 1 else -ratios[m].mean)
-        decided, cases = self._decided(found), len(_places(found))
+        nearest, decided, cases = max(ratios, key=lambda m: ratios[m].mean), self._decided(found), len(_places(found))
         text = (
             f"Over {cases} cases (model and number of evaluations), the error of `iia_ode.fit` with the budget "
-            f'"standard" is {ratios[nearest]} times the error of the nearest rival, {nearest}, and '
-            f"{ratios['bns']} times the error of BNS at equal cost (geometric means). "
+            f'"standard" is {ratios[nearest]} times the error of the nearest rival, {nearest}, and {ratios["bns"]} times '
+            f"the error of BNS at equal cost (geometric means; {self._ratio(found, 'bns', 'typical')} times in the typical "
+            "error, the aim of BNS). "
         )
         lost = [
             f"{m} ({IDEAS[m.split()[0]]}) in {', '.join(better)}"
@@ -266,13 +150,18 @@ class LearnedSolvers(Experiment):
             ax.axhline(best, color="#999999", linestyle="--", linewidth=1, label="best classic, not tuned")
             ax.set(xscale="log", yscale="log", title=f"{setting}, {nfe} evaluations")
             ax.set(xlabel="sample evaluations of the fit", ylabel="endpoint RMSE")
+            ax.set_xticks(_TICKS, [f"{v:g}" for v in _TICKS], fontsize="x-small")
+            spent = [v for m in styles if (v := part.estimate("evaluations", method=m).mean) > 0]
+            ax.set_xlim(min(spent) / 1.6, max(spent) * 1.6)
+            ax.yaxis.set_major_formatter("{x:.2g}")
             ax.yaxis.set_minor_formatter("{x:.2g}")
             ax.tick_params(axis="y", which="both", labelsize="x-small")
+            ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             ax.grid(alpha=0.3)
         handles: dict[str, Any] = {}
         for ax in flat:
             handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small")
         return figure
 
     @property
@@ -305,70 +194,6 @@ a search.
 """
 
 
-@lru_cache(maxsize=1)
-def _work(setting: str, size: Size, seed: int) -> Work:
-    one_thread()
-    return Work(setting, size, seed)
-
-
-def _measured(setting: str, size: Size, nfe: int, seed: int, folder: Path) -> list[Row]:
-    """The rows of a model and a number of evaluations."""
-    work = _work(setting, size, seed)
-    grid, schedule = karras(nfe, work.pairs.sigma_min, work.pairs.sigma_max), work.pairs.ode.schedule
-    rows = [work.row(s, nfe, get_solver(s).plan(schedule, grid), 0) for s in CLASSIC]
-    rows += [work.row(m, nfe, own.plan, own.sample_evaluations, *shared) for m, own, *shared in _times(work, nfe)]
-    found, cost = work.statistics
-    v3 = get_solver("dpm_solver_v3", statistics=found, max_order=2)
-    rows.append(work.row("dpm_solver_v3", nfe, v3.plan(schedule, grid), cost, "statistics"))
-    return rows + _fits(work, nfe)
-
-
-def _times(work: Work, nfe: int) -> list[tuple[Any, ...]]:
-    """(name, result, names of its seconds) of the rivals that learn times alone."""
-    pairs, costs, differences = work.pairs, work.costs, work.differences
-    tuned: dict[str, Any] = {"solver": "ipndm", "metric": "distance", "coefficient": 1.0}
-    return [
-        ("gits ddim", gits(pairs, nfe, costs=costs), "gits"),
-        ("gits ipndm", gits(pairs, nfe, solver="ipndm", costs=costs), "gits"),
-        ("gits ipndm, tuned", gits(pairs, nfe, costs=costs, **tuned), "gits"),
-        ("ays dpmpp_2m", align(pairs, nfe, differences=differences), "pairs", "ays"),
-        ("ays dpmpp_2m, tuned", align(pairs, nfe, floor=TUNED, differences=differences), "pairs", "ays"),
-    ]
-
-
-def _fits(work: Work, nfe: int) -> list[Row]:
-    """BNS, and the budgets "closed-form" and "standard"."""
-    pairs, teacher = work.taught
-    own: Learned = work.timed("bns", partial(_bns, pairs, nfe, "standard", work.seed))
-    rows = [work.row("bns", nfe, own.plan, own.sample_evaluations, "pairs", "bns")]
-    for budget in ("closed-form", "standard"):
-        call = partial(fit, pairs.ode, nfe, x=pairs.x, budget=budget, teacher=teacher, seed=work.seed)
-        found = work.timed(budget, call)
-        cost = found.record.sample_evaluations + pairs.sample_evaluations
-        rows.append(work.row(f"iia {budget}", nfe, found.plan, cost, "pairs", budget))
-    return rows
-
-
-def _thorough(setting: str, size: Size, nfe: int, seed: int, folder: Path) -> list[Row]:
-    """The rows of the budget "thorough", and of BNS with the same draws and cost."""
-    work = _work(setting, size, seed)
-    ode, x = fitting(setting, LONG_DRAWS, seed)
-    pairs, _ = work.timed("long pairs", partial(Pairs.solve, ode, x, work.pairs.sigma_min, work.pairs.sigma_max))
-    own: Learned = work.timed(LONG, partial(_bns, pairs, nfe, "thorough", seed))
-    found = work.timed("thorough", partial(fit, ode, nfe, x=x, budget="thorough", sigma_min=pairs.sigma_min, seed=seed))
-    return [
-        work.row(LONG, nfe, own.plan, own.sample_evaluations, "long pairs", LONG),
-        work.row("iia thorough", nfe, found.plan, found.record.sample_evaluations, "thorough"),
-    ]
-
-
-def _bns(pairs: Pairs, nfe: int, budget: str, seed: int) -> Learned:
-    """BNS with the expected cost of a budget."""
-    start, rate = RATES[nfe]
-    expected = fit_cost(pairs.ode, nfe, budget, samples=len(pairs)).sample_evaluations
-    return bns(pairs, nfe, evaluations=expected, start=start, rate=rate, seed=seed)
-
-
 def _places(found: Measurements) -> list[tuple[str, int]]:
     """Models with numbers of evaluations."""
     return list(dict.fromkeys((str(row["setting"]), int(row["nfe"])) for row in found.rows))
@@ -387,12 +212,6 @@ def _affordable(found: Measurements, method: str, setting: str, nfe: int) -> boo
     """Whether a rival costs at most as much as the budget "standard"."""
     own = found.estimate("evaluations", method=method, setting=setting, nfe=nfe).mean
     return own <= EQUAL * found.estimate("evaluations", method=STANDARD, setting=setting, nfe=nfe).mean
-
-
-def _geometric(values: Any) -> Estimate:
-    from .measurements import geometric
-
-    return geometric(list(values))
 
 
 EXPERIMENT = LearnedSolvers()

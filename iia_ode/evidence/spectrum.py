@@ -94,12 +94,28 @@ class Spectrum(Experiment):
             sentences.append(
                 f"{solver}: error {min(r.mean for r in total):.2g} to {max(r.mean for r in total):.2g} times that of "
                 f"{BASES[solver]} over {len(total)} cases (lower in {better}, higher in {worse}); large eigenvalues gain and "
-                f"small ones lose in {len(traded)}, both gain in {both}."
+                f"small ones lose in {len(traded)}, both gain in {both}; {self._share(found, solver)} of the fall of the "
+                "squared error comes from the large ones."
             )
         return (
             "On falling spectra, with large eigenvalues (half of the variance) and small ones (last half of the indices): "
             f"{' '.join(sentences)} {self._dimension(found)}"
         )
+
+    def _share(self, found: Measurements, solver: str) -> str:
+        """The range of the part of large eigenvalues in the fall of the squared error, where the whole error falls."""
+        shares = []
+        for s, d, n in _cases(found.where(solver=solver)):
+            v, falls = eigenvalues(POWERS[s], d), {}
+            for value, variance in (("error", v.sum()), ("large", v[_large(v)].sum())):
+                base, own = (
+                    found.estimate(value, spectrum=s, dimension=d, nfe=n, solver=m).mean
+                    for m in (BASES[solver], solver)
+                )
+                falls[value] = float(variance) * (base**2 - own**2)
+            if falls["error"] > 0:
+                shares.append(falls["large"] / falls["error"])
+        return f"{100 * min(shares):.0f}% to {100 * max(shares):.0f}%"
 
     def _dimension(self, found: Measurements) -> str:
         """How the gain changes from the smallest to the largest dimension."""
@@ -229,7 +245,7 @@ def _errors(plan: Plan, v: Tensor) -> Tensor:
 
 def _rows(about: Row, errors: Tensor, base: Tensor | None, v: Tensor) -> list[Row]:
     """The errors of groups of components, and of single ones."""
-    large = (v.cumsum(0) - v) < 0.5 * v.sum()  # the fewest components with half of the variance
+    large = _large(v)
     small = torch.arange(len(v), device="cpu") >= len(v) // 2
     groups = {"error": torch.ones_like(large), "large": large, "small": small}
     whole: Row = {n: float((errors[g].square().sum() / v[g].sum()).sqrt()) for n, g in groups.items()}
@@ -241,6 +257,11 @@ def _rows(about: Row, errors: Tensor, base: Tensor | None, v: Tensor) -> list[Ro
         {"index": k, "eigenvalue": float(v[k - 1]), "relative": float(errors[k - 1] / v[k - 1].sqrt())} for k in places
     ]
     return [about | row for row in (whole, *singles)]
+
+
+def _large(v: Tensor) -> Tensor:
+    """The fewest components with half of the variance, as a mask."""
+    return (v.cumsum(0) - v) < 0.5 * v.sum()
 
 
 def _cases(found: Measurements, *, flat: bool = False) -> list[tuple[str, int, int]]:
