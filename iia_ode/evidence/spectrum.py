@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -186,7 +186,13 @@ class Spectrum(Experiment):
                     over, under = {"solver": solver}, {"solver": BASES[solver]}
                     points = [own.ratio(value, over, under, dimension=d) for d in places]
                     spread = [p.error if p.seeds > 1 else 0.0 for p in points]
-                    options = {"color": COLORS[k], "linestyle": style, "marker": "o", "markersize": 3, "capsize": 2}
+                    options: dict[str, Any] = {
+                        "color": COLORS[k],
+                        "linestyle": style,
+                        "marker": "o",
+                        "markersize": 3,
+                        "capsize": 2,
+                    }
                     ax.errorbar(places, [p.mean for p in points], yerr=spread, label=f"{solver}, {value}", **options)
             ax.axhline(1, color="#999999", linewidth=0.8)
             ax.set(xscale="log", yscale="log", xlabel="dimension", ylabel="error of fit / error of base")
@@ -232,7 +238,7 @@ def _measured(spectrum: str, dimension: int, seed: int, folder: Path) -> list[Ro
                     plan = preset(fit, guard=False).fit(ode, x, grid).plan
                 errors[fit] = _errors(plan, v)
         for solver_name, own in errors.items():
-            about = {"spectrum": spectrum, "dimension": dimension, "nfe": nfe, "solver": solver_name}
+            about: Row = {"spectrum": spectrum, "dimension": dimension, "nfe": nfe, "solver": solver_name}
             rows += _rows(about, own, errors.get(BASES.get(solver_name, "")), v)
     return rows
 

@@ -142,9 +142,11 @@ def best_path(costs: Tensor, steps: int, coefficient: float = 1.0) -> list[int]:
 
 
 def _unit(v: Tensor) -> Tensor:
-    return v / v.norm(dim=1, keepdim=True)
+    out: Tensor = v / v.norm(dim=1, keepdim=True)
+    return out
 
 
 def _distance(v: Tensor, line: Tensor) -> Tensor:
     """Distance of points [B, D] from lines through the origin with unit directions [B, D]."""
-    return (v - (v * line).sum(dim=1, keepdim=True) * line).norm(dim=1)
+    out: Tensor = (v - (v * line).sum(dim=1, keepdim=True) * line).norm(dim=1)
+    return out
