@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .experiment import Experiment
-from .measurements import Estimate, Measurements
+from .measurements import Estimate, Measurements, Value
 
 __all__ = ["Agreement", "agreement"]
 
@@ -19,18 +19,28 @@ class Agreement:
     ----------
     total : number of values that both runs have.
     inside : number of values whose two estimates differ by no more than the 95% interval of the difference.
+    together : the same with intervals that hold for all values at once with 95% (Bonferroni).
     worst : name of the value with the largest difference, in widths of its interval.
     ratio : that difference over half the width of its interval.
     """
 
     total: int
     inside: int
+    together: int
     worst: str
     ratio: float
 
     def __str__(self) -> str:
-        share = f"{self.inside} of {self.total} values agree within the 95% interval of their difference"
-        return share if self.ratio <= 1 else f"{share}; the worst, {self.worst}, is off by {self.ratio:.1f} half-widths"
+        share = (
+            f"{self.inside} of {self.total} values agree within the 95% interval of their difference, and {self.together} "
+            "within intervals that hold for all values at once"
+        )
+        if self.ratio <= 1:
+            return share
+        return (
+            f"{share}. The worst, {self.worst}, is off by {self.ratio:.1f} half-widths. Values of a run share their noise, so "
+            "they fall outside together"
+        )
 
 
 def agreement(experiment: Experiment, first: Measurements, second: Measurements) -> Agreement:
@@ -43,30 +53,37 @@ def agreement(experiment: Experiment, first: Measurements, second: Measurements)
 
     Returns
     -------
-    The :class:`Agreement`. Of independent runs, one value in twenty is expected outside.
+    The :class:`Agreement`. Of independent values, one in twenty is expected outside.
     """
     names = list(dict.fromkeys(tuple((k, row[k]) for k in experiment.keys if k in row) for row in first.rows))
-    total, inside, worst, most = 0, 0, "", 0.0
-    for name in names:
-        for value in experiment.values:
-            a, b = (_exactly(run, value, experiment.keys, dict(name)) for run in (first, second))
-            if a.seeds < 2 or b.seeds < 2:
-                continue
-            ratio = _ratio(a, b)
-            total, inside = total + 1, inside + (ratio <= 1)
-            if ratio > most:
-                worst, most = f"{value} of {', '.join(str(v) for _, v in name)}", ratio
-    return Agreement(total, inside, worst, most)
+    pairs = {
+        f"{value} of {', '.join(str(v) for _, v in name)}": (
+            _exactly(first, value, experiment.keys, dict(name)),
+            _exactly(second, value, experiment.keys, dict(name)),
+        )
+        for name in names
+        for value in experiment.values
+    }
+    pairs = {name: (a, b) for name, (a, b) in pairs.items() if min(a.seeds, b.seeds) > 1}
+    ratios = {name: _ratio(a, b, 0.05) for name, (a, b) in pairs.items()}
+    worst = max(ratios, key=lambda name: ratios[name], default="")
+    return Agreement(
+        total=len(ratios),
+        inside=sum(r <= 1 for r in ratios.values()),
+        together=sum(_ratio(a, b, 0.05 / len(pairs)) <= 1 for a, b in pairs.values()),
+        worst=worst,
+        ratio=ratios.get(worst, 0.0),
+    )
 
 
-def _exactly(run: Measurements, value: str, keys: tuple[str, ...], name: dict[str, object]) -> Estimate:
+def _exactly(run: Measurements, value: str, keys: tuple[str, ...], name: dict[str, Value]) -> Estimate:
     """The estimate over the rows with these keys and no others."""
     rows = [r for r in run.where(**name).rows if all((k in r) == (k in name) for k in keys)]
     return Measurements(rows).estimate(value)
 
 
-def _ratio(a: Estimate, b: Estimate) -> float:
-    """The difference over half the width of its 95% interval, by Welch's test."""
+def _ratio(a: Estimate, b: Estimate, level: float) -> float:
+    """The difference over half the width of its interval, which misses with the probability `level`, by Welch's test."""
     import scipy.stats
 
     difference, spread = abs(a.mean - b.mean), math.hypot(a.error, b.error)
@@ -75,4 +92,4 @@ def _ratio(a: Estimate, b: Estimate) -> float:
     if not spread:
         return math.inf
     freedom = spread**4 / (a.error**4 / (a.seeds - 1) + b.error**4 / (b.seeds - 1))
-    return difference / (float(scipy.stats.t.ppf(0.975, freedom)) * spread)
+    return difference / (float(scipy.stats.t.ppf(1 - level / 2, freedom)) * spread)

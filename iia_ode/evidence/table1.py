@@ -169,7 +169,7 @@ def _measured(
     """All pairs for both solvers; equal evaluations of different pairs are made once."""
     del folder
     samples, fit_samples = sizes
-    batch = unseen(setting, samples, seed)
+    batch = unseen(setting, samples, seed, steps=90)
     ode, (fit_ode, fit_x) = cached(batch.ode), fitting(setting, fit_samples, seed)
     fit_ode, grid = cached(fit_ode), preset(SOLVERS[0]).base_solver.grid_for(nfe, grids.karras, ode.schedule)
     pairs = [(m, r) for m in substeps for r in HISTORIES if r < len(grid) - 2]

@@ -89,7 +89,7 @@ class Work:
     @cached_property
     def batch(self) -> Unseen:
         """Unseen noise with converged final states."""
-        return unseen(self.setting, self.size.unseen, self.seed)
+        return unseen(self.setting, self.size.unseen, self.seed, steps=90)
 
     @cached_property
     def taught(self) -> tuple[Pairs, Teacher]:
