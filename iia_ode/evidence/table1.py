@@ -209,7 +209,7 @@ def _cases(found: Measurements, value: str) -> list[_Case]:
 
 def _by_nfe(cases: Sequence[_Case]) -> str:
     """Cases with a better pair, by number of evaluations: ``"4 of 4 with 7 evaluations, 1 of 4 with 11"``."""
-    parts = []
+    parts: list[str] = []
     for nfe in dict.fromkeys(case.place["nfe"] for case in cases):
         own = [case for case in cases if case.place["nfe"] == nfe]
         unit = "" if parts else " evaluations"

@@ -6,7 +6,7 @@ Each rival takes an ODE with states of the schedule EDM, and returns a plan with
 from .ays import align, bound_costs, squared_differences
 from .bns import NonStationary, bns
 from .gits import best_path, gits, local_costs
-from .learned import Learned, Pairs
+from .pairs import Learned, Pairs
 
 __all__ = [
     "Learned",

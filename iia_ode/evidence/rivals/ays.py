@@ -18,7 +18,7 @@ from ...grids import karras, log_snr
 from ...metrics import flat
 from ...ode import ProbabilityFlowODE
 from ...solvers import get_solver
-from .learned import Learned, Pairs
+from .pairs import Learned, Pairs
 
 __all__ = ["align", "bound_costs", "squared_differences"]
 

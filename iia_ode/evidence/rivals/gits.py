@@ -19,7 +19,7 @@ from ...grids import karras
 from ...metrics import flat
 from ...ode import ProbabilityFlowODE
 from ...solvers import get_solver
-from .learned import Learned, Pairs
+from .pairs import Learned, Pairs
 
 __all__ = ["best_path", "gits", "local_costs"]
 
