@@ -1,4 +1,4 @@
-"""What the parts of IIA are worth: step sizes, earlier gradients, the length of the history; and where overfitting begins."""
+"""Worth of the parts of IIA: step sizes, earlier gradients, the length of the history; and where overfitting begins."""
 
 from __future__ import annotations
 
@@ -152,28 +152,32 @@ class Ablation(Experiment):
             sentences.append(
                 f"On mixture64 with {count} evaluations {method} leaves of the error of {BASE_OF[method]}: {', '.join(texts)}."
             )
-        return " ".join([*sentences, *self._overfitting(found)])
+        shown = found.where(setting="mixture") if found.where(setting="mixture") else found
+        return " ".join([*sentences, *self._overfitting(shown), f"Overfitting in r: {self._verdict(found)}."])
+
+    def gap(self, found: Measurements, setting: str, method: str, history: int) -> dict[int, Estimate]:
+        """The gap between unseen and fitting noise, by batch size."""
+        own = found.where(setting=setting, method=method, part="history", history=history)
+        return {
+            n: own.averaged(lambda seed, n=n: seed.estimate("gap", batch=n))  # type: ignore[misc]
+            for n in sorted(own.distinct("batch"))
+        }
 
     def _overfitting(self, found: Measurements) -> list[str]:
-        """Excess of small batches for the shortest and the longest history, and the best history."""
+        """Gap and excess of the smallest batch for the shortest and the longest history, and the best history."""
         sentences = []
-        for setting in found.distinct("setting"):
+        for setting in found.where(part="history").distinct("setting"):
             for method in found.where(setting=setting, part="history").distinct("method"):
                 lengths = found.where(setting=setting, part="history", method=method).distinct("history")
                 told, batches = [], []
                 for r in (lengths[0], lengths[-1]):
-                    excess = self.excess(found, setting, method, r)
+                    gap, excess = (f(found, setting, method, r) for f in (self.gap, self.excess))
                     batches = list(excess)
-                    told.append(
-                        f"{excess[batches[0]]} (r = {r}, enough samples: {self.needed(found, setting, method, r)})"
-                    )
-                text = (
-                    f"{method} on {setting}: fits to {batches[0]} samples have {' and '.join(told)} of the error of fits to "
-                    f"{batches[-1]}"
-                )
+                    told.append(f"r = {r}: gap {gap[batches[0]]}, excess {excess[batches[0]]}")
+                text = f"{method} on {setting} with {batches[0]} samples has {'; '.join(told)}"
                 best, ratio = self.best(found, setting, method)
                 if ratio.mean < 2 - EXCESS and ratio.below(1):
-                    text += f", at which r = {best} is best with {ratio} of the error of r = 1"
+                    text += f"; with {batches[-1]} samples r = {best} is best, {ratio} of the error of r = 1"
                 sentences.append(f"{text}.")
         return sentences
 
@@ -196,13 +200,18 @@ class Ablation(Experiment):
         return claims
 
     def _verdict(self, found: Measurements) -> str:
-        """Overfitting in a few words."""
-        needed = []
+        """The largest batches with a clear gap, and with a clear excess, in a few words."""
+        told = []
         for setting in found.where(part="history").distinct("setting"):
             own = found.where(setting=setting, part="history")
             cases = [(m, r) for m in own.distinct("method") for r in own.where(method=m).distinct("history")]
-            needed.append(f"{max(self.needed(found, setting, m, r) for m, r in cases)} on {setting}")
-        return f"enough samples for every r: {', '.join(needed)}" if needed else "not resolved"
+            gaps = [
+                n for m, r in cases for n, g in self.gap(found, setting, m, r).items() if g.mean > EXCESS and g.above(1)
+            ]
+            enough = max(self.needed(found, setting, m, r) for m, r in cases)
+            clear = f"a clear gap with up to {max(gaps)} samples" if gaps else "no clear gap"
+            told.append(f"{setting}: {clear}, no clear excess from {enough} on")
+        return "; ".join(told) or "not resolved"
 
     def tables(self, found: Measurements) -> Sequence[Part]:
         """Parts by evaluations; histories by batch size."""
@@ -284,9 +293,10 @@ class Ablation(Experiment):
             f"({', '.join(f'{k} of {n} samples' for n, k in BLOCKS['mixture64'].items())} on mixture64); errors are root mean "
             f"squares over these fits. Unseen samples: {', '.join(f'{n} on {s}' for s, n in UNSEEN.items())}. "
             f"Histories are measured at {', '.join(f'{n} evaluations on {s}' for s, n in COUNT.items())}. Heun's method has "
-            "four fitted steps on mixture64, so r = 4 is r = 3 there. The components of mixture64 are isotropic, so that earlier "
-            "steps span few further directions; mixture has other variances in each of its 8 dimensions. Samples are enough "
-            f"from the smallest batch on which, like all larger ones, has no clear excess above {EXCESS - 1:.0%}."
+            "four fitted steps on mixture64, so r = 4 is r = 3 there. The components of mixture64 are isotropic, so that "
+            "earlier steps span few further directions; mixture has other variances in each of its 8 dimensions. The "
+            "excess is the RMSE on unseen noise relative to the RMSE after a fit to the largest batch. Gaps and excesses "
+            f"count where they are clear and above {EXCESS - 1:.0%}."
         )
 
 
