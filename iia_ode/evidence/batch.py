@@ -41,7 +41,7 @@ STEPS = {"mixture64": 200, "digits": 40}
 TYPICAL = ("mixture64",)
 """Models with the error of a typical sample: few samples end in another component and dominate the RMSE."""
 LEAST = 1.05
-"""A batch is enough if its error is clearly below this multiple of the error of the largest batch."""
+"""A batch is enough up to this multiple of the error of the largest batch."""
 
 
 class Batch(Experiment):
@@ -85,42 +85,43 @@ class Batch(Experiment):
         return curve.ratio(value, {"batch": batch}, {"batch": self.base_batch})
 
     def enough(self, curve: Measurements) -> int:
-        """The smallest batch from which on the error is clearly within 5% of the error of the largest batch."""
-        excess = self.excess(curve, self.measure(curve))
-        short = [n for n, e in excess.items() if n < max(excess) and not e.below(LEAST)]
-        return min(n for n in excess if n > max(short, default=0))
+        """The smallest batch from which on the mean RMSE is within 5% of the RMSE of the largest batch."""
+        excess = self.excess(curve)
+        short = [n for n, e in excess.items() if not e.mean < LEAST]
+        return min((n for n in excess if n > max(short, default=0)), default=max(excess))
 
     def answer(self, found: Measurements) -> str:
-        """Enough samples, and the errors of the smallest and the largest batch."""
-        sentences = []
-        for (setting, method, nfe), curve in self.curves(found).items():
-            enough, batches = self.enough(curve), list(self.excess(curve))
-            value = self.measure(curve)
-            what = "the error of a typical sample" if value == "typical" else "the RMSE"
-            told = (
-                f"from {enough} samples on {what} is within {LEAST - 1:.0%} of the fit to {batches[-1]}"
-                if enough < batches[-1]
-                else f"no batch below {batches[-1]} samples has {what} clearly within {LEAST - 1:.0%} of the largest"
-            )
-            sentences.append(
-                f"{method} on {setting} at {nfe} evaluations: {told}; {batches[0]} samples leave "
-                f"{self.gain(curve, batches[0], value)} of the base's error, {batches[-1]} leave "
-                f"{self.gain(curve, batches[-1], value)}."
-            )
-        return " ".join(sentences)
+        """Enough samples, and the excess of the smallest batch."""
+        return " ".join(self._told(*name, curve) for name, curve in self.curves(found).items())
+
+    def _told(self, setting: str, method: str, nfe: int, curve: Measurements) -> str:
+        """A sentence on a case."""
+        batches = list(self.excess(curve))
+        few, most = batches[0], batches[-1]
+        text = (
+            f"{method} on {setting} at {nfe} evaluations: from {self.enough(curve)} samples on the RMSE is within "
+            f"{LEAST - 1:.0%} of the RMSE with {most}; {few} samples have {self.excess(curve)[few]} of it, and "
+            f"{self.gain(curve, few)} of the base's error, {most} samples {self.gain(curve, most)}."
+        )
+        if self.measure(curve) == "typical":
+            typical = self.excess(curve, "typical")[few]
+            side = "clearly lower" if typical.below(1) else "clearly higher" if typical.above(1) else "not resolved"
+            text += f" The error of a typical sample with {few} samples is {typical} of the error with {most} ({side})."
+        return text
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The open question on the batch size."""
         curves = self.curves(found)
         enough = {name: self.enough(curve) for name, curve in curves.items()}
-        few = [next(iter(self.excess(curve, self.measure(curve)).values())) for curve in curves.values()]
-        told = "; ".join(f"{m} on {s} at {n}: {k}" for (s, m, n), k in enough.items())
+        told = "; ".join(
+            f"{m} on {s} at {n}: {k}, the smallest batch {next(iter(self.excess(curves[s, m, n]).values()))}"
+            for (s, m, n), k in enough.items()
+        )
         return [
             Claim(
                 "Open question: how many samples does a fit need?",
-                f"samples from which on the error is clearly within {LEAST - 1:.0%} of the largest batch: {told}; the "
-                f"smallest batch has between {min(few, key=lambda e: e.mean)} and {max(few, key=lambda e: e.mean)} of the "
-                "error of the largest",
+                f"samples from which on the RMSE is within {LEAST - 1:.0%} of the largest batch, and the RMSE of the smallest "
+                f"batch relative to the largest: {told}",
                 f"{min(enough.values())} to {max(enough.values())} samples",
             )
         ]
@@ -154,21 +155,21 @@ class Batch(Experiment):
         return tables
 
     def figure(self, found: Measurements) -> Figure:
-        """Error relative to the largest batch, and relative to the base."""
+        """Errors relative to the base: RMSE, and of a typical sample."""
         settings = found.distinct("setting")
         figure, axes = panels(len(settings), 2, width=4.2)
         for row, setting in zip(axes, settings, strict=True):
             lines = {f"{m}, {n} evaluations": c for (s, m, n), c in self.curves(found).items() if s == setting}
-            value = self.measure(found.where(setting=setting))
-            what = "RMSE" if value == "rmse" else "typical sample"
-            for ax, under, label in (
-                (row[0], 0, "relative to the base"),
-                (row[1], -1, "relative to the largest batch"),
-            ):
-                shown = {name: _relative(curve, under, value) for name, curve in lines.items()}
-                lines_with_bands(ax, shown, "batch", "ratio", logarithmic="x")
+            both = self.measure(found.where(setting=setting)) == "typical"
+            for ax, error, label in ((row[0], "rmse", "RMSE"), (row[1], "typical", "typical sample")):
+                if error == "typical" and not both:
+                    ax.set_axis_off()
+                    continue
+                lines_with_bands(
+                    ax, {k: _relative(c, error) for k, c in lines.items()}, "batch", "ratio", logarithmic="x"
+                )
                 ax.axhline(1, color="#999999", linewidth=0.8)
-                ax.set(title=f"{setting}, {what}", xlabel="samples of the fit", ylabel=f"error {label}")
+                ax.set(title=f"{setting}, {label}", xlabel="samples of the fit", ylabel="error relative to the base")
                 ax.tick_params(axis="x", labelsize="small")
         return figure
 
@@ -185,8 +186,8 @@ class Batch(Experiment):
             f"80 to 0.002. Unseen samples: {sizes}. Small batches are fitted several times per seed, to disjoint batches "
             f"({blocks}), and the error is the root mean square over these fits. The error of a typical sample is the "
             "geometric mean of the RMS errors of single samples; on mixture64 few samples end in another component and "
-            f"make up the RMSE. A batch is enough if its error and the errors of all larger batches are clearly below {LEAST} "
-            "of the error of the largest batch."
+            "make up the RMSE. A fit to many samples serves these few by the mean square, at the cost of the others. A batch "
+            f"is enough if its mean RMSE and those of all larger batches are below {LEAST} of the largest batch's."
         )
 
 
@@ -229,10 +230,9 @@ def _errors(found: Sequence[Tensor], setting: str) -> Row:
     )
 
 
-def _relative(curve: Measurements, under: int, value: str) -> Measurements:
-    """Errors of each seed relative to one batch size: 0 for the base, -1 for the largest."""
-    batches = sorted(curve.distinct("batch"))
-    bottom = curve.by_seed(value, batch=batches[under])
+def _relative(curve: Measurements, value: str) -> Measurements:
+    """Errors of each seed relative to the base."""
+    bottom = curve.by_seed(value, batch=Batch.base_batch)
     return Measurements({**r, "ratio": float(r[value]) / bottom[r["seed"]]} for r in curve.rows if r["batch"])
 
 

@@ -18,7 +18,7 @@ from ..experiments.results import Comparison
 from ..grids import karras
 from ..iia import FittedSolver
 from ..integrate import sample
-from ..metrics import FeatureStatistics, frechet_distance, image_features, rmse
+from ..metrics import FeatureStatistics, frechet_distance, image_features
 from ..ode import ProbabilityFlowODE
 from ..plan import Plan
 from ..reference import solve
@@ -29,7 +29,6 @@ __all__ = [
     "Unseen",
     "compared",
     "drawn",
-    "endpoint",
     "fitting",
     "frechet",
     "karras_within",
@@ -158,11 +157,6 @@ def part_of(batch: Unseen, first: int, last: int) -> Unseen:
     """The samples from `first` to before `last`."""
     part = slice(first, last)
     return Unseen(batch.setting, batch.ode.subset(part, len(batch.x)), batch.x[part], batch.final[part])
-
-
-def endpoint(batch: Unseen, solver: Solver | FittedSolver | Plan | str, grid: Tensor | None = None) -> float:
-    """RMSE of the final states per component, against the converged final states."""
-    return rmse(sample(batch.ode, batch.x, grid, solver), batch.final)
 
 
 def karras_within(solver: Solver, most: int, setting: Setting) -> tuple[int, Tensor] | None:
