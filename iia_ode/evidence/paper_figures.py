@@ -42,6 +42,7 @@ class PaperFigure(Experiment):
 
     keys = ("setting", "solver", "nfe")
     values = ("rmse", "frechet")
+    again = (100, 101)
 
     def __init__(
         self,
