@@ -34,6 +34,7 @@ __all__ = [
     "karras_within",
     "part_of",
     "setting_of",
+    "squares",
     "unseen",
 ]
 
