@@ -67,7 +67,9 @@ class LearnedSolvers(Experiment):
         """For each rival the cases in which it is worse than "standard", better, and neither."""
         table = {}
         for method in RIVALS:
-            worse, better, neither = [], [], []
+            worse: list[str] = []
+            better: list[str] = []
+            neither: list[str] = []
             for setting, nfe in _places(found):
                 ratio = found.ratio("rmse", {"method": STANDARD}, {"method": method}, setting=setting, nfe=nfe)
                 into = worse if ratio.below(1) else better if ratio.above(1) else neither
@@ -144,8 +146,14 @@ class LearnedSolvers(Experiment):
                 error, cost = part.estimate("rmse", method=method), part.estimate("evaluations", method=method)
                 if error.seeds:
                     spread = error.error if error.seeds > 1 else 0.0
-                    options = {"color": color, "marker": marker, "markersize": 6, "capsize": 2, "linestyle": "none"}
-                    ax.errorbar([cost.mean], [error.mean], yerr=[spread], label=method, **options)
+                    options: dict[str, Any] = {
+                        "color": color,
+                        "marker": marker,
+                        "markersize": 6,
+                        "capsize": 2,
+                        "linestyle": "none",
+                    }
+                    ax.errorbar([cost.mean], [error.mean], yerr=[spread], label=method, capsize=2, **options)
             best = min(part.estimate("rmse", method=m).mean for m in CLASSIC)
             ax.axhline(best, color="#999999", linestyle="--", linewidth=1, label="best classic, not tuned")
             ax.set(xscale="log", yscale="log", title=f"{setting}, {nfe} evaluations")

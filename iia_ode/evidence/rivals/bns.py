@@ -92,7 +92,8 @@ class NonStationary:
 
     def rows(self, theta: Tensor) -> list[Tensor]:
         """Weights (a_i, b_i0, ..., b_i,i-1) of each state, [i + 1] for i = 1, ..., n."""
-        return list(theta[self.nfe :].split([i + 1 for i in range(1, self.nfe + 1)]))
+        sizes = [i + 1 for i in range(1, self.nfe + 1)]
+        return list(torch.split_with_sizes(theta[self.nfe :], sizes))
 
     def run(self, ode: ProbabilityFlowODE, x: Tensor, theta: Tensor, data: Tensor | None = None) -> Tensor:
         """The final states, differentiable in theta.
@@ -193,7 +194,7 @@ def bns(
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (k - 1) / iterations))
         optimizer.zero_grad()
         loss = _loss(family, pairs, first, next(order), theta)
-        loss.backward()
+        torch.autograd.backward(loss)
         spent += 3 * (nfe - 1) * min(batch, train)
         if theta.grad is None or not bool(torch.isfinite(theta.grad).all()):
             break

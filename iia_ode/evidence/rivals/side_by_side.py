@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ __all__ = [
     "thorough",
 ]
 
+T = TypeVar("T")
 CLASSIC = ("ddim", "dpmpp_2m", "unipc", "deis_tab3", "ipndm")
 """Classic solvers, without a search."""
 
@@ -126,7 +127,7 @@ class Work:
         backward = 2 * POINTS * len(x) if found.about["mode"] == "reverse" else 0
         return found, spent.samples + backward
 
-    def timed(self, name: str, call: Callable[[], Any]) -> Any:
+    def timed(self, name: str, call: Callable[[], T]) -> T:
         """The result of a call, with its seconds under a name."""
         begun = time.process_time()
         found = call()
