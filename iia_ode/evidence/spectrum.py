@@ -83,19 +83,24 @@ class Spectrum(Experiment):
             for s, d, n in _cases(part)
         ]
 
+    def _sides(self, found: Measurements, solver: str) -> tuple[int, int, int]:
+        """Number of cases in which both groups gain, in which the small eigenvalues lose, and in which the large ones lose."""
+        large, small = (self._ratios(found, v, solver) for v in ("large", "small"))
+        pairs = list(zip(large, small, strict=True))
+        both = sum(a.below(1) and b.below(1) for a, b in pairs)
+        return both, sum(a.below(1) and b.above(1) for a, b in pairs), sum(a.above(1) and b.below(1) for a, b in pairs)
+
     def answer(self, found: Measurements) -> str:
-        """The range of gains, the part of the large eigenvalues, and the cases in which small eigenvalues lose."""
+        """The range of gains, the part of the large eigenvalues, and the cases in which one group loses."""
         sentences = []
-        for solver in BASES:
-            total, large, small = (self._ratios(found, v, solver) for v in ("error", "large", "small"))
-            traded = [k for k, (a, b) in enumerate(zip(large, small, strict=True)) if a.below(1) and b.above(1)]
-            both = sum(a.below(1) and b.below(1) for a, b in zip(large, small, strict=True))
+        for solver, base in BASES.items():
+            total, (both, small, large) = self._ratios(found, "error", solver), self._sides(found, solver)
             better, worse = sum(r.below(1) for r in total), sum(r.above(1) for r in total)
             sentences.append(
-                f"{solver}: error {min(r.mean for r in total):.2g} to {max(r.mean for r in total):.2g} times that of "
-                f"{BASES[solver]} over {len(total)} cases (lower in {better}, higher in {worse}); large eigenvalues gain and "
-                f"small ones lose in {len(traded)}, both gain in {both}; {self._share(found, solver)} of the fall of the "
-                "squared error comes from the large ones."
+                f"{solver}: error {min(r.mean for r in total):.2g} to {max(r.mean for r in total):.2g} times that of {base} "
+                f"over {len(total)} cases (lower in {better}, higher in {worse}); both groups gain in {both}, the small ones "
+                f"lose in {small}, the large ones lose in {large}; {self._share(found, solver)} of the fall of the squared "
+                "error comes from the large ones."
             )
         return (
             "On falling spectra, with large eigenvalues (half of the variance) and small ones (last half of the indices): "
@@ -128,14 +133,16 @@ class Spectrum(Experiment):
         return f"The ratio of window to its base is {'; '.join(changes)} (geometric mean over evaluations)."
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
-        """Whether a fit trades small eigenvalues for large ones, for each method."""
+        """Whether a fit trades one group of eigenvalues for the other, for each method."""
         claims = []
         for solver in BASES:
             large, small = (self._ratios(found, v, solver) for v in ("large", "small"))
-            traded = sum(a.below(1) and b.above(1) for a, b in zip(large, small, strict=True))
-            verdict = "no" if not traded else "yes" if traded == len(large) else f"in {traded} of {len(large)} cases"
+            _, lost, reverse = self._sides(found, solver)
             spread = [f"{min(r.mean for r in own):.2g} to {max(r.mean for r in own):.2g}" for own in (large, small)]
             measured = f"error over base {spread[0]} on large eigenvalues, {spread[1]} on small ones"
+            verdict = (
+                f"small ones lose in {lost}, large ones in {reverse} of {len(large)} cases" if lost + reverse else "no"
+            )
             claims.append(Claim(f"Does {solver} trade small eigenvalues for large ones?", measured, verdict))
         return claims
 
@@ -177,7 +184,8 @@ class Spectrum(Experiment):
                 solid=[s for s in names if s in BASES],
             )
             ax.set(title=f"{spectrum}, {top} dimensions, {nfe} evaluations", xlabel="eigenvalue")
-            ax.set(ylabel="error / standard deviation")
+            ax.set(ylabel="error / standard deviation", ylim=(ax.get_ylim()[0] / 50, None))
+            ax.legend(fontsize="x-small", ncols=3, loc="lower left")
             ax = axes[1][column]
             for k, solver in enumerate(BASES):
                 for value, style in (("large", "-"), ("small", ":")):
@@ -197,7 +205,8 @@ class Spectrum(Experiment):
             ax.axhline(1, color="#999999", linewidth=0.8)
             ax.set(xscale="log", yscale="log", xlabel="dimension", ylabel="error of fit / error of base")
             ax.grid(alpha=0.3)
-            ax.legend(fontsize="x-small", ncols=2)
+            ax.set_ylim(ax.get_ylim()[0] / 50, None)
+            ax.legend(fontsize="x-small", ncols=2, loc="lower right")
         return figure
 
     @property
