@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .experiment import Experiment
-from .measurements import Estimate, Measurements, Value
+from .measurements import Estimate, Measurements, estimated
 
 __all__ = ["Agreement", "agreement"]
 
@@ -55,15 +55,8 @@ def agreement(experiment: Experiment, first: Measurements, second: Measurements)
     -------
     The :class:`Agreement`. Of independent values, one in twenty is expected outside.
     """
-    names = list(dict.fromkeys(tuple((k, row[k]) for k in experiment.keys if k in row) for row in first.rows))
-    pairs = {
-        f"{value} of {', '.join(str(v) for _, v in name)}": (
-            _exactly(first, value, experiment.keys, dict(name)),
-            _exactly(second, value, experiment.keys, dict(name)),
-        )
-        for name in names
-        for value in experiment.values
-    }
+    own, other = _estimates(experiment, first), _estimates(experiment, second)
+    pairs = {name: (a, other[name]) for name, a in own.items() if name in other}
     pairs = {name: (a, b) for name, (a, b) in pairs.items() if min(a.seeds, b.seeds) > 1}
     ratios = {name: _ratio(a, b, 0.05) for name, (a, b) in pairs.items()}
     worst = max(ratios, key=lambda name: ratios[name], default="")
@@ -76,10 +69,15 @@ def agreement(experiment: Experiment, first: Measurements, second: Measurements)
     )
 
 
-def _exactly(run: Measurements, value: str, keys: tuple[str, ...], name: dict[str, Value]) -> Estimate:
-    """The estimate over the rows with these keys and no others."""
-    rows = [r for r in run.where(**name).rows if all((k in r) == (k in name) for k in keys)]
-    return Measurements(rows).estimate(value)
+def _estimates(experiment: Experiment, run: Measurements) -> dict[str, Estimate]:
+    """The estimate of each value over the rows with equal keys, by the name of the value."""
+    found: dict[str, list[float]] = {}
+    for row in run.rows:
+        name = ", ".join(f"{row[k]}" for k in experiment.keys if k in row)
+        for value in experiment.values:
+            if value in row:
+                found.setdefault(f"{value} of {name}", []).append(float(row[value]))
+    return {name: estimated(values) for name, values in found.items()}
 
 
 def _ratio(a: Estimate, b: Estimate, level: float) -> float:
