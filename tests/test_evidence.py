@@ -144,6 +144,17 @@ def test_a_page_has_the_question_the_answer_the_command_and_the_agreement(tmp_pa
     first, second = (run(toy, tmp_path / str(k), s, command="cmd") for k, s in enumerate((toy.seeds, toy.again)))
     text = page(toy, first, about(tmp_path / "0"), "toy.png", (second, about(tmp_path / "1")))
     assert all(part in text for part in (toy.question, toy.answer(first), "```sh\ncmd\n```", "2 of 2 values agree"))
+    assert "Not measured yet" not in text
+
+
+def test_a_page_of_an_unfinished_run_says_what_is_missing(tmp_path):
+    toy = Toy()
+    run(toy, tmp_path)
+    path = tmp_path / "seed-1.json"
+    part = json.loads(path.read_text())
+    del part["cells"]["b"]
+    path.write_text(json.dumps(part))
+    assert "Not measured yet: b." in page(toy, load(toy, tmp_path), about(tmp_path), "toy.png")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

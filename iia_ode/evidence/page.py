@@ -43,6 +43,11 @@ def page(
     for part in experiment.tables(found):
         parts += [part.caption, part.table]
     parts += ["## How it was measured", experiment.method, _run(about)]
+    missing = [cell.name for cell in experiment.cells(quick=False) if cell.name not in about["cells"]]
+    if about["quick"]:
+        parts.append("This was a smoke run, too small for an answer.")
+    elif missing:
+        parts.append(f"Not measured yet: {'; '.join(missing)}. The command measures what is missing.")
     if again is not None:
         other, its = again
         seeds = ", ".join(map(str, its["seeds"]))

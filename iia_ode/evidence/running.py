@@ -105,10 +105,12 @@ def load(experiment: Experiment, folder: Path, seeds: Sequence[int] | None = Non
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """Versions, commands and seconds of the runs in a folder."""
+    """Cells of all seeds, versions, commands and seconds of the runs in a folder."""
     files = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("seed-*.json"))]
     return {
         "seeds": [f["seed"] for f in files],
+        "quick": any(f["size"] == "quick" for f in files),
+        "cells": set.intersection(*(set(f["cells"]) for f in files)) if files else set(),
         "commands": list(dict.fromkeys(f["command"] for f in files)),
         "surroundings": files[0]["surroundings"] if files else {},
         "seconds": sum(cell["seconds"] for f in files for cell in f["cells"].values()),
