@@ -2,7 +2,7 @@
 
 `iia-ode experiment NAME --out benchmarks/results/experiments/NAME` measures, and the same command with the second seeds and
 `--out benchmarks/results/experiments/NAME-again` repeats the measurement. This script then writes docs/experiments/NAME.md,
-docs/images/experiments/NAME.png and .svg, and the overview docs/experiments/index.md.
+docs/images/experiments/NAME.png, and the overview docs/experiments/index.md.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ def written(name: str) -> tuple[Experiment, list[Claim]]:
     found, second = load(experiment, folder), RESULTS / "experiments" / f"{name}-again"
     again = (load(experiment, second), about(second)) if second.exists() else None
     figure = experiment.figure(found)
-    for kind in ("png", "svg"):
-        save_figure(figure, IMAGES / f"{name}.{kind}")
+    save_figure(figure, IMAGES / f"{name}.png")
     write_page(PAGES / f"{name}.md", page(experiment, found, about(folder), f"../images/experiments/{name}.png", again))
     return experiment, list(experiment.claims(found))
 
