@@ -144,6 +144,7 @@ def test_a_page_has_the_question_the_answer_the_command_and_the_agreement(tmp_pa
     first, second = (run(toy, tmp_path / str(k), s, command="cmd") for k, s in enumerate((toy.seeds, toy.again)))
     text = page(toy, first, about(tmp_path / "0"), "toy.png", (second, about(tmp_path / "1")))
     assert all(part in text for part in (toy.question, toy.answer(first), "```sh\ncmd\n```", "2 of 2 values agree"))
+    assert toy.answer(Measurements([*first.rows, *second.rows])) in text
     assert "Not measured yet" not in text
 
 

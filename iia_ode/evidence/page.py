@@ -53,7 +53,7 @@ def page(
         seeds = ", ".join(map(str, its["seeds"]))
         parts.append(
             f"A second run on seeds {seeds} repeated the experiment: {agreement(experiment, found, other)}. "
-            f"Its answer: {experiment.answer(other)}"
+            f"Both runs together say: {experiment.answer(Measurements([*found.rows, *other.rows]))}"
         )
     return "\n\n".join(parts) + "\n"
 
