@@ -184,7 +184,7 @@ _METHOD = f"""
 All fits see the same draws, and no measurement sees these draws. Final states for the fits come from 60 steps of the
 teacher's method. Their cost is part of the cost of every fit that uses them, and a backward pass counts as two evaluations.
 Seconds are processor time on a busy machine. The rivals are written from their papers. Choices that the papers leave open
-were made on other seeds of mixture64, for the rivals' benefit.
+were made on mixture64, in part on seed 0, for the rivals' benefit.
 
 **BNS**: all weights and times on the path of flow matching, from Euler's method (5 evaluations) or the midpoint rule (8), by
 Adam in batches of 16, with first rates of 0.02 and 0.005 that fall like a cosine. The loss is the log of the squared error,
