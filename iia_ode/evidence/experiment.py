@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from .measurements import Measurements, Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Cell", "Claim", "Experiment", "Part", "markdown", "pivot"]
+__all__ = ["Cell", "Claim", "Experiment", "Part", "markdown"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,3 @@ class Experiment(ABC):
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The verdicts on the paper's claims and open questions; by default none."""
         return ()
-
-
-def pivot(
-    found: Measurements, value: str, row: str, column: str, head: str, columns: Mapping[str, object] | None = None
-) -> str:
-    """A Markdown table of estimates: a line for each value of one column, a column for each value of another."""
-    part = found.where(**(columns or {}))
-    across = sorted(part.distinct(column)) if not any(isinstance(v, str) for v in part.distinct(column)) else None
-    across = part.distinct(column) if across is None else across
-    lines = [[r, *(part.estimate(value, **{row: r, column: c}) for c in across)] for r in part.distinct(row)]
-    return markdown([head, *map(str, across)], lines)

@@ -75,13 +75,11 @@ def setting_of(name: str) -> Setting:
 def unseen(name: str, samples: int, seed: int, *, guidance_scale: float = 1.0, steps: int = 40) -> Unseen:
     """Draw noise to measure on, and solve it: dopri8 for closed forms, `steps` steps of the teacher's method for networks."""
     setting = setting_of(name)
+    if not setting.is_closed_form:
+        return drawn(name, samples, seed, unseen=True, steps=steps, guidance_scale=guidance_scale)
     ode, x = setting.draw(samples, batch_seed(seed, unseen=True), guidance_scale=guidance_scale)
-    start, end = setting.schedule.t_of_noise_to_signal(setting.sigma_max), setting.schedule.t_data
-    if setting.is_closed_form:
-        tolerance = setting.reference_tolerance
-        final = solve(ode, x, start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
-    else:
-        final = Teacher.solve(ode, x, start, end, steps=steps, sigma_min=setting.sigma_min, chunk_size=CHUNK).final
+    batch, end, tolerance = Unseen(setting, ode, x, x), setting.schedule.t_data, setting.reference_tolerance
+    final = solve(ode, x, batch.start, end, rtol=tolerance, atol=tolerance, sigma_min=setting.sigma_min)
     return Unseen(setting, ode, x, final)
 
 
@@ -141,13 +139,13 @@ def one_thread() -> None:
 
 
 @cache
-def drawn(name: str, samples: int, seed: int, *, unseen: bool, steps: int) -> Unseen:
+def drawn(name: str, samples: int, seed: int, *, unseen: bool, steps: int, guidance_scale: float = 1.0) -> Unseen:
     """Draw noise to fit on (`unseen` False) or to measure on, and solve it with `steps` steps of the teacher's method.
 
     With 200 steps the final states of ``mixture64`` have an RMS error of 2e-5, for a tenth of the time of dopri8.
     """
     setting = setting_of(name)
-    ode, x = setting.draw(samples, batch_seed(seed, unseen=unseen))
+    ode, x = setting.draw(samples, batch_seed(seed, unseen=unseen), guidance_scale=guidance_scale)
     batch = Unseen(setting, ode, x, x)
     end, chunk = setting.schedule.t_data, None if setting.is_closed_form else CHUNK
     taught = Teacher.solve(ode, x, batch.start, end, steps=steps, sigma_min=setting.sigma_min, chunk_size=chunk)

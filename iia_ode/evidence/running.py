@@ -106,7 +106,7 @@ def load(experiment: Experiment, folder: Path, seeds: Sequence[int] | None = Non
 
 def about(folder: Path) -> dict[str, Any]:
     """Cells of all seeds, versions, commands and seconds of the runs in a folder."""
-    files = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("seed-*.json"))]
+    files = [found for path in sorted(folder.glob("seed-*.json")) if (found := _read(path, {})) is not None]
     return {
         "seeds": [f["seed"] for f in files],
         "quick": any(f["size"] == "quick" for f in files),
