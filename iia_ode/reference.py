@@ -12,7 +12,7 @@ special case. The form needs no derivative of the schedule. The scaled state is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,15 +97,35 @@ class Trajectory:
             return self.schedule.alpha(t) * self.data + self.schedule.sigma(t) * eps
         if not low - slack <= u <= high + slack:
             raise GridError(f"t = {t:g} lies outside the trajectory: give a time between its start and its end.")
-        sign, count = 1.0 if last > first else -1.0, len(self.knots)
+        near = self._near(u)
+        return self._combined(near, _hermite(self.knots[near].tolist(), u)) * clock.scale(t)
+
+    def data_estimate(self, t: float) -> Tensor:
+        """The model's data estimate on the trajectory at time t, [B, ...], interpolated by a polynomial of degree 5.
+
+        Beyond the first and the last knot, the estimate is that of the knot.
+        """
+        clock = _Clock(self.schedule, self.size)
+        first, last = float(self.knots[0]), float(self.knots[-1])
+        u = min(max(clock(t), min(first, last)), max(first, last))
+        near = self._near(u)
+        knots = self.knots[near].tolist()
+        basis = [math.prod((u - v) / (own - v) for v in knots if v != own) for own in knots]
+        weights = [b * math.tanh(own) for b, own in zip(basis, knots, strict=True)]
+        return self.size * self._combined(near, (weights, basis))
+
+    def _near(self, u: float) -> slice:
+        """The six knots nearest to u."""
+        sign, count = 1.0 if self.knots[-1] > self.knots[0] else -1.0, len(self.knots)
         k = int(torch.searchsorted(sign * self.knots, sign * u))
         k = min(max(k - 3, 0), max(count - 6, 0))
-        near = slice(k, min(k + 6, count))
-        values, slopes = _hermite(self.knots[near].tolist(), u)
-        terms = zip((*values, *slopes), (*self.states[near], *self.slopes[near]), strict=True)
+        return slice(k, min(k + 6, count))
+
+    def _combined(self, near: slice, weights: Sequence[Sequence[float]]) -> Tensor:
+        """The combination of states and slopes at some knots."""
+        terms = zip((*weights[0], *weights[1]), (*self.states[near], *self.slopes[near]), strict=True)
         start = torch.zeros_like(self.states[0], dtype=torch.promote_types(self.states.dtype, torch.float32))
-        w = sum((weight * term.to(start.dtype) for weight, term in terms), start=start)
-        return w * clock.scale(t)
+        return sum((weight * term.to(start.dtype) for weight, term in terms), start=start)
 
 
 def _hermite(knots: list[float], u: float) -> tuple[list[float], list[float]]:

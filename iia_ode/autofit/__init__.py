@@ -3,7 +3,7 @@
 from .budget import BUDGETS, Budget
 from .cost import FitCost, fit_cost
 from .fit import fit
-from .grids import FreeGrid, LeapGrid, leap_grids, search_grid, search_levels, two_fold
+from .grids import FreeGrid, LeapGrid, leap_grids, search_grid, two_fold
 from .pipeline import Contender, Pipeline
 from .search import Objective, Search, Trial, coordinate_descent, halving
 
@@ -24,6 +24,5 @@ __all__ = [
     "halving",
     "leap_grids",
     "search_grid",
-    "search_levels",
     "two_fold",
 ]

@@ -8,7 +8,6 @@ from typing import Literal
 
 from ..checks import check_choice, check_flag, check_number, check_whole
 from ..errors import InputError, unknown_name
-from .search import check_rounds, samples_of
 
 __all__ = ["AGAIN", "BUDGETS", "Budget", "budget_of"]
 
@@ -34,12 +33,14 @@ class Budget:
     teacher_knots, teacher_dtype : number and dtype (``"float16"`` or ``"bfloat16"``) of the stored states of a trajectory; see
         :meth:`iia_ode.Teacher.solve`. By default a trajectory holds every step in the dtype of the draws, 8 (steps + 1) bytes
         per component in float32. With 20 knots in float16, a teacher of 60 steps takes a sixth of the memory.
-    rounds, descent : options of the search for a grid; see :func:`~iia_ode.autofit.search_grid`.
-    levels : passes of :func:`~iia_ode.autofit.search_levels` over the levels of the best grid.
+    trials, judges : number of grids that a search tries with the model, and number of training samples that judge them; see
+        :func:`~iia_ode.autofit.search_grid`.
     warm_starts : whether pipelines with a :class:`~iia_ode.WarmStart` are tried.
     starts : number of closed-form fits that are refined. With 2 or more, the best fit with a warm start and the best fit
         without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
-    iterations, probes : iterations, and Rademacher probes per sample, of each refinement.
+    iterations, minibatch, probes : iterations, samples of a step (by default an iteration is one step with all samples), and
+        Rademacher probes per sample, of each refinement; see :func:`~iia_ode.iia.refine`. With mini-batches there is no last
+        refinement on all samples.
     finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
         sample costs a trajectory; only the final state is kept.
     held_out : share of held-out samples, the last of the batch. These samples decide between solvers.
@@ -54,12 +55,12 @@ class Budget:
 
     draws: int = 0
     teacher_steps: int = 60
-    rounds: tuple[tuple[float, int], ...] = ((0.125, 8), (0.5, 3), (1.0, 1))
-    descent: int = 1
-    levels: int = 0
+    trials: int = 8
+    judges: int = 64
     warm_starts: bool = False
     starts: int = 0
     iterations: int = 6
+    minibatch: int | None = None
     probes: int = 2
     finals: float = 0.0
     held_out: float = 0.5
@@ -69,9 +70,8 @@ class Budget:
     teacher_dtype: Literal["float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
-        check_rounds(self.rounds)
-        least = dict.fromkeys(("draws", "descent", "levels", "starts", "finals"), 0)
-        least |= {"teacher_steps": 2, "iterations": 1, "probes": 1}
+        least = dict.fromkeys(("draws", "starts", "finals"), 0)
+        least |= {"teacher_steps": 2, "iterations": 1, "probes": 1, "trials": 1, "judges": 2}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; give finite numbers of at least {least}.")
         check_number("held_out", self.held_out, above=0, below=1)
@@ -102,17 +102,7 @@ class Budget:
         -------
         The number of sample evaluations, with a backward pass counted as two.
         """
-        # All grids share the first evaluation, and grids with an equal first step share the second too.
-        search, alive, shared = 0.0, candidates if nfe > 2 else min(candidates, _FIRSTS) * (nfe > 1), _LIKE
-        for share, keep in self.rounds:
-            search += alive * 2 * samples_of(share, train) * (nfe - 1 - shared * (nfe > 2))
-            alive, shared = min(alive, keep), _LIKE_LATER
-        if nfe > 1:
-            moves = 6 if nfe > 2 else 2
-            search += moves * self.descent * 2 * samples_of(self.rounds[-1][0], train) * (nfe - 1 - _LIKE_LATER)
-            # Two trials per level, half of whose evaluations are in the cache.
-            search += (nfe - 1) * self.levels * 2 * train * (nfe - 1)
-        searches = search * (_WARM * self.warm_starts + 1)
+        searches = (_WARM * self.warm_starts + 1) * (self.trials * min(train, self.judges) * (nfe - 1) if nfe > 1 else 0)
         fits = 7 * batch  # two fits per kind of weights on a half; then the chosen one on that half and on all
         passes = 2 * self.probes + 4 + (self.probes + 1) * self.checkpointed
         refinement = self.starts * self.iterations * (train * passes + batch - train)
@@ -143,12 +133,11 @@ class Budget:
 
 
 BUDGETS: dict[str, Budget] = {
-    "closed-form": Budget(teacher_steps=40, rounds=((0.125, 6), (0.5, 2))),
-    "standard": Budget(levels=1, starts=1, iterations=6, probes=2),
+    "closed-form": Budget(teacher_steps=24),
+    "standard": Budget(teacher_steps=24, starts=1, iterations=6, probes=2),
     "thorough": Budget(
         draws=512,
         teacher_steps=80,
-        levels=1,
         warm_starts=True,
         starts=3,
         iterations=12,

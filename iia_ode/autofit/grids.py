@@ -6,22 +6,30 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import GridError, InputError, NonFiniteError
 from ..grids import karras
 from ..grids.base import as_grid, times_of
 from ..iia.batch import Batch
+from ..iia.ranking import cauchy_mean, ranked
 from ..ode import cached
 from ..plan import Plan, check_grid
 from ..schedules import Schedule
 from ..schedules.levels import lowest_level
-from .search import Objective, Search, coordinate_descent, halving, samples_of
+from .nearby import Correction, Gains, Nearby, watched
+from .search import Objective, Search, Trial, coordinate_descent
 
-__all__ = ["Fit", "FreeGrid", "LeapGrid", "Levels", "leap_grids", "search_grid", "search_levels", "two_fold"]
+__all__ = ["Fit", "FreeGrid", "LeapGrid", "Levels", "leap_grids", "own_errors", "search_grid", "two_fold"]
+
+_ROWS = 60  # components of all samples, below which a fit could follow its own samples
+_SHARES = (0.5, 0.75, 0.875, 1.0)  # of the trials, at the end of each round
+_PASSES = 2  # of a descent over predicted errors
+_ALIKE = math.log(1.15)  # ratio of the numbers of leap grids that count as copies
 
 
 @dataclass(frozen=True, order=True)
@@ -127,12 +135,15 @@ class Levels:
 
 def leap_grids(start: float, scale: float) -> list[LeapGrid]:
     """Candidates between the level `start` and the data, for data of root mean square `scale`."""
-    firsts = [scale * f for f in (3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
+    firsts = [scale * f for f in (2.5, 3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
     firsts = [a for a in firsts if a < 0.9 * start] or [start * f for f in (0.8, 0.6, 0.4)]
     lasts = [scale * f for f in (0.5, 0.25, 0.12, 0.05, 0.015)]
     lasts = [b for b in lasts if b < 0.5 * firsts[0]] or [firsts[0] * f for f in (0.3, 0.1)]
     return [LeapGrid(a, b, 5.0) for a in firsts for b in lasts]
 
+
+_F64 = torch.float64
+Objective1: TypeAlias = Callable[[Any], Tensor]
 
 # ---- searches --------------------------------------------------------------------------------------------------------
 
@@ -169,18 +180,52 @@ def two_fold(fit: Fit, batch: Batch, nfe: int) -> Objective[LeapGrid | FreeGrid]
     return errors
 
 
+def own_errors(
+    fit: Fit, batch: Batch, nfe: int, gains: Gains | None = None
+) -> Callable[[LeapGrid | FreeGrid], Tensor]:
+    """Errors of a fit on its own samples, at half the cost of :func:`two_fold`.
+
+    For samples with few components, which a fit can follow closely, the errors are those of :func:`two_fold`.
+
+    Parameters
+    ----------
+    fit, batch, nfe : as for :func:`two_fold`.
+    gains : takes the measurements of the runs, if any.
+
+    Returns
+    -------
+    A function from a grid to the errors of all samples.
+    """
+    few = len(batch) * batch.x[0].numel() < _ROWS
+    folds = two_fold(fit, batch, nfe)
+
+    def errors(grid: LeapGrid | FreeGrid) -> Tensor:
+        if few:
+            return folds(grid, len(batch))
+        try:
+            plan = fit(batch, grid.times(nfe, batch.ode.schedule, batch.taught.t_start))
+        except (GridError, NonFiniteError):
+            return _failed(len(batch))
+        found = watched(plan, batch, gains)
+        return found if bool(torch.isfinite(found).all()) else _failed(len(batch))
+
+    return errors
+
+
 def search_grid(
     fit: Fit,
     batch: Batch,
     nfe: int,
     candidates: Sequence[LeapGrid],
     *,
-    rounds: Sequence[tuple[float, int]] = ((0.25, 8), (1.0, 3)),
-    descent: int = 2,
-) -> Search[LeapGrid]:
-    """Successive halving over leap grids, then coordinate descent over the numbers of the best.
+    trials: int = 8,
+    gains: Gains | None = None,
+) -> Search[LeapGrid | FreeGrid]:
+    """The best grid among leap grids, grids near them, and grids with single levels moved.
 
-    Every candidate is judged by :func:`two_fold`. The batch's trajectories serve every grid.
+    Errors near the teacher's trajectories are predicted without the model (:class:`~iia_ode.autofit.nearby.Nearby`). The
+    grids with the lowest predictions are tried with the model, in three rounds. Each trial also measures the gains of the
+    prediction, so that the next round is predicted better.
 
     Parameters
     ----------
@@ -188,59 +233,113 @@ def search_grid(
     batch : samples [B, ...] with a teacher.
     nfe : number of evaluations, at least 2.
     candidates : the leap grids of the first round.
-    rounds : (share of the samples, number of candidates to keep) of each round; see :func:`~iia_ode.autofit.halving`.
-    descent : passes over (sigma_1, sigma_min, rho), each scaled up and down by a factor that starts at 1.4.
+    trials : number of grids that are tried with the model, at least 1.
+    gains : takes the measured gains; by default they are dropped.
 
     Returns
     -------
-    The trials, and the best grids, best first.
+    The trials with the model, and their grids, best first.
 
     Raises
     ------
     InputError : no candidate could be fitted.
     """
-    objective, levels = cache(two_fold(fit, replace(batch, ode=cached(batch.ode)), nfe)), Levels.of(batch)
-    alive = [g for g in dict.fromkeys(candidates) if g.fits(levels)]
+    check_whole("trials", trials, least=1)
+    levels, schedule = Levels.of(batch), batch.ode.schedule
+    pool: list[LeapGrid | FreeGrid] = [g for g in dict.fromkeys(candidates) if g.fits(levels)]
     if nfe == 2:  # one free level
-        alive = list({g.sigma_1: g for g in alive}.values())
-    found = halving(objective, alive, rounds, len(batch))
-    names = ("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",)
-    moves = [lambda grid, factor, name=name: grid.moved(name, factor, levels) for name in names]
-    samples = samples_of(rounds[-1][0], len(batch))
-    down = coordinate_descent(objective, found.best, moves, passes=descent, step=1.4, samples=samples)
-    tried = {(t.candidate, t.samples) for t in found.trials}
-    trials = (*found.trials, *(t for t in down.trials if (t.candidate, t.samples) not in tried))
-    return Search(trials, (down.best, *(g for g in found.ranking if g != down.best)))
+        pool = list({g.sigma_1: g for g in pool if isinstance(g, LeapGrid)}.values())
+    gains = Gains(batch.taught.record.data_size) if gains is None else gains
+    near = Nearby.of(batch, gains, thin=True).batch
+    measure = own_errors(fit, replace(batch, ode=cached(batch.ode)), nfe, gains)
+    made: dict[LeapGrid | FreeGrid, Trial[LeapGrid | FreeGrid]] = {}
+
+    def best() -> list[LeapGrid | FreeGrid]:
+        return ranked(list(made), [t.errors for t in made.values()], outliers_too=True)
+
+    def corrected(predicted: Objective1) -> Objective1:
+        """Predictions times the ratio of real to predicted errors of the trials near a grid."""
+        places = {g: _log_levels(g, nfe, schedule, batch) for g in made}
+        known = [g for g in made if math.isfinite(made[g].error) and bool(torch.isfinite(predicted(g)).all())]
+        ratios = [math.log(_typical(made[g].errors) / _typical(predicted(g))) for g in known]
+        law = Correction.of([places[g] for g in known], ratios)
+
+        def errors(grid: LeapGrid | FreeGrid) -> Tensor:
+            found = predicted(grid)
+            return found * law(_log_levels(grid, nfe, schedule, batch)) if bool(torch.isfinite(found).all()) else found
+
+        return cache(errors)
+
+    guess = predicted = cache(own_errors(fit, near, nfe))
+    for k, share in enumerate(_SHARES):
+        if k == 1:  # with the gains of the first round
+            predicted = cache(own_errors(fit, near, nfe))
+        guess = corrected(predicted) if k else predicted
+        start = best()[0] if made else ranked(pool, [guess(g) for g in pool])[0] if pool else None
+        if start is not None:
+            pool += _around_best(guess, start, nfe, schedule, levels, near, single=k >= 2)
+        pool = list(dict.fromkeys(pool))
+        order = ranked(pool, [guess(g) for g in pool])
+        count = min(trials, math.ceil(share * trials)) - len(made)
+        for grid in _apart([g for g in order if g not in made], count):
+            made[grid] = Trial(grid, measure(grid), len(batch))
+    ranking = best()
+    if not ranking or not math.isfinite(made[ranking[0]].error):
+        raise InputError("no candidate has finite errors: the model is not finite, or no candidate is usable.")
+    return Search(tuple(made.values()), tuple(ranking))
 
 
-def search_levels(
-    fit: Fit, batch: Batch, nfe: int, start: LeapGrid | FreeGrid, *, passes: int = 2, step: float = 1.25
-) -> Search[FreeGrid]:
-    """Coordinate descent over every level of a grid, from where the search of a family ended.
+def _around_best(
+    guess: Callable[[LeapGrid | FreeGrid], Tensor],
+    grid: LeapGrid | FreeGrid,
+    nfe: int,
+    schedule: Schedule,
+    levels: Levels,
+    batch: Batch,
+    *,
+    single: bool,
+) -> list[LeapGrid | FreeGrid]:
+    """Grids that a coordinate descent over predicted errors passes from a grid on: over its numbers, or over single levels."""
+    moves: list[Callable[[Any, float], Any]]
+    if single and nfe > 2:
+        grid = FreeGrid.of(grid.times(nfe, schedule, batch.taught.t_start), schedule)
+        moves = [lambda g, factor, k=k: g.moved(k, factor, levels) for k in range(len(grid.levels))]
+    elif isinstance(grid, LeapGrid):
+        names = ("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",)
+        moves = [lambda g, factor, name=name: g.moved(name, factor, levels) for name in names]
+    else:
+        return []
+    found = coordinate_descent(
+        lambda g, _: guess(g), grid, moves, passes=_PASSES, step=1.25 if single else 1.4, samples=len(batch)
+    )
+    return [found.best] if single else [t.candidate for t in found.trials]
 
-    Parameters
-    ----------
-    fit, batch, nfe : as for :func:`search_grid`.
-    start : the first grid.
-    passes : passes over all levels; the descent ends early where a pass changes nothing.
-    step : the first factor, above 1.
 
-    Returns
-    -------
-    The trials, and the best grid.
+def _log_levels(grid: LeapGrid | FreeGrid, nfe: int, schedule: Schedule, batch: Batch) -> Tensor:
+    """Logarithms of the levels of a grid after the start, float64 [nfe - 1]."""
+    times = grid.times(nfe, schedule, batch.taught.t_start)[1:-1]
+    return torch.tensor([math.log(schedule.noise_to_signal(t)) for t in times.tolist()], dtype=_F64, device="cpu")
 
-    Raises
-    ------
-    InputError : the start cannot be fitted, or `step` is not above 1.
-    GridError : `start` is no grid of `nfe` evaluations.
-    """
-    schedule, levels = batch.ode.schedule, Levels.of(batch)
-    objective = cache(two_fold(fit, replace(batch, ode=cached(batch.ode)), nfe))
-    first = FreeGrid.of(start.times(nfe, schedule, batch.taught.t_start), schedule)
-    moves = [lambda grid, factor, k=k: grid.moved(k, factor, levels) for k in range(len(first.levels))]
-    if not bool(torch.isfinite(objective(first, len(batch))).all()):
-        raise InputError("the grid to start from could not be fitted: the model is not finite on it.")
-    return coordinate_descent(objective, first, moves, passes=passes, step=step, samples=len(batch))
+
+def _typical(errors: Tensor) -> float:
+    """The Cauchy mean of errors with the scale of :func:`~iia_ode.iia.ranking.ranked`; positive."""
+    return max(cauchy_mean(errors, 4 * float(errors.median()) or math.inf), 1e-300)
+
+
+def _apart(grids: Sequence[LeapGrid | FreeGrid], count: int) -> list[LeapGrid | FreeGrid]:
+    """The first `count` grids without near copies of earlier ones; near copies only where others are too few."""
+    chosen: list[LeapGrid | FreeGrid] = []
+    for grid in grids:
+        if len(chosen) < count and not any(_alike(grid, other) for other in chosen):
+            chosen.append(grid)
+    return [*chosen, *(g for g in grids if g not in chosen)][: max(count, 0)]
+
+
+def _alike(a: LeapGrid | FreeGrid, b: LeapGrid | FreeGrid) -> bool:
+    if not isinstance(a, LeapGrid) or not isinstance(b, LeapGrid):
+        return False
+    pairs = ((a.sigma_1, b.sigma_1), (a.sigma_min, b.sigma_min), (a.rho, b.rho))
+    return all(abs(math.log(v / w)) < _ALIKE for v, w in pairs)
 
 
 def _failed(samples: int) -> Tensor:

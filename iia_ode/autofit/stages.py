@@ -25,7 +25,8 @@ from ..plan import Plan, trace
 from ..solvers import get_solver
 from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
-from .grids import LeapGrid, Levels, search_grid, search_levels, two_fold
+from .grids import LeapGrid, Levels, search_grid, two_fold
+from .nearby import Gains, Nearby
 from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joined, weights_of
 
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
@@ -138,19 +139,15 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
     budget, train = context.budget, context.train
     method = context.method.stepwise(train.x.shape[1:])
     pipeline = Pipeline(method, context.nfe, context.batch.taught.t_start, start)
+    gains = Gains(context.batch.taught.record.data_size)
     with context.stage() as spent:
         if candidates:
-            found = search_grid(
-                pipeline.plan, train, pipeline.levels, candidates, rounds=budget.rounds, descent=budget.descent
-            )
-            pipeline = replace(pipeline, grid=found.best, family=found.best)
+            judged = train[: budget.judges]
+            found = search_grid(pipeline.plan, judged, pipeline.levels, candidates, trials=budget.trials, gains=gains)
+            family = next((g for g in found.ranking if isinstance(g, LeapGrid)), None)
+            pipeline = replace(pipeline, grid=found.best, family=family)
             context.say(f"{pipeline.name}: {len(found.trials)} grids; {found.best}")
-        pipeline = replace(pipeline, weights=_best_weights(context, pipeline))
-        if budget.levels and candidates:
-            moved = search_levels(pipeline.plan, train, pipeline.levels, pipeline.grid, passes=budget.levels)
-            pipeline = replace(pipeline, grid=moved.best)
-            levels = " ".join(f"{v:.3g}" for v in moved.best.levels)
-            context.say(f"{pipeline.name}: {len(moved.trials)} grids; levels {levels}")
+        pipeline = replace(pipeline, weights=_best_weights(context, pipeline, gains))
     made: list[Contender] = []
     for own in [pipeline] if pipeline.weights is SCALARS else [replace(pipeline, weights=SCALARS), pipeline]:
         with context.stage() as cost:
@@ -163,8 +160,8 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
     return made
 
 
-def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
-    """The kind of weights with the lowest cross-validated error on the pipeline's grid."""
+def _best_weights(context: Context, pipeline: Pipeline, gains: Gains) -> Weights:
+    """The kind of weights with the lowest cross-validated error on the pipeline's grid, predicted without the model."""
     if pipeline.start is not None and pipeline.start.moments is not None:
         return SCALARS  # a plan cannot mix maps over directions of the data with maps over bands
     if context.weights == "scalars":
@@ -174,8 +171,9 @@ def _best_weights(context: Context, pipeline: Pipeline) -> Weights:
     if len(kinds) < 2 or len(train) < 4:
         return SCALARS
     errors: list[Tensor] = []
+    near = Nearby.of(train, gains if gains.samples == len(train) else None).batch
     for kind in kinds:
-        objective = two_fold(replace(pipeline, weights=kind).plan, train, pipeline.levels)
+        objective = two_fold(replace(pipeline, weights=kind).plan, near, pipeline.levels)
         errors.append(objective(pipeline.grid, len(train)))
     return ranked(kinds, errors, outliers_too=True)[0] if bool(torch.isfinite(torch.cat(errors)).any()) else SCALARS
 
@@ -241,6 +239,7 @@ def _refined(
             held_out=held_out,
             sigma_min=batch.taught.sigma_min,
             iterations=iterations,
+            minibatch=budget.minibatch,
             probes=budget.probes,
             chunk_size=budget.chunk_size,
             checkpointed=budget.checkpointed,
@@ -298,6 +297,8 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     if best.refinement is None:
         parts = pipeline.fit(context.batch)
         fit, plan = parts.fit, parts.plan
+    elif context.budget.minibatch is not None:
+        return Last(best.plan, None)
     else:
         again = _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
         if again is None or again.best == 0:

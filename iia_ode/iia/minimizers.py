@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Adam", "GaussNewton", "Minimizer", "Objective", "Status"]
+__all__ = ["Adam", "GaussNewton", "IncrementalGaussNewton", "Minimizer", "Objective", "Samples", "Status"]
 
 _F64 = torch.float64
 _TRIES = 6  # dampings tried in a step of Gauss-Newton
@@ -39,6 +39,20 @@ class Objective(Protocol):
 
     def derivatives(self, theta: Tensor, /) -> tuple[Tensor, Tensor]:
         """The gradient [P] and the Gauss-Newton matrix [P, P], both up to the same factor; float64 on the host."""
+
+
+class Samples(Objective, Protocol):
+    """An objective over samples, for minimizations on a part of them at a time."""
+
+    def part(self, first: int, count: int, /) -> Samples:
+        """The objective of `count` samples from `first` on, in a circle."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @property
+    def seen(self) -> float:
+        """The loss at the point of the last derivatives."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -93,13 +107,9 @@ class GaussNewton(Minimizer):
         if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
             self.status = Status.NOT_FINITE
             return False
-        scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
-        # In units of the diagonal the matrix is a correlation matrix, so that rounding does not depend on scales.
-        unit = scale.sqrt()
         for k in range(_TRIES):
             damping = self._next * 8**k
-            matrix = square / unit / unit[:, None] + damping * torch.eye(len(unit), dtype=_F64, device="cpu")
-            tried = self.limit(self.theta, self.theta - torch.linalg.solve(matrix, gradient / unit) / unit)
+            tried = self.limit(self.theta, self.theta - damped(gradient, square, damping))
             loss = self.objective.loss(tried)
             if loss < self.loss:
                 break
@@ -111,6 +121,70 @@ class GaussNewton(Minimizer):
         self.theta, self.loss, self.damping = tried, loss, damping
         self._next = max(damping / 4, 1e-9)
         return True
+
+
+@dataclass(eq=False, kw_only=True)
+class IncrementalGaussNewton(Minimizer):
+    """Damped Gauss-Newton steps, each on other samples: the extended Kalman filter of least squares [Bertsekas 1996].
+
+    A step minimizes a weighted sum of the quadratic models of all samples so far, each about the point where its samples were
+    evaluated, with weights that fall by `decay` per step. A step of few samples costs little, and the sum averages their noise
+    out. A step must lower the loss of its own samples; otherwise only its model is kept.
+
+    Attributes
+    ----------
+    objective : the loss over all samples.
+    minibatch : number of samples of each step.
+    together : number of steps in a call of :meth:`step`.
+    decay : weight of the models of the steps before.
+    """
+
+    objective: Samples = field(kw_only=False)
+    minibatch: int
+    together: int = 3
+    decay: float = 0.85
+    _next: float = field(init=False, default=1e-2)
+    _square: Tensor | None = field(init=False, default=None)
+    _gradient: Tensor | None = field(init=False, default=None)
+    _first: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.loss = math.nan  # nothing was evaluated yet
+
+    def step(self) -> bool:
+        """Take `together` steps. Return False, with a status, where the derivatives are not finite."""
+        for _ in range(self.together):
+            if self.status is None:
+                self._step(self.objective.part(self._first, self.minibatch))
+        return self.status is None
+
+    def _step(self, own: Samples) -> None:
+        self._first += len(own)
+        gradient, square = own.derivatives(self.theta)
+        if not bool(torch.isfinite(gradient).all() and torch.isfinite(square).all()):
+            self.status = Status.NOT_FINITE
+            return
+        if self._square is not None and self._gradient is not None:
+            gradient, square = self.decay * self._gradient + gradient, self.decay * self._square + square
+        self.loss, before = own.seen, self.theta
+        for k in range(_TRIES):
+            damping = self._next * 8**k
+            tried = self.limit(before, before - damped(gradient, square, damping))
+            if (loss := own.loss(tried)) < own.seen:
+                self.theta, self.loss, self.damping = tried, loss, damping
+                break
+        self._next = max(damping / 4, 1e-6)
+        self._square, self._gradient = square, gradient + square @ (self.theta - before)
+
+
+def damped(gradient: Tensor, square: Tensor, damping: float) -> Tensor:
+    """The step (H + mu diag H)^-1 g of Levenberg and Marquardt."""
+    scale = square.diagonal().clamp_min(1e-12 * float(square.diagonal().max()) + 1e-300)
+    # In units of the diagonal the matrix is a correlation matrix, so that rounding does not depend on scales.
+    unit = scale.sqrt()
+    matrix = square / unit / unit[:, None] + damping * torch.eye(len(unit), dtype=_F64, device="cpu")
+    step: Tensor = torch.linalg.solve(matrix, gradient / unit) / unit
+    return step
 
 
 @dataclass(eq=False, kw_only=True)

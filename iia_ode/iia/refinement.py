@@ -22,7 +22,7 @@ from ..ode.distributed import agree
 from ..plan import Plan, check_states
 from ..plan.checks import check_samples
 from .batch import Batch, per_sample
-from .minimizers import Adam, GaussNewton, Minimizer, Status
+from .minimizers import Adam, GaussNewton, IncrementalGaussNewton, Minimizer, Status
 from .plan_parameters import Parameters
 from .ranking import cauchy_mean
 
@@ -30,6 +30,7 @@ __all__ = ["EndpointError", "Iteration", "Refinement", "refine"]
 
 _F64 = torch.float64
 _METHODS = {"gauss-newton": (12, 1), "adam": (250, 25)}  # iterations, and the unit of the patience
+_SIGHT = 32  # samples that tell the usual error
 _SHARE = 0.5  # of the data's size, below which a moved state no longer shrinks with its noise; by trial
 _RATES = (5e-3, 2e-2)  # of Adam, for weights and for log sigma/alpha
 
@@ -53,14 +54,34 @@ class EndpointError:
     ----------
     scale : error of a sample beyond which the Cauchy loss grows like a logarithm; infinity is the plain mean of squares.
     backward : cost of all backward passes so far, in sample evaluations.
+    seen : loss at the point of the last derivatives.
     """
 
     def __init__(
         self, parameters: Parameters, batch: Batch, *, probes: int = 3, checkpointed: bool = False, seed: int = 0
     ) -> None:
         self.parameters, self.batch, self.probes, self.checkpointed = parameters, batch, probes, checkpointed
-        self.scale, self.backward = math.inf, 0
+        self.scale, self.backward, self.seen = math.inf, 0, math.nan
         self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._parts: list[EndpointError] = []
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def part(self, first: int, count: int, /) -> EndpointError:
+        """The same error of `count` samples from `first` on, in a circle; all samples at most."""
+        index = (first + torch.arange(min(count, len(self.batch)), device="cpu")) % len(self.batch)
+        own = EndpointError(
+            self.parameters, self.batch[index], probes=self.probes, checkpointed=self.checkpointed, seed=first
+        )
+        own.scale, own._generator = self.scale, self._generator
+        self._parts.append(own)
+        return own
+
+    @property
+    def spent(self) -> int:
+        """Cost of all backward passes so far, in sample evaluations, those of the parts included."""
+        return self.backward + sum(part.backward for part in self._parts)
 
     def errors(self, theta: Tensor) -> Tensor:
         """Root mean square error of each sample, float64 [B] on the host; infinity where theta gives no plan."""
@@ -77,19 +98,25 @@ class EndpointError:
         """The gradient of half the summed loss, [P], and the estimate of J^T J, [P, P]; float64 on the host."""
         gradient = torch.zeros(len(theta), dtype=_F64, device="cpu")
         square = torch.zeros(len(theta), len(theta), dtype=_F64, device="cpu")
+        errors: list[Tensor] = []
         for part in self.batch.chunks():
-            slope, *rows = self._rows(theta, part)
+            slope, *rows = self._rows(theta, part, errors)
             gradient += slope.sum(dim=0)
             for row in rows:
                 square += row.T @ row / self.probes
+        self.seen = cauchy_mean(torch.cat(errors), self.scale)
         return gradient, square
 
-    def _rows(self, theta: Tensor, part: Batch) -> list[Tensor]:
-        """The gradient of each sample of a chunk, then v^T J for each probe, weighted by the loss; [B, P] each."""
+    def _rows(self, theta: Tensor, part: Batch, errors: list[Tensor]) -> list[Tensor]:
+        """The gradient of each sample of a chunk, then v^T J for each probe, weighted by the loss; [B, P] each.
+
+        The errors of the samples are appended to `errors`.
+        """
         with torch.enable_grad():
             final, leaf = self.parameters.run(part.ode, part.x, theta, checkpointed=self.checkpointed)
         residual = final.detach().cpu().double() - part.target.cpu().double()
-        weight = 1 / (1 + (per_sample(residual) / self.scale).square())  # derivative of the Cauchy loss
+        errors.append(per_sample(residual))
+        weight = 1 / (1 + (errors[-1] / self.scale).square())  # derivative of the Cauchy loss
         vectors = [residual * weight.reshape(-1, *[1] * (residual.ndim - 1))]
         for _ in range(self.probes):
             vectors.append(2.0 * torch.randint(0, 2, final.shape, generator=self._generator, device="cpu") - 1)
@@ -163,6 +190,7 @@ def refine(
     learn_grid: bool = True,
     sigma_min: float = 0.0,
     iterations: int | None = None,
+    minibatch: int | None = None,
     probes: int = 3,
     outliers: float = 4.0,
     tolerance: float = 2e-3,
@@ -186,6 +214,9 @@ def refine(
     learn_grid : whether the interior times move.
     sigma_min : level sigma/alpha below which no time moves; for a network, the smallest level of its training.
     iterations : maximum number of iterations; by default 12, or 250 with Adam.
+    minibatch : number of training samples of a step of Gauss-Newton, three steps per iteration, with other samples in each
+        step (:class:`~iia_ode.iia.IncrementalGaussNewton`). By default an iteration is one step with all samples. Small
+        batches reach nearly the same error at a fraction of the cost.
     probes : Rademacher probes per sample; Adam needs none.
     outliers : multiple of the median error beyond which the loss of a sample grows like a logarithm; ``math.inf`` is the
         plain mean of squares. Near the border of two modes a small error becomes a large error at the end. A few samples
@@ -217,6 +248,10 @@ def refine(
     most = default if iterations is None else iterations
     for name, value in {"iterations": most, "probes": probes, "patience": patience, "chunk_size": chunk_size}.items():
         check_whole(name, value, least=1)
+    if minibatch is not None:
+        check_whole("minibatch", minibatch, least=1)
+        if not newton:
+            raise InputError("minibatch is for method='gauss-newton': Adam uses all samples.")
     if target.is_complex():
         raise InputError(f"targets must be real, as the states are, got {target.dtype}.")
     if x.shape != target.shape:
@@ -230,7 +265,7 @@ def refine(
     x, target = (
         v.clone() if v.is_inference() else v for v in (x, target)
     )  # autograd keeps no tensors of inference mode
-    search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed
+    search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed, minibatch
     agree(ode, "refine", x, plan, target, search)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
@@ -243,22 +278,25 @@ def refine(
     train, others = Batch(ode, x, None, chunk_size, target).split(held)
     objective, judge = over(train), over(others) if held else None
     with ode.counting() as spent:
-        scale = outliers * float(objective.errors(parameters.initial).median())
+        sighted = objective if minibatch is None else objective.part(0, max(minibatch, _SIGHT))
+        scale = outliers * float(sighted.errors(parameters.initial).median())
         objective.scale = scale if scale > 0 else math.inf
         if judge is not None:
             judge.scale = objective.scale
         start, limit = parameters.initial, parameters.clipped
         rates = torch.tensor([_RATES[k >= parameters.weights] for k in range(len(start))], dtype=_F64, device="cpu")
-        minimizer: Minimizer = (
-            GaussNewton(objective, start, tolerance=tolerance, limit=limit)
-            if newton
-            else Adam(objective, start, rates=rates, limit=limit)
-        )
+        minimizer: Minimizer
+        if minibatch is not None:
+            minimizer = IncrementalGaussNewton(objective, start, minibatch=minibatch, limit=limit)
+        elif newton:
+            minimizer = GaussNewton(objective, start, tolerance=tolerance, limit=limit)
+        else:
+            minimizer = Adam(objective, start, rates=rates, limit=limit)
         found, best, theta, status = _best_so_far(
-            minimizer, None if judge is None else judge.loss, most, unit * patience, progress
+            minimizer, None if judge is None else judge.loss, most, most if minibatch is not None else unit * patience, progress
         )
     result = plan if best == 0 else parameters.plan(theta, plan.name)
-    return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
+    return Refinement(result, found, best, status, spent.samples + objective.spent, objective.spent)
 
 
 def _data_size(plan: Plan, x: Tensor, target: Tensor) -> float:

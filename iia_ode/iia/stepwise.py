@@ -139,10 +139,10 @@ class Stepwise:
 
     def _systems(
         self, tracer: Tracer, record: StepRecord, candidates: tuple[Term, ...], chunks: list[Chunk], train: int
-    ) -> tuple[LeastSquares, LeastSquares, Tensor]:
-        """The least-squares problems of one step, on the first `train` samples and on the others.
+    ) -> tuple[LeastSquares, LeastSquares, LeastSquares, Tensor]:
+        """The least-squares problems of one step, on the first `train` samples, on the others and on all.
 
-        The third value has, for the first `train` samples, the norm of the rounding error of each direction and the norm of
+        Only a choice of the ridge without a guard uses the problem on all samples. The last value has, for the first `train` samples, the norm of the rounding error of each direction and the norm of
         the base's result, float64 [k + 1] on the host.
         """
         fork = tracer.fork()
@@ -150,7 +150,7 @@ class Stepwise:
         start, result = fork.hold(record.x), fork.hold(record.base)
         columns = [fork.hold(term.direction) for term in candidates]
         end, numeric = (fork.hold(aim), None) if isinstance(aim, Vector) else (start, aim)
-        own, held = (LeastSquares(len(candidates), intercept=self.intercept) for _ in range(2))
+        own, held, whole = (LeastSquares(len(candidates), intercept=self.intercept) for _ in range(3))
         sizes = torch.zeros(len(candidates) + 1, dtype=_F64, device="cpu")
         for chunk in chunks:
             values = chunk.explore(tracer, fork)
@@ -162,12 +162,17 @@ class Stepwise:
             cut = min(max(train - chunk.first, 0), len(base))
             own.add([d[:cut] for d in directions], residual[:cut])
             held.add([d[cut:] for d in directions], residual[cut:])
+            if self.ridge == "auto" and not self.guard:
+                whole.add(directions, residual)
             sizes[:-1] += _rounding(values, candidates, cut)
             sizes[-1] += base[:cut].square().sum()
-        return own, held, sizes.sqrt()
+        return own, held, whole, sizes.sqrt()
 
-    def _choose(self, own: LeastSquares, held: LeastSquares, sizes: Tensor) -> _Choice:
-        """The solution of one step with a sound ridge, and the decision of the held-out samples."""
+    def _choose(self, own: LeastSquares, held: LeastSquares, whole: LeastSquares, sizes: Tensor) -> _Choice:
+        """The solution of one step with a sound ridge, and the decision of the held-out samples.
+
+        Where the held-out samples have only chosen the ridge, the solution is that of all samples with this ridge.
+        """
         auto = self.ridge == "auto"
         ridges: tuple[float, ...] = RIDGES if auto else (float(self.ridge),)
         if self.guard and not auto:
@@ -185,6 +190,8 @@ class Stepwise:
         chosen = found[best]
         before = held.residual(torch.zeros_like(chosen.coefficients), None)
         after = held.residual(chosen.coefficients, chosen.constant)
+        if whole.samples:
+            chosen = whole.solve(ridge=ridges[best], noise=sizes[:-1])
         return _Choice(chosen, ridges[best], before, after, not self.guard or after < before)
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
