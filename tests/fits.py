@@ -7,10 +7,10 @@ from torch import Tensor, nn
 import iia_ode as iia
 from iia_ode import Budget, FittedSolver, Teacher
 
-QUICK = Budget(teacher_steps=50, rounds=((0.25, 3), (0.5, 2)), descent=1)
+QUICK = Budget(teacher_steps=50, trials=2)
 """Fits in closed form alone: a fraction of a second for one or two evaluations, for which few grids are tried."""
 
-REFINED = Budget(teacher_steps=50, rounds=((0.25, 3),), descent=0, starts=1, iterations=3, probes=2)
+REFINED = Budget(teacher_steps=50, trials=2, starts=1, iterations=3, probes=2)
 """The same with one refinement."""
 
 

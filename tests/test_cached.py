@@ -202,7 +202,7 @@ def test_the_cache_stays_within_its_limit_and_drops_the_least_recently_used_outp
     assert len(known.memory.outputs) == 3
 
 
-SEARCH = iia.Budget(teacher_steps=20, rounds=((0.5, 2),), descent=0, levels=1, starts=1, iterations=1)
+SEARCH = iia.Budget(teacher_steps=20, trials=2, starts=1, iterations=1)
 
 
 def test_a_fit_is_the_same_with_and_without_a_cache_and_costs_a_quarter_less_to_search_for():

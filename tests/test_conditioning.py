@@ -212,7 +212,7 @@ def results(name: str, scale: float, searched: bool) -> list[object]:
     found.append(method.fit(ode, x, GRID, chunk_size=5).plan)
     if searched:
         budget = iia.Budget(
-            draws=0, teacher_steps=6, rounds=((0.5, 1),), descent=0, starts=1, iterations=1, chunk_size=5
+            draws=0, teacher_steps=6, trials=2, starts=1, iterations=1, chunk_size=5
         )
         found.append(iia.fit(ode, 2, x=x, budget=budget).plan)
         found.append(iia.ModelStatistics.estimate(ode, x, iia.grids.karras(2), points=2).s)
@@ -392,7 +392,7 @@ def test_constants_per_class_know_a_class_in_a_tree():
         return model(x, t, {"y": y})
 
     x = 80 * normal(32, 3)
-    budget = iia.Budget(draws=32, teacher_steps=6, rounds=((0.25, 1),), descent=0, levels=0, starts=0, warm_starts=True)
+    budget = iia.Budget(draws=32, teacher_steps=6, trials=2, starts=0, warm_starts=True)
     found = [
         iia.fit(ProbabilityFlowODE(f, iia.EDM(), conditioning=c), 2, x=x, budget=budget)
         for f, c in ((model, {"cond": {"y": label}}), (flat, {"y": label}))

@@ -34,7 +34,7 @@ METHODS = {
 }
 # A refinement, and draws that the call makes itself.
 BUDGET = iia.Budget(
-    draws=36, teacher_steps=12, rounds=((0.5, 1),), descent=0, starts=1, iterations=2, finals=0.5, chunk_size=20
+    draws=36, teacher_steps=12, trials=2, starts=1, iterations=2, finals=0.5, chunk_size=20
 )
 
 

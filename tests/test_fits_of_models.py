@@ -8,7 +8,7 @@ import iia_ode as iia
 from iia_ode.autofit import Budget
 from iia_ode.errors import InputError
 
-SMALL = Budget(teacher_steps=12, rounds=((1.0, 1),), descent=0)
+SMALL = Budget(teacher_steps=12, trials=2)
 EDM = iia.EDM()
 DATA = mixture()
 SIZE = DATA.shape[0]
@@ -62,7 +62,7 @@ def test_a_fit_from_images_with_noise_is_the_fit_from_these_states():
 def test_draws_that_a_budget_adds_to_images_are_the_same_images_with_new_noise():
     flow = iia.FlowMatching()
     ode, images = _ode(flow), 50 + DATA.sample(12, generator=generator(2))  # data far from zero
-    more = Budget(teacher_steps=12, rounds=((1.0, 1),), descent=0, draws=24, finals=0.5)
+    more = Budget(teacher_steps=12, trials=2, draws=24, finals=0.5)
     fit = iia.fit(ode, 2, images=images, sigma_max=0.5, budget=more)
     # Draws of pure noise at this level would lie 33 away, and no fit could reach an error below 1.
     assert fit.record.endpoint.fit < 1

@@ -216,7 +216,7 @@ def test_no_reported_error_is_below_the_error_of_the_teacher():
             g.ode(iia.EDM()),
             2,
             x=x,
-            budget=iia.Budget(teacher_steps=30, rounds=((0.5, 2),), descent=0),
+            budget=iia.Budget(teacher_steps=30, trials=2),
             teacher=teacher,
         ),
     ]

@@ -1126,7 +1126,7 @@ def test_samples_may_have_times_of_their_own(model: Any) -> None:
 def test_a_fit_of_a_pipeline_takes_its_weights_in_closed_form(worded: Any) -> None:
     worded.scheduler = tiny.sd_scheduler()
     whole = ode(worded, **WORDS)
-    budget = iia.Budget(draws=8, teacher_steps=12, rounds=((1.0, 1),), descent=0, starts=1)
+    budget = iia.Budget(draws=8, teacher_steps=12, trials=2, starts=1)
     found = iia.fit(whole, 2, shape=whole.state_shape, samples=8, budget=budget)
     assert found.nfe == 2 and found.record.origin.conditioning.keys() == WORDS.keys()
     (used,) = found.record.in_use
@@ -1201,7 +1201,7 @@ def test_a_fit_from_noised_images_is_not_measured_against_a_scheduler_that_begin
 
 
 def test_a_fit_from_images_is_known_as_one_at_every_level(sd: Any, model: Any, tmp_path: Path) -> None:
-    quick = iia.Budget(teacher_steps=4, rounds=((1.0, 1),), descent=0)
+    quick = iia.Budget(teacher_steps=4, trials=2)
     level = model.schedule.noise_to_signal(600.0)  # 2.3, where a state of pure noise would do
     made = iia.fit(model, 2, images=noise(8, 4, 8, 8), sigma_max=level, budget=quick)
     fit = iia.load(made.save(tmp_path / "fit.safetensors"))

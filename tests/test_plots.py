@@ -23,7 +23,7 @@ def stepwise():
 def found():
     """The result of a search with fits in closed form and a refinement."""
     ode, x = get_setting("mixture").draw(16, 0)
-    budget = iia.Budget(teacher_steps=20, rounds=((0.25, 1),), descent=0, starts=1, iterations=2)
+    budget = iia.Budget(teacher_steps=20, trials=2, starts=1, iterations=2)
     return iia.fit(ode, 4, x=x, budget=budget, sigma_max=80.0)
 
 

@@ -338,7 +338,7 @@ def test_a_search_that_no_fit_wins_returns_its_rival_with_an_account_of_its_own(
         return torch.tanh(3 * torch.sin(7 * x) / (1 + t[:, None] ** 2))
 
     z = torch.randn(8, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    budget = iia.Budget(teacher_steps=20, rounds=((1.0, 1),), descent=0, held_out=0.7)
+    budget = iia.Budget(teacher_steps=20, trials=2, held_out=0.7)
     ode = iia.ProbabilityFlowODE(wild, iia.EDM())
     found = iia.fit(ode, 2, noise=z, budget=budget)
     record, search = found.record, found.record.search

@@ -17,7 +17,7 @@ from iia_ode.warm_starts import WarmStart
 
 UNITS = st.floats(-4, 4).map(lambda power: 10.0**power)
 MEANS = torch.tensor([[0.4, -0.2, 0.3, 0.9], [-0.5, 0.8, 0.1, -0.4], [0.1, 0.2, -0.9, 0.2]], dtype=F64)
-BUDGET = iia.Budget(teacher_steps=24, rounds=((0.5, 2),), descent=1)
+BUDGET = iia.Budget(teacher_steps=24, trials=2)
 EDM, FLOW = iia.EDM(), iia.FlowMatching()
 
 a_few_units = settings(max_examples=2, deadline=None)

@@ -20,7 +20,6 @@ from iia_ode.autofit import (
     halving,
     leap_grids,
     search_grid,
-    search_levels,
     two_fold,
 )
 from iia_ode.errors import GridError, InputError
@@ -184,34 +183,12 @@ def plain(batch, grid):
 def test_the_search_finds_a_better_grid_than_it_was_given():
     poor = LeapGrid(60.0, 0.003, 7.0)
     candidates = [poor, *leap_grids(80.0, 1.0)[::8]]
-    found = search_grid(closed, taught(40), 4, candidates, rounds=((0.4, 3), (1.0, 2)), descent=1)
+    found = search_grid(closed, taught(40), 4, candidates, trials=6)
     assert found.best != poor
     first = next(t for t in found.trials if t.candidate == poor)
     assert min(t.error for t in found.trials if t.candidate == found.best) < first.error
     with pytest.raises(InputError, match="no candidate"):
         search_grid(closed, taught(8, 10), 4, [])
-
-
-def test_levels_moved_one_by_one_end_nearer_the_truth_than_the_family_they_come_from():
-    batch, poor = taught(40), LeapGrid(40.0, 0.01, 7.0)
-    found = search_levels(closed, batch, 4, poor, passes=3)
-    assert len(found.best.levels) == 3
-    assert found.trials[0].candidate == FreeGrid.of(poor.times(4, batch.ode.schedule, 80.0), batch.ode.schedule)
-    assert all(t.samples == len(batch) == len(t.errors) for t in found.trials)
-    z = 80.0 * normal(200, 4, seed=1)
-    exact = Teacher.solve(batch.ode, z, 80.0, 0.0).final
-    errors = []
-    for grid in (poor, found.best):
-        plan = closed(batch, grid.times(4, batch.ode.schedule, 80.0))
-        errors.append(float((iia.sample(batch.ode, z, solver=plan) - exact).square().mean().sqrt()))
-    assert errors[1] < 0.8 * errors[0]
-    with pytest.raises(InputError, match="step"):
-        search_levels(closed, batch, 4, poor, step=1.0)
-
-
-def test_two_levels_close_together_do_not_hold_the_others():
-    found = search_levels(plain, taught(20), 5, FreeGrid((40.0, 39.9, 1.0, 0.02)), passes=1)
-    assert len({t.candidate.levels[3] for t in found.trials}) > 1
 
 
 def test_every_sample_is_judged_by_a_fit_that_did_not_see_it():
@@ -245,5 +222,5 @@ def test_a_search_keeps_no_graph_of_a_network():
     ode = iia.ProbabilityFlowODE(lambda x, t: model(x) / (1 + t[:, None] ** 2), iia.EDM())
     x = 80.0 * torch.randn((16, 4), dtype=F64, generator=generator())
     batch = Batch(ode, x, Teacher.solve(ode, x, 80.0, 0.0, steps=10))
-    found = search_grid(closed, batch, 3, leap_grids(80.0, 1.0)[:2], rounds=((1.0, 1),), descent=0)
+    found = search_grid(closed, batch, 3, leap_grids(80.0, 1.0)[:2], trials=2)
     assert not any(t.errors.requires_grad for t in found.trials)

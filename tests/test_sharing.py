@@ -146,7 +146,7 @@ def test_a_fit_serves_the_scales_that_were_measured_and_warns_outside_of_them_on
 
 
 def test_a_fit_may_measure_its_range_of_scales_at_once():
-    budget = iia.Budget(teacher_steps=12, rounds=((1.0, 1),), descent=0)
+    budget = iia.Budget(teacher_steps=12, trials=2)
     fit = iia.fit(guided(), 2, x=noise(32), budget=budget, scales=[2.0, 1.0])
     assert [s.scale for s in fit.record.served] == [1.0, 2.0]
     with pytest.raises(InputError, match="a guidance scale must be"):

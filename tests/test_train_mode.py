@@ -16,7 +16,7 @@ from iia_ode.ode.mode import in_training
 GRID = iia.grids.karras(3, 0.05, 10.0)
 INNER = iia.grids.karras(3, 0.05, 10.0, to_data=False)
 X = 10 * normal(16, 3, dtype=torch.float32)
-BUDGET = iia.Budget(draws=16, teacher_steps=4, rounds=((0.5, 1),), descent=0, starts=1, iterations=1)
+BUDGET = iia.Budget(draws=16, teacher_steps=4, trials=2, starts=1, iterations=1)
 
 
 class Net(nn.Module):

@@ -18,7 +18,7 @@ from iia_ode.ode import Wrapped, cached
 GRID = iia.grids.karras(3)
 SHORT = torch.tensor([2.0, 1.0], dtype=F64)
 INNER = iia.grids.karras(3, 0.1, 80.0, to_data=False)
-BUDGET = iia.Budget(draws=16, teacher_steps=10, rounds=((0.5, 1),), descent=0, starts=1, iterations=1)
+BUDGET = iia.Budget(draws=16, teacher_steps=10, trials=2, starts=1, iterations=1)
 C = torch.linspace(-0.5, 0.5, 16, dtype=F64)
 
 

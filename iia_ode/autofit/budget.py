@@ -11,13 +11,16 @@ from ..errors import InputError, unknown_name
 
 __all__ = ["AGAIN", "BUDGETS", "Budget", "budget_of"]
 
+STEPS = 3
+"""Steps of an iteration with mini-batches."""
+
 AGAIN = 2
 """Iterations of the last refinement, which starts from a refined plan and uses all samples."""
 
 _WARM = 2  # kinds of warm start, where any is tried
-
-# Leap grids have seven first steps. Shares of candidates with the first step of another: of all, and of the better.
-_FIRSTS, _LIKE, _LIKE_LATER = 7, 0.8, 0.6
+_SHARED = 0.94  # share of the evaluations of a trial that no earlier trial has made
+_LEAPS = 3  # evaluations of a trajectory beside its steps, at most
+_SIZE = 18  # evaluations of a sample for the size of the data, about
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,10 @@ class Budget:
 
     Parameters
     ----------
-    draws : minimum number of initial states where no teacher is given. Missing states are drawn as sigma N(0, I), plus the
-        given images if any, reusing the given conditions evenly. Each state costs a trajectory of the teacher, in memory too,
-        and the work of the fits.
+    draws, most : minimum and maximum number of initial states where no teacher is given; None for no maximum. Missing states
+        are drawn as sigma N(0, I), plus the given images if any, reusing the given conditions evenly. Of too many states, some
+        at equal distances in the batch are used. Each state costs a trajectory of the teacher, in memory too, and the work of
+        the fits.
     teacher_steps : minimum number of steps of the accurate trajectories; see :meth:`steps`.
     teacher_knots, teacher_dtype : number and dtype (``"float16"`` or ``"bfloat16"``) of the stored states of a trajectory; see
         :meth:`iia_ode.Teacher.solve`. By default a trajectory holds every step in the dtype of the draws, 8 (steps + 1) bytes
@@ -54,7 +58,8 @@ class Budget:
     """
 
     draws: int = 0
-    teacher_steps: int = 60
+    most: int | None = None
+    teacher_steps: int = 24
     trials: int = 8
     judges: int = 64
     warm_starts: bool = False
@@ -63,7 +68,7 @@ class Budget:
     minibatch: int | None = None
     probes: int = 2
     finals: float = 0.0
-    held_out: float = 0.5
+    held_out: float = 0.25
     chunk_size: int = 64
     checkpointed: bool = False
     teacher_knots: int | None = None
@@ -74,6 +79,10 @@ class Budget:
         least |= {"teacher_steps": 2, "iterations": 1, "probes": 1, "trials": 1, "judges": 2}
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; give finite numbers of at least {least}.")
+        if self.most is not None:
+            check_whole("most", self.most, least=max(self.draws, 8))
+        if self.minibatch is not None:
+            check_whole("minibatch", self.minibatch, least=1)
         check_number("held_out", self.held_out, above=0, below=1)
         check_whole("chunk_size", self.chunk_size, least=1)
         check_flag("warm_starts", self.warm_starts)
@@ -89,27 +98,38 @@ class Budget:
         """
         return max(self.teacher_steps, 4 * nfe)
 
-    def cost(self, nfe: int, candidates: int, batch: int, train: int) -> int:
-        """Estimate of the sample evaluations of a search.
+    def used(self, given: int) -> int:
+        """Number of initial states that a search uses of a given number, where it makes the teacher."""
+        return max(self.draws, given if self.most is None else min(given, self.most))
+
+    def teacher_cost(self, nfe: int, draws: int) -> int:
+        """Estimate of the sample evaluations of a teacher with the estimates of its error and of the size of the data."""
+        few = min(draws, max(2, min(8, draws // 32)))
+        return (self.steps(nfe) + _LEAPS) * draws + few * (round(1.5 * self.steps(nfe)) + _SIZE)
+
+    def cost(self, nfe: int, draws: int, train: int) -> int:
+        """Estimate of the sample evaluations of a search, without those of its teacher.
 
         Parameters
         ----------
         nfe : evaluations of the solver.
-        candidates : leap grids of the first round.
-        batch, train : number of draws, and of training samples among them.
+        draws, train : number of draws, and of training samples among them.
 
         Returns
         -------
         The number of sample evaluations, with a backward pass counted as two.
         """
-        searches = (_WARM * self.warm_starts + 1) * (self.trials * min(train, self.judges) * (nfe - 1) if nfe > 1 else 0)
-        fits = 7 * batch  # two fits per kind of weights on a half; then the chosen one on that half and on all
+        held, later = draws - train, max(nfe - 1, 0)  # all solvers share the first evaluation
+        search = self.trials * min(train, self.judges) * later * _SHARED * (_WARM * self.warm_starts + 1)
+        fits = 2 * (_WARM * self.warm_starts + 1) * (train * later + held * nfe) + held * nfe
+        last = draws * (2 * nfe - 1)
+        rows = train if self.minibatch is None else STEPS * min(self.minibatch, train)
         passes = 2 * self.probes + 4 + (self.probes + 1) * self.checkpointed
-        refinement = self.starts * self.iterations * (train * passes + batch - train)
-        refinement += AGAIN * batch * passes if self.starts else 0
+        refinement = self.starts * (train * later + self.iterations * (rows * passes + held) * nfe)
+        if self.starts and self.minibatch is None:
+            refinement += AGAIN * draws * passes * nfe
         made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
-        finals = self.finals_of(batch)
-        return (self.steps(nfe) + 1) * (batch + finals) + round(searches + nfe * (fits + refinement + made * finals))
+        return round(search + fits + last + refinement + nfe * made * self.finals_of(draws))
 
     def memory(self, nfe: int, components: int) -> int:
         """Bytes of the accurate trajectories on the host: a state and a slope at every knot.
@@ -133,19 +153,23 @@ class Budget:
 
 
 BUDGETS: dict[str, Budget] = {
-    "closed-form": Budget(teacher_steps=24),
-    "standard": Budget(teacher_steps=24, starts=1, iterations=6, probes=2),
+    "quick": Budget(most=16, teacher_steps=16, trials=3),
+    "closed-form": Budget(most=80),
+    "standard": Budget(most=128, starts=1, iterations=5, minibatch=20, probes=1),
     "thorough": Budget(
         draws=512,
         teacher_steps=80,
+        trials=16,
+        judges=256,
         warm_starts=True,
         starts=3,
         iterations=12,
         probes=2,
         finals=2.0,
+        held_out=0.5,
     ),
 }
-"""Budgets by name. "closed-form" needs no gradients, "standard" has one refinement, "thorough" has more of everything."""
+"""Budgets by name. "quick" and "closed-form" need no gradients, "standard" has one refinement, "thorough" has more of all."""
 
 
 def budget_of(budget: str | Budget) -> Budget:

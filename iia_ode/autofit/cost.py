@@ -14,14 +14,13 @@ from ..iia.batch import Batch, held_out_of
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import ranks_of
 from ..plan.checks import check_ode
-from ..schedules.levels import default_levels
 from .budget import Budget, budget_of
-from .grids import leap_grids
 from .stages import Context
 
 __all__ = ["FitCost", "announce", "fit_cost"]
 
-_FEW = 64  # draws, below which the log warns that a choice is uncertain
+_USUAL = 256  # draws of a fit whose budget has no maximum
+_FEW = 16  # draws, below which the log warns that a choice is uncertain
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def fit_cost(
     nfe: int,
     budget: str | Budget = "standard",
     *,
-    samples: int = 256,
+    samples: int | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> FitCost:
     """The expected cost of :func:`iia_ode.fit` with the same arguments; the model is not called.
@@ -72,7 +71,7 @@ def fit_cost(
     ode : the model with its schedule.
     nfe : number of evaluations of the solver, at least 1.
     budget : a name or a :class:`~iia_ode.Budget`.
-    samples : number of draws that the fit is given, or makes for `shape`.
+    samples : number of draws that the fit is given, or makes for `shape`; by default the most that the budget uses.
     shape : shape of one sample, for the memory; by default the ODE's ``state_shape``, if any.
 
     Returns
@@ -90,17 +89,17 @@ def fit_cost(
     chosen = budget_of(budget)
     check_ode(ode)
     check_whole("nfe", nfe, least=1)
-    draws = max(check_whole("samples", samples, least=1), chosen.draws)
+    draws = chosen.used(default_samples(chosen) if samples is None else check_whole("samples", samples, least=1))
     size = ode.state_shape if shape is None else check_shape("shape", shape)
     train = draws - held_out_of(draws, chosen.held_out) if draws > 1 else draws
-    total = chosen.cost(nfe, _candidates(default_levels(ode.schedule)[1]), draws, train)
-    teacher = (chosen.steps(nfe) + 1) * (draws + chosen.finals_of(draws))
+    teacher = chosen.teacher_cost(nfe, draws) + chosen.teacher_cost(nfe, chosen.finals_of(draws))
+    total = teacher + chosen.cost(nfe, draws, train)
     return FitCost(total, teacher, draws, None if size is None else chosen.memory(nfe, draws * math.prod(size)))
 
 
-def _candidates(highest: float) -> int:
-    """Leap grids of a search on data of size about 1, from the level `highest`."""
-    return len(leap_grids(highest, 1.0))
+def default_samples(budget: Budget) -> int:
+    """Number of draws that a fit makes where none is given."""
+    return budget.most or max(budget.draws, _USUAL)
 
 
 def announce(context: Context, batch: Batch, given: int, finals: int, start: float) -> None:
@@ -117,9 +116,8 @@ def announce(context: Context, batch: Batch, given: int, finals: int, start: flo
             began = time.perf_counter()
             part.ode.output(part.x, start).sum().item()
             seconds = (time.perf_counter() - began) / len(part)
-    highest = batch.ode.schedule.noise_to_signal(start)
-    cost = budget.cost(nfe, _candidates(highest), len(batch), len(batch) - context.held_out)
-    cost -= (budget.steps(nfe) + 1) * len(batch) if batch.teacher is not None else 0
+    cost = budget.cost(nfe, len(batch), len(batch) - context.held_out) + budget.teacher_cost(nfe, finals)
+    cost += budget.teacher_cost(nfe, len(batch)) if batch.teacher is None else 0
     more = f" and {len(batch) - given} more" if len(batch) > given else ""
     more += f", {finals} for the last choice" if finals else ""
     context.say(

@@ -38,7 +38,7 @@ from ..sharing.in_use import at_fit
 from ..sharing.serving import at_scale, checked_scales
 from ..teacher.teacher import Teacher, check_teacher
 from .budget import Budget, budget_of
-from .cost import announce
+from .cost import announce, default_samples
 from .draws import check_additions, initial_states, levels_of
 from .grids import leap_grids
 from .pipeline import SCALARS, Contender
@@ -60,7 +60,7 @@ def fit(
     x: Tensor | None = None,
     shape: tuple[int, ...] | None = None,
     images: Tensor | None = None,
-    samples: int = 256,
+    samples: int | None = None,
     budget: str | Budget = "standard",
     weights: Literal["auto", "scalars"] = "auto",
     sigma_max: float | None = None,
@@ -96,8 +96,9 @@ def fit(
     shape : shape of one sample, instead of `noise` and `x`: the search makes `samples` draws in float32.
     images : clean samples [B, ...], float32 or float64, instead of `noise`, for a solver that starts in the middle, as
         image-to-image does: the search adds noise of level `sigma_max` to them.
-    samples : number of draws for `shape`.
-    budget : ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`. A budget may add draws.
+    samples : number of draws for `shape`; by default as many as the budget uses.
+    budget : ``"quick"``, ``"closed-form"``, ``"standard"``, ``"thorough"`` or a :class:`~iia_ode.Budget`. A budget may add
+        draws, or use some of the given draws only.
     weights : ``"scalars"`` for one number per direction, which serves samples of every shape. ``"auto"`` also tries weights
         per frequency band, constants and the budget's warm starts, which are for samples of one shape.
     sigma_max : level sigma/alpha of the initial states; by default the noisiest level of the schedule. Where the output of the
@@ -128,8 +129,8 @@ def fit(
     DuplicateWarning : copies among the draws are left out.
     """
     chosen = budget_of(budget)
-    for name, value in (("nfe", nfe), ("samples", samples)):
-        check_whole(name, value, least=1)
+    check_whole("nfe", nfe, least=1)
+    samples = default_samples(chosen) if samples is None else check_whole("samples", samples, least=1)
     check_seed(seed)
     if sigma_min is not None:
         sigma_min = known_level(ode.schedule, sigma_min, "sigma_min")
@@ -149,6 +150,8 @@ def fit(
     device = ode.device or states.device
     batch = Batch(ode, states.detach().to(device), teacher, chosen.chunk_size, signal=initial.signal)
     batch = batch if shape is not None else batch.without_copies()
+    if teacher is None and chosen.used(len(batch)) < len(batch):
+        batch = batch[torch.arange(chosen.used(len(batch)), device="cpu") * len(batch) // chosen.used(len(batch))]
     if len(batch) < _FEWEST:
         raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
     begun, given = time.perf_counter(), len(batch)

@@ -22,6 +22,7 @@ from ..bounded import Bounded
 from ..iia.batch import Batch, per_sample
 from ..metrics import flat
 from ..ode import ProbabilityFlowODE
+from ..ode.origin import Origin
 from ..plan import Plan
 from ..reference import Trajectory
 from ..teacher import Teacher
@@ -150,6 +151,8 @@ class Nearby:
         model = _Along(teacher.path, gains)
         conditions = index | dict(batch.ode.conditioning)
         ode = ProbabilityFlowODE(model, batch.ode.schedule, "data", conditioning=conditions, tag=model.tag)
+        # A fit may check that the teacher is that of the ODE.
+        teacher = replace(teacher, record=replace(teacher.record, origin=Origin.of(ode, x), conditions=None))
         return cls(replace(batch, ode=ode, x=x, teacher=teacher, final=target, signal=None), gains)
 
 
@@ -197,7 +200,8 @@ def watched(plan: Plan, batch: Batch, gains: Gains | None) -> Tensor:
     times: list[float] = []
     with torch.no_grad():
         for part in batch.chunks():
-            run, path, own, times = plan.start(part.x, part.ode.prediction, conditioning=part.ode.conditioning), part.taught.path, [], []
+            run = plan.start(part.x, part.ode.prediction, conditioning=part.ode.conditioning)
+            path, own, times = part.taught.path, [], []
             while not run.done:
                 state, t = run.current, run.t
                 run.give(part.ode.borrowed(state, t))
