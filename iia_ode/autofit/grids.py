@@ -135,7 +135,7 @@ class Levels:
 
 def leap_grids(start: float, scale: float) -> list[LeapGrid]:
     """Candidates between the level `start` and the data, for data of root mean square `scale`."""
-    firsts = [scale * f for f in (2.5, 3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
+    firsts = [scale * f for f in (3.5, 5.0, 7.0, 10.0, 16.0, 32.0, 80.0)]
     firsts = [a for a in firsts if a < 0.9 * start] or [start * f for f in (0.8, 0.6, 0.4)]
     lasts = [scale * f for f in (0.5, 0.25, 0.12, 0.05, 0.015)]
     lasts = [b for b in lasts if b < 0.5 * firsts[0]] or [firsts[0] * f for f in (0.3, 0.1)]
@@ -249,6 +249,7 @@ def search_grid(
     pool: list[LeapGrid | FreeGrid] = [g for g in dict.fromkeys(candidates) if g.fits(levels)]
     if nfe == 2:  # one free level
         pool = list({g.sigma_1: g for g in pool if isinstance(g, LeapGrid)}.values())
+    least = 0.95 * min((_first(g) for g in pool), default=0.0)
     gains = Gains(batch.taught.record.data_size) if gains is None else gains
     near = Nearby.of(batch, gains, thin=True).batch
     measure = own_errors(fit, replace(batch, ode=cached(batch.ode)), nfe, gains)
@@ -275,11 +276,15 @@ def search_grid(
         if k == 1:  # with the gains of the first round
             predicted = cache(own_errors(fit, near, nfe))
         guess = corrected(predicted) if k else predicted
-        start = best()[0] if made else ranked(pool, [guess(g) for g in pool])[0] if pool else None
+        start = best()[0] if made else min(pool, key=lambda g: _mean(guess(g))) if pool else None
         if start is not None:
             pool += _around_best(guess, start, nfe, schedule, levels, near, single=k >= 2)
-        pool = list(dict.fromkeys(pool))
-        order = ranked(pool, [guess(g) for g in pool])
+        # A low first level is exact for most samples, and sends a few to another mode, which the few samples here do not show.
+        pool = [g for g in dict.fromkeys(pool) if _first(g) >= least]
+        order = sorted(pool, key=lambda g: _mean(guess(g)))
+        if not made:  # of each first level the best, so that the trials see how errors depend on it
+            firsts = {g.sigma_1: g for g in reversed(order) if isinstance(g, LeapGrid)}
+            order = [*(g for g in order if g in firsts.values()), *order]
         count = min(trials, math.ceil(share * trials)) - len(made)
         for grid in _apart([g for g in order if g not in made], count):
             made[grid] = Trial(grid, measure(grid), len(batch))
@@ -315,10 +320,20 @@ def _around_best(
     return [found.best] if single else [t.candidate for t in found.trials]
 
 
+def _first(grid: LeapGrid | FreeGrid) -> float:
+    """Level of the second evaluation."""
+    return grid.sigma_1 if isinstance(grid, LeapGrid) else max(grid.levels, default=math.inf)
+
+
 def _log_levels(grid: LeapGrid | FreeGrid, nfe: int, schedule: Schedule, batch: Batch) -> Tensor:
     """Logarithms of the levels of a grid after the start, float64 [nfe - 1]."""
     times = grid.times(nfe, schedule, batch.taught.t_start)[1:-1]
     return torch.tensor([math.log(schedule.noise_to_signal(t)) for t in times.tolist()], dtype=_F64, device="cpu")
+
+
+def _mean(errors: Tensor) -> float:
+    """The root mean square of predicted errors: they have no outliers, and samples with large gains count."""
+    return float(errors.square().mean())
 
 
 def _typical(errors: Tensor) -> float:
