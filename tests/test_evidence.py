@@ -79,6 +79,16 @@ def test_a_ratio_pairs_the_rows_of_a_seed_so_a_common_factor_has_no_spread(value
     assert ratio.error <= 1e-12 * factor
 
 
+@given(
+    st.lists(st.fixed_dictionaries({"seed": st.integers(0, 2)}, optional={"a": st.integers(0, 2)}), max_size=8),
+    st.one_of(st.none(), st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3)),
+)
+def test_rows_are_found_in_their_order_as_a_scan_finds_them(known, wanted):
+    members = wanted if isinstance(wanted, list) else [wanted]
+    found = Measurements(known).where(a=wanted, seed=(0, 1.0))
+    assert list(found.rows) == [r for r in known if r.get("a") in members and r["seed"] in (0, 1)]
+
+
 def test_two_rows_for_one_seed_are_refused_because_a_mean_over_both_would_mix_cases():
     with pytest.raises(InputError, match="several rows of v"):
         Measurements(rows([1.0], s="a") + rows([2.0], s="b")).estimate("v")
