@@ -135,6 +135,10 @@ class Measurements:
         seeds = self.distinct("seed")
         return geometric([ratio(self.where(seed=s)).mean for s in seeds])
 
+    def pooled(self, ratios: Callable[[Measurements], Iterable[Estimate]]) -> Estimate:
+        """Geometric mean over cases and seeds of the ratios that a function finds, with its standard error over seeds."""
+        return self.averaged(lambda own: geometric([r.mean for r in ratios(own) if r.seeds]))
+
 
 def estimated(values: list[float]) -> Estimate:
     """Mean and standard error."""
