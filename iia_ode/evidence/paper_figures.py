@@ -42,8 +42,8 @@ class PaperFigure(Experiment):
     claim : the paper's claim, with its place.
     """
 
-    keys = ("setting", "solver", "nfe")
-    values = ("rmse", "frechet")
+    keys: tuple[str, ...] = ("setting", "solver", "nfe")
+    values: tuple[str, ...] = ("rmse", "frechet")
     again = (100, 101)
 
     def __init__(
