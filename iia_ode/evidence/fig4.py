@@ -105,7 +105,7 @@ def _diagnosis(found: Measurements, base: str) -> str:
         f"typical sample, by target: {told} (geometric means). The fit to the exact flow leaves {step} of the error of a step."
     )
     if not total["substeps"].above(1):
-        return f"{text} So no loss is clear with the sub-steps."
+        return f"{text} So no loss is clear in the mean with the sub-steps."
     cause = "explains" if not total["local"].above(1) else "does not explain"
     text += f" So the restart of the base in the sub-steps {cause} the loss."
     if step.below(1) and total["local"].above(1):
@@ -113,7 +113,7 @@ def _diagnosis(found: Measurements, base: str) -> str:
             " Steps come nearer to the exact flow and the end does not: errors of the steps of the base cancel in part."
         )
     if not total["trajectory"].above(1):
-        end = "turns the loss into a gain" if total["trajectory"].below(1) else "leaves no clear loss"
+        end = "turns the loss into a gain" if total["trajectory"].below(1) else "leaves no clear loss in the mean"
         text += f" A target that repairs the errors of earlier steps {end}."
     return text
 
