@@ -198,6 +198,29 @@ def test_every_experiment_has_committed_results_of_two_runs_that_make_its_page(n
     assert experiment.figure(first).axes
 
 
+@pytest.mark.parametrize(
+    ("substeps", "local", "verdict"),
+    [(0.9, 0.9, "no loss"), (2.0, 0.9, "explains the loss"), (2.0, 2.0, "does not explain the loss")],
+)
+def test_the_diagnostic_of_figure_4_blames_the_restart_only_if_the_exact_flow_has_no_loss(substeps, local, verdict):
+    errors = {"base": 1.0, "substeps": substeps, "local": local, "trajectory": 0.5}
+    found = Measurements(
+        {
+            "seed": seed,
+            "base": "ipndm",
+            "target": t,
+            "nfe": n,
+            "typical": error * (1 + 0.01 * seed * (t != "base")),
+            "step": 0.5,
+        }
+        for seed in (0, 1, 2)
+        for t, error in errors.items()
+        for n in (5, 10, 20)
+    )
+    (note,) = get_experiment("fig4").notes(found)
+    assert verdict in note
+
+
 def test_an_unknown_experiment_is_refused_with_the_names_of_the_others():
     with pytest.raises(UnknownNameError, match="fig2"):
         get_experiment("fig1")
