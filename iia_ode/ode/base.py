@@ -12,7 +12,7 @@ from ..checks import check_flag, check_number
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
-from .calls import Ledger, Loans, answers, own_dtype
+from .calls import Ledger, Loans, answer, both_answers, own_dtype
 from .clock import Rounding, Time, checked_rounding, checked_time, exact_time, told
 from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
@@ -235,9 +235,9 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
     def _output(self, x: Tensor, t: Tensor | float, *, own: bool, loans: Loans | None = None) -> Tensor:
         scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
-            return self._answers(x, t, self.conditioning, own=own, loans=loans)[0]
-        check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False, loans=loans)
+            model, times, dtype = self._call(x, t)
+            return answer(model, self.ledger, x, times, self.conditioning, dtype, own=own, loans=loans)
+        condition, null = self._branches(x, t, loans)
         return guided(condition, null, scale, self.guidance_rescale)
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -259,20 +259,23 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         ------
         InputError : the ODE has no null condition.
         """
-        check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=True)
+        condition, null = self._branches(x, t)
         return condition, null
 
-    def _answers(
-        self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool, loans: Loans | None = None
-    ) -> Sequence[Tensor]:
+    def _branches(self, x: Tensor, t: Tensor | float, loans: Loans | None = None) -> Sequence[Tensor]:
+        check_branches(self.conditioning, self.unconditional)
+        model, times, dtype = self._call(x, t)
+        both = self.conditioning, self.unconditional
+        return both_answers(model, self.ledger, x, times, both, dtype, joint=self.batched_guidance, loans=loans)
+
+    def _call(self, x: Tensor, t: Tensor | float) -> tuple[Callable[..., Tensor], Tensor | float, torch.dtype]:
+        """The network, the time that it is told, and the dtype of its arithmetic, for states x [B, ...] at time t."""
         if self.conditioning or self.unconditional or not isinstance(self.guidance_scale, float):
             self.check_conditions(x.shape[0])
-        times, model = told(self.time, self.time_rounding, self.schedule, t), self.model
+        model = self.model
         if isinstance(model, ByLevel):
             model = model.at(self.schedule, t)
-        dtype, joint = self.compute_dtype(x), self.batched_guidance
-        return answers(model, self.ledger, x, times, branches, dtype, joint=joint, own=own, loans=loans)
+        return model, told(self.time, self.time_rounding, self.schedule, t), self.compute_dtype(x)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""
