@@ -207,7 +207,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         InputError : the model does not return a floating-point tensor of the shape of x, the conditions do not fit the
             batch, or the guidance scale fails at this time.
         """
-        return self._output(x, t, own=True)
+        return self._output(x, t, True)
 
     def borrowed(self, x: Tensor, t: Tensor | float, loans: Loans | None = None) -> Tensor:
         """The output for a caller that reads it at once: :meth:`output` without a copy, maybe in memory of the model.
@@ -230,13 +230,15 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         """
         if type(self).output is not ProbabilityFlowODE.output:
             return self.output(x, t)
-        return self._output(x, t, own=False, loans=loans)
+        return self._output(x, t, False, loans)
 
-    def _output(self, x: Tensor, t: Tensor | float, *, own: bool, loans: Loans | None = None) -> Tensor:
-        scale = scale_at(self.guidance_scale, t, x)
+    def _output(self, x: Tensor, t: Tensor | float, own: bool, loans: Loans | None = None) -> Tensor:
+        scale = self.guidance_scale
+        if not isinstance(scale, float):
+            scale = scale_at(scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
             model, times, dtype = self._call(x, t)
-            return answer(model, self.ledger, x, times, self.conditioning, dtype, own=own, loans=loans)
+            return answer(model, self.ledger, x, times, self.conditioning, dtype, own, loans)
         condition, null = self._branches(x, t, loans)
         return guided(condition, null, scale, self.guidance_rescale)
 
@@ -275,7 +277,8 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         model = self.model
         if isinstance(model, ByLevel):
             model = model.at(self.schedule, t)
-        return model, told(self.time, self.time_rounding, self.schedule, t), self.compute_dtype(x)
+        known = self.time is None and self.time_rounding is None and isinstance(t, float)
+        return model, t if known else told(self.time, self.time_rounding, self.schedule, t), self.compute_dtype(x)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

@@ -95,7 +95,7 @@ class Loans:
         copy = x.clone()
         out = model(copy, times, **condition)
         if id(model) not in self._trusted and not x.requires_grad:
-            self._trusted[id(model)] = _is_tracked(x) and _is_untouched(copy, 0) and _same(x, copy)
+            self._trusted[id(model)] = _is_tracked(x) and _is_untouched(copy, 0) and _is_same(x, copy)
         return out
 
 
@@ -109,7 +109,7 @@ def _is_untouched(x: Tensor, version: int) -> bool:
     return x._version == version and not x.requires_grad and x.grad is None
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def _is_same(x: Tensor, y: Tensor) -> bool:
     # On the host, ``torch.equal`` costs five times as much.
     return bool((x.numpy() == y.numpy()).all())
 
@@ -121,7 +121,6 @@ def answer(
     t: Tensor | float,
     condition: Mapping[str, Any],
     dtype: torch.dtype,
-    *,
     own: bool,
     loans: Loans | None = None,
 ) -> Tensor:
@@ -173,7 +172,7 @@ def both_answers(
     batch, device = x.shape[0], x.device
     both = paired(branches[0], branches[1], batch, device) if joint else None
     if both is None:
-        return [answer(model, ledger, x, t, branch, dtype, own=True, loans=loans) for branch in branches]
+        return [answer(model, ledger, x, t, branch, dtype, True, loans) for branch in branches]
     ledger.add(batch)
     doubled = torch.cat([x.to(dtype)] * 2)
     out = _checked(model(doubled, _times(t, batch, dtype, device, copies=2), **both), doubled.shape)

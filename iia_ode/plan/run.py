@@ -155,13 +155,14 @@ class Run:
         fits = _fits(output, state)
         if not fits:
             output = self._checked(output, state)
-        passes = stage.passes and not self.keeps_seen and may_write()
+        keeps = self.keeps_seen
+        passes = stage.passes and not keeps and may_write()
         if stage.factors == _UNCHANGED and (passes or (fits and is_unshared(output))):
             stored = output
         else:
             stored = converted(state, output, stage.factors)
         self.position, values[position] = position, stored
-        self.seen = (position, state, stored) if self.keeps_seen else None
+        self.seen = (position, state, stored) if keeps else None
         for j in stage.drops:
             del values[j]
 
@@ -170,22 +171,23 @@ class Run:
         self._add_up(self._ready.first)
 
     def _add_up(self, sums: tuple[Step, ...]) -> None:
-        values, reached, writes = self.values, [], may_write()
+        values, writes = self.values, may_write()
+        reached: tuple[tuple[int, Tensor], ...] = ()
         for step in sums:
-            if step.numbers is not None and writes:
+            if writes and step.numbers is not None:
                 value = step.numbers(values)
             else:
                 value = step.sum(values, next(iter(values.values())), writes)
             values[step.index] = value
             if step.point is not None:
-                reached.append((step.point, value))
+                reached += ((step.point, value),)
             for j in step.drops:
                 del values[j]
         if sums:
             self.position = sums[-1].index
+        self.reached = reached
         if self.done:
             self.values = {self.position: values[self.position]}
-        self.reached = tuple(reached)
 
     def _checked(self, output: Tensor, state: Tensor) -> Tensor:
         if not isinstance(output, Tensor) or output.shape != state.shape or not output.is_floating_point():
@@ -292,7 +294,7 @@ def _fits(output: object, state: Tensor) -> bool:
         type(output) is Tensor
         and output.dtype == state.dtype
         and output.shape == state.shape
-        and output.device == state.device
+        and ((output.is_cpu and state.is_cpu) or output.device == state.device)
         and output.is_contiguous()
     )
 
