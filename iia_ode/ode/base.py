@@ -233,9 +233,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         return self._output(x, t, False, loans)
 
     def _output(self, x: Tensor, t: Tensor | float, own: bool, loans: Loans | None = None) -> Tensor:
-        scale = self.guidance_scale
-        if not isinstance(scale, float):
-            scale = scale_at(scale, t, x)
+        scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
             model, times, dtype = self._call(x, t)
             return answer(model, self.ledger, x, times, self.conditioning, dtype, own, loans)
@@ -266,19 +264,15 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
 
     def _branches(self, x: Tensor, t: Tensor | float, loans: Loans | None = None) -> Sequence[Tensor]:
         check_branches(self.conditioning, self.unconditional)
-        model, times, dtype = self._call(x, t)
-        both = self.conditioning, self.unconditional
+        (model, times, dtype), both = self._call(x, t), (self.conditioning, self.unconditional)
         return both_answers(model, self.ledger, x, times, both, dtype, joint=self.batched_guidance, loans=loans)
 
     def _call(self, x: Tensor, t: Tensor | float) -> tuple[Callable[..., Tensor], Tensor | float, torch.dtype]:
         """The network, the time that it is told, and the dtype of its arithmetic, for states x [B, ...] at time t."""
         if self.conditioning or self.unconditional or not isinstance(self.guidance_scale, float):
             self.check_conditions(x.shape[0])
-        model = self.model
-        if isinstance(model, ByLevel):
-            model = model.at(self.schedule, t)
-        known = self.time is None and self.time_rounding is None and isinstance(t, float)
-        return model, t if known else told(self.time, self.time_rounding, self.schedule, t), self.compute_dtype(x)
+        model = self.model.at(self.schedule, t) if isinstance(self.model, ByLevel) else self.model
+        return model, told(self.time, self.time_rounding, self.schedule, t), self.compute_dtype(x)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

@@ -155,14 +155,11 @@ class Run:
         fits = _fits(output, state)
         if not fits:
             output = self._checked(output, state)
-        keeps = self.keeps_seen
-        passes = stage.passes and not keeps and may_write()
-        if stage.factors == _UNCHANGED and (passes or (fits and is_unshared(output))):
-            stored = output
-        else:
-            stored = converted(state, output, stage.factors)
+        passes = stage.passes and not self.keeps_seen and may_write()
+        kept = stage.factors == _UNCHANGED and (passes or (fits and is_unshared(output)))
+        stored = output if kept else converted(state, output, stage.factors)
         self.position, values[position] = position, stored
-        self.seen = (position, state, stored) if keeps else None
+        self.seen = (position, state, stored) if self.keeps_seen else None
         for j in stage.drops:
             del values[j]
 
