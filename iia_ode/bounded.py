@@ -51,6 +51,11 @@ class Bounded(Generic[K, V]):
                 self._total -= self._entries.popitem(last=False)[1][1]
             return value
 
+    def drop(self, key: K) -> None:
+        """Remove `key` if it has a value."""
+        with self._lock:
+            self._total -= self._entries.pop(key, (None, 0))[1]
+
     def clear(self) -> None:
         """Drop every entry."""
         with self._lock:

@@ -22,7 +22,8 @@ from .plan import Plan, Run, advance, check_grid, check_ode, check_size, check_s
 from .plan.callbacks import Callback, Notifier, notifier
 from .plan.checks import check_constants, factors_at
 from .plan.prepared import Runnable
-from .solvers import Solver, as_solver, get_solver, is_registered, solver_names, unknown_solver
+from .solvers import Solver, as_solver, is_registered, solver_names, unknown_solver
+from .solvers.base import shared_solver
 from .transforms import carries_derivative, differentiated, vectorized
 
 __all__ = ["fixed_method", "odeint", "sample"]
@@ -238,7 +239,7 @@ def _resolve(solver: object) -> Fixed | _Foreign:
             f"{solver!r} has to be fitted first: fit = iia_ode.preset({solver!r}).fit(ode, x, grid), then pass solver=fit."
         )
     if is_registered(solver):
-        return get_solver(solver)
+        return shared_solver(solver)
     name, theirs = solver.removeprefix(_PREFIX), solver_names(torchdiffeq=True)
     if name in theirs:
         return _Foreign(name)

@@ -79,9 +79,28 @@ def test_a_ratio_pairs_the_rows_of_a_seed_so_a_common_factor_has_no_spread(value
     assert ratio.error <= 1e-12 * factor
 
 
+@given(
+    st.lists(st.fixed_dictionaries({"seed": st.integers(0, 2)}, optional={"a": st.integers(0, 2)}), max_size=8),
+    st.one_of(st.none(), st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3)),
+)
+def test_rows_are_found_in_their_order_as_a_scan_finds_them(known, wanted):
+    members = wanted if isinstance(wanted, list) else [wanted]
+    found = Measurements(known).where(a=wanted, seed=(0, 1.0))
+    assert list(found.rows) == [r for r in known if r.get("a") in members and r["seed"] in (0, 1)]
+
+
 def test_two_rows_for_one_seed_are_refused_because_a_mean_over_both_would_mix_cases():
     with pytest.raises(InputError, match="several rows of v"):
         Measurements(rows([1.0], s="a") + rows([2.0], s="b")).estimate("v")
+
+
+def test_a_pooled_ratio_is_the_geometric_mean_over_cases_and_its_error_is_over_seeds():
+    cases = [
+        {"seed": s, "case": c, "v": v} for s, c, v in ((0, "a", 1.0), (0, "b", 4.0), (1, "a", 4.0), (1, "b", 16.0))
+    ]
+    found = Measurements(cases).pooled(lambda own: [own.estimate("v", case=c) for c in "ab"])
+    assert math.isclose(found.mean, 4.0)
+    assert found.seeds == 2
 
 
 def test_an_estimate_is_written_with_two_digits_of_its_error():
@@ -170,8 +189,36 @@ def test_every_experiment_has_committed_results_of_two_runs_that_make_its_page(n
     its = about(COMMITTED / name)
     text = page(experiment, first, its, "figure.png", (second, about(COMMITTED / f"{name}-again")))
     assert experiment.answer(first) in text
+    assert all(note in text for note in experiment.notes(first))
+    assert experiment.answer(first).count(". ") <= 1, "an answer has at most two sentences"
+    for claim in experiment.claims(Measurements([*first.rows, *second.rows])):
+        assert len(claim.measured.split()) <= 25
+        assert len(claim.verdict.split()) <= 6
     assert "nan" not in text.replace("nanometer", "")
     assert experiment.figure(first).axes
+
+
+@pytest.mark.parametrize(
+    ("substeps", "local", "verdict"),
+    [(0.9, 0.9, "no loss"), (2.0, 0.9, "explains the loss"), (2.0, 2.0, "does not explain the loss")],
+)
+def test_the_diagnostic_of_figure_4_blames_the_restart_only_if_the_exact_flow_has_no_loss(substeps, local, verdict):
+    errors = {"base": 1.0, "substeps": substeps, "local": local, "trajectory": 0.5}
+    found = Measurements(
+        {
+            "seed": seed,
+            "base": "ipndm",
+            "target": t,
+            "nfe": n,
+            "typical": error * (1 + 0.01 * seed * (t != "base")),
+            "step": 0.5,
+        }
+        for seed in (0, 1, 2)
+        for t, error in errors.items()
+        for n in (5, 10, 20)
+    )
+    (note,) = get_experiment("fig4").notes(found)
+    assert verdict in note
 
 
 def test_an_unknown_experiment_is_refused_with_the_names_of_the_others():

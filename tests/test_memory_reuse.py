@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import F64, normal
@@ -12,6 +13,7 @@ import iia_ode as iia
 from iia_ode.denoisers import dynamic_thresholding
 from iia_ode.ode import cached
 from iia_ode.plan import Plan
+from iia_ode.plan.memory import is_unshared
 
 EDM = iia.EDM()
 GRID = iia.grids.karras(4, 0.05, 20.0)
@@ -287,16 +289,57 @@ def test_a_run_notices_a_model_that_writes_to_its_states(kind: type[nn.Module], 
             assert torch.equal(iia.sample(iia.ProbabilityFlowODE(kind(), EDM), X, GRID, solver), expected)
 
 
-def test_a_run_copies_the_state_once_for_a_model_that_only_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])  # without and with memory of earlier outputs
+def test_a_run_copies_the_state_once_for_a_model_that_only_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clone, copied = Tensor.clone, []
 
     def counting(self: Tensor, **options: Any) -> Tensor:
         copied.append(self)
         return clone(self, **options)
 
-    plan = iia.get_solver("ddim").plan(EDM, iia.grids.karras(20, 0.05, 20.0, to_data=False))
+    plan = iia.get_solver(name).plan(EDM, iia.grids.karras(20, 0.05, 20.0, to_data=False))
     ode = iia.ProbabilityFlowODE(answer, EDM)
     expected = plan.run(ode, X, callback=lambda *_: None)
     monkeypatch.setattr(Tensor, "clone", counting)
     assert torch.equal(plan.run(ode, X), expected)
     assert len(copied) <= 3  # of the initial state, for the first call, and of no later state or output
+
+
+KEPT: list[Any] = []
+
+
+def kept(value: Any, of: Callable[[Any], Any] = lambda v: v) -> Any:
+    """A value that somebody else holds too, by the result of a function of the value."""
+    KEPT.append(of(value))
+    return value
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda: normal(3, 4), True),
+        (lambda: 2.0 * X, True),
+        (lambda: X, False),
+        (lambda: X[:], False),
+        (lambda: X.detach(), False),
+        (lambda: kept(normal(3, 4)), False),
+        (lambda: kept(normal(3, 4), Tensor.flatten), False),
+        (lambda: kept(normal(3, 4), Tensor.numpy), False),
+        (lambda: kept(normal(3, 4), lambda v: v.untyped_storage()), False),
+        (lambda: torch.from_numpy(np.ones(3)), False),
+        (lambda: normal(9)[:3], False),
+        (lambda: torch.ones(1).expand(3), False),
+        (lambda: torch.sigmoid(normal(3).requires_grad_()), False),  # its graph holds the output
+        (lambda: torch.ones(3, device="meta"), False),
+        (lambda: nn.Parameter(normal(3)), False),
+    ],
+)
+def test_memory_that_anybody_else_can_reach_is_shared(make: Callable[[], Tensor], expected: bool) -> None:
+    def found() -> bool:
+        value = make()
+        return is_unshared(value)
+
+    with torch.enable_grad():
+        assert found() == expected
+    KEPT.clear()
+    assert not torch.func.vmap(lambda v: v * is_unshared(2.0 * v))(torch.ones(2)).any()

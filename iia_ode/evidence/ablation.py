@@ -17,7 +17,7 @@ from ..iia.directions import StepRecord, Term, bi_iia_edm, iia_ddim, iia_edm
 from ..solvers import get_solver
 from .drawing import COLORS, lines_with_bands, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
-from .measurements import Estimate, Measurements, Row, geometric
+from .measurements import Estimate, Measurements, Row
 from .models import drawn, part_of, squares
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ PARTS: dict[str, dict[str, tuple[str | Terms, int]]] = {
         "current gradient only": (BIIA, 0),
         "fixed step size": (DDIM, 1),
     },
+}
+ASKED = {
+    "full": "all parts",
+    "fixed step size": "fixed step sizes",
+    "current gradient only": "the current gradient only",
 }
 BASE_OF = {BIIA: "heun", EDM: "heun", DDIM: "ddim", WINDOW: "ddim"}
 HISTORIES = {EDM: range(5), DDIM: range(1, 5), WINDOW: range(5)}
@@ -138,35 +143,49 @@ class Ablation(Experiment):
 
     def answer(self, found: Measurements) -> str:
         """The worth of parts, and the begin of overfitting."""
-        sentences = []
+        known = self._at_count(found)
+        told = [f"{', '.join(str(kept[p]) for p in ASKED)} for {method}" for method, (_, kept) in known.items()]
+        begins = [f"on {setting} {begin}" for setting, begin in self._begins(found).items()]
+        return (
+            f"On mixture64 with {min(n for n, _ in known.values())} evaluations the error over that of the base with "
+            f"{', with '.join(ASKED.values())} is {'; '.join(told)}. The longest history overfits by more than "
+            f"{EXCESS - 1:.0%} {', '.join(begins)}."
+        )
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """All parts of each method, and the smallest batch of each model."""
+        notes = []
+        for method, (count, kept) in self._at_count(found).items():
+            texts = [f"{e} with {'all parts' if p == 'full' else p}" for p, e in kept.items()]
+            notes.append(
+                f"On mixture64 with {count} evaluations {method} leaves of the error of {BASE_OF[method]}: {', '.join(texts)}."
+            )
+        return [*notes, *self._overfitting(found)]
+
+    def _at_count(self, found: Measurements) -> dict[str, tuple[int, dict[str, Estimate]]]:
+        """By method, the number of evaluations of the answer, and there the error of each part relative to the base."""
+        known = {}
         for method in (m for m in PARTS if found.where(method=m, part="full")):
             told = {p: self.kept(found, method, p) for p in PARTS[method]}
             count = COUNT["mixture64"] if COUNT["mixture64"] in told["full"] else min(told["full"])
-            texts = [f"{e[count]} with {'all parts' if p == 'full' else p}" for p, e in told.items()]
-            sentences.append(
-                f"On mixture64 with {count} evaluations {method} leaves of the error of {BASE_OF[method]}: {', '.join(texts)}."
-            )
-        return " ".join([*sentences, *self._overfitting(found), f"In short, {self._verdict(found)}."])
+            known[method] = count, {p: e[count] for p, e in told.items()}
+        return known
 
     def pooled(self, found: Measurements, setting: str, longest: bool) -> dict[int, tuple[Estimate, Estimate]]:
         """Gap and excess of the longest or the shortest history by batch size, geometric means over methods."""
         own = found.where(setting=setting, part="history")
         last = {m: (max if longest else min)(own.where(method=m).distinct("history")) for m in own.distinct("method")}
-        rows = [r for r in own.rows if r["history"] == last[str(r["method"])]]
-        parts = [Measurements(rows).where(method=m) for m in last]
+        part = Measurements(r for r in own.rows if r["history"] == last[str(r["method"])])
         batches = sorted(own.distinct("batch"))
 
-        def gap(batch: int, seed: Any) -> float:
-            return geometric([float(p.where(seed=seed, batch=batch).rows[0]["gap"]) for p in parts]).mean
+        def gap(batch: int) -> Estimate:
+            return part.pooled(lambda one: [one.estimate("gap", method=m, batch=batch) for m in last])
 
-        def excess(batch: int, seed: Any) -> float:
-            errors = [
-                [float(p.where(seed=seed, batch=n).rows[0]["held_out"]) for p in parts] for n in (batch, batches[-1])
-            ]
-            return geometric([few / most for few, most in zip(*errors, strict=True)]).mean
+        def excess(batch: int) -> Estimate:
+            few, most = {"batch": batch}, {"batch": batches[-1]}
+            return part.pooled(lambda one: [one.ratio("held_out", few, most, method=m) for m in last])
 
-        seeds = own.distinct("seed")
-        return {n: (geometric([gap(n, s) for s in seeds]), geometric([excess(n, s) for s in seeds])) for n in batches}
+        return {n: (gap(n), excess(n)) for n in batches}
 
     def _overfitting(self, found: Measurements) -> list[str]:
         """Gap and excess of the smallest batch for the shortest and the longest history, and the best history."""
@@ -185,21 +204,19 @@ class Ablation(Experiment):
         return sentences
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
-        """Two open questions: the parts, and overfitting in r."""
+        """Two open questions: the parts of each method, and overfitting in r on each model."""
         claims = []
-        for part in ("fixed step size", "current gradient only"):
-            told, gains = [], []
-            for method in (m for m in PARTS if found.where(method=m, part="full")):
-                full, own = self.kept(found, method, "full"), self.kept(found, method, part)
-                count = COUNT["mixture64"] if COUNT["mixture64"] in full else min(full)
-                told.append(
-                    f"{method}: {own[count]} of the base's error at {count} evaluations, all parts {full[count]}"
-                )
-                gains.append(f"{method} {self._share(found, method, part, count, own[count])}")
-            verdict = ", ".join(gains)
-            claims.append(Claim(f"Open question: IIA with {part}", "; ".join(told), verdict or "not resolved"))
-        told = self._overfitting(found)
-        claims.append(Claim("Open question: does a longer history r overfit?", " ".join(told), self._verdict(found)))
+        for part in list(ASKED)[1:]:
+            for method, (count, kept) in self._at_count(found).items():
+                told = f"{kept[part]} of the base's error at {count} evaluations, {kept['full']} with all parts"
+                verdict = self._share(found, method, part, count, kept[part])
+                claims.append(Claim(f"Open question: {method} with {part}", told, verdict))
+        for setting, begin in self._begins(found).items():
+            few, (gap, excess) = next(iter(self.pooled(found, setting, longest=True).items()))
+            _, (short, _) = next(iter(self.pooled(found, setting, longest=False).items()))
+            told = f"fits to {few} samples: gap {gap}, excess {excess} with the longest history; gap {short} with the shortest"
+            text = f"Open question: does a longer history r overfit by more than {EXCESS - 1:.0%} on {setting}?"
+            claims.append(Claim(text, told, begin))
         return claims
 
     @staticmethod
@@ -209,19 +226,19 @@ class Ablation(Experiment):
             return "loses" if kept.above(1) else "not resolved"
         rows = found.where(setting="mixture64", method=method, nfe=count)
         ratio = rows.ratio("held_out", {"part": part}, {"part": "full"})
-        return "gains less than with all parts" if ratio.above(1) else "gains, no clear loss to all parts"
+        return "gains, clearly less than all parts" if ratio.above(1) else "gains, not clearly less"
 
-    def _verdict(self, found: Measurements) -> str:
-        """From which batch size on neither gap nor excess of the longest history is above 5%."""
-        told = []
+    def _begins(self, found: Measurements) -> dict[str, str]:
+        """By model, below which batch size the gap or the excess of the longest history is above 5%."""
+        told = {}
         for setting in found.where(part="history").distinct("setting"):
             pooled = self.pooled(found, setting, longest=True)
             over = [n for n, pair in pooled.items() if max(e.mean for e in pair) > EXCESS]
             begins = (
                 f"below {min(n for n in pooled if n > max(over))} samples" if over and max(over) < max(pooled) else ""
             )
-            told.append(f"{setting} {begins or ('at all sizes' if over else 'at no size')}")
-        return f"overfitting above {EXCESS - 1:.0%}: {', '.join(told)}" if told else "not resolved"
+            told[setting] = begins or ("at all sizes" if over else "at no size")
+        return told
 
     def tables(self, found: Measurements) -> Sequence[Part]:
         """Parts by evaluations; histories by batch size."""
@@ -347,13 +364,7 @@ class Bench:
 
     def base(self, batch: int) -> Row:
         """The row of the base."""
-        about: Row = {
-            "setting": self.setting,
-            "method": self.method,
-            "part": "base",
-            "nfe": self.nfe,
-            "batch": batch,
-        }
+        about: Row = {"setting": self.setting, "method": self.method, "part": "base", "nfe": self.nfe, "batch": batch}
         return {**about, "train": _root(self._own[:batch]), "held_out": _root(self._held)}
 
     def row(self, terms: str | Terms, history: int, batch: int, blocks: int, about: Mapping[str, Any]) -> Row:

@@ -92,7 +92,18 @@ class Batch(Experiment):
 
     def answer(self, found: Measurements) -> str:
         """Enough samples, and the excess of the smallest batch."""
-        return " ".join(self._told(*name, curve) for name, curve in self.curves(found).items())
+        told = []
+        for (setting, method, _), curve in self.curves(found).items():
+            few, excess = next(iter(self.excess(curve).items()))
+            told.append(f"{self.enough(curve)} for {method} on {setting} ({excess})")
+        return (
+            f"The RMSE is within {LEAST - 1:.0%} of the RMSE of the largest batch from this number of samples on (in "
+            f"brackets, the RMSE of {few} samples over that of the largest batch): {', '.join(told)}."
+        )
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """Each case, relative to the base, and for a typical sample."""
+        return [self._told(*name, curve) for name, curve in self.curves(found).items()]
 
     def _told(self, setting: str, method: str, nfe: int, curve: Measurements) -> str:
         """A sentence on a case."""
@@ -110,21 +121,17 @@ class Batch(Experiment):
         return text
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
-        """The open question on the batch size."""
-        curves = self.curves(found)
-        enough = {name: self.enough(curve) for name, curve in curves.items()}
-        told = "; ".join(
-            f"{m} on {s} at {n}: {k}, the smallest batch {next(iter(self.excess(curves[s, m, n]).values()))}"
-            for (s, m, n), k in enough.items()
-        )
-        return [
-            Claim(
-                "Open question: how many samples does a fit need?",
-                f"samples from which on the RMSE is within {LEAST - 1:.0%} of the largest batch, and the RMSE of the smallest "
-                f"batch relative to the largest: {told}",
-                f"{min(enough.values())} to {max(enough.values())} samples",
+        """The open question on the batch size, for each case."""
+        claims = []
+        for (setting, method, nfe), curve in self.curves(found).items():
+            (few, excess), *_, (most, _) = self.excess(curve).items()
+            text = (
+                f"Open question: from how many samples on is {method} on {setting} within {LEAST - 1:.0%} of the RMSE of the "
+                "largest batch?"
             )
-        ]
+            measured = f"with {few} samples {excess} times the RMSE with {most}, at {nfe} evaluations"
+            claims.append(Claim(text, measured, f"from {self.enough(curve)} samples on"))
+        return claims
 
     def tables(self, found: Measurements) -> Sequence[Part]:
         """A table for each model and number of evaluations."""

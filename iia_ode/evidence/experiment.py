@@ -38,8 +38,8 @@ class Claim:
     Attributes
     ----------
     text : the claim or the question, with its place in the paper.
-    measured : what was measured, with its standard error.
-    verdict : ``"confirmed"``, ``"refuted"``, ``"not resolved"``, or an answer in a few words.
+    measured : what was measured, with its standard error, in at most 25 words.
+    verdict : ``"confirmed"``, ``"refuted"``, ``"not resolved"``, or an answer in at most six words.
     """
 
     text: str
@@ -91,6 +91,10 @@ class Experiment(ABC):
     @abstractmethod
     def answer(self, found: Measurements) -> str:
         """The answer in one or two sentences, with figures taken from the measurements."""
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """Details behind the answer, with figures taken from the measurements; by default none."""
+        return ()
 
     @abstractmethod
     def tables(self, found: Measurements) -> Sequence[Part]:

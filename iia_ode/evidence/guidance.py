@@ -18,7 +18,7 @@ from .experiment import Cell, Claim, Experiment, Part, markdown
 from .measurements import Estimate, Measurements, Row
 from .models import fitting, unseen
 from .transfer import moved_error, survival
-from .wording import percent
+from .wording import ends, judged, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ class _Size:
     fit_samples: int
 
 
+SIDES = {"at": "at the scale of the fit", "above": "above it", "below": "below it"}
 SCALES = (1.0, 2.0, 4.0)
 SIZES = (
     _Size("digits", 5, {PRESET: SCALES, FOUND: (1.0, 4.0)}, SCALES, 24, 16),
@@ -72,25 +73,47 @@ class Guidance(Experiment):
         return [Cell(f"{s.setting}, {s.nfe}", partial(_measured, s)) for s in (QUICK if quick else SIZES)]
 
     def answer(self, found: Measurements) -> str:
+        """For each method the mean error at, above and below the scale of the fit."""
+        sentences = []
+        for method in _methods(found):
+            told = []
+            for side, where in SIDES.items():
+                ratios = _on(found, method, side)
+                if not ratios:
+                    continue
+                mean, (better, worse) = found.pooled(partial(_on, method=method, side=side)), judged(ratios)
+                told.append(f"{mean} {where} (clearly lower in {better} of {len(ratios)} cases, higher in {worse})")
+            sentences.append(f"The error of {method} over that of {BASE} is in the geometric mean {', '.join(told)}.")
+        return " ".join(sentences)
+
+    def notes(self, found: Measurements) -> Sequence[str]:
         """Gains at the own scale, and what remains at others."""
-        return " ".join([*(_own_gain(found, method) for method in _methods(found)), *_served(found)])
+        return [*(_own_gain(found, method) for method in _methods(found)), *_served(found)]
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """IIA-DPM-Solver, and the open question of other scales."""
         claims = []
-        ratios = _own(found, PRESET)
+        ratios = _on(found, PRESET, "at")
         if ratios:
-            better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
+            better, worse = judged(ratios)
+            low, high = ends(ratios)
             verdict = "confirmed" if better == len(ratios) else "refuted" if worse > better else "not in all cases"
             verdict = verdict if better or worse else "not resolved"
             text = "IIA improves DPM-Solver++(2M) under classifier-free guidance (ICLR version)"
-            claims.append(Claim(text, _own_gain(found, PRESET), verdict))
-        moved = [r for method in _methods(found) for r in _moved(found, method)]
-        if moved:
-            better, worse = sum(r.below(1) for r in moved), sum(r.above(1) for r in moved)
-            verdict = f"better than the base in {better} of {len(moved)} cases, worse in {worse}"
-            text = "Does a fit at one guidance scale serve others (open question)?"
-            claims.append(Claim(text, " ".join(_served(found)), verdict))
+            measured = (
+                f"error from {percent(low)} to {percent(high)}; clearly lower in {better} of {len(ratios)} cases, higher in "
+                f"{worse}"
+            )
+            claims.append(Claim(text, measured, verdict))
+        for method in _methods(found):
+            by_side = {side: ratios for side in ("above", "below") if (ratios := _on(found, method, side))}
+            moved = [r for ratios in by_side.values() for r in ratios]
+            if moved:
+                better, worse = judged(moved)
+                told = [f"from {' to '.join(map(percent, ends(rs)))} {side}" for side, rs in by_side.items()]
+                text = f"Does a fit of {method} at one guidance scale serve others (open question)?"
+                verdict = f"{better} of {len(moved)} better, {worse} worse"
+                claims.append(Claim(text, f"error {', '.join(told)} its scale", verdict))
         return claims
 
     def tables(self, found: Measurements) -> Sequence[Part]:
@@ -209,21 +232,20 @@ def _pairs(found: Measurements, method: str) -> list[tuple[Measurements, float, 
     return pairs
 
 
-def _own(found: Measurements, method: str) -> list[Estimate]:
-    """Ratios at the scale of the fit."""
-    return [_ratio(part, method, fitted, used) for part, fitted, used in _pairs(found, method) if fitted == used]
+def _side(fitted: float, used: float) -> str:
+    """A key of SIDES."""
+    return "at" if used == fitted else "above" if used > fitted else "below"
 
 
-def _moved(found: Measurements, method: str) -> list[Estimate]:
-    """Ratios at other scales."""
-    return [_ratio(part, method, fitted, used) for part, fitted, used in _pairs(found, method) if fitted != used]
+def _on(found: Measurements, method: str, side: str) -> list[Estimate]:
+    """Ratios at, above or below the scale of the fit."""
+    return [_ratio(part, method, f, u) for part, f, u in _pairs(found, method) if _side(f, u) == side]
 
 
 def _own_gain(found: Measurements, method: str) -> str:
     """A sentence on the gain at the own scale."""
-    ratios = _own(found, method)
-    better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
-    low, high = min(ratios, key=lambda r: r.mean), max(ratios, key=lambda r: r.mean)
+    ratios = _on(found, method, "at")
+    (better, worse), (low, high) = judged(ratios), ends(ratios)
     return (
         f"At the scale of the fit, {method} is better than {BASE} by the 95% interval in {better} of {len(ratios)} cases and "
         f"worse in {worse}; its error is from {percent(low)} to {percent(high)}."
@@ -235,12 +257,11 @@ def _served(found: Measurements) -> list[str]:
     sentences = []
     for method in _methods(found):
         for side in ("above", "below"):
-            pairs = [p for p in _pairs(found, method) if (p[2] > p[1] if side == "above" else p[2] < p[1])]
+            pairs = [p for p in _pairs(found, method) if _side(*p[1:]) == side]
             if not pairs:
                 continue
             ratios = [_ratio(part, method, fitted, used) for part, fitted, used in pairs]
-            better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
-            low, high = min(ratios, key=lambda r: r.mean), max(ratios, key=lambda r: r.mean)
+            (better, worse), (low, high) = judged(ratios), ends(ratios)
             sentences.append(
                 f"Used {side} the scale of the fit, {method} is better than {BASE} in {better} of {len(ratios)} cases and "
                 f"worse in {worse}; its error is from {percent(low)} to {percent(high)}{_kept(pairs, method)}."
@@ -258,11 +279,8 @@ def _kept(pairs: Sequence[tuple[Measurements, float, float]], method: str) -> st
             shares += [(share.mean, fitted, used)] if share.seeds else []
     if not shares:
         return ""
-    (least, *low), (most, *high) = min(shares), max(shares)
-    return (
-        f", and of the gain of a fit at the scale of use {least:.0%} (from {low[0]:g} to {low[1]:g}) to {most:.0%} (from "
-        f"{high[0]:g} to {high[1]:g}) survives"
-    )
+    told = [f"{share:.0%} (from {f:g} to {u:g})" for share, f, u in dict.fromkeys((min(shares), max(shares)))]
+    return f", and of the gain of a fit at the scale of use {' to '.join(told)} survives"
 
 
 EXPERIMENT = Guidance()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .drawing import COLORS, MARKERS, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
-from .measurements import Estimate, Measurements, geometric
+from .measurements import Estimate, Measurements
 from .rivals.side_by_side import CLASSIC, LONG, LONG_DRAWS, POINTS, SIZES, THOROUGH, TUNED, Size, measured, thorough
 
 if TYPE_CHECKING:
@@ -54,14 +54,8 @@ class LearnedSolvers(Experiment):
 
     def _ratio(self, found: Measurements, method: str, value: str = "rmse") -> Estimate:
         """Error of "standard" over the error of a method: geometric mean over models and numbers of evaluations."""
-        return found.averaged(
-            lambda own: geometric(
-                [
-                    own.ratio(value, {"method": STANDARD}, {"method": method}, setting=s, nfe=n).mean
-                    for s, n in _places(own)
-                ]
-            )
-        )
+        over, under = {"method": STANDARD}, {"method": method}
+        return found.pooled(lambda own: [own.ratio(value, over, under, setting=s, nfe=n) for s, n in _places(own)])
 
     def _decided(self, found: Measurements) -> dict[str, tuple[list[str], list[str], list[str]]]:
         """For each rival the cases in which it is worse than "standard", better, and neither."""
@@ -78,28 +72,36 @@ class LearnedSolvers(Experiment):
         return table
 
     def answer(self, found: Measurements) -> str:
-        """Cases won and lost by the budget "standard", and the ideas of rivals that are better at equal cost."""
+        """Mean ratios to the nearest rival and to BNS, and the cases won and lost by the budget "standard"."""
         ratios = {m: self._ratio(found, m) for m in RIVALS}
         nearest, decided, cases = max(ratios, key=lambda m: ratios[m].mean), self._decided(found), len(_places(found))
-        text = (
+        won = sum(all(place in decided[m][0] for m in RIVALS) for place in map(_named, _places(found)))
+        lost = {case for better in self._lost(found).values() for case in better}
+        return (
             f"Over {cases} cases (model and number of evaluations), the error of `iia_ode.fit` with the budget "
             f'"standard" is {ratios[nearest]} times the error of the nearest rival, {nearest}, and {ratios["bns"]} times '
-            f"the error of BNS at equal cost (geometric means; {self._ratio(found, 'bns', 'typical')} times in the typical "
-            "error, the aim of BNS). "
+            f"the error of BNS at equal cost (geometric means). It is clearly better than every rival in {won} of "
+            f"{cases} cases, and a rival of equal or lower cost is clearly better in {len(lost)}."
         )
-        lost = [
-            f"{m} ({IDEAS[m.split()[0]]}) in {', '.join(better)}"
-            for m, (_, better, _) in decided.items()
-            if better and all(_affordable(found, m, *_case(c)) for c in better)
+
+    def _lost(self, found: Measurements) -> dict[str, list[str]]:
+        """For each rival the cases in which it is better than "standard" at equal or lower cost."""
+        return {
+            m: own
+            for m, (_, better, _) in self._decided(found).items()
+            if (own := [c for c in better if _affordable(found, m, *_case(c))])
+        }
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """The ratio in the typical error, and the ideas of rivals that are better at equal cost."""
+        typical = self._ratio(found, "bns", "typical")
+        return [
+            f'"standard" has {typical} times the typical error of BNS, the aim of BNS (geometric mean over cases).',
+            *(
+                f'{m} ({IDEAS[m.split()[0]]}) is clearly better than "standard" at equal or lower cost in {", ".join(cases)}.'
+                for m, cases in self._lost(found).items()
+            ),
         ]
-        won = sum(all(place in decided[m][0] for m in RIVALS) for place in map(_named, _places(found)))
-        text += f"It is better than every rival, at the 95% level, in {won} of {cases} cases. "
-        text += (
-            f"At equal or lower cost, rivals are better at that level: {'; '.join(lost)}."
-            if lost
-            else "No rival of equal or lower cost is better at that level in any case."
-        )
-        return text
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """A verdict for each rival: whether the search of this library is better, over all cases."""
@@ -177,7 +179,7 @@ class LearnedSolvers(Experiment):
         """Models, budgets, and the choices made for the rivals."""
         sizes = "; ".join(f"{s}: {z.unseen} unseen samples, {z.draws} draws for each fit" for s, z in SIZES.items())
         statistics = ", ".join(f"{z.statistics} on {s}" for s, z in SIZES.items())
-        return f"{sizes}. {_METHOD}\nDraws for the statistics: {statistics}."
+        return f"{sizes}. {_METHOD}\nDraws for the statistics: {statistics}. *Clearly* means by the 95% interval over seeds."
 
 
 _METHOD = f"""

@@ -69,14 +69,28 @@ class Measurements:
 
     def __init__(self, rows: Iterable[Mapping[str, Value]]) -> None:
         self.rows: tuple[Row, ...] = tuple(dict(row) for row in rows)
+        self._places: dict[str, dict[Any, set[int]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def where(self, **columns: Any) -> Measurements:
         """The rows with these values in these columns; a tuple or list stands for any of its members."""
-        wanted = {k: v if isinstance(v, tuple | list) else (v,) for k, v in columns.items()}
-        return Measurements(r for r in self.rows if all(r.get(k) in v for k, v in wanted.items()))
+        chosen = []
+        for column, wanted in columns.items():
+            places = self._by_value(column)
+            values = wanted if isinstance(wanted, tuple | list) else (wanted,)
+            chosen.append(set[int]().union(*(places.get(value, ()) for value in values)))
+        return Measurements(self.rows[i] for i in sorted(set.intersection(*chosen))) if chosen else self
+
+    def _by_value(self, column: str) -> dict[Any, set[int]]:
+        """Numbers of the rows with each value of a column; the rows without the column stand under None."""
+        if column not in self._places:
+            places: dict[Any, set[int]] = {}
+            for i, row in enumerate(self.rows):
+                places.setdefault(row.get(column), set()).add(i)
+            self._places[column] = places
+        return self._places[column]
 
     def distinct(self, column: str) -> list[Any]:
         """The different values of a column, in the order of their first rows."""
@@ -120,6 +134,10 @@ class Measurements:
         """Geometric mean over seeds of a function of the rows of one seed."""
         seeds = self.distinct("seed")
         return geometric([ratio(self.where(seed=s)).mean for s in seeds])
+
+    def pooled(self, ratios: Callable[[Measurements], Iterable[Estimate]]) -> Estimate:
+        """Geometric mean over cases and seeds of the ratios that a function finds, with its standard error over seeds."""
+        return self.averaged(lambda own: geometric([r.mean for r in ratios(own) if r.seeds]))
 
 
 def estimated(values: list[float]) -> Estimate:

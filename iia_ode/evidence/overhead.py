@@ -27,6 +27,7 @@ from .drawing import COLORS, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
 from .measurements import Estimate, Measurements, Row
 from .models import Unseen, fitting, unseen
+from .wording import ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ __all__ = ["EXPERIMENT", "Overhead"]
 
 CLASSICS = ("ddim", "heun", "dpmpp_2m", "ipndm3")
 METHODS = ("iia-ddim", "iia-edm", "iia-dpmpp_2m", "iia.fit, closed-form", "iia.fit, standard")
-NOTHING = "nothing"
+RIVALS = {"break_even_base": "its base", "break_even_classic": "the best classic solver"}
 STEPS = 40
 """Steps of accurate solutions of digits."""
 
@@ -87,7 +88,11 @@ class Overhead(Experiment):
 
     def answer(self, found: Measurements) -> str:
         """Time of sampling, cost of a fit, images until it has paid."""
-        return " ".join([_times(found), *(_paid(found, setting) for setting in found.distinct("setting"))])
+        return " ".join(_told(found, setting) for setting in found.distinct("setting"))
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """Times of sampling, and images until each fit has paid."""
+        return [_times(found), *(text for setting in found.distinct("setting") for text in _paid(found, setting))]
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The cost per image, and the one-time cost."""
@@ -106,14 +111,15 @@ class Overhead(Experiment):
                 Claim(text, f"at most {top} times the time of the base on {', '.join(_timed(found))}", verdict)
             )
         for setting in found.distinct("setting"):
-            numbers = [e.mean for *_, e in _break_evens(found, setting, "break_even_classic")]
+            numbers = _break_evens(found, setting, "break_even_classic")
             count = len([1 for s, *_ in _fits(found) if s == setting])
-            verdict = f"{min(numbers):.0f} to {max(numbers):.0f} images" if numbers else "no break-even measured"
-            verdict += f" for {len(numbers)} of {count} fits" if 0 < len(numbers) < count else ""
+            verdict = f"{len(numbers)} of {count} fits pay" if numbers else "no fit pays"
             text = (
                 f"After how many images has a fit on {setting} paid, against the best classic solver (one-time cost)?"
             )
-            claims.append(Claim(text, "see the page for each fit", verdict))
+            first, last = numbers[:1], numbers[1:][-1:]
+            told = [f"{e} ({method} with {n})" for method, n, e in (*first, *last)]
+            claims.append(Claim(text, f"{' to '.join(told)} images" if told else "no measured number", verdict))
         return claims
 
     def tables(self, found: Measurements) -> Sequence[Part]:
@@ -331,38 +337,53 @@ def _four(part: Measurements) -> list[Estimate]:
 
 
 def _break_evens(found: Measurements, setting: str, value: str) -> list[tuple[str, int, Estimate]]:
-    """Method, evaluations and images until the fit has paid, where every seed has the number."""
+    """Method, evaluations and images until the fit has paid, where every seed has the number; from the fewest images."""
     index = 1 if value == "break_even_base" else 3
     numbers = [
         (m, n, _four(found.where(setting=s, solver=m, nfe=n))[index]) for s, m, n in _fits(found) if s == setting
     ]
-    return [number for number in numbers if number[-1].seeds]
+    return sorted((number for number in numbers if number[-1].seeds), key=lambda number: number[-1].mean)
+
+
+def _told(found: Measurements, setting: str) -> str:
+    """Time, cost and break-even on a setting, in a sentence."""
+    own = [f for f in _fits(found) if f[0] == setting]
+    costs = [found.estimate("fit_cost", setting=s, solver=m, nfe=n).mean for s, m, n in own]
+    parts = [f"a fit costs {min(costs):.0f} to {max(costs):.0f} sample evaluations"]
+    if setting in _timed(found):
+        low, high = ends([_time(found, *fit) for fit in own])
+        parts.insert(0, f"sampling takes {low} to {high} times the time of the base")
+    saved = []
+    for value, rival in RIVALS.items():
+        numbers = [e for *_, e in _break_evens(found, setting, value)]
+        images = f"after {numbers[0]} to {numbers[-1]} images" if numbers else "never"
+        saved.append(f"{images} against {rival} ({len(numbers)} of {len(own)} fits)")
+    return f"On {setting} {', '.join(parts)}, and the cost is saved {' and '.join(saved)}."
 
 
 def _times(found: Measurements) -> str:
-    """The sentence on times of sampling."""
-    sentences = []
+    """The sentence on times of sampling, with a model that does nothing and on networks."""
+    told = []
     for value, what in (("idle", "with a model that does nothing"), ("time", f"on {' and '.join(_timed(found))}")):
         ratios = [found.estimate(value, setting=s, solver=m, nfe=n) for s, m, n in _fits(found)]
         ratios = [r for r in ratios if r.seeds]
         if ratios:
-            low, high = min(ratios, key=lambda r: r.mean), max(ratios, key=lambda r: r.mean)
-            sentences.append(f"{low} to {high} times the time of the base {what}")
-    return f"Sampling with a fit takes {', and '.join(sentences)}."
+            low, high = ends(ratios)
+            told.append(f"{low} to {high} times the time of its base {what}")
+    return f"Sampling with a fit takes {' and '.join(told)}."
 
 
-def _paid(found: Measurements, setting: str) -> str:
-    """The sentence on costs and break-even of a setting."""
-    costs = [found.estimate("fit_cost", setting=s, solver=m, nfe=n).mean for s, m, n in _fits(found) if s == setting]
-    sentences = [f"On {setting} a fit costs {min(costs):.0f} to {max(costs):.0f} sample evaluations."]
-    for value, rival in (("break_even_base", "its base"), ("break_even_classic", "the best classic solver")):
+def _paid(found: Measurements, setting: str) -> list[str]:
+    """The break-even of each fit of a setting, a sentence for each rival."""
+    sentences = []
+    for value, rival in RIVALS.items():
         numbers = _break_evens(found, setting, value)
         if not numbers:
-            sentences.append(f"Against {rival} no fit has a break-even within the measured numbers of evaluations.")
+            sentences.append(f"On {setting}, against {rival}, no fit has a break-even within the measured evaluations.")
             continue
-        texts = [f"{number:} images ({method} with {n})" for method, n, number in numbers]
-        sentences.append(f"Against {rival} a fit has paid after {', '.join(texts)}.")
-    return " ".join(sentences)
+        texts = [f"{number} images ({method} with {n})" for method, n, number in numbers]
+        sentences.append(f"On {setting}, against {rival}, a fit has paid after {', '.join(texts)}.")
+    return sentences
 
 
 EXPERIMENT = Overhead()

@@ -42,6 +42,7 @@ def page(
     ]
     for part in experiment.tables(found):
         parts += [part.caption, part.table]
+    parts += _notes(experiment, found)
     parts += ["## How it was measured", experiment.method, _run(about)]
     missing = [cell.name for cell in experiment.cells(quick=False) if cell.name not in about["cells"]]
     if about["quick"]:
@@ -50,12 +51,20 @@ def page(
         parts.append(f"Not measured yet: {'; '.join(missing)}. The command measures what is missing.")
     if again is not None:
         other, its = again
-        seeds = ", ".join(map(str, its["seeds"]))
-        parts.append(
-            f"A second run on seeds {seeds} repeated the experiment: {agreement(experiment, found, other)}. "
-            f"Both runs together say: {experiment.answer(Measurements([*found.rows, *other.rows]))}"
-        )
+        seeds, both = ", ".join(map(str, its["seeds"])), Measurements([*found.rows, *other.rows])
+        parts += [
+            "## Second run",
+            f"A second run on seeds {seeds} repeated the experiment: {agreement(experiment, found, other)}.",
+            f"**Answer of both runs together.** {experiment.answer(both)}",
+            *_notes(experiment, both, "### In detail, both runs"),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def _notes(experiment: Experiment, found: Measurements, heading: str = "## In detail") -> list[str]:
+    """The notes as a list under a heading; nothing without notes."""
+    notes = experiment.notes(found)
+    return [heading, "\n".join(f"- {note}" for note in notes)] if notes else []
 
 
 def _run(about: Mapping[str, Any]) -> str:

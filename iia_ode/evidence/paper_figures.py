@@ -13,6 +13,7 @@ from .drawing import lines_with_bands, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
 from .measurements import Estimate, Measurements, Row
 from .models import compared, frechet, has_frechet, unseen
+from .wording import judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ __all__ = ["PaperFigure"]
 SAMPLES = {"digits": 128, "fashion": 96, "patches": 32}
 FIT_SAMPLES = {"digits": 64, "fashion": 32, "patches": 32}
 CONVERGED = "converged"
+WHAT = {"frechet": "Frechet distance", "rmse": "endpoint error"}
 BOUND = 25
 """The paper's orderings are judged below this number of evaluations, as in the paper."""
 FLOOR = 1.15
@@ -35,13 +37,13 @@ class PaperFigure(Experiment):
     ----------
     name, title, question : see :class:`Experiment`.
     solvers : the methods by name: registered solvers and presets, each base before its fitted forms.
-    pairs : pairs (better, worse) that the paper's figure shows.
+    pairs : pairs (better, worse) that the paper's figure shows; the answer tells the first two.
     nfes : numbers of evaluations for each denoiser.
     claim : the paper's claim, with its place.
     """
 
-    keys = ("setting", "solver", "nfe")
-    values = ("rmse", "frechet")
+    keys: tuple[str, ...] = ("setting", "solver", "nfe")
+    values: tuple[str, ...] = ("rmse", "frechet")
     again = (100, 101)
 
     def __init__(
@@ -124,16 +126,31 @@ class PaperFigure(Experiment):
         ]
 
     def answer(self, found: Measurements) -> str:
-        """In how many cases each ordering of the paper holds, and what the endpoint error says of the undecided cases."""
+        """Mean ratios, and in how many cases each ordering of the paper holds."""
+        told = []
+        for better, worse in self.pairs[:2]:
+            parts = []
+            for value, what in WHAT.items():
+                ratios = self._of(found, value, better, worse)
+                below, above = judged(ratios)
+                lost = f", higher in {above}" if above else ""
+                if ratios:
+                    count = f"clearly lower in {below} of {len(ratios)} cases{lost}"
+                    parts.append(f"{self._mean(found, value, better, worse)} times the {what} ({count})")
+            told.append(f"{better} has {' and '.join(parts)} of {worse}")
+        return f"Below {BOUND} evaluations, {'; '.join(told)}."
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """The counts for further pairs, and what the endpoint error says of the undecided cases."""
         sentences = []
-        for value, what in (("frechet", "Frechet distance"), ("rmse", "endpoint error")):
-            counts = [(*pair, *self._counts(found, value, *pair)) for pair in self.pairs]
-            said = [
-                f"{better} clearly beats {worse} in {below} of {cases} cases"
-                + (f" and loses in {above}" if above else "")
-                for better, worse, cases, below, above in counts
-                if cases
-            ]
+        for value, what in WHAT.items():
+            said = []
+            for better, worse in self.pairs[2:]:
+                ratios = self._of(found, value, better, worse)
+                below, above = judged(ratios)
+                lost = f" and loses in {above}" if above else ""
+                if ratios:
+                    said.append(f"{better} clearly beats {worse} in {below} of {len(ratios)} cases{lost}")
             if said:
                 sentences.append(f"In {what} below {BOUND} evaluations, {'; '.join(said)}.")
         undecided = [r for r in self.ratios(found, "frechet") if not r[-1].below(1) and not r[-1].above(1)]
@@ -144,11 +161,11 @@ class PaperFigure(Experiment):
             decided = {r[:4] for r in self.ratios(found, "rmse") if r[-1].below(1)}
             lower = sum(r[:4] in decided for r in undecided)
             sentences.append(
-                f"The intervals of {len(undecided)} cases decide nothing. In {floors} of them both distances are within "
-                f"{FLOOR - 1:.0%} of the distance of converged samples, so the metric has no room. The endpoint error is "
-                f"clearly lower in {lower} of these cases."
+                f"The intervals of {len(undecided)} Frechet distances decide nothing. In {floors} of them both distances are "
+                f"within {FLOOR - 1:.0%} of the distance of converged samples, so the metric has no room. The endpoint error "
+                f"is clearly lower in {lower} of these cases."
             )
-        return " ".join(sentences)
+        return sentences
 
     def _at_floor(self, found: Measurements, setting: str, nfe: int, *solvers: str) -> bool:
         """Whether the distances of all these solvers are close to the distance of converged samples."""
@@ -156,10 +173,13 @@ class PaperFigure(Experiment):
         floor = part.estimate("frechet", solver=CONVERGED).mean
         return all(part.estimate("frechet", solver=s, nfe=nfe).mean <= FLOOR * floor for s in solvers)
 
-    def _counts(self, found: Measurements, value: str, better: str, worse: str) -> tuple[int, int, int]:
-        """Cases of an ordering; those where it holds; those where the reverse holds."""
-        ratios = [r[-1] for r in self.ratios(found, value) if r[2:4] == (better, worse)]
-        return len(ratios), sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
+    def _of(self, found: Measurements, value: str, better: str, worse: str) -> list[Estimate]:
+        """The ratios of a pair."""
+        return [r[-1] for r in self.ratios(found, value) if r[2:4] == (better, worse)]
+
+    def _mean(self, found: Measurements, value: str, better: str, worse: str) -> Estimate:
+        """The geometric mean of the ratios of a pair."""
+        return found.pooled(lambda own: self._of(own, value, better, worse))
 
     @property
     def method(self) -> str:
@@ -170,15 +190,16 @@ class PaperFigure(Experiment):
             "(M, r) = (3, 1). The endpoint error is against converged solutions from the same noise. The Frechet distance is "
             "on the features of the packaged classifiers, from the training images. With so few images its value is biased "
             "upwards, for all methods alike: all methods start from the same noise. Orderings are judged by ratios within a "
-            "seed: a method clearly beats another where the 95% interval over the seeds says so."
+            "seed: a method clearly beats another where the 95% interval over the seeds says so. Mean ratios are geometric "
+            "means over denoisers and numbers of evaluations."
         )
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The ordering of the figure, in the Frechet distance."""
-        counts = [self._counts(found, "frechet", better, worse) for better, worse in self.pairs]
-        cases, below, above = (sum(c[k] for c in counts) for k in range(3))
-        verdict = (
-            "confirmed" if below == cases else "refuted" if above > below else f"clear in {below}, reversed in {above}"
-        )
-        measured = f"{below} of {cases} cases have the order of the paper, {above} the reverse"
+        ratios = [r[-1] for r in self.ratios(found, "frechet")]
+        (below, above), cases = judged(ratios), len(ratios)
+        part = f"clear in {below} of {cases} cases"
+        verdict = "confirmed" if below == cases else "refuted" if above > below else part
+        means = [f"{b} / {w} {self._mean(found, 'frechet', b, w)}" for b, w in self.pairs[:2]]
+        measured = f"mean {', '.join(means)}; {below} of {cases} cases in the paper's order, {above} reversed"
         return [Claim(self.claim, measured, verdict)]

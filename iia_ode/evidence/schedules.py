@@ -21,6 +21,7 @@ from .drawing import lines_with_bands, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
 from .measurements import Estimate, Measurements, Row
 from .models import Unseen, drawn, fitting
+from .wording import ends, judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,19 @@ class Schedules(Experiment):
         return {m: max(float(r["moved"]) for r in part.where(method=m).rows) for m in METHODS if part.where(method=m)}
 
     def answer(self, found: Measurements) -> str:
-        """Invariance, the range of gains on the same levels, and the number of clear gains on each grid."""
+        """The number of clear gains on each grid, and the range of gains over schedules on the same levels."""
+        counted = [f"{_clear(self.cases(found, grid))} on the {grid}" for grid in found.distinct("grid")]
+        told, nfe = [], self._middle(found)
+        for fit in self.pairs:
+            gains = {self.gain(found, SAME, s, fit, nfe): s for s in found.where(grid=SAME).distinct("schedule")}
+            told.append(f"{' to '.join(f'{g} ({gains[g]})' for g in ends(list(gains)))} for {fit}")
+        return (
+            f"The fit is clearly better than its base in {' and in '.join(counted)}; on the same levels with {nfe} "
+            f"evaluations its error over that of the base is {', '.join(told)}."
+        )
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """Invariance, and the errors of the bases behind the ratios."""
         moved = self.invariant(found)
         exact = [m for m, d in moved.items() if d < EXACT]
         other = [m for m, d in moved.items() if d >= EXACT]
@@ -84,9 +97,13 @@ class Schedules(Experiment):
             )
         if other:
             sentences.append(f"The final states of {', '.join(other)}, a method in the time t, do.")
-        sentences += [self._range(found, fit) for fit in self.pairs]
-        told = [f"{_clear(self.cases(found, grid))} on the {grid}" for grid in found.distinct("grid")]
-        return " ".join([*sentences, f"The fit is clearly better than its base in {' and in '.join(told)}."])
+        return [*sentences, *(self._range(found, fit) for fit in self.pairs)]
+
+    @staticmethod
+    def _middle(found: Measurements) -> int:
+        """The middle number of evaluations."""
+        counts: list[int] = sorted(found.distinct("nfe"))
+        return counts[len(counts) // 2]
 
     def cases(self, found: Measurements, grid: str) -> list[Estimate]:
         """The gains on a grid, over schedules, fits and numbers of evaluations."""
@@ -95,28 +112,25 @@ class Schedules(Experiment):
 
     def _range(self, found: Measurements, fit: str) -> str:
         """The gains of a fit at the middle number of evaluations, on the same levels."""
-        counts, base = sorted(found.distinct("nfe")), self.pairs[fit]
-        nfe = counts[len(counts) // 2]
+        nfe, base = self._middle(found), self.pairs[fit]
         own = found.where(grid=SAME, method=base, nfe=nfe)
         gains = {s: self.gain(found, SAME, s, fit, nfe) for s in own.distinct("schedule")}
-        ends = " to ".join(
+        told = " to ".join(
             f"{gains[s]} ({s}, {base} {own.estimate('rmse', schedule=s)})"
             for s in (min(gains, key=lambda s: gains[s].mean), max(gains, key=lambda s: gains[s].mean))
         )
-        return f"{fit} at {nfe} evaluations there has from {ends} of the error of {base}."
+        return f"{fit} at {nfe} evaluations on the same levels has from {told} of the error of {base}."
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The open question on other schedules."""
         cases = [gain for grid in found.distinct("grid") for gain in self.cases(found, grid)]
         few = min(found.distinct("nfe"))
         flow = [f"{fit} {self.gain(found, SAME, 'flow', fit, few)}" for fit in self.pairs]
-        clear = sum(g.below(1) for g in cases)
+        clear, lost = judged(cases)
         return [
             Claim(
                 "Open question: does IIA help on other schedules (alpha, sigma)?",
-                f"error relative to the base on flow matching at {few} evaluations: {', '.join(flow)}; clearly lower than the "
-                f"base in {_clear(cases)} of schedule, grid, method and count, clearly higher in "
-                f"{sum(g.above(1) for g in cases)}",
+                f"flow at {few}: {', '.join(flow)} of the base's error; {lost} of {len(cases)} cases clearly higher",
                 "confirmed" if clear == len(cases) else f"clear in {_clear(cases)}",
             )
         ]

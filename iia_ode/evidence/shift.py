@@ -24,6 +24,7 @@ from .experiment import Cell, Claim, Experiment, Part, markdown
 from .measurements import Estimate, Measurements, Row
 from .models import Unseen, setting_of, unseen
 from .transfer import moved_error, survival
+from .wording import judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,16 +106,12 @@ class Shift(Experiment):
         sentences = []
         for method in _methods(found):
             parts = [f"{_share_text(found, method, kind)} ({kind})" for kind in SHIFTS if _ratios(found, method, kind)]
+            ratios = [r for kind in SHIFTS for r in _ratios(found, method, kind)]
+            better, worse = judged(ratios)
             if parts:
                 sentences.append(
-                    f"Of the gain of {method} over {BASE} with {NFE} evaluations survive: {', '.join(parts)}."
-                )
-            ratios = [r for kind in SHIFTS for r in _ratios(found, method, kind)]
-            better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
-            if ratios:
-                sentences.append(
-                    f"The moved fit is better than {BASE} by the 95% interval in {better} of {len(ratios)} cases, "
-                    f"worse in {worse}."
+                    f"Of the gain of {method} over {BASE} with {NFE} evaluations survive {', '.join(parts)}; the moved fit "
+                    f"is clearly better than {BASE} in {better} of {len(ratios)} cases, worse in {worse}."
                 )
         return " ".join(sentences)
 
@@ -126,8 +123,8 @@ class Shift(Experiment):
             if not methods:
                 continue
             ratios = [r for m in methods for r in _ratios(found, m, kind)]
-            better, worse = sum(r.below(1) for r in ratios), sum(r.above(1) for r in ratios)
-            verdict = f"better than the base in {better} of {len(ratios)} cases, worse in {worse}"
+            better, worse = judged(ratios)
+            verdict = f"{better} of {len(ratios)} better, {worse} worse"
             what = f"{pairs[0][0]} to {pairs[0][1]} and back"
             measured = "; ".join(f"{m}: {_share_text(found, m, kind)} of the gain survives" for m in methods)
             claims.append(
@@ -188,7 +185,8 @@ class Shift(Experiment):
             f"pixels, fashion 28x28, and mixture64 has 64 components. All domains have levels from 80 to 0.002. {PRESET} has "
             f"the paper's (M, r) = (3, 1) on the Karras grid; {FOUND} has the budget closed-form with scalar weights, and its "
             f"grid moves with the weights. The share is log(moved / {BASE}) / log(fitted on the domain of use / {BASE}) of "
-            "endpoint errors on unseen noise of the domain of use: 100% is as good as a fit made there, 0% as the base."
+            "endpoint errors on unseen noise of the domain of use: 100% is as good as a fit made there, 0% as the base. "
+            "*Clearly* means by the 95% interval over seeds."
         )
 
 

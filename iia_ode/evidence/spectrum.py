@@ -22,6 +22,7 @@ from .drawing import COLORS, lines_with_bands, panels
 from .experiment import Cell, Claim, Experiment, Part, markdown
 from .measurements import Estimate, Measurements, Row
 from .models import one_thread
+from .wording import ends, judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,21 +92,29 @@ class Spectrum(Experiment):
         return both, sum(a.below(1) and b.above(1) for a, b in pairs), sum(a.above(1) and b.below(1) for a, b in pairs)
 
     def answer(self, found: Measurements) -> str:
-        """The range of gains, the part of the large eigenvalues, and the cases in which one group loses."""
-        sentences = []
+        """The range of gains, the cases in which one group of eigenvalues loses, and the dependence on the dimension."""
+        gains = [f"{_range(self._ratios(found, 'error', solver))} for {solver}" for solver in BASES]
+        shares = [self._share(found, solver) for solver in BASES]
+        cases = len(self._ratios(found, "error", next(iter(BASES))))
+        _, small, large = zip(*(self._sides(found, solver) for solver in BASES), strict=True)
+        few, many = (", ".join(map(str, lost)) for lost in (small, large))
+        return (
+            f"On falling spectra the error over that of the base is {', '.join(gains)}, and the large eigenvalues make up "
+            f"{', '.join(shares)} of the fall of the squared error. Of {cases} cases each, small eigenvalues lose in "
+            f"{few} and large ones in {many}; {self._dimension(found)}."
+        )
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """The counts of cases for each fit."""
+        notes = ["Large eigenvalues are those with half of the variance, small ones the last half of the indices."]
         for solver, base in BASES.items():
             total, (both, small, large) = self._ratios(found, "error", solver), self._sides(found, solver)
-            better, worse = sum(r.below(1) for r in total), sum(r.above(1) for r in total)
-            sentences.append(
-                f"{solver}: error {min(r.mean for r in total):.2g} to {max(r.mean for r in total):.2g} times that of {base} "
-                f"over {len(total)} cases (lower in {better}, higher in {worse}); both groups gain in {both}, the small ones "
-                f"lose in {small}, the large ones lose in {large}; {self._share(found, solver)} of the fall of the squared "
-                "error comes from the large ones."
+            better, worse = judged(total)
+            notes.append(
+                f"{solver} over {base}: error lower in {better} of {len(total)} cases, higher in {worse}; both groups gain in "
+                f"{both}, the small ones lose in {small}, the large ones lose in {large}."
             )
-        return (
-            "On falling spectra, with large eigenvalues (half of the variance) and small ones (last half of the indices): "
-            f"{' '.join(sentences)} {self._dimension(found)}"
-        )
+        return notes
 
     def _share(self, found: Measurements, solver: str) -> str:
         """The range of the part of large eigenvalues in the fall of the squared error, where the whole error falls."""
@@ -127,10 +136,10 @@ class Spectrum(Experiment):
         low, high = min(found.distinct("dimension")), max(found.distinct("dimension"))
         changes = []
         for s in [s for s in found.distinct("spectrum") if s != "flat"]:
-            ends = [self._ratios(found, "error", "window", spectrum=s, dimension=d) for d in (low, high)]
-            small, large = (torch.tensor([r.mean for r in own]).log().mean().exp().item() for own in ends)
-            changes.append(f"{small:.2g} in {low} dimensions and {large:.2g} in {high} on {s}")
-        return f"The ratio of window to its base is {'; '.join(changes)} (geometric mean over evaluations)."
+            ratios = partial(self._ratios, value="error", solver="window", spectrum=s)
+            pooled = [found.pooled(partial(ratios, dimension=d)) for d in (low, high)]
+            changes.append(f"from {_short(pooled[0])} to {_short(pooled[1])} on {s}")
+        return f"from {low} to {high} dimensions the ratio of window, a geometric mean, goes {' and '.join(changes)}"
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """Whether a fit trades one group of eigenvalues for the other, for each method."""
@@ -138,11 +147,9 @@ class Spectrum(Experiment):
         for solver in BASES:
             large, small = (self._ratios(found, v, solver) for v in ("large", "small"))
             _, lost, reverse = self._sides(found, solver)
-            spread = [f"{min(r.mean for r in own):.2g} to {max(r.mean for r in own):.2g}" for own in (large, small)]
-            measured = f"error over base {spread[0]} on large eigenvalues, {spread[1]} on small ones"
-            verdict = (
-                f"small ones lose in {lost}, large ones in {reverse} of {len(large)} cases" if lost + reverse else "no"
-            )
+            lose = f"losses: {reverse} large, {lost} small"
+            measured = f"error over base {_range(large)} (large), {_range(small)} (small); {lose}"
+            verdict = f"yes in {lost + reverse} of {len(large)} cases" if lost + reverse else "no"
             claims.append(Claim(f"Does {solver} trade small eigenvalues for large ones?", measured, verdict))
         return claims
 
@@ -285,8 +292,15 @@ def _cases(found: Measurements, *, flat: bool = False) -> list[tuple[str, int, i
     return list(dict.fromkeys((str(r["spectrum"]), int(r["dimension"]), int(r["nfe"])) for r in rows))
 
 
+def _range(ratios: Sequence[Estimate]) -> str:
+    """The lowest and the highest ratio."""
+    return " to ".join(map(_short, ends(ratios)))
+
+
 def _short(value: Estimate) -> str:
-    return f"{value.mean:.1e}" if 0 < value.mean < 1e-3 else str(value)
+    if not 0 < value.mean < 1e-3:
+        return str(value)
+    return f"{value.mean:.1e}" + (f" ± {value.error:.0e}" if value.error > 0 else "")
 
 
 EXPERIMENT = Spectrum()

@@ -83,7 +83,16 @@ class Table1(Experiment):
         ]
 
     def answer(self, found: Measurements) -> str:
-        """In how many cases another pair is better, and by how much."""
+        """In how many cases another pair is better, and by how much at most."""
+        by_value = {what: cases for value, what in WHAT.items() if (cases := _cases(found, value))}
+        counts = [f"{sum(bool(c.better) for c in cs)} of {len(cs)} cases of {what}" for what, cs in by_value.items()]
+        top = min((case for cases in by_value.values() for case in cases), key=_rank)
+        return (
+            f"Another pair (M, r) is better than (3, 1) by the 95% interval in {' and '.join(counts)}. {_largest(top)}"
+        )
+
+    def notes(self, found: Measurements) -> Sequence[str]:
+        """For each value, cases and pairs that are better, and the largest gain."""
         sentences = []
         for value, what in WHAT.items():
             if not (cases := _cases(found, value)):
@@ -95,8 +104,8 @@ class Table1(Experiment):
                 f"In {what}, another pair (M, r) is better than (3, 1) by the 95% interval in {len(beaten)} of {len(cases)} "
                 f"cases ({_by_nfe(cases)}; {sum(len(c.better) for c in cases)} of {total} pairs)"
             )
-            sentences.append(f"{sentence}. {_largest(top, what)}")
-        return " ".join(sentences)
+            sentences.append(f"{sentence}. {_largest(top)}")
+        return sentences
 
     def claims(self, found: Measurements) -> Sequence[Claim]:
         """The paper's choice, a claim for each solver."""
@@ -110,7 +119,7 @@ class Table1(Experiment):
             verdict = "refuted" if 2 * beaten > len(cases) else "not in all cases"
             if not beaten:
                 verdict = "confirmed within the error bars" if seeds > 1 else "not resolved"
-            measured = f"a better pair in {beaten} of {len(cases)} cases. {_largest(top, WHAT[top.value])}"
+            measured = f"a better pair in {beaten} of {len(cases)} cases; {_gain(top)}"
             claims.append(Claim(f"(M, r) = (3, 1) is the best choice for {solver} (table 1)", measured, verdict))
         return claims
 
@@ -223,14 +232,24 @@ def _rank(case: _Case) -> tuple[bool, float]:
     return not ratio.below(1), ratio.mean
 
 
-def _largest(case: _Case, what: str) -> str:
+def _largest(case: _Case) -> str:
     """The largest gain of another pair, in words."""
     (m, r), ratio = case.best
     if ratio.mean >= 1:
         return "No other pair has a lower mean."
     doubt = "" if ratio.below(1) else ", not resolved"
     place = f"{case.place['solver']} on {case.place['setting']} with {case.place['nfe']} evaluations"
+    what = WHAT[case.value]
     return f"The largest gain over (3, 1) is by ({m}, {r}) for {place}: the {what} is {percent(ratio)}{doubt}."
+
+
+def _gain(case: _Case) -> str:
+    """The largest gain of another pair, for the overview."""
+    (m, r), ratio = case.best
+    if ratio.mean >= 1:
+        return "no other pair has a lower mean"
+    place = f"{case.place['setting']} at {case.place['nfe']}"
+    return f"largest gain by ({m}, {r}) on {place}: {WHAT[case.value]} {percent(ratio)}"
 
 
 EXPERIMENT = Table1()

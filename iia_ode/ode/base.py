@@ -12,7 +12,7 @@ from ..checks import check_flag, check_number
 from ..errors import InputError, unknown_name
 from ..forms import PREDICTIONS, Evaluation, Forms
 from ..schedules import Schedule
-from .calls import Ledger, Loans, answers, own_dtype
+from .calls import Ledger, Loans, answer, both_answers, own_dtype
 from .clock import Rounding, Time, checked_rounding, checked_time, exact_time, told
 from .conditions import check_entries
 from .fingerprint import Fingerprint, checked_tag, fingerprint_of
@@ -207,7 +207,7 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         InputError : the model does not return a floating-point tensor of the shape of x, the conditions do not fit the
             batch, or the guidance scale fails at this time.
         """
-        return self._output(x, t, own=True)
+        return self._output(x, t, True)
 
     def borrowed(self, x: Tensor, t: Tensor | float, loans: Loans | None = None) -> Tensor:
         """The output for a caller that reads it at once: :meth:`output` without a copy, maybe in memory of the model.
@@ -230,14 +230,14 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         """
         if type(self).output is not ProbabilityFlowODE.output:
             return self.output(x, t)
-        return self._output(x, t, own=False, loans=loans)
+        return self._output(x, t, False, loans)
 
-    def _output(self, x: Tensor, t: Tensor | float, *, own: bool, loans: Loans | None = None) -> Tensor:
+    def _output(self, x: Tensor, t: Tensor | float, own: bool, loans: Loans | None = None) -> Tensor:
         scale = scale_at(self.guidance_scale, t, x)
         if isinstance(scale, float) and scale == 1.0:
-            return self._answers(x, t, self.conditioning, own=own, loans=loans)[0]
-        check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=False, loans=loans)
+            model, times, dtype = self._call(x, t)
+            return answer(model, self.ledger, x, times, self.conditioning, dtype, own, loans)
+        condition, null = self._branches(x, t, loans)
         return guided(condition, null, scale, self.guidance_rescale)
 
     def branches(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -259,20 +259,20 @@ class ProbabilityFlowODE(Views, Forms[Tensor]):
         ------
         InputError : the ODE has no null condition.
         """
-        check_branches(self.conditioning, self.unconditional)
-        condition, null = self._answers(x, t, self.conditioning, self.unconditional, own=True)
+        condition, null = self._branches(x, t)
         return condition, null
 
-    def _answers(
-        self, x: Tensor, t: Tensor | float, *branches: Mapping[str, Any], own: bool, loans: Loans | None = None
-    ) -> Sequence[Tensor]:
+    def _branches(self, x: Tensor, t: Tensor | float, loans: Loans | None = None) -> Sequence[Tensor]:
+        check_branches(self.conditioning, self.unconditional)
+        (model, times, dtype), both = self._call(x, t), (self.conditioning, self.unconditional)
+        return both_answers(model, self.ledger, x, times, both, dtype, joint=self.batched_guidance, loans=loans)
+
+    def _call(self, x: Tensor, t: Tensor | float) -> tuple[Callable[..., Tensor], Tensor | float, torch.dtype]:
+        """The network, the time that it is told, and the dtype of its arithmetic, for states x [B, ...] at time t."""
         if self.conditioning or self.unconditional or not isinstance(self.guidance_scale, float):
             self.check_conditions(x.shape[0])
-        times, model = told(self.time, self.time_rounding, self.schedule, t), self.model
-        if isinstance(model, ByLevel):
-            model = model.at(self.schedule, t)
-        dtype, joint = self.compute_dtype(x), self.batched_guidance
-        return answers(model, self.ledger, x, times, branches, dtype, joint=joint, own=own, loans=loans)
+        model = self.model.at(self.schedule, t) if isinstance(self.model, ByLevel) else self.model
+        return model, told(self.time, self.time_rounding, self.schedule, t), self.compute_dtype(x)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype in which the model computes for states x [B, ...]."""

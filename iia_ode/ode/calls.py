@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from ..errors import InputError
 from ..transforms import has_tangent, transformed
 from .conditions import batched, paired
 
-__all__ = ["Ledger", "Loans", "SpoiledError", "answers", "counted", "own_device", "own_dtype"]
+__all__ = ["Ledger", "Loans", "SpoiledError", "answer", "both_answers", "counted", "own_device", "own_dtype"]
 
 
 @dataclass
@@ -77,24 +76,26 @@ class Loans:
         ------
         SpoiledError : the model wrote to a state that was lent.
         """
-        trusted = self._trusted.get(id(model))
-        if not trusted or x.requires_grad:
-            first = trusted is None and not x.requires_grad
-            copy = x.clone()
-            out = model(copy, times, **condition)
-            if first:
-                self._trusted[id(model)] = _is_tracked(x) and _is_untouched(copy, 0) and _same(x, copy)
-            return out
-        self._lent.append((ref(x), x._version))
+        if x.requires_grad or not self._trusted.get(id(model)):
+            return self._first(model, x, times, condition)
+        lent = self._lent
+        lent.append((ref(x), x._version))
         out = model(x, times, **condition)
-        lent = []
-        for loan in self._lent:
+        self._lent = []
+        for loan in lent:
             state = loan[0]()
             if state is not None:
                 if not _is_untouched(state, loan[1]):
                     raise SpoiledError
-                lent.append(loan)
-        self._lent = lent
+                self._lent.append(loan)
+        return out
+
+    def _first(self, model: Callable[..., Any], x: Tensor, times: Tensor, condition: Mapping[str, Any]) -> Any:
+        """The model's answer for a copy of x; the first copy of a network shows whether the network is trusted."""
+        copy = x.clone()
+        out = model(copy, times, **condition)
+        if id(model) not in self._trusted and not x.requires_grad:
+            self._trusted[id(model)] = _is_tracked(x) and _is_untouched(copy, 0) and _is_same(x, copy)
         return out
 
 
@@ -108,62 +109,77 @@ def _is_untouched(x: Tensor, version: int) -> bool:
     return x._version == version and not x.requires_grad and x.grad is None
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def _is_same(x: Tensor, y: Tensor) -> bool:
     # On the host, ``torch.equal`` costs five times as much.
-    return bool(np.array_equal(x.numpy(), y.numpy()))
+    return bool((x.numpy() == y.numpy()).all())
 
 
-def answers(
+def answer(
     model: Callable[..., Tensor],
     ledger: Ledger,
     x: Tensor,
     t: Tensor | float,
-    branches: Sequence[Mapping[str, Any]],
+    condition: Mapping[str, Any],
     dtype: torch.dtype,
-    *,
-    joint: bool,
     own: bool,
     loans: Loans | None = None,
-) -> Sequence[Tensor]:
-    """The model's outputs [B, ...] under one condition or two, in the dtype of x.
+) -> Tensor:
+    """The model's output [B, ...] under one condition, in the dtype of x.
 
     Parameters
     ----------
     model, ledger : the model, and the count of its calls.
     x, t : state [B, ...] and the time that the model is told: a number, or a tensor [], [1] or [B].
-    branches : the conditions, checked for the batch.
+    condition : the condition, checked for the batch.
     dtype : dtype of the model's arithmetic.
-    joint : whether two branches share a call, if their conditions fit one batch.
-    own : whether the outputs are copies. Memory of the model may change at the next call.
+    own : whether the output is a copy. Memory of the model may change at the next call.
     loans : of a run that may lend its states; without loans, the model gets a copy of x.
     """
+    shape, device = x.shape, x.device
+    batch = shape[0]
+    if condition:
+        condition = batched(condition, batch, device)
+    times = _times(t, batch, dtype, device)
+    ledger.add(batch)
+    out: Any
+    if loans is not None and x.dtype == dtype:
+        out = loans.call(model, x, times, condition)
+    else:
+        out = model(_cast(x, dtype, copy=True), times, **condition)
+    if own or not isinstance(out, Tensor) or out.shape != shape or out.dtype != x.dtype:
+        return _cast(_checked(out, shape), x.dtype, copy=own)
+    return out
+
+
+def both_answers(
+    model: Callable[..., Tensor],
+    ledger: Ledger,
+    x: Tensor,
+    t: Tensor | float,
+    branches: tuple[Mapping[str, Any], Mapping[str, Any]],
+    dtype: torch.dtype,
+    *,
+    joint: bool,
+    loans: Loans | None = None,
+) -> Sequence[Tensor]:
+    """The model's outputs [B, ...] under two conditions, in the dtype of x and in memory of their own; see :func:`answer`.
+
+    Parameters
+    ----------
+    branches : the two conditions.
+    joint : whether the branches share a call, if their conditions fit one batch.
+    """
     batch, device = x.shape[0], x.device
-    if len(branches) == 2 and joint:
-        both = paired(branches[0], branches[1], batch, device)
-        if both is not None:
-            ledger.add(batch)
-            doubled = torch.cat([x.to(dtype)] * 2)
-            both_out = _checked(model(doubled, _times(t, batch, 2, dtype, device), **both), doubled.shape)
-            return _cast(both_out, x.dtype, copy=True).chunk(2)
-    # The second call may write to the memory of the first answer.
-    own = own or len(branches) > 1
-    found = []
-    for branch in branches:
-        condition = batched(branch, batch, device) if branch else branch
-        times = _times(t, batch, 1, dtype, device)
-        ledger.add(batch)
-        out: Any
-        if loans is not None and x.dtype == dtype:
-            out = loans.call(model, x, times, condition)
-        else:
-            out = model(_cast(x, dtype, copy=True), times, **condition)
-        if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype or own:
-            out = _cast(_checked(out, x.shape), x.dtype, copy=own)
-        found.append(out)
-    return found
+    both = paired(branches[0], branches[1], batch, device) if joint else None
+    if both is None:
+        return [answer(model, ledger, x, t, branch, dtype, True, loans) for branch in branches]
+    ledger.add(batch)
+    doubled = torch.cat([x.to(dtype)] * 2)
+    out = _checked(model(doubled, _times(t, batch, dtype, device, copies=2), **both), doubled.shape)
+    return _cast(out, x.dtype, copy=True).chunk(2)
 
 
-def _times(t: Tensor | float, batch: int, copies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _times(t: Tensor | float, batch: int, dtype: torch.dtype, device: torch.device, copies: int = 1) -> Tensor:
     """The times of `copies` copies of a batch, in memory that the model may write to."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(t, Tensor):

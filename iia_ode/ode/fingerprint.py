@@ -192,7 +192,10 @@ class Parts:
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, nn.Parameter):
+        if type(value) is FunctionType:  # as most models are, and asking for a Parameter takes far longer
+            if deep:
+                self._add_callable(value, name)
+        elif isinstance(value, nn.Parameter):
             self.tensors.append((name, value))
         elif isinstance(value, nn.Module):
             self._add_module(value, name)
@@ -268,8 +271,10 @@ class Parts:
     def _add_function(self, function: FunctionType, name: str) -> None:
         code = function.__code__
         self.pieces.append(_code_hash(code))
-        self.add(function.__defaults__ or (), f"{name}.defaults")
-        self.add(dict(sorted((function.__kwdefaults__ or {}).items())), f"{name}.defaults")
+        if function.__defaults__:
+            self.add(function.__defaults__, f"{name}.defaults")
+        if function.__kwdefaults__:
+            self.add(dict(sorted(function.__kwdefaults__.items())), f"{name}.defaults")
         self.add_closure(function, name)
         for variable in globals_of(code):
             v = function.__globals__.get(variable, ...)

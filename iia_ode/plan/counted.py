@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..transforms import kept_property
 from .instructions import Combine, Evaluate, Instruction, last_uses, most_alive, originals
+from .maps import PerCondition
 
 __all__ = ["Counted"]
 
@@ -59,6 +60,15 @@ class Counted:
     def same(self) -> tuple[int, ...]:
         """For each copy, the index of the original; for every other vector, its own index."""
         return originals(self.code)
+
+    @kept_property
+    def tables(self) -> tuple[tuple[int, PerCondition], ...]:
+        """Pairs (index of the vector, constant) of the constants per condition."""
+        return tuple(
+            (k, ins.constant)
+            for k, ins in enumerate(self.code, start=1)
+            if isinstance(ins, Combine) and isinstance(ins.constant, PerCondition)
+        )
 
     @kept_property
     def last_use(self) -> tuple[int, ...]:

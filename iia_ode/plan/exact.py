@@ -18,7 +18,7 @@ from torch import Tensor
 from ..files import bytes_of
 from ..schedules import Schedule
 
-__all__ = ["exact_key"]
+__all__ = ["exact_key", "is_lasting"]
 
 
 def exact_key(*values: Any) -> Hashable | None:
@@ -67,6 +67,12 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Schedule) or (not isinstance(value, type) and (is_dataclass(value) or hasattr(value, "step"))):
         return _instance_key(value, kind)
     raise _NoKeyError
+
+
+def is_lasting(value: Any) -> bool:
+    """Whether a value has had a key, and never has another one."""
+    known = _KNOWN.get(id(value))
+    return known is not None and known[0]() is value
 
 
 def _instance_key(value: Any, kind: type) -> Hashable:

@@ -188,14 +188,20 @@ def _drive(
         if x is not None:
             check_size(plan.schedule, plan.grid[0], x)
         return
-    read = [*torch.aminmax(run.current.detach())]
-    if x is not None:
-        read.append(torch.linalg.vector_norm(x.detach()))
-    low, high, *norm = torch.stack(read).tolist()  # one read
+    total, *norm = _read([run.current.sum(), *(() if x is None else (torch.linalg.vector_norm(x),))])
     if norm and x is not None:
         warn_of_size(plan.schedule, plan.grid[0], norm[0] / math.sqrt(x.numel()), x.numel())
-    if not (math.isfinite(low) and math.isfinite(high)):
+    # A sum with NaN or infinity is not finite; the sum of finite numbers may overflow.
+    if not math.isfinite(total) and not _finite(run.current):
         raise _culprit(first(), ode)
+
+
+def _read(values: list[Tensor]) -> list[float]:
+    """Tensors [] as numbers, by one read from a device; on the host, each by itself is three times faster."""
+    if values[0].is_cpu:
+        return [v.item() for v in values]
+    numbers: list[float] = torch.stack([v.detach() for v in values]).tolist()
+    return numbers
 
 
 def _finite(values: Tensor) -> bool:

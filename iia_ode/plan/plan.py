@@ -248,7 +248,7 @@ class Plan(Counted):
         """
         if self._has_gradients or transformed():
             return prepare(self, prediction, like)
-        key = (prediction, like.device, like.dtype, tuple(like.shape[1:]))
+        key = (prediction, type(like), like.device, like.dtype, like.shape[1:])
         known = self._prepared.get(key)
         return self._prepared.put(key, prepare(self, prediction, like)) if known is None else known
 

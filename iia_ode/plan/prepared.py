@@ -12,7 +12,8 @@ from torch import Tensor
 from ..forms import check_prediction
 from .checks import check_weights, factors_at
 from .instructions import Evaluate, Program
-from .vectors import Sum
+from .maps import PerCondition
+from .vectors import Sum, sum_of_numbers
 
 __all__ = ["Prepared", "Runnable", "Stage", "Step", "prepare"]
 
@@ -101,6 +102,10 @@ class Runnable(Program, Protocol):
     def same(self) -> tuple[int, ...]:
         """For each vector, the original of the copy; the vector itself where it is no copy."""
 
+    @property
+    def tables(self) -> tuple[tuple[int, PerCondition], ...]:
+        """Pairs (index of the vector, constant) of the constants per condition."""
+
     def prepared(self, prediction: str, like: Tensor) -> Prepared:
         """Factors and weights for states like `like`."""
 
@@ -131,5 +136,6 @@ def prepare(plan: Runnable, prediction: str, like: Tensor) -> Prepared:
                 sums = []
             else:
                 ready = ins.ready(like)
-                sums.append(Step(k, ready, ready.numbers, drops, ins.step))
+                numbers = None if ready.numbers is None else sum_of_numbers(ready.terms, like)
+                sums.append(Step(k, ready, numbers, drops, ins.step))
     return Prepared(tuple(reversed(sums)), stages)

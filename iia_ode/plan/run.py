@@ -17,7 +17,7 @@ from ..forms import conversion, converted
 from ..transforms import may_write
 from .checks import check_state
 from .instructions import Combine, Evaluate
-from .maps import PerCondition
+from .memory import is_unshared
 from .prepared import Runnable, Stage, Step
 from .storing import pack
 
@@ -71,8 +71,7 @@ class Run:
     keeps_seen: bool = True
 
     def __post_init__(self) -> None:
-        x = next(iter(self.values.values())).detach()
-        ready = self.plan.prepared(self.prediction, x)
+        ready = self.plan.prepared(self.prediction, next(iter(self.values.values())))
         self._ready = ready.with_rows(self.rows) if self.rows else ready
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -134,7 +133,9 @@ class Run:
         ------
         InputError : the run is done, or the output has another shape or device, or is not real.
         """
-        self._store(self._stage, output)
+        stage = self._stage
+        self._store(stage, output)
+        self._add_up(stage.sums)
 
     def step(self, evaluate: Callable[[Tensor, float], Tensor]) -> None:
         """Make the next evaluation, and run on to the one after or to the end.
@@ -146,39 +147,44 @@ class Run:
         """
         stage, self.reached = self._stage, ()
         self._store(stage, evaluate(self.values[stage.state], stage.t))
+        self._add_up(stage.sums)
 
     def _store(self, stage: Stage, output: Tensor) -> None:
-        values, writes, position = self.values, may_write(), self.position + 1
+        values, position = self.values, self.position + 1
         state = values[stage.state]
-        if not _fits(output, state):
+        fits = _fits(output, state)
+        if not fits:
             output = self._checked(output, state)
-        passes = stage.passes and stage.factors == _UNCHANGED and writes and not self.keeps_seen
-        stored = output if passes else converted(state, output, stage.factors)
+        passes = stage.passes and not self.keeps_seen and may_write()
+        kept = stage.factors == _UNCHANGED and (passes or (fits and is_unshared(output)))
+        stored = output if kept else converted(state, output, stage.factors)
         self.position, values[position] = position, stored
         self.seen = (position, state, stored) if self.keeps_seen else None
         for j in stage.drops:
             del values[j]
-        self._add_up(stage.sums, state, writes)
 
     def begin(self) -> None:
         """Run the sums before the first evaluation."""
-        self._add_up(self._ready.first, self.values[0], may_write())
+        self._add_up(self._ready.first)
 
-    def _add_up(self, sums: tuple[Step, ...], like: Tensor, writes: bool) -> None:
-        values, reached = self.values, []
+    def _add_up(self, sums: tuple[Step, ...]) -> None:
+        values, writes = self.values, may_write()
+        reached: tuple[tuple[int, Tensor], ...] = ()
         for step in sums:
-            numbers = step.numbers if writes else None
-            value = step.sum(values, like, writes) if numbers is None else numbers(values)
+            if writes and step.numbers is not None:
+                value = step.numbers(values)
+            else:
+                value = step.sum(values, next(iter(values.values())), writes)
             values[step.index] = value
             if step.point is not None:
-                reached.append((step.point, value))
+                reached += ((step.point, value),)
             for j in step.drops:
                 del values[j]
         if sums:
             self.position = sums[-1].index
+        self.reached = reached
         if self.done:
             self.values = {self.position: values[self.position]}
-        self.reached = tuple(reached)
 
     def _checked(self, output: Tensor, state: Tensor) -> Tensor:
         if not isinstance(output, Tensor) or output.shape != state.shape or not output.is_floating_point():
@@ -285,7 +291,7 @@ def _fits(output: object, state: Tensor) -> bool:
         type(output) is Tensor
         and output.dtype == state.dtype
         and output.shape == state.shape
-        and output.device == state.device
+        and ((output.is_cpu and state.is_cpu) or output.device == state.device)
         and output.is_contiguous()
     )
 
@@ -299,11 +305,7 @@ def start(
 ) -> Run:
     """The run of a plan from state x, at its first evaluation; see :meth:`iia_ode.Plan.start`."""
     check_state(x)
-    rows = {
-        k: ins.constant.rows(conditioning or {}, x)
-        for k, ins in enumerate(plan.code, start=1)
-        if isinstance(ins, Combine) and isinstance(ins.constant, PerCondition)
-    }
+    rows = {k: table.rows(conditioning or {}, x) for k, table in plan.tables}
     run = Run(plan, prediction, {0: x.clone()}, rows, keeps_seen=keeps_seen)
     run.begin()
     return run

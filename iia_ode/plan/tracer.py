@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..schedules import Schedule
 from ..transforms import outside
 from .checks import check_grid
 from .consistency import WAY_OUT, inconsistency
-from .exact import exact_key
+from .exact import exact_key, is_lasting
 from .instructions import Combine, Evaluate, Instruction
 from .plan import Plan
 from .vectors import Vector, is_number, vector_indices
@@ -201,6 +203,8 @@ def trace(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float],
 
 
 _PLANS: Bounded[Hashable, Plan] = Bounded(128, lambda plan: plan.weight_bytes, 2**26)
+_NEAR: Bounded[Hashable, tuple[ref[Steppable], ref[Schedule], Plan]] = Bounded(128)
+"""The same by the places of solver and schedule in memory and by the times, for solvers and schedules that never change."""
 
 
 def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]) -> Plan:
@@ -213,7 +217,20 @@ def traced(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float]
     ------
     GridError, PlanError : as :func:`trace`.
     """
-    times = grid.detach().cpu().tolist() if isinstance(grid, Tensor) else grid
+    times = grid.tolist() if isinstance(grid, Tensor) else grid
+    if not (isinstance(grid, Tensor) and grid.ndim == 1 and is_lasting(solver) and is_lasting(schedule)):
+        return _memoized(solver, schedule, grid, times)
+    near = id(solver), id(schedule), struct.pack(f"<{len(times)}d", *times)
+    known = _NEAR.get(near)
+    if known is not None and known[0]() is solver and known[1]() is schedule:
+        return known[2]
+    plan = _memoized(solver, schedule, grid, times)
+    _NEAR.drop(near)
+    _NEAR.put(near, (ref(solver), ref(schedule), plan))
+    return plan
+
+
+def _memoized(solver: Steppable, schedule: Schedule, grid: Tensor | Sequence[float], times: Sequence[float]) -> Plan:
     # A step may make tensors in torch's default dtype, on its default device.
     with outside():
         default = torch.empty(0)

@@ -26,6 +26,7 @@ __all__ = [
     "is_registered",
     "register",
     "same_solver",
+    "shared_solver",
     "solver_names",
     "unknown_solver",
 ]
@@ -282,6 +283,24 @@ def get_solver(name: str, **options: Any) -> Solver:
     entry = _REGISTRY[name]
     _check_options(name, entry.kind, options)
     return entry.kind(**{**entry.options, **options})
+
+
+def shared_solver(name: str) -> Solver:
+    """The registered solver without further options: one instance for all callers if its class is of this library.
+
+    These classes are immutable, and plans are found faster for a solver in memory.
+    """
+    entry = _REGISTRY.get(name)
+    known = _SHARED.get(name)
+    if known is not None and known[0] is entry:
+        return known[1]
+    made = get_solver(name)
+    if entry is not None and entry.kind.__module__.startswith(f"{__package__}."):
+        _SHARED[name] = entry, made
+    return made
+
+
+_SHARED: dict[str, tuple[_Entry, Solver]] = {}
 
 
 def is_registered(name: object) -> bool:
