@@ -27,7 +27,8 @@ from .search import Objective, Search, Trial, coordinate_descent
 __all__ = ["Fit", "FreeGrid", "LeapGrid", "Levels", "leap_grids", "own_errors", "search_grid", "two_fold"]
 
 _ROWS = 60  # components of all samples, below which a fit could follow its own samples
-_SHARES = (0.5, 0.75, 0.875, 1.0)  # of the trials, at the end of each round
+_CLIMB, _FREE = 0.5, 0.6  # share of the trials for rising first levels at most, and before single levels move
+_APART = 1.6  # least ratio of first levels that rise
 _PASSES = 2  # of a descent over predicted errors
 _ALIKE = math.log(1.15)  # ratio of the numbers of leap grids that count as copies
 
@@ -180,9 +181,7 @@ def two_fold(fit: Fit, batch: Batch, nfe: int) -> Objective[LeapGrid | FreeGrid]
     return errors
 
 
-def own_errors(
-    fit: Fit, batch: Batch, nfe: int, gains: Gains | None = None
-) -> Callable[[LeapGrid | FreeGrid], Tensor]:
+def own_errors(fit: Fit, batch: Batch, nfe: int) -> Callable[[LeapGrid | FreeGrid], Tensor]:
     """Errors of a fit on its own samples, at half the cost of :func:`two_fold`.
 
     For samples with few components, which a fit can follow closely, the errors are those of :func:`two_fold`.
@@ -190,26 +189,36 @@ def own_errors(
     Parameters
     ----------
     fit, batch, nfe : as for :func:`two_fold`.
-    gains : takes the measurements of the runs, if any.
 
     Returns
     -------
     A function from a grid to the errors of all samples.
     """
-    few = len(batch) * batch.x[0].numel() < _ROWS
-    folds = two_fold(fit, batch, nfe)
+    if _few(batch):
+        folds = two_fold(fit, batch, nfe)
+        return lambda grid: folds(grid, len(batch))
 
     def errors(grid: LeapGrid | FreeGrid) -> Tensor:
-        if few:
-            return folds(grid, len(batch))
         try:
-            plan = fit(batch, grid.times(nfe, batch.ode.schedule, batch.taught.t_start))
+            found = batch.errors(fit(batch, grid.times(nfe, batch.ode.schedule, batch.taught.t_start)))
         except (GridError, NonFiniteError):
             return _failed(len(batch))
-        found = watched(plan, batch, gains)
         return found if bool(torch.isfinite(found).all()) else _failed(len(batch))
 
     return errors
+
+
+def _tried(fit: Fit, batch: Batch, nfe: int, grid: LeapGrid | FreeGrid, gains: Gains) -> Trial[LeapGrid | FreeGrid]:
+    """The trial of a grid with the model: :func:`own_errors` with changes, and a measurement of the gains."""
+    samples = len(batch)
+    if _few(batch):
+        return Trial(grid, two_fold(fit, batch, nfe)(grid, samples), samples)
+    try:
+        plan = fit(batch, grid.times(nfe, batch.ode.schedule, batch.taught.t_start))
+    except (GridError, NonFiniteError):
+        return Trial(grid, _failed(samples), samples)
+    found = watched(plan, batch, gains)
+    return Trial(grid, found.errors if bool(torch.isfinite(found.errors).all()) else _failed(samples), samples, found.changes)
 
 
 def search_grid(
@@ -223,16 +232,20 @@ def search_grid(
 ) -> Search[LeapGrid | FreeGrid]:
     """The best grid among leap grids, grids near them, and grids with single levels moved.
 
-    Errors near the teacher's trajectories are predicted without the model (:class:`~iia_ode.autofit.nearby.Nearby`). The
-    grids with the lowest predictions are tried with the model, in three rounds. Each trial also measures the gains of the
-    prediction, so that the next round is predicted better.
+    Errors near the teacher's trajectories are predicted without the model (:class:`~iia_ode.autofit.nearby.Nearby`). The grid
+    with the lowest prediction is tried with the model. Each trial measures gains and a correction of the predictions, which
+    choose the next trial.
+
+    Predictions do not know of samples that end in another mode, and more samples do so the lower the first level. Therefore the
+    first trials go on to higher first levels for as long as that lowers the :attr:`~iia_ode.autofit.search.Trial.risk`. The
+    trial with the lowest risk is the best.
 
     Parameters
     ----------
     fit : how a grid is fitted.
     batch : samples [B, ...] with a teacher.
     nfe : number of evaluations, at least 2.
-    candidates : the leap grids of the first round.
+    candidates : leap grids to start from.
     trials : number of grids that are tried with the model, at least 1.
     gains : takes the measured gains; by default they are dropped.
 
@@ -249,49 +262,74 @@ def search_grid(
     pool: list[LeapGrid | FreeGrid] = [g for g in dict.fromkeys(candidates) if g.fits(levels)]
     if nfe == 2:  # one free level
         pool = list({g.sigma_1: g for g in pool if isinstance(g, LeapGrid)}.values())
+    # A low first level is exact for most samples, and sends a few to another mode, which the few samples here do not show.
     least = 0.95 * min((_first(g) for g in pool), default=0.0)
-    gains = Gains(batch.taught.record.data_size) if gains is None else gains
-    near = Nearby.of(batch, gains, thin=True).batch
-    measure = own_errors(fit, replace(batch, ode=cached(batch.ode)), nfe, gains)
-    made: dict[LeapGrid | FreeGrid, Trial[LeapGrid | FreeGrid]] = {}
+    search = _GridSearch(fit, batch, nfe, Gains(batch.taught.record.data_size) if gains is None else gains)
 
-    def best() -> list[LeapGrid | FreeGrid]:
-        return ranked(list(made), [t.errors for t in made.values()], outliers_too=True)
+    def order(start: LeapGrid | FreeGrid, single: bool = False) -> list[LeapGrid | FreeGrid]:
+        """The grids of the pool and those around a grid, the lowest predictions first."""
+        near = _around_best(search.guess, start, nfe, schedule, search.near, levels, single=single)
+        pool.extend(g for g in near if g not in pool and _first(g) >= least)
+        return sorted((g for g in pool if g not in search.made), key=lambda g: _mean(search.guess(g)))
 
-    def corrected(predicted: Objective1) -> Objective1:
-        """Predictions times the ratio of real to predicted errors of the trials near a grid."""
-        places = {g: _log_levels(g, nfe, schedule, batch) for g in made}
-        known = [g for g in made if math.isfinite(made[g].error) and bool(torch.isfinite(predicted(g)).all())]
-        ratios = [math.log(_typical(made[g].errors) / _typical(predicted(g))) for g in known]
-        law = Correction.of([places[g] for g in known], ratios)
-
-        def errors(grid: LeapGrid | FreeGrid) -> Tensor:
-            found = predicted(grid)
-            return found * law(_log_levels(grid, nfe, schedule, batch)) if bool(torch.isfinite(found).all()) else found
-
-        return cache(errors)
-
-    guess = predicted = cache(own_errors(fit, near, nfe))
-    for k, share in enumerate(_SHARES):
-        if k == 1:  # with the gains of the first round
-            predicted = cache(own_errors(fit, near, nfe))
-        guess = corrected(predicted) if k else predicted
-        start = best()[0] if made else min(pool, key=lambda g: _mean(guess(g))) if pool else None
-        if start is not None:
-            pool += _around_best(guess, start, nfe, schedule, levels, near, single=k >= 2)
-        # A low first level is exact for most samples, and sends a few to another mode, which the few samples here do not show.
-        pool = [g for g in dict.fromkeys(pool) if _first(g) >= least]
-        order = sorted(pool, key=lambda g: _mean(guess(g)))
-        if not made:  # of each first level the best, so that the trials see how errors depend on it
-            firsts = {g.sigma_1: g for g in reversed(order) if isinstance(g, LeapGrid)}
-            order = [*(g for g in order if g in firsts.values()), *order]
-        count = min(trials, math.ceil(share * trials)) - len(made)
-        for grid in _apart([g for g in order if g not in made], count):
-            made[grid] = Trial(grid, measure(grid), len(batch))
-    ranking = best()
-    if not ranking or not math.isfinite(made[ranking[0]].error):
+    if pool:
+        for grid in _rising(order(min(pool, key=lambda g: _mean(search.guess(g)))))[: math.ceil(_CLIMB * trials)]:
+            search.make(grid)
+            if search.best != grid:
+                break
+        search.predict()
+        while len(search.made) < trials and (left := order(search.best, single=len(search.made) >= _FREE * trials)):
+            search.make(next((g for g in left if not any(_alike(g, other) for other in search.made)), left[0]))
+    if not search.made or not math.isfinite(search.made[search.best].error):
         raise InputError("no candidate has finite errors: the model is not finite, or no candidate is usable.")
-    return Search(tuple(made.values()), tuple(ranking))
+    return Search(tuple(search.made.values()), tuple(search.ranking))
+
+
+class _GridSearch:
+    """The trials of a search so far, and predictions for other grids."""
+
+    def __init__(self, fit: Fit, batch: Batch, nfe: int, gains: Gains) -> None:
+        self.fit, self.nfe, self.gains = fit, nfe, gains
+        self.batch = replace(batch, ode=cached(batch.ode))
+        self.near = Nearby.of(batch, gains, thin=True).batch
+        self.made: dict[LeapGrid | FreeGrid, Trial[LeapGrid | FreeGrid]] = {}
+        self.predict()
+
+    @property
+    def ranking(self) -> list[LeapGrid | FreeGrid]:
+        """The grids that were tried, best first."""
+        return sorted(self.made, key=lambda g: self.made[g].risk)
+
+    @property
+    def best(self) -> LeapGrid | FreeGrid:
+        """The best grid that was tried."""
+        return self.ranking[0]
+
+    def predict(self) -> None:
+        """Renew the predictions with the gains that were measured since."""
+        self._predicted = cache(own_errors(self.fit, self.near, self.nfe))
+        self._correct()
+
+    def guess(self, grid: LeapGrid | FreeGrid) -> Tensor:
+        """The predicted errors of a grid, times the ratio of real to predicted errors of the trials near it."""
+        found = self._predicted(grid)
+        return found * self._ratio(self._place(grid)) if bool(torch.isfinite(found).all()) else found
+
+    def make(self, grid: LeapGrid | FreeGrid) -> None:
+        """Try a grid with the model."""
+        self.made[grid] = _tried(self.fit, self.batch, self.nfe, grid, self.gains)
+        self._correct()
+
+    def _correct(self) -> None:
+        finite = [g for g in self.made if math.isfinite(self.made[g].error) and bool(torch.isfinite(self._predicted(g)).all())]
+        ratios = [math.log(_typical(self.made[g].errors) / _typical(self._predicted(g))) for g in finite]
+        self._ratio = Correction.of([self._place(g) for g in finite], ratios)
+
+    def _place(self, grid: LeapGrid | FreeGrid) -> Tensor:
+        """Logarithms of the levels of a grid after the start, float64 [nfe - 1]."""
+        schedule = self.batch.ode.schedule
+        times = grid.times(self.nfe, schedule, self.batch.taught.t_start)[1:-1]
+        return torch.tensor([math.log(schedule.noise_to_signal(t)) for t in times.tolist()], dtype=_F64, device="cpu")
 
 
 def _around_best(
@@ -299,8 +337,8 @@ def _around_best(
     grid: LeapGrid | FreeGrid,
     nfe: int,
     schedule: Schedule,
-    levels: Levels,
     batch: Batch,
+    levels: Levels,
     *,
     single: bool,
 ) -> list[LeapGrid | FreeGrid]:
@@ -320,15 +358,18 @@ def _around_best(
     return [found.best] if single else [t.candidate for t in found.trials]
 
 
+def _rising(order: Sequence[LeapGrid | FreeGrid]) -> list[LeapGrid | FreeGrid]:
+    """The first grid of an order, then the first of those whose first level is a ratio higher, and so on."""
+    found = list(order[:1])
+    while above := [g for g in order if _first(g) >= _APART * _first(found[-1])]:
+        near = [g for g in above if _first(g) < _APART**2 * _first(found[-1])]
+        found.append((near or above)[0])
+    return found
+
+
 def _first(grid: LeapGrid | FreeGrid) -> float:
     """Level of the second evaluation."""
     return grid.sigma_1 if isinstance(grid, LeapGrid) else max(grid.levels, default=math.inf)
-
-
-def _log_levels(grid: LeapGrid | FreeGrid, nfe: int, schedule: Schedule, batch: Batch) -> Tensor:
-    """Logarithms of the levels of a grid after the start, float64 [nfe - 1]."""
-    times = grid.times(nfe, schedule, batch.taught.t_start)[1:-1]
-    return torch.tensor([math.log(schedule.noise_to_signal(t)) for t in times.tolist()], dtype=_F64, device="cpu")
 
 
 def _mean(errors: Tensor) -> float:
@@ -341,20 +382,15 @@ def _typical(errors: Tensor) -> float:
     return max(cauchy_mean(errors, 4 * float(errors.median()) or math.inf), 1e-300)
 
 
-def _apart(grids: Sequence[LeapGrid | FreeGrid], count: int) -> list[LeapGrid | FreeGrid]:
-    """The first `count` grids without near copies of earlier ones; near copies only where others are too few."""
-    chosen: list[LeapGrid | FreeGrid] = []
-    for grid in grids:
-        if len(chosen) < count and not any(_alike(grid, other) for other in chosen):
-            chosen.append(grid)
-    return [*chosen, *(g for g in grids if g not in chosen)][: max(count, 0)]
-
-
 def _alike(a: LeapGrid | FreeGrid, b: LeapGrid | FreeGrid) -> bool:
     if not isinstance(a, LeapGrid) or not isinstance(b, LeapGrid):
         return False
     pairs = ((a.sigma_1, b.sigma_1), (a.sigma_min, b.sigma_min), (a.rho, b.rho))
     return all(abs(math.log(v / w)) < _ALIKE for v, w in pairs)
+
+
+def _few(batch: Batch) -> bool:
+    return len(batch) * batch.x[0].numel() < _ROWS
 
 
 def _failed(samples: int) -> Tensor:

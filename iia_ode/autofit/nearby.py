@@ -27,7 +27,7 @@ from ..plan import Plan
 from ..reference import Trajectory
 from ..teacher import Teacher
 
-__all__ = ["Gains", "Nearby", "watched"]
+__all__ = ["Gains", "Nearby", "Watched", "watched"]
 
 _F64 = torch.float64
 _WIDTH = 0.5  # of the kernel over log levels
@@ -190,31 +190,44 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return _DEVIATION**2 * (-0.5 * distance).exp()
 
 
-def watched(plan: Plan, batch: Batch, gains: Gains | None) -> Tensor:
-    """Errors of a plan as :meth:`Batch.errors`, float64 [B] on the host; the run adds its measurements to `gains`."""
-    if gains is None:
-        return batch.errors(plan)
-    schedule, ode = plan.schedule, batch.ode
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What a run shows beside its end.
+
+    Attributes
+    ----------
+    errors : errors of the final states, as :meth:`Batch.errors`, float64 [B] on the host.
+    changes : root mean square change D - D* of the data estimate at the evaluation where it is largest, float64 [B].
+    """
+
+    errors: Tensor
+    changes: Tensor
+
+
+def watched(plan: Plan, batch: Batch, gains: Gains) -> Watched:
+    """Run a plan over a batch with a teacher, and add the measurements of the run to `gains`."""
+    schedule = plan.schedule
     errors: list[Tensor] = []
-    seen: list[list[tuple[Tensor, Tensor]]] = []
-    times: list[float] = []
+    seen: list[list[tuple[float, Tensor, Tensor]]] = []
     with torch.no_grad():
         for part in batch.chunks():
             run = plan.start(part.x, part.ode.prediction, conditioning=part.ode.conditioning)
-            path, own, times = part.taught.path, [], []
+            path, own = part.taught.path, []
             while not run.done:
                 state, t = run.current, run.t
                 run.give(part.ode.borrowed(state, t))
                 alpha = schedule.alpha(t)
                 if alpha > 0 and t != part.taught.t_start:
-                    times.append(t)
-                    own.append(((state.cpu().double() - path(t)) / alpha, run.data.cpu().double() - path.data_estimate(t)))
+                    error = (state.cpu().double() - path(t)) / alpha
+                    own.append((schedule.noise_to_signal(t), error, run.data.cpu().double() - path.data_estimate(t)))
             seen.append(own)
             errors.append(per_sample(run.current.cpu().double() - part.target.cpu().double()))
-    for k, t in enumerate(times):
-        error, change = (torch.cat([chunk[k][side] for chunk in seen]) for side in (0, 1))
-        gains.add(schedule.noise_to_signal(t), error, change)
-    return torch.cat(errors)
+    largest = torch.zeros(len(batch), dtype=_F64, device="cpu")
+    for chunks in zip(*seen, strict=True):
+        error, change = (torch.cat([chunk[side] for chunk in chunks]) for side in (1, 2))
+        gains.add(chunks[0][0], error, change)
+        largest = torch.maximum(largest, per_sample(change))
+    return Watched(torch.cat(errors), largest)
 
 
 def _thinned(teacher: Teacher, keep: Tensor) -> Teacher:

@@ -35,16 +35,28 @@ class Trial(Generic[G]):
     candidate : the candidate.
     errors : its errors per sample, float64 [samples].
     samples : number of samples.
+    changes : largest change of the data estimate along the run, per sample, from the estimate on the accurate trajectory; root
+        mean square over components, float64 [samples]. None where it is not known.
     """
 
     candidate: G
     errors: Tensor
     samples: int
+    changes: Tensor | None = None
 
     @property
     def error(self) -> float:
         """Root mean square over the samples; infinite if an error is infinite."""
         return cauchy_mean(self.errors, math.inf)
+
+    @property
+    def risk(self) -> float:
+        """Root mean square of the errors and of half the changes.
+
+        Few samples do not show how many end in another mode. Those near the border between two modes are more, and their data
+        estimates change, whichever mode they end in.
+        """
+        return self.error if self.changes is None else math.hypot(self.error, 0.5 * cauchy_mean(self.changes, math.inf))
 
 
 @dataclass(frozen=True, eq=False)
