@@ -37,7 +37,7 @@ from common import (
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.autofit import BUDGETS, LeapGrid, leap_grids, search_grid
+from iia_ode.autofit import LeapGrid, leap_grids, search_grid
 from iia_ode.iia import IIA
 from iia_ode.iia.batch import Batch as Samples
 from iia_ode.iia.refinement import refine
@@ -47,6 +47,7 @@ from iia_ode.warm_starts import WarmStart
 
 SETTINGS = ("mixture64", "digits")
 NFES = (6, 10)
+TRIALS = 16  # grids that a search tries with the model
 EFFORT: dict[str, dict[str, int]] = {
     "closed form": {
         "samples": 4096, "fit_samples": 2048, "searched": 512, "refined": 1024, "gauss_newton": 12, "probes": 3,
@@ -227,9 +228,10 @@ def searched(bench: Bench, kind: str, fitted: bool) -> Entry:
     scale = float(bench.teacher.final.double().square().mean().sqrt())
     found = search_grid(
         make, Samples(own.ode, own.x, bench.teacher, CHUNK)[part], bench.nfe + (kind == "warm"),
-        leap_grids(setting.sigma_max, scale), rounds=BUDGETS["closed-form"].rounds, descent=1,
+        leap_grids(setting.sigma_max, scale), trials=TRIALS,
     )  # fmt: skip
-    return {"grid": [found.best.sigma_1, found.best.sigma_min, found.best.rho]}
+    leap = next(g for g in found.ranking if isinstance(g, LeapGrid))
+    return {"grid": [leap.sigma_1, leap.sigma_min, leap.rho]}
 
 
 def karras_error(bench: Bench, recipe: Recipe, grid: tuple[float, float], samples: int) -> float:

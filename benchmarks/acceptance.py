@@ -45,7 +45,8 @@ from common import (
 from torch import Tensor
 
 import iia_ode as iia
-from iia_ode.autofit import BUDGETS, FreeGrid, LeapGrid, leap_grids, search_grid, search_levels
+from iia_ode.autofit import BUDGETS, FreeGrid, LeapGrid, leap_grids, search_grid
+from iia_ode.experiments import Setting
 from iia_ode.iia import IIA, PRESETS
 from iia_ode.iia.batch import Batch as Samples
 from iia_ode.plan import Plan
@@ -56,6 +57,7 @@ NFES = (4, 5, 6, 8, 10, 15)
 FIT_SAMPLES = {"closed form": 2048, "network": 256}  # draws of fits and choices: more where draws are free
 SAMPLES = {"closed form": 4096, "network": 512}  # unseen draws, for measuring
 TEACHER_STEPS = 60  # of the teacher of scalar weights
+TRIALS = 16  # grids that a search tries with the model
 LEAPED = 3  # classic solvers with a searched leap grid
 CHOSEN = ("classic-leap", "scalar", *BUDGETS)  # the rows that depend on the rule of choice
 ROWS = {
@@ -96,6 +98,11 @@ def leap_plan(solver: str, name: str, nfe: int, grid: LeapGrid | FreeGrid) -> Pl
     return plan_of(solver, setting, grid.times(levels, setting.schedule, start_of(setting)))
 
 
+def free_grid(grid: LeapGrid | FreeGrid, nfe: int, setting: Setting) -> FreeGrid:
+    """The levels of a grid."""
+    return FreeGrid.of(grid.times(nfe, setting.schedule, start_of(setting)), setting.schedule)
+
+
 def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: str) -> Entry:
     """The best of all classic solvers on leap grids: on the grid found for the fit, and on their own.
 
@@ -122,19 +129,11 @@ def classic_leap(name: str, nfe: int, own: Batch, found: LeapGrid, best: str) ->
         def unfitted(_samples: Samples, grid: Tensor, solver: str = solver) -> Plan:
             return plan_of(solver, setting, grid)
 
-        budget = BUDGETS["closed-form"]
         with own.ode.counting() as counted:
-            search = search_grid(
-                unfitted,
-                samples,
-                nfe,
-                leap_grids(setting.sigma_max, scale),
-                rounds=budget.rounds,
-                descent=budget.descent,
-            )
-            levels = search_levels(unfitted, samples, nfe, search.best, passes=1)
+            search = search_grid(unfitted, samples, nfe, leap_grids(setting.sigma_max, scale), trials=TRIALS)
+            free = free_grid(search.best, nfe, setting)
         spent += counted.samples
-        tried.append((error_of(leap_plan(solver, name, nfe, levels.best), own), solver, levels.best))
+        tried.append((error_of(leap_plan(solver, name, nfe, free), own), solver, free))
         spent += nfe * len(own.x)
     error, solver, grid = min(tried, key=lambda entry: entry[0])
     return {
@@ -180,14 +179,14 @@ def scalar(nfe: int, own: Batch, test: Batch) -> Entry:
         )  # fmt: skip
         samples = Samples(own.ode, own.x, teacher, CHUNK)
         candidates = leap_grids(setting.sigma_max, float(teacher.final.double().square().mean().sqrt()))
-        search = search_grid(closed, samples, nfe, candidates, rounds=BUDGETS["closed-form"].rounds, descent=1)
-        levels = search_levels(closed, samples, nfe, search.best, passes=1)
-        grid = levels.best.times(nfe, setting.schedule, own.start)
+        search = search_grid(closed, samples, nfe, candidates, trials=TRIALS)
+        leap = next(g for g in search.ranking if isinstance(g, LeapGrid))
+        grid = search.best.times(nfe, setting.schedule, own.start)
         plan = method.fit(own.ode, own.x, grid, teacher=teacher, chunk_size=CHUNK).plan
     return {
         **measure(plan, test),
-        "grid": [search.best.sigma_1, search.best.sigma_min, search.best.rho],
-        "levels": list(levels.best.levels),
+        "grid": [leap.sigma_1, leap.sigma_min, leap.rho],
+        "levels": list(free_grid(search.best, nfe, setting).levels),
         "seconds": time.perf_counter() - begun,
         "sample_evaluations": counted.samples,
     }

@@ -11,7 +11,7 @@ from support import ALL_SCHEDULES, F64, every_schedule, mixture, normal
 import iia_ode as iia
 from iia_ode import IIA, Teacher
 from iia_ode.autofit import leap_grids, search_grid
-from iia_ode.autofit.grids import own_errors, two_fold
+from iia_ode.autofit.grids import own_errors
 from iia_ode.autofit.nearby import Correction, Gains, Nearby, watched
 from iia_ode.iia import Batch
 
@@ -61,7 +61,8 @@ def test_runs_of_the_model_measure_the_gain_of_each_sample():
     ode = iia.ProbabilityFlowODE(data, schedule, tag="two gains")
     batch, gains = taught(ode, top=20.0), Gains(1.0)
     for grid in leap_grids(20.0, 1.0)[:3]:
-        watched(iia.plan.trace(iia.get_solver("ddim"), schedule, grid.times(5, schedule, 20.0), consistent=False), batch, gains)
+        times = grid.times(5, schedule, 20.0)
+        watched(iia.plan.trace(iia.get_solver("ddim"), schedule, times, consistent=False), batch, gains)
     found = gains.at(1.0) / gains.gaussian(1.0)
     assert float(found[:12].min()) > 1.5 and float(found[12:].max()) < 1.1
     assert gains.samples == 24 and isinstance(Gains(1.0).at(1.0), float)
@@ -70,7 +71,8 @@ def test_runs_of_the_model_measure_the_gain_of_each_sample():
 def test_errors_of_a_watched_run_are_those_of_the_batch():
     batch = taught(mixture().ode(iia.EDM()), dim=4, top=80.0)
     plan = closed(batch, leap_grids(80.0, 1.0)[0].times(4, batch.ode.schedule, 80.0))
-    assert torch.equal(watched(plan, batch, Gains(1.0)), batch.errors(plan))
+    found = watched(plan, batch, Gains(1.0))
+    assert torch.equal(found.errors, batch.errors(plan)) and found.changes.shape == found.errors.shape
 
 
 def test_a_search_predicts_many_grids_and_evaluates_the_model_for_a_few():

@@ -1,7 +1,6 @@
-"""Searches: halving and coordinate descent on any objective, and the search for grids by cross-validated fits."""
+"""Searches: coordinate descent on any objective, and the search for grids by cross-validated fits."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +16,6 @@ from iia_ode.autofit import (
     FreeGrid,
     LeapGrid,
     coordinate_descent,
-    halving,
     leap_grids,
     search_grid,
     two_fold,
@@ -43,54 +41,6 @@ class Quadratic:
 
 def scaled(k):
     return lambda point, factor: (*point[:k], point[k] * factor, *point[k + 1 :])
-
-
-POINTS = [(a, b) for a in (0.5, 1.0, 3.1, 9.0) for b in (0.05, 0.19, 1.0)]
-
-
-def test_halving_finds_the_best_candidate_and_spends_most_samples_on_the_best():
-    objective = Quadratic()
-    found = halving(objective, POINTS, ((0.25, 4), (1.0, 2)), 64)
-    assert found.best == (3.1, 0.19) and len(found.ranking) == 2
-    assert Counter(samples for _, samples in objective.asked) == {16: 12, 64: 4}
-    near = sorted(POINTS, key=lambda p: float(Quadratic()(p, 64).mean()))
-    assert {p for p, samples in objective.asked if samples == 64} == set(near[:4]) and list(found.ranking) == near[:2]
-    for trial in found.trials:
-        assert trial.errors.shape == (trial.samples,)
-        assert trial.error == pytest.approx(float(trial.errors.square().mean().sqrt()), rel=1e-12)
-
-
-def test_a_round_has_sixteen_samples_at_least_where_there_are_so_many():
-    for samples, least in ((64, 16), (10, 10)):
-        found = halving(Quadratic(), POINTS, ((0.01, 2),), samples)
-        assert {t.samples for t in found.trials} == {least}
-
-
-def test_halving_skips_candidates_that_fail_and_says_so_where_all_do():
-    def lost(point, samples):
-        return torch.full((samples,), math.inf if point[0] > 3.0 else 1.0, dtype=F64)
-
-    assert halving(lost, POINTS, ((0.5, 8), (1.0, 1)), 64).best[0] < 3.0
-    for points in ([(9.0, 1.0)], []):
-        with pytest.raises(InputError, match="no candidate has finite errors"):
-            halving(lost, points, ((1.0, 1),), 64)
-    for rounds in ((), ((2.0, 1),), ((0.5, 0),)):
-        with pytest.raises(InputError, match="round"):
-            halving(lost, POINTS, rounds, 64)
-
-
-def test_a_lost_sample_counts_in_the_last_round_only():
-    """Too few samples are seen before to know how rare lost samples are."""
-
-    def errors(name, samples):
-        found = torch.full((50,), 0.1 if name == "steady" else 0.05, dtype=F64)
-        if name == "loses one":
-            found[7] = 3.0
-        return found[:samples]
-
-    names = ["steady", "loses one"]
-    assert halving(errors, names, ((1.0, 1), (1.0, 1)), 50).best == "loses one"
-    assert halving(errors, names, ((1.0, 2), (1.0, 1)), 50).best == "steady"
 
 
 @settings(max_examples=10)

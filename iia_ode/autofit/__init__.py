@@ -5,7 +5,7 @@ from .cost import FitCost, fit_cost
 from .fit import fit
 from .grids import FreeGrid, LeapGrid, leap_grids, search_grid, two_fold
 from .pipeline import Contender, Pipeline
-from .search import Objective, Search, Trial, coordinate_descent, halving
+from .search import Objective, Search, Trial, coordinate_descent
 
 __all__ = [
     "BUDGETS",
@@ -21,7 +21,6 @@ __all__ = [
     "coordinate_descent",
     "fit",
     "fit_cost",
-    "halving",
     "leap_grids",
     "search_grid",
     "two_fold",

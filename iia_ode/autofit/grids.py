@@ -16,7 +16,7 @@ from ..errors import GridError, InputError, NonFiniteError
 from ..grids import karras
 from ..grids.base import as_grid, times_of
 from ..iia.batch import Batch
-from ..iia.ranking import cauchy_mean, ranked
+from ..iia.ranking import cauchy_mean
 from ..ode import cached
 from ..plan import Plan, check_grid
 from ..schedules import Schedule

@@ -1,4 +1,4 @@
-"""Search over any kind of candidate, judged by errors per sample: successive halving and coordinate descent."""
+"""Search over any kind of candidate, judged by errors per sample: coordinate descent."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from ..checks import check_whole
 from ..errors import InputError
 from ..iia.ranking import cauchy_mean, ranked
 
-__all__ = ["Objective", "Search", "Trial", "check_rounds", "coordinate_descent", "halving", "samples_of"]
-
-_FEWEST = 16  # samples of a round: two-fold cross-validation fits to half of them
+__all__ = ["Objective", "Search", "Trial", "coordinate_descent"]
 
 G = TypeVar("G", bound=Hashable)
 
@@ -78,44 +76,6 @@ class Search(Generic[G]):
         return self.ranking[0]
 
 
-def halving(
-    objective: Objective[G], candidates: Sequence[G], rounds: Sequence[tuple[float, int]], samples: int
-) -> Search[G]:
-    """Successive halving: candidates that win on few samples are tried again on more.
-
-    In the rounds before the last, samples that end in another mode count little, because few samples do not show how rare they
-    are. In the last round these samples count (``outliers_too`` of :func:`~iia_ode.iia.ranking.ranked`).
-
-    Parameters
-    ----------
-    objective : errors of a candidate.
-    candidates : the candidates of the first round.
-    rounds : (share of the samples, number of candidates to keep) of each round; a round has at least 16 samples.
-    samples : number of available samples.
-
-    Returns
-    -------
-    The trials, and the candidates that the last round kept.
-
-    Raises
-    ------
-    InputError : the rounds are not usable, or no candidate has finite errors.
-    """
-    check_rounds(rounds)
-    made: dict[tuple[G, int], Trial[G]] = {}
-    alive, seen = list(dict.fromkeys(candidates)), samples
-    for i, (share, keep) in enumerate(rounds, start=1):
-        seen = samples_of(share, samples)
-        for candidate in alive:
-            if (candidate, seen) not in made:
-                made[candidate, seen] = Trial(candidate, objective(candidate, seen), seen)
-        errors = [made[candidate, seen].errors for candidate in alive]
-        alive = ranked(alive, errors, outliers_too=i == len(rounds))[:keep]
-    if not alive or not math.isfinite(made[alive[0], seen].error):
-        raise InputError("no candidate has finite errors: the model is not finite, or no candidate is usable.")
-    return Search(tuple(made.values()), tuple(alive))
-
-
 def coordinate_descent(
     objective: Objective[G], start: G, moves: Sequence[Move[G]], *, passes: int, step: float, samples: int
 ) -> Search[G]:
@@ -157,20 +117,3 @@ def coordinate_descent(
             break
         step = math.sqrt(step)
     return Search(tuple(made.values()), (best,))
-
-
-def check_rounds(rounds: Sequence[tuple[float, int]]) -> None:
-    """Raise InputError unless rounds are pairs of a share and a number of candidates."""
-    for share, keep in rounds:
-        if not (0 < share <= 1 and isinstance(keep, int) and keep >= 1):
-            raise InputError(
-                "a round is a share of the samples, above 0 and at most 1, and a number of candidates to keep, at least 1; "
-                f"got ({share!r}, {keep!r})."
-            )
-    if not rounds:
-        raise InputError("a search needs at least one round.")
-
-
-def samples_of(share: float, samples: int) -> int:
-    """Number of samples of a round."""
-    return min(samples, max(_FEWEST, round(share * samples)))
