@@ -10,7 +10,7 @@ from iia_ode import Budget, FittedSolver, Teacher
 QUICK = Budget(teacher_steps=50, trials=2)
 """Fits in closed form alone: a fraction of a second for one or two evaluations, for which few grids are tried."""
 
-REFINED = Budget(teacher_steps=50, trials=2, starts=1, iterations=3, probes=2)
+REFINED = Budget(teacher_steps=50, trials=2, starts=1, iterations=3, probes=2, held_out=0.5)
 """The same with one refinement."""
 
 

@@ -211,9 +211,7 @@ def results(name: str, scale: float, searched: bool) -> list[object]:
     method = iia.IIA("ddim", target="trajectory", guard=False)
     found.append(method.fit(ode, x, GRID, chunk_size=5).plan)
     if searched:
-        budget = iia.Budget(
-            draws=0, teacher_steps=6, trials=2, starts=1, iterations=1, chunk_size=5
-        )
+        budget = iia.Budget(draws=0, teacher_steps=6, trials=2, starts=1, iterations=1, chunk_size=5)
         found.append(iia.fit(ode, 2, x=x, budget=budget).plan)
         found.append(iia.ModelStatistics.estimate(ode, x, iia.grids.karras(2), points=2).s)
     return found

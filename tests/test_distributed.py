@@ -33,9 +33,7 @@ METHODS = {
     "trajectory": IIA("heun", "iia-edm", "trajectory"),
 }
 # A refinement, and draws that the call makes itself.
-BUDGET = iia.Budget(
-    draws=36, teacher_steps=12, trials=2, starts=1, iterations=2, finals=0.5, chunk_size=20
-)
+BUDGET = iia.Budget(draws=36, teacher_steps=12, trials=2, starts=1, iterations=2, finals=0.5, chunk_size=20)
 
 
 def shifted(x, t, shift):

@@ -11,7 +11,7 @@ from support import ALL_SCHEDULES, F64, every_schedule, mixture, normal
 import iia_ode as iia
 from iia_ode import IIA, Teacher
 from iia_ode.autofit import leap_grids, search_grid
-from iia_ode.autofit.grids import own_errors
+from iia_ode.autofit.grid_search import own_errors
 from iia_ode.autofit.nearby import Correction, Gains, Nearby, watched
 from iia_ode.iia import Batch
 

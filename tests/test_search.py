@@ -20,6 +20,7 @@ from iia_ode.autofit import (
     search_grid,
     two_fold,
 )
+from iia_ode.autofit.grid_search import own_errors
 from iia_ode.errors import GridError, InputError
 from iia_ode.iia import Batch
 
@@ -135,10 +136,21 @@ def test_the_search_finds_a_better_grid_than_it_was_given():
     candidates = [poor, *leap_grids(80.0, 1.0)[::8]]
     found = search_grid(closed, taught(40), 4, candidates, trials=6)
     assert found.best != poor
-    first = next(t for t in found.trials if t.candidate == poor)
-    assert min(t.error for t in found.trials if t.candidate == found.best) < first.error
+    first = own_errors(closed, taught(40), 4)(poor)
+    assert min(t.error for t in found.trials if t.candidate == found.best) < float(first.square().mean().sqrt())
     with pytest.raises(InputError, match="no candidate"):
         search_grid(closed, taught(8, 10), 4, [])
+
+
+def test_trials_go_on_to_higher_first_levels_while_that_lowers_the_risk():
+    """Predictions do not know of samples that end in another mode."""
+    found = search_grid(closed, taught(40), 4, leap_grids(80.0, 1.0), trials=8)
+    grids = [t.candidate for t in found.trials]
+    climbed = [g.times(4, iia.EDM(), 80.0)[1] for g in grids[:2]]
+    assert climbed[1] >= 1.6 * climbed[0]
+    assert found.best == min(found.trials, key=lambda t: t.risk).candidate and list(found.ranking) != grids
+    for trial in found.trials:
+        assert trial.risk >= trial.error and trial.changes.shape == trial.errors.shape
 
 
 def test_every_sample_is_judged_by_a_fit_that_did_not_see_it():

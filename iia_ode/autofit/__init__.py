@@ -3,7 +3,8 @@
 from .budget import BUDGETS, Budget
 from .cost import FitCost, fit_cost
 from .fit import fit
-from .grids import FreeGrid, LeapGrid, leap_grids, search_grid, two_fold
+from .grid_search import search_grid, two_fold
+from .grids import FreeGrid, LeapGrid, leap_grids
 from .pipeline import Contender, Pipeline
 from .search import Objective, Search, Trial, coordinate_descent
 

@@ -25,7 +25,8 @@ from ..plan import Plan, trace
 from ..solvers import get_solver
 from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
-from .grids import LeapGrid, Levels, search_grid, two_fold
+from .grid_search import search_grid, two_fold
+from .grids import LeapGrid, Levels
 from .nearby import Gains, Nearby
 from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joined, weights_of
 

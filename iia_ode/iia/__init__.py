@@ -5,7 +5,7 @@ from .directions import StepRecord, Term, Window
 from .fitted import FittedSolver, describe
 from .least_squares import LeastSquares
 from .method import IIA, PRESETS, SETTINGS, preset
-from .minimizers import Adam, GaussNewton, Minimizer, Objective, Status
+from .minimizers import Adam, GaussNewton, IncrementalGaussNewton, Minimizer, Objective, Status
 from .plan_parameters import Parameters
 from .provenance import Ingredient, Record, SearchRecord, StepReport
 from .refinement import EndpointError, Iteration, Refinement, refine
@@ -20,6 +20,7 @@ __all__ = [
     "EndpointError",
     "FittedSolver",
     "GaussNewton",
+    "IncrementalGaussNewton",
     "Ingredient",
     "Iteration",
     "LeastSquares",

@@ -265,7 +265,20 @@ def refine(
     x, target = (
         v.clone() if v.is_inference() else v for v in (x, target)
     )  # autograd keeps no tensors of inference mode
-    search = method, most, held_out, learn_grid, sigma_min, probes, outliers, tolerance, patience, chunk_size, seed, minibatch
+    search = (
+        method,
+        most,
+        held_out,
+        learn_grid,
+        sigma_min,
+        probes,
+        outliers,
+        tolerance,
+        patience,
+        chunk_size,
+        seed,
+        minibatch,
+    )
     agree(ode, "refine", x, plan, target, search)
     n = len(x)
     held = min(max(1, round(held_out * n)), n - 1) if held_out > 0 and n >= 2 else 0
@@ -292,9 +305,9 @@ def refine(
             minimizer = GaussNewton(objective, start, tolerance=tolerance, limit=limit)
         else:
             minimizer = Adam(objective, start, rates=rates, limit=limit)
-        found, best, theta, status = _best_so_far(
-            minimizer, None if judge is None else judge.loss, most, most if minibatch is not None else unit * patience, progress
-        )
+        wait = most if minibatch is not None else unit * patience  # mini-batches are noisy
+        judged = None if judge is None else judge.loss
+        found, best, theta, status = _best_so_far(minimizer, judged, most, wait, progress)
     result = plan if best == 0 else parameters.plan(theta, plan.name)
     return Refinement(result, found, best, status, spent.samples + objective.spent, objective.spent)
 

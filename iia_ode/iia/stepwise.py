@@ -142,8 +142,9 @@ class Stepwise:
     ) -> tuple[LeastSquares, LeastSquares, LeastSquares, Tensor]:
         """The least-squares problems of one step, on the first `train` samples, on the others and on all.
 
-        Only a choice of the ridge without a guard uses the problem on all samples. The last value has, for the first `train` samples, the norm of the rounding error of each direction and the norm of
-        the base's result, float64 [k + 1] on the host.
+        Only a choice of the ridge without a guard uses the problem on all samples. The last value has, for the first `train`
+        samples, the norm of the rounding error of each direction and the norm of the base's result, float64 [k + 1] on the
+        host.
         """
         fork = tracer.fork()
         aim = self.target.aim(fork, self.base, record)

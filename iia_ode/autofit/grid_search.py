@@ -1,0 +1,289 @@
+"""The search for the best grid by closed-form fits: most grids are judged without the model, a few with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..checks import check_whole
+from ..errors import GridError, InputError, NonFiniteError
+from ..iia.batch import Batch
+from ..iia.ranking import cauchy_mean
+from ..ode import cached
+from ..plan import Plan
+from ..schedules import Schedule
+from .grids import FreeGrid, LeapGrid, Levels
+from .nearby import Correction, Gains, Nearby, watched
+from .search import Move, Objective, Search, Trial, coordinate_descent
+
+__all__ = ["Fit", "own_errors", "search_grid", "two_fold"]
+
+_ROWS = 60  # components of all samples, below which a fit could follow its own samples
+_CLIMB, _FREE = 0.5, 0.6  # share of the trials for rising first levels at most, and before single levels move
+_APART = 1.6  # least ratio of first levels that rise
+_PASSES = 2  # of a descent over predicted errors
+_ALIKE = math.log(1.15)  # ratio of the numbers of leap grids that count as copies
+_F64 = torch.float64
+
+Fit: TypeAlias = Callable[[Batch, Tensor], Plan]
+"""Maps a batch with a teacher, and a grid, to a fitted plan."""
+
+
+def two_fold(fit: Fit, batch: Batch, nfe: int) -> Objective[LeapGrid | FreeGrid]:
+    """Two-fold cross-validation of grids: each half of the samples is judged by the fit to the other half.
+
+    Parameters
+    ----------
+    fit : how a grid is fitted.
+    batch : samples with a teacher.
+    nfe : number of evaluations.
+
+    Returns
+    -------
+    The objective: endpoint errors of a grid on the first n samples, infinite where the grid cannot be fitted.
+    """
+    start = batch.taught.t_start
+
+    def errors(grid: LeapGrid | FreeGrid, samples: int) -> Tensor:
+        half = max(1, samples // 2)
+        first, second = (batch[:half], batch[half:samples]) if samples > 1 else (batch[:1], batch[:1])
+        try:
+            times = grid.times(nfe, batch.ode.schedule, start)
+            of_second = second.errors(fit(first, times))
+            whole = torch.cat([first.errors(fit(second, times)), of_second])[:samples]
+        except (GridError, NonFiniteError):
+            return _failed(samples)
+        return whole if bool(torch.isfinite(whole).all()) else _failed(samples)
+
+    return errors
+
+
+def own_errors(fit: Fit, batch: Batch, nfe: int) -> Callable[[LeapGrid | FreeGrid], Tensor]:
+    """Errors of a fit on its own samples, at half the cost of :func:`two_fold`.
+
+    For samples with few components, which a fit can follow closely, the errors are those of :func:`two_fold`.
+
+    Parameters
+    ----------
+    fit, batch, nfe : as for :func:`two_fold`.
+
+    Returns
+    -------
+    A function from a grid to the errors of all samples.
+    """
+    if _few(batch):
+        folds = two_fold(fit, batch, nfe)
+        return lambda grid: folds(grid, len(batch))
+
+    def errors(grid: LeapGrid | FreeGrid) -> Tensor:
+        try:
+            found = batch.errors(fit(batch, grid.times(nfe, batch.ode.schedule, batch.taught.t_start)))
+        except (GridError, NonFiniteError):
+            return _failed(len(batch))
+        return found if bool(torch.isfinite(found).all()) else _failed(len(batch))
+
+    return errors
+
+
+def _tried(fit: Fit, batch: Batch, nfe: int, grid: LeapGrid | FreeGrid, gains: Gains) -> Trial[LeapGrid | FreeGrid]:
+    """The trial of a grid with the model: :func:`own_errors` with changes, and a measurement of the gains."""
+    samples = len(batch)
+    if _few(batch):
+        return Trial(grid, two_fold(fit, batch, nfe)(grid, samples), samples)
+    try:
+        plan = fit(batch, grid.times(nfe, batch.ode.schedule, batch.taught.t_start))
+    except (GridError, NonFiniteError):
+        return Trial(grid, _failed(samples), samples)
+    found = watched(plan, batch, gains)
+    errors = found.errors if bool(torch.isfinite(found.errors).all()) else _failed(samples)
+    return Trial(grid, errors, samples, found.changes)
+
+
+def search_grid(
+    fit: Fit,
+    batch: Batch,
+    nfe: int,
+    candidates: Sequence[LeapGrid],
+    *,
+    trials: int = 8,
+    gains: Gains | None = None,
+) -> Search[LeapGrid | FreeGrid]:
+    """The best grid among leap grids, grids near them, and grids with single levels moved.
+
+    Errors near the teacher's trajectories are predicted without the model (:class:`~iia_ode.autofit.nearby.Nearby`). The grid
+    with the lowest prediction is tried with the model. Each trial measures gains and a correction of the predictions, which
+    choose the next trial.
+
+    Predictions do not know of samples that end in another mode, and more samples do so the lower the first level. The first
+    trials therefore go on to higher first levels for as long as that lowers the :attr:`~iia_ode.autofit.search.Trial.risk`.
+    The trial with the lowest risk is the best.
+
+    Parameters
+    ----------
+    fit : how a grid is fitted.
+    batch : samples [B, ...] with a teacher.
+    nfe : number of evaluations, at least 2.
+    candidates : leap grids to start from.
+    trials : number of grids that are tried with the model, at least 1.
+    gains : takes the measured gains; by default they are dropped.
+
+    Returns
+    -------
+    The trials with the model, and their grids, best first.
+
+    Raises
+    ------
+    InputError : no candidate could be fitted.
+    """
+    check_whole("trials", trials, least=1)
+    levels, schedule = Levels.of(batch), batch.ode.schedule
+    pool: list[LeapGrid | FreeGrid] = [g for g in dict.fromkeys(candidates) if g.fits(levels)]
+    if nfe == 2:  # one free level
+        pool = list({g.sigma_1: g for g in pool if isinstance(g, LeapGrid)}.values())
+    # A low first level is exact for most samples, and sends a few to another mode, which the few samples here do not show.
+    least = 0.95 * min((_first(g) for g in pool), default=0.0)
+    search = _GridSearch(fit, batch, nfe, Gains(batch.taught.record.data_size) if gains is None else gains)
+
+    def order(start: LeapGrid | FreeGrid, single: bool = False) -> list[LeapGrid | FreeGrid]:
+        """The grids of the pool and those around a grid, the lowest predictions first."""
+        near = _around_best(search.guess, start, nfe, schedule, search.near, levels, single=single)
+        pool.extend(g for g in near if g not in pool and _first(g) >= least)
+        return sorted((g for g in pool if g not in search.made), key=lambda g: _mean(search.guess(g)))
+
+    if pool:
+        for grid in _rising(order(min(pool, key=lambda g: _mean(search.guess(g)))))[: math.ceil(_CLIMB * trials)]:
+            search.make(grid)
+            if search.best != grid:
+                break
+        search.predict()
+        while len(search.made) < trials and (left := order(search.best, single=len(search.made) >= _FREE * trials)):
+            search.make(next((g for g in left if not any(_alike(g, other) for other in search.made)), left[0]))
+    if not search.made or not math.isfinite(search.made[search.best].error):
+        raise InputError("no candidate has finite errors: the model is not finite, or no candidate is usable.")
+    return Search(tuple(search.made.values()), tuple(search.ranking))
+
+
+class _GridSearch:
+    """The trials of a search so far, and predictions for other grids."""
+
+    def __init__(self, fit: Fit, batch: Batch, nfe: int, gains: Gains) -> None:
+        self.fit, self.nfe, self.gains = fit, nfe, gains
+        self.batch = replace(batch, ode=cached(batch.ode))
+        self.near = Nearby.of(batch, gains, thin=True).batch
+        self.made: dict[LeapGrid | FreeGrid, Trial[LeapGrid | FreeGrid]] = {}
+        self.predict()
+
+    @property
+    def ranking(self) -> list[LeapGrid | FreeGrid]:
+        """The grids that were tried, best first."""
+        return sorted(self.made, key=lambda g: self.made[g].risk)
+
+    @property
+    def best(self) -> LeapGrid | FreeGrid:
+        """The best grid that was tried."""
+        return self.ranking[0]
+
+    def predict(self) -> None:
+        """Renew the predictions with the gains that were measured since."""
+        self._predicted = cache(own_errors(self.fit, self.near, self.nfe))
+        self._correct()
+
+    def guess(self, grid: LeapGrid | FreeGrid) -> Tensor:
+        """The predicted errors of a grid, times the ratio of real to predicted errors of the trials near it."""
+        found = self._predicted(grid)
+        return found * self._ratio(self._place(grid)) if bool(torch.isfinite(found).all()) else found
+
+    def make(self, grid: LeapGrid | FreeGrid) -> None:
+        """Try a grid with the model."""
+        self.made[grid] = _tried(self.fit, self.batch, self.nfe, grid, self.gains)
+        self._correct()
+
+    def _correct(self) -> None:
+        finite = [
+            g for g in self.made if math.isfinite(self.made[g].error) and bool(torch.isfinite(self._predicted(g)).all())
+        ]
+        ratios = [math.log(_typical(self.made[g].errors) / _typical(self._predicted(g))) for g in finite]
+        self._ratio = Correction.of([self._place(g) for g in finite], ratios)
+
+    def _place(self, grid: LeapGrid | FreeGrid) -> Tensor:
+        """Logarithms of the levels of a grid after the start, float64 [nfe - 1]."""
+        schedule = self.batch.ode.schedule
+        times = grid.times(self.nfe, schedule, self.batch.taught.t_start)[1:-1]
+        return torch.tensor([math.log(schedule.noise_to_signal(t)) for t in times.tolist()], dtype=_F64, device="cpu")
+
+
+def _around_best(
+    guess: Callable[[LeapGrid | FreeGrid], Tensor],
+    grid: LeapGrid | FreeGrid,
+    nfe: int,
+    schedule: Schedule,
+    batch: Batch,
+    levels: Levels,
+    *,
+    single: bool,
+) -> list[LeapGrid | FreeGrid]:
+    """Grids that a coordinate descent over predicted errors passes from a grid on: over its numbers, or over single levels."""
+    moves: list[Move[Any]]
+    if single and nfe > 2:
+        grid = FreeGrid.of(grid.times(nfe, schedule, batch.taught.t_start), schedule)
+        moves = [partial(_moved, levels, k) for k in range(len(grid.levels))]
+    elif isinstance(grid, LeapGrid):
+        names = ("sigma_1", "sigma_min", "rho") if nfe > 2 else ("sigma_1",)
+        moves = [partial(_moved, levels, name) for name in names]
+    else:
+        return []
+    found = coordinate_descent(
+        lambda g, _: guess(g), grid, moves, passes=_PASSES, step=1.25 if single else 1.4, samples=len(batch)
+    )
+    return [found.best] if single else [t.candidate for t in found.trials]
+
+
+def _moved(levels: Levels, coordinate: Any, grid: Any, factor: float) -> LeapGrid | FreeGrid | None:
+    """A grid with a scaled number or level."""
+    found: LeapGrid | FreeGrid | None = grid.moved(coordinate, factor, levels)
+    return found
+
+
+def _rising(order: Sequence[LeapGrid | FreeGrid]) -> list[LeapGrid | FreeGrid]:
+    """The first grid of an order, then the first of those whose first level is a ratio higher, and so on."""
+    found = list(order[:1])
+    while above := [g for g in order if _first(g) >= _APART * _first(found[-1])]:
+        near = [g for g in above if _first(g) < _APART**2 * _first(found[-1])]
+        found.append((near or above)[0])
+    return found
+
+
+def _first(grid: LeapGrid | FreeGrid) -> float:
+    """Level of the second evaluation."""
+    return grid.sigma_1 if isinstance(grid, LeapGrid) else max(grid.levels, default=math.inf)
+
+
+def _mean(errors: Tensor) -> float:
+    """The root mean square of predicted errors: they have no outliers, and samples with large gains count."""
+    return float(errors.square().mean())
+
+
+def _typical(errors: Tensor) -> float:
+    """The Cauchy mean of errors with the scale of :func:`~iia_ode.iia.ranking.ranked`; positive."""
+    return max(cauchy_mean(errors, 4 * float(errors.median()) or math.inf), 1e-300)
+
+
+def _alike(a: LeapGrid | FreeGrid, b: LeapGrid | FreeGrid) -> bool:
+    if not isinstance(a, LeapGrid) or not isinstance(b, LeapGrid):
+        return False
+    pairs = ((a.sigma_1, b.sigma_1), (a.sigma_min, b.sigma_min), (a.rho, b.rho))
+    return all(abs(math.log(v / w)) < _ALIKE for v, w in pairs)
+
+
+def _few(batch: Batch) -> bool:
+    return len(batch) * batch.x[0].numel() < _ROWS
+
+
+def _failed(samples: int) -> Tensor:
+    return torch.full((samples,), math.inf, dtype=torch.float64, device="cpu")
