@@ -1,5 +1,7 @@
 """The teacher: accurate trajectories, made once, used for every grid, saved and checked."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support import mixture, normal
@@ -204,6 +206,21 @@ def test_a_teacher_converges_with_the_fourth_power_of_its_steps_and_knows_its_er
         errors.append(float((made.final - exact).square().mean().sqrt()))
         assert errors[-1] < made.record.error < 10 * errors[-1]
     assert errors[1] < errors[0] / 4**3.5
+
+
+@pytest.mark.parametrize("schedule", [iia.EDM(), iia.FlowMatching()], ids=["EDM", "from alpha = 0"])
+def test_a_teacher_of_few_steps_knows_its_error_and_leaps_no_farther_than_its_steps_are_accurate(schedule):
+    g = iia.problems.Gaussian(torch.tensor([0.1, -0.2, 0.3], dtype=F64), torch.tensor([0.25, 1.0, 4.0], dtype=F64))
+    start = min(1000.0, schedule.t_noise)
+    model, x = g.ode(schedule), g.noisy(64, schedule, start, torch.Generator().manual_seed(0))
+    low = schedule.t_of_noise_to_signal(0.002)
+    exact = model.data(g.flow(x, schedule, start, low), low)
+    errors = []
+    for steps in (16, 24, 36, 54):
+        made = Teacher.solve(model, x, start, schedule.t_data, steps=steps, sigma_min=0.002)
+        errors.append(float((made.final - exact).square().mean().sqrt()))
+        assert errors[-1] < made.record.error < 10 * errors[-1]
+    assert all(b < 0.5 * a for a, b in pairwise(errors))  # the leap goes to higher levels the more steps there are
 
 
 def test_no_reported_error_is_below_the_error_of_the_teacher():

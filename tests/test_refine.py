@@ -11,8 +11,20 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import iia_ode as iia
+from iia_ode.errors import InputError
 from iia_ode.forms import PREDICTIONS
-from iia_ode.iia import IIA, Adam, Batch, EndpointError, GaussNewton, Parameters, Status, Window, refine
+from iia_ode.iia import (
+    IIA,
+    Adam,
+    Batch,
+    EndpointError,
+    GaussNewton,
+    IncrementalGaussNewton,
+    Parameters,
+    Status,
+    Window,
+    refine,
+)
 from iia_ode.iia.ranking import cauchy_mean
 from iia_ode.plan import Bands, Combine, Evaluate, LinearMap, Plan, Principal
 from iia_ode.teacher import Teacher
@@ -243,6 +255,63 @@ def test_gauss_newton_finds_the_minimum_of_a_quadratic_in_a_few_steps():
     assert all(b < a for a, b in zip(losses, losses[1:], strict=False)) and len(losses) < 12
     torch.testing.assert_close(search.theta, torch.linalg.lstsq(objective.a, objective.b[:, None]).solution[:, 0])
     assert search.status in (Status.TOLERANCE, Status.STALLED) and not search.step()
+
+
+class Rows:
+    """Squared residuals of the rows of a linear system; a sample is a row."""
+
+    def __init__(self, a, b):
+        self.a, self.b, self.seen, self.asked = a, b, math.nan, []
+
+    def __len__(self):
+        return len(self.b)
+
+    def part(self, first, count):
+        index = (first + torch.arange(count)) % len(self)
+        self.asked.append(count)
+        return Rows(self.a[index], self.b[index])
+
+    def loss(self, theta):
+        return float((self.a @ theta - self.b).square().mean().sqrt())
+
+    def derivatives(self, theta):
+        self.seen = self.loss(theta)
+        return self.a.T @ (self.a @ theta - self.b), self.a.T @ self.a
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6), noise=st.sampled_from([0.0, 0.1]))
+def test_steps_on_few_samples_each_come_near_the_minimum_over_all(seed, noise):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(60, 6, dtype=F64, generator=generator)
+    b = a @ torch.randn(6, dtype=F64, generator=generator) + noise * torch.randn(60, dtype=F64, generator=generator)
+    rows = Rows(a, b)
+    search = IncrementalGaussNewton(rows, torch.zeros(6, dtype=F64), minibatch=8, together=3, decay=0.9)
+    for _ in range(8):
+        assert search.step()
+    least = rows.loss(torch.linalg.lstsq(a, b[:, None]).solution[:, 0])
+    assert rows.loss(search.theta) < 1.25 * least + 1e-3 * rows.loss(torch.zeros(6, dtype=F64))
+    assert rows.asked == [8] * 24  # no step saw more
+
+
+def test_steps_on_few_samples_end_where_a_derivative_is_not_finite():
+    rows = Rows(torch.full((8, 2), math.nan, dtype=F64), torch.zeros(8, dtype=F64))
+    search = IncrementalGaussNewton(rows, torch.zeros(2, dtype=F64), minibatch=4)
+    assert not search.step() and search.status is Status.NOT_FINITE and rows.asked == [4]
+    assert torch.equal(search.theta, torch.zeros(2, dtype=F64))
+
+
+def test_a_refinement_on_few_samples_per_step_gains_most_of_the_gain_at_less_cost():
+    ode, x = mixture().ode(iia.EDM()), states(120, iia.EDM())
+    target, plan = truth(ode, x), plan_of("ipndm3")
+    full = refine(ode, x, plan, target, iterations=5, probes=1)
+    few = refine(ode, x, plan, target, iterations=5, probes=1, minibatch=12)
+    assert few.gain < 0.7 and full.gain > 0.5 * few.gain
+    assert few.sample_evaluations < 0.6 * full.sample_evaluations
+    with pytest.raises(InputError, match="minibatch is for method='gauss-newton'"):
+        refine(ode, x, plan, target, method="adam", minibatch=12)
+    with pytest.raises(InputError, match="minibatch"):
+        refine(ode, x, plan, target, minibatch=0)
 
 
 def test_gauss_newton_takes_shorter_steps_where_the_loss_is_infinite_and_gives_up_in_the_end():
