@@ -25,7 +25,7 @@ from .search import Move, Objective, Search, Trial, coordinate_descent
 __all__ = ["Fit", "own_errors", "search_grid", "two_fold"]
 
 _ROWS = 60  # components of all samples, below which a fit could follow its own samples
-_CLIMB, _FREE = 0.5, 0.6  # share of the trials for rising first levels at most, and before single levels move
+_CLIMB, _FREE = 0.5, 0.55  # share of the trials for rising first levels at most, and before single levels move
 _APART = 1.6  # least ratio of first levels that rise
 _PASSES = 2  # of a descent over predicted errors
 _ALIKE = math.log(1.15)  # ratio of the numbers of leap grids that count as copies

@@ -203,6 +203,15 @@ class Watched:
     errors: Tensor
     changes: Tensor
 
+    @property
+    def risk(self) -> float:
+        """Root mean square of the errors and of half the changes.
+
+        Few samples do not show how many end in another mode. Those near the border between two modes are more, and their data
+        estimates change, whichever mode they end in.
+        """
+        return float((self.errors.square() + 0.25 * self.changes.square()).mean().sqrt())
+
 
 def watched(plan: Plan, batch: Batch, gains: Gains) -> Watched:
     """Run a plan over a batch with a teacher, and add the measurements of the run to `gains`."""

@@ -136,9 +136,14 @@ class Pipeline:
         return self.start is not None, self.start is not None and self.start.key is not None
 
     @property
+    def start_name(self) -> str:
+        """Name of the warm start in reports; empty for a cold start."""
+        return "" if self.start is None else f"warm start {self.start.name}, "
+
+    @property
     def name(self) -> str:
         """Name in reports."""
-        return f"{'' if self.start is None else f'warm start {self.start.name}, '}{self.weights.name}"
+        return f"{self.start_name}{self.weights.name}"
 
     @property
     def levels(self) -> int:
@@ -181,6 +186,7 @@ class Contender:
     fit : the closed-form fit; None for a refined solver.
     refinement : the refinement; None for a closed-form fit.
     warm : the warm start; None for a cold start.
+    risk : for a closed-form fit, the risk of its errors and changes; see :class:`~iia_ode.autofit.nearby.Watched`.
     """
 
     name: str
@@ -191,6 +197,7 @@ class Contender:
     fit: StepwiseFit | None = None
     refinement: Refinement | None = None
     warm: WarmStart | None = None
+    risk: float | None = None
 
     def __str__(self) -> str:
         error = self.error

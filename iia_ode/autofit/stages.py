@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from ..errors import IIAError, InputError, RankError, first_line
 from ..grids import karras
@@ -25,9 +25,9 @@ from ..plan import Plan, trace
 from ..solvers import get_solver
 from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
-from .grid_search import search_grid, two_fold
+from .grid_search import search_grid
 from .grids import LeapGrid, Levels
-from .nearby import Gains, Nearby
+from .nearby import Gains, Watched, watched
 from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joined, weights_of
 
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
@@ -94,6 +94,10 @@ class Context:
         """Root mean square of all true final states."""
         return float(self.batch.target.double().square().mean().sqrt()) or 1.0
 
+    def judged(self, plan: Plan) -> Watched:
+        """Errors of a plan on the held-out samples, and changes of data estimates."""
+        return watched(plan, self.held, Gains(1.0))
+
     def say(self, text: str) -> None:
         """Log a finding at level INFO."""
         if self.leads:
@@ -126,10 +130,7 @@ def rival(context: Context) -> list[Contender]:
 
 
 def closed_form(context: Context, start: Start | None, candidates: Sequence[LeapGrid]) -> list[Contender]:
-    """Closed-form fits after a warm start or a cold start: with scalar weights, and with the best kind of weights.
-
-    Two-fold cross-validation on the training samples chooses the grid, with scalar weights, and then the kind of weights on
-    this grid. The held-out samples judge the resulting solvers.
+    """Closed-form fits after a warm start or a cold start: a grid is searched with scalar weights, then each kind is fitted.
 
     Parameters
     ----------
@@ -140,48 +141,61 @@ def closed_form(context: Context, start: Start | None, candidates: Sequence[Leap
     budget, train = context.budget, context.train
     method = context.method.stepwise(train.x.shape[1:])
     pipeline = Pipeline(method, context.nfe, context.batch.taught.t_start, start)
-    gains = Gains(context.batch.taught.record.data_size)
     with context.stage() as spent:
         if candidates:
             judged = train[: budget.judges]
-            found = search_grid(pipeline.plan, judged, pipeline.levels, candidates, trials=budget.trials, gains=gains)
+            found = search_grid(pipeline.plan, judged, pipeline.levels, candidates, trials=budget.trials)
             family = next((g for g in found.ranking if isinstance(g, LeapGrid)), None)
             pipeline = replace(pipeline, grid=found.best, family=family)
             context.say(f"{pipeline.name}: {len(found.trials)} grids; {found.best}")
-        pipeline = replace(pipeline, weights=_best_weights(context, pipeline, gains))
     made: list[Contender] = []
-    for own in [pipeline] if pipeline.weights is SCALARS else [replace(pipeline, weights=SCALARS), pipeline]:
+    for kind in _kinds(context, start):
+        own = replace(pipeline, weights=kind)
         with context.stage() as cost:
             parts = own.fit(train)
-            errors = context.held.errors(parts.plan)
+            held = context.judged(parts.plan)
+            risks = [held.risk]
+            if enough(train, own):  # the fit hardly follows its own samples
+                risks.append(watched(parts.plan, train, Gains(1.0)).risk)  # memoized evaluations
         if not made:  # the first solver on a grid bears the cost of finding it
             cost.sample_evaluations += spent.sample_evaluations
             cost.seconds += spent.seconds
-        made.append(_said(context, Contender(own.name, parts.plan, errors, cost, own, parts.fit, warm=parts.warm)))
+        risk = math.sqrt(sum(r * r for r in risks))
+        made.append(
+            _said(
+                context, Contender(own.name, parts.plan, held.errors, cost, own, parts.fit, warm=parts.warm, risk=risk)
+            )
+        )
     return made
 
 
-def _best_weights(context: Context, pipeline: Pipeline, gains: Gains) -> Weights:
-    """The kind of weights with the lowest cross-validated error on the pipeline's grid, predicted without the model."""
-    if pipeline.start is not None and pipeline.start.moments is not None:
-        return SCALARS  # a plan cannot mix maps over directions of the data with maps over bands
-    if context.weights == "scalars":
-        return SCALARS
-    train = context.train
-    kinds = weights_of(train.x.shape[1:], intercepts=pipeline.start is None)
-    if len(kinds) < 2 or len(train) < 4:
-        return SCALARS
-    errors: list[Tensor] = []
-    near = Nearby.of(train, gains if gains.samples == len(train) else None).batch
-    for kind in kinds:
-        objective = two_fold(replace(pipeline, weights=kind).plan, near, pipeline.levels)
-        errors.append(objective(pipeline.grid, len(train)))
-    return ranked(kinds, errors, outliers_too=True)[0] if bool(torch.isfinite(torch.cat(errors)).any()) else SCALARS
+def _kinds(context: Context, start: Start | None) -> list[Weights]:
+    """The kinds of weights of the closed-form fits after a start."""
+    if start is not None and start.moments is not None:
+        return [SCALARS]  # a plan cannot mix maps over directions of the data with maps over bands
+    if context.weights == "scalars" or len(context.train) < 4:
+        return [SCALARS]
+    return weights_of(context.train.x.shape[1:], intercepts=start is None)
+
+
+def enough(batch: Batch, pipeline: Pipeline) -> bool:
+    """Whether samples have many components per weight of a fit."""
+    weights = pipeline.nfe * (pipeline.nfe + 3) // 2 * pipeline.weights.groups
+    return len(batch) >= _SAMPLES and len(batch) * batch.x[0].numel() >= _ENOUGH * weights
+
+
+def candidates(contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders without closed-form fits of other kinds of weights than the one of lowest risk, for each start."""
+    best: dict[str, float] = {}
+    for c in contenders:
+        if c.risk is not None and c.pipeline is not None:
+            best[c.pipeline.start_name] = min(c.risk, best.get(c.pipeline.start_name, math.inf))
+    return [c for c in contenders if c.risk is None or c.pipeline is None or c.risk <= best[c.pipeline.start_name]]
 
 
 def refined(context: Context, contenders: Sequence[Contender]) -> list[Contender | Ingredient]:
     """Gauss-Newton refinements of the best closed-form fits. A failed refinement becomes an ingredient without an error."""
-    fits = [c for c in contenders if c.pipeline is not None]
+    fits = [c for c in candidates(contenders) if c.pipeline is not None]
     order = ranked(fits, [c.errors for c in fits], outliers_too=True)
     usable = [c for c in order if bool(torch.isfinite(c.errors).all())] or order
     made: list[Contender | Ingredient] = []
@@ -260,7 +274,7 @@ def _refined(
 
 def choose(contenders: Sequence[Contender]) -> Contender:
     """The best contender, by :func:`~iia_ode.iia.ranking.ranked`; an InputError if no contender has finite errors."""
-    usable = [c for c in contenders if c.error is not None]
+    usable = [c for c in candidates(contenders) if c.error is not None]
     if not usable:
         raise InputError("nothing could be fitted: the model is not finite on this noise.")
     return ranked(usable, [c.errors for c in usable], outliers_too=True)[0]
@@ -291,8 +305,7 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     pipeline, train = best.pipeline, context.train
     if pipeline is None:
         return Last(best.plan, None)
-    weights = context.nfe * (context.nfe + 3) // 2 * pipeline.weights.groups
-    if len(train) < _SAMPLES or len(train) * train.x[0].numel() < _ENOUGH * weights:
+    if not enough(train, pipeline):
         return Last(best.plan, best.fit)
     fit, backward = None, 0
     if best.refinement is None:
@@ -306,7 +319,8 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
             return Last(best.plan, None, 0 if again is None else again.backward)
         backward, plan = again.backward, joined(best.warm, again.plan)
     if fresh is None:
-        errors = [context.batch.errors(plan), context.batch.errors(best.plan)]
+        before = torch.cat([train.errors(best.plan), context.held.errors(best.plan)])  # memoized evaluations
+        errors = [context.batch.errors(plan), before]
     else:
         errors = [fresh.errors(plan), best.errors[-len(fresh) :]]
     kept = ranked([plan, best.plan], errors, outliers_too=True)[0]
