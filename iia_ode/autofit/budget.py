@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..checks import check_choice, check_flag, check_number, check_whole
@@ -20,6 +20,9 @@ AGAIN = 2
 _WARM = 2  # kinds of warm start, where any is tried
 _SHARED = 0.94  # share of the evaluations of a trial that no earlier trial has made
 _LEAPS = 3  # evaluations of a trajectory beside its steps, at most
+# Shares of the trials and of the iterations, for the first of several numbers of evaluations and for each of the others.
+_FIRST, _FIRST_ITERATIONS = 0.7, 0.6
+_OTHER, _OTHER_ITERATIONS = 0.25, 0.4
 _SIZE = 18  # evaluations of a sample for the size of the data, about
 
 
@@ -98,6 +101,11 @@ class Budget:
         """
         return max(self.teacher_steps, 4 * nfe)
 
+    def shared(self, *, first: bool) -> Budget:
+        """The budget of one of several numbers of evaluations of a fit: of the first, or of another, which has a hint."""
+        trials, iterations = (_FIRST, _FIRST_ITERATIONS) if first else (_OTHER, _OTHER_ITERATIONS)
+        return replace(self, trials=math.ceil(trials * self.trials), iterations=math.ceil(iterations * self.iterations))
+
     def used(self, given: int) -> int:
         """Number of initial states that a search uses of a given number, where it makes the teacher."""
         return max(self.draws, given if self.most is None else min(given, self.most))
@@ -107,28 +115,30 @@ class Budget:
         few = min(draws, max(2, min(8, draws // 32)))
         return (self.steps(nfe) + _LEAPS) * draws + few * (round(1.5 * self.steps(nfe)) + _SIZE)
 
-    def cost(self, nfe: int, draws: int, train: int) -> int:
+    def cost(self, nfe: int, draws: int, train: int, kinds: int = 4) -> int:
         """Estimate of the sample evaluations of a search, without those of its teacher.
 
         Parameters
         ----------
         nfe : evaluations of the solver.
         draws, train : number of draws, and of training samples among them.
+        kinds : kinds of weights: 4 for images, 2 for other samples, 1 for scalar weights alone.
 
         Returns
         -------
         The number of sample evaluations, with a backward pass counted as two.
         """
         held, later = draws - train, max(nfe - 1, 0)  # all solvers share the first evaluation
-        search = self.trials * min(train, self.judges) * later * _SHARED * (_WARM * self.warm_starts + 1)
-        fits = 2 * (_WARM * self.warm_starts + 1) * (train * later + held * nfe) + held * nfe
-        last = draws * (2 * nfe - 1)
+        warm = _WARM * self.warm_starts
+        search = self.trials * min(train, self.judges) * later * _SHARED * (warm + 1)
+        fits = (kinds + warm) * draws * later + 2 * draws + held * later
+        last = draws * nfe if not self.starts else 0
         rows = train if self.minibatch is None else STEPS * min(self.minibatch, train)
         passes = 2 * self.probes + 4 + (self.probes + 1) * self.checkpointed
-        refinement = self.starts * (train * later + self.iterations * (rows * passes + held) * nfe)
+        refinement = self.starts * (draws * later + self.iterations * (rows * passes + held) * nfe)
         if self.starts and self.minibatch is None:
             refinement += AGAIN * draws * passes * nfe
-        made = 2 + 2 * (1 + _WARM * self.warm_starts) + self.starts
+        made = 1 + kinds + warm + self.starts
         return round(search + fits + last + refinement + nfe * made * self.finals_of(draws))
 
     def memory(self, nfe: int, components: int) -> int:

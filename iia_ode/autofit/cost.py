@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..checks import check_shape, check_whole
+from ..errors import InputError
 from ..iia.batch import Batch, held_out_of
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import ranks_of
 from ..plan.checks import check_ode
 from .budget import Budget, budget_of
+from .pipeline import weights_of
 from .stages import Context
 
 __all__ = ["FitCost", "announce", "fit_cost"]
@@ -56,7 +59,7 @@ class FitCost:
 
 def fit_cost(
     ode: ProbabilityFlowODE,
-    nfe: int,
+    nfe: int | Sequence[int],
     budget: str | Budget = "standard",
     *,
     samples: int | None = None,
@@ -69,10 +72,11 @@ def fit_cost(
     Parameters
     ----------
     ode : the model with its schedule.
-    nfe : number of evaluations of the solver, at least 1.
+    nfe : number of evaluations of the solver, at least 1, or several.
     budget : a name or a :class:`~iia_ode.Budget`.
     samples : number of draws that the fit is given, or makes for `shape`; by default the most that the budget uses.
-    shape : shape of one sample, for the memory; by default the ODE's ``state_shape``, if any.
+    shape : shape of one sample, for the memory and the kinds of weights; by default the ODE's ``state_shape``, if any. Without
+        a shape, the kinds are those of images.
 
     Returns
     -------
@@ -88,13 +92,25 @@ def fit_cost(
     """
     chosen = budget_of(budget)
     check_ode(ode)
-    check_whole("nfe", nfe, least=1)
+    first, *others = sorted(numbers_of(nfe), reverse=True)
     draws = chosen.used(default_samples(chosen) if samples is None else check_whole("samples", samples, least=1))
     size = ode.state_shape if shape is None else check_shape("shape", shape)
     train = draws - held_out_of(draws, chosen.held_out) if draws > 1 else draws
-    teacher = chosen.teacher_cost(nfe, draws) + chosen.teacher_cost(nfe, chosen.finals_of(draws))
-    total = teacher + chosen.cost(nfe, draws, train)
-    return FitCost(total, teacher, draws, None if size is None else chosen.memory(nfe, draws * math.prod(size)))
+    teacher = chosen.teacher_cost(first, draws) + chosen.teacher_cost(first, chosen.finals_of(draws))
+    kinds = 4 if size is None else len(weights_of(size))
+    total = teacher + (chosen.shared(first=True) if others else chosen).cost(first, draws, train, kinds)
+    total += sum(chosen.shared(first=False).cost(n, draws, train, 1) for n in others)
+    return FitCost(total, teacher, draws, None if size is None else chosen.memory(first, draws * math.prod(size)))
+
+
+def numbers_of(nfe: int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers of evaluations: one, or several different ones."""
+    if not isinstance(nfe, list | tuple | range):
+        return (check_whole("nfe", nfe, least=1),)
+    numbers = tuple(check_whole("each nfe", n, least=1) for n in nfe)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise InputError(f"nfe must be a number of evaluations, or different ones such as (4, 5, 6, 8), got {nfe!r}.")
+    return numbers
 
 
 def default_samples(budget: Budget) -> int:
@@ -116,7 +132,8 @@ def announce(context: Context, batch: Batch, given: int, finals: int, start: flo
             began = time.perf_counter()
             part.ode.output(part.x, start).sum().item()
             seconds = (time.perf_counter() - began) / len(part)
-    cost = budget.cost(nfe, len(batch), len(batch) - context.held_out) + budget.teacher_cost(nfe, finals)
+    kinds = 1 if context.weights == "scalars" else len(weights_of(batch.x.shape[1:]))
+    cost = budget.cost(nfe, len(batch), len(batch) - context.held_out, kinds) + budget.teacher_cost(nfe, finals)
     cost += budget.teacher_cost(nfe, len(batch)) if batch.teacher is None else 0
     more = f" and {len(batch) - given} more" if len(batch) > given else ""
     more += f", {finals} for the last choice" if finals else ""

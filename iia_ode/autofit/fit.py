@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -38,11 +38,11 @@ from ..sharing.in_use import at_fit
 from ..sharing.serving import at_scale, checked_scales
 from ..teacher.teacher import Teacher, check_teacher
 from .budget import Budget, budget_of
-from .cost import announce, default_samples
+from .cost import announce, default_samples, numbers_of
 from .draws import check_additions, initial_states, levels_of
 from .grids import leap_grids
-from .pipeline import SCALARS, Contender
-from .stages import RIVAL, Context, Last, choose, closed_form, last_fit, refined, rival
+from .pipeline import SCALARS, Contender, Hint
+from .stages import RIVAL, Context, Last, candidates, choose, closed_form, last_fit, refined, rival
 from .thorough import ends_of, fresh_states, judged, more_states, warm_started
 
 __all__ = ["fit"]
@@ -51,10 +51,52 @@ _FEWEST = 8  # draws, below which a search is refused
 _MEASURED, _SERVED = 64, 7919  # draws for the measured guidance scales, and the distance of their seed
 
 
-@one_run()
+@overload
 def fit(
     ode: ProbabilityFlowODE,
     nfe: int,
+    *,
+    noise: Tensor | None = ...,
+    x: Tensor | None = ...,
+    shape: tuple[int, ...] | None = ...,
+    images: Tensor | None = ...,
+    samples: int | None = ...,
+    budget: str | Budget = ...,
+    weights: Literal["auto", "scalars"] = ...,
+    sigma_max: float | None = ...,
+    sigma_min: float | None = ...,
+    teacher: Teacher | None = ...,
+    scales: Sequence[float] | None = ...,
+    seed: int = ...,
+    progress: bool = ...,
+) -> FittedSolver: ...
+
+
+@overload
+def fit(
+    ode: ProbabilityFlowODE,
+    nfe: Sequence[int],
+    *,
+    noise: Tensor | None = ...,
+    x: Tensor | None = ...,
+    shape: tuple[int, ...] | None = ...,
+    images: Tensor | None = ...,
+    samples: int | None = ...,
+    budget: str | Budget = ...,
+    weights: Literal["auto", "scalars"] = ...,
+    sigma_max: float | None = ...,
+    sigma_min: float | None = ...,
+    teacher: Teacher | None = ...,
+    scales: Sequence[float] | None = ...,
+    seed: int = ...,
+    progress: bool = ...,
+) -> dict[int, FittedSolver]: ...
+
+
+@one_run()
+def fit(
+    ode: ProbabilityFlowODE,
+    nfe: int | Sequence[int],
     *,
     noise: Tensor | None = None,
     x: Tensor | None = None,
@@ -69,7 +111,7 @@ def fit(
     scales: Sequence[float] | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> FittedSolver:
+) -> FittedSolver | dict[int, FittedSolver]:
     """Search for the most accurate solver with `nfe` evaluations, within a budget.
 
     A :class:`~iia_ode.Teacher` integrates the samples accurately, once. The search tries grids that leap from the noisiest
@@ -89,7 +131,9 @@ def fit(
     ----------
     ode : the model. Conditions have one entry per sample, or one for all samples; guidance is part of the model. For several
         processes pass :func:`iia_ode.distributed` of the ODE, and the same arguments in each process.
-    nfe : number of evaluations of a run, at least 1.
+    nfe : number of evaluations of a run, at least 1; or several numbers, such as ``(4, 5, 6, 8)``, for a solver each. Several
+        solvers share the teacher. The search for the largest number tells the other searches where to look, so that all
+        together cost about twice the cost of one.
     noise : draws of standard normal noise [B, ...], float32 or float64. At least 8 draws; 64 or more are advisable, and 256
         are good. Copies are left out.
     x : initial states [B, ...] at the noisiest level, float32 or float64, instead of `noise`.
@@ -115,8 +159,9 @@ def fit(
 
     Returns
     -------
-    The solver, from ``sigma * noise`` at ``fit.grid[0]`` to the data. ``fit.record.search`` lists all solvers of the search
-    with errors and costs; ``fit.explain()`` puts the record into words.
+    The solver, from ``sigma * noise`` at ``fit.grid[0]`` to the data. For several numbers of evaluations, a dict from each
+    number to its solver; the cost of the shared teacher is in the record of the largest number. ``fit.record.search`` lists all
+    solvers of the search with errors and costs; ``fit.explain()`` puts the record into words.
 
     Raises
     ------
@@ -128,8 +173,8 @@ def fit(
     -----
     DuplicateWarning : copies among the draws are left out.
     """
-    chosen = budget_of(budget)
-    check_whole("nfe", nfe, least=1)
+    chosen, numbers = budget_of(budget), numbers_of(nfe)
+    first, *others = sorted(numbers, reverse=True)
     samples = default_samples(chosen) if samples is None else check_whole("samples", samples, least=1)
     check_seed(seed)
     if sigma_min is not None:
@@ -141,7 +186,7 @@ def fit(
         at_scale(ode, scales[0])
     check_mode(ode)
     sources = {"noise": noise, "x": x, "shape": shape, "images": images}
-    options = nfe, sigma_max, sigma_min, chosen, weights, seed, samples, scales
+    options = numbers, sigma_max, sigma_min, chosen, weights, seed, samples, scales
     agree(ode, "fit", options, getattr(teacher, "record", teacher), list(sources.values()))
     initial = initial_states(ode, sources, samples=samples, sigma_max=sigma_max, seed=seed)
     start, states = initial.t, initial.x
@@ -161,41 +206,22 @@ def fit(
         check_additions(batch, start, levels["data_size"], more + chosen.finals_of(given + more))
         if more:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
-        context, costs, fresh = _prepared(batch, given, nfe, chosen, start, levels, seed, progress, weights)
-        made: list[Contender | Ingredient] = [*rival(context)]
-        grids = leap_grids(context.levels.highest, context.scale) if nfe > 1 else []
-        made += closed_form(context, None, grids)
-        if chosen.warm_starts:
-            cold = next(c.pipeline for c in _contenders(made) if c.pipeline is not None)
-            made += warm_started(context, cold.family)
-        if chosen.starts:
-            made += refined(context, _contenders(made))
-        contenders = _contenders(made)
-        if fresh is not None:
-            with context.stage() as costs["finals"]:
-                found = judged(context, contenders, fresh)
-            contenders, fresh = (contenders, None) if found is None else (found, fresh)
-        best = choose(contenders)
-        with context.stage() as costs["last"]:
-            last = last_fit(context, best, fresh)
-        costs["last"].sample_evaluations += last.backward
-        held = replace(batch.split(context.held_out)[1], final=context.batch.target[-context.held_out :])
-        in_use = at_fit(held, start, nfe, best.error)
-    seconds = time.perf_counter() - begun
-    context.say(f"chosen: {best.name}, error {best.error:.4g}; {seconds:.0f} s in all")
-    if (ranks := ranks_of(ode)) is not None:
-        errors = [c.error or math.nan for c in contenders]
-        ranks.check_same(torch.tensor([*last.plan.grid, *errors], dtype=torch.float64, device="cpu"))
-    spent.samples += last.backward + sum(c.refinement.backward for c in contenders if c.refinement)
-    failed = [m for m in made if isinstance(m, Ingredient)]
-    sizes = {"given": given, "final_draws": 0 if fresh is None else len(fresh)}
-    search = _search(context, contenders, failed, best, last, costs=costs, seconds=seconds, **sizes)
-    solver = _solver(context, contenders, best, last, search, spent)
-    solver = replace(solver, record=replace(solver.record, in_use=in_use))
-    if scales is None:
-        return solver
-    new = fresh_states(batch, start, min(_MEASURED, len(batch)), 0, seed + _SERVED)
-    return solver.serves(new.ode, new.x, scales, sigma_min=levels["sigma_min"], progress=progress)
+        shared = chosen.shared(first=True) if others else chosen
+        context, costs, fresh = _prepared(batch, given, first, shared, start, levels, seed, progress, weights)
+        plain = batch.split(context.held_out)[1]
+        made = _searched(context, costs, plain, fresh, None)
+    found = {first: _result(made, context, costs, spent, given, time.perf_counter() - begun)}
+    for n in others:
+        begun, hint = time.perf_counter(), made.hint
+        own, own_costs = replace(context, nfe=n, budget=chosen.shared(first=False)), {"teacher": StageCost()}
+        with ode.counting() as spent:
+            made = _searched(own, own_costs, plain, fresh, hint)
+        found[n] = _result(made, own, own_costs, spent, given, time.perf_counter() - begun)
+    if scales is not None:
+        new = fresh_states(batch, start, min(_MEASURED, len(batch)), 0, seed + _SERVED)
+        served = {"sigma_min": levels["sigma_min"], "progress": progress}
+        found = {n: one.serves(new.ode, new.x, scales, **served) for n, one in found.items()}  # type: ignore[arg-type]
+    return found[first] if isinstance(nfe, int) else {n: found[n] for n in numbers}
 
 
 # ---- before the search -----------------------------------------------------------------------------------------------
@@ -245,7 +271,73 @@ def _contenders(made: list[Contender | Ingredient]) -> list[Contender]:
     return [m for m in made if isinstance(m, Contender)]
 
 
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What a search made: contenders, failures, the choice, the fresh samples that judged, and errors of the solver in use."""
+
+    contenders: list[Contender]
+    failed: list[Ingredient]
+    best: Contender
+    last: Last
+    fresh: Batch | None
+    in_use: Any
+
+    @property
+    def hint(self) -> Hint | None:
+        """Where searches for other numbers of evaluations begin."""
+        fits = [c.pipeline for c in candidates(self.contenders) if c.pipeline is not None and c.pipeline.start is None]
+        return Hint(fits[0].family, fits[0].weights) if fits and fits[0].family is not None else None
+
+
+def _searched(
+    context: Context, costs: dict[str, StageCost], plain: Batch, fresh: Batch | None, hint: Hint | None
+) -> _Made:
+    """The stages of a search, from the rival to the last fit; `plain` are the held-out samples with an ODE without a memo."""
+    budget = context.budget
+    made: list[Contender | Ingredient] = [*rival(context)]
+    if context.nfe == 1:
+        grids = []
+    else:
+        grids = leap_grids(context.levels.highest, context.scale) if hint is None else hint.near(context.levels)
+    made += closed_form(context, None, grids, None if hint is None else [hint.weights])
+    if budget.warm_starts:
+        cold = next(c.pipeline for c in _contenders(made) if c.pipeline is not None)
+        made += warm_started(context, cold.family)
+    if budget.starts:
+        made += refined(context, _contenders(made))
+    contenders = _contenders(made)
+    if fresh is not None:
+        with context.stage() as costs["finals"]:
+            found = judged(context, contenders, fresh)
+        contenders, fresh = (contenders, None) if found is None else (found, fresh)
+    best = choose(contenders)
+    with context.stage() as costs["last"]:
+        last = last_fit(context, best, fresh)
+    costs["last"].sample_evaluations += last.backward
+    held = replace(plain, final=context.batch.target[-context.held_out :])
+    in_use = at_fit(held, context.batch.taught.t_start, context.nfe, best.error)
+    return _Made(contenders, [m for m in made if isinstance(m, Ingredient)], best, last, fresh, in_use)
+
+
 # ---- after the search ------------------------------------------------------------------------------------------------
+
+
+def _result(
+    made: _Made, context: Context, costs: dict[str, StageCost], spent: Ledger, given: int, seconds: float
+) -> FittedSolver:
+    """The solver of a search with its record; `spent` is the ledger of the search."""
+    context.say(f"chosen: {made.best.name}, error {made.best.error:.4g}; {seconds:.0f} s in all")
+    if (ranks := ranks_of(context.batch.ode)) is not None:
+        errors = [c.error or math.nan for c in made.contenders]
+        ranks.check_same(torch.tensor([*made.last.plan.grid, *errors], dtype=torch.float64, device="cpu"))
+    spent.samples += made.last.backward + sum(c.refinement.backward for c in made.contenders if c.refinement)
+    sizes = {"given": given, "final_draws": 0 if made.fresh is None else len(made.fresh)}
+    search = _search(context, made.contenders, made.failed, made.best, made.last, costs=costs, seconds=seconds, **sizes)
+    solver = _solver(context, made.contenders, made.best, made.last, search, spent)
+    return replace(solver, record=replace(solver.record, in_use=made.in_use))
 
 
 def _search(

@@ -205,12 +205,12 @@ class Watched:
 
     @property
     def risk(self) -> float:
-        """Root mean square of the errors and of half the changes.
+        """Root mean square of the errors and of the changes.
 
         Few samples do not show how many end in another mode. Those near the border between two modes are more, and their data
         estimates change, whichever mode they end in.
         """
-        return float((self.errors.square() + 0.25 * self.changes.square()).mean().sqrt())
+        return float((self.errors.square() + self.changes.square()).mean().sqrt())
 
 
 def watched(plan: Plan, batch: Batch, gains: Gains) -> Watched:

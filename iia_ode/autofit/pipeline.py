@@ -18,7 +18,7 @@ from ..iia.stepwise import Stepwise, StepwiseFit
 from ..plan import Plan
 from ..schedules import Schedule
 from ..warm_starts import Moments, WarmStart
-from .grids import FreeGrid, LeapGrid
+from .grids import FreeGrid, LeapGrid, Levels
 
 __all__ = ["RIDGE", "SCALARS", "Contender", "Parts", "Pipeline", "Start", "Weights", "joined", "weights_of"]
 
@@ -50,7 +50,7 @@ class Weights:
 SCALARS = Weights("scalars", Window())
 
 
-def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
+def weights_of(shape: Sequence[int], *, intercepts: bool = True) -> list[Weights]:
     """The kinds of weights for samples of a shape, scalars first; bands are for images [C, H, W].
 
     The energy of images falls steeply with frequency. At any noise level, low frequencies have emerged further from the noise
@@ -63,6 +63,28 @@ def weights_of(shape: Sequence[int], *, intercepts: bool) -> list[Weights]:
     if intercepts:
         found += [Weights("intercept" if w is SCALARS else f"{w.name}, intercept", w.terms, True) for w in found]
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Hint:
+    """Where a search for another number of evaluations of the same model begins.
+
+    Attributes
+    ----------
+    family : the best leap grid.
+    weights : the best kind of weights.
+    """
+
+    family: LeapGrid
+    weights: Weights
+
+    def near(self, levels: Levels) -> list[LeapGrid]:
+        """Leap grids near the family, all of them inside the levels."""
+        own = self.family
+        near = [
+            LeapGrid(own.sigma_1 * f, own.sigma_min * g, own.rho) for f in (1.0, 0.7, 1.4) for g in (1.0, 0.7, 1.4, 2.0)
+        ]
+        return [grid for grid in near if grid.fits(levels)] or [own]
 
 
 @dataclass(frozen=True, eq=False)

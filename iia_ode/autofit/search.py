@@ -49,12 +49,12 @@ class Trial(Generic[G]):
 
     @property
     def risk(self) -> float:
-        """Root mean square of the errors and of half the changes.
+        """Root mean square of the errors and of the changes.
 
         Few samples do not show how many end in another mode. Those near the border between two modes are more, and their data
         estimates change, whichever mode they end in.
         """
-        return self.error if self.changes is None else math.hypot(self.error, 0.5 * cauchy_mean(self.changes, math.inf))
+        return self.error if self.changes is None else math.hypot(self.error, cauchy_mean(self.changes, math.inf))
 
 
 @dataclass(frozen=True, eq=False)

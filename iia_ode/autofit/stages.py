@@ -129,27 +129,30 @@ def rival(context: Context) -> list[Contender]:
     return [_said(context, Contender(f"{RIVAL}, not fitted", plan, errors, cost))]
 
 
-def closed_form(context: Context, start: Start | None, candidates: Sequence[LeapGrid]) -> list[Contender]:
+def closed_form(
+    context: Context, start: Start | None, grids: Sequence[LeapGrid], kinds: Sequence[Weights] | None = None
+) -> list[Contender]:
     """Closed-form fits after a warm start or a cold start: a grid is searched with scalar weights, then each kind is fitted.
 
     Parameters
     ----------
     context : the search.
     start : the warm start; None for a cold start.
-    candidates : leap grids; empty for a single evaluation.
+    grids : leap grids to start from; empty for a single evaluation.
+    kinds : kinds of weights; by default all that suit the samples.
     """
     budget, train = context.budget, context.train
     method = context.method.stepwise(train.x.shape[1:])
     pipeline = Pipeline(method, context.nfe, context.batch.taught.t_start, start)
     with context.stage() as spent:
-        if candidates:
+        if grids:
             judged = train[: budget.judges]
-            found = search_grid(pipeline.plan, judged, pipeline.levels, candidates, trials=budget.trials)
+            found = search_grid(pipeline.plan, judged, pipeline.levels, grids, trials=budget.trials)
             family = next((g for g in found.ranking if isinstance(g, LeapGrid)), None)
             pipeline = replace(pipeline, grid=found.best, family=family)
             context.say(f"{pipeline.name}: {len(found.trials)} grids; {found.best}")
     made: list[Contender] = []
-    for kind in _kinds(context, start):
+    for kind in _kinds(context, start) if kinds is None else kinds:
         own = replace(pipeline, weights=kind)
         with context.stage() as cost:
             parts = own.fit(train)
