@@ -160,8 +160,8 @@ def fit(
     Returns
     -------
     The solver, from ``sigma * noise`` at ``fit.grid[0]`` to the data. For several numbers of evaluations, a dict from each
-    number to its solver; the cost of the shared teacher is in the record of the largest number. ``fit.record.search`` lists all
-    solvers of the search with errors and costs; ``fit.explain()`` puts the record into words.
+    number to its solver; the cost of the shared teacher is in the record of the largest number. ``fit.record.search`` lists
+    all solvers of the search with errors and costs; ``fit.explain()`` puts the record into words.
 
     Raises
     ------

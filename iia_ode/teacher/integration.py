@@ -37,7 +37,7 @@ _START = 0.005  # share of the grid in which the steps grow from about zero to t
 # A start with a higher level, relative to the size of the data, alpha = 0 included, first leaps down to the level of `_top`:
 # to 40 with 24 steps, and to at most 200. The error of the leap is about the inverse of the level; that of the steps after the
 # leap falls with their number to the power of -4.
-_NOISIEST, _LEAP, _LEAP_STEPS = 200.0, 40.0, 24
+_NOISIEST, _LEAP, _LEAP_STEPS, _LOWEST_LEAP = 200.0, 40.0, 24, 5.0
 _SAFE = 2.0  # factor on the estimate of the error, which few samples may miss
 _MORE = 1.5  # ratio of the numbers of steps for the estimate of the error
 _ORDER = 3  # of few steps, for the estimate of the error
@@ -139,7 +139,11 @@ class Integration:
     @property
     def _top(self) -> float:
         """The highest level of the grid after the start."""
-        return self.size * min(_NOISIEST, _LEAP * (self.steps / _LEAP_STEPS) ** 4)
+        first, last = (self.schedule.noise_to_signal(t) for t in (self.t_start, self.t_end))
+        if first <= last:
+            return _NOISIEST * self.size
+        top = self.size * min(_NOISIEST, max(_LOWEST_LEAP, _LEAP * (self.steps / _LEAP_STEPS) ** 4))
+        return top if top > 2 * last else max(_NOISIEST * self.size, 2 * last)
 
     def knots(self, kept: Sequence[int]) -> list[float]:
         """Times u = asinh(size alpha / sigma) of some grid points."""
