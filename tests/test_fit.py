@@ -195,7 +195,7 @@ def test_everything_that_is_spent_is_in_the_record(plain, refined):
         parts = [*one.search.ingredients, *one.search.costs.values()]
         own = sum(p.sample_evaluations for p in parts)
         # The rest told the size of the data, or timed the model.
-        assert 0 <= one.fit.record.sample_evaluations - own < 0.02 * own
+        assert 0 <= one.fit.record.sample_evaluations - own < 0.03 * own
         assert one.search.costs["teacher"].sample_evaluations == 51 * 80 + 2 * 76  # the last: its error
         assert one.fit.record.evaluations == one.spent.evaluations
     assert plain.fit.record.sample_evaluations == plain.spent.samples

@@ -78,7 +78,7 @@ def test_a_teacher_for_a_grid_covers_it_and_takes_a_low_last_level_for_the_data(
 def test_a_teacher_is_the_same_in_chunks_and_gives_some_samples_when_asked(fine):
     whole, parts = (Teacher.solve(ode(), states(), 80.0, 0.0, steps=30, chunk_size=c) for c in (None, 5))
     assert torch.equal(whole.final, parts.final)
-    assert parts.evaluations == whole.evaluations + 31
+    assert parts.evaluations == whole.evaluations + 33  # the leap takes three
     assert parts.sample_evaluations == whole.sample_evaluations
     assert parts.record.error == whole.record.error
     for index in (slice(2, 5), torch.tensor([5, 0, 5])):

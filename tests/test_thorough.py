@@ -38,7 +38,7 @@ def test_a_budget_may_add_noise_under_the_same_conditions(said):
     model, z = Labelled(), NOISE[:12]
     ode = iia.ProbabilityFlowODE(model, EDM, conditioning={"label": torch.arange(12)})
     found = fit(ode, 1, noise=z, budget=replace(QUICK, draws=30, chunk_size=64))
-    assert found.record.batch == 30 and found.record.held_out == 15
+    assert found.record.batch == 30 and found.record.held_out == 8
     assert any("12 draws of noise and 18 more" in line for line in said())
     assert "Of the 30 samples, 12 were asked for" in found.explain()
     whole = [(x, label) for t, x, label in model.asked if len(x) == 30 and t == 80.0]
@@ -114,7 +114,7 @@ def test_the_last_choice_is_made_on_fresh_draws_too_and_its_errors_are_reported(
     search, before = found.record.search, plain.record.search
     made = search.ingredients
     assert (search.final_draws, before.final_draws) == (48, 0)
-    assert search.costs["teacher"].sample_evaluations == 31 * (80 + 48) + 2 * (21 + 14)
+    assert search.costs["teacher"].sample_evaluations == 31 * (80 + 48) + 2 * 46
     # At most an evaluation of each fresh sample for each solver; the first one of all is memoized.
     assert 48 <= search.costs["finals"].sample_evaluations <= 48 * len(made)
     # No stage before the last choice depends on it.
@@ -199,11 +199,11 @@ def test_a_fit_is_not_lost_where_nothing_is_finite_on_fresh_draws(said):
 def test_fresh_draws_have_conditions_that_nothing_was_fitted_under():
     model = Labelled()
     ode = iia.ProbabilityFlowODE(model, EDM, conditioning={"label": torch.arange(12)})
-    fresh = fresh_states(Batch(ode, 80.0 * NOISE[:12]), 80.0, 24, 6, 0).x
+    fresh = fresh_states(Batch(ode, 80.0 * NOISE[:12]), 80.0, 24, 9, 0).x
     fit(ode, 1, noise=NOISE[:12], budget=replace(QUICK, finals=2.0))
     asked = [(x, label) for t, x, label in model.asked if t == 80.0]
     own = [(x, label) for x, label in asked if torch.isin(fresh, x).any()]
-    assert own and all(torch.equal(x, fresh) and int(label.min()) == 6 for x, label in own)
+    assert own and all(torch.equal(x, fresh) and int(label.min()) == 9 for x, label in own)
 
 
 def test_where_a_teacher_is_given_the_last_choice_has_fresh_draws_too():
@@ -213,7 +213,7 @@ def test_where_a_teacher_is_given_the_last_choice_has_fresh_draws_too():
     assert given.record.search.final_draws == 80 and given.plan.difference(own.plan) == 0
     assert [f.record.search.costs["teacher"].sample_evaluations for f in (given, own)] == [
         51 * 80,
-        51 * 160 + 2 * (34 + 23),
+        51 * 160 + 2 * 76,
     ]
 
 

@@ -233,8 +233,8 @@ class Contender:
         return error if math.isfinite(error) else None
 
     def judged(self, errors: Tensor) -> Contender:
-        """The contender with the errors of more samples."""
-        return replace(self, errors=torch.cat([self.errors, errors]))
+        """The contender with the errors of more samples, which count in place of the risk."""
+        return replace(self, errors=torch.cat([self.errors, errors]), risk=None)
 
     def ingredient(self, *, chosen: bool) -> Ingredient:
         """The entry in the record of the search."""
