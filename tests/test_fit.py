@@ -37,10 +37,10 @@ def said(caplog):
 class Made:
     """A fit with its log and its ledger."""
 
-    def __init__(self, budget, caplog):
+    def __init__(self, budget, caplog, weights="auto"):
         self.ode = mixture().ode(EDM)
         with caplog.at_level(logging.INFO, "iia_ode"), self.ode.counting() as self.spent:
-            self.fit = fit(self.ode, 2, noise=NOISE, budget=budget)
+            self.fit = fit(self.ode, 2, noise=NOISE, budget=budget, weights=weights)
         self.said = messages(caplog)
         self.search = self.fit.record.search
 
@@ -61,7 +61,7 @@ def plain(made, caplog):
 @pytest.fixture
 def refined(made, caplog):
     if "refined" not in made:
-        made["refined"] = Made(REFINED, caplog)
+        made["refined"] = Made(REFINED, caplog, "scalars")
     return made["refined"]
 
 
@@ -309,12 +309,12 @@ def test_very_few_evaluations_work_too(nfe, warm_starts):
 
 
 def test_the_same_noise_and_seed_give_the_same_fit(refined):
-    again = fit(mixture().ode(EDM), 2, noise=NOISE, budget=REFINED)
+    again = fit(mixture().ode(EDM), 2, noise=NOISE, budget=REFINED, weights="scalars")
     assert again.plan.difference(refined.fit.plan) == 0
 
 
 def test_memory_of_refinements_is_bounded_where_one_asks(refined):
-    bounded = fit(mixture().ode(EDM), 2, noise=NOISE, budget=replace(REFINED, checkpointed=True))
+    bounded = fit(mixture().ode(EDM), 2, noise=NOISE, budget=replace(REFINED, checkpointed=True), weights="scalars")
     assert refined.fit.plan.difference(bounded.plan) < 1e-9
     assert bounded.record.evaluations > refined.fit.record.evaluations  # those made again on the way back
 

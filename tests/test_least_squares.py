@@ -104,6 +104,17 @@ def test_a_direction_that_is_only_rounding_is_not_fitted():
     assert tame.after <= tame.before
 
 
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 1e3]))
+@few
+def test_a_column_of_rounding_alone_is_no_burden_to_the_other_columns(seed, size):
+    a, b = problem(seed, columns=2)
+    rounding = 1e-14 * size * torch.randn(60, 1, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    noise = torch.tensor([0.0, 0.0, 1e-14 * size * 60**0.5], dtype=F64)
+    plain, more = fed(a, b).solve(), fed(torch.cat([a, rounding], dim=1), b).solve(noise=noise)
+    assert more.rank == 2 and more.coefficients[2] == 0
+    torch.testing.assert_close(more.coefficients[:2], plain.coefficients, rtol=1e-9, atol=0)
+
+
 def test_rows_that_are_not_finite_are_refused():
     a, b = problem(5)
     b[7] = torch.nan

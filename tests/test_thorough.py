@@ -105,7 +105,7 @@ def test_true_final_states_are_those_of_a_teacher_in_any_chunks():
 
 # ---- fresh draws for the last choice ---------------------------------------------------------------------------------
 
-FINAL = replace(QUICK, finals=0.6, teacher_steps=30, chunk_size=16)
+FINAL = replace(QUICK, finals=0.6, teacher_steps=30, chunk_size=16, held_out=0.5)
 
 
 def test_the_last_choice_is_made_on_fresh_draws_too_and_its_errors_are_reported(said):

@@ -3,10 +3,11 @@
 from .budget import BUDGETS, Budget
 from .cost import FitCost, fit_cost
 from .fit import fit
-from .grid_search import search_grid, two_fold
+from .grid_search import Search, search_grid, two_fold
 from .grids import FreeGrid, LeapGrid, leap_grids
+from .nearby import Watched
 from .pipeline import Contender, Pipeline
-from .search import Objective, Search, Trial, coordinate_descent
+from .search import coordinate_descent
 
 __all__ = [
     "BUDGETS",
@@ -15,10 +16,9 @@ __all__ = [
     "FitCost",
     "FreeGrid",
     "LeapGrid",
-    "Objective",
     "Pipeline",
     "Search",
-    "Trial",
+    "Watched",
     "coordinate_descent",
     "fit",
     "fit_cost",

@@ -111,7 +111,17 @@ class Budget:
         return max(self.draws, given if self.most is None else min(given, self.most))
 
     def teacher_cost(self, nfe: int, draws: int) -> int:
-        """Estimate of the sample evaluations of a teacher with the estimates of its error and of the size of the data."""
+        """Estimate of the sample evaluations of a teacher with the estimates of its error and of the size of the data.
+
+        Parameters
+        ----------
+        nfe : evaluations of the solver.
+        draws : number of trajectories.
+
+        Returns
+        -------
+        The number of sample evaluations.
+        """
         few = min(draws, max(2, min(8, draws // 32)))
         return (self.steps(nfe) + _LEAPS) * draws + few * (round(1.5 * self.steps(nfe)) + _SIZE)
 

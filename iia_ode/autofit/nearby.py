@@ -197,11 +197,12 @@ class Watched:
     Attributes
     ----------
     errors : errors of the final states, as :meth:`Batch.errors`, float64 [B] on the host.
-    changes : root mean square change D - D* of the data estimate at the evaluation where it is largest, float64 [B].
+    changes : root mean square change D - D* of the data estimate at the evaluation where it is largest, float64 [B]; None
+        where it is not known.
     """
 
     errors: Tensor
-    changes: Tensor
+    changes: Tensor | None = None
 
     @property
     def risk(self) -> float:
@@ -210,7 +211,8 @@ class Watched:
         Few samples do not show how many end in another mode. Those near the border between two modes are more, and their data
         estimates change, whichever mode they end in.
         """
-        return float((self.errors.square() + self.changes.square()).mean().sqrt())
+        squares = self.errors.square()
+        return float((squares if self.changes is None else squares + self.changes.square()).mean().sqrt())
 
 
 def watched(plan: Plan, batch: Batch, gains: Gains) -> Watched:

@@ -116,9 +116,9 @@ class LeastSquares:
         ----------
         ridge : relative ridge. The j-th diagonal of the normal equations grows by ``ridge * |A_j|^2``, which shrinks the
             solution towards zero correction (the base solver). The intercept is shrunk in the same way.
-        noise : norm of the rounding error in each column, float64 [k]. A singular direction below ten times its rounding error
-            counts as zero, because a fit would have huge coefficients that cancel. A direction below 1e-12 of the largest
-            always counts as zero.
+        noise : norm of the rounding error in each column, float64 [k]. A column or a singular direction below ten times its
+            rounding error counts as zero, because a fit would have huge coefficients that cancel. A direction below 1e-12 of
+            the largest always counts as zero.
 
         Returns
         -------
@@ -138,11 +138,12 @@ class LeastSquares:
             r = torch.linalg.qr(torch.cat([r, left]), mode="r").R
         a, b = r[:, :-1], r[:, -1]
         size = a.norm(dim=0)
-        size = torch.where(size > 0, size, torch.ones_like(size))
+        noise = zero if noise is None else noise
+        # A data estimate where alpha = 0 is the same for all samples: its deviations from the mean are rounding alone.
+        some = size > 10 * noise
+        a, size = a * some, torch.where(some, size, torch.ones_like(size))
         u, singular, vt = torch.linalg.svd(a / size, full_matrices=False)
-        floor = torch.full_like(singular, 1e-12).mul_(singular[0])
-        if noise is not None:
-            floor = torch.maximum(floor, 10 * (vt * (noise / size)).norm(dim=1))
+        floor = torch.maximum(1e-12 * singular[0], 10 * (vt * (some * noise / size)).norm(dim=1))
         keep = singular > floor
         inverse = torch.where(keep, singular / (singular**2 + ridge), torch.zeros_like(singular))
         coefficients = (vt.T @ (inverse * (u.T @ b))) / size
