@@ -125,7 +125,7 @@ class Budget:
         few = min(draws, max(2, min(8, draws // 32)))
         return (self.steps(nfe) + _LEAPS) * draws + few * (round(1.5 * self.steps(nfe)) + _SIZE)
 
-    def cost(self, nfe: int, draws: int, train: int, kinds: int = 4) -> int:
+    def cost(self, nfe: int, draws: int, train: int, kinds: int = 4, *, last: bool = True) -> int:
         """Estimate of the sample evaluations of a search, without those of its teacher.
 
         Parameters
@@ -133,6 +133,7 @@ class Budget:
         nfe : evaluations of the solver.
         draws, train : number of draws, and of training samples among them.
         kinds : kinds of weights: 4 for images, 2 for other samples, 1 for scalar weights alone.
+        last : whether the samples are enough for a last fit.
 
         Returns
         -------
@@ -142,14 +143,14 @@ class Budget:
         warm = _WARM * self.warm_starts
         search = self.trials * min(train, self.judges) * later * _SHARED * (warm + 1)
         fits = (kinds + warm) * draws * later + 2 * draws + held * later
-        last = draws * nfe if not self.starts else 0
+        again = draws * nfe if last and not self.starts else 0
         rows = train if self.minibatch is None else STEPS * min(self.minibatch, train)
         passes = 2 * self.probes + 4 + (self.probes + 1) * self.checkpointed
         refinement = self.starts * (draws * later + self.iterations * (rows * passes + held) * nfe)
-        if self.starts and self.minibatch is None:
+        if last and self.starts and self.minibatch is None:
             refinement += AGAIN * draws * passes * nfe
         made = 1 + kinds + warm + self.starts
-        return round(search + fits + last + refinement + nfe * made * self.finals_of(draws))
+        return round(search + fits + again + refinement + nfe * made * self.finals_of(draws))
 
     def memory(self, nfe: int, components: int) -> int:
         """Bytes of the accurate trajectories on the host: a state and a slope at every knot.

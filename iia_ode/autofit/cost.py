@@ -18,7 +18,7 @@ from ..ode.distributed import ranks_of
 from ..plan.checks import check_ode
 from .budget import Budget, budget_of
 from .pipeline import weights_of
-from .stages import Context
+from .stages import Context, enough
 
 __all__ = ["FitCost", "announce", "fit_cost"]
 
@@ -98,8 +98,11 @@ def fit_cost(
     train = draws - held_out_of(draws, chosen.held_out) if draws > 1 else draws
     teacher = chosen.teacher_cost(first, draws) + chosen.teacher_cost(first, chosen.finals_of(draws))
     kinds = 4 if size is None else len(weights_of(size))
-    total = teacher + (chosen.shared(first=True) if others else chosen).cost(first, draws, train, kinds)
-    total += sum(chosen.shared(first=False).cost(n, draws, train, 1) for n in others)
+    last = {n: size is None or enough(train, math.prod(size), n) for n in (first, *others)}
+    total = teacher + (chosen.shared(first=True) if others else chosen).cost(
+        first, draws, train, kinds, last=last[first]
+    )
+    total += sum(chosen.shared(first=False).cost(n, draws, train, 1, last=last[n]) for n in others)
     return FitCost(total, teacher, draws, None if size is None else chosen.memory(first, draws * math.prod(size)))
 
 
@@ -133,7 +136,8 @@ def announce(context: Context, batch: Batch, given: int, finals: int, start: flo
             part.ode.output(part.x, start).sum().item()
             seconds = (time.perf_counter() - began) / len(part)
     kinds = 1 if context.weights == "scalars" else len(weights_of(batch.x.shape[1:]))
-    cost = budget.cost(nfe, len(batch), len(batch) - context.held_out, kinds) + budget.teacher_cost(nfe, finals)
+    train, last = context.train, enough(len(context.train), batch.x[0].numel(), nfe)
+    cost = budget.cost(nfe, len(batch), len(train), kinds, last=last) + budget.teacher_cost(nfe, finals)
     cost += budget.teacher_cost(nfe, len(batch)) if batch.teacher is None else 0
     more = f" and {len(batch) - given} more" if len(batch) > given else ""
     more += f", {finals} for the last choice" if finals else ""

@@ -158,7 +158,7 @@ def closed_form(
             parts = own.fit(train)
             held = context.judged(parts.plan)
             risks = [held.risk]
-            if enough(train, own):  # the fit hardly follows its own samples
+            if enough(len(train), train.x[0].numel(), own.nfe, own.weights):  # the fit hardly follows its own samples
                 risks.append(watched(parts.plan, train, Gains(1.0)).risk)  # memoized evaluations
         if not made:  # the first solver on a grid bears the cost of finding it
             cost.sample_evaluations += spent.sample_evaluations
@@ -181,10 +181,16 @@ def _kinds(context: Context, start: Start | None) -> list[Weights]:
     return weights_of(context.train.x.shape[1:], intercepts=start is None)
 
 
-def enough(batch: Batch, pipeline: Pipeline) -> bool:
-    """Whether samples have many components per weight of a fit."""
-    weights = pipeline.nfe * (pipeline.nfe + 3) // 2 * pipeline.weights.groups
-    return len(batch) >= _SAMPLES and len(batch) * batch.x[0].numel() >= _ENOUGH * weights
+def enough(samples: int, components: int, nfe: int, weights: Weights = SCALARS) -> bool:
+    """Whether training samples have many components per weight of a fit.
+
+    Parameters
+    ----------
+    samples, components : number of training samples, and of components of a sample.
+    nfe : number of evaluations.
+    weights : the kind of weights.
+    """
+    return samples >= _SAMPLES and samples * components >= _ENOUGH * nfe * (nfe + 3) // 2 * weights.groups
 
 
 def candidates(contenders: Sequence[Contender]) -> list[Contender]:
@@ -308,7 +314,7 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     pipeline, train = best.pipeline, context.train
     if pipeline is None:
         return Last(best.plan, None)
-    if not enough(train, pipeline):
+    if not enough(len(train), train.x[0].numel(), pipeline.nfe, pipeline.weights):
         return Last(best.plan, best.fit)
     fit, backward = None, 0
     if best.refinement is None:
