@@ -1,5 +1,7 @@
 """Fits for models in use: of any resolution, from images with noise, at a known cost and in a bounded memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import F64, generator, mixture
@@ -100,11 +102,25 @@ def test_the_cost_of_a_fit_is_known_within_a_fifth_before_the_model_is_called(nf
 
 def test_the_memory_of_a_fit_is_that_of_the_teachers_file():
     ode, x = _ode(), 80 * torch.randn(16, SIZE, generator=generator(0))
-    small = Budget(teacher_steps=30, teacher_knots=10, teacher_dtype="float16")
-    cost = iia.fit_cost(ode, 4, small, samples=16, shape=(SIZE,))
-    teacher = iia.Teacher.solve(ode, x, 80.0, 0.0, steps=30, knots=10, dtype=torch.float16)
-    kept = teacher.path.states.nbytes + teacher.path.slopes.nbytes
-    assert cost.memory == kept == 16 * SIZE * 10 * 2 * 2
+    for limit, knots, dtype in ((0, 17, torch.float16), (None, None, None)):
+        budget = Budget(teacher_steps=30, teacher_memory=limit)
+        assert budget.storage(4, x.numel()) == (knots, dtype)
+        teacher = iia.Teacher.solve(ode, x, 80.0, 0.0, steps=30, knots=knots, dtype=dtype)
+        kept = teacher.path.states.nbytes + teacher.path.slopes.nbytes
+        assert iia.fit_cost(ode, 4, budget, samples=16, shape=(SIZE,)).memory == kept
+
+
+def test_the_trajectories_of_sixty_four_large_latents_take_less_than_300_megabytes():
+    cost = iia.fit_cost(_ode(), 5, "closed-form", samples=64, shape=(4, 128, 128))
+    assert cost.memory < 300e6 < 64 * 4 * 128 * 128 * 25 * 2 * 4
+
+
+def test_a_fit_beyond_the_limit_of_memory_stores_fewer_and_shorter_states_and_says_so(tmp_path):
+    ode, x = _ode(), 80 * torch.randn(24, SIZE, generator=generator(0))
+    whole, short = (iia.fit(ode, 3, x=x, budget=replace(SMALL, teacher_memory=m)) for m in (None, 1000))
+    assert "13 knots in float16" in str(short) and "knots" not in str(whole)
+    assert iia.load(whole.save(tmp_path / "whole.safetensors")).record == whole.record
+    assert short.record.endpoint.fit == pytest.approx(whole.record.endpoint.fit, rel=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from ..checks import check_choice, check_flag, check_number, check_whole
+import torch
+
+from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, unknown_name
 
 __all__ = ["AGAIN", "BUDGETS", "Budget", "budget_of"]
@@ -23,6 +24,7 @@ _LEAPS = 3  # evaluations of a trajectory beside its steps, at most
 # Shares of the trials and of the iterations, for the first of several numbers of evaluations and for each of the others.
 _FIRST, _FIRST_ITERATIONS = 0.7, 0.6
 _OTHER, _OTHER_ITERATIONS = 0.25, 0.4
+_KNOTS = 17  # of trajectories that would take too much memory
 _SIZE = 18  # evaluations of a sample for the size of the data, about
 
 
@@ -37,9 +39,9 @@ class Budget:
         at equal distances in the batch are used. Each state costs a trajectory of the teacher, in memory too, and the work of
         the fits.
     teacher_steps : minimum number of steps of the accurate trajectories; see :meth:`steps`.
-    teacher_knots, teacher_dtype : number and dtype (``"float16"`` or ``"bfloat16"``) of the stored states of a trajectory; see
-        :meth:`iia_ode.Teacher.solve`. By default a trajectory holds every step in the dtype of the draws, 8 (steps + 1) bytes
-        per component in float32. With 20 knots in float16, a teacher of 60 steps takes a sixth of the memory.
+    teacher_memory : bytes of trajectories in the dtype of the draws, with every step, beyond which each is stored as 17 states
+        and slopes in float16; see :meth:`iia_ode.Teacher.solve`. With every step, a component takes 8 (steps + 1) bytes in
+        float32, otherwise 68. None for no limit.
     trials, judges : number of grids that a search tries with the model, and number of training samples that judge them; see
         :func:`~iia_ode.autofit.search_grid`.
     warm_starts : whether pipelines with a :class:`~iia_ode.WarmStart` are tried.
@@ -74,8 +76,7 @@ class Budget:
     held_out: float = 0.25
     chunk_size: int = 64
     checkpointed: bool = False
-    teacher_knots: int | None = None
-    teacher_dtype: Literal["float16", "bfloat16"] | None = None
+    teacher_memory: int | None = 2**28
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("draws", "starts", "finals"), 0)
@@ -90,9 +91,8 @@ class Budget:
         check_whole("chunk_size", self.chunk_size, least=1)
         check_flag("warm_starts", self.warm_starts)
         check_flag("checkpointed", self.checkpointed)
-        if self.teacher_knots is not None:
-            check_whole("teacher_knots", self.teacher_knots, least=6)
-        check_choice("teacher_dtype", self.teacher_dtype, (None, "float16", "bfloat16"))
+        if self.teacher_memory is not None:
+            check_whole("teacher_memory", self.teacher_memory, least=0)
 
     def steps(self, nfe: int) -> int:
         """Number of steps of the teacher of fits with `nfe` evaluations: `teacher_steps`, and at least four per evaluation.
@@ -152,6 +152,24 @@ class Budget:
         made = 1 + kinds + warm + self.starts
         return round(search + fits + again + refinement + nfe * made * self.finals_of(draws))
 
+    def storage(self, nfe: int, components: int, size: int = 4) -> tuple[int | None, torch.dtype | None]:
+        """Knots and dtype of the accurate trajectories, for :meth:`iia_ode.Teacher.solve`: None for all steps as they are.
+
+        Parameters
+        ----------
+        nfe : evaluations of the solver.
+        components : components of all samples together.
+        size : bytes of a component of the draws.
+
+        Returns
+        -------
+        The number of knots and their dtype.
+        """
+        whole = components * (self.steps(nfe) + 1) * 2 * size
+        if self.teacher_memory is None or whole <= self.teacher_memory:
+            return None, None
+        return min(_KNOTS, self.steps(nfe) + 1), torch.float16
+
     def memory(self, nfe: int, components: int) -> int:
         """Bytes of the accurate trajectories on the host: a state and a slope at every knot.
 
@@ -164,9 +182,8 @@ class Budget:
         -------
         The number of bytes.
         """
-        steps = self.steps(nfe) + 1
-        knots = steps if self.teacher_knots is None else min(self.teacher_knots, steps)
-        return components * knots * 2 * (4 if self.teacher_dtype is None else 2)
+        knots, dtype = self.storage(nfe, components)
+        return components * (knots or self.steps(nfe) + 1) * 2 * (4 if dtype is None else dtype.itemsize)
 
     def finals_of(self, batch: int) -> int:
         """Number of fresh samples for the final choice."""

@@ -247,6 +247,7 @@ def _prepared(
     fresh = None
     with context.stage() as cost:
         if batch.teacher is None:
+            knots, dtype = budget.storage(nfe, batch.x.numel(), batch.x.element_size())
             teacher = Teacher.solve(
                 batch.ode,  # not memoized: only the trajectory's first evaluation recurs
                 batch.x,
@@ -254,8 +255,8 @@ def _prepared(
                 batch.ode.schedule.t_data,
                 steps=budget.steps(nfe),
                 chunk_size=budget.chunk_size,
-                knots=budget.teacher_knots,
-                dtype=None if budget.teacher_dtype is None else getattr(torch, budget.teacher_dtype),
+                knots=knots,
+                dtype=dtype,
                 progress=progress,
                 **levels,
             )
