@@ -7,6 +7,7 @@ missing results only. --table writes docs/results/front.md and docs/images/front
 """
 
 import argparse
+import math
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,7 @@ UNSEEN = {"mixture64": 4096, "digits": 512, "patches": 256, **dict.fromkeys(CASE
 NFES, SEEDS, FITTING = (5, 8), (0, 1, 2), 256
 OLD, NEW = ("closed-form", "standard"), ("quick", "closed-form", "standard")
 BEFORE = "036dfa1"
+NEW_DATA = tuple(f"`{name}`" for name, case in CASES.items() if not case.seen)
 LIMITS = {("quick", 5): 1500, ("quick", 8): 1500, ("closed-form", 5): 6000, ("closed-form", 8): 9000,
           ("standard", 5): 20_000, ("standard", 8): 30_000}  # fmt: skip
 
@@ -33,11 +35,14 @@ HOW = f"""### How the front was measured
 
 `python benchmarks/front.py` measures whatever the stored results lack, and `python benchmarks/front.py --table` writes this
 page. `mixture64` is a mixture in 64 dimensions with its closed-form denoiser; `digits` and `patches` are trained networks on
-8x8 and 16x16 images; the others are the networks of [the section before](#denoisers-without-influence-on-any-default). Each
-budget gets {FITTING} draws and no other option, and uses as many of them as it says. An error is the root mean square (RMS)
-error per component of final states on unseen draws, against an adaptive solution with tolerance 1e-6. *Error* is the geometric
-mean over {len(SEEDS)} sets of draws, *times* its ratio to the same budget at commit {BEFORE}. *Cost* is the largest number of
-sample evaluations: one sample through the model once, with a backward pass counted as two.
+8x8 and 16x16 images; the others are the networks of [the section before](#denoisers-of-other-data). {" and ".join(NEW_DATA)}
+took no part in choosing the budgets.
+
+Each budget gets {FITTING} draws and no other option, and uses as many of them as it says. An error is the root mean square
+(RMS) error per component of final states on unseen draws, against an adaptive solution with tolerance 1e-6, as a geometric
+mean over {len(SEEDS)} sets of draws. *Times* is the geometric mean (and range) of its ratios to the same budget at commit
+{BEFORE}, over the denoisers that were in view, and then over those that were not. *Cost* is the largest number of sample
+evaluations: one sample through the model once, with a backward pass counted as two.
 
 Single errors scatter by a tenth to a third between sets of draws, because few samples that end in another mode make up most
 of a root mean square.
@@ -50,7 +55,7 @@ def ode(name: str) -> iia.ProbabilityFlowODE:
     return ode_of(name) if name in CASES else get_setting(name).draw(1, 0)[0]
 
 
-def given(name: str, seed: int) -> tuple[iia.ProbabilityFlowODE, dict[str, Tensor]]:
+def given(name: str, seed: int) -> tuple[iia.ProbabilityFlowODE, dict[str, Any]]:
     """The ODE and the draws of a fit."""
     if name not in CASES:
         own, x = get_setting(name).draw(FITTING, seed)
@@ -109,10 +114,16 @@ def mean_error(files: Files, name: str, nfe: int, row: str) -> float:
     return geometric_mean([e["rmse"] for e in errors(files, name, nfe, row)])
 
 
-def ratios(files: Files, nfe: int, row: str, to: str) -> dict[str, float]:
-    """Ratios of mean errors by denoiser, where both were measured."""
-    names = [n for n in UNSEEN if errors(files, n, nfe, row) and errors(files, n, nfe, to)]
-    return {n: mean_error(files, n, nfe, row) / mean_error(files, n, nfe, to) for n in names}
+def ratios(files: Files, nfe: int, row: str, to: str, seen: bool | None = None) -> list[float]:
+    """Ratios of mean errors, a number per denoiser that was measured: in view of the budgets' choice or not, or all."""
+    names = [n for n in UNSEEN if seen in (None, n not in CASES or CASES[n].seen)]
+    known = [n for n in names if errors(files, n, nfe, row) and errors(files, n, nfe, to)]
+    return [mean_error(files, n, nfe, row) / mean_error(files, n, nfe, to) for n in known]
+
+
+def times(found: list[float]) -> str:
+    """The geometric mean of ratios and their range."""
+    return f"{geometric_mean(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else "-"
 
 
 def cost(files: Files, nfe: int, row: str) -> int:
@@ -133,13 +144,13 @@ def page(files: Files) -> str:
             own_errors = [
                 number(mean_error(files, n, nfe, row), 3) if errors(files, n, nfe, row) else "-" for n in UNSEEN
             ]
-            times = "-"
-            if row in OLD:
-                found = ratios(files, nfe, row, f"{row} before")
-                times = f"{geometric_mean(found.values()):.2f} ({min(found.values()):.2f} to {max(found.values()):.2f})"
+            relative = [times(ratios(files, nfe, row, f"{row} before", seen)) for seen in (True, False)]
             price = f"{cost(files, nfe, row) / 1000:.1f}k" + (f" (asked: {limit / 1000:g}k)" if limit else "")
-            lines.append([own, price, *own_errors, times])
-        out.append(f"**{nfe} evaluations**\n\n" + table(["budget", "cost", *UNSEEN, "times"], lines))
+            lines.append([own, price, *own_errors, *relative])
+        out.append(
+            f"**{nfe} evaluations**\n\n"
+            + table(["budget", "cost", *UNSEEN, "times, in view", "times, not in view"], lines)
+        )
     return "\n".join([*out, HOW])
 
 
@@ -147,11 +158,15 @@ def answer(files: Files) -> str:
     """The first sentences of the page."""
     parts = []
     for budget in OLD:
-        found = [geometric_mean(ratios(files, n, budget, f"{budget} before").values()) for n in NFES]
+        found = {
+            seen: [geometric_mean(ratios(files, n, budget, f"{budget} before", seen) or [math.nan]) for n in NFES]
+            for seen in (True, False)
+        }
         share = [cost(files, n, budget) / cost(files, n, f"{budget} before") for n in NFES]
         parts.append(
-            f'`"{budget}"` leaves {found[0]:.2f} times (at 5 evaluations) and {found[1]:.2f} times (at 8) the error that it '
-            f"left at commit {BEFORE}, for {share[0]:.2f} and {share[1]:.2f} of the sample evaluations"
+            f'`"{budget}"` leaves {found[True][0]:.2f} times (at 5 evaluations) and {found[True][1]:.2f} times (at 8) the '
+            f"error that it left at commit {BEFORE}, for {share[0]:.2f} and {share[1]:.2f} of the sample evaluations; on "
+            f"denoisers that took no part in choosing the budgets, {found[False][0]:.2f} and {found[False][1]:.2f} times"
         )
     return f"{parts[0]}. {parts[1]}.\n"
 
@@ -168,7 +183,7 @@ def draw(files: Files, path: Path) -> None:
         ):
             known = [r for r in rows if cost(files, nfe, r)]
             x = [cost(files, nfe, r) for r in known]
-            y = [geometric_mean(ratios(files, nfe, r, "closed-form before").values()) for r in known]
+            y = [geometric_mean(ratios(files, nfe, r, "closed-form before")) for r in known]
             ax.plot(x, y, "o-", color=color, label=text)
             for row, a, b in zip(known, x, y, strict=True):
                 ax.annotate(row.removesuffix(" before"), (a, b), xytext=(4, 5), textcoords="offset points", fontsize=8)
