@@ -1,7 +1,7 @@
 """Error against the cost of a fit, for the budgets of `iia_ode.fit`: python benchmarks/front.py [--settings digits].
 
 Each budget fits six denoisers, from three sets of 256 draws each; errors are measured on unseen draws. The stored results also
-hold the budgets of commit 036dfa1, which took about four times as many evaluations. To make those again, copy this file to
+hold the budgets of commit 03617d6, which took about four times as many evaluations. To make those again, copy this file to
 that commit and run it there with --before. Each result is stored under --out as soon as it is measured, and a rerun measures
 missing results only. --table writes docs/results/front.md and docs/images/front.png.
 """
@@ -26,7 +26,7 @@ from iia_ode.metrics import rmse_with_error
 UNSEEN = {"mixture64": 4096, "digits": 512, "patches": 256, **dict.fromkeys(CASES, 4096)}
 NFES, SEEDS, FITTING = (5, 8), (0, 1, 2), 256
 OLD, NEW = ("closed-form", "standard"), ("quick", "closed-form", "standard")
-BEFORE = "036dfa1"
+BEFORE = "03617d6"
 NEW_DATA = tuple(f"`{name}`" for name, case in CASES.items() if not case.seen)
 LIMITS = {("quick", 5): 1500, ("quick", 8): 1500, ("closed-form", 5): 6000, ("closed-form", 8): 9000,
           ("standard", 5): 20_000, ("standard", 8): 30_000}  # fmt: skip
