@@ -152,3 +152,10 @@ def test_a_teacher_with_short_states_and_few_knots_gives_nearly_the_same_fit(tmp
 def test_an_unusable_storage_of_a_teacher_is_refused(wrong):
     with pytest.raises(InputError):
         iia.Teacher.solve(_ode(), 80 * torch.randn(4, SIZE, generator=generator(0)), 80.0, 0.0, steps=8, **wrong)
+
+
+@pytest.mark.parametrize("nfe", [3, 5, 8])
+def test_a_quick_fit_takes_at_most_1500_sample_evaluations(nfe):
+    assert iia.fit_cost(_ode(), nfe, "quick", shape=(3, 16, 16)).sample_evaluations <= 1500
+    fit = iia.fit(iia.ProbabilityFlowODE(Blurred(), EDM, "data"), nfe, shape=(3, 16, 16), budget="quick")
+    assert fit.record.sample_evaluations <= 1500

@@ -191,7 +191,7 @@ class Budget:
 
 
 BUDGETS: dict[str, Budget] = {
-    "quick": Budget(most=16, teacher_steps=16, trials=3),
+    "quick": Budget(most=15, teacher_steps=16, trials=3),
     "closed-form": Budget(most=80, trials=7),
     "standard": Budget(most=152, trials=7, starts=1, iterations=5, minibatch=18, probes=1, held_out=0.2),
     "thorough": Budget(
