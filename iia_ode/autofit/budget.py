@@ -49,7 +49,7 @@ class Budget:
         without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
     iterations, minibatch, probes : iterations, samples of a step (by default an iteration is one step with all samples), and
         Rademacher probes per sample, of each refinement; see :func:`~iia_ode.iia.refine`. With mini-batches there is no last
-        refinement on all samples.
+        fit to all samples.
     finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
         sample costs a trajectory; only the final state is kept.
     held_out : share of held-out samples, the last of the batch. These samples decide between solvers.

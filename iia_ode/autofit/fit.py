@@ -120,10 +120,11 @@ def fit(
     (:func:`~iia_ode.iia.refine`). ``"thorough"`` refines the best solver of each kind: without a warm start, with a warm
     start, and with a warm start per class.
 
-    Two-fold cross-validation on the training samples chooses grids and kinds of weights. The endpoint error on held-out
-    samples, and with ``"thorough"`` on fresh samples too, chooses among the resulting solvers and a classic solver without a
-    fit. Last, the chosen solver is fitted to all samples, if the samples are enough for its weights and the error falls. The
-    reported errors are the errors before this last fit.
+    Errors and changes of data estimates along runs on the training samples choose the grid, and on all samples the kind of
+    weights. The endpoint error on held-out samples, and with ``"thorough"`` on fresh samples too, chooses among the resulting
+    solvers and a classic solver without a fit. Last, the chosen solver is fitted to all samples, if the samples are enough for
+    its weights and the error falls; budgets with mini-batches have no last fit. The reported errors are the errors before the
+    last fit.
 
     The search is silent. ``progress=True`` shows bars, and the logger ``iia_ode`` has every finding at level INFO.
 

@@ -308,20 +308,18 @@ class Last:
 def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     """The chosen solver, fitted once more to all samples instead of the training samples alone.
 
-    There is no new fit where the samples are too few for the number of weights. The new fit replaces the chosen solver if the
+    There is no new fit where the samples are too few for the number of weights, and with mini-batches. The new fit replaces the chosen solver if the
     new fit is better on all samples, or on the fresh samples if there are any.
     """
     pipeline, train = best.pipeline, context.train
-    if pipeline is None:
-        return Last(best.plan, None)
+    if pipeline is None or context.budget.minibatch is not None:
+        return Last(best.plan, best.fit)
     if not enough(len(train), train.x[0].numel(), pipeline.nfe, pipeline.weights):
         return Last(best.plan, best.fit)
     fit, backward = None, 0
     if best.refinement is None:
         parts = pipeline.fit(context.batch)
         fit, plan = parts.fit, parts.plan
-    elif context.budget.minibatch is not None:
-        return Last(best.plan, None)
     else:
         again = _refined(context, best.name, best.warm, best.refinement.plan, 0.0, AGAIN)
         if again is None or again.best == 0:

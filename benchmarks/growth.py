@@ -1,0 +1,219 @@
+"""How costs grow: python benchmarks/growth.py writes docs/results/growth.md and docs/images/growth.png. Needs a quiet machine.
+
+Seconds of a run against evaluations, samples, components and history, of tracing a plan against evaluations, sample
+evaluations of a fit against the evaluations of its solver, and seconds of a run shared by processes. The model of the runs is
+a single multiplication, so that the costs are those of the library. One thread per process; least times of several repetitions.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import PAGES, ROOT, number, table, write_page
+
+import iia_ode as iia
+from iia_ode.plan import Plan, trace
+
+EDM = iia.EDM()
+SHARED = (256, 4096)  # shape of the states of the run that processes share, and of its model's matrix
+PAGE = """# How costs grow
+
+{answer}
+
+![Costs against sizes](../images/growth.png)
+
+{table}
+`python benchmarks/growth.py` measures and writes this page. An exponent is the slope of log cost against log size over the
+larger half of the sizes: 0 is constant, 1 is linear. The model of a run is a single multiplication. A run with history k has
+the weights of a fit whose steps sum the states and the data estimates of k earlier steps. The processes share the samples of a
+model that multiplies by a matrix; with perfect sharing the exponent is -1.
+"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Costs against sizes.
+
+    Attributes
+    ----------
+    what, against, unit : the cost, the size, and the unit of the cost.
+    sizes, costs : the measurements.
+    """
+
+    what: str
+    against: str
+    unit: str
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    @property
+    def exponent(self) -> float:
+        """Slope of log cost against log size over the larger half of the sizes."""
+        first = min(len(self.sizes) // 2, len(self.sizes) - 2)
+        slope, _ = np.polyfit(np.log(self.sizes[first:]), np.log(self.costs[first:]), 1)
+        return float(slope)
+
+
+def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A model that costs nothing."""
+    return 0.5 * x
+
+
+ODE = iia.ProbabilityFlowODE(model, EDM, "data")
+
+
+def least(task: Callable[[], object], seconds: float = 0.5) -> float:
+    """Least seconds of a task over several repetitions."""
+    task()
+    found, begun = [], time.perf_counter()
+    while len(found) < 3 or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        task()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def run(plan: Plan, *shape: int) -> float:
+    """Seconds of a run over states of a shape."""
+    x = 80 * torch.randn(shape)
+    return least(lambda: plan.run(ODE, x))
+
+
+def plan_of(nfe: int) -> Plan:
+    """The plan of DPM-Solver++ 2M."""
+    return iia.get_solver("dpmpp_2m").plan(EDM, iia.grids.karras(nfe))
+
+
+def with_history(history: int) -> Plan:
+    """A fitted plan of 16 evaluations whose steps look back that far."""
+    start = 80 * torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ode = iia.ProbabilityFlowODE(lambda x, t: x / (1 + t[:, None] ** 2), EDM)
+    method = iia.IIA("ddim", terms="window", target="trajectory", history=history, ridge=1e-6, guard=False)
+    return method.fit(ode, start, iia.grids.karras(16)).plan
+
+
+def measured() -> list[Curve]:
+    """All curves of one process."""
+    solver = iia.get_solver("dpmpp_2m")
+    numbers, batches, dims, pasts = (
+        (8, 16, 32, 64, 128, 256),
+        (1, 4, 16, 64, 256, 1024),
+        (1e3, 1e4, 1e5, 1e6, 1e7),
+        (1, 2, 4, 8),
+    )
+    traces = [least(lambda n=n: trace(solver, EDM, iia.grids.karras(n))) for n in numbers]  # type: ignore[misc]
+    fits = [iia.fit_cost(ODE, n, "closed-form", shape=(3, 64, 64)).sample_evaluations for n in numbers]
+    return [
+        Curve(
+            "run of 16 samples of 4096", "evaluations", "s", numbers, tuple(run(plan_of(n), 16, 4096) for n in numbers)
+        ),
+        Curve(
+            "run of 10 evaluations", "samples of 4096", "s", batches, tuple(run(plan_of(10), b, 4096) for b in batches)
+        ),
+        Curve("run of 10 evaluations", "components", "s", sizes, tuple(run(plan_of(10), 1, d) for d in sizes)),
+        Curve(
+            "run of 16 evaluations of 16 x 4096",
+            "history",
+            "s",
+            pasts,
+            tuple(run(with_history(h), 16, 4096) for h in pasts),
+        ),
+        Curve("trace of a plan", "evaluations", "s", numbers, tuple(traces)),
+        Curve("fit, `closed-form`", "evaluations", "sample evaluations", numbers, tuple(map(float, fits))),
+    ]
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------------
+
+
+def shared() -> None:
+    """The part of one process of a shared run; the first prints the seconds."""
+    torch.distributed.init_process_group("gloo")
+    matrix = torch.randn(SHARED[1], SHARED[1]) / SHARED[1]
+    ode = iia.distributed(iia.ProbabilityFlowODE(lambda x, t: x @ matrix, EDM, "data", tag="matrix"))
+    x = 80 * torch.randn(SHARED, generator=torch.Generator().manual_seed(0))
+    seconds = least(lambda: iia.sample(ode, x, iia.grids.karras(4), "dpmpp_2m"), 0.0)
+    if torch.distributed.get_rank() == 0:
+        print(seconds)
+    torch.distributed.destroy_process_group()
+
+
+def processes(counts: tuple[int, ...]) -> Curve:
+    """Seconds of a run against the number of processes that share it."""
+    costs = []
+    for count in counts:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=29517"]
+        done = subprocess.run(
+            [*command, __file__, "--shared"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        costs.append(float(done.stdout.split()[-1]))
+    return Curve("run with a model that multiplies by a matrix", "processes", "s", counts, tuple(costs))
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+
+def page(curves: list[Curve]) -> str:
+    """The page of all curves."""
+    head = ["cost", "against", "from", "to", "cost at the first", "cost at the last", "exponent"]
+    rows = [
+        [
+            c.what,
+            c.against,
+            f"{c.sizes[0]:,}",
+            f"{c.sizes[-1]:,}",
+            *(f"{number(v, 2) if c.unit == 's' else f'{v:,.0f}'} {c.unit}" for v in (c.costs[0], c.costs[-1])),
+            f"{c.exponent:.2f}",
+        ]
+        for c in curves
+    ]
+    largest = max(curves, key=lambda c: c.exponent)
+    answer = f"The largest exponent is {largest.exponent:.2f}: {largest.what}, against {largest.against}."
+    return PAGE.format(answer=answer, table=table(head, rows))
+
+
+def draw(curves: list[Curve], path: Path) -> None:
+    """A panel per curve."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(11, 5))
+    for ax, c in zip(axes.flat, curves, strict=False):
+        ax.loglog(c.sizes, c.costs, "o-", color="tab:blue")
+        ax.set(title=f"{c.what}\nexponent {c.exponent:.2f}".replace("`", ""), xlabel=c.against, ylabel=c.unit)
+        ax.title.set_fontsize(8)
+        ax.grid(alpha=0.3, which="both")
+    for ax in axes.flat[len(curves) :]:
+        ax.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", type=Path, default=PAGES / "growth.md")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shared", action="store_true", help="be one of the processes of a shared run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.shared:
+        shared()
+        return
+    curves = [*measured(), processes(tuple(options.processes))]
+    write_page(options.page, page(curves))
+    draw(curves, ROOT / "docs" / "images" / "growth.png")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
