@@ -308,8 +308,8 @@ class Last:
 def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     """The chosen solver, fitted once more to all samples instead of the training samples alone.
 
-    There is no new fit where the samples are too few for the number of weights, and with mini-batches. The new fit replaces the chosen solver if the
-    new fit is better on all samples, or on the fresh samples if there are any.
+    There is no new fit where the samples are too few for the number of weights, and with mini-batches. The new fit replaces
+    the chosen solver if the new fit is better on all samples, or on the fresh samples if there are any.
     """
     pipeline, train = best.pipeline, context.train
     if pipeline is None or context.budget.minibatch is not None:
