@@ -37,7 +37,7 @@ HOW = f"""## How these denoisers were measured
 benchmarks/further.py --table` writes this page. No default of the library was chosen by {{unseen}}, by their schedules or by
 their kinds of prediction. The sizes of the budgets (draws, trials, iterations) were chosen with {{seen}} in view. States are
 float64. `iia_ode.fit(ode, nfe, noise=..., budget=...)` gets {FITTING} draws and no other option. A budget uses as many of them
-as it says, and `thorough` adds as many, and four times as many for its final choice. Errors are measured on {UNSEEN} other
+as it says, and `thorough` makes more of its own. Errors are measured on {UNSEEN} other
 draws against dopri8 at tolerance 1e-6.
 
 *Best classic* is the best pair of solver and grid on the fitting noise, among all registered solvers with exactly the given
