@@ -313,7 +313,7 @@ seeds). Columns are numbers of evaluations (NFE).
 - *Closed form, scalar weights*: `terms="window"`, `target="trajectory"`, two earlier steps, a grid searched for this fit;
   no intercept, no warm start, no gradients.
 - *Budgets*: `iia_ode.fit` with its defaults. `thorough` draws additional noise where fewer than 384 draws are given, and
-  makes its final choice on twice as many fresh draws.
+  makes its final choice on as many fresh draws.
 - *Seeds*: the defaults of the library were revised several times with the results of seed 0 in view, although no option was
   set by the unseen noise of seed 0. The noise of the other seeds informed no revision.
 - *Sample evaluations* were counted by the version of the code that made the row. Searches now memoize evaluations, and most
