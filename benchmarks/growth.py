@@ -157,7 +157,7 @@ def processes(counts: tuple[int, ...]) -> Curve:
             check=True,
         )
         costs.append(float(done.stdout.split()[-1]))
-    return Curve("run with a model that multiplies by a matrix", "processes", "s", counts, tuple(costs))
+    return Curve("run, shared", "processes", "s", counts, tuple(costs))
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------------
@@ -187,16 +187,24 @@ def page(curves: list[Curve]) -> str:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """A panel per curve."""
+    """A panel per curve; the sums by hand stand beside the run that makes them."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 4, figsize=(11, 5), squeeze=False)
-    for ax, c in zip(axes.flat, curves, strict=False):
-        ax.loglog(c.sizes, c.costs, "o-", color="tab:blue")
-        ax.set(title=f"{c.what}\nexponent {c.exponent:.2f}".replace("`", ""), xlabel=c.against, ylabel=c.unit)
-        ax.title.set_fontsize(8)
-        ax.grid(alpha=0.3, which="both")
-    for ax in axes.flat[len(curves) :]:
+    hand = next(c for c in curves if "hand" in c.what)
+    others = [c for c in curves if c is not hand]
+    figure, axes = plt.subplots(2, 4, figsize=(11, 5))
+    for ax, c in zip(axes.flat, others, strict=False):
+        ax.loglog(c.sizes, c.costs, "o-", color="tab:blue", label="the library")
+        if c.what == "run" and c.against == hand.against:
+            ax.loglog(hand.sizes, hand.costs, ".--", color="0.5", label="by hand")
+            ax.legend(frameon=False, fontsize=8)
+        ax.set_title(f"{c.what}\nexponent {c.exponent:.2f}".replace("`", ""), fontsize=8)
+        ax.set(xlabel=c.against, ylabel=c.unit)
+        if len(c.sizes) < 5:
+            ax.set_xticks(c.sizes, map(str, c.sizes))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(others) :]:
         ax.set_axis_off()
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fits import QUICK, REFINED, Small, exact_end, median_error, start_of
+from fits import QUICK, REFINED, Labelled, Small, exact_end, median_error, start_of
 from support import ALL_SCHEDULES, ALPHAS_CUMPROD, generator, mixture, normal
 from torch import nn
 
@@ -207,7 +207,7 @@ def test_everything_that_is_spent_is_in_the_record(plain, refined):
 )
 def test_the_budgets_cost_what_their_names_say(name, most):
     for nfe, limit in zip((5, 8), most, strict=True):
-        found = iia.fit_cost(mixture().ode(EDM), nfe, name, samples=256)
+        found = iia.fit_cost(mixture().ode(EDM), nfe, name, samples=256, shape=(3, 16, 16))
         assert 0.5 * limit < found.sample_evaluations < limit
 
 
@@ -226,11 +226,14 @@ def test_a_teacher_is_more_accurate_the_more_accurate_the_fit_can_be():
         assert budget.steps(1) == budget.teacher_steps < budget.steps(30) == 120
 
 
-def test_of_more_draws_than_a_budget_uses_some_at_equal_distances_are_used():
-    budget = replace(QUICK, most=32)
-    many = fit(mixture().ode(EDM), 2, noise=NOISE[:64], budget=budget)
-    assert many.record.batch == 32
-    assert many.plan.difference(fit(mixture().ode(EDM), 2, noise=NOISE[:64:2], budget=budget).plan) == 0
+def test_of_more_draws_than_a_budget_uses_a_random_part_with_all_conditions_is_used():
+    model, label, budget = Labelled(), torch.arange(64) % 4, replace(QUICK, most=32)
+    ode = iia.ProbabilityFlowODE(model, EDM, conditioning={"label": label})
+    found = fit(ode, 2, noise=NOISE[:64], budget=budget)
+    assert found.record.batch == 32 and found.record.search.given == 64
+    _, states, labels = max(model.asked, key=lambda call: len(call[1]))
+    assert len(states) == 32 and labels.unique().tolist() == [0, 1, 2, 3]
+    assert fit(ode, 2, noise=NOISE[:64], budget=budget, seed=1).plan.difference(found.plan) > 0
 
 
 def test_the_account_lists_every_solver_with_its_error_and_marks_one(refined):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from fits import QUICK, exact_end, median_error, start_of
 from hypothesis import given, settings
@@ -71,6 +72,11 @@ def test_one_number_in_a_sequence_gives_a_dict_and_the_fit_of_that_number():
     (pair,) = fit(ode, [2], noise=NOISE, budget=QUICK).items()
     one = fit(ode, 2, noise=NOISE, budget=QUICK)
     assert pair[0] == 2 and pair[1].plan.difference(one.plan) == 0
+
+
+def test_a_whole_number_of_any_type_gives_one_solver():
+    found = fit(mixture().ode(EDM), np.int64(2), noise=NOISE, budget=QUICK)
+    assert isinstance(found, iia.FittedSolver) and found.nfe == 2
 
 
 def test_numbers_of_evaluations_that_are_none_or_twice_the_same_are_refused():

@@ -159,3 +159,11 @@ def test_a_quick_fit_takes_at_most_1500_sample_evaluations(nfe):
     assert iia.fit_cost(_ode(), nfe, "quick", shape=(3, 16, 16)).sample_evaluations <= 1500
     fit = iia.fit(iia.ProbabilityFlowODE(Blurred(), EDM, "data"), nfe, shape=(3, 16, 16), budget="quick")
     assert fit.record.sample_evaluations <= 1500
+
+
+def test_the_cost_of_a_fit_with_scalar_weights_is_known_too():
+    ode = iia.ProbabilityFlowODE(Blurred(), EDM, "data")
+    cost = iia.fit_cost(ode, 5, "closed-form", shape=(3, 8, 8), weights="scalars").sample_evaluations
+    assert cost < iia.fit_cost(ode, 5, "closed-form", shape=(3, 8, 8)).sample_evaluations
+    fit = iia.fit(ode, 5, shape=(3, 8, 8), budget="closed-form", weights="scalars")
+    assert cost == pytest.approx(fit.record.sample_evaluations, rel=0.2)

@@ -12,7 +12,7 @@ import iia_ode as iia
 from iia_ode import IIA, Teacher
 from iia_ode.autofit import leap_grids, search_grid
 from iia_ode.autofit.grid_search import own_errors
-from iia_ode.autofit.nearby import Correction, Gains, Nearby, watched
+from iia_ode.autofit.nearby import Correction, Gains, Nearby, Watched, watched
 from iia_ode.iia import Batch
 
 METHOD = IIA("ddim", terms="window", target="trajectory", history=2, guard=False)
@@ -65,7 +65,7 @@ def test_runs_of_the_model_measure_the_gain_of_each_sample():
         watched(iia.plan.trace(iia.get_solver("ddim"), schedule, times, consistent=False), batch, gains)
     found = gains.at(1.0) / gains.gaussian(1.0)
     assert float(found[:12].min()) > 1.5 and float(found[12:].max()) < 1.1
-    assert gains.samples == 24 and isinstance(Gains(1.0).at(1.0), float)
+    assert len(found) == 24 and isinstance(Gains(1.0).at(1.0), float)
 
 
 def test_errors_of_a_watched_run_are_those_of_the_batch():
@@ -122,3 +122,11 @@ def test_every_schedule_has_predictions_from_its_noisiest_time():
         x = schedule.sigma(start) * normal(8, 3)
         near = Nearby.of(Batch(ode, x, Teacher.solve(ode, x, start, schedule.t_data, steps=30))).batch
         assert bool(torch.isfinite(near.ode.data(near.x, start)).all())
+
+
+def test_the_risk_of_a_run_that_is_not_finite_is_infinite():
+    one = torch.ones(4, dtype=F64)
+    assert Watched(one).risk == 1.0 and Watched(one, one).risk == pytest.approx(2**0.5)
+    for lost in (math.nan, math.inf):
+        broken = torch.tensor([1.0, lost, 1.0, 1.0], dtype=F64)
+        assert Watched(broken, one).risk == Watched(one, broken).risk == math.inf

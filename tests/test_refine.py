@@ -390,6 +390,28 @@ def test_the_result_is_never_worse_on_held_out_noise_than_the_start(method):
     assert nothing.gain <= 1 and nothing.plan.difference(plan_of()) < 1e-9
 
 
+@pytest.mark.parametrize(("dim", "probes", "tolerance"), [(1, 1, 1e-12), (2, 1, 1e-12), (4, 400, 0.03)])
+def test_the_gauss_newton_matrix_is_exact_in_two_dimensions_and_on_average_in_more(dim, probes, tolerance):
+    problem = iia.problems.Gaussian(torch.zeros(dim, dtype=F64), torch.linspace(0.3, 1.5, dim, dtype=F64))
+    ode, schedule, parameters = problem.ode(iia.EDM()), iia.EDM(), Parameters(plan_of())
+    x = states(12, schedule, problem=problem)
+    batch = Batch(ode, x, final=problem.flow(x, schedule, 40.0, 0.0))
+    gradient, square = EndpointError(parameters, batch, probes=probes).derivatives(parameters.initial)
+    final, leaf = parameters.run(ode, x, parameters.initial)
+    rows = [torch.autograd.grad(final[:, k].sum(), leaf, retain_graph=True)[0] for k in range(dim)]  # [B, P] each
+    exact = sum(row.T @ row for row in rows)
+    assert float((square - exact).norm()) <= tolerance * float(exact.norm())
+    residual = final.detach() - batch.target
+    assert torch.allclose(gradient, sum(residual[:, k] @ row for k, row in enumerate(rows)), rtol=1e-9)
+
+
+def test_steps_on_few_samples_without_held_out_samples_keep_the_iteration_that_is_best_on_all():
+    ode, x = mixture().ode(iia.EDM()), states(40, iia.EDM())
+    found = refine(ode, x, plan_of("ipndm3"), truth(ode, x), held_out=0.0, iterations=4, minibatch=12)
+    errors = [i.train for i in found.iterations]
+    assert found.best == errors.index(min(errors)) > 0 and found.gain < 0.8
+
+
 def test_adam_brings_down_rates_that_are_far_too_large_for_a_plan():
     ode, x, parameters = mixture().ode(iia.EDM()), states(16, iia.EDM()), Parameters(plan_of("ipndm2"))
     objective = EndpointError(parameters, Batch(ode, x, final=truth(ode, x)), probes=0)

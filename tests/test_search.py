@@ -185,3 +185,10 @@ def test_a_search_keeps_no_graph_of_a_network():
     batch = Batch(ode, x, Teacher.solve(ode, x, 80.0, 0.0, steps=10))
     found = search_grid(closed, batch, 3, leap_grids(80.0, 1.0)[:2], trials=2)
     assert not any(t.errors.requires_grad for t in found.trials.values())
+
+
+def test_a_search_after_a_warm_start_works_for_samples_of_many_components():
+    ode = iia.ProbabilityFlowODE(lambda x, t: x / (1 + t.reshape(-1, 1, 1, 1) ** 2), iia.EDM(), tag="images")
+    x = 80.0 * normal(12, 3, 40, 40)
+    found = iia.fit(ode, 2, x=x, budget=iia.Budget(teacher_steps=12, trials=2, warm_starts=True))
+    assert any("warm start" in i.name for i in found.record.search.ingredients)

@@ -9,11 +9,9 @@ import torch
 
 from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, unknown_name
+from ..iia.minimizers import IncrementalGaussNewton
 
 __all__ = ["AGAIN", "BUDGETS", "Budget", "budget_of"]
-
-STEPS = 3
-"""Steps of an iteration with mini-batches."""
 
 AGAIN = 2
 """Iterations of the last refinement, which starts from a refined plan and uses all samples."""
@@ -35,9 +33,8 @@ class Budget:
     Parameters
     ----------
     draws, most : minimum and maximum number of initial states where no teacher is given; None for no maximum. Missing states
-        are drawn as sigma N(0, I), plus the given images if any, reusing the given conditions evenly. Of too many states, some
-        at equal distances in the batch are used. Each state costs a trajectory of the teacher, in memory too, and the work of
-        the fits.
+        are drawn as sigma N(0, I), plus the given images if any, reusing the given conditions evenly. Of too many states,
+        a random part is used. Each state costs a trajectory of the teacher, in memory too, and the work of the fits.
     teacher_steps : minimum number of steps of the accurate trajectories; see :meth:`steps`.
     teacher_memory : bytes of trajectories in the dtype of the draws, with every step, beyond which each is stored as 17 states
         and slopes in float16; see :meth:`iia_ode.Teacher.solve`. With every step, a component takes 8 (steps + 1) bytes in
@@ -48,7 +45,7 @@ class Budget:
     starts : number of closed-form fits that are refined. With 2 or more, the best fit with a warm start and the best fit
         without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
     iterations, minibatch, probes : iterations, samples of a step (by default an iteration is one step with all samples), and
-        Rademacher probes per sample, of each refinement; see :func:`~iia_ode.iia.refine`. With mini-batches there is no last
+        random probes per sample, of each refinement; see :func:`~iia_ode.iia.refine`. With mini-batches there is no last
         fit to all samples.
     finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
         sample costs a trajectory; only the final state is kept.
@@ -81,6 +78,8 @@ class Budget:
     def __post_init__(self) -> None:
         least = dict.fromkeys(("draws", "starts", "finals"), 0)
         least |= {"teacher_steps": 2, "iterations": 1, "probes": 1, "trials": 1, "judges": 2}
+        for name in least.keys() - {"finals"}:
+            check_whole(name, getattr(self, name))
         if wrong := [f"{k} = {getattr(self, k)!r}" for k, n in least.items() if not n <= getattr(self, k) < math.inf]:
             raise InputError(f"this is no budget: {', '.join(wrong)}; give finite numbers of at least {least}.")
         if self.most is not None:
@@ -144,7 +143,7 @@ class Budget:
         search = self.trials * min(train, self.judges) * later * _SHARED * (warm + 1)
         fits = (kinds + warm) * draws * later + 2 * draws + held * later
         again = draws * nfe if last and not self.starts else 0
-        rows = train if self.minibatch is None else STEPS * min(self.minibatch, train)
+        rows = train if self.minibatch is None else IncrementalGaussNewton.together * min(self.minibatch, train)
         passes = 2 * self.probes + 4 + (self.probes + 1) * self.checkpointed
         refinement = self.starts * (draws * later + self.iterations * (rows * passes + held) * nfe)
         if last and self.starts and self.minibatch is None:

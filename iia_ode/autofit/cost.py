@@ -6,11 +6,12 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from ..checks import check_shape, check_whole
+from ..checks import check_choice, check_shape, check_whole
 from ..errors import InputError
 from ..iia.batch import Batch, held_out_of
 from ..ode import ProbabilityFlowODE
@@ -64,6 +65,7 @@ def fit_cost(
     *,
     samples: int | None = None,
     shape: tuple[int, ...] | None = None,
+    weights: Literal["auto", "scalars"] = "auto",
 ) -> FitCost:
     """The expected cost of :func:`iia_ode.fit` with the same arguments; the model is not called.
 
@@ -77,6 +79,7 @@ def fit_cost(
     samples : number of draws that the fit is given, or makes for `shape`; by default the most that the budget uses.
     shape : shape of one sample, for the memory and the kinds of weights; by default the ODE's ``state_shape``, if any. Without
         a shape, the kinds are those of images.
+    weights : as for the fit.
 
     Returns
     -------
@@ -97,7 +100,10 @@ def fit_cost(
     size = ode.state_shape if shape is None else check_shape("shape", shape)
     train = draws - held_out_of(draws, chosen.held_out) if draws > 1 else draws
     teacher = chosen.teacher_cost(first, draws) + chosen.teacher_cost(first, chosen.finals_of(draws))
-    kinds = 4 if size is None else len(weights_of(size))
+    scalars = check_choice("weights", weights, ("auto", "scalars")) == "scalars"
+    if scalars:
+        chosen = replace(chosen, warm_starts=False)
+    kinds = 1 if scalars else 4 if size is None else len(weights_of(size))
     last = {n: size is None or enough(train, math.prod(size), n) for n in (first, *others)}
     total = teacher + (chosen.shared(first=True) if others else chosen).cost(
         first, draws, train, kinds, last=last[first]
@@ -139,10 +145,11 @@ def announce(context: Context, batch: Batch, given: int, finals: int, start: flo
     train, last = context.train, enough(len(context.train), batch.x[0].numel(), nfe)
     cost = budget.cost(nfe, len(batch), len(train), kinds, last=last) + budget.teacher_cost(nfe, finals)
     cost += budget.teacher_cost(nfe, len(batch)) if batch.teacher is None else 0
+    draws = f"{given} draws of noise" if len(batch) >= given else f"{len(batch)} of {given} draws of noise"
     more = f" and {len(batch) - given} more" if len(batch) > given else ""
     more += f", {finals} for the last choice" if finals else ""
     context.say(
-        f"{nfe} evaluations, {given} draws of noise{more}: about {cost} sample evaluations, {cost * seconds:.0f} s at "
+        f"{nfe} evaluations, {draws}{more}: about {cost} sample evaluations, {cost * seconds:.0f} s at "
         f"{1e3 * seconds:.2g} ms each"
     )
     if batch.teacher is not None and budget.draws > len(batch):

@@ -135,8 +135,8 @@ def fit(
     nfe : number of evaluations of a run, at least 1; or several numbers, such as ``(4, 5, 6, 8)``, for a solver each. Several
         solvers share the teacher. The search for the largest number tells the other searches where to look, so that all
         together cost about twice the cost of one.
-    noise : draws of standard normal noise [B, ...], float32 or float64. At least 8 draws; 64 or more are advisable, and 256
-        are good. Copies are left out.
+    noise : draws of standard normal noise [B, ...], float32 or float64, at least 8. Copies are left out. A budget uses at most
+        :meth:`Budget.used` of them, in a random order.
     x : initial states [B, ...] at the noisiest level, float32 or float64, instead of `noise`.
     shape : shape of one sample, instead of `noise` and `x`: the search makes `samples` draws in float32.
     images : clean samples [B, ...], float32 or float64, instead of `noise`, for a solver that starts in the middle, as
@@ -155,7 +155,7 @@ def fit(
     teacher : accurate trajectories from these initial states, if available. A budget then adds no draws.
     scales : guidance scales at which the result is measured on new draws, to record the range that it serves; see
         :meth:`iia_ode.FittedSolver.serves`. By default only the scale of the ODE.
-    seed : seed of the draws for `shape`, of added draws and of the Rademacher probes of refinements.
+    seed : seed of the draws for `shape`, of added draws and of the probes of refinements.
     progress : show bars.
 
     Returns
@@ -196,15 +196,18 @@ def fit(
     device = ode.device or states.device
     batch = Batch(ode, states.detach().to(device), teacher, chosen.chunk_size, signal=initial.signal)
     batch = batch if shape is not None else batch.without_copies()
-    if teacher is None and chosen.used(len(batch)) < len(batch):
-        batch = batch[torch.arange(chosen.used(len(batch)), device="cpu") * len(batch) // chosen.used(len(batch))]
+    given = len(batch)
+    if teacher is None and chosen.used(given) < given:
+        order = torch.randperm(given, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        batch = batch[order[: chosen.used(given)]]
     if len(batch) < _FEWEST:
-        raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, better 256, got {len(batch)}.")
-    begun, given = time.perf_counter(), len(batch)
+        better = f"better {chosen.used(256)}"
+        raise InputError(f"a fit needs at least {_FEWEST} different draws of noise, {better}, got {len(batch)}.")
+    begun = time.perf_counter()
     with ode.counting() as spent:
         levels = levels_of(batch, start, sigma_min)
-        more = max(0, chosen.draws - given) if teacher is None else 0
-        check_additions(batch, start, levels["data_size"], more + chosen.finals_of(given + more))
+        more = max(0, chosen.draws - len(batch)) if teacher is None else 0
+        check_additions(batch, start, levels["data_size"], more + chosen.finals_of(len(batch) + more))
         if more:
             batch = more_states(batch, start, chosen.draws, chosen.held_out, seed)
         shared = chosen.shared(first=True) if others else chosen
@@ -222,7 +225,7 @@ def fit(
         new = fresh_states(batch, start, min(_MEASURED, len(batch)), 0, seed + _SERVED)
         served = {"sigma_min": levels["sigma_min"], "progress": progress}
         found = {n: one.serves(new.ode, new.x, scales, **served) for n, one in found.items()}  # type: ignore[arg-type]
-    return found[first] if isinstance(nfe, int) else {n: found[n] for n in numbers}
+    return {n: found[n] for n in numbers} if isinstance(nfe, list | tuple | range) else found[first]
 
 
 # ---- before the search -----------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def _contenders(made: list[Contender | Ingredient]) -> list[Contender]:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """What a search made: contenders, failures, the choice, the fresh samples that judged, and errors of the solver in use."""
+    """What a search made: contenders, failures, choice, the fresh samples that judged, errors of the solver in use, a hint."""
 
     contenders: list[Contender]
     failed: list[Ingredient]
@@ -286,12 +289,7 @@ class _Made:
     last: Last
     fresh: Batch | None
     in_use: Any
-
-    @property
-    def hint(self) -> Hint | None:
-        """Where searches for other numbers of evaluations begin."""
-        fits = [c.pipeline for c in candidates(self.contenders) if c.pipeline is not None and c.pipeline.start is None]
-        return Hint(fits[0].family, fits[0].weights) if fits and fits[0].family is not None else None
+    hint: Hint | None
 
 
 def _searched(
@@ -311,6 +309,8 @@ def _searched(
     if budget.starts:
         made += refined(context, _contenders(made))
     contenders = _contenders(made)
+    fits = [c.pipeline for c in candidates(contenders) if c.pipeline is not None and c.pipeline.start is None]
+    found_hint = Hint(fits[0].family, fits[0].weights) if fits and fits[0].family is not None else None
     if fresh is not None:
         with context.stage() as costs["finals"]:
             found = judged(context, contenders, fresh)
@@ -321,7 +321,7 @@ def _searched(
     costs["last"].sample_evaluations += last.backward
     held = replace(plain, final=context.batch.target[-context.held_out :])
     in_use = at_fit(held, context.batch.taught.t_start, context.nfe, best.error)
-    return _Made(contenders, [m for m in made if isinstance(m, Ingredient)], best, last, fresh, in_use)
+    return _Made(contenders, [m for m in made if isinstance(m, Ingredient)], best, last, fresh, in_use, found_hint)
 
 
 # ---- after the search ------------------------------------------------------------------------------------------------

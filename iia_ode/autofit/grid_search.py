@@ -124,7 +124,7 @@ def search_grid(
     candidates: Sequence[LeapGrid],
     *,
     trials: int = 8,
-    gains: Gains | None = None,
+    thin: bool = True,
 ) -> Search:
     """The best grid among leap grids, grids near them, and grids with single levels moved.
 
@@ -143,7 +143,8 @@ def search_grid(
     nfe : number of evaluations, at least 2.
     candidates : leap grids to start from.
     trials : number of grids that are tried with the model, at least 1.
-    gains : takes the measured gains; by default they are dropped.
+    thin : whether predictions may use some of the components of samples that have many; not for fits with maps over the
+        components.
 
     Returns
     -------
@@ -159,7 +160,7 @@ def search_grid(
         pool = list({g.sigma_1: g for g in pool if isinstance(g, LeapGrid)}.values())
     # A low first level is exact for most samples, and sends a few to another mode, which the few samples here do not show.
     least = 0.95 * min((_first(g) for g in pool), default=0.0)
-    search = _GridSearch(fit, batch, nfe, Gains(batch.taught.record.data_size) if gains is None else gains)
+    search = _GridSearch(fit, batch, nfe, thin)
     made = search.found.trials
 
     def order(start: Grid, single: bool = False) -> list[Grid]:
@@ -184,10 +185,10 @@ def search_grid(
 class _GridSearch:
     """The trials of a search so far, and predictions for other grids."""
 
-    def __init__(self, fit: Fit, batch: Batch, nfe: int, gains: Gains) -> None:
-        self.fit, self.nfe, self.gains = fit, nfe, gains
+    def __init__(self, fit: Fit, batch: Batch, nfe: int, thin: bool) -> None:
+        self.fit, self.nfe, self.gains = fit, nfe, Gains(batch.taught.record.data_size)
         self.batch = replace(batch, ode=cached(batch.ode))
-        self.near = Nearby.of(batch, gains, thin=True).batch
+        self.near = Nearby.of(batch, self.gains, thin=thin).batch
         self.levels = Levels.of(batch)
         self.found = Search()
         self.predict()
@@ -256,7 +257,7 @@ def _first(grid: Grid) -> float:
 
 
 def _mean(errors: Tensor) -> float:
-    """The root mean square of predicted errors: they have no outliers, and samples with large gains count."""
+    """The mean square of predicted errors: they have no outliers, and samples with large gains count."""
     return float(errors.square().mean())
 
 

@@ -55,25 +55,16 @@ class Gains:
     weights: list[Tensor] = field(default_factory=list)
     ratios: list[Tensor] = field(default_factory=list)
 
-    @property
-    def samples(self) -> int:
-        """Number of samples of the measurements; 0 without any."""
-        return len(self.ratios[0]) if self.ratios else 0
-
     def gaussian(self, level: float) -> float:
         """The gain of isotropic Gaussian data."""
         return self.size**2 / (self.size**2 + level**2)
 
-    def add(self, level: float, error: Tensor, change: Tensor) -> None:
-        """Add a measurement: errors x/alpha - x*/alpha and changes D - D* of all samples at a level, [B, ...] each."""
-        if not 0 < level < math.inf:
-            return
-        own, other = flat(error.double()), flat(change.double())
-        squares = own.square().sum(1)
+    def add(self, level: float, squares: Tensor, products: Tensor) -> None:
+        """Add a measurement: means over components of e^2 and of e (D - D*), with e = x/alpha - x*/alpha, [B] each."""
         usual = float(squares.mean())
-        if not 0 < usual < math.inf or not bool(torch.isfinite(other).all()):
+        if not 0 < level < math.inf or not 0 < usual < math.inf or not bool(torch.isfinite(products).all()):
             return
-        gains = ((own * other).sum(1) / squares.clamp_min(1e-30 * usual)).clamp(-_LARGEST, _LARGEST)
+        gains = (products / squares.clamp_min(1e-30 * usual)).clamp(-_LARGEST, _LARGEST)
         self.levels.append(math.log(level))
         self.weights.append((squares / usual).clamp_max(4.0))
         self.ratios.append(gains / self.gaussian(level))
@@ -206,38 +197,42 @@ class Watched:
 
     @property
     def risk(self) -> float:
-        """Root mean square of the errors and of the changes.
+        """Root mean square of the errors and of the changes; infinite where one is not finite.
 
         Few samples do not show how many end in another mode. Those near the border between two modes are more, and their data
         estimates change, whichever mode they end in.
         """
         squares = self.errors.square()
-        return float((squares if self.changes is None else squares + self.changes.square()).mean().sqrt())
+        risk = float((squares if self.changes is None else squares + self.changes.square()).mean().sqrt())
+        return risk if math.isfinite(risk) else math.inf
 
 
-def watched(plan: Plan, batch: Batch, gains: Gains) -> Watched:
-    """Run a plan over a batch with a teacher, and add the measurements of the run to `gains`."""
+def watched(plan: Plan, batch: Batch, gains: Gains | None = None) -> Watched:
+    """Run a plan over a batch with a teacher, and add the measurements of the run to `gains`, if any."""
     schedule = plan.schedule
+    chunks: list[list[tuple[float, Tensor]]] = []  # for each chunk, levels and squares, products and changes [3, b]
     errors: list[Tensor] = []
-    seen: list[list[tuple[float, Tensor, Tensor]]] = []
     with torch.no_grad():
         for part in batch.chunks():
             run = plan.start(part.x, part.ode.prediction, conditioning=part.ode.conditioning)
-            path, own = part.taught.path, []
+            path, seen = part.taught.path, []
             while not run.done:
                 state, t = run.current, run.t
                 run.give(part.ode.borrowed(state, t))
                 alpha = schedule.alpha(t)
                 if alpha > 0 and t != part.taught.t_start:
-                    error = (state.cpu().double() - path(t)) / alpha
-                    own.append((schedule.noise_to_signal(t), error, run.data.cpu().double() - path.data_estimate(t)))
-            seen.append(own)
+                    error = flat((state.cpu().double() - path(t)) / alpha)
+                    change = flat(run.data.cpu().double() - path.data_estimate(t))
+                    found = error.square().mean(1), (error * change).mean(1), change.square().mean(1).sqrt()
+                    seen.append((schedule.noise_to_signal(t), torch.stack(found)))
+            chunks.append(seen)
             errors.append(per_sample(run.current.cpu().double() - part.target.cpu().double()))
     largest = torch.zeros(len(batch), dtype=_F64, device="cpu")
-    for chunks in zip(*seen, strict=True):
-        error, change = (torch.cat([chunk[side] for chunk in chunks]) for side in (1, 2))
-        gains.add(chunks[0][0], error, change)
-        largest = torch.maximum(largest, per_sample(change))
+    for evaluation in zip(*chunks, strict=True):
+        squares, products, changes = torch.cat([values for _, values in evaluation], dim=1)
+        if gains is not None:
+            gains.add(evaluation[0][0], squares, products)
+        largest = torch.maximum(largest, changes)
     return Watched(torch.cat(errors), largest)
 
 

@@ -82,7 +82,9 @@ class Hint:
         """Leap grids near the family, all of them inside the levels."""
         own = self.family
         near = [
-            LeapGrid(own.sigma_1 * f, own.sigma_min * g, own.rho) for f in (1.0, 0.7, 1.4) for g in (1.0, 0.7, 1.4, 2.0)
+            LeapGrid(own.sigma_1 * f, own.sigma_min * g, own.rho)
+            for f in (1.0, 0.7, 0.5, 1.4)
+            for g in (1.0, 0.7, 1.4, 2.0)
         ]
         return [grid for grid in near if grid.fits(levels)] or [own]
 

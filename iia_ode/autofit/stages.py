@@ -27,7 +27,7 @@ from ..warm_starts import WarmStart
 from .budget import AGAIN, Budget
 from .grid_search import search_grid
 from .grids import LeapGrid, Levels
-from .nearby import Gains, Watched, watched
+from .nearby import Watched, watched
 from .pipeline import RIDGE, SCALARS, Contender, Pipeline, Start, Weights, joined, weights_of
 
 __all__ = ["RIVAL", "Context", "Last", "choose", "closed_form", "last_fit", "refined", "rival", "worth_refining"]
@@ -96,7 +96,7 @@ class Context:
 
     def judged(self, plan: Plan) -> Watched:
         """Errors of a plan on the held-out samples, and changes of data estimates."""
-        return watched(plan, self.held, Gains(1.0))
+        return watched(plan, self.held)
 
     def say(self, text: str) -> None:
         """Log a finding at level INFO."""
@@ -147,19 +147,22 @@ def closed_form(
     with context.stage() as spent:
         if grids:
             judged = train[: budget.judges]
-            found = search_grid(pipeline.plan, judged, pipeline.levels, grids, trials=budget.trials)
+            found = search_grid(pipeline.plan, judged, pipeline.levels, grids, trials=budget.trials, thin=start is None)
             family = next((g for g in found.ranking if isinstance(g, LeapGrid)), None)
             pipeline = replace(pipeline, grid=found.best, family=family)
             context.say(f"{pipeline.name}: {len(found.trials)} grids; {found.best}")
     made: list[Contender] = []
-    for kind in _kinds(context, start) if kinds is None else kinds:
+    kinds = _kinds(context, start) if kinds is None else kinds
+    # The fits hardly follow their own samples: those count too, for all kinds or for none.
+    ample = all(enough(len(train), train.x[0].numel(), context.nfe, kind) for kind in kinds)
+    for kind in kinds:
         own = replace(pipeline, weights=kind)
         with context.stage() as cost:
             parts = own.fit(train)
             held = context.judged(parts.plan)
             risks = [held.risk]
-            if enough(len(train), train.x[0].numel(), own.nfe, own.weights):  # the fit hardly follows its own samples
-                risks.append(watched(parts.plan, train, Gains(1.0)).risk)  # memoized evaluations
+            if ample:
+                risks.append(watched(parts.plan, train).risk)  # memoized evaluations
         if not made:  # the first solver on a grid bears the cost of finding it
             cost.sample_evaluations += spent.sample_evaluations
             cost.seconds += spent.seconds

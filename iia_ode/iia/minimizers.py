@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["Adam", "GaussNewton", "IncrementalGaussNewton", "Minimizer", "Objective", "Samples", "Status"]
 
 _F64 = torch.float64
-_TRIES = 6  # dampings tried in a step of Gauss-Newton
+_TRIES, _FEW_TRIES = 6, 3  # dampings tried in a step of Gauss-Newton, on all samples and on few
 _STRETCHES = 12  # of Adam
 _STALLED = 12  # a stretch ends after this many steps without a lower loss
 _WORSE = 1.5  # a stretch ends at this multiple of its first loss
@@ -135,12 +135,15 @@ class IncrementalGaussNewton(Minimizer):
     ----------
     objective : the loss over all samples.
     minibatch : number of samples of each step.
+    whole : whether :attr:`loss` is the loss over all samples, at the cost of their evaluations; otherwise it is the loss over
+        the samples of the last step alone, and NaN before the first.
     together : number of steps in a call of :meth:`step`.
     decay : weight of the models of the steps before.
     """
 
     objective: Samples = field(kw_only=False)
     minibatch: int
+    whole: bool = False
     together: int = 3
     decay: float = 0.85
     _next: float = field(init=False, default=1e-2)
@@ -149,13 +152,15 @@ class IncrementalGaussNewton(Minimizer):
     _first: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.loss = math.nan  # nothing was evaluated yet
+        self.loss = self.objective.loss(self.theta) if self.whole else math.nan
 
     def step(self) -> bool:
         """Take `together` steps. Return False, with a status, where the derivatives are not finite."""
         for _ in range(self.together):
             if self.status is None:
                 self._step(self.objective.part(self._first, self.minibatch))
+        if self.whole:
+            self.loss = self.objective.loss(self.theta)
         return self.status is None
 
     def _step(self, own: Samples) -> None:
@@ -167,13 +172,15 @@ class IncrementalGaussNewton(Minimizer):
         if self._square is not None and self._gradient is not None:
             gradient, square = self.decay * self._gradient + gradient, self.decay * self._square + square
         self.loss, before = own.seen, self.theta
-        for k in range(_TRIES):
+        for k in range(_FEW_TRIES):
             damping = self._next * 8**k
             tried = self.limit(before, before - damped(gradient, square, damping))
             if (loss := own.loss(tried)) < own.seen:
                 self.theta, self.loss, self.damping = tried, loss, damping
+                self._next = max(damping / 4, 1e-6)
                 break
-        self._next = max(damping / 4, 1e-6)
+        else:  # few samples say little: the next step tries nearly the same damping
+            self._next *= 8
         self._square, self._gradient = square, gradient + square @ (self.theta - before)
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_flag, check_number, check_whole
 from ..errors import InputError, one_run, unknown_name
+from ..metrics import flat
 from ..ode import ProbabilityFlowODE
 from ..ode.distributed import agree
 from ..plan import Plan, check_states
@@ -39,21 +40,22 @@ class EndpointError:
     """The endpoint error of a plan as a function of its parameters: root of the mean Cauchy loss over samples.
 
     Gauss-Newton needs J^T J, with J the derivative of all final components of all samples; a backward pass gives a single
-    row of J per sample. The matrix is therefore a Hutchinson estimate: for Rademacher probes v,
-    E[(v^T J)^T (v^T J)] = J^T J. A few probes per sample give far more rows than there are parameters. The gradient is exact.
+    combination of rows of J per sample. The gradient J^T r of a sample with residual r is exact, and gives the part of the
+    matrix along r. The other part is a Hutchinson estimate: E[(v^T J)^T (v^T J)] = J^T P J for random vectors v with
+    E[v v^T] = P, the projection orthogonal to r. A few probes per sample give far more rows than there are parameters.
 
     Parameters
     ----------
     parameters : the plan as a function of theta.
     batch : the samples with their true final states; a chunk of them shares a graph.
-    probes : Rademacher probes per sample.
+    probes : probes v per sample.
     checkpointed : see :meth:`Parameters.run`.
     seed : of the probes.
 
     Attributes
     ----------
     scale : error of a sample beyond which the Cauchy loss grows like a logarithm; infinity is the plain mean of squares.
-    backward : cost of all backward passes so far, in sample evaluations.
+    backward : cost of all backward passes so far, those of the parts included, in sample evaluations.
     seen : loss at the point of the last derivatives.
     """
 
@@ -61,9 +63,8 @@ class EndpointError:
         self, parameters: Parameters, batch: Batch, *, probes: int = 3, checkpointed: bool = False, seed: int = 0
     ) -> None:
         self.parameters, self.batch, self.probes, self.checkpointed = parameters, batch, probes, checkpointed
-        self.scale, self.backward, self.seen = math.inf, 0, math.nan
+        self.scale, self.seen, self._spent = math.inf, math.nan, [0]
         self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._parts: list[EndpointError] = []
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -71,17 +72,14 @@ class EndpointError:
     def part(self, first: int, count: int, /) -> EndpointError:
         """The same error of `count` samples from `first` on, in a circle; all samples at most."""
         index = (first + torch.arange(min(count, len(self.batch)), device="cpu")) % len(self.batch)
-        own = EndpointError(
-            self.parameters, self.batch[index], probes=self.probes, checkpointed=self.checkpointed, seed=first
-        )
-        own.scale, own._generator = self.scale, self._generator
-        self._parts.append(own)
+        own = EndpointError(self.parameters, self.batch[index], probes=self.probes, checkpointed=self.checkpointed)
+        own.scale, own._generator, own._spent = self.scale, self._generator, self._spent
         return own
 
     @property
-    def spent(self) -> int:
-        """Cost of all backward passes so far, in sample evaluations, those of the parts included."""
-        return self.backward + sum(part.backward for part in self._parts)
+    def backward(self) -> int:
+        """Cost of all backward passes so far."""
+        return self._spent[0]
 
     def errors(self, theta: Tensor) -> Tensor:
         """Root mean square error of each sample, float64 [B] on the host; infinity where theta gives no plan."""
@@ -103,7 +101,7 @@ class EndpointError:
             slope, *rows = self._rows(theta, part, errors)
             gradient += slope.sum(dim=0)
             for row in rows:
-                square += row.T @ row / self.probes
+                square += row.T @ row
         self.seen = cauchy_mean(torch.cat(errors), self.scale)
         return gradient, square
 
@@ -117,16 +115,27 @@ class EndpointError:
         residual = final.detach().cpu().double() - part.target.cpu().double()
         errors.append(per_sample(residual))
         weight = 1 / (1 + (errors[-1] / self.scale).square())  # derivative of the Cauchy loss
-        vectors = [residual * weight.reshape(-1, *[1] * (residual.ndim - 1))]
-        for _ in range(self.probes):
-            vectors.append(2.0 * torch.randint(0, 2, final.shape, generator=self._generator, device="cpu") - 1)
+        along = flat(residual) / flat(residual).norm(dim=1, keepdim=True).clamp_min(1e-300)
+        vectors = [weight[:, None] * flat(residual), *(self._probe(along) for _ in range(self.probes))]
         rows = [
-            torch.autograd.grad(final, leaf, v.to(final), retain_graph=k < self.probes)[0].cpu()
+            torch.autograd.grad(final, leaf, v.reshape(final.shape).to(final), retain_graph=k < self.probes)[0].cpu()
             for k, v in enumerate(vectors)
         ]
-        self.backward += 2 * (1 + self.probes) * self.parameters.evaluations * len(part)
+        self._spent[0] += 2 * (1 + self.probes) * self.parameters.evaluations * len(part)
         root = weight.sqrt()[:, None]
-        return [rows[0], *(root * row for row in rows[1:])]
+        size = (root * flat(residual).norm(dim=1, keepdim=True)).clamp_min(1e-300)
+        scale = root / max(self.probes, 1) ** 0.5
+        return [rows[0], rows[0] / size, *(scale * row for row in rows[1:])]
+
+    def _probe(self, along: Tensor) -> Tensor:
+        """Random vectors v [B, D] orthogonal to unit vectors, with E[v v^T] the projection; zero where D is 1."""
+        v = torch.randn(along.shape, generator=self._generator, dtype=_F64, device="cpu")
+        v -= (v * along).sum(dim=1, keepdim=True) * along
+        room = (
+            along.shape[1] - along.square().sum(dim=1, keepdim=True)
+        ).round()  # dimensions orthogonal to the unit vector
+        probe: Tensor = v * (room.sqrt() / v.norm(dim=1, keepdim=True).clamp_min(1e-300))
+        return probe
 
 
 @dataclass(frozen=True)
@@ -217,12 +226,14 @@ def refine(
     minibatch : number of training samples of a step of Gauss-Newton, three steps per iteration, with other samples in each
         step (:class:`~iia_ode.iia.IncrementalGaussNewton`). By default an iteration is one step with all samples. Small
         batches reach nearly the same error at a fraction of the cost.
-    probes : Rademacher probes per sample; Adam needs none.
+    probes : random probes per sample; Adam needs none.
     outliers : multiple of the median error beyond which the loss of a sample grows like a logarithm; ``math.inf`` is the
         plain mean of squares. Near the border of two modes a small error becomes a large error at the end. A few samples
         there would make up most of a plain mean, and their derivatives do not predict where the samples end.
-    tolerance : stop after an iteration of Gauss-Newton that lowers the training error by less than this fraction.
-    patience : stop after this many iterations without a lower held-out error; 25 times as many with Adam.
+    tolerance : stop after an iteration of Gauss-Newton that lowers the training error by less than this fraction; not with
+        `minibatch`.
+    patience : stop after this many iterations without a lower held-out error; 25 times as many with Adam; not with
+        `minibatch`.
     chunk_size : samples per graph.
     checkpointed : recompute evaluations in the backward pass, for models with large graphs; see :meth:`Parameters.run`.
     seed : of the probes.
@@ -289,6 +300,9 @@ def refine(
         return EndpointError(parameters, part, probes=probes if newton else 0, checkpointed=checkpointed, seed=seed)
 
     train, others = Batch(ode, x, None, chunk_size, target).split(held)
+    if minibatch is not None:  # samples may be in the order of their conditions
+        order = torch.randperm(len(train), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        train = train[order]
     objective, judge = over(train), over(others) if held else None
     with ode.counting() as spent:
         sighted = objective if minibatch is None else objective.part(0, max(minibatch, _SIGHT))
@@ -300,7 +314,7 @@ def refine(
         rates = torch.tensor([_RATES[k >= parameters.weights] for k in range(len(start))], dtype=_F64, device="cpu")
         minimizer: Minimizer
         if minibatch is not None:
-            minimizer = IncrementalGaussNewton(objective, start, minibatch=minibatch, limit=limit)
+            minimizer = IncrementalGaussNewton(objective, start, minibatch=minibatch, whole=judge is None, limit=limit)
         elif newton:
             minimizer = GaussNewton(objective, start, tolerance=tolerance, limit=limit)
         else:
@@ -309,7 +323,7 @@ def refine(
         judged = None if judge is None else judge.loss
         found, best, theta, status = _best_so_far(minimizer, judged, most, wait, progress)
     result = plan if best == 0 else parameters.plan(theta, plan.name)
-    return Refinement(result, found, best, status, spent.samples + objective.spent, objective.spent)
+    return Refinement(result, found, best, status, spent.samples + objective.backward, objective.backward)
 
 
 def _data_size(plan: Plan, x: Tensor, target: Tensor) -> float:

@@ -192,7 +192,9 @@ class Stepwise:
         before = held.residual(torch.zeros_like(chosen.coefficients), None)
         after = held.residual(chosen.coefficients, chosen.constant)
         if whole.samples:
-            chosen = whole.solve(ridge=ridges[best], noise=sizes[:-1])
+            again = whole.solve(ridge=ridges[best], noise=sizes[:-1])
+            if again.largest <= _HUGE * float(sizes[-1]) * math.sqrt(whole.samples / own.samples):
+                chosen = again
         return _Choice(chosen, ridges[best], before, after, not self.guard or after < before)
 
     # ---- the whole ---------------------------------------------------------------------------------------------------

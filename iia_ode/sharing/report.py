@@ -209,9 +209,11 @@ def _explain_steps(plan: Plan, record: Record, reports: tuple[StepReport, ...]) 
     where = (
         f"{split.held_out} held-out sample{'s' * (split.held_out > 1)}" if split.held_out else "the training samples"
     )
+    # Held-out samples that have only chosen the ridge are fitted in the end.
+    fitted = split.batch if record.ridge == "auto" and not record.guard else split.batch - split.held_out
     lines = [
         f"{plan.name} is {record.base.name} with up to {most} weights a step ({record.terms}), fitted on "
-        f"{split.batch - split.held_out} samples in {len(reports)} of {plan.steps} steps."
+        f"{fitted} samples in {len(reports)} of {plan.steps} steps."
     ]
     if not split.held_out:
         lines.append(
