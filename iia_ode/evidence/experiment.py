@@ -74,6 +74,7 @@ class Experiment(ABC):
         do not belong here.
     seeds : default seeds.
     again : seeds of the second run.
+    fits_of : commit of the stored fits, where the fits have changed since; empty where they have not.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Experiment(ABC):
     values: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     again: tuple[int, ...] = (100, 101, 102)
+    fits_of: str = ""
 
     @abstractmethod
     def cells(self, quick: bool) -> Sequence[Cell]:

@@ -42,6 +42,7 @@ class LearnedSolvers(Experiment):
     values = ("rmse", "typical")
     seeds = (0, 1)
     again = (100, 101)
+    fits_of = "03617d6"
 
     def cells(self, quick: bool) -> Sequence[Cell]:
         """A cell for each model and number of evaluations, and a cell for the budget "thorough"."""

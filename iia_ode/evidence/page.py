@@ -44,6 +44,11 @@ def page(
         parts += [part.caption, part.table]
     parts += _notes(experiment, found)
     parts += ["## How it was measured", experiment.method, _run(about)]
+    if experiment.fits_of:
+        parts.append(
+            f"The fits are those of commit {experiment.fits_of}, whose budgets took about five times as many sample "
+            "evaluations as the budgets of now."
+        )
     missing = [cell.name for cell in experiment.cells(quick=False) if cell.name not in about["cells"]]
     if about["quick"]:
         parts.append("This was a smoke run, too small for an answer.")

@@ -93,6 +93,7 @@ class Shift(Experiment):
     values = ("rmse",)
     seeds = (0, 1)
     again = (100, 101)
+    fits_of = "03617d6"
 
     def cells(self, quick: bool) -> Sequence[Cell]:
         """A cell for each method."""
