@@ -44,9 +44,9 @@ class Budget:
     warm_starts : whether pipelines with a :class:`~iia_ode.WarmStart` are tried.
     starts : number of closed-form fits that are refined. With 2 or more, the best fit with a warm start and the best fit
         without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
-    iterations, minibatch, probes : iterations, samples of a step (by default an iteration is one step with all samples), and
-        random probes per sample, of each refinement; see :func:`~iia_ode.iia.refine`. With mini-batches there is no last
-        fit to all samples.
+    iterations, minibatch, probes : iterations, samples of a step, and random probes per sample, of each refinement; see
+        :func:`~iia_ode.iia.refine`. With mini-batches an iteration has three steps, and there is no last fit to all samples. By
+        default an iteration is one step with all samples.
     finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
         sample costs a trajectory; only the final state is kept.
     held_out : share of held-out samples, the last of the batch. These samples decide between solvers.
@@ -101,7 +101,7 @@ class Budget:
         return max(self.teacher_steps, 4 * nfe)
 
     def shared(self, *, first: bool) -> Budget:
-        """The budget of one of several numbers of evaluations of a fit: of the first, or of another, which has a hint."""
+        """The budget of one of several numbers of evaluations of a fit: of the first, or of a later one, which has a hint."""
         trials, iterations = (_FIRST, _FIRST_ITERATIONS) if first else (_OTHER, _OTHER_ITERATIONS)
         return replace(self, trials=math.ceil(trials * self.trials), iterations=math.ceil(iterations * self.iterations))
 
@@ -207,7 +207,8 @@ BUDGETS: dict[str, Budget] = {
         held_out=0.4,
     ),
 }
-"""Budgets by name. "quick" and "closed-form" need no gradients, "standard" has one refinement, "thorough" has more of all."""
+"""Budgets by name. "quick" and "closed-form" need no gradients. "standard" has one refinement; "thorough" has three, warm
+starts, and fresh draws for the last choice."""
 
 
 def budget_of(budget: str | Budget) -> Budget:

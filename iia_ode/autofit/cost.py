@@ -24,7 +24,7 @@ from .stages import Context, enough
 __all__ = ["FitCost", "announce", "fit_cost"]
 
 _USUAL = 256  # draws of a fit whose budget has no maximum
-_FEW = 16  # draws, below which the log warns that a choice is uncertain
+_FEW = 15  # draws, below which the log warns that a choice is uncertain
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def fit_cost(
     shape: tuple[int, ...] | None = None,
     weights: Literal["auto", "scalars"] = "auto",
 ) -> FitCost:
-    """The expected cost of :func:`iia_ode.fit` with the same arguments; the model is not called.
+    """The expected cost of :func:`iia_ode.fit` with the same arguments and without a teacher; the model is not called.
 
     A refinement that converges before its last iteration costs less.
 
@@ -157,5 +157,5 @@ def announce(context: Context, batch: Batch, given: int, finals: int, start: flo
     if len(batch) < _FEW:
         context.say(
             f"only {len(batch)} draws of noise: on other noise the chosen solver may be worse than an unfitted solver; give "
-            f"{_FEW} or more, 256 are good"
+            f"{_FEW} or more, {budget.used(256)} are good"
         )

@@ -152,7 +152,8 @@ def fit(
     sigma_min : level sigma/alpha at which the teacher stops; its data estimate there is the final state. Use the smallest
         level of the model's training. By default 0.004 times the root mean square of the data, or the lowest of the schedule's
         ``known_levels`` if that is higher.
-    teacher : accurate trajectories from these initial states, if available. A budget then adds no draws.
+    teacher : accurate trajectories from these initial states, if available. All of them are used, and a budget adds no draws
+        but those of the last choice.
     scales : guidance scales at which the result is measured on new draws, to record the range that it serves; see
         :meth:`iia_ode.FittedSolver.serves`. By default only the scale of the ODE.
     seed : seed of the draws for `shape`, of added draws and of the probes of refinements.

@@ -129,8 +129,8 @@ def search_grid(
     """The best grid among leap grids, grids near them, and grids with single levels moved.
 
     Errors near the teacher's trajectories are predicted without the model (:class:`~iia_ode.autofit.nearby.Nearby`). The grid
-    with the lowest prediction is tried with the model. Each trial measures gains and a correction of the predictions, which
-    choose the next trial.
+    with the lowest prediction is tried with the model. Each trial corrects the predictions, and the corrected
+    predictions choose the next trial.
 
     Predictions do not know of samples that end in another mode, and more samples do so the lower the first level. The first
     trials therefore go on to higher first levels for as long as that lowers the :attr:`~iia_ode.autofit.nearby.Watched.risk`.

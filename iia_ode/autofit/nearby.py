@@ -1,4 +1,4 @@
-"""A model of the model along a teacher's trajectories, which ranks the candidates of a search without evaluations.
+"""An approximation of the model along a teacher's trajectories, which ranks the candidates of a search without evaluations.
 
 A teacher has states x*(t) and data estimates D*(t) at every time. Near its trajectories, a data estimate is about
 
@@ -183,7 +183,7 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """What a run shows beside its end.
+    """Endpoint errors of a run, and changes of its data estimates.
 
     Attributes
     ----------

@@ -75,7 +75,7 @@ def _ridge(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
     "--samples",
     type=COUNT,
     help="Initial states to fit on [default: 256, with --solver 200]. --budget thorough adds more if there are few, and "
-    "draws twice as many for its final choice.",
+    "draws as many for its final choice.",
 )
 @click.option("--chunk-size", type=COUNT, help="Samples per call of the model [default: 64, with --solver all].")
 @click.option(

@@ -1,4 +1,4 @@
-"""Minimizers of an objective with derivatives: damped Gauss-Newton, and Adam in stretches."""
+"""Minimizers of an objective with derivatives: damped Gauss-Newton, on all samples or on few, and Adam in stretches."""
 
 from __future__ import annotations
 

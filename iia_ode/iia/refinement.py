@@ -2,7 +2,7 @@
 
 A sequential fit is greedy: each step aims at the trajectory, even where an error would be harmless at the end. A refinement
 minimizes the mean of rho(|x_N(theta) - x*|) over theta, the :class:`~iia_ode.iia.Parameters` of the plan, with rho the
-Cauchy loss. A :class:`~iia_ode.iia.Minimizer` lowers the loss; held-out samples stop it and choose the iteration.
+Cauchy loss. A :class:`~iia_ode.iia.Minimizer` lowers the loss; held-out samples choose the iteration, and stop it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class EndpointError:
     Gauss-Newton needs J^T J, with J the derivative of all final components of all samples; a backward pass gives a single
     combination of rows of J per sample. The gradient J^T r of a sample with residual r is exact, and gives the part of the
     matrix along r. The other part is a Hutchinson estimate: E[(v^T J)^T (v^T J)] = J^T P J for random vectors v with
-    E[v v^T] = P, the projection orthogonal to r. A few probes per sample give far more rows than there are parameters.
+    E[v v^T] = P, the projection orthogonal to r. All samples give far more rows than there are parameters. A mini-batch does
+    not; the sums over earlier steps make up for it.
 
     Parameters
     ----------
@@ -144,7 +145,8 @@ class Iteration:
 
     Attributes
     ----------
-    train, held_out : root mean Cauchy loss after the iteration, on training and on held-out samples; None without any.
+    train, held_out : root mean Cauchy loss after the iteration, on training and on held-out samples; None without any. With
+        mini-batches and held-out samples, `train` is the loss of the last mini-batch, and NaN at the start.
     damping : of Levenberg and Marquardt; 0 at the start, and with Adam.
     """
 
