@@ -45,8 +45,8 @@ class Budget:
     starts : number of closed-form fits that are refined. With 2 or more, the best fit with a warm start and the best fit
         without are among them; with 3 or more, also the best fit with a warm start per class, where there are classes.
     iterations, minibatch, probes : iterations, samples of a step, and random probes per sample, of each refinement; see
-        :func:`~iia_ode.iia.refine`. With mini-batches an iteration has three steps, and there is no last fit to all samples. By
-        default an iteration is one step with all samples.
+        :func:`~iia_ode.iia.refine`. With mini-batches an iteration has three steps, and there is no last fit to all samples.
+        By default an iteration is one step with all samples.
     finals : fresh samples for the final choice, as a multiple of the number of draws, under the held-out conditions. Each
         sample costs a trajectory; only the final state is kept.
     held_out : share of held-out samples, the last of the batch. These samples decide between solvers.
