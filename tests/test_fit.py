@@ -84,7 +84,7 @@ def test_a_fit_takes_exactly_one_of_noise_and_states_and_shape():
             fit(ode, 3, **bad)
     with pytest.raises(InputError, match=r"root mean square is 6\.9: pass initial states as x="):
         fit(ode, 3, noise=7.0 * NOISE)
-    with pytest.raises(InputError, match="at least 8 different draws of noise, better 256, got 4"):
+    with pytest.raises(InputError, match="at least 8 different draws of noise, better 152, got 4"):
         fit(ode, 3, noise=NOISE[:4])
     for bad in (NOISE[0, 0], NOISE.long(), [0.0] * 8):
         with pytest.raises(InputError, match=r"noise must be a float tensor \[B, ...\]"):
