@@ -148,6 +148,7 @@ class Budget:
         refinement = self.starts * (draws * later + self.iterations * (rows * passes + held) * nfe)
         if last and self.starts and self.minibatch is None:
             refinement += AGAIN * draws * passes * nfe
+        refinement += min(self.starts, 1) * train * later * (self.finals == 0)  # of the choice
         made = 1 + kinds + warm + self.starts
         return round(search + fits + again + refinement + nfe * made * self.finals_of(draws))
 

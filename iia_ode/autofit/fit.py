@@ -316,8 +316,8 @@ def _searched(
         with context.stage() as costs["finals"]:
             found = judged(context, contenders, fresh)
         contenders, fresh = (contenders, None) if found is None else (found, fresh)
-    best = choose(contenders)
     with context.stage() as costs["last"]:
+        best = choose(context, contenders)
         last = last_fit(context, best, fresh)
     costs["last"].sample_evaluations += last.backward
     held = replace(plain, final=context.batch.target[-context.held_out :])

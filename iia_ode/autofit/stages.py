@@ -284,12 +284,24 @@ def _refined(
         return None
 
 
-def choose(contenders: Sequence[Contender]) -> Contender:
-    """The best contender, by :func:`~iia_ode.iia.ranking.ranked`; an InputError if no contender has finite errors."""
+def choose(context: Context, contenders: Sequence[Contender]) -> Contender:
+    """The best contender, by :func:`~iia_ode.iia.ranking.ranked`; an InputError if no contender has finite errors.
+
+    Few held-out samples do not show samples that rarely end in another mode. Without fresh samples, a refinement or the rival
+    therefore also has to be better than the best closed form on all samples, where these are many per weight.
+    """
     usable = [c for c in candidates(contenders) if c.error is not None]
     if not usable:
         raise InputError("nothing could be fitted: the model is not finite on this noise.")
-    return ranked(usable, [c.errors for c in usable], outliers_too=True)[0]
+    best, *others = ranked(usable, [c.errors for c in usable], outliers_too=True)
+    plain = next((c for c in others if c.pipeline is not None and c.refinement is None), None)
+    train = context.train
+    if plain is None or plain.pipeline is None or context.budget.finals or (best.pipeline and best.refinement is None):
+        return best
+    if not enough(len(train), train.x[0].numel(), context.nfe, plain.pipeline.weights):
+        return best
+    pair = [best, plain]
+    return ranked(pair, [torch.cat([c.errors, train.errors(c.plan)]) for c in pair], outliers_too=True)[0]
 
 
 @dataclass(frozen=True, eq=False)
