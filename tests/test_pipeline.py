@@ -1,6 +1,7 @@
 """Pipelines of a search: kinds of weights, the fits that are refined, and weights per band of an image."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from iia_ode import IIA, Teacher, fit
 from iia_ode.autofit import Pipeline
 from iia_ode.autofit.grids import LeapGrid
 from iia_ode.autofit.pipeline import SCALARS, Contender, Start, weights_of
-from iia_ode.autofit.stages import worth_refining
+from iia_ode.autofit.stages import choose, worth_refining
 from iia_ode.iia import Batch, Window
 from iia_ode.iia.provenance import StageCost
 from iia_ode.plan import Bands
@@ -48,6 +49,33 @@ def test_of_every_kind_the_best_is_refined_where_there_is_room_and_the_best_of_a
     for kind in {c.pipeline.kind for c in fits}:  # of each kind those that come first
         own, taken = ([c for c in found if c.pipeline.kind == kind] for found in (fits, chosen))
         assert all(a is b for a, b in zip(taken, own, strict=False))
+
+
+class Judges:
+    """Training samples of four components with known errors of two plans."""
+
+    def __init__(self, lost):
+        self.x, self.lost = torch.zeros(120, 4), lost
+
+    def __len__(self):
+        return len(self.x)
+
+    def errors(self, plan):
+        """Small errors, and for the refined plan some of size 1."""
+        found = torch.full((120,), 0.01 if plan == "refined" else 0.03, dtype=F64)
+        found[: self.lost * (plan == "refined")] = 1.0
+        return found
+
+
+@pytest.mark.parametrize(("lost", "finals", "chosen"), [(0, 0.0, "refined"), (8, 0.0, "closed"), (8, 1.0, "refined")])
+def test_samples_that_end_elsewhere_in_training_alone_can_turn_the_choice(lost, finals, chosen):
+    pipeline, held = Pipeline(METHOD, 2, 80.0), {"refined": 0.01, "closed": 0.03}
+    made = [
+        Contender(n, n, torch.full((30,), e, dtype=F64), StageCost(), pipeline, refinement=n == "refined" or None)
+        for n, e in held.items()
+    ]
+    context = SimpleNamespace(train=Judges(lost), nfe=2, budget=replace(REFINED, finals=finals))
+    assert choose(context, made).name == chosen
 
 
 @pytest.mark.parametrize("name", [None, "affine"])
