@@ -188,8 +188,11 @@ def draw(files: Files, path: Path) -> None:
             for row, a, b in zip(known, x, y, strict=True):
                 ax.annotate(row.removesuffix(" before"), (a, b), xytext=(4, 5), textcoords="offset points", fontsize=8)
         ax.set(xscale="log", yscale="log", title=f"{nfe} evaluations of a run", xlabel="sample evaluations of the fit")
-        ax.set_xlim(5e2, 3e5)
-        ax.grid(alpha=0.3, which="both")
+        ax.set_xlim(5e2, 6e5)
+        ax.margins(y=0.12)
+        ax.set_yticks([0.5, 0.7, 1, 1.4, 2], ["0.5", "0.7", "1", "1.4", "2"])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
     axes[0].set_ylabel(f'error / error of "closed-form" at {BEFORE}')
     axes[0].legend(frameon=False)
     figure.tight_layout()

@@ -35,11 +35,10 @@ HOW = f"""## How these denoisers were measured
 
 `python benchmarks/further.py` trains the networks and measures whatever the stored results lack, and `python
 benchmarks/further.py --table` writes this page. No default of the library was chosen by {{unseen}}, by their schedules or by
-their kinds of prediction. The sizes of the budgets (draws, trials, iterations) were chosen with {{seen}} in view. Results on the first
-three led to one change of method, the probes orthogonal to the residual in refinements. States are
-float64. `iia_ode.fit(ode, nfe, noise=..., budget=...)` gets {FITTING} draws and no other option. A budget uses as many of them
-as it says, and `thorough` makes more of its own. Errors are measured on {UNSEEN} other
-draws against dopri8 at tolerance 1e-6.
+their kinds of prediction. The sizes of the budgets (draws, trials, iterations) were chosen with {{seen}} in view. Results on
+the first three led to one change of method, the probes orthogonal to the residual in refinements. States are float64.
+`iia_ode.fit(ode, nfe, noise=..., budget=...)` gets {FITTING} draws and no other option. A budget uses as many of them as it
+says, and `thorough` makes more of its own. Errors are measured on {UNSEEN} other draws against dopri8 at tolerance 1e-6.
 
 *Best classic* is the best pair of solver and grid on the fitting noise, among all registered solvers with exactly the given
 number of evaluations and the 28 Karras grids of the acceptance page. Where the schedule starts above level 80, Karras grids
