@@ -21,7 +21,7 @@ NOISE = normal(80, 4)
 # ---- draws and conditions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "draws", "few"), [(15, 0, True), (16, 0, False), (12, 64, False)])
+@pytest.mark.parametrize(("given", "draws", "few"), [(14, 0, True), (15, 0, False), (12, 64, False)])
 def test_a_fit_to_few_draws_says_that_its_choice_is_not_to_be_trusted_far(given, draws, few, caplog):
     caplog.set_level(logging.INFO, "iia_ode")
     fit(mixture().ode(EDM), 1, noise=NOISE[:given], budget=replace(QUICK, draws=draws))
