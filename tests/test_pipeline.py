@@ -1,6 +1,7 @@
 """Pipelines of a search: kinds of weights, the fits that are refined, and weights per band of an image."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from iia_ode import IIA, Teacher, fit
 from iia_ode.autofit import Pipeline
 from iia_ode.autofit.grids import LeapGrid
 from iia_ode.autofit.pipeline import SCALARS, Contender, Start, weights_of
-from iia_ode.autofit.stages import choose, worth_refining
+from iia_ode.autofit.stages import Context, choose, worth_refining
 from iia_ode.iia import Batch, Window
 from iia_ode.iia.provenance import StageCost
 from iia_ode.plan import Bands
@@ -75,6 +76,7 @@ def test_samples_that_end_elsewhere_in_training_alone_can_turn_the_choice(lost, 
         for n, e in held.items()
     ]
     context = SimpleNamespace(train=Judges(lost), nfe=2, budget=replace(REFINED, finals=finals))
+    context.ample = partial(Context.ample, context)
     assert choose(context, made).name == chosen
 
 

@@ -142,8 +142,9 @@ def announce(context: Context, batch: Batch, given: int, finals: int, start: flo
             part.ode.output(part.x, start).sum().item()
             seconds = (time.perf_counter() - began) / len(part)
     kinds = 1 if context.weights == "scalars" else len(weights_of(batch.x.shape[1:]))
-    train, last = context.train, enough(len(context.train), batch.x[0].numel(), nfe)
-    cost = budget.cost(nfe, len(batch), len(train), kinds, last=last) + budget.teacher_cost(nfe, finals)
+    cost = budget.cost(nfe, len(batch), len(context.train), kinds, last=context.ample()) + budget.teacher_cost(
+        nfe, finals
+    )
     cost += budget.teacher_cost(nfe, len(batch)) if batch.teacher is None else 0
     draws = f"{given} draws of noise" if len(batch) >= given else f"{len(batch)} of {given} draws of noise"
     more = f" and {len(batch) - given} more" if len(batch) > given else ""

@@ -155,13 +155,13 @@ def search_grid(
     InputError : no candidate could be fitted.
     """
     check_whole("trials", trials, least=1)
-    pool: list[Grid] = [g for g in dict.fromkeys(candidates) if g.fits(Levels.of(batch))]
+    search = _GridSearch(fit, batch, nfe, thin)
+    made = search.found.trials
+    pool: list[Grid] = [g for g in dict.fromkeys(candidates) if g.fits(search.levels)]
     if nfe == 2:  # one free level
         pool = list({g.sigma_1: g for g in pool if isinstance(g, LeapGrid)}.values())
     # A low first level is exact for most samples, and sends a few to another mode, which the few samples here do not show.
     least = 0.95 * min((_first(g) for g in pool), default=0.0)
-    search = _GridSearch(fit, batch, nfe, thin)
-    made = search.found.trials
 
     def order(start: Grid, single: bool = False) -> list[Grid]:
         """The grids of the pool and those around a grid, the lowest predictions first."""

@@ -98,6 +98,10 @@ class Context:
         """Errors of a plan on the held-out samples, and changes of data estimates."""
         return watched(plan, self.held)
 
+    def ample(self, weights: Weights = SCALARS) -> bool:
+        """Whether the training samples have many components per weight of a fit; see :func:`enough`."""
+        return enough(len(self.train), self.train.x[0].numel(), self.nfe, weights)
+
     def say(self, text: str) -> None:
         """Log a finding at level INFO."""
         if self.leads:
@@ -154,7 +158,7 @@ def closed_form(
     made: list[Contender] = []
     kinds = _kinds(context, start) if kinds is None else kinds
     # The fits hardly follow their own samples: those count too, for all kinds or for none.
-    ample = all(enough(len(train), train.x[0].numel(), context.nfe, kind) for kind in kinds)
+    ample = all(context.ample(kind) for kind in kinds)
     for kind in kinds:
         own = replace(pipeline, weights=kind)
         with context.stage() as cost:
@@ -295,13 +299,12 @@ def choose(context: Context, contenders: Sequence[Contender]) -> Contender:
         raise InputError("nothing could be fitted: the model is not finite on this noise.")
     best, *others = ranked(usable, [c.errors for c in usable], outliers_too=True)
     plain = next((c for c in others if c.pipeline is not None and c.refinement is None), None)
-    train = context.train
     if plain is None or plain.pipeline is None or context.budget.finals or (best.pipeline and best.refinement is None):
         return best
-    if not enough(len(train), train.x[0].numel(), context.nfe, plain.pipeline.weights):
+    if not context.ample(plain.pipeline.weights):
         return best
     pair = [best, plain]
-    return ranked(pair, [torch.cat([c.errors, train.errors(c.plan)]) for c in pair], outliers_too=True)[0]
+    return ranked(pair, [torch.cat([c.errors, context.train.errors(c.plan)]) for c in pair], outliers_too=True)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +332,7 @@ def last_fit(context: Context, best: Contender, fresh: Batch | None) -> Last:
     pipeline, train = best.pipeline, context.train
     if pipeline is None or context.budget.minibatch is not None:
         return Last(best.plan, best.fit)
-    if not enough(len(train), train.x[0].numel(), pipeline.nfe, pipeline.weights):
+    if not context.ample(pipeline.weights):
         return Last(best.plan, best.fit)
     fit, backward = None, 0
     if best.refinement is None:

@@ -116,17 +116,17 @@ class EndpointError:
         residual = final.detach().cpu().double() - part.target.cpu().double()
         errors.append(per_sample(residual))
         weight = 1 / (1 + (errors[-1] / self.scale).square())  # derivative of the Cauchy loss
-        along = flat(residual) / flat(residual).norm(dim=1, keepdim=True).clamp_min(1e-300)
-        vectors = [weight[:, None] * flat(residual), *(self._probe(along) for _ in range(self.probes))]
+        rest = flat(residual)
+        length = rest.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        vectors = [weight[:, None] * rest, *(self._probe(rest / length) for _ in range(self.probes))]
         rows = [
             torch.autograd.grad(final, leaf, v.reshape(final.shape).to(final), retain_graph=k < self.probes)[0].cpu()
             for k, v in enumerate(vectors)
         ]
         self._spent[0] += 2 * (1 + self.probes) * self.parameters.evaluations * len(part)
         root = weight.sqrt()[:, None]
-        size = (root * flat(residual).norm(dim=1, keepdim=True)).clamp_min(1e-300)
         scale = root / max(self.probes, 1) ** 0.5
-        return [rows[0], rows[0] / size, *(scale * row for row in rows[1:])]
+        return [rows[0], rows[0] / (root * length), *(scale * row for row in rows[1:])]
 
     def _probe(self, along: Tensor) -> Tensor:
         """Random vectors v [B, D] orthogonal to unit vectors, with E[v v^T] the projection; zero where D is 1."""
