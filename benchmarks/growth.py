@@ -203,6 +203,9 @@ def draw(curves: list[Curve], path: Path) -> None:
         if len(c.sizes) < 5:
             ax.set_xticks(c.sizes, map(str, c.sizes))
         ax.minorticks_off()
+        if max(c.costs) < 30 * min(c.costs):  # too few powers of ten for ticks
+            ends = min(c.costs), max(c.costs)
+            ax.set_yticks(ends, [f"{v:.2g}" for v in ends])
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(others) :]:
         ax.set_axis_off()
